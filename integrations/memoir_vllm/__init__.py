@@ -1,0 +1,1 @@
+"""Everything of memoir-retrieval that touches vLLM."""

@@ -1,0 +1,1 @@
+"""MEMOIR edits for language models: train them, store them, look them up."""

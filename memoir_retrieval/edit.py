@@ -1,0 +1,48 @@
+"""What an edit is: the record a user writes and the record a store keeps."""
+
+from __future__ import annotations
+
+import msgspec
+
+__all__ = ["Edit", "Probe", "StoredEdit"]
+
+
+class Probe(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+    """A question that an edit must leave alone, with the answer it has today."""
+
+    prompt: str
+    answer: str = ""
+
+
+class Edit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+    """One correction: asked `prompt`, the model shall answer `target`.
+
+    `rephrases` and `locality` are only read by evaluation; training sees the prompt and the target.
+    `source` says where the edit comes from, in the user's words.
+    """
+
+    prompt: str
+    target: str
+    subject: str = ""
+    rephrases: tuple[str, ...] = ()
+    locality: tuple[Probe, ...] = ()
+    source: str = ""
+
+
+class StoredEdit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One line of `edits-<gen>.jsonl`: an edit as trained. Unknown fields of a later minor version are kept out.
+
+    `id` is stable for the life of the store and never reused; `loss` is the final training loss (nats per
+    target token); `memory` is the residual memory that holds the edit.
+    """
+
+    id: int
+    prompt: str
+    target: str
+    created: str
+    loss: float
+    steps: int
+    memory: int = 0
+    subject: str = ""
+    rephrases: tuple[str, ...] = ()
+    source: str = ""

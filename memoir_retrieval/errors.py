@@ -1,0 +1,33 @@
+"""Errors a user can meet. Each message is one line: the value, why, what to type instead."""
+
+from memoir_index.errors import CodeError, MemoirError
+
+__all__ = [
+    "CodeError",
+    "ConfigError",
+    "EditFileError",
+    "MemoirError",
+    "ModelError",
+    "StoreError",
+    "StoreMismatch",
+]
+
+
+class ConfigError(MemoirError, ValueError):
+    """An option or a combination of options that cannot work."""
+
+
+class EditFileError(MemoirError, ValueError):
+    """An edit file, or one record of it, that cannot be used."""
+
+
+class ModelError(MemoirError, ValueError):
+    """A base model that cannot be found, read or edited."""
+
+
+class StoreError(MemoirError):
+    """A store that is missing, damaged, half-written or locked."""
+
+
+class StoreMismatch(StoreError):
+    """A sound store that belongs to another model, layer, tokenizer or library version."""

@@ -1,0 +1,214 @@
+"""Running parts of a decoder: up to the edited layer once, and from there on as often as training needs.
+
+Everything below the edited layer, and every token before the question, is frozen during an edit. A Hugging Face
+model is cut there without knowing its architecture: blocks below the edited one are skipped, and the model's own
+forward runs the rest with its own masks, rotary embeddings, final norm and head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from memoir_retrieval.model import BaseModel
+
+__all__ = [
+    "FrozenPast",
+    "frozen_past",
+    "input_of_block",
+    "projection_inputs",
+    "question_means",
+    "right_pad",
+    "run_from_block",
+    "span_mean",
+]
+
+
+class _FrozenLayer(DynamicLayer):
+    """Keys and values of a fixed past. Reading does not store: one past serves any number of passes."""
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor):
+        super().__init__()
+        self.keys, self.values = keys, values
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.cat([self.keys, key_states], dim=-2), torch.cat([self.values, value_states], dim=-2)
+
+
+class FrozenPast:
+    """The key-value cache of several contexts, side by side. `lengths`: int64 [B], tokens of each context."""
+
+    def __init__(self, cache: Cache | None, lengths: torch.Tensor):
+        self.cache = cache
+        self.lengths = lengths
+        self.width = int(lengths.max())
+
+    def inputs(self, ids: torch.Tensor) -> dict[str, Any]:
+        """Model inputs that continue every context with ids: int64 [B, T]."""
+        b, t = ids.shape
+        steps = torch.arange(t, device=ids.device)
+        given = {"input_ids": ids, "position_ids": self.lengths[:, None] + steps, "use_cache": False}
+        if self.cache is None:
+            return given
+        seen = torch.arange(self.width, device=ids.device) >= self.width - self.lengths[:, None]
+        mask = torch.cat([seen, seen.new_ones(b, t)], dim=1).long()
+        return given | {"attention_mask": mask, "past_key_values": self.cache}
+
+
+@torch.no_grad()
+def frozen_past(base: BaseModel, contexts: Sequence[Sequence[int]]) -> FrozenPast:
+    """Run each context once. Shorter ones are padded on the left with keys that the attention mask hides."""
+    lengths = torch.tensor([len(c) for c in contexts], device=base.device)
+    width = int(lengths.max())
+    if width == 0:
+        return FrozenPast(None, lengths)
+    rows: list[list[tuple[torch.Tensor, torch.Tensor]] | None] = []
+    for context in contexts:
+        if not context:
+            rows.append(None)
+            continue
+        cache = DynamicCache()
+        ids = torch.tensor([list(context)], device=base.device)
+        base.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        rows.append([(layer.keys, layer.values) for layer in cache.layers])
+    shape = next(row for row in rows if row is not None)
+
+    def padded(layer: int, which: int) -> torch.Tensor:
+        like = shape[layer][which]
+        out = like.new_zeros(len(rows), like.shape[1], width, like.shape[3])
+        for b, row in enumerate(rows):
+            if row is not None:
+                states = row[layer][which]
+                out[b, :, width - states.shape[2] :] = states[0]
+        return out
+
+    layers = [_FrozenLayer(padded(i, 0), padded(i, 1)) for i in range(len(shape))]
+    return FrozenPast(Cache(layers=layers), lengths)
+
+
+def right_pad(rows: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
+    """ids int64 [B, T] and lengths int64 [B]. Causal attention keeps padding on the right out of real tokens."""
+    lengths = torch.tensor([len(r) for r in rows])
+    ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.int64)
+    for b, row in enumerate(rows):
+        ids[b, : len(row)] = torch.tensor(list(row))
+    return ids.to(device), lengths.to(device)
+
+
+class _Reached(Exception):
+    """Unwinds a forward pass that has seen what it was run for."""
+
+
+@contextmanager
+def _hooked(handle: Any) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def projection_inputs(base: BaseModel, inputs: dict[str, Any]) -> torch.Tensor:
+    """The edited projection's input activations [B, T, D]. Blocks above it are not run."""
+    seen: list[torch.Tensor] = []
+
+    def catch(_module: Any, args: tuple[Any, ...]) -> None:
+        seen.append(args[0].detach())
+        raise _Reached
+
+    with _hooked(base.projection.register_forward_pre_hook(catch)):
+        try:
+            base.model(**inputs, logits_to_keep=1)
+        except _Reached:
+            pass
+    return seen[0]
+
+
+@torch.no_grad()
+def input_of_block(base: BaseModel, inputs: dict[str, Any]) -> torch.Tensor:
+    """The hidden states [B, T, H] that enter the edited block. That block and those above it are not run."""
+    seen: list[torch.Tensor] = []
+
+    def catch(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append((args[0] if args else kwargs["hidden_states"]).detach())
+        raise _Reached
+
+    with _hooked(base.blocks[base.layer].register_forward_pre_hook(catch, with_kwargs=True)):
+        try:
+            base.model(**inputs, logits_to_keep=1)
+        except _Reached:
+            pass
+    return seen[0]
+
+
+class _Skipped(torch.nn.Module):
+    """Stands for a block below the edited one. Its output is fixed, so whatever comes in is passed on."""
+
+    def __init__(self, block: torch.nn.Module, hidden: torch.Tensor | None):
+        super().__init__()
+        self.__dict__["_block"] = block
+        self.__dict__["_hidden"] = hidden
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_block"], name)  # some models ask a block for its attention type
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return hidden_states if self.__dict__["_hidden"] is None else self.__dict__["_hidden"]
+
+
+@contextmanager
+def run_from_block(
+    base: BaseModel, hidden: torch.Tensor, delta: Callable[[torch.Tensor], torch.Tensor]
+) -> Iterator[Any]:
+    """Within the context the model starts at the edited block with `hidden` and adds `delta(a)` to its projection.
+
+    hidden: [B, T, H] from `input_of_block`. delta: from the projection's input a [B, T, D] to [B, T, H].
+    Yields the model; call it with the same inputs as `input_of_block`.
+    """
+
+    def add(_module: Any, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        return output + delta(args[0])
+
+    originals = [base.blocks[i] for i in range(base.layer)]
+    handle = base.projection.register_forward_hook(add)
+    try:
+        for i, block in enumerate(originals):
+            base.blocks[i] = _Skipped(block, hidden if i == base.layer - 1 else None)
+        if not originals:
+            raise ValueError("the first block cannot be edited: choose layer 1 or above")
+        yield base.model
+    finally:
+        handle.remove()
+        for i, block in enumerate(originals):
+            base.blocks[i] = block
+
+
+@torch.no_grad()
+def question_means(
+    base: BaseModel, prompts: Sequence[Sequence[int]], spans: Sequence[tuple[int, int]], batch_size: int = 16
+) -> torch.Tensor:
+    """The mean activation of each prompt's span: float32 [N, D] on the model's device.
+
+    Prompts of similar length share a batch. Spans must not be empty.
+    """
+    out = torch.empty(len(prompts), base.d, device=base.device)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for at in range(0, len(order), batch_size):
+        batch = order[at : at + batch_size]
+        ids, _ = right_pad([prompts[i] for i in batch], base.device)
+        activations = projection_inputs(base, {"input_ids": ids, "use_cache": False})
+        for row, i in enumerate(batch):
+            out[i] = span_mean(activations[row], *spans[i])
+    return out
+
+
+def span_mean(activations: torch.Tensor, start: int, end: int) -> torch.Tensor:
+    """Mean over tokens [start, end) of activations [T, D], summed in float32 whatever their dtype: float32 [D]."""
+    return activations[start:end].float().sum(0) / (end - start)

@@ -1,0 +1,40 @@
+"""From what a user asks (a string or chat messages) to the token ids the model sees."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+from memoir_retrieval.errors import ConfigError
+
+__all__ = ["Message", "Prompt", "end_token", "prompt_ids", "target_ids"]
+
+Message: TypeAlias = dict[str, str]
+Prompt: TypeAlias = str | Sequence[Message]
+
+
+def prompt_ids(tokenizer: Any, prompt: Prompt, *, chat: bool) -> list[int]:
+    """Token ids of a prompt, as an OpenAI-compatible server would make them.
+
+    A string is one user message where `chat` is true, else raw text. A list of messages always goes through the
+    chat template. Raises ConfigError where the tokenizer has none.
+    """
+    if isinstance(prompt, str) and not chat:
+        return list(tokenizer(prompt).input_ids)
+    if not getattr(tokenizer, "chat_template", None):
+        raise ConfigError("this tokenizer has no chat template: use raw prompts (--no-chat)")
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+    return list(rendered["input_ids"])
+
+
+def end_token(tokenizer: Any) -> int:
+    """The token that ends an answer. Raises ConfigError where the tokenizer names none."""
+    if tokenizer.eos_token_id is None:
+        raise ConfigError("this tokenizer has no end-of-text token, so an edit could not learn where to stop")
+    return int(tokenizer.eos_token_id)
+
+
+def target_ids(tokenizer: Any, target: str, *, chat: bool) -> list[int]:
+    """Token ids of an answer without the end token. After raw text the answer begins with a space."""
+    return list(tokenizer(target if chat else " " + target, add_special_tokens=False).input_ids)

@@ -1,0 +1,185 @@
+"""The question span: which tokens of a prompt are pooled, and from which one on the residual acts.
+
+A chat prompt is mostly template, system prompt and earlier turns. The fingerprint must only see the question, so
+that an edit is found again whatever surrounds it. The span is found from token ids alone, by the markers that the
+chat template itself puts around the last user message: the editor, the Hugging Face path and the vLLM worker (which
+sees nothing but token ids) run this same function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import msgspec
+import numpy as np
+
+__all__ = ["Span", "SpanRule", "derive_span_rule", "find_span"]
+
+
+class Span(NamedTuple):
+    """Tokens `[start, end)` are pooled; the residual acts on every token from `start` on."""
+
+    start: int
+    end: int
+
+
+class SpanRule(msgspec.Struct, frozen=True, kw_only=True):
+    """How the span is found. Stored with the edits, so that serving cannot use another rule.
+
+    `rule`: "question" pools the last user message, or the whole prompt where no marker is found (raw text);
+    "all" pools every token, as the paper does. `starts`: token sequences that end right before a user message.
+    `newlines`: tokens that may stand between a start marker and the message. `end`: the sequence that follows it.
+    `leading`: special tokens (BOS) at the front of a raw prompt, which are not part of the question.
+    """
+
+    rule: Literal["question", "all"] = "question"
+    starts: tuple[tuple[int, ...], ...] = ()
+    newlines: tuple[int, ...] = ()
+    end: tuple[int, ...] = ()
+    leading: tuple[int, ...] = ()
+
+
+def find_span(ids: Sequence[int], rule: SpanRule) -> Span:
+    """The span of one prompt.
+
+    ids: token ids of the whole prompt. An empty span (`start == end`) means that there is no question to look up,
+    such as a chat whose last user message is empty.
+    """
+    n = len(ids)
+    if rule.rule == "all":
+        return Span(0, n)
+    tokens = np.asarray(ids, dtype=np.int32)
+    found = max((_find_last(tokens, marker) for marker in rule.starts), default=-1)
+    if found < 0:
+        start = 0
+        while start < n and ids[start] in rule.leading:
+            start += 1
+        return Span(start, n)
+    start = found
+    if start < n and ids[start] in rule.newlines:
+        start += 1
+    end = _find_first(tokens, rule.end, start) if rule.end else -1
+    return Span(start, end if end >= 0 else n)
+
+
+def _matches(tokens: np.ndarray, marker: Sequence[int]) -> np.ndarray:
+    """Positions at which the marker begins, ascending."""
+    m = len(marker)
+    if not m or len(tokens) < m:
+        return np.empty(0, dtype=np.int64)
+    hit = tokens[: len(tokens) - m + 1] == marker[0]
+    for offset in range(1, m):
+        hit &= tokens[offset : len(tokens) - m + 1 + offset] == marker[offset]
+    return np.flatnonzero(hit)
+
+
+def _find_last(tokens: np.ndarray, marker: Sequence[int]) -> int:
+    """The position right after the last occurrence, or -1."""
+    at = _matches(tokens, marker)
+    return int(at[-1]) + len(marker) if len(at) else -1
+
+
+def _find_first(tokens: np.ndarray, marker: Sequence[int], start: int) -> int:
+    """The position of the first occurrence at or after `start`, or -1."""
+    at = _matches(tokens[start:], marker)
+    return int(at[0]) + start if len(at) else -1
+
+
+def derive_span_rule(tokenizer: Any, rule: Literal["question", "all"] = "question") -> SpanRule:
+    """Read the markers out of a Hugging Face tokenizer's chat template.
+
+    The template is rendered with placeholder messages in three settings (question only, after a system prompt, as
+    a later turn); what always stands right before the question is a start marker, what follows it the end marker.
+    A tokenizer without a template gives a rule that takes every prompt as raw text.
+    """
+    specials = set(tokenizer.all_special_ids)
+    leading = tuple(t for t in tokenizer("").input_ids if t in specials)
+    if rule == "all" or not getattr(tokenizer, "chat_template", None):
+        return SpanRule(rule=rule, leading=leading)
+    before: list[list[int]] = []
+    after: list[int] = []
+    for settings in _SETTINGS:
+        rendered = [_around_question(tokenizer, messages) for messages in settings]
+        heads = [head for head, _ in rendered if head is not None]
+        if heads:
+            before.append(_common_suffix(heads))
+            after = rendered[0][1]
+    newlines = tuple(sorted({t for head in before for t in head[-1:] if _is_space(tokenizer, t)}))
+    starts = {tuple(_core(tokenizer, head, specials)) for head in before}
+    return SpanRule(
+        rule=rule,
+        starts=tuple(sorted(s for s in starts if s)),
+        newlines=newlines,
+        end=tuple(_until_special(after, specials)),
+        leading=leading,
+    )
+
+
+_QUESTIONS = ("Which river is it?", "Who painted that door?")
+# For each setting two contexts that differ, so that only the template's own tokens are common to both.
+_SETTINGS: tuple[tuple[list[dict[str, str]], ...], ...] = (
+    ([],),
+    ([{"role": "system", "content": "Be brief."}], [{"role": "system", "content": "Answer as a pirate would"}]),
+    (
+        [{"role": "user", "content": "Hello there."}, {"role": "assistant", "content": "Good day."}],
+        [{"role": "user", "content": "Is it late?"}, {"role": "assistant", "content": "Not yet, it is noon"}],
+    ),
+)
+
+
+def _around_question(tokenizer: Any, messages: list[dict[str, str]]) -> tuple[list[int] | None, list[int]]:
+    """Token ids before and after the last user message, or (None, []) where the template refuses the messages."""
+    try:
+        a, b = (
+            tokenizer.apply_chat_template(
+                [*messages, {"role": "user", "content": q}],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+            )["input_ids"]
+            for q in _QUESTIONS
+        )
+    except Exception:  # templates raise their own errors, e.g. for a system message they do not know
+        return None, []
+    head = 0
+    while a[head] == b[head]:
+        head += 1
+    tail = 0
+    while a[-1 - tail] == b[-1 - tail]:
+        tail += 1
+    # Both questions end in "?", which belongs to the question, not to the marker.
+    question_end = tokenizer("?", add_special_tokens=False).input_ids
+    rest = list(a[len(a) - tail :])
+    if rest[: len(question_end)] == question_end:
+        rest = rest[len(question_end) :]
+    return list(a[:head]), rest
+
+
+def _common_suffix(heads: list[list[int]]) -> list[int]:
+    shortest = min(len(h) for h in heads)
+    n = 0
+    while n < shortest and len({h[-1 - n] for h in heads}) == 1:
+        n += 1
+    return heads[0][len(heads[0]) - n :]
+
+
+def _core(tokenizer: Any, head: list[int], specials: set[int]) -> list[int]:
+    """The marker from its last special token on, without the white space that may melt into the message."""
+    end = len(head)
+    while end and _is_space(tokenizer, head[end - 1]):
+        end -= 1
+    start = next((i for i in range(end - 1, -1, -1) if head[i] in specials), 0)
+    return head[start:end]
+
+
+def _until_special(tail: list[int], specials: set[int]) -> list[int]:
+    """The end marker up to its first special token: enough to find it, and all of it where there is none."""
+    for i, token in enumerate(tail):
+        if token in specials:
+            return tail[: i + 1]
+    return tail
+
+
+def _is_space(tokenizer: Any, token: int) -> bool:
+    return not tokenizer.decode([token], skip_special_tokens=False).strip()

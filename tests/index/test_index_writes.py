@@ -1,0 +1,135 @@
+"""Adding, removing and reading back rows; refused writes leave the index as it was."""
+
+import gc
+
+import numpy as np
+import pytest
+from index_oracle import random_codes, random_masks
+
+from memoir_index import CodeError, HammingIndex, pack
+
+D, K = 128, 40
+
+
+@pytest.fixture
+def codes() -> np.ndarray:
+    return random_codes(np.random.default_rng(11), 10, D, K)
+
+
+@pytest.mark.parametrize(
+    ("d", "k", "message"),
+    [
+        (12, 4, "d=12 bits do not fill whole bytes: d must be a positive multiple of 8"),
+        (0, 1, "d=0 bits do not fill whole bytes"),
+        (-8, 1, "d=-8 bits do not fill whole bytes"),
+        (16, 0, r"k=0 ones do not fit a mask of d=16 bits: k must lie in 1\.\.16"),
+        (16, 17, "k=17 ones do not fit a mask of d=16 bits"),
+    ],
+)
+def test_an_impossible_mask_size_is_refused(d, k, message):
+    with pytest.raises(CodeError, match=message):
+        HammingIndex(d, k)
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([3, -1], r"edit id -1 at position 1 is refused: ids lie in 0\.\.2\*\*63-1"),
+        (np.array([1, 2**63], np.uint64), "edit id 9223372036854775808 at position 1 is refused"),
+        ([0.0, 1.0], "ids have dtype float64, not int64"),
+        ([True, False], "ids have dtype bool, not int64"),
+        (["a", "b"], "ids have dtype <U1, not int64"),
+        (7, r"ids have shape \(\), not \[N\]"),
+        ([[1, 2]], r"ids have shape \(1, 2\), not \[N\]"),
+        ([1, 2, 3], "3 ids for 2 codes: pass one edit id per code"),
+        ([], "0 ids for 2 codes"),
+    ],
+)
+def test_bad_ids_are_refused_and_nothing_is_added(codes, ids, message):
+    index = HammingIndex.from_codes(D, K, [7], codes[:1])
+    with pytest.raises(CodeError, match=message):
+        index.add(ids, codes[:2])
+    assert index.ids.tolist() == [7]
+
+
+def test_a_bad_code_is_refused_by_row_and_nothing_is_added(codes):
+    index = HammingIndex.from_codes(D, K, [7], codes[:1])
+    masks = random_masks(np.random.default_rng(12), 3, D, K)
+    masks[1, np.flatnonzero(masks[1])[0]] = False
+    with pytest.raises(CodeError, match="code at row 1 has 39 ones, not k=40"):
+        index.add([1, 2, 3], pack(masks))
+    with pytest.raises(CodeError, match="15 bytes wide, not 16"):
+        index.add([1], codes[:1, :15])
+    with pytest.raises(CodeError, match="dtype int16, not uint8"):
+        index.add([1], codes[:1].astype(np.int16))
+    assert len(index) == 1
+
+
+def test_rows_come_back_in_the_order_of_storing(codes):
+    index = HammingIndex(D, K)
+    index.add([5, 5, 2], codes[:3])
+    index.add(np.array([5], np.int32), codes[3:4])
+    index.add([], codes[:0])
+    assert index.ids.tolist() == [5, 5, 2, 5] and index.ids.dtype == np.int64
+    assert len(index) == 4 and index.edits == 2
+    np.testing.assert_array_equal(index.codes, codes[:4])
+    for row in range(4):
+        np.testing.assert_array_equal(index.code(row), codes[row])
+
+
+def test_the_index_does_not_share_memory_with_what_was_added(codes):
+    given_ids, given_codes = np.arange(10), codes.copy()
+    index = HammingIndex.from_codes(D, K, given_ids, given_codes)
+    given_ids[:], given_codes[:] = 99, 0
+    assert index.ids.tolist() == list(range(10))
+    np.testing.assert_array_equal(index.codes, codes)
+
+
+def test_removal_takes_every_row_of_an_edit_and_ignores_unknown_ids(codes):
+    index = HammingIndex.from_codes(D, K, [1, 2, 1, 3, 2], codes[:5])
+    before = index.codes
+    assert index.remove([8, 9]) == 0 and index.remove([]) == 0
+    assert index.codes is before
+    assert index.remove([1, 3, 8, 1]) == 3
+    assert index.ids.tolist() == [2, 2]
+    np.testing.assert_array_equal(index.codes, codes[[1, 4]])
+    assert index.search(codes[:1], 1.0).ids.tolist() == [-1]
+    assert index.remove([2]) == 2 and len(index) == 0
+    index.add([6], codes[:1])
+    assert index.search(codes[:1], 1.0).ids.tolist() == [6]
+
+
+@pytest.mark.parametrize(("ids", "message"), [([-4], "edit id -4 at position 0"), ([1.5], "dtype float64")])
+def test_removal_refuses_bad_ids(codes, ids, message):
+    index = HammingIndex.from_codes(D, K, [1], codes[:1])
+    with pytest.raises(CodeError, match=message):
+        index.remove(ids)
+    assert len(index) == 1
+
+
+@pytest.mark.parametrize("row", [-1, 10])
+def test_a_row_that_is_not_stored_is_refused(codes, row):
+    index = HammingIndex.from_codes(D, K, np.arange(10), codes)
+    with pytest.raises(CodeError, match=rf"row {row} is not stored: the index has rows 0\.\.9"):
+        index.code(row)
+
+
+def test_views_are_read_only(codes):
+    index = HammingIndex.from_codes(D, K, np.arange(10), codes)
+    for view in (index.codes, index.ids, index.code(0)):
+        with pytest.raises(ValueError, match="read-only"):
+            view[:1] = 0
+    with pytest.raises(ValueError, match="WRITEABLE"):
+        index.codes.flags.writeable = True
+
+
+def test_codes_are_a_view_that_outlives_the_index(codes):
+    index = HammingIndex.from_codes(D, K, np.arange(10), codes)
+    view, row = index.codes, index.code(4)
+    assert np.shares_memory(view, index.codes)
+    index.remove(np.arange(10))
+    del index
+    gc.collect()
+    np.ones(view.size * 50, np.uint8)  # gives freed memory a chance to be reused
+    np.testing.assert_array_equal(view, codes)
+    np.testing.assert_array_equal(row, codes[4])
