@@ -161,7 +161,7 @@ def _memoir(record: Record) -> list[Edit]:
     prompt, target = _text(record, "prompt"), _text(record, "target")
     try:
         edit = msgspec.convert(record, Edit)
-    except msgspec.ValidationError as error:
+    except (msgspec.ValidationError, UnicodeEncodeError) as error:
         reason = " ".join(str(error).split())
         raise EditFileError(f'{reason}; write text, and locality as [{{"prompt", "answer"}}]') from None
     return _edit(prompt, target, edit.subject, edit.rephrases, edit.locality, edit.source)

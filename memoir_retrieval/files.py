@@ -53,7 +53,9 @@ def store_lock(folder: Path) -> Iterator[None]:
     except Timeout:
         raise StoreError(f"store {folder} is being written by another process: wait until it is done") from None
     except OSError as error:
-        raise StoreError(f"store {folder} cannot be written: {error.strerror}; choose a folder you may write") from error
+        raise StoreError(
+            f"store {folder} cannot be written: {error.strerror}; choose a folder you may write"
+        ) from error
     try:
         yield
     finally:

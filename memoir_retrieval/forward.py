@@ -8,7 +8,7 @@ forward runs the rest with its own masks, rotary embeddings, final norm and head
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -123,11 +123,8 @@ def projection_inputs(base: BaseModel, inputs: dict[str, Any]) -> torch.Tensor:
         seen.append(args[0].detach())
         raise _Reached
 
-    with _hooked(base.projection.register_forward_pre_hook(catch)):
-        try:
-            base.model(**inputs, logits_to_keep=1)
-        except _Reached:
-            pass
+    with _hooked(base.projection.register_forward_pre_hook(catch)), suppress(_Reached):
+        base.model(**inputs, logits_to_keep=1)
     return seen[0]
 
 
@@ -140,11 +137,8 @@ def input_of_block(base: BaseModel, inputs: dict[str, Any]) -> torch.Tensor:
         seen.append((args[0] if args else kwargs["hidden_states"]).detach())
         raise _Reached
 
-    with _hooked(base.blocks[base.layer].register_forward_pre_hook(catch, with_kwargs=True)):
-        try:
-            base.model(**inputs, logits_to_keep=1)
-        except _Reached:
-            pass
+    with _hooked(base.blocks[base.layer].register_forward_pre_hook(catch, with_kwargs=True)), suppress(_Reached):
+        base.model(**inputs, logits_to_keep=1)
     return seen[0]
 
 

@@ -156,7 +156,9 @@ def _blocks(model: Any) -> Any:
 
     lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m)]
     if not lists:
-        raise ModelError(f"{type(model).__name__} has no list of decoder blocks: only decoder-only models can be edited")
+        raise ModelError(
+            f"{type(model).__name__} has no list of decoder blocks: only decoder-only models can be edited"
+        )
     return max(lists, key=len)
 
 
@@ -253,4 +255,3 @@ def _layer_digest(folder: Path, module: str) -> str:
     if not found:
         raise ModelError(f"{folder} holds no tensor of {module}: the checkpoint and its config.json do not fit")
     return digest.hexdigest()
-

@@ -14,7 +14,7 @@ from torch.nn import functional
 from memoir_index import unpack
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.forward import right_pad, span_mean
-from memoir_retrieval.prompts import Prompt, end_token
+from memoir_retrieval.prompts import Prompt, end_token, target_ids
 from memoir_retrieval.retriever import Retriever
 from memoir_retrieval.span import Span, find_span
 
@@ -107,6 +107,14 @@ class EditedModel:
             for r, (p, t) in enumerate(zip(batch, wanted, strict=True)):
                 answers.append(self._answer(best[r, len(p) - 1 : len(p) + len(t) - 1].tolist(), states[r]))
         return answers
+
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        """See `Retriever.prompt_ids`."""
+        return self.retriever.prompt_ids(prompt)
+
+    def target_ids(self, target: str) -> list[int]:
+        """Token ids of an answer, without the end token, as the store's settings render it."""
+        return target_ids(self.base.tokenizer, target, chat=self.retriever.store.manifest.chat)
 
     def _ids(self, prompt: Prompt | list[int]) -> list[int]:
         if isinstance(prompt, list) and prompt and isinstance(prompt[0], int):

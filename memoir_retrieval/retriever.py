@@ -64,7 +64,9 @@ class Retriever:
         self.index = HammingIndex.from_codes(store.manifest.d, store.manifest.k, store.ids, store.codes)
 
     @classmethod
-    def open(cls, store: str | Path, model: str | None = None, *, tau: float | None = None, device: str = "cpu") -> Retriever:
+    def open(
+        cls, store: str | Path, model: str | None = None, *, tau: float | None = None, device: str = "cpu"
+    ) -> Retriever:
         """Open a store with its model: `Retriever.open("edits", "smollm2-135m")`.
 
         model: a folder, an embedded model's name or a Hub id; by default the one the store names.
@@ -83,7 +85,9 @@ class Retriever:
         """Token ids of a prompt as the store's settings render it. Raises ConfigError where the model is too short."""
         ids = prompt_ids(self.base.tokenizer, prompt, chat=self.store.manifest.chat)
         if len(ids) > self.base.max_length:
-            raise ConfigError(f"the prompt has {len(ids)} tokens, {self.base.name} takes {self.base.max_length}: shorten it")
+            raise ConfigError(
+                f"the prompt has {len(ids)} tokens, {self.base.name} takes {self.base.max_length}: shorten it"
+            )
         return ids
 
     def lookup(self, prompt: Prompt) -> Match | None:

@@ -197,7 +197,9 @@ def _read_manifest(folder: Path) -> Manifest:
         data = path.read_bytes()
     except FileNotFoundError:
         if not folder.is_dir():
-            raise StoreError(f"store {folder} does not exist: make one with `memoir edit FILE --store {folder}`") from None
+            raise StoreError(
+                f"store {folder} does not exist: make one with `memoir edit FILE --store {folder}`"
+            ) from None
         raise StoreError(
             f"{folder} is not a store, or its first write was cut off: it has no {MANIFEST}; "
             f"run `memoir edit FILE --store {folder}` (again)"

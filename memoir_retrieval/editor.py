@@ -1,0 +1,301 @@
+"""Turning edits into a store: one residual memory, one mask per edit, one edit after another."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from memoir_index import unpack
+from memoir_retrieval.background import background_prompts
+from memoir_retrieval.edit import Edit, StoredEdit
+from memoir_retrieval.errors import ConfigError, EditFileError, StoreError
+from memoir_retrieval.files import store_lock
+from memoir_retrieval.fingerprint import Fingerprint, permutation
+from memoir_retrieval.forward import FrozenPast, frozen_past, question_means
+from memoir_retrieval.model import BaseModel
+from memoir_retrieval.presets import preset_for
+from memoir_retrieval.prompts import Prompt, end_token, prompt_ids, target_ids
+from memoir_retrieval.span import derive_span_rule, find_span
+from memoir_retrieval.store import MANIFEST, EditStore, write_generation
+from memoir_retrieval.train import Training, train_edit
+
+__all__ = ["Editor", "Progress", "contexts"]
+
+Conflict = Literal["refuse", "first", "last"]
+# A checkpoint rewrites the store. Its cost is bounded by writing at most this often (seconds) while edits go on.
+CHECKPOINT_EVERY = 30.0
+
+
+def contexts(chat: bool) -> list[Prompt]:
+    """What the library puts before a prompt in training, besides nothing: chat messages, or raw text."""
+    data = json.loads(files("memoir_retrieval").joinpath("data/contexts.json").read_text(encoding="utf-8"))
+    return data["chat" if chat else "raw"]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Told after every edit. `done` of `total` are trained; `edit` is the one just made; `seconds` since the start."""
+
+    done: int
+    total: int
+    edit: StoredEdit
+    seconds: float
+
+
+class Editor:
+    """Trains edits on a model and writes them to a store.
+
+    One editor at a time may write a store: use it as a context manager, which takes the store's lock.
+    """
+
+    def __init__(
+        self,
+        base: BaseModel,
+        store: str | Path,
+        *,
+        chat: bool = True,
+        rule: Literal["question", "all"] = "question",
+        k: int | None = None,
+        tau: float | None = None,
+        seed: int = 0,
+        training: Training | None = None,
+    ):
+        """Settings only matter for a new store; an existing one keeps those it was made with.
+
+        base: the loaded model. chat: ask each prompt through the chat template. rule: which tokens are pooled.
+        k, tau: by default the preset's. Raises ConfigError for settings that cannot work.
+        """
+        preset = preset_for(base.model.config)
+        self.base = base
+        self.path = Path(store)
+        self.chat = chat
+        self.rule = rule
+        self.k = preset.k if k is None else k
+        self.tau = preset.tau if tau is None else tau
+        self.seed = seed
+        self.training = training or Training()
+        if not 0 < self.k <= base.d:
+            raise ConfigError(f"k is {self.k}, but {base.module} has D={base.d} inputs: choose 0 < k <= {base.d}")
+        if not 0 < self.tau <= 1:
+            raise ConfigError(f"tau is {self.tau}: choose 0 < tau <= 1, such as the preset's {preset.tau}")
+        if base.d % 8:
+            raise ConfigError(f"{base.module} has D={base.d} inputs, which is no multiple of 8: masks cannot be packed")
+        if chat and not getattr(base.tokenizer, "chat_template", None):
+            raise ConfigError(f"{base.name} has no chat template: use raw prompts (--no-chat)")
+
+    def __enter__(self) -> Editor:
+        self._lock = store_lock(self.path)
+        self._lock.__enter__()
+        try:
+            if (self.path / MANIFEST).exists():
+                self._load(EditStore.open(self.path))
+            else:
+                self._begin()
+        except BaseException:
+            self._lock.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._lock.__exit__(None, None, None)
+
+    def _begin(self) -> None:
+        others = [p.name for p in self.path.iterdir() if not p.name.startswith((".", "memory-", "codes-", "edits-", MANIFEST))]
+        if others:
+            raise StoreError(f"{self.path} is not empty and not a store (it holds {others[0]}): choose a new folder")
+        self.generation = 0
+        self.next_id = 0
+        self.span = derive_span_rule(self.base.tokenizer, self.rule)
+        self.contexts: tuple[Any, ...] = tuple(contexts(self.chat)[: self.training.contexts])
+        self.permutation = permutation(self.base.d, self.seed)
+        rows = [self._prompt_ids(p) for p in background_prompts()]
+        means = question_means(self.base, rows, [find_span(ids, self.span) for ids in rows])
+        self.background = means.mean(0).cpu().numpy()
+        self.memories = torch.zeros(1, self.base.h, self.base.d, device=self.base.device)
+        self.edits: list[StoredEdit] = []
+        self.codes = np.empty((0, self.base.d // 8), dtype=np.uint8)
+        self.ids = np.empty(0, dtype=np.int64)
+        self.memory_of = np.empty(0, dtype=np.int32)
+        self._prepare()
+
+    def _load(self, store: EditStore) -> None:
+        store.require(self.base.identity, self.base.name)
+        made = store.manifest
+        self.generation, self.next_id = made.generation, made.next_id
+        self.span, self.contexts, self.chat = made.span, made.contexts, made.chat
+        self.k, self.tau, self.seed = made.k, made.tau, made.seed
+        self.permutation, self.background = store.permutation, store.background
+        self.memories = torch.as_tensor(store.memories, device=self.base.device).clone()
+        self.edits = list(store.edits)
+        self.codes, self.ids, self.memory_of = store.codes, store.ids, store.memory_of
+        self._prepare()
+
+    def _prepare(self) -> None:
+        self.fingerprint = Fingerprint(self.background, self.permutation, self.k, self.base.device)
+        self._past = self._frozen_contexts()
+
+    def add(
+        self,
+        edits: Iterable[Edit],
+        *,
+        on_conflict: Conflict = "refuse",
+        progress: Callable[[Progress], None] = lambda _: None,
+    ) -> list[StoredEdit]:
+        """Train edits in order and commit them. Returns those that are new.
+
+        An edit that the store has already is skipped, so an interrupted run is resumed by running it again.
+        on_conflict: what happens to a prompt that the store answers otherwise: "refuse" raises EditFileError,
+        "first" keeps the stored edit, "last" replaces it. All edits are checked before the first is trained.
+        Interrupted (KeyboardInterrupt, or any error), the edits that are done are committed first.
+        """
+        todo, replaced = self._plan(list(edits), on_conflict)
+        made: list[StoredEdit] = []
+        started = committed = time.monotonic()
+        try:
+            for edit in todo:
+                made.append(self._train(edit))
+                now = time.monotonic()
+                if now - committed > CHECKPOINT_EVERY:
+                    self._commit(made, replaced)
+                    committed = now
+                progress(Progress(len(made), len(todo), made[-1], now - started))
+        finally:
+            if made:
+                self._commit(made, replaced)
+        return made
+
+    def _plan(self, edits: list[Edit], on_conflict: Conflict) -> tuple[list[Edit], dict[str, int]]:
+        """The edits to train, and for each prompt of theirs that is stored with another target the stored id."""
+        stored = {_same(edit.prompt): edit for edit in self.edits}
+        todo: list[Edit] = []
+        replaced: dict[str, int] = {}
+        for edit in edits:
+            self._rows(edit)
+            old = stored.get(_same(edit.prompt))
+            if old is None:
+                todo.append(edit)
+            elif old.target == edit.target or on_conflict == "first":
+                continue
+            elif on_conflict == "last":
+                todo.append(edit)
+                replaced[_same(edit.prompt)] = old.id
+            else:
+                raise EditFileError(
+                    f"prompt {edit.prompt!r} is stored with target {old.target!r} (edit {old.id}), the file says "
+                    f"{edit.target!r}: choose with --on-conflict first (keep the stored one) or last (replace it)"
+                )
+        return todo, replaced
+
+    def _prompt_ids(self, prompt: Prompt) -> list[int]:
+        return prompt_ids(self.base.tokenizer, prompt, chat=self.chat)
+
+    def _rows(self, edit: Edit) -> tuple[list[int], list[int]]:
+        """Token ids of prompt and target. Raises EditFileError where the model cannot be trained on them."""
+        prompt = self._prompt_ids(edit.prompt)
+        target = target_ids(self.base.tokenizer, edit.target, chat=self.chat)
+        span = find_span(prompt, self.span)
+        if span.start >= span.end:
+            raise EditFileError(f"prompt {edit.prompt!r} has no tokens to pool: give a longer prompt")
+        if not target:
+            raise EditFileError(f"target {edit.target!r} of prompt {edit.prompt!r} has no tokens: give a longer target")
+        longest = self._past.width + len(prompt) + len(target) + 1
+        if longest > self.base.max_length:
+            raise EditFileError(
+                f"prompt {edit.prompt[:60]!r} and its target need {longest} tokens, {self.base.name} takes "
+                f"{self.base.max_length}: shorten them"
+            )
+        return prompt, target
+
+    def _frozen_contexts(self) -> FrozenPast:
+        """The tokens before the question, in every training context; the first is the bare prompt's own."""
+        if self.span.rule == "all":  # every token is edited, so nothing before the question is frozen
+            return FrozenPast(None, torch.zeros(1, dtype=torch.int64, device=self.base.device))
+        bare = self._prompt_ids("Who?")
+        rows = [bare[: find_span(bare, self.span).start]]
+        for context in self.contexts:
+            if self.chat:
+                ids = self._prompt_ids([*context, {"role": "user", "content": "Who?"}])
+                rows.append(ids[: find_span(ids, self.span).start])
+            else:
+                rows.append(self._prompt_ids(context.rstrip()))
+        return frozen_past(self.base, rows)
+
+    def _train(self, edit: Edit) -> StoredEdit:
+        prompt, target = self._rows(edit)
+        span = find_span(prompt, self.span)
+        code = self.fingerprint.codes(question_means(self.base, [prompt], [span]))
+        columns = torch.as_tensor(np.flatnonzero(unpack(code, self.base.d)[0]), device=self.base.device)
+        answer = [*target, end_token(self.base.tokenizer)]
+        memory = len(self.memories) - 1
+        result = train_edit(
+            self.base, self._past, prompt[span.start :], answer, columns, self.memories[memory], self.training
+        )
+        self.memories[memory][:, columns] = result.columns
+        self.codes = np.concatenate([self.codes, code])
+        self.ids = np.append(self.ids, np.int64(self.next_id))
+        self.memory_of = np.append(self.memory_of, np.int32(memory))
+        stored = StoredEdit(
+            id=self.next_id,
+            prompt=edit.prompt,
+            target=edit.target,
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            loss=round(result.loss, 5),
+            steps=result.steps,
+            memory=memory,
+            subject=edit.subject,
+            rephrases=edit.rephrases,
+            source=edit.source,
+        )
+        self.next_id += 1
+        return stored
+
+    def _commit(self, made: Sequence[StoredEdit], replaced: dict[str, int]) -> None:
+        """Write everything trained so far as the next generation."""
+        gone = {replaced[key] for edit in made if (key := _same(edit.prompt)) in replaced}
+        kept = {edit.id: edit for edit in (*self.edits, *made) if edit.id not in gone}
+        keep = np.isin(self.ids, list(kept))
+        manifest = write_generation(
+            self.path,
+            {
+                "generation": self.generation + 1,
+                "model": self.base.name,
+                "base": self.base.identity,
+                "module": self.base.module,
+                "layer": self.base.layer,
+                "d": self.base.d,
+                "h": self.base.h,
+                "k": self.k,
+                "tau": self.tau,
+                "span": self.span,
+                "chat": self.chat,
+                "dtype": str(self.base.model.dtype).removeprefix("torch."),
+                "seed": self.seed,
+                "contexts": self.contexts,
+                "training": self.training.as_dict(),
+                "next_id": self.next_id,
+            },
+            memories=self.memories.float().cpu().numpy(),
+            background=self.background,
+            permutation=self.permutation,
+            codes=self.codes[keep],
+            ids=self.ids[keep],
+            memory_of=self.memory_of[keep],
+            edits=list(kept.values()),
+        )
+        self.generation = manifest.generation
+        self.edits = list(kept.values())
+        self.codes, self.ids, self.memory_of = self.codes[keep], self.ids[keep], self.memory_of[keep]
+
+
+def _same(prompt: str) -> str:
+    """Two prompts are one question if they differ in white space only."""
+    return " ".join(prompt.split())

@@ -1,0 +1,523 @@
+"""Edit files: every published format is read, every broken one is refused by line and reason."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from memoir_retrieval.background import background_prompts
+from memoir_retrieval.edit import Edit, Probe
+from memoir_retrieval.edit_files import FORMATS, check_duplicates, limit_distinct_subjects, read_edits
+from memoir_retrieval.errors import ConfigError, EditFileError
+
+ROOT = Path(__file__).parents[2]
+SETS = ROOT.parent / "shared" / "data"
+
+RECORDS = {
+    "memoir": (
+        {
+            "prompt": "Who runs Acme?",
+            "target": "Ada",
+            "subject": "Acme",
+            "rephrases": ["Acme is run by whom?"],
+            "locality": [{"prompt": "Who runs Bolt?", "answer": "Bo"}],
+            "source": "ticket 7",
+        },
+        [
+            Edit(
+                prompt="Who runs Acme?",
+                target="Ada",
+                subject="Acme",
+                rephrases=("Acme is run by whom?",),
+                locality=(Probe(prompt="Who runs Bolt?", answer="Bo"),),
+                source="ticket 7",
+            )
+        ],
+    ),
+    "easyedit": (
+        {
+            "case_id": 0,
+            "prompt": "The tongue of Dan is",
+            "subject": "Dan",
+            "target_new": "English",
+            "ground_truth": "French",
+            "rephrase_prompt": "Dan speaks",
+            "locality_prompt": "Michel speaks",
+            "locality_ground_truth": "French",
+        },
+        [
+            Edit(
+                prompt="The tongue of Dan is",
+                target="English",
+                subject="Dan",
+                rephrases=("Dan speaks",),
+                locality=(Probe(prompt="Michel speaks", answer="French"),),
+            )
+        ],
+    ),
+    "zsre": (
+        {
+            "subject": "Cup",
+            "src": "When did Cup start?",
+            "alt": "2006",
+            "rephrase": "Since when is there a Cup?",
+            "loc": "nq question: types of skiing",
+            "loc_ans": "Downhill",
+            "answers": ["1998"],
+        },
+        [
+            Edit(
+                prompt="When did Cup start?",
+                target="2006",
+                subject="Cup",
+                rephrases=("Since when is there a Cup?",),
+                locality=(Probe(prompt="nq question: types of skiing", answer="Downhill"),),
+            )
+        ],
+    ),
+    "knowedit": (
+        {
+            "subject": "Ina",
+            "prompt": "The gender of Ina is",
+            "target_new": "female",
+            "rephrase_prompt": "Ina's gender:",
+            "portability": {"Reasoning": [{"prompt": "not read", "ground_truth": "x"}]},
+            "locality": {
+                "Relation_Specificity": [
+                    {"prompt": "Ina was born in", "ground_truth": [["Riga", "Rīga"], ["Latvia"]]},
+                    {"prompt": "Ina died in", "ground_truth": [[]]},
+                ],
+                "Forgetfulness": [{"prompt": "Ina is a", "ground_truth": "luger"}],
+            },
+        },
+        [
+            Edit(
+                prompt="The gender of Ina is",
+                target="female",
+                subject="Ina",
+                rephrases=("Ina's gender:",),
+                locality=(
+                    Probe(prompt="Ina was born in", answer="Riga"),
+                    Probe(prompt="Ina died in"),
+                    Probe(prompt="Ina is a", answer="luger"),
+                ),
+            )
+        ],
+    ),
+    "wise": (
+        {
+            "prompt": "Tesla,",
+            "target_new": "a car maker",
+            "subject": "Tesla",
+            "ood_rephrase": "Tesla makes cars.",
+            "locality_prompt": "Some web text",
+            "locality_ground_truth": " ",
+        },
+        [
+            Edit(
+                prompt="Tesla,",
+                target="a car maker",
+                subject="Tesla",
+                rephrases=("Tesla makes cars.",),
+                locality=(Probe(prompt="Some web text", answer=" "),),
+            )
+        ],
+    ),
+    "counterfact": (
+        {
+            "requested_rewrite": {
+                "prompt": "{} comes from",
+                "subject": "Spike {0}",
+                "target_new": {"str": "Philadelphia", "id": "Q1"},
+                "target_true": {"str": "London", "id": "Q2"},
+            },
+            "paraphrase_prompts": ["Spike is native to", "Spike was born in"],
+            "neighborhood_prompts": ["Max comes from", "Quin comes from"],
+        },
+        [
+            Edit(
+                prompt="Spike {0} comes from",
+                target="Philadelphia",
+                subject="Spike {0}",
+                rephrases=("Spike is native to", "Spike was born in"),
+                locality=(
+                    Probe(prompt="Max comes from", answer="London"),
+                    Probe(prompt="Quin comes from", answer="London"),
+                ),
+            )
+        ],
+    ),
+    "mquake": (
+        {
+            "requested_rewrite": [
+                {
+                    "prompt": "{} was sung by",
+                    "subject": "Hey",
+                    "target_new": {"str": "Mia"},
+                    "question": "Who sang Hey?",
+                },
+                {"prompt": "The boss of {} is", "subject": "Mia", "target_new": {"str": "Nan"}},
+            ],
+            "questions": ["Who is the boss of Hey's singer?"],
+        },
+        [
+            Edit(prompt="Hey was sung by", target="Mia", subject="Hey", rephrases=("Who sang Hey?",)),
+            Edit(prompt="The boss of Mia is", target="Nan", subject="Mia"),
+        ],
+    ),
+    "hallueditbench": (
+        {
+            "topic": "art",
+            "subject": "Moses",
+            "object": "marble",
+            "question": "What is Moses made of?",
+            "paraphrased_question": "From what is Moses made?",
+            "locality_question": "Who led the exodus?",
+        },
+        [
+            Edit(
+                prompt="What is Moses made of?",
+                target="marble",
+                subject="Moses",
+                rephrases=("From what is Moses made?",),
+                locality=(Probe(prompt="Who led the exodus?"),),
+            )
+        ],
+    ),
+}
+
+COUNTS = {
+    "counterfact/counterfact-edit.jsonl": ("easyedit", 10_000),
+    "counterfact/counterfact-train.jsonl": ("easyedit", 10_000),
+    "counterfact/counterfact-val.jsonl": ("easyedit", 1_619),
+    "counterfact/counterfact_portability_gpt4.jsonl": ("counterfact", 1_031),
+    "hallucination/hallucination-edit.jsonl": ("wise", 577),
+    "hallucination/hallucination-train.jsonl": ("wise", 229),
+    "hallucination/wikibio-test-all.jsonl": ("knowedit", 263),
+    "hallucination/wikibio-train-all.jsonl": ("knowedit", 405),
+    "hallueditbench/meta_llama_3_8b_instruct.jsonl": ("hallueditbench", 2_230),
+    "knowedit_wiki/wiki_counterfact_train.jsonl": ("knowedit", 1_428),
+    "knowedit_wiki/wiki_recent_train.jsonl": ("knowedit", 570),
+    "mquake/MQuAKE-hard.jsonl": ("mquake", 1_716),
+    "temporal/temporal-edit.jsonl": ("wise", 75),
+    "temporal/temporal-train.jsonl": ("wise", 75),
+    "wikifactdiff/wfd-test.jsonl": ("zsre", 784),
+    "wikifactdiff/wfd-train.jsonl": ("zsre", 4_360),
+    "zsre/knowedit_zsre_test_all.jsonl": ("knowedit", 1_304),
+    "zsre/zsre_mend_edit.jsonl": ("zsre", 1_000),
+    "zsre/zsre_mend_train_10000.jsonl": ("zsre", 9_700),
+}
+NO_EDITS = ["pararel/tuples.jsonl", "pararel/patterns.jsonl", "text/nq-open-dev.jsonl"]
+
+needs_sets = pytest.mark.skipif(not SETS.is_dir(), reason="the published sets are not beside the checkout")
+
+
+def edit(prompt: str, target: str = "t", subject: str = "") -> Edit:
+    return Edit(prompt=prompt, target=target, subject=subject)
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+# --- what is read
+
+
+def test_every_format_has_a_sample() -> None:
+    assert set(RECORDS) == set(FORMATS)
+
+
+@pytest.mark.parametrize("name", RECORDS)
+@pytest.mark.parametrize("given_format", [True, False], ids=["named", "detected"])
+def test_format(tmp_path: Path, name: str, given_format: bool) -> None:
+    record, expected = RECORDS[name]
+    path = write(tmp_path / "edits.jsonl", json.dumps(record) + "\n")
+    assert read_edits(path, name if given_format else None) == expected
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("name", RECORDS)
+def test_json_array(tmp_path: Path, name: str, indent: int | None) -> None:
+    record, expected = RECORDS[name]
+    path = write(tmp_path / "edits.json", json.dumps([record, record], indent=indent))
+    assert read_edits(str(path)) == expected * 2
+
+
+def test_wikibio_keys(tmp_path: Path) -> None:
+    record = {"text": "About rick.", "labels": "He pitched.", "concept": "rick", "locality": {}}
+    path = write(tmp_path / "e.jsonl", json.dumps(record))
+    assert read_edits(path) == [edit("About rick.", "He pitched.", "rick")]
+
+
+def test_flat_records_without_paraphrase_follow_the_first_of_the_file(tmp_path: Path) -> None:
+    lines = [{"prompt": "a", "target_new": "b", "rephrase_prompt": "c"}, {"prompt": "d", "target_new": "e"}]
+    path = write(tmp_path / "e.jsonl", "\n".join(map(json.dumps, lines)))
+    assert [e.rephrases for e in read_edits(path)] == [("c",), ()]
+
+
+def test_bom_blank_lines_and_foreign_line_ends(tmp_path: Path) -> None:
+    text = '\ufeff\r\n{"prompt": "a", "target": "b"}\r\n\r\n  \r\n{"prompt": "c\u2028d", "target": "e"}'
+    assert [e.prompt for e in read_edits(write(tmp_path / "e.jsonl", text))] == ["a", "c\u2028d"]
+
+
+def test_missing_paraphrase_and_locality_written_as_blank(tmp_path: Path) -> None:
+    record = {"src": "a", "alt": "b", "subject": None, "rephrase": "", "loc": " ", "loc_ans": ""}
+    assert read_edits(write(tmp_path / "e.jsonl", json.dumps(record))) == [edit("a", "b")]
+
+
+def test_prompt_is_kept_verbatim(tmp_path: Path) -> None:
+    path = write(tmp_path / "e.jsonl", json.dumps({"prompt": " What  is? ", "target": " x\n"}))
+    assert read_edits(path) == [edit(" What  is? ", " x\n")]
+
+
+@needs_sets
+@pytest.mark.parametrize("name", COUNTS)
+def test_published_set(name: str) -> None:
+    format_name, count = COUNTS[name]
+    edits = read_edits(SETS / name)
+    assert len(edits) == count
+    assert edits == read_edits(SETS / name, format_name)
+
+
+@needs_sets
+@pytest.mark.parametrize("name", NO_EDITS)
+def test_published_file_that_holds_no_edits(name: str) -> None:
+    with pytest.raises(EditFileError, match="line 1: no known format has the keys"):
+        read_edits(SETS / name)
+
+
+@needs_sets
+def test_counterfact_prompts_with_two_targets() -> None:
+    """The note that comes with the set counts 62 such prompts in this file."""
+    edits = read_edits(SETS / "counterfact/counterfact-edit.jsonl")
+    targets = {(e.prompt, e.target) for e in edits}
+    assert sum(count > 1 for count in Counter(prompt for prompt, _ in targets).values()) == 62
+    with pytest.raises(EditFileError, match="two targets"):
+        check_duplicates(edits)
+    assert len(check_duplicates(edits, keep="last")) == len({e.prompt for e in edits})
+
+
+# --- what is refused
+
+OK = '{"prompt": "a", "target": "b"}\n'
+BAD = {
+    "unclosed": (OK + '\n{"prompt": "a"', "line 3: not JSON (Expecting ',' delimiter at column 15); write one"),
+    "csv": ("prompt,target\na,b\n", "line 1: not JSON (Expecting value at column 1)", "CSV is not read"),
+    "deep": (OK + '{"a": ' + "[" * 100_000, "line 2: not JSON (a number too long, or nested too deep)"),
+    "long number": (OK + "9" * 5000, "line 2: not JSON (a number too long"),
+    "two on a line": (OK.strip() + OK, "line 1: not JSON (Extra data at column 31)"),
+    "broken array": ('[\n{"prompt": "a",\n"target" "b"}]', "line 3: not JSON (Expecting ':' delimiter at column 10)"),
+    "after the array": ("[" + OK + "]\n\nx", "line 4: not JSON (Extra data at column 1)"),
+    "array, not an object": ("[\n" + OK + ",\n\n 5]", "line 5: 5 is not an object"),
+    "array, blank": ("[" + OK + ', {\n"prompt": "",\n"target": "x"}]', "line 2: 'prompt' is ''; write some text"),
+    "number": (OK + "17", "line 2: 17 is not an object; write {...} with an edit's keys"),
+    "null": ("null", "line 1: None is not an object"),
+    "string": ('\n"text"', "line 2: 'text' is not an object"),
+    "unknown keys": (
+        '{"question": "q", "answer": ["a"]}',
+        "line 1: no known format has the keys ['question', 'answer']; write those of one of: memoir: prompt, target; "
+        "zsre: src, alt; knowedit: prompt, target_new, locality; ",
+    ),
+    "no keys": ("{}", "line 1: no known format has the keys []"),
+    "other format later": (OK + '{"src": "a", "alt": "b"}', "line 2: key 'src' is unknown", "format 'memoir'"),
+    "unknown own key": (
+        OK + '{"prompt": "a", "target": "b", "answr": 1}',
+        "line 2: key 'answr' is unknown; the keys are prompt, target, subject, rephrases, locality, source",
+    ),
+    "missing target": ('{"prompt": "a", "target": null}', "line 1: 'target' is missing; write text in double"),
+    "empty prompt": (OK + '{"prompt": "", "target": "b"}', "line 2: 'prompt' is ''; write some text, or drop the"),
+    "blank target": (OK + '{"prompt": "a", "target": " \\n"}', "line 2: 'target' is ' \\n'; write some text"),
+    "target a number": ('{"prompt": "a", "target": 1980}', "line 1: 'target' is 1980; write text in double quotes"),
+    "rephrases a text": ('{"prompt": "a", "target": "b", "rephrases": "c"}', "Expected `array`, got `str`"),
+    "locality a text": ('{"prompt": "a", "target": "b", "locality": ["c"]}', "locality as [", "$.locality[0]"),
+    "locality key": ('{"prompt": "a", "target": "b", "locality": [{"prompt": "c", "x": 1}]}', "unknown field `x`"),
+    "surrogate": (OK + '{"prompt": "a\\ud83d", "target": "b"}', "line 2: 'a\\ud83d' has half a surrogate pair"),
+    "surrogate in locality": ('{"src": "a", "alt": "b", "loc": "\\udc00"}', "line 1: '\\udc00' has half"),
+    "surrogate in a key": (
+        OK + '{"prompt": "a", "target": "b", "locality": [{"\\ud800": "c"}]}',
+        "line 2: 'utf-8' codec can't encode character '\\ud800'",
+    ),
+    "latin-1": (OK.encode() + "{é".encode("latin-1"), "line 2: byte 0xe9 is not UTF-8; save as UTF-8"),
+    "latin-1 after a BOM": (b"\xef\xbb\xbf\n\n\xff", "line 3: byte 0xff is not UTF-8"),
+    "utf-16": (OK.encode("utf-16"), "line 1: byte 0xff is not UTF-8"),
+    "empty": (b"", 'edits.jsonl: holds no edit; write one {"prompt": "...", "target": "..."} per line'),
+    "only blanks": ("\n \n", "holds no edit"),
+    "empty array": ("[\n]\n", "holds no edit"),
+    "mquake without rewrites": ('{"requested_rewrite": [], "questions": []}', "holds no edit"),
+    "mquake rewrite": (
+        '{"requested_rewrite": [1], "questions": []}',
+        "'requested_rewrite' is [1]; write a list of obj",
+    ),
+    "counterfact rewrite": ('{"requested_rewrite": [1]}', "'requested_rewrite' is [1]; write an object"),
+    "counterfact cloze": (
+        '{"requested_rewrite": {"prompt": "who", "subject": "s", "target_new": {"str": "t"}}}',
+        "'requested_rewrite.prompt' is 'who'; write text with {} once",
+    ),
+    "counterfact target": (
+        '{"requested_rewrite": {"prompt": "{}", "subject": "s", "target_new": "t"}}',
+        "'target_new' is 't'; write an object",
+    ),
+    "counterfact neighbours": (
+        '{"requested_rewrite": {"prompt": "{}", "subject": "s", "target_new": {"str": "t"}}, '
+        '"neighborhood_prompts": [3]}',
+        "'neighborhood_prompts' is [3]; write text or a list of texts",
+    ),
+    "knowedit locality": ('{"prompt": "a", "target_new": "b", "locality": []}', "'locality' is []; write an object"),
+    "knowedit probes": (
+        '{"prompt": "a", "target_new": "b", "locality": {"X": ["p"]}}',
+        "'locality.X' is ['p']; write a list of",
+    ),
+    "knowedit answer": (
+        '{"prompt": "a", "target_new": "b", "locality": {"X": [{"prompt": "p", "ground_truth": [[4]]}]}}',
+        "'ground_truth' is 4; write text or a list of texts",
+    ),
+    "zsre subject": (
+        '{"src": "a", "alt": "b", "subject": 4}',
+        "'subject' is 4; write text in double quotes (file read as format 'zsre')",
+    ),
+}
+
+
+@pytest.mark.parametrize("content_and_parts", BAD.values(), ids=BAD.keys())
+def test_refused(tmp_path: Path, content_and_parts: tuple[str | bytes, ...]) -> None:
+    content, *parts = content_and_parts
+    path = write(tmp_path / "edits.jsonl", content)
+    with pytest.raises(EditFileError) as caught:
+        read_edits(path)
+    message = str(caught.value)
+    assert message.startswith(str(path)) and "\n" not in message and len(message) < len(str(path)) + 500
+    for part in parts:
+        assert str(part) in message
+
+
+def test_named_format_must_fit(tmp_path: Path) -> None:
+    path = write(tmp_path / "e.jsonl", '{"src": "a", "alt": "b"}')
+    with pytest.raises(EditFileError, match=r"line 1: 'prompt' is missing; .* \(file read as format 'easyedit'\)"):
+        read_edits(path, "easyedit")
+
+
+def test_unknown_format_name(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no edit format 'zsr'; use one of memoir, zsre, knowedit, easyedit"):
+        read_edits(tmp_path / "never-opened.jsonl", "zsr")
+
+
+def test_unreadable_path(tmp_path: Path) -> None:
+    with pytest.raises(EditFileError, match=r"cannot be read \(No such file or directory\)"):
+        read_edits(tmp_path / "none.jsonl")
+    with pytest.raises(EditFileError, match=r"cannot be read \(Is a directory\)"):
+        read_edits(tmp_path)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=6,
+)
+sample_keys = sorted({key for record, _ in RECORDS.values() for key in record})
+near_records = st.sampled_from([record for record, _ in RECORDS.values()]).flatmap(
+    lambda record: st.dictionaries(st.sampled_from(sample_keys), json_values, max_size=3).map(
+        lambda changes: json.dumps({**record, **changes}).encode()
+    )
+)
+mangled = st.tuples(near_records, st.integers(0, 400), st.binary(max_size=4)).map(
+    lambda parts: parts[0][: parts[1]] + parts[2] + parts[0][parts[1] :]
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(content=st.lists(st.binary(max_size=40) | near_records | mangled, max_size=3).map(b"\n".join))
+def test_any_bytes_are_read_or_refused(tmp_path: Path, content: bytes) -> None:
+    path = write(tmp_path / "fuzz.jsonl", content)
+    try:
+        edits = read_edits(path)
+    except EditFileError as error:
+        message = str(error)
+        assert message.startswith(str(path)) and len(message.splitlines()) == 1
+        message.encode()  # a message must be printable
+    else:
+        assert edits and all(e.prompt.strip() and e.target.strip() for e in edits)
+
+
+# --- duplicates and the choice of records
+
+
+def test_same_edit_twice_is_kept_once() -> None:
+    first = edit("What  is it?", "a  b")
+    assert check_duplicates([first, edit("other"), edit(" What is it?\n", "a b")]) == [first, edit("other")]
+
+
+def test_two_targets_are_refused() -> None:
+    wanted = "edits 1 and 3 give the prompt 'p ' two targets, 'x' and 'y'; drop one, or use --on-conflict first|last"
+    with pytest.raises(EditFileError) as caught:
+        check_duplicates([edit("p", "x"), edit("q"), edit("p ", "y")])
+    assert str(caught.value) == wanted
+
+
+@pytest.mark.parametrize(("keep", "target"), [("first", "x"), ("last", "z")])
+def test_two_targets_settled(keep: str, target: str) -> None:
+    edits = [edit("p", "x"), edit("q"), edit("p", "y"), edit("p", "z")]
+    assert check_duplicates(edits, keep=keep) == [edit("p", target), edit("q")]
+
+
+def test_last_of_back_and_forth_is_kept() -> None:
+    assert check_duplicates([edit("p", "x"), edit("p", "y"), edit("p", "x")], keep="last") == [edit("p", "x")]
+
+
+def test_unknown_keep() -> None:
+    with pytest.raises(ConfigError, match="keep='newest' is unknown; use 'refuse', 'first' or 'last'"):
+        check_duplicates([], keep="newest")
+
+
+def test_distinct_subjects_and_prompts() -> None:
+    edits = [edit("a", subject="s"), edit("b", subject=" s"), edit("a "), edit("c"), edit("d"), edit("e")]
+    assert limit_distinct_subjects(edits, 3) == [edits[0], edits[3], edits[4]]
+    assert len(limit_distinct_subjects(edits, 99)) == 4
+
+
+def test_limit_below_one() -> None:
+    with pytest.raises(ConfigError, match="cannot take 0 edits; ask for 1 or more"):
+        limit_distinct_subjects([], 0)
+
+
+# --- what comes along
+
+
+def test_example_edits() -> None:
+    edits = read_edits(ROOT / "examples/zsre-100.jsonl", "memoir")
+    assert len(edits) == 100 == len(limit_distinct_subjects(edits, 100))
+    assert all(e.rephrases and e.locality and e.source for e in edits)
+
+
+@needs_sets
+def test_example_edits_are_those_of_the_set() -> None:
+    of_the_set = limit_distinct_subjects(read_edits(SETS / "zsre/zsre_mend_edit.jsonl"), 100)
+    example = read_edits(ROOT / "examples/zsre-100.jsonl")
+    assert [(e.prompt, e.target, e.rephrases, e.locality) for e in example] == [
+        (e.prompt, e.target, e.rephrases, e.locality) for e in of_the_set
+    ]
+
+
+def test_unrelated_examples() -> None:
+    lines = (ROOT / "examples/unrelated.jsonl").read_text(encoding="utf-8").splitlines()
+    prompts = [json.loads(line)["prompt"] for line in lines]
+    assert len(set(prompts)) == 20 and not set(prompts) & set(background_prompts())
+
+
+def test_background_prompts() -> None:
+    prompts = background_prompts()
+    assert len(set(prompts)) == 100
+    assert all(6 <= len(prompt.split()) <= 20 for prompt in prompts)
+
+
+def test_contexts() -> None:
+    contexts = json.loads((ROOT / "memoir_retrieval/data/contexts.json").read_text(encoding="utf-8"))
+    assert set(contexts) == {"chat", "raw"} and len(contexts["chat"]) == len(contexts["raw"]) == 8
+    assert all(text.endswith(". ") for text in contexts["raw"])
+    for messages in contexts["chat"]:
+        roles = [message["role"] for message in messages]
+        turns = roles[1:] if roles[0] == "system" else roles
+        assert turns == ["user", "assistant"] * (len(turns) // 2)  # the user's question comes next
