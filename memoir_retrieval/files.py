@@ -37,10 +37,13 @@ def publish(path: Path, data: bytes) -> None:
     try:
         _sync_folder(path.parent)  # what the new content names must be durable before the new content is
         os.replace(sibling, path)
-        _sync_folder(path.parent)
     except OSError as error:
         sibling.unlink(missing_ok=True)
         raise _said(path, len(data), error) from error
+    try:
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise StoreError(f"{path} is written, but a power cut may still undo it: {error.strerror}") from error
 
 
 @contextmanager

@@ -170,7 +170,8 @@ def write_generation(
         made = Manifest(format=FORMAT, library=library_version(), **manifest, **entries)
         publish(folder / MANIFEST, msgspec.json.format(encode(made), indent=1))
     except StoreError:
-        _remove_others(folder, keep=generation - 1)
+        if (folder / MANIFEST).exists():
+            _remove_others(folder, keep=_read_manifest(folder).generation)
         raise
     _remove_others(folder, keep=generation)
     return made
