@@ -26,7 +26,7 @@ from memoir_retrieval.presets import preset_for
 from memoir_retrieval.prompts import Prompt, end_token, prompt_ids, target_ids
 from memoir_retrieval.span import derive_span_rule, find_span
 from memoir_retrieval.store import MANIFEST, EditStore, write_generation
-from memoir_retrieval.train import Training, train_edit
+from memoir_retrieval.train import Training, edit_activations, train_edit
 
 __all__ = ["Editor", "Progress", "contexts"]
 
@@ -109,7 +109,9 @@ class Editor:
         self._lock.__exit__(None, None, None)
 
     def _begin(self) -> None:
-        others = [p.name for p in self.path.iterdir() if not p.name.startswith((".", "memory-", "codes-", "edits-", MANIFEST))]
+        others = [
+            p.name for p in self.path.iterdir() if not p.name.startswith((".", "memory-", "codes-", "edits-", MANIFEST))
+        ]
         if others:
             raise StoreError(f"{self.path} is not empty and not a store (it holds {others[0]}): choose a new folder")
         self.generation = 0
@@ -142,6 +144,23 @@ class Editor:
     def _prepare(self) -> None:
         self.fingerprint = Fingerprint(self.background, self.permutation, self.k, self.base.device)
         self._past = self._frozen_contexts()
+        # C of `train`, one a memory: what earlier edits rely on. Not stored, since the edits can give it again.
+        self._used = torch.zeros(len(self.memories), self.base.d, self.base.d, device=self.base.device)
+        for edit in self.edits:
+            prompt, target = self._rows(edit)
+            columns = self._columns(self.codes[self.ids == edit.id][:1])
+            start = find_span(prompt, self.span).start
+            answer = [*target, end_token(self.base.tokenizer)]
+            self._remember(
+                edit.memory, columns, edit_activations(self.base, self._past, prompt[start:], answer, columns)
+            )
+
+    def _columns(self, code: np.ndarray) -> torch.Tensor:
+        """Positions of the ones of one packed code: int64 [k]."""
+        return torch.as_tensor(np.flatnonzero(unpack(code, self.base.d)[0]), device=self.base.device)
+
+    def _remember(self, memory: int, columns: torch.Tensor, activations: torch.Tensor) -> None:
+        self._used[memory][columns[:, None], columns] += activations.T @ activations
 
     def add(
         self,
@@ -198,7 +217,7 @@ class Editor:
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
         return prompt_ids(self.base.tokenizer, prompt, chat=self.chat)
 
-    def _rows(self, edit: Edit) -> tuple[list[int], list[int]]:
+    def _rows(self, edit: Edit | StoredEdit) -> tuple[list[int], list[int]]:
         """Token ids of prompt and target. Raises EditFileError where the model cannot be trained on them."""
         prompt = self._prompt_ids(edit.prompt)
         target = target_ids(self.base.tokenizer, edit.target, chat=self.chat)
@@ -233,13 +252,21 @@ class Editor:
         prompt, target = self._rows(edit)
         span = find_span(prompt, self.span)
         code = self.fingerprint.codes(question_means(self.base, [prompt], [span]))
-        columns = torch.as_tensor(np.flatnonzero(unpack(code, self.base.d)[0]), device=self.base.device)
+        columns = self._columns(code)
         answer = [*target, end_token(self.base.tokenizer)]
         memory = len(self.memories) - 1
         result = train_edit(
-            self.base, self._past, prompt[span.start :], answer, columns, self.memories[memory], self.training
+            self.base,
+            self._past,
+            prompt[span.start :],
+            answer,
+            columns,
+            weights=self.memories[memory][:, columns],
+            used=self._used[memory][columns[:, None], columns],
+            training=self.training,
         )
         self.memories[memory][:, columns] = result.columns
+        self._remember(memory, columns, result.activations)
         self.codes = np.concatenate([self.codes, code])
         self.ids = np.append(self.ids, np.int64(self.next_id))
         self.memory_of = np.append(self.memory_of, np.int32(memory))

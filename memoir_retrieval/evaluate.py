@@ -89,11 +89,13 @@ def evaluate(
     started = time.monotonic()
     own = {(edit.prompt, edit.target): edit.id for edit in stored}
     missing = [edit.prompt for edit in edits if (edit.prompt, edit.target) not in own]
-    if missing or not edits:
-        what = f"{len(missing)} of {len(edits)} edits of the file are not stored, such as {missing[0]!r}" if edits else (
-            "the file has no edits"
+    if not edits:
+        raise ConfigError("the file has no edits: measure a store with the file it was made from")
+    if missing:
+        raise ConfigError(
+            f"{len(missing)} of {len(edits)} edits of the file are not stored, such as {missing[0]!r}: "
+            "measure a store with the file it was made from, or with fewer of its edits (--limit)"
         )
-        raise ConfigError(f"{what}: measure a store with the file it was made from")
     before = unseen_context(context)
 
     def ask(prompt: str) -> list[int]:

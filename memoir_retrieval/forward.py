@@ -8,7 +8,7 @@ forward runs the rest with its own masks, rotary embeddings, final norm and head
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -19,8 +19,7 @@ from memoir_retrieval.model import BaseModel
 __all__ = [
     "FrozenPast",
     "frozen_past",
-    "input_of_block",
-    "projection_inputs",
+    "frozen_run",
     "question_means",
     "right_pad",
     "run_from_block",
@@ -49,6 +48,18 @@ class FrozenPast:
         self.cache = cache
         self.lengths = lengths
         self.width = int(lengths.max())
+
+    def first(self) -> FrozenPast:
+        """The first context alone."""
+        if self.cache is None:
+            return FrozenPast(None, self.lengths[:1])
+        n = int(self.lengths[0])
+        if n == 0:
+            return FrozenPast(None, self.lengths[:1])
+        kept = [
+            _FrozenLayer(x.keys[:1, :, self.width - n :], x.values[:1, :, self.width - n :]) for x in self.cache.layers
+        ]
+        return FrozenPast(Cache(layers=kept), self.lengths[:1])
 
     def inputs(self, ids: torch.Tensor) -> dict[str, Any]:
         """Model inputs that continue every context with ids: int64 [B, T]."""
@@ -106,40 +117,29 @@ class _Reached(Exception):
     """Unwinds a forward pass that has seen what it was run for."""
 
 
-@contextmanager
-def _hooked(handle: Any) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 @torch.no_grad()
-def projection_inputs(base: BaseModel, inputs: dict[str, Any]) -> torch.Tensor:
-    """The edited projection's input activations [B, T, D]. Blocks above it are not run."""
-    seen: list[torch.Tensor] = []
+def frozen_run(base: BaseModel, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run the model up to the edited projection: (hidden, activations).
 
-    def catch(_module: Any, args: tuple[Any, ...]) -> None:
-        seen.append(args[0].detach())
+    hidden: [B, T, H], what enters the edited block. activations: [B, T, D], what enters its projection. Nothing
+    above the projection is run.
+    """
+    hidden: list[torch.Tensor] = []
+    activations: list[torch.Tensor] = []
+
+    def enter(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden.append((args[0] if args else kwargs["hidden_states"]).detach())
+
+    def reach(_module: Any, args: tuple[Any, ...]) -> None:
+        activations.append(args[0].detach())
         raise _Reached
 
-    with _hooked(base.projection.register_forward_pre_hook(catch)), suppress(_Reached):
+    with ExitStack() as hooks:
+        hooks.callback(base.blocks[base.layer].register_forward_pre_hook(enter, with_kwargs=True).remove)
+        hooks.callback(base.projection.register_forward_pre_hook(reach).remove)
+        hooks.enter_context(suppress(_Reached))
         base.model(**inputs, logits_to_keep=1)
-    return seen[0]
-
-
-@torch.no_grad()
-def input_of_block(base: BaseModel, inputs: dict[str, Any]) -> torch.Tensor:
-    """The hidden states [B, T, H] that enter the edited block. That block and those above it are not run."""
-    seen: list[torch.Tensor] = []
-
-    def catch(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.append((args[0] if args else kwargs["hidden_states"]).detach())
-        raise _Reached
-
-    with _hooked(base.blocks[base.layer].register_forward_pre_hook(catch, with_kwargs=True)), suppress(_Reached):
-        base.model(**inputs, logits_to_keep=1)
-    return seen[0]
+    return hidden[0], activations[0]
 
 
 class _Skipped(torch.nn.Module):
@@ -163,8 +163,8 @@ def run_from_block(
 ) -> Iterator[Any]:
     """Within the context the model starts at the edited block with `hidden` and adds `delta(a)` to its projection.
 
-    hidden: [B, T, H] from `input_of_block`. delta: from the projection's input a [B, T, D] to [B, T, H].
-    Yields the model; call it with the same inputs as `input_of_block`.
+    hidden: [B, T, H] from `frozen_run`. delta: from the projection's input a [B, T, D] to [B, T, H].
+    Yields the model; call it with the same inputs as `frozen_run`.
     """
 
     def add(_module: Any, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
@@ -197,7 +197,7 @@ def question_means(
     for at in range(0, len(order), batch_size):
         batch = order[at : at + batch_size]
         ids, _ = right_pad([prompts[i] for i in batch], base.device)
-        activations = projection_inputs(base, {"input_ids": ids, "use_cache": False})
+        _, activations = frozen_run(base, {"input_ids": ids, "use_cache": False})
         for row, i in enumerate(batch):
             out[i] = span_mean(activations[row], *spans[i])
     return out

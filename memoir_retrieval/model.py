@@ -62,7 +62,10 @@ class BaseModel:
     def max_length(self) -> int:
         """Positions the model can take, in tokens."""
         config = self.model.config.get_text_config()
-        return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", 1 << 30))
+        for name in ("max_position_embeddings", "n_positions"):
+            if limit := getattr(config, name, None):
+                return int(limit)
+        return 1 << 30
 
     @cached_property
     def identity(self) -> Identity:

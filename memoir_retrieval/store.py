@@ -167,7 +167,8 @@ def write_generation(
         for kind, (name, data) in contents.items():
             write_synced(folder / name, data)
             entries[kind] = FileEntry(name, len(data), hashlib.sha256(data).hexdigest())
-        made = Manifest(format=FORMAT, library=library_version(), **manifest, **entries)
+        fields: dict[str, Any] = {**manifest, **entries}
+        made = Manifest(format=FORMAT, library=library_version(), **fields)
         publish(folder / MANIFEST, msgspec.json.format(encode(made), indent=1))
     except StoreError:
         if (folder / MANIFEST).exists():

@@ -1,0 +1,160 @@
+"""Our section of vLLM's configuration: what it may say, what it asks of vLLM's flags, what it changes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import msgspec
+
+from memoir_retrieval.errors import ConfigError
+from memoir_retrieval.model import identify, resolve
+from memoir_retrieval.store import EditStore, Manifest, library_version
+from memoir_vllm.op import OP
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig, VllmConfig
+    from vllm.engine.arg_utils import EngineArgs
+
+__all__ = ["MemoirConfig", "apply", "check_version", "of", "open_store", "prefer", "read", "refuse"]
+
+TESTED = ((0, 32),)
+# vLLM's worker class -> ours, which inherits from it. The slot takes one class by name.
+WORKERS = {
+    "vllm.v1.worker.cpu_worker.CPUWorker": "memoir_vllm.cpu_worker.MemoirCPUWorker",
+    "vllm.v1.worker.gpu_worker.Worker": "memoir_vllm.gpu_worker.MemoirGPUWorker",
+}
+
+
+class MemoirConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The `memoir` section of `--additional-config`.
+
+    `store`: folder of the edits. `mode`: "single" decides and applies in the one step that holds a whole prompt.
+    `tau`: matches from this overlap on, instead of the store's own threshold.
+    """
+
+    store: Annotated[str, msgspec.Meta(min_length=1)]
+    mode: Literal["single"] = "single"
+    tau: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
+
+
+def check_version() -> None:
+    """Raises ConfigError for a vLLM that this plugin was never run on: its internals move with every release."""
+    from vllm.version import __version__, __version_tuple__
+
+    if tuple(__version_tuple__[:2]) in TESTED or os.environ.get("MEMOIR_ALLOW_UNTESTED") == "1":
+        return
+    tested = ", ".join(f"{major}.{minor}.x" for major, minor in TESTED)
+    raise ConfigError(
+        f"memoir was tested with vLLM {tested}, this is {__version__}: install a tested version, "
+        "or set MEMOIR_ALLOW_UNTESTED=1 to try"
+    )
+
+
+def read(section: Any) -> MemoirConfig:
+    """Raises ConfigError, naming the key, for a section that is not what `MemoirConfig` describes."""
+    try:
+        config = msgspec.convert(section, MemoirConfig)
+    except msgspec.ValidationError as error:
+        known = ", ".join(field.name for field in msgspec.structs.fields(MemoirConfig))
+        raise ConfigError(f'--additional-config {{"memoir": ...}}: {error}; known keys: {known}') from None
+    # Every process of the engine must find the same folder, whatever its working directory.
+    return msgspec.structs.replace(config, store=str(Path(config.store).expanduser().resolve()))
+
+
+def of(vllm_config: VllmConfig) -> MemoirConfig | None:
+    """The checked section of a VllmConfig that `apply` has seen, or None."""
+    section = (vllm_config.additional_config or {}).get("memoir")
+    return None if section is None else msgspec.convert(section, MemoirConfig)
+
+
+def open_store(config: MemoirConfig, model: ModelConfig) -> EditStore:
+    """Open the store and check that it was made on the served model. Raises StoreError or ModelError."""
+    store = EditStore.open(config.store)
+    store.require(identify(resolve(model.model), store.manifest.module), model.model)
+    return store
+
+
+def prefer(config: MemoirConfig, args: EngineArgs) -> None:
+    """Choose what we need for the flags that the user left open. `refuse` sees the others.
+
+    In mode `single` the op must see every row of a prompt in one step, and its Python must run in each step, which
+    a captured full graph would skip.
+    """
+    if args.enable_prefix_caching is None:
+        args.enable_prefix_caching = False
+    if args.enable_chunked_prefill is None:
+        args.enable_chunked_prefill = False
+    if args.compilation_config.cudagraph_mode is None:
+        from vllm.config import CUDAGraphMode
+
+        args.compilation_config.cudagraph_mode = CUDAGraphMode.PIECEWISE
+
+
+def refuse(config: MemoirConfig, vllm_config: VllmConfig) -> None:
+    """Raises one ConfigError that names every setting under which the edits would be wrong or missing."""
+    found = [text for wrong, text in _checks(config, vllm_config) if wrong]
+    if found:
+        raise ConfigError("memoir cannot serve edits with these settings: " + "; ".join(found))
+
+
+def _checks(config: MemoirConfig, vllm_config: VllmConfig) -> list[tuple[bool, str]]:
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    scheduler, cache, graphs = vllm_config.scheduler_config, vllm_config.cache_config, vllm_config.compilation_config
+    captured = graphs.cudagraph_mode is not None and bool(graphs.cudagraph_mode)
+    full = captured and graphs.cudagraph_mode.has_full_cudagraphs()
+    return [
+        (bool(cache.enable_prefix_caching), "prefix caching in mode single (use --no-enable-prefix-caching)"),
+        (bool(scheduler.enable_chunked_prefill), "chunked prefill in mode single (use --no-enable-chunked-prefill)"),
+        (
+            scheduler.long_prefill_token_threshold > 0,
+            "split long prompts in mode single (leave out --long-prefill-token-threshold)",
+        ),
+        (parallel.pipeline_parallel_size > 1, "pipeline parallelism (use --pipeline-parallel-size 1)"),
+        (parallel.decode_context_parallel_size > 1, "context parallelism (use --decode-context-parallel-size 1)"),
+        (parallel.prefill_context_parallel_size > 1, "context parallelism (use --prefill-context-parallel-size 1)"),
+        (parallel.use_ubatching, "micro-batches (leave out --enable-dbo and --ubatch-size)"),
+        (vllm_config.kv_transfer_config is not None, "KV transfer (leave out --kv-transfer-config)"),
+        (vllm_config.lora_config is not None, "LoRA adapters (leave out --enable-lora)"),
+        (vllm_config.speculative_config is not None, "speculative decoding (leave out --speculative-config)"),
+        (cache.kv_sharing_fast_prefill, "skipped prompt rows (leave out --kv-sharing-fast-prefill)"),
+        (model.runner_type != "generate", f"a {model.runner_type} model (use --runner generate)"),
+        (model.is_encoder_decoder, "an encoder-decoder model (serve a decoder-only model)"),
+        (model.enable_prompt_embeds, "prompt embeddings (leave out --enable-prompt-embeds)"),
+        (
+            str(model.tokenizer) != str(model.model) and not model.skip_tokenizer_init,
+            f"another tokenizer, {model.tokenizer} (leave out --tokenizer)",
+        ),
+        (
+            model.revision is not None and not Path(model.model).is_dir(),
+            f"revision {model.revision} of a Hub model (download that revision and serve its folder)",
+        ),
+        (scheduler.scheduler_cls is not None, f"scheduler {scheduler.scheduler_cls} (leave out --scheduler-cls)"),
+        (
+            parallel.worker_cls not in WORKERS,
+            f"worker {parallel.worker_cls} (leave out --worker-cls, serve on CPU or CUDA)",
+        ),
+        (full, 'full CUDA graphs (use --compilation-config \'{"cudagraph_mode": "PIECEWISE"}\')'),
+        (
+            captured and not graphs.splitting_ops,
+            "CUDA graphs that are not split (leave splitting_ops out of --compilation-config)",
+        ),
+    ]
+
+
+def apply(config: MemoirConfig, vllm_config: VllmConfig, manifest: Manifest) -> None:
+    """Hand our classes to vLLM through the slots that its configuration has for them."""
+    vllm_config.additional_config = {
+        **vllm_config.additional_config,
+        "memoir": msgspec.to_builtins(config),
+        # vLLM hashes this dict into the key of its compile cache (VllmConfig.compute_hash): what changes the graph
+        # must be here. The edits are read inside the opaque op, so a new generation needs no new compilation.
+        "memoir_graph": {"version": library_version(), "module": manifest.module},
+    }
+    kind = "MemoirAsyncScheduler" if vllm_config.scheduler_config.async_scheduling else "MemoirScheduler"
+    vllm_config.scheduler_config.scheduler_cls = f"memoir_vllm.scheduler.{kind}"
+    vllm_config.parallel_config.worker_cls = WORKERS[vllm_config.parallel_config.worker_cls]
+    splits = vllm_config.compilation_config.splitting_ops
+    if splits and OP not in splits:  # an empty list means that nothing is split, so nothing is captured either
+        splits.append(OP)

@@ -1,0 +1,128 @@
+"""What one request may ask of us, and what it is told.
+
+Options come in as `vllm_xargs` of the OpenAI API (`SamplingParams.extra_args`). They are checked in the front end, by
+a wrapper of `InputProcessor.process_inputs` (vllm/v1/engine/input_processor.py): the last place that knows the prompt's
+length and whose ValueError becomes a 400 for the one client.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import msgspec
+
+from memoir_retrieval.errors import ConfigError
+from memoir_retrieval.span import Span
+
+if TYPE_CHECKING:
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.engine import EngineCoreRequest
+    from vllm.v1.outputs import ModelRunnerOutput
+
+__all__ = ["Decision", "Options", "decisions_of", "install", "parse_options", "put_decisions"]
+
+Result = Literal["matched", "unmatched", "off", "unroutable"]
+
+_SPAN = re.compile(r"(\d{1,9}):(\d{1,9})")
+
+
+class Decision(msgspec.Struct, frozen=True):
+    """What became of one request; `kv_transfer_params["memoir"]` of its response.
+
+    `edit`: id of the edit that acts on it, or None. `overlap`: with the nearest edit, matched or not; 0 where none
+    was looked up. `result`: "off" where the request opted out, "unroutable" where it holds no question.
+    `generation`: of the store that answered.
+    """
+
+    edit: int | None
+    overlap: float
+    result: Result
+    generation: int
+
+
+def put_decisions(output: ModelRunnerOutput, decisions: Mapping[str, Decision]) -> ModelRunnerOutput:
+    """Send decisions, by request id, from a worker to the scheduler.
+
+    They go as an attribute beside the dataclass' fields: the object is pickled between the processes, so it arrives.
+    """
+    output.memoir_decisions = decisions
+    return output
+
+
+def decisions_of(output: ModelRunnerOutput) -> Mapping[str, Decision]:
+    """What `put_decisions` has put, or nothing."""
+    return getattr(output, "memoir_decisions", {})
+
+
+class Options(NamedTuple):
+    """off: serve the base model. span: the question's tokens as the client gives them, or None to find them."""
+
+    off: bool = False
+    span: Span | None = None
+
+
+def parse_options(extra_args: Mapping[str, Any] | None, prompt_len: int) -> Options:
+    """Read `vllm_xargs`. Raises ConfigError for a value or a key `memoir*` that is not known."""
+    ours = {key: value for key, value in (extra_args or {}).items() if key.startswith("memoir")}
+    off = ours.pop("memoir", None)
+    if off not in (None, "off"):
+        raise ConfigError(f'vllm_xargs memoir is {off!r}: use "off" to be served without edits, or leave it out')
+    span = _parse_span(ours.pop("memoir_span", None), prompt_len)
+    if ours:
+        raise ConfigError(f"vllm_xargs {next(iter(ours))!r} is not known: use memoir or memoir_span")
+    return Options(off == "off", span)
+
+
+def _parse_span(given: Any, prompt_len: int) -> Span | None:
+    if given is None:
+        return None
+    numbers = _SPAN.fullmatch(given) if isinstance(given, str) else None
+    span = Span(int(numbers[1]), int(numbers[2])) if numbers else None
+    if span is None or not 0 <= span.start < span.end <= prompt_len:
+        raise ConfigError(
+            f'vllm_xargs memoir_span is {given!r}: use "start:end" with 0 <= start < end <= {prompt_len}, '
+            "the number of prompt tokens"
+        )
+    return span
+
+
+def install() -> None:
+    """Wrap `InputProcessor.process_inputs` once; called in a process that has seen a `memoir` section.
+
+    Engines of the same process that have no such section are passed through.
+    """
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    original = InputProcessor.process_inputs
+    if hasattr(original, "_memoir"):
+        return
+
+    @functools.wraps(original)
+    def process_inputs(
+        self: InputProcessor, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
+    ) -> EngineCoreRequest:
+        request = original(self, request_id, prompt, params, *args, **kwargs)
+        if "memoir" in (self.vllm_config.additional_config or {}):
+            _check(request, params)
+        return request
+
+    process_inputs._memoir = True  # type: ignore[attr-defined]
+    InputProcessor.process_inputs = process_inputs
+
+
+def _check(request: EngineCoreRequest, params: SamplingParams) -> None:
+    """params: as they came in; the request holds a copy that vLLM has completed."""
+    from vllm.exceptions import VLLMValidationError
+
+    if request.resumable:
+        raise VLLMValidationError("memoir cannot serve streaming input: its prompt has no end to look up")
+    if params.max_tokens == 1 and params.watermarking is False and not params.detokenize:
+        # Only beam search asks so: each beam comes back as a prompt, whose raw text would be pooled as a question.
+        raise VLLMValidationError("memoir cannot serve beam search: use sampling (use_beam_search false)")
+    try:
+        parse_options(params.extra_args, len(request.prompt_token_ids or ()))
+    except ConfigError as error:
+        raise VLLMValidationError(str(error), parameter="vllm_xargs") from None

@@ -1,0 +1,226 @@
+"""What the op does in a step: pool the questions, decide, and add W(M * x) to the rows of matched requests.
+
+One `ResidualLayer` per worker. Its state is keyed by request id and lives from a request's first step until vLLM names
+the id finished, so it outlives preemption: a request that is computed again keeps its decision.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn import functional
+
+from memoir_retrieval.errors import ConfigError
+from memoir_retrieval.span import Span, find_span
+from memoir_vllm.requests import Decision, parse_options
+from memoir_vllm.routing import Route, Router
+
+__all__ = ["Batch", "ResidualLayer", "Rows"]
+
+
+class Rows(NamedTuple):
+    """Rows `[start, end)` of a step hold a request's tokens from `position` on."""
+
+    request_id: str
+    start: int
+    end: int
+    position: int
+
+
+@dataclass
+class _Request:
+    """span: the question. route: None until it is decided. mask: of the matched edit, this rank's share, on device."""
+
+    span: Span
+    route: Route | None = None
+    mask: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """All rows of a step that one residual memory acts on: index int64 [R], masks [S, D], owner int64 [R] in [0, S)."""
+
+    memory: int
+    index: torch.Tensor
+    masks: torch.Tensor
+    owner: torch.Tensor
+
+
+class ResidualLayer:
+    """The edited layer's state in one worker.
+
+    memories: [M, H, D]; this rank keeps its share of D in the serving dtype, as vLLM shards the layer's own weight.
+    """
+
+    def __init__(
+        self,
+        router: Router,
+        memories: torch.Tensor,
+        *,
+        rank: int = 0,
+        ranks: int = 1,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ):
+        share = memories.shape[2] // ranks
+        self._shard = slice(rank * share, (rank + 1) * share)
+        self._ranks = ranks
+        self._router = router
+        self.memories = memories[:, :, self._shard].to(device=device, dtype=dtype, copy=True).contiguous()
+        self.probe: Callable[[torch.Tensor, torch.Tensor], None] | None = None
+        self._requests: dict[str, _Request] = {}
+        self._step: Sequence[Rows] | None = None
+        self._decided: dict[str, Decision] = {}
+        self._acting: tuple[tuple[tuple[str, int, int], ...], list[Batch]] = ((), [])
+        self._stats = {"routed": 0, "matched": 0, "steps": 0, "rows": 0, "routing_s": 0.0, "residual_s": 0.0}
+
+    # ---- between steps, called by the model runner's wrappers ------------------------------------------------------
+
+    def admit(self, request_id: str, prompt_ids: Sequence[int], extra_args: Mapping[str, Any] | None) -> None:
+        """Take up a request whose first rows come in this step. One that is known, as after preemption, is kept."""
+        if request_id in self._requests:
+            return
+        try:
+            options = parse_options(extra_args, len(prompt_ids))
+        except ConfigError:  # a front end of another language let it pass; the response will say "unroutable"
+            self._settle(request_id, self._router.unroutable())
+            return
+        span = options.span or find_span(prompt_ids, self._router.rule)
+        if options.off:
+            self._settle(request_id, self._router.off())
+        elif span.start == span.end:
+            self._settle(request_id, self._router.unroutable())
+        else:
+            self._requests[request_id] = _Request(span)
+
+    def drop(self, request_ids: Iterable[str]) -> None:
+        """Forget requests that finished or were aborted."""
+        for request_id in request_ids:
+            if self._requests.pop(request_id, None) is not None:
+                self._acting = ((), [])
+            self._decided.pop(request_id, None)
+
+    def begin_step(self, rows: Sequence[Rows]) -> None:
+        """The rows of the coming forward. Without this call (profiling, warm-up, idle ranks) the op does nothing.
+
+        Raises RuntimeError where the rows of an undecided question are not all in this step: serving on would
+        silently serve the base model, or half an edit.
+        """
+        for r in rows:
+            request = self._requests[r.request_id]
+            if request.route is not None:
+                continue
+            start, end = request.span
+            seen = r.position + r.end - r.start
+            if seen > start and not r.position <= start < end <= seen:
+                raise RuntimeError(
+                    f"memoir: request {r.request_id} has tokens {r.position} to {seen} of its prompt in this step, "
+                    f"but its question is {start} to {end}: prompts must not be split or cached, check vLLM's flags"
+                )
+        self._step = rows
+
+    def end_step(self) -> None:
+        self._step = None
+
+    def take_decisions(self) -> dict[str, Decision]:
+        """What was decided since the last call, by request id."""
+        decided, self._decided = self._decided, {}
+        return decided
+
+    def stats(self) -> dict[str, int | float]:
+        """Counters since the start. Seconds are those of the host."""
+        router = self._router
+        return {"edits": router.edits, "generation": router.generation, "live": len(self._requests)} | self._stats
+
+    # ---- in the forward, called by the op --------------------------------------------------------------------------
+
+    def run(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        """x: [tokens, D/ranks] into the layer; y: [tokens, H] out of it, this rank's partial sum."""
+        if self.probe is not None:
+            self.probe(x, y)
+            return
+        if self._step is None:
+            return
+        began = time.perf_counter()
+        self._stats["steps"] += 1
+        self._route(x)
+        routed = time.perf_counter()
+        self._act(x, y)
+        self._stats["routing_s"] += routed - began
+        self._stats["residual_s"] += time.perf_counter() - routed
+
+    def _route(self, x: torch.Tensor) -> None:
+        """Look up every question that this step holds."""
+        assert self._step is not None
+        asked: list[tuple[str, int, int]] = []
+        for r in self._step:
+            request = self._requests[r.request_id]
+            shift = r.start - r.position
+            if request.route is None and request.span.end + shift <= r.end:
+                asked.append((r.request_id, request.span.start + shift, request.span.end + shift))
+        if not asked:
+            return
+        means = torch.stack([x[start:end].float().sum(0) / (end - start) for _, start, end in asked])
+        if self._ranks > 1:
+            from vllm.distributed import tensor_model_parallel_all_gather
+
+            # Every rank now holds the same numbers in the same order, so every rank decides alike.
+            means = tensor_model_parallel_all_gather(means, dim=-1)
+        for (request_id, _, _), route in zip(asked, self._router.route(means), strict=True):
+            self._settle(request_id, route)
+            self._stats["routed"] += 1
+            self._stats["matched"] += route.mask is not None
+
+    def _settle(self, request_id: str, route: Route) -> None:
+        request = self._requests.setdefault(request_id, _Request(Span(0, 0)))
+        request.route = route
+        if route.mask is not None:
+            mask = torch.from_numpy(route.mask[self._shard])
+            request.mask = mask.to(device=self.memories.device, dtype=self.memories.dtype)
+        self._decided[request_id] = route.decision
+
+    def _act(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        """Unmatched rows are never touched: adding zeros would not keep their bits."""
+        assert self._step is not None
+        acting: list[tuple[str, int, int]] = []
+        for r in self._step:
+            request = self._requests[r.request_id]
+            if request.mask is not None:
+                start = r.start + max(0, request.span.start - r.position)
+                if start < r.end:
+                    acting.append((r.request_id, start, r.end))
+        if not acting:
+            return
+        key = tuple(acting)
+        if key != self._acting[0]:  # the same rows of the same requests come back in every pure decode step
+            self._acting = (key, self._batches(acting))
+        for batch in self._acting[1]:
+            self.add(x, y, batch)
+            self._stats["rows"] += len(batch.index)
+
+    def add(self, x: torch.Tensor, y: torch.Tensor, batch: Batch) -> None:
+        """y += W (mask * x) on the rows of the batch, and on no other."""
+        one_row_each = len(batch.masks) == len(batch.owner)
+        masks = batch.masks if one_row_each else batch.masks[batch.owner]
+        y.index_add_(0, batch.index, functional.linear(x[batch.index] * masks, self.memories[batch.memory]))
+
+    def _batches(self, acting: Sequence[tuple[str, int, int]]) -> list[Batch]:
+        by_memory: dict[int, list[tuple[str, int, int]]] = {}
+        for entry in acting:
+            route = self._requests[entry[0]].route
+            assert route is not None
+            by_memory.setdefault(route.memory, []).append(entry)
+        device = self.memories.device
+        made = []
+        for memory, entries in sorted(by_memory.items()):
+            masks = [self._requests[request_id].mask for request_id, _, _ in entries]
+            index = torch.cat([torch.arange(start, end) for _, start, end in entries])
+            counts = torch.tensor([end - start for _, start, end in entries])
+            owner = torch.repeat_interleave(torch.arange(len(entries)), counts)
+            stacked = torch.stack([mask for mask in masks if mask is not None])
+            made.append(Batch(memory, index.to(device), stacked, owner.to(device)))
+        return made

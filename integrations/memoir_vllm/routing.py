@@ -1,0 +1,67 @@
+"""From the pooled activations of questions to the edits that answer them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from memoir_index import HammingIndex, unpack
+from memoir_retrieval.fingerprint import Fingerprint
+from memoir_retrieval.span import SpanRule
+from memoir_retrieval.store import EditStore
+from memoir_vllm.requests import Decision
+
+__all__ = ["Route", "Router"]
+
+
+@dataclass(frozen=True)
+class Route:
+    """A decision, and for a match the mask (bool [D]) and the number of the residual memory that hold the edit."""
+
+    decision: Decision
+    mask: np.ndarray | None = None
+    memory: int = 0
+
+
+class Router:
+    """The lookup side of one generation of a store."""
+
+    def __init__(self, store: EditStore, tau: float | None, device: torch.device | str):
+        manifest = store.manifest
+        self.generation = manifest.generation
+        self.rule: SpanRule = manifest.span
+        self.d = manifest.d
+        self.tau = manifest.tau if tau is None else tau
+        self.edits = len(store.edits)
+        self._fingerprint = Fingerprint(store.background, store.permutation, manifest.k, device)
+        self._index = HammingIndex.from_codes(manifest.d, manifest.k, store.ids, store.codes)
+        self._memory_of = store.memory_of
+
+    def off(self) -> Route:
+        """Of a request that opted out."""
+        return Route(Decision(None, 0.0, "off", self.generation))
+
+    def unroutable(self) -> Route:
+        """Of a request that holds no question, or one without a fingerprint."""
+        return Route(Decision(None, 0.0, "unroutable", self.generation))
+
+    def route(self, means: torch.Tensor) -> list[Route]:
+        """means: float32 [Q, D], the mean activation of each question, on this router's device."""
+        routes = [self.unroutable()] * len(means)
+        # A model may overflow on a strange prompt; that must not stop the engine for everyone else.
+        sound = torch.isfinite(means).all(dim=1).nonzero().flatten().tolist()
+        if not sound:
+            return routes
+        hits = self._index.search(self._fingerprint.codes(means[sound]), self.tau)
+        for at, edit, overlap, row in zip(
+            sound, hits.ids.tolist(), hits.overlaps.tolist(), hits.rows.tolist(), strict=True
+        ):
+            if row < 0:
+                routes[at] = Route(Decision(None, round(overlap, 4), "unmatched", self.generation))
+            else:
+                mask = unpack(self._index.code(row)[None], self.d)[0]
+                decision = Decision(edit, round(overlap, 4), "matched", self.generation)
+                routes[at] = Route(decision, mask, int(self._memory_of[row]))
+        return routes

@@ -1,0 +1,108 @@
+"""Following a model runner through its steps, by wrapping methods of the runner *instance*.
+
+V1 (vllm/v1/worker/gpu_model_runner.py) and V2 (vllm/v1/worker/gpu/model_runner.py) share `execute_model` and
+`sample_tokens`; they differ in where the order of the rows is known: `_prepare_inputs` and `prepare_inputs`. The
+runner, not the worker, is wrapped because Ray's compiled graphs call it directly (vllm/v1/executor/ray_utils.py).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
+
+from memoir_vllm.requests import Decision, put_decisions
+from memoir_vllm.residual import ResidualLayer, Rows
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.worker.gpu.input_batch import InputBatch
+
+__all__ = ["follow"]
+
+
+def follow(runner: Any, layer: ResidualLayer) -> str:
+    """Tell `layer` what each step of `runner` holds, and send its decisions along. Returns "V1" or "V2"."""
+    version = "V2" if hasattr(runner, "prepare_inputs") else "V1"
+    if version == "V2":
+        _wrap_v2(runner, layer)
+    else:
+        _wrap_v1(runner, layer)
+    _wrap_step(runner, layer)
+    return version
+
+
+def _wrap_step(runner: Any, layer: ResidualLayer) -> None:
+    execute_model, sample_tokens = runner.execute_model, runner.sample_tokens
+
+    @functools.wraps(execute_model)
+    def execute(scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
+        # An id may be finished and given to a new request in the same step: drop first.
+        layer.drop(scheduler_output.finished_req_ids)
+        for new in scheduler_output.scheduled_new_reqs:
+            layer.admit(new.req_id, new.prompt_token_ids or [], new.sampling_params and new.sampling_params.extra_args)
+        try:
+            return execute_model(scheduler_output, *args, **kwargs)
+        finally:
+            layer.end_step()
+
+    @functools.wraps(sample_tokens)
+    def sample(*args: Any, **kwargs: Any) -> Any:
+        output = sample_tokens(*args, **kwargs)
+        decisions = layer.take_decisions()
+        if not decisions or output is None:
+            return output
+        return _Decided(output, decisions) if hasattr(output, "get_output") else put_decisions(output, decisions)
+
+    runner.execute_model, runner.sample_tokens = execute, sample
+
+
+def _wrap_v1(runner: Any, layer: ResidualLayer) -> None:
+    prepare = runner._prepare_inputs
+
+    @functools.wraps(prepare)
+    def _prepare_inputs(scheduler_output: SchedulerOutput, num_scheduled_tokens: np.ndarray, *args: Any) -> Any:
+        prepared = prepare(scheduler_output, num_scheduled_tokens, *args)
+        batch = runner.input_batch
+        ids = batch.req_ids
+        # The runner's own counts, in the order of its batch; the scheduler's dict has another order.
+        edges = np.concatenate(([0], np.cumsum(num_scheduled_tokens)))
+        layer.begin_step(_rows(ids, edges, batch.num_computed_tokens_cpu))
+        return prepared
+
+    runner._prepare_inputs = _prepare_inputs
+
+
+def _wrap_v2(runner: Any, layer: ResidualLayer) -> None:
+    prepare = runner.prepare_inputs
+
+    @functools.wraps(prepare)
+    def prepare_inputs(*args: Any, **kwargs: Any) -> InputBatch:
+        batch = prepare(*args, **kwargs)
+        layer.begin_step(_rows(batch.req_ids, batch.query_start_loc_np, batch.num_computed_tokens_np))
+        return batch
+
+    runner.prepare_inputs = prepare_inputs
+
+
+def _rows(ids: list[str], edges: np.ndarray, positions: np.ndarray) -> list[Rows]:
+    """edges: [requests + 1 or more] first row of each request and the end of the last; positions: of the first rows."""
+    n = len(ids)
+    return list(map(Rows, ids, edges[:n].tolist(), edges[1 : n + 1].tolist(), positions[:n].tolist()))
+
+
+class _Decided(AsyncModelRunnerOutput):
+    """An output that is still on its way, with decisions for it."""
+
+    def __init__(self, output: AsyncModelRunnerOutput, decisions: Mapping[str, Decision]):
+        self._output = output
+        self._decisions = decisions
+
+    def get_output(self) -> ModelRunnerOutput:
+        return put_decisions(self._output.get_output(), self._decisions)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._output, name)

@@ -1,0 +1,62 @@
+"""What our worker classes add to vLLM's (vllm/v1/worker/gpu_worker.py, cpu_worker.py).
+
+`ParallelConfig.worker_cls` names the class that every executor starts (vllm/v1/worker/worker_base.py), so two ordinary
+overrides reach both model runners on CPU and GPU: `load_model`, before memory is profiled and the graph compiled, and
+`compile_or_warm_up_model`, the last call before requests come in.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.logger import init_logger
+
+from memoir_retrieval.errors import ConfigError
+from memoir_vllm import config
+from memoir_vllm.attach import attach
+from memoir_vllm.runner import follow
+from memoir_vllm.selftest import self_test
+
+if TYPE_CHECKING:
+    from memoir_vllm.residual import ResidualLayer
+
+__all__ = ["MemoirWorker"]
+
+# A child of vLLM's logger, so that vLLM's logging configuration applies to it.
+logger = init_logger("vllm.memoir")
+
+
+class MemoirWorker:
+    """Mixin in front of a vLLM worker class."""
+
+    vllm_config: Any
+    model_runner: Any
+    device: Any
+    _memoir: ResidualLayer
+
+    def load_model(self, **kwargs: Any) -> None:
+        super().load_model(**kwargs)  # type: ignore[misc]
+        ours = config.of(self.vllm_config)
+        if ours is None:
+            raise ConfigError(f"{type(self).__name__} needs a memoir section in --additional-config")
+        store = config.open_store(ours, self.vllm_config.model_config)
+        self._memoir = attach(store, ours.tau, self.vllm_config, self.model_runner.get_model(), self.device)
+        kind = follow(self.model_runner, self._memoir)
+        logger.info(
+            "memoir: serving %s, generation %d, %d edits on %s (mode %s, model runner %s)",
+            ours.store,
+            store.manifest.generation,
+            len(store.edits),
+            store.manifest.module,
+            ours.mode,
+            kind,
+        )
+
+    def compile_or_warm_up_model(self) -> Any:
+        times = super().compile_or_warm_up_model()  # type: ignore[misc]
+        self_test(self.model_runner, self._memoir)
+        return times
+
+    def memoir_stats(self) -> dict[str, int | float]:
+        """Counters of this worker; `collective_rpc("memoir_stats")` reads those of all."""
+        return self._memoir.stats()
