@@ -145,16 +145,16 @@ def frozen_run(base: BaseModel, inputs: dict[str, Any]) -> tuple[torch.Tensor, t
 class _Skipped(torch.nn.Module):
     """Stands for a block below the edited one. Its output is fixed, so whatever comes in is passed on."""
 
-    def __init__(self, block: torch.nn.Module, hidden: torch.Tensor | None):
+    def __init__(self, block: torch.nn.Module, hidden: torch.Tensor | None, as_tuple: bool):
         super().__init__()
-        self.__dict__["_block"] = block
-        self.__dict__["_hidden"] = hidden
+        self.__dict__.update(_block=block, _hidden=hidden, _as_tuple=as_tuple)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_block"], name)  # some models ask a block for its attention type
 
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return hidden_states if self.__dict__["_hidden"] is None else self.__dict__["_hidden"]
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        out = hidden_states if self.__dict__["_hidden"] is None else self.__dict__["_hidden"]
+        return (out,) if self.__dict__["_as_tuple"] else out
 
 
 @contextmanager
@@ -170,11 +170,12 @@ def run_from_block(
     def add(_module: Any, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
         return output + delta(args[0])
 
+    as_tuple = base.blocks_return_tuples
     originals = [base.blocks[i] for i in range(base.layer)]
     handle = base.projection.register_forward_hook(add)
     try:
         for i, block in enumerate(originals):
-            base.blocks[i] = _Skipped(block, hidden if i == base.layer - 1 else None)
+            base.blocks[i] = _Skipped(block, hidden if i == base.layer - 1 else None, as_tuple)
         if not originals:
             raise ValueError("the first block cannot be edited: choose layer 1 or above")
         yield base.model

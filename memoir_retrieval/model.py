@@ -68,6 +68,24 @@ class BaseModel:
         return 1 << 30
 
     @cached_property
+    def blocks_return_tuples(self) -> bool:
+        """Whether a block gives (hidden states, ...) and not the bare hidden states; architectures differ."""
+        import torch
+
+        seen: list[bool] = []
+
+        def look(_module: Any, _args: Any, output: Any) -> None:
+            seen.append(isinstance(output, tuple))
+
+        handle = self.blocks[0].register_forward_hook(look)
+        try:
+            with torch.no_grad():
+                self.model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=self.device), logits_to_keep=1)
+        finally:
+            handle.remove()
+        return seen[0]
+
+    @cached_property
     def identity(self) -> Identity:
         return identify(self.path, self.module)
 
