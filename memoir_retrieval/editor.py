@@ -11,6 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
 import numpy as np
 import torch
 
@@ -24,7 +25,7 @@ from memoir_retrieval.forward import FrozenPast, frozen_past, question_means
 from memoir_retrieval.model import BaseModel
 from memoir_retrieval.presets import preset_for
 from memoir_retrieval.prompts import Prompt, end_token, prompt_ids, target_ids
-from memoir_retrieval.span import derive_span_rule, find_span
+from memoir_retrieval.span import Span, derive_span_rule, find_span
 from memoir_retrieval.store import MANIFEST, EditStore, write_generation
 from memoir_retrieval.train import Training, edit_activations, train_edit
 
@@ -135,6 +136,7 @@ class Editor:
         self.generation, self.next_id = made.generation, made.next_id
         self.span, self.contexts, self.chat = made.span, made.contexts, made.chat
         self.k, self.tau, self.seed = made.k, made.tau, made.seed
+        self.training = msgspec.convert(made.training, Training)
         self.permutation, self.background = store.permutation, store.background
         self.memories = torch.as_tensor(store.memories, device=self.base.device).clone()
         self.edits = list(store.edits)
@@ -144,6 +146,7 @@ class Editor:
     def _prepare(self) -> None:
         self.fingerprint = Fingerprint(self.background, self.permutation, self.k, self.base.device)
         self._past = self._frozen_contexts()
+        self._other_tokens = np.array([t for p in background_prompts() for t in self.base.tokenizer(p).input_ids])
         # C of `train`, one a memory: what earlier edits rely on. Not stored, since the edits can give it again.
         self._used = torch.zeros(len(self.memories), self.base.d, self.base.d, device=self.base.device)
         for edit in self.edits:
@@ -237,7 +240,7 @@ class Editor:
     def _frozen_contexts(self) -> FrozenPast:
         """The tokens before the question, in every training context; the first is the bare prompt's own."""
         if self.span.rule == "all":  # every token is edited, so nothing before the question is frozen
-            return FrozenPast(None, torch.zeros(1, dtype=torch.int64, device=self.base.device))
+            return FrozenPast(None, torch.zeros(1 + self.training.variants, dtype=torch.int64, device=self.base.device))
         bare = self._prompt_ids("Who?")
         rows = [bare[: find_span(bare, self.span).start]]
         for context in self.contexts:
@@ -246,7 +249,18 @@ class Editor:
                 rows.append(ids[: find_span(ids, self.span).start])
             else:
                 rows.append(self._prompt_ids(context.rstrip()))
-        return frozen_past(self.base, rows)
+        return frozen_past(self.base, rows + rows[:1] * self.training.variants)
+
+    def _questions(self, prompt: list[int], span: Span) -> list[list[int]]:
+        """What follows each context of `_frozen_contexts`: the question as it is, or a noisy variant of it."""
+        question, rest = prompt[span.start : span.end], prompt[span.end :]
+        random = np.random.default_rng([self.seed, self.next_id])
+        rows = [question] * (len(self._past.lengths) - self.training.variants)
+        for _ in range(self.training.variants):
+            replaced = random.random(len(question)) < self.training.noise
+            others = random.choice(self._other_tokens, len(question))
+            rows.append(np.where(replaced, others, question).tolist())
+        return [[*row, *rest] for row in rows]
 
     def _train(self, edit: Edit) -> StoredEdit:
         prompt, target = self._rows(edit)
@@ -258,7 +272,7 @@ class Editor:
         result = train_edit(
             self.base,
             self._past,
-            prompt[span.start :],
+            self._questions(prompt, span),
             answer,
             columns,
             weights=self.memories[memory][:, columns],

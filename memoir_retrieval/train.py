@@ -25,13 +25,17 @@ __all__ = ["Trained", "Training", "edit_activations", "train_edit"]
 
 @dataclass(frozen=True)
 class Training:
-    """How edits are trained. `contexts`: how many of the library's contexts are trained beside the bare prompt.
+    """How edits are trained.
 
+    An edit is trained on the bare prompt, in `contexts` of the library's contexts, and on `variants` of the prompt
+    in which each question token is replaced by a random one with probability `noise`: a stand-in for rephrasings.
     max_steps, stop_loss: training ends at the step limit or below this mean loss (nats per target token).
     ridge: what a direction costs that no earlier edit uses; small values keep earlier edits more exactly.
     """
 
-    contexts: int = 2
+    contexts: int = 1
+    variants: int = 2
+    noise: float = 0.25
     max_steps: int = 60
     stop_loss: float = 0.02
     ridge: float = 1.0
@@ -53,23 +57,24 @@ class Trained(NamedTuple):
 def train_edit(
     base: BaseModel,
     past: FrozenPast,
-    question: Sequence[int],
+    questions: Sequence[Sequence[int]],
     answer: Sequence[int],
     columns: torch.Tensor,
     weights: torch.Tensor,
     used: torch.Tensor,
     training: Training,
 ) -> Trained:
-    """Train one edit in every context of `past`.
+    """Train one edit, each of B questions after its own context of `past`.
 
-    question: token ids from the question's first token to the end of the prompt. answer: target ids and the end
-    token. columns: int64 [k], the mask's positions. weights: float32 [H, k], the memory's columns there.
-    used: float32 [k, k], C on those columns.
+    questions: for each context the token ids from the question's first token to the end of the prompt, all of one
+    length; the first is the prompt as it is. answer: target ids and the end token. columns: int64 [k], the mask's
+    positions. weights: float32 [H, k], the memory's columns there. used: float32 [k, k], C on those columns.
     """
-    inputs = _inputs(base, past, question, answer)
+    inputs = _inputs(base, past, questions, answer)
     hidden, activations = frozen_run(base, inputs)
-    kept = torch.arange(len(question) - 1, len(question) + len(answer) - 1, device=base.device)
-    labels = torch.tensor(list(answer), device=base.device).repeat(len(past.lengths))
+    asked = len(questions[0])
+    kept = torch.arange(asked - 1, asked + len(answer) - 1, device=base.device)
+    labels = torch.tensor(list(answer), device=base.device).repeat(len(questions))
     seen = activations[..., columns].float()
     rows = seen.flatten(0, 1)
     basis = _basis(rows, used, training.ridge)
@@ -98,14 +103,15 @@ def edit_activations(
     base: BaseModel, past: FrozenPast, question: Sequence[int], answer: Sequence[int], columns: torch.Tensor
 ) -> torch.Tensor:
     """The activations that `train_edit` returned for this edit: float32 [T, k]."""
-    _, activations = frozen_run(base, _inputs(base, past.first(), question, answer))
+    _, activations = frozen_run(base, _inputs(base, past.first(), [question], answer))
     return activations[0][:, columns].float()
 
 
-def _inputs(base: BaseModel, past: FrozenPast, question: Sequence[int], answer: Sequence[int]) -> dict[str, Any]:
-    """Model inputs for question and answer in every context. The last answer token is predicted, never read."""
-    row = torch.tensor([*question, *answer[:-1]], device=base.device)
-    return past.inputs(row.expand(len(past.lengths), -1))
+def _inputs(
+    base: BaseModel, past: FrozenPast, questions: Sequence[Sequence[int]], answer: Sequence[int]
+) -> dict[str, Any]:
+    """Model inputs for the questions and the answer. The last answer token is predicted, never read."""
+    return past.inputs(torch.tensor([[*question, *answer[:-1]] for question in questions], device=base.device))
 
 
 def _basis(rows: torch.Tensor, used: torch.Tensor, ridge: float) -> torch.Tensor:

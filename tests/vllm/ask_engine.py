@@ -1,6 +1,6 @@
-"""Started by tests as a process of its own: reads flags and prompts from stdin, writes the replies to stdout's last line.
+"""One engine in a process of its own, for an environment that must not leak into the tests.
 
-An engine whose environment must not leak into the tests, or that must fail at start.
+Reads flags and prompts as JSON from stdin; the last line of stdout is the answer.
 """
 
 from __future__ import annotations

@@ -208,7 +208,9 @@ class Engine:
 
         self.llm = LLM(**engine_flags)
 
-    def ask(self, prompts: list[list[int]], options: list[dict[str, Any] | None] | None = None, **how: Any) -> list[Reply]:
+    def ask(
+        self, prompts: list[list[int]], options: list[dict[str, Any] | None] | None = None, **how: Any
+    ) -> list[Reply]:
         """prompts: token ids. options: `vllm_xargs` of each request."""
         return [self._reply(output, 0) for output in self.ask_raw(prompts, options, **how)]
 

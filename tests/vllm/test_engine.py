@@ -20,9 +20,7 @@ SAMPLED = {"temperature": 0.8, "seed": 7, "n": 2}
 @pytest.fixture(scope="module")
 def without_plugin(model_folder: Path, expected: dict[str, Expected]) -> dict[str, list]:
     """The same vLLM flags without a memoir section. Closed again: engines share the cores."""
-    engine = Engine(
-        **flags(model_folder, **SMALL_CACHE, enable_prefix_caching=False, enable_chunked_prefill=False)
-    )
+    engine = Engine(**flags(model_folder, **SMALL_CACHE, enable_prefix_caching=False, enable_chunked_prefill=False))
     prompts = [expected[name].ids for name in PROMPTS]
     try:
         return {"greedy": engine.ask(prompts), "sampled": engine.ask_raw(prompts, **SAMPLED)}
@@ -149,14 +147,19 @@ def test_a_chat_without_a_question_is_served_by_the_base_model(engine: Engine, e
 
 @pytest.mark.parametrize(
     "bad",
-    [{"memoir": "on"}, {"memoir": 1}, {"memoir_span": "5"}, {"memoir_span": "3:3"}, {"memoir_span": "0:999"}, {"memoire": 0}],
+    [
+        {"memoir": "on"},
+        {"memoir": 1},
+        {"memoir_span": "5"},
+        {"memoir_span": "3:3"},
+        {"memoir_span": "0:999"},
+        {"memoire": 0},
+    ],
     ids=str,
 )
 def test_unknown_options_are_refused(bad: dict, engine: Engine, expected: dict[str, Expected]) -> None:
     with pytest.raises(ValueError, match="vllm_xargs"):
-        engine.llm.generate(
-            {"prompt_token_ids": expected["edit 0"].ids}, _sampling(extra_args=bad), use_tqdm=False
-        )
+        engine.llm.generate({"prompt_token_ids": expected["edit 0"].ids}, _sampling(extra_args=bad), use_tqdm=False)
 
 
 def test_beam_search_is_refused(engine: Engine, expected: dict[str, Expected]) -> None:

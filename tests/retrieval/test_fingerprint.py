@@ -1,0 +1,53 @@
+"""TopHash: exactly k ones, ties to the lowest position, the same mask whatever the device would do with ties."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from memoir_index import popcount, unpack
+from memoir_retrieval.errors import ConfigError
+from memoir_retrieval.fingerprint import Fingerprint, permutation, top_positions
+
+
+def oracle(values: np.ndarray, k: int) -> set[int]:
+    return set(sorted(range(len(values)), key=lambda i: (-values[i], i))[:k])
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 4), min_size=8, max_size=64), st.data())
+def test_heavy_ties_go_to_the_lowest_position(values: list[int], data: st.DataObject) -> None:
+    k = data.draw(st.integers(1, len(values)))
+    row = torch.tensor(values, dtype=torch.bfloat16).float()
+    assert set(top_positions(row[None], k)[0].tolist()) == oracle(row.numpy(), k)
+
+
+def test_codes_are_the_permuted_top_k_of_the_distance_from_the_background() -> None:
+    d, k = 64, 10
+    rng = np.random.default_rng(1)
+    background, perm = rng.standard_normal(d).astype("f4"), permutation(d, 3)
+    means = torch.from_numpy(rng.standard_normal((5, d)).astype("f4"))
+    codes = Fingerprint(background, perm, k).codes(means)
+    assert codes.dtype == np.uint8 and codes.shape == (5, d // 8) and (popcount(codes) == k).all()
+    for row, bits in zip(means.numpy(), unpack(codes, d), strict=True):
+        assert set(np.flatnonzero(bits)) == {int(perm[i]) for i in oracle(np.abs(row - background), k)}
+
+
+def test_a_row_without_any_signal_still_has_k_ones() -> None:
+    codes = Fingerprint(np.zeros(16, "f4"), np.arange(16), 5).codes(torch.zeros(1, 16))
+    assert np.flatnonzero(unpack(codes, 16)[0]).tolist() == [0, 1, 2, 3, 4]
+
+
+def test_the_permutation_is_fixed_by_its_seed() -> None:
+    assert permutation(8, 0).tolist() == permutation(8, 0).tolist() != permutation(8, 1).tolist()
+    assert sorted(permutation(100, 7)) == list(range(100))
+
+
+def test_bad_input_is_refused() -> None:
+    with pytest.raises(ConfigError, match="k is 17, but the layer has D=16"):
+        Fingerprint(np.zeros(16, "f4"), np.arange(16), 17)
+    with pytest.raises(ConfigError, match="NaN"):
+        Fingerprint(np.zeros(16, "f4"), np.arange(16), 5).codes(torch.full((1, 16), torch.nan))

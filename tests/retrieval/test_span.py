@@ -1,0 +1,105 @@
+"""The question span is found from token ids alone, the same in every setting a chat can have."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from memoir_retrieval.embedded import get_model
+from memoir_retrieval.span import Span, SpanRule, derive_span_rule, find_span
+
+QUESTION = "Who founded the city of Aarhus?"
+SYSTEM = {"role": "system", "content": "You sell garden chairs. Answer in one word."}
+TURNS = [{"role": "user", "content": "Is it raining?"}, {"role": "assistant", "content": "Yes, since noon."}]
+# Layouts of published templates, on the embedded model's tokenizer, where their marks are ordinary text.
+LLAMA_2 = (
+    "{% if messages[0]['role'] == 'system' %}{% set sys = '<<SYS>>\n' + messages[0]['content'] + '\n<</SYS>>\n\n' %}"
+    "{% set rest = messages[1:] %}{% else %}{% set sys = '' %}{% set rest = messages %}{% endif %}"
+    "{% for m in rest %}{% if m['role'] == 'user' %}"
+    "{{ '[INST] ' + (sys if loop.first else '') + m['content'] + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m['content'] + ' <|im_end|>' }}{% endif %}{% endfor %}"
+)
+LLAMA_3 = (
+    "{{ '<|endoftext|>' }}{% for m in messages %}"
+    "{{ '<|im_start|>' + m['role'] + '<file_sep>\n\n' + m['content'] | trim + '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant<file_sep>\n\n' }}{% endif %}"
+)
+NO_SYSTEM = (
+    "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}{{ '<|im_start|>model\n' }}"
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(get_model("smollm2-135m"))
+
+
+@pytest.fixture(params=["own", "llama-2", "llama-3", "no-system"], scope="module")
+def chat(request: pytest.FixtureRequest) -> Any:
+    found = AutoTokenizer.from_pretrained(get_model("smollm2-135m"))
+    template = {"llama-2": LLAMA_2, "llama-3": LLAMA_3, "no-system": NO_SYSTEM}.get(request.param)
+    if template:
+        found.chat_template = template
+    return found
+
+
+def ids_of(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
+    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"])
+
+
+def question_of(tokenizer: Any, messages: list[dict[str, str]], rule: SpanRule) -> str:
+    ids = ids_of(tokenizer, messages)
+    start, end = find_span(ids, rule)
+    return tokenizer.decode(ids[start:end]).strip()
+
+
+@pytest.mark.parametrize("before", [[], [SYSTEM], TURNS, [*TURNS, *TURNS], [SYSTEM, *TURNS]])
+def test_the_question_is_found_in_every_setting(chat: Any, before: list[dict[str, str]]) -> None:
+    rule = derive_span_rule(chat)
+    if chat.chat_template == NO_SYSTEM and SYSTEM in before:
+        pytest.skip("this template refuses a system message")
+    assert question_of(chat, [*before, {"role": "user", "content": QUESTION}], rule) == QUESTION
+
+
+@pytest.mark.parametrize("question", ["\n\nWho?", "  Who is it", "Who?\n", "line one\nline two\n\nline three", "été ?"])
+def test_white_space_that_melts_into_the_marker_does_not_hide_it(tokenizer: Any, question: str) -> None:
+    rule = derive_span_rule(tokenizer)
+    assert question_of(tokenizer, [SYSTEM, *TURNS, {"role": "user", "content": question}], rule) == question.strip()
+
+
+def test_an_answer_begun_by_the_client_is_not_part_of_the_question(tokenizer: Any) -> None:
+    rule = derive_span_rule(tokenizer)
+    ids = ids_of(tokenizer, [{"role": "user", "content": QUESTION}]) + tokenizer("It was").input_ids
+    start, end = find_span(ids, rule)
+    assert tokenizer.decode(ids[start:end]) == QUESTION
+
+
+def test_an_empty_question_gives_an_empty_span(tokenizer: Any) -> None:
+    span = find_span(ids_of(tokenizer, [{"role": "user", "content": ""}]), derive_span_rule(tokenizer))
+    assert span.start == span.end
+
+
+def test_raw_text_is_pooled_whole_but_for_leading_special_tokens(tokenizer: Any) -> None:
+    ids = tokenizer(QUESTION).input_ids
+    assert find_span(ids, derive_span_rule(tokenizer)) == Span(0, len(ids))
+    assert find_span([1, *ids], SpanRule(leading=(1,))) == Span(1, len(ids) + 1)
+    assert find_span([], SpanRule()) == Span(0, 0)
+
+
+def test_the_rule_of_the_paper_pools_everything(tokenizer: Any) -> None:
+    ids = ids_of(tokenizer, [SYSTEM, *TURNS, {"role": "user", "content": QUESTION}])
+    assert find_span(ids, derive_span_rule(tokenizer, "all")) == Span(0, len(ids))
+
+
+@given(st.lists(st.integers(0, 5), max_size=40))
+def test_any_token_ids_give_a_span_inside_the_prompt(ids: list[int]) -> None:
+    rule = SpanRule(starts=((1, 2), (3,)), newlines=(4,), end=(5,), leading=(0,))
+    start, end = find_span(ids, rule)
+    assert 0 <= start <= end <= len(ids)
+    if 3 in ids or (1, 2) in itertools.pairwise(ids):
+        assert 5 not in ids[start:end]

@@ -1,0 +1,230 @@
+"""What stops an engine before it starts, what is chosen for it, and that without a memoir section nothing happens."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import flags, make_store
+from vllm.config import CompilationConfig, CUDAGraphMode, KVTransferConfig, VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+
+from memoir_retrieval.errors import ConfigError, StoreError, StoreMismatch
+from memoir_retrieval.model import BaseModel
+from memoir_vllm import config, engine
+
+
+@pytest.fixture(autouse=True)
+def _restore_patches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hooks of this process go with each test."""
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    monkeypatch.setattr(EngineArgs, "create_engine_config", EngineArgs.create_engine_config)
+    monkeypatch.setattr(InputProcessor, "process_inputs", InputProcessor.process_inputs)
+    engine.install()
+
+
+def create(model_folder: Path, store: Path | None, **more: Any) -> VllmConfig:
+    return EngineArgs(**flags(model_folder, store, **more)).create_engine_config()
+
+
+@pytest.fixture(scope="module")
+def section(model_folder: Path, store_folder: Path) -> Any:
+    """Create a config from any memoir section."""
+
+    def with_section(given: Any) -> VllmConfig:
+        return EngineArgs(**flags(model_folder, additional_config={"memoir": given})).create_engine_config()
+
+    return with_section
+
+
+def test_open_flags_are_chosen(model_folder: Path, store_folder: Path) -> None:
+    made = create(model_folder, store_folder)
+    assert made.cache_config.enable_prefix_caching is False
+    assert made.scheduler_config.enable_chunked_prefill is False
+    assert made.scheduler_config.scheduler_cls == "memoir_vllm.scheduler.MemoirScheduler"
+    assert made.parallel_config.worker_cls == "memoir_vllm.cpu_worker.MemoirCPUWorker"
+
+
+def test_full_cuda_graphs_are_never_the_default(model_folder: Path, store_folder: Path) -> None:
+    args = EngineArgs(**flags(model_folder, store_folder, enforce_eager=False))
+    config.prefer(config.read({"store": str(store_folder)}), args)
+    assert args.compilation_config.cudagraph_mode == CUDAGraphMode.PIECEWISE
+
+
+def test_the_graph_is_split_at_the_op(model_folder: Path, store_folder: Path) -> None:
+    split = CompilationConfig(splitting_ops=["vllm::unified_attention_with_output"])
+    made = create(model_folder, store_folder, enforce_eager=False, compilation_config=split)
+    assert made.compilation_config.splitting_ops == ["vllm::unified_attention_with_output", "vllm::memoir_residual"]
+
+
+def test_the_compile_cache_tells_engines_with_and_without_edits_apart(model_folder: Path, store_folder: Path) -> None:
+    assert create(model_folder, store_folder).compute_hash() != create(model_folder, None).compute_hash()
+
+
+def test_the_users_arguments_are_left_alone(model_folder: Path, store_folder: Path) -> None:
+    """An API server makes its configuration from the same arguments once more."""
+    args = EngineArgs(**flags(model_folder, store_folder))
+    first, second = args.create_engine_config(), args.create_engine_config()
+    assert args.additional_config == {"memoir": {"store": str(store_folder)}}
+    assert first.additional_config == second.additional_config
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"stor": "x"}, "unknown field `stor`"),
+        ({"store": "x", "layer": 3}, "unknown field `layer`"),
+        ({}, "missing required field `store`"),
+        ({"store": ""}, "store"),
+        ({"store": "x", "tau": 0}, "tau"),
+        ({"store": "x", "tau": 1.5}, "tau"),
+        ({"store": "x", "mode": "fast"}, "mode"),
+        ("x", "Expected `object`"),
+    ],
+    ids=str,
+)
+def test_a_bad_section_names_the_key_and_the_known_ones(given: Any, says: str, section: Any) -> None:
+    with pytest.raises(ConfigError) as refused:
+        section(given)
+    assert says in str(refused.value)
+    assert "known keys: store, mode, tau" in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "prefix caching": ({"enable_prefix_caching": True}, "--no-enable-prefix-caching"),
+    "chunked prefill": ({"enable_chunked_prefill": True}, "--no-enable-chunked-prefill"),
+    "split prompts": ({"long_prefill_token_threshold": 16}, "--long-prefill-token-threshold"),
+    "KV transfer": (
+        {"kv_transfer_config": KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")},
+        "--kv-transfer-config",
+    ),
+    "LoRA": ({"enable_lora": True}, "--enable-lora"),
+    "speculation": (
+        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}},
+        "--speculative-config",
+    ),
+    "prompt embeddings": ({"enable_prompt_embeds": True}, "--enable-prompt-embeds"),
+    "scheduler": ({"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "--scheduler-cls"),
+    "worker": ({"worker_cls": "vllm.v1.worker.xpu_worker.XPUWorker"}, "--worker-cls"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_refused_flags_are_named(what: str, model_folder: Path, store_folder: Path) -> None:
+    given, flag = REFUSED[what]
+    with pytest.raises(ConfigError, match="cannot serve edits") as refused:
+        create(model_folder, store_folder, **given)
+    assert flag in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+# Settings that vLLM itself does not accept on a CPU: set on a finished configuration.
+REFUSED_ELSEWHERE: dict[str, tuple[str, str, Any]] = {
+    "--pipeline-parallel-size": ("parallel_config", "pipeline_parallel_size", 2),
+    "--decode-context-parallel-size": ("parallel_config", "decode_context_parallel_size", 2),
+    "--prefill-context-parallel-size": ("parallel_config", "prefill_context_parallel_size", 2),
+    "--enable-dbo": ("parallel_config", "enable_dbo", True),
+    "--ubatch-size": ("parallel_config", "ubatch_size", 2),
+    "--kv-sharing-fast-prefill": ("cache_config", "kv_sharing_fast_prefill", True),
+    "--runner generate": ("model_config", "runner_type", "pooling"),
+    "--tokenizer": ("model_config", "tokenizer", "elsewhere"),
+    '{"cudagraph_mode": "PIECEWISE"}': ("compilation_config", "cudagraph_mode", CUDAGraphMode.FULL_AND_PIECEWISE),
+    "splitting_ops": ("compilation_config", "cudagraph_mode", CUDAGraphMode.PIECEWISE),
+}
+
+
+@pytest.mark.parametrize("flag", REFUSED_ELSEWHERE)
+def test_refused_settings_are_named(flag: str, model_folder: Path, store_folder: Path) -> None:
+    ours = config.read({"store": str(store_folder)})
+    args = EngineArgs(**flags(model_folder))
+    config.prefer(ours, args)
+    made = args.create_engine_config()
+    config.refuse(ours, made)
+    part, name, value = REFUSED_ELSEWHERE[flag]
+    object.__setattr__(getattr(made, part), name, value)
+    with pytest.raises(ConfigError) as refused:
+        config.refuse(ours, made)
+    assert flag in str(refused.value)
+
+
+def test_all_problems_come_in_one_message(model_folder: Path, store_folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--no-enable-prefix-caching.*--no-enable-chunked-prefill.*--enable-lora"):
+        create(model_folder, store_folder, enable_prefix_caching=True, enable_chunked_prefill=True, enable_lora=True)
+
+
+def test_an_untested_vllm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm.version.__version_tuple__", (0, 99, 0))
+    monkeypatch.setattr("vllm.version.__version__", "0.99.0")
+    with pytest.raises(ConfigError, match=r"0\.32\.x, this is 0\.99\.0.*MEMOIR_ALLOW_UNTESTED=1"):
+        config.check_version()
+    monkeypatch.setenv("MEMOIR_ALLOW_UNTESTED", "1")
+    config.check_version()
+
+
+def test_a_missing_store_stops_the_engine(model_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="does not exist"):
+        create(model_folder, tmp_path / "none")
+
+
+def test_a_damaged_store_stops_the_engine(base: BaseModel, model_folder: Path, tmp_path: Path) -> None:
+    folder = make_store(base, tmp_path / "edits")
+    memory = folder / "memory-3.safetensors"
+    memory.write_bytes(memory.read_bytes()[:-1] + b"!")
+    with pytest.raises(StoreError, match=r"memory-3\.safetensors is damaged"):
+        create(model_folder, folder)
+
+
+def test_a_store_of_another_model_stops_the_engine(model_folder: Path, store_folder: Path, tmp_path: Path) -> None:
+    """The same weights under another rope base are another model."""
+    other = tmp_path / "other"
+    other.mkdir()
+    for path in model_folder.iterdir():
+        (other / path.name).symlink_to(path)
+    changed = json.loads((model_folder / "config.json").read_text()) | {"rms_norm_eps": 1e-6}
+    (other / "config.json").unlink()
+    (other / "config.json").write_text(json.dumps(changed))
+    with pytest.raises(StoreMismatch, match=r"config\.json"):
+        create(other, store_folder)
+
+
+UNCONFIGURED = """
+import sys
+from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.layers.linear import RowParallelLinear
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine.input_processor import InputProcessor
+from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+from vllm.v1.worker.worker_base import WorkerWrapperBase
+
+classes = (RowParallelLinear, Scheduler, InputProcessor, CPUWorker, GPUModelRunner, WorkerWrapperBase)
+before = [dict(vars(c)) for c in classes]
+original = EngineArgs.create_engine_config
+args = EngineArgs(model=sys.argv[1], max_model_len=256)          # loads the plugins
+assert EngineArgs.create_engine_config is not original, "the plugin is not installed"
+made = args.create_engine_config()
+assert made.additional_config == {}, made.additional_config
+assert made.scheduler_config.scheduler_cls is None
+assert made.parallel_config.worker_cls == "vllm.v1.worker.cpu_worker.CPUWorker"
+assert made.cache_config.enable_prefix_caching and made.scheduler_config.enable_chunked_prefill
+assert [dict(vars(c)) for c in classes] == before, "a class of vLLM was changed"
+import memoir_vllm
+hook = EngineArgs.create_engine_config
+memoir_vllm.register()
+assert EngineArgs.create_engine_config is hook, "registered twice"
+ours = sorted(m for m in sys.modules if m.startswith(("memoir", "faiss")))
+assert ours == ["memoir_vllm", "memoir_vllm.engine"], ours
+"""
+
+
+def test_without_a_section_nothing_is_patched_or_imported(model_folder: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", UNCONFIGURED, str(model_folder)], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -1,0 +1,44 @@
+"""Options of one request: what is read and what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from memoir_retrieval.errors import ConfigError
+from memoir_retrieval.span import Span
+from memoir_vllm.requests import Options, parse_options
+
+
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [
+        (None, Options()),
+        ({}, Options()),
+        ({"top_a": 0.1, "kv_transfer_params": {}}, Options()),
+        ({"memoir": "off"}, Options(off=True)),
+        ({"memoir_span": "0:1"}, Options(span=Span(0, 1))),
+        ({"memoir_span": "3:10", "memoir": "off"}, Options(off=True, span=Span(3, 10))),
+    ],
+    ids=str,
+)
+def test_read(given: dict[str, Any] | None, read: Options) -> None:
+    assert parse_options(given, prompt_len=10) == read
+
+
+@pytest.mark.parametrize("value", ["on", "", "OFF", True, 1, ["off"], "edit:1"])
+def test_memoir_is_off_or_nothing(value: Any) -> None:
+    with pytest.raises(ConfigError, match='use "off"'):
+        parse_options({"memoir": value}, prompt_len=10)
+
+
+@pytest.mark.parametrize("value", ["5", "5:5", "6:5", "-1:5", "0:11", " 0:5", "0:5\n", "a:b", "0:5:1", 5, [0, 5]])
+def test_a_span_lies_in_the_prompt(value: Any) -> None:
+    with pytest.raises(ConfigError, match="0 <= start < end <= 10"):
+        parse_options({"memoir_span": value}, prompt_len=10)
+
+
+def test_unknown_keys_of_ours_are_refused() -> None:
+    with pytest.raises(ConfigError, match="'memoir_sapn'"):
+        parse_options({"memoir_sapn": "0:1"}, prompt_len=10)

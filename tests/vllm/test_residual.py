@@ -1,0 +1,295 @@
+"""Pooling, decisions and residual without an engine: random activations, hand-made steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from memoir_index import unpack
+from memoir_retrieval.edit import StoredEdit
+from memoir_retrieval.errors import ConfigError
+from memoir_retrieval.fingerprint import Fingerprint
+from memoir_retrieval.span import SpanRule
+from memoir_retrieval.store import EditStore
+from memoir_vllm.residual import ResidualLayer, Rows
+from memoir_vllm.routing import Router
+from memoir_vllm.runner import follow
+from memoir_vllm.selftest import self_test
+
+D, H, K, EDITS = 64, 16, 16, 3
+RULE = SpanRule(starts=((101,),), end=(102,))  # token 101 before a question, 102 after it
+
+
+def prompt(question: int, before: int = 0, after: int = 0) -> list[int]:
+    """Token ids with `before` tokens (the last a marker) around the question."""
+    return [1] * (before - 1) + [101] * (before > 0) + [5] * question + [102] * (after > 0) + [1] * (after - 1)
+
+
+@pytest.fixture
+def activations() -> torch.Tensor:
+    """What edit e's question of four tokens looks like: float32 [EDITS, 4, D]."""
+    return torch.randn(EDITS, 4, D, generator=torch.Generator().manual_seed(1))
+
+
+def store_of(activations: torch.Tensor, **manifest: Any) -> EditStore:
+    """Edit e lies in memory e % 2."""
+    n = len(activations)
+    background, perm = np.zeros(D, dtype=np.float32), np.random.default_rng(0).permutation(D)
+    empty = np.empty((0, D // 8), dtype=np.uint8)
+    codes = Fingerprint(background, perm, K).codes(activations.mean(1)) if n else empty
+    fields = {"generation": 7, "span": RULE, "d": D, "h": H, "k": K, "tau": 0.9, **manifest}
+    return EditStore(
+        path=Path(),
+        manifest=SimpleNamespace(**fields),  # type: ignore[arg-type]
+        memories=np.random.default_rng(1).standard_normal((2, H, D), dtype=np.float32),
+        background=background,
+        permutation=perm,
+        codes=codes,
+        ids=np.arange(n),
+        memory_of=(np.arange(n) % 2).astype(np.int32),
+        edits=tuple(StoredEdit(id=i, prompt="", target="", created="", loss=0, steps=0) for i in range(n)),
+    )
+
+
+def layer_of(store: EditStore, tau: float | None = None, **kwargs: Any) -> ResidualLayer:
+    return ResidualLayer(Router(store, tau, "cpu"), torch.from_numpy(store.memories), **kwargs)
+
+
+@pytest.fixture
+def store(activations: torch.Tensor) -> EditStore:
+    return store_of(activations)
+
+
+@pytest.fixture
+def layer(store: EditStore) -> ResidualLayer:
+    return layer_of(store)
+
+
+def step(layer: ResidualLayer, rows: list[Rows], x: torch.Tensor) -> torch.Tensor:
+    """One forward; returns what was added to y, NaN where a row was not touched."""
+    y = torch.zeros(len(x), H)
+    untouched = y.clone()
+    layer.begin_step(rows)
+    layer.run(x, y)
+    layer.end_step()
+    return torch.where((y == untouched).all(1, keepdim=True), torch.nan, y)
+
+
+def wanted(store: EditStore, edit: int, x: torch.Tensor) -> torch.Tensor:
+    mask = torch.from_numpy(unpack(store.codes[edit][None], D)[0])
+    return functional.linear(x * mask, torch.from_numpy(store.memories[edit % 2]))
+
+
+def test_a_mixed_step(layer: ResidualLayer, store: EditStore, activations: torch.Tensor) -> None:
+    """Two memories, an unmatched, an opted-out and an empty prompt; padding rows at the end."""
+    noise = torch.randn(20, D)
+    layer.admit("a", prompt(4), None)
+    layer.admit("b", prompt(4, before=2, after=3), {})
+    layer.admit("none", prompt(4), None)
+    layer.admit("off", prompt(4), {"memoir": "off"})
+    layer.admit("empty", prompt(0, before=1), None)
+    x = torch.cat([activations[0], noise[:2], activations[1], noise[2:9], activations[1], noise[9:20]])
+    rows = [
+        Rows("a", 0, 4, 0),
+        Rows("b", 4, 13, 0),
+        Rows("none", 13, 17, 0),
+        Rows("off", 17, 21, 0),
+        Rows("empty", 21, 22, 0),
+    ]
+    added = step(layer, rows, x)
+    decisions = layer.take_decisions()
+    assert {key: (d.edit, d.result) for key, d in decisions.items()} == {
+        "a": (0, "matched"),
+        "b": (1, "matched"),
+        "none": (None, "unmatched"),
+        "off": (None, "off"),
+        "empty": (None, "unroutable"),
+    }
+    assert decisions["a"].overlap == 1.0 and decisions["a"].generation == 7
+    assert layer.take_decisions() == {}
+    torch.testing.assert_close(added[:4], wanted(store, 0, x[:4]))
+    torch.testing.assert_close(added[6:13], wanted(store, 1, x[6:13]))
+    assert added[4:6].isnan().all(), "the template before the question is not edited"
+    assert added[13:].isnan().all()
+
+
+def test_generated_tokens_and_recomputed_prompts_are_edited(
+    layer: ResidualLayer, store: EditStore, activations: torch.Tensor
+) -> None:
+    layer.admit("a", prompt(4, before=2), None)
+    step(layer, [Rows("a", 0, 6, 0)], torch.cat([torch.randn(2, D), activations[0]]))
+    for position in (6, 7):  # the second step finds the first one's tensors again
+        x = torch.randn(3, D)
+        added = step(layer, [Rows("a", 1, 2, position)], x)
+        torch.testing.assert_close(added[1:2], wanted(store, 0, x[1:2]))
+        assert added[[0, 2]].isnan().all()
+    layer.admit("a", prompt(4, before=2), None)  # V2 sends a preempted request as a new one
+    x = torch.randn(8, D)
+    added = step(layer, [Rows("a", 0, 8, 0)], x)
+    assert added[:2].isnan().all()
+    torch.testing.assert_close(added[2:], wanted(store, 0, x[2:]))
+    assert layer.stats()["routed"] == 1
+
+
+def test_an_id_may_come_back_for_another_request(
+    layer: ResidualLayer, store: EditStore, activations: torch.Tensor
+) -> None:
+    for edit in (0, 1, 2):
+        layer.drop({"a"})
+        layer.admit("a", prompt(4), None)
+        step(layer, [Rows("a", 0, 4, 0)], activations[edit])
+        x = torch.randn(1, D)
+        torch.testing.assert_close(step(layer, [Rows("a", 0, 1, 4)], x), wanted(store, edit, x))
+    layer.drop({"a"})
+    assert layer.stats()["live"] == 0
+
+
+@pytest.mark.parametrize(("position", "count"), [(0, 4), (0, 9), (3, 6), (4, 6), (9, 1)])
+def test_a_split_or_cached_question_raises(layer: ResidualLayer, position: int, count: int) -> None:
+    layer.admit("a", prompt(7, before=3), None)
+    with pytest.raises(RuntimeError, match="question is 3 to 10"):
+        layer.begin_step([Rows("a", 0, count, position)])
+
+
+def test_what_stands_around_the_question_may_be_split(
+    layer: ResidualLayer, store: EditStore, activations: torch.Tensor
+) -> None:
+    layer.admit("a", prompt(4, before=3, after=2), None)
+    x = torch.randn(2, D)
+    assert step(layer, [Rows("a", 0, 2, 0)], x).isnan().all()
+    step(layer, [Rows("a", 0, 5, 2)], torch.cat([x[:1], activations[0]]))
+    torch.testing.assert_close(step(layer, [Rows("a", 0, 2, 7)], x), wanted(store, 0, x))
+
+
+def test_dummy_steps_do_nothing(layer: ResidualLayer) -> None:
+    y = torch.zeros(4, H)
+    layer.run(torch.randn(4, D), y)
+    assert not y.any()
+    assert layer.stats()["steps"] == 0
+
+
+def test_tau(store: EditStore, activations: torch.Tensor) -> None:
+    """tau 1 asks for the very mask; a blend of two questions matches only where tau allows it."""
+    blend = 0.6 * activations[0] + 0.4 * activations[1]
+    results = {}
+    for tau in (None, 1.0, 0.01):
+        layer = layer_of(store, tau)
+        for name, x in (("same", activations[0]), ("blend", blend)):
+            layer.admit(name, prompt(4), None)
+            step(layer, [Rows(name, 0, 4, 0)], x)
+        results[tau] = [d.result for d in layer.take_decisions().values()]
+    assert results == {
+        None: ["matched", "unmatched"],
+        1.0: ["matched", "unmatched"],
+        0.01: ["matched", "matched"],
+    }
+
+
+def test_an_empty_store_serves_the_base_model() -> None:
+    layer = layer_of(store_of(torch.empty(0, 4, D)))
+    layer.admit("a", prompt(4), None)
+    assert step(layer, [Rows("a", 0, 4, 0)], torch.randn(4, D)).isnan().all()
+    assert layer.take_decisions()["a"].overlap == 0.0
+
+
+def test_overflowing_activations_stop_nobody(layer: ResidualLayer, activations: torch.Tensor) -> None:
+    layer.admit("bad", prompt(4), None)
+    layer.admit("good", prompt(4), None)
+    x = torch.cat([torch.full((4, D), torch.inf), activations[2]])
+    step(layer, [Rows("bad", 0, 4, 0), Rows("good", 4, 8, 0)], x)
+    assert [d.result for d in layer.take_decisions().values()] == ["unroutable", "matched"]
+
+
+def test_an_unchecked_bad_option_is_answered_not_raised(layer: ResidualLayer) -> None:
+    layer.admit("a", prompt(4), {"memoir": "on"})
+    assert layer.take_decisions()["a"].result == "unroutable"
+
+
+def test_shards_add_up_to_the_whole(
+    store: EditStore, activations: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two ranks, each with half of D: the same decision, and partial sums whose sum is the residual."""
+    x = activations[1]
+    monkeypatch.setattr(
+        "vllm.distributed.tensor_model_parallel_all_gather", lambda means, dim: x.float().sum(0)[None] / len(x)
+    )
+    total = torch.zeros(4, H)
+    for rank in range(2):
+        layer = layer_of(store, rank=rank, ranks=2)
+        layer.admit("a", prompt(4), None)
+        share = x[:, rank * D // 2 : (rank + 1) * D // 2]
+        total += step(layer, [Rows("a", 0, 4, 0)], share)
+        assert layer.take_decisions()["a"].edit == 1
+    torch.testing.assert_close(total, wanted(store, 1, x))
+
+
+class FakeRunner:
+    """A model of one projection, with the interface of a model runner that `self_test` and `follow` use."""
+
+    def __init__(self, layer: ResidualLayer, *, calls_op: bool = True, uses_output: bool = True):
+        self.layer, self.calls_op, self.uses_output = layer, calls_op, uses_output
+        self.input_batch = SimpleNamespace(req_ids=["b", "a"], num_computed_tokens_cpu=np.array([0, 0, 9, 9]))
+        self.output: Any = SimpleNamespace()
+
+    def get_model(self) -> object:
+        return self
+
+    def _dummy_run(self, n: int, uniform_decode: bool) -> tuple[torch.Tensor, None]:
+        y = torch.zeros(n, H)
+        if self.calls_op:
+            self.layer.run(torch.ones(n, D), y)
+        return (y if self.uses_output else torch.zeros(n, H)), None
+
+    def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: np.ndarray) -> str:
+        return "prepared"
+
+    def execute_model(self, scheduler_output: Any) -> None:
+        self._prepare_inputs(scheduler_output, np.array([4, 4]))
+        self.layer.run(scheduler_output.x, scheduler_output.y)
+
+    def sample_tokens(self) -> Any:
+        return self.output
+
+
+def test_self_test_passes_a_sound_model(layer: ResidualLayer) -> None:
+    self_test(FakeRunner(layer), layer)
+    assert layer.probe is None
+    assert layer.stats()["steps"] == 0
+
+
+@pytest.mark.parametrize("broken", [{"calls_op": False}, {"uses_output": False}], ids=str)
+def test_self_test_refuses_a_model_that_goes_past_the_op(layer: ResidualLayer, broken: Mapping[str, bool]) -> None:
+    with pytest.raises(ConfigError, match="self-test"):
+        self_test(FakeRunner(layer, **broken), layer)
+    assert layer.probe is None
+
+
+def test_self_test_refuses_a_wrong_residual(layer: ResidualLayer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ResidualLayer, "add", lambda self, x, y, batch: None)
+    with pytest.raises(ConfigError, match="wrong by"):
+        self_test(FakeRunner(layer), layer)
+
+
+def test_following_a_runner(layer: ResidualLayer, activations: torch.Tensor) -> None:
+    """The batch's order, not the scheduler's; decisions travel with the output; finished ids go first."""
+    from memoir_vllm.requests import decisions_of
+
+    runner = FakeRunner(layer)
+    assert follow(runner, layer) == "V1"
+    new = [SimpleNamespace(req_id=name, prompt_token_ids=prompt(4), sampling_params=None) for name in "ab"]
+    x = torch.cat([activations[1], activations[0]])
+    runner.execute_model(SimpleNamespace(finished_req_ids=set(), scheduled_new_reqs=new, x=x, y=torch.zeros(8, H)))
+    assert {k: d.edit for k, d in decisions_of(runner.sample_tokens()).items()} == {"a": 0, "b": 1}
+    runner.output = SimpleNamespace(get_output=lambda: SimpleNamespace(tokens=3), more=4)
+    layer.admit("off", prompt(4), {"memoir": "off"})
+    delayed = runner.sample_tokens()
+    assert delayed.more == 4
+    assert decisions_of(delayed.get_output())["off"].result == "off"
+    assert layer.stats()["live"] == 3
