@@ -1,1 +1,67 @@
-"""MEMOIR edits for language models: train them, store them, look them up."""
+"""MEMOIR edits for language models: train them, store them, look them up, measure them.
+
+>>> from memoir_retrieval import Editor, load_model, read_edits
+>>> base = load_model("smollm2-135m")
+>>> with Editor(base, "edits") as editor:
+...     editor.add(read_edits("corrections.jsonl"))
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from memoir_retrieval.edit import Edit, Probe, StoredEdit
+    from memoir_retrieval.edit_files import read_edits
+    from memoir_retrieval.editor import Editor
+    from memoir_retrieval.errors import MemoirError
+    from memoir_retrieval.evaluate import evaluate
+    from memoir_retrieval.model import load_model
+    from memoir_retrieval.reference import EditedModel
+    from memoir_retrieval.retriever import Match, Retriever
+    from memoir_retrieval.store import EditStore
+    from memoir_retrieval.train import Training
+
+__all__ = [
+    "Edit",
+    "EditStore",
+    "EditedModel",
+    "Editor",
+    "Match",
+    "MemoirError",
+    "Probe",
+    "Retriever",
+    "StoredEdit",
+    "Training",
+    "evaluate",
+    "load_model",
+    "read_edits",
+]
+
+_HOME = {
+    "Edit": "edit",
+    "EditStore": "store",
+    "EditedModel": "reference",
+    "Editor": "editor",
+    "Match": "retriever",
+    "MemoirError": "errors",
+    "Probe": "edit",
+    "Retriever": "retriever",
+    "StoredEdit": "edit",
+    "Training": "train",
+    "evaluate": "evaluate",
+    "load_model": "model",
+    "read_edits": "edit_files",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Reading a store or printing help must not cost the seconds that importing torch takes.
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

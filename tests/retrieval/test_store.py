@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import read_format
 
 from memoir_index import pack
 from memoir_retrieval import files
@@ -223,3 +224,18 @@ def test_only_one_writer(tmp_path: Path) -> None:
         pass
     with files.store_lock(tmp_path):
         pass
+
+
+def test_the_documented_format_is_the_format(tmp_path: Path) -> None:
+    write(tmp_path)
+    store = EditStore.open(tmp_path)
+    read = read_format.read(tmp_path)
+    assert sorted(read) == [0, 1, 2]
+    for number, (edit, mask, memory) in read.items():
+        assert edit["prompt"] == store.edit(number).prompt
+        assert (pack(mask[None]) == store.codes[number]).all()
+        np.testing.assert_array_equal(memory, store.memories[0] * mask)
+    keys = set(json.loads((tmp_path / "memoir.json").read_text()))
+    documented = (Path(__file__).parents[2] / "docs" / "format.md").read_text().split("## Manifest")[1].split("##")[0]
+    assert keys == {key for line in documented.splitlines() if line.startswith("| `")
+                    for key in line.split("|")[1].replace("`", "").replace(" ", "").split(",")}  # fmt: skip

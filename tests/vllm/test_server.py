@@ -1,0 +1,95 @@
+"""The OpenAI-compatible server as users start it: options in `vllm_xargs`, the decision in `kv_transfer_params`."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from conftest import MAX_MODEL_LEN, NEW_TOKENS, PROMPTS, Expected
+
+pytestmark = pytest.mark.engine
+
+START_S = 240
+
+
+@pytest.fixture(scope="module")
+def client(model_folder: Path, store_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = tmp_path_factory.mktemp("server") / "log"
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--port", str(port), "--host", "127.0.0.1"]
+    command += ["--model", str(model_folder), "--served-model-name", "m", "--dtype", "float32", "--enforce-eager"]
+    command += ["--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", "8"]
+    command += ["--additional-config", json.dumps({"memoir": {"store": str(store_folder)}})]
+    with log.open("w") as out, httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as http:
+        server = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
+        try:
+            _wait(http, server, log)
+            yield http
+        finally:
+            server.terminate()
+            try:
+                server.wait(30)
+            except subprocess.TimeoutExpired:
+                server.kill()
+
+
+def _wait(http: httpx.Client, server: subprocess.Popen, log: Path) -> None:
+    until = time.monotonic() + START_S
+    while time.monotonic() < until and server.poll() is None:
+        try:
+            if http.get("/health").status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.5)
+    pytest.fail(f"the server did not start:\n{log.read_text()[-3000:]}")
+
+
+def ask(client: httpx.Client, name: str, **more: Any) -> httpx.Response:
+    prompt = PROMPTS[name]
+    given = {"prompt": prompt} if isinstance(prompt, str) else {"messages": prompt}
+    path = "/v1/completions" if isinstance(prompt, str) else "/v1/chat/completions"
+    how = {"model": "m", "temperature": 0, "max_tokens": NEW_TOKENS, "return_token_ids": True}
+    return client.post(path, json={**how, **given, **more})
+
+
+@pytest.mark.parametrize("name", ["edit 0", "unrelated 0", "chat edit after system", "chat edit as third turn"])
+def test_answers_and_decisions(client: httpx.Client, name: str, expected: dict[str, Expected]) -> None:
+    wanted = expected[name]
+    body = ask(client, name).raise_for_status().json()
+    assert body["choices"][0]["token_ids"] == wanted.tokens
+    assert body["kv_transfer_params"]["memoir"]["edit"] == wanted.edit
+
+
+def test_opting_out(client: httpx.Client, expected: dict[str, Expected]) -> None:
+    body = ask(client, "edit 0", vllm_xargs={"memoir": "off"}).raise_for_status().json()
+    assert body["choices"][0]["token_ids"] == expected["edit 0"].base
+    assert body["kv_transfer_params"]["memoir"]["result"] == "off"
+
+
+@pytest.mark.parametrize("name", ["edit 0", "chat edit"])
+@pytest.mark.parametrize(
+    "bad", [{"memoir": "on"}, {"memoir_span": "9:3"}, {"memoir_span": "0:9999"}, {"memoirs": 1}], ids=str
+)
+def test_bad_options_are_the_clients_fault(client: httpx.Client, name: str, bad: dict[str, Any]) -> None:
+    response = ask(client, name, vllm_xargs=bad)
+    assert response.status_code == 400
+    assert "vllm_xargs memoir" in response.text.replace("'", "")
+
+
+def test_a_client_that_leaves_disturbs_nobody(client: httpx.Client, expected: dict[str, Expected]) -> None:
+    body = {"model": "m", "prompt": PROMPTS["edit 0"], "max_tokens": 200, "ignore_eos": True, "stream": True}
+    with client.stream("POST", "/v1/completions", json=body) as stream:
+        next(stream.iter_lines())
+    again = ask(client, "edit 0").raise_for_status().json()
+    assert again["choices"][0]["token_ids"] == expected["edit 0"].tokens
