@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from memoir_retrieval.edit_files import read_edits
     from memoir_retrieval.editor import Editor
     from memoir_retrieval.errors import MemoirError
-    from memoir_retrieval.evaluate import evaluate
+    from memoir_retrieval.evaluation import evaluate
     from memoir_retrieval.model import load_model
     from memoir_retrieval.reference import EditedModel
     from memoir_retrieval.retriever import Match, Retriever
@@ -50,7 +50,7 @@ _HOME = {
     "Retriever": "retriever",
     "StoredEdit": "edit",
     "Training": "train",
-    "evaluate": "evaluate",
+    "evaluate": "evaluation",
     "load_model": "model",
     "read_edits": "edit_files",
 }
