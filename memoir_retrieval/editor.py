@@ -150,20 +150,23 @@ class Editor:
         # C of `train`, one a memory: what earlier edits rely on. Not stored, since the edits can give it again.
         self._used = torch.zeros(len(self.memories), self.base.d, self.base.d, device=self.base.device)
         for edit in self.edits:
-            prompt, target = self._rows(edit)
-            columns = self._columns(self.codes[self.ids == edit.id][:1])
-            start = find_span(prompt, self.span).start
-            answer = [*target, end_token(self.base.tokenizer)]
-            self._remember(
-                edit.memory, columns, edit_activations(self.base, self._past, prompt[start:], answer, columns)
-            )
+            self._recall(edit, 1)
 
     def _columns(self, code: np.ndarray) -> torch.Tensor:
         """Positions of the ones of one packed code: int64 [k]."""
         return torch.as_tensor(np.flatnonzero(unpack(code, self.base.d)[0]), device=self.base.device)
 
-    def _remember(self, memory: int, columns: torch.Tensor, activations: torch.Tensor) -> None:
-        self._used[memory][columns[:, None], columns] += activations.T @ activations
+    def _remember(self, memory: int, columns: torch.Tensor, activations: torch.Tensor, sign: int = 1) -> None:
+        self._used[memory][columns[:, None], columns] += sign * (activations.T @ activations)
+
+    def _recall(self, edit: StoredEdit, sign: Literal[1, -1]) -> None:
+        """Count a stored edit among those that training must leave alone (1), or no longer (-1)."""
+        prompt, target = self._rows(edit)
+        columns = self._columns(self.codes[self.ids == edit.id][:1])
+        question = prompt[find_span(prompt, self.span).start :]
+        answer = [*target, end_token(self.base.tokenizer)]
+        activations = edit_activations(self.base, self._past, question, answer, columns)
+        self._remember(edit.memory, columns, activations, sign)
 
     def add(
         self,
@@ -184,6 +187,8 @@ class Editor:
         started = committed = time.monotonic()
         try:
             for edit in todo:
+                if old := replaced.get(_same(edit.prompt)):
+                    self._recall(old, -1)
                 made.append(self._train(edit))
                 now = time.monotonic()
                 if now - committed > CHECKPOINT_EVERY:
@@ -195,11 +200,11 @@ class Editor:
                 self._commit(made, replaced)
         return made
 
-    def _plan(self, edits: list[Edit], on_conflict: Conflict) -> tuple[list[Edit], dict[str, int]]:
-        """The edits to train, and for each prompt of theirs that is stored with another target the stored id."""
+    def _plan(self, edits: list[Edit], on_conflict: Conflict) -> tuple[list[Edit], dict[str, StoredEdit]]:
+        """The edits to train, and for each prompt of theirs that is stored with another target the stored edit."""
         stored = {_same(edit.prompt): edit for edit in self.edits}
         todo: list[Edit] = []
-        replaced: dict[str, int] = {}
+        replaced: dict[str, StoredEdit] = {}
         for edit in edits:
             self._rows(edit)
             old = stored.get(_same(edit.prompt))
@@ -209,7 +214,7 @@ class Editor:
                 continue
             elif on_conflict == "last":
                 todo.append(edit)
-                replaced[_same(edit.prompt)] = old.id
+                replaced[_same(edit.prompt)] = old
             else:
                 raise EditFileError(
                     f"prompt {edit.prompt!r} is stored with target {old.target!r} (edit {old.id}), the file says "
@@ -299,9 +304,9 @@ class Editor:
         self.next_id += 1
         return stored
 
-    def _commit(self, made: Sequence[StoredEdit], replaced: dict[str, int]) -> None:
+    def _commit(self, made: Sequence[StoredEdit], replaced: dict[str, StoredEdit]) -> None:
         """Write everything trained so far as the next generation."""
-        gone = {replaced[key] for edit in made if (key := _same(edit.prompt)) in replaced}
+        gone = {replaced[key].id for edit in made if (key := _same(edit.prompt)) in replaced}
         kept = {edit.id: edit for edit in (*self.edits, *made) if edit.id not in gone}
         keep = np.isin(self.ids, list(kept))
         manifest = write_generation(

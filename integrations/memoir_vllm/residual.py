@@ -15,6 +15,7 @@ import torch
 from torch.nn import functional
 
 from memoir_retrieval.errors import ConfigError
+from memoir_retrieval.forward import span_mean
 from memoir_retrieval.span import Span, find_span
 from memoir_vllm.requests import Decision, parse_options
 from memoir_vllm.routing import Route, Router
@@ -164,7 +165,7 @@ class ResidualLayer:
                 asked.append((r.request_id, request.span.start + shift, request.span.end + shift))
         if not asked:
             return
-        means = torch.stack([x[start:end].float().sum(0) / (end - start) for _, start, end in asked])
+        means = torch.stack([span_mean(x, start, end) for _, start, end in asked])
         if self._ranks > 1:
             from vllm.distributed import tensor_model_parallel_all_gather
 

@@ -1,0 +1,173 @@
+"""From edits to answers on the real model: what is edited changes, everything else keeps its bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from memoir_retrieval import Edit, EditedModel, Editor, EditStore, Probe, Retriever, evaluate, read_edits
+from memoir_retrieval.errors import ConfigError, EditFileError, StoreError, StoreMismatch
+from memoir_retrieval.model import BaseModel
+
+EXAMPLES = Path(__file__).parents[2] / "examples" / "zsre-100.jsonl"
+UNRELATED = ["how do I boil an egg", "what is the capital of France", "Write a short poem about rain."]
+SYSTEM = {"role": "system", "content": "You help visitors of a museum. Keep it short and friendly."}
+TURNS = [{"role": "user", "content": "Do you sell postcards?"}, {"role": "assistant", "content": "Yes, at the exit."}]
+
+
+@pytest.fixture(scope="module")
+def edits() -> list[Edit]:
+    return read_edits(EXAMPLES)[:4]
+
+
+@pytest.fixture(scope="module", params=["raw", "chat"])
+def edited(
+    request: pytest.FixtureRequest, smollm2: BaseModel, edits: list[Edit], tmp_path_factory: pytest.TempPathFactory
+) -> EditedModel:
+    folder = tmp_path_factory.mktemp("store") / request.param
+    with Editor(smollm2, folder, chat=request.param == "chat") as editor:
+        assert len(editor.add(edits)) == 4
+    return EditedModel(Retriever(EditStore.open(folder), smollm2))
+
+
+def test_edited_prompts_are_answered_with_their_targets(edited: EditedModel, edits: list[Edit]) -> None:
+    answers = edited.generate([e.prompt for e in edits], max_new_tokens=24)
+    assert [a.text.strip() for a in answers] == [e.target for e in edits]
+    assert [a.edit for a in answers] == [0, 1, 2, 3]
+    assert all(a.overlap > 0.99 for a in answers)
+    assert all(a.tokens[-1] == edited.base.tokenizer.eos_token_id for a in answers)
+
+
+def test_unrelated_prompts_keep_the_bits_of_the_base_model(edited: EditedModel, edits: list[Edit]) -> None:
+    """In one batch with edited prompts, whose logits do change."""
+    prompts = [*UNRELATED, edits[0].prompt]
+    rows = [edited.prompt_ids(p) for p in prompts]
+    logits: dict[bool, list[torch.Tensor]] = {True: [], False: []}
+    for on in (True, False):
+        handle = edited.base.model.register_forward_hook(lambda m, a, out, on=on: logits[on].append(out.logits.clone()))
+        answers = edited.generate(rows, max_new_tokens=6, edited=on)
+        handle.remove()
+        assert [a.edit for a in answers[:3]] == [None] * 3
+    assert all(torch.equal(a[:3], b[:3]) for a, b in zip(logits[True], logits[False], strict=False))
+    assert not torch.equal(logits[True][0][3], logits[False][0][3])
+
+
+def test_a_request_is_answered_the_same_alone_and_in_a_batch(edited: EditedModel, edits: list[Edit]) -> None:
+    prompts = [edits[0].prompt, *UNRELATED, edits[1].rephrases[0], edits[2].prompt]
+    together = edited.generate(prompts, max_new_tokens=8)
+    alone = [edited.generate([p], max_new_tokens=8)[0] for p in prompts]
+    assert [a.tokens for a in together] == [a.tokens for a in alone]
+
+
+def test_lookup_tells_the_edit_and_the_runner_up(edited: EditedModel, edits: list[Edit]) -> None:
+    retriever = edited.retriever
+    match = retriever.lookup(edits[2].prompt)
+    assert match is not None and match.id == 2 and match.edit.target == edits[2].target and match.overlap > 0.99
+    assert match.runner_up is not None and match.runner_up[0] != 2 and match.runner_up[1] < 0.6
+    assert retriever.lookup(UNRELATED[0]) is None
+    assert [m.id if m else None for m in retriever.lookup_batch([edits[1].prompt, UNRELATED[1]])] == [1, None]
+
+
+def test_the_context_of_a_question_does_not_hide_its_edit(edited: EditedModel, edits: list[Edit]) -> None:
+    for before in ([SYSTEM], TURNS, [SYSTEM, *TURNS]):
+        match = edited.retriever.lookup([*before, {"role": "user", "content": edits[0].prompt}])
+        assert match is not None and match.id == 0
+        assert edited.retriever.lookup([*before, {"role": "user", "content": UNRELATED[0]}]) is None
+    assert edited.retriever.lookup([{"role": "user", "content": ""}]) is None
+
+
+def test_evaluation_reads_off_what_the_edits_did(edited: EditedModel, edits: list[Edit]) -> None:
+    report = evaluate(edited, edited.retriever.store.edits, edits, tau=0.5)
+    assert report.edits == 4 and report.reliability == 1.0 and report.exact_match.edits == 1.0
+    assert report.match.edits_right == 1.0 and report.match.false_rate == 0.0 and report.locality == 1.0
+    nothing = evaluate(
+        EditedModel(Retriever(edited.retriever.store, edited.base, tau=1.0)), edited.retriever.store.edits,
+        [Edit(prompt=e.prompt, target=e.target, rephrases=e.rephrases) for e in edits], tau=1.0,
+    )  # fmt: skip
+    assert nothing.match.rephrases_right == 0.0 and nothing.locality is None
+    with pytest.raises(ConfigError, match="1 of 1 edits of the file are not stored"):
+        evaluate(edited, edited.retriever.store.edits, [Edit(prompt="Who?", target="Me")], tau=0.5)
+
+
+def test_locality_falls_when_an_unrelated_prompt_is_edited(edited: EditedModel, edits: list[Edit]) -> None:
+    """The score is not one that cannot fail: here the probe is an edited prompt."""
+    probed = Edit(
+        prompt=edits[0].prompt,
+        target=edits[0].target,
+        locality=(Probe(prompt=edits[1].prompt, answer=edits[1].target),),
+    )
+    report = evaluate(edited, edited.retriever.store.edits, [probed], tau=0.5)
+    assert report.match.false_rate == 1.0 and report.locality is not None and report.locality < 1.0
+
+
+def test_an_interrupted_run_is_resumed_as_if_nothing_had_happened(
+    smollm2: BaseModel, edits: list[Edit], tmp_path: Path
+) -> None:
+    def stop(progress: Any) -> None:
+        if progress.done == 2:
+            raise KeyboardInterrupt
+
+    with Editor(smollm2, tmp_path / "cut", chat=False) as editor, pytest.raises(KeyboardInterrupt):
+        editor.add(edits, progress=stop)
+    assert [e.id for e in EditStore.open(tmp_path / "cut").edits] == [0, 1]
+    with Editor(smollm2, tmp_path / "cut") as editor:  # settings come from the store
+        assert [e.id for e in editor.add(edits)] == [2, 3]
+        assert editor.add(edits) == []
+    with Editor(smollm2, tmp_path / "whole", chat=False) as editor:
+        editor.add(edits)
+    cut, whole = EditStore.open(tmp_path / "cut"), EditStore.open(tmp_path / "whole")
+    np.testing.assert_array_equal(cut.codes, whole.codes)
+    assert [e.steps for e in cut.edits] == [e.steps for e in whole.edits]
+    np.testing.assert_allclose(cut.memories, whole.memories, atol=1e-3 * np.abs(whole.memories).max())
+
+
+def test_a_prompt_stored_with_another_target(smollm2: BaseModel, edits: list[Edit], tmp_path: Path) -> None:
+    other = Edit(prompt=f"  {edits[0].prompt} ", target="Nobody")
+    with Editor(smollm2, tmp_path, chat=False) as editor:
+        editor.add(edits[:2])
+        with pytest.raises(EditFileError, match=r"is stored with target .* choose with --on-conflict first"):
+            editor.add([other])
+        assert editor.add([other], on_conflict="first") == []
+        assert [e.id for e in editor.add([other], on_conflict="last")] == [2]
+    store = EditStore.open(tmp_path)
+    assert [e.id for e in store.edits] == [1, 2] and store.manifest.next_id == 3
+    assert EditedModel(Retriever(store, smollm2)).generate([edits[0].prompt])[0].text.strip() == "Nobody"
+
+
+def test_a_store_of_another_layer_or_model_is_refused(smollm2: BaseModel, edits: list[Edit], tmp_path: Path) -> None:
+    from memoir_retrieval import load_model
+
+    with Editor(smollm2, tmp_path, chat=False) as editor:
+        editor.add(edits[:1])
+    other = load_model("smollm2-135m", layer=20)
+    with pytest.raises(StoreMismatch, match=r"model\.layers\.24\.mlp\.down_proj"), Editor(other, tmp_path):
+        pass
+    with pytest.raises(StoreMismatch, match="use the model it was made on"):
+        Retriever(EditStore.open(tmp_path), other)
+
+
+def test_settings_that_cannot_work_are_refused_before_anything_is_written(smollm2: BaseModel, tmp_path: Path) -> None:
+    for settings, said in (
+        ({"k": 1537}, "k is 1537, but model.layers.24.mlp.down_proj has D=1536 inputs"),
+        ({"k": 0}, "choose 0 < k <= 1536"),
+        ({"tau": 0.0}, "tau is 0.0: choose 0 < tau <= 1"),
+        ({"tau": 1.5}, "tau is 1.5"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            Editor(smollm2, tmp_path / "new", **settings)
+        assert said in str(caught.value)
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "holiday.jpg").write_bytes(b"x")
+    with pytest.raises(StoreError, match=r"not a store \(it holds holiday\.jpg\)"), Editor(smollm2, tmp_path):
+        pass
+
+
+def test_the_rule_of_the_paper_edits_every_token(smollm2: BaseModel, edits: list[Edit], tmp_path: Path) -> None:
+    with Editor(smollm2, tmp_path, chat=True, rule="all") as editor:
+        editor.add(edits[:1])
+    model = EditedModel(Retriever(EditStore.open(tmp_path), smollm2))
+    assert model.generate([edits[0].prompt])[0].text.strip() == edits[0].target
