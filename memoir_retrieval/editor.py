@@ -81,13 +81,14 @@ class Editor:
         self.chat = chat
         self.rule = rule
         self.k = preset.k if k is None else k
-        self.tau = preset.tau if tau is None else tau
+        usual = preset.tau_chat if chat else preset.tau
+        self.tau = usual if tau is None else tau
         self.seed = seed
         self.training = training or Training()
         if not 0 < self.k <= base.d:
             raise ConfigError(f"k is {self.k}, but {base.module} has D={base.d} inputs: choose 0 < k <= {base.d}")
         if not 0 < self.tau <= 1:
-            raise ConfigError(f"tau is {self.tau}: choose 0 < tau <= 1, such as the preset's {preset.tau}")
+            raise ConfigError(f"tau is {self.tau}: choose 0 < tau <= 1, such as the preset's {usual}")
         if base.d % 8:
             raise ConfigError(f"{base.module} has D={base.d} inputs, which is no multiple of 8: masks cannot be packed")
         if chat and not getattr(base.tokenizer, "chat_template", None):

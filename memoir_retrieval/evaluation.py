@@ -17,6 +17,7 @@ from memoir_retrieval.reference import Answer
 
 __all__ = ["CONTEXTS", "Asked", "Report", "evaluate"]
 
+GENERATE_BATCH = 32
 CONTEXTS = ("plain", "system", "turn")
 
 
@@ -78,13 +79,14 @@ def evaluate(
     *,
     tau: float,
     context: Literal["plain", "system", "turn"] = "plain",
-    max_new_tokens: int | None = None,
+    spare_tokens: int = 8,
 ) -> Report:
     """Ask a model everything that a file of edits has to ask.
 
     stored: the edits of the store, by which a match is right or wrong. edits: what is measured; each must be
     stored. context: asked alone, under a long system prompt, or as third turn of a conversation; neither is used
-    in training. Raises ConfigError where an edit of the file is not stored.
+    in training. spare_tokens: how much longer than its target an answer may get
+    before it is cut off. Raises ConfigError where an edit of the file is not stored.
     """
     started = time.monotonic()
     own = {(edit.prompt, edit.target): edit.id for edit in stored}
@@ -104,8 +106,6 @@ def evaluate(
     prompts = [(own[edit.prompt, edit.target], ask(edit.prompt), edit.target) for edit in edits]
     rephrased = [(own[e.prompt, e.target], ask(r), e.target) for e in edits for r in e.rephrases]
     probes = [(ask(p.prompt), p.answer or "Yes") for e in edits for p in e.locality]
-    longest = max(len(model.target_ids(edit.target)) for edit in edits)
-    new_tokens = max_new_tokens or longest + 8
 
     reliability, edits_right = _forced(model, prompts)
     generality, rephrases_right = _forced(model, rephrased)
@@ -117,7 +117,7 @@ def evaluate(
         generality=generality,
         locality=locality,
         average=sum(scores) / len(scores),
-        exact_match=ExactMatch(_exact(model, prompts, new_tokens), _exact(model, rephrased, new_tokens)),
+        exact_match=ExactMatch(_exact(model, prompts, spare_tokens), _exact(model, rephrased, spare_tokens)),
         match=Matching(edits_right, rephrases_right, false_rate),
         tau=tau,
         context=context,
@@ -161,11 +161,18 @@ def _unchanged(model: Asked, probes: Sequence[tuple[list[int], str]]) -> tuple[f
     return _mean(same), _mean([a.edit is not None for a in after])
 
 
-def _exact(model: Asked, questions: Sequence[_Question], new_tokens: int) -> float:
+def _exact(model: Asked, questions: Sequence[_Question], spare_tokens: int) -> float:
     if not questions:
         return 0.0
-    answers = model.generate([ids for _, ids, _ in questions], max_new_tokens=new_tokens)
-    return _mean([a.text.strip() == target.strip() for a, (_, _, target) in zip(answers, questions, strict=True)])
+    # Sorted by the target's length, a batch runs no longer than its own longest answer may be.
+    ordered = sorted(questions, key=lambda question: len(model.target_ids(question[2])))
+    exact: list[bool] = []
+    for at in range(0, len(ordered), GENERATE_BATCH):
+        batch = ordered[at : at + GENERATE_BATCH]
+        longest = max(len(model.target_ids(target)) for _, _, target in batch)
+        answers = model.generate([ids for _, ids, _ in batch], max_new_tokens=longest + spare_tokens)
+        exact += [a.text.strip() == target.strip() for a, (_, _, target) in zip(answers, batch, strict=True)]
+    return _mean(exact)
 
 
 def _same_share(a: Sequence[int], b: Sequence[int]) -> float:

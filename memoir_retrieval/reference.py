@@ -68,7 +68,7 @@ class EditedModel:
         *,
         max_new_tokens: int = 32,
         edited: bool = True,
-        batch_size: int = 16,
+        batch_size: int = 32,
     ) -> list[Answer]:
         """Greedy answers. prompts: strings, chat messages or token ids. edited=False is the base model."""
         rows = [self._ids(p) for p in prompts]
@@ -103,9 +103,12 @@ class EditedModel:
             ids, _ = right_pad([[*p, *t] for p, t in zip(batch, wanted, strict=True)], self.base.device)
             states = [_Row(find_span(p, self.retriever.store.manifest.span), 0) for p in batch]
             with self._edits_on(states, edited):
-                best = self.base.model(input_ids=ids, use_cache=False).logits.argmax(-1).cpu()
+                first = min(len(p) for p in batch) - 1  # no logits are needed before the first target
+                kept = torch.arange(first, ids.shape[1], device=self.base.device)
+                best = self.base.model(input_ids=ids, use_cache=False, logits_to_keep=kept).logits.argmax(-1).cpu()
             for r, (p, t) in enumerate(zip(batch, wanted, strict=True)):
-                answers.append(self._answer(best[r, len(p) - 1 : len(p) + len(t) - 1].tolist(), states[r]))
+                start = len(p) - 1 - first
+                answers.append(self._answer(best[r, start : start + len(t)].tolist(), states[r]))
         return answers
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:

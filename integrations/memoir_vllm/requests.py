@@ -2,7 +2,7 @@
 
 Options come in as `vllm_xargs` of the OpenAI API (`SamplingParams.extra_args`). They are checked in the front end, by
 a wrapper of `InputProcessor.process_inputs` (vllm/v1/engine/input_processor.py): the last place that knows the prompt's
-length and whose ValueError becomes a 400 for the one client.
+length and whose VLLMValidationError becomes a 400 for the one client.
 """
 
 from __future__ import annotations

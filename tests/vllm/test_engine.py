@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import EDITS, MAX_MODEL_LEN, NEW_TOKENS, PIRATE, PROMPTS, Engine, Expected, Reply, flags, user
+from vllm.exceptions import VLLMValidationError
 
 from memoir_retrieval.model import BaseModel
 from memoir_retrieval.prompts import prompt_ids
@@ -159,14 +160,14 @@ def test_a_chat_without_a_question_is_served_by_the_base_model(engine: Engine, b
     ids=str,
 )
 def test_unknown_options_are_refused(bad: dict, engine: Engine, expected: dict[str, Expected]) -> None:
-    with pytest.raises(ValueError, match="vllm_xargs"):
+    with pytest.raises(VLLMValidationError, match="vllm_xargs"):
         engine.llm.generate({"prompt_token_ids": expected["edit 0"].ids}, _sampling(extra_args=bad), use_tqdm=False)
 
 
 def test_beam_search_is_refused(engine: Engine, expected: dict[str, Expected]) -> None:
     from vllm.sampling_params import BeamSearchParams
 
-    with pytest.raises(ValueError, match="beam search"):
+    with pytest.raises(VLLMValidationError, match="beam search"):
         engine.llm.beam_search(
             [{"prompt_token_ids": expected["edit 0"].ids}], BeamSearchParams(beam_width=2, max_tokens=4)
         )
