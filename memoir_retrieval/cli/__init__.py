@@ -1,0 +1,57 @@
+"""The command line `memoir`. One module a group of commands; torch and vLLM are imported by the commands that need
+them, so that `--help`, `list` and `show` answer at once."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from memoir_retrieval.cli.bench import bench
+from memoir_retrieval.cli.demo import demo
+from memoir_retrieval.cli.doctor import doctor
+from memoir_retrieval.cli.edit import edit
+from memoir_retrieval.cli.evaluate import eval_command
+from memoir_retrieval.cli.inspect import list_command, lookup, show
+from memoir_retrieval.cli.model import model
+from memoir_retrieval.cli.serve import serve
+from memoir_retrieval.errors import MemoirError
+from memoir_retrieval.store import library_version
+
+__all__ = ["cli", "main"]
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(library_version(), package_name="memoir-retrieval")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def cli(debug: bool) -> None:
+    """Correct a served language model without retraining it.
+
+    \b
+    Example:
+      memoir model get smollm2-135m
+      memoir edit corrections.jsonl --model smollm2-135m --store edits
+      memoir serve smollm2-135m --store edits
+    """
+
+
+for command in (model, edit, list_command, show, lookup, eval_command, serve, demo, bench, doctor):
+    cli.add_command(command)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point. Exit code 0: done; 1: the answer is no; 2: bad input or environment; 130: interrupted."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        cli.main(arguments, prog_name="memoir", standalone_mode=False)
+    except click.exceptions.Exit as done:
+        sys.exit(done.exit_code)
+    except (MemoirError, OSError, click.ClickException) as error:
+        if "--debug" in arguments:
+            raise
+        text = error.format_message() if isinstance(error, click.ClickException) else str(error)
+        click.echo(f"memoir: {' '.join(text.split())}", err=True)
+        sys.exit(2)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("memoir: interrupted; what was finished is kept, the same command goes on from there", err=True)
+        sys.exit(130)

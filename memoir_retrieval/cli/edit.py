@@ -1,0 +1,143 @@
+"""`memoir edit`: train a file of edits into a store."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from memoir_retrieval.cli.common import echo_json, json_option, notes, threads_option
+from memoir_retrieval.edit_files import FORMATS, check_duplicates, limit_distinct_subjects, read_edits
+from memoir_retrieval.errors import ConfigError
+from memoir_retrieval.store import MANIFEST, EditStore, Manifest
+
+
+@click.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--store", "-s", required=True, type=click.Path(path_type=Path), help="Folder of the store; made if new.")
+@click.option("--model", "-m", help="Folder, embedded model or Hub id (default: the store's own).")
+@click.option("--chat/--no-chat", default=None, help="Ask prompts through the chat template (default), or raw.")
+@click.option("--format", "file_format", type=click.Choice(list(FORMATS)), help="Format of FILE (default: detected).")
+@click.option("--limit", type=click.IntRange(min=1), help="Only the first N records with distinct subjects.")
+@click.option(
+    "--on-conflict",
+    type=click.Choice(["refuse", "first", "last"]),
+    default="refuse",
+    show_default=True,
+    help="The same prompt with another target: refuse, keep the first, or let the last one win.",
+)
+@click.option("--layer", type=int, help="Block whose FFN projection is edited (default: the preset's).")
+@click.option("--k", type=int, help="Ones in every mask (default: the preset's).")
+@click.option("--tau", type=float, help="Least overlap that matches, in (0, 1] (default: the preset's).")
+@click.option("--span", type=click.Choice(["question", "all"]), help="Which tokens are pooled (default: question).")
+@click.option("--seed", type=int, help="Seed of the permutation and of training (default: 0).")
+@click.option("--device", default="cpu", show_default=True, help="Where the model runs, such as cuda.")
+@click.option("--dtype", help="float32, bfloat16 or float16 (default: the store's own, or float32).")
+@json_option
+@threads_option
+def edit(
+    file: Path,
+    store: Path,
+    model: str | None,
+    file_format: str | None,
+    limit: int | None,
+    on_conflict: Any,
+    device: str,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Train the edits of FILE into a store, one after another.
+
+    Edits that the store has already are skipped: an interrupted run goes on where it stopped, and a longer file
+    is appended.
+
+    \b
+    Example:
+      memoir edit corrections.jsonl --model smollm2-135m --store edits
+    """
+    edits = check_duplicates(read_edits(file, file_format), on_conflict)
+    if limit:
+        edits = limit_distinct_subjects(edits, limit)
+    made = EditStore.open(store).manifest if (store / MANIFEST).exists() else None
+    _agree(made, store, settings)
+    name = model or (made.model if made else None)
+    if name is None:
+        raise ConfigError(f"store {store} is new, so it needs a model: add --model NAME, such as smollm2-135m")
+
+    from memoir_retrieval.editor import Editor
+    from memoir_retrieval.model import load_model
+
+    layer = made.layer if made and settings["layer"] is None else settings["layer"]
+    dtype = settings["dtype"] or (made.dtype if made else "float32")
+    notes.print(f"loading {name}")
+    base = load_model(name, layer=layer, dtype=dtype, device=device)
+    started = time.monotonic()
+    columns = (
+        TextColumn("editing"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]:.2f} edits/s  loss {task.fields[loss]:.3f}"),
+        TimeRemainingColumn(),
+    )
+    editor = Editor(
+        base,
+        store,
+        chat=settings["chat"] is not False,
+        rule=settings["span"] or "question",
+        k=settings["k"],
+        tau=settings["tau"],
+        seed=settings["seed"] or 0,
+    )
+    with editor, Progress(*columns, console=notes, disable=as_json) as bar:
+        task = bar.add_task("", total=None, rate=0.0, loss=float("nan"))
+        new = editor.add(
+            edits,
+            on_conflict=on_conflict,
+            progress=lambda p: bar.update(
+                task, completed=p.done, total=p.total, rate=p.done / p.seconds, loss=p.edit.loss
+            ),
+        )
+    seconds = time.monotonic() - started
+    found = EditStore.open(store).manifest if (store / MANIFEST).exists() else None
+    summary = {
+        "stored": len(new),
+        "skipped": len(edits) - len(new),
+        "seconds": round(seconds, 2),
+        "seconds_per_edit": round(seconds / len(new), 3) if new else None,
+        "generation": found.generation if found else 0,
+        "store": str(store),
+        "bytes": sum(entry.size for entry in (found.memory, found.codes, found.edits)) if found else 0,
+    }
+    if as_json:
+        echo_json(summary)
+        return
+    speed = f", {summary['seconds_per_edit']} s an edit" if new else ""
+    click.echo(
+        f"{store}: {len(new)} edits stored, {summary['skipped']} were there already "
+        f"({seconds:.0f} s{speed}); generation {summary['generation']}, {summary['bytes'] / 1e6:.2f} MB"
+    )
+
+
+def _agree(made: Manifest | None, store: Path, settings: dict[str, Any]) -> None:
+    """Refuse a setting that contradicts the store it is given for: it could only be ignored."""
+    if made is None:
+        return
+    has = {
+        "chat": made.chat,
+        "layer": made.layer,
+        "k": made.k,
+        "tau": made.tau,
+        "span": made.span.rule,
+        "seed": made.seed,
+        "dtype": made.dtype,
+    }
+    for name, value in has.items():
+        if settings[name] is not None and settings[name] != value:
+            option = {"chat": "--chat" if settings[name] else "--no-chat"}.get(name, f"--{name} {settings[name]}")
+            raise ConfigError(
+                f"store {store} was made with {name} {value}, not {settings[name]}: leave out {option}, or choose a "
+                "new folder"
+            )

@@ -1,0 +1,86 @@
+"""`memoir eval`: measure a store with the file that it was made from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+from rich.table import Table
+
+from memoir_retrieval.cli.common import echo_json, json_option, notes, store_argument, tables, threads_option
+from memoir_retrieval.edit_files import FORMATS, check_duplicates, limit_distinct_subjects, read_edits
+from memoir_retrieval.files import publish
+from memoir_retrieval.store import EditStore
+
+
+@click.command("eval")
+@store_argument
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--format", "file_format", type=click.Choice(list(FORMATS)), help="Format of FILE (default: detected).")
+@click.option("--limit", type=click.IntRange(min=1), help="Only the first N records with distinct subjects.")
+@click.option(
+    "--context",
+    type=click.Choice(["plain", "system", "turn"]),
+    default="plain",
+    show_default=True,
+    help="Ask alone, under a long system prompt, or as third turn of a conversation; none is used in training.",
+)
+@click.option("--server", metavar="URL", help="Ask a running server, such as http://127.0.0.1:8000.")
+@click.option("--model", "-m", help="Folder, embedded model or Hub id (default: the store's own).")
+@click.option("--tau", type=float, help="Least overlap that matches (default: the store's own).")
+@click.option("--out", type=click.Path(path_type=Path), help="Where to write the JSON (default: DIR.eval.json).")
+@json_option
+@threads_option
+def eval_command(
+    store: Path,
+    file: Path,
+    file_format: str | None,
+    limit: int | None,
+    context: Any,
+    server: str | None,
+    model: str | None,
+    tau: float | None,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    """Measure reliability, generality, locality and exact answers of the edits of FILE.
+
+    \b
+    Example:
+      memoir eval edits corrections.jsonl
+    """
+    edits = check_duplicates(read_edits(file, file_format), "first")
+    if limit:
+        edits = limit_distinct_subjects(edits, limit)
+    opened = EditStore.open(store)
+
+    from memoir_retrieval.evaluation import Asked, evaluate
+
+    asked: Asked
+    if server:
+        from memoir_retrieval.server import ServerModel
+
+        asked = ServerModel(server, opened, model)
+        threshold = opened.manifest.tau
+    else:
+        from memoir_retrieval.reference import EditedModel
+
+        asked = EditedModel.open(store, model, tau=tau)
+        threshold = asked.retriever.tau
+    notes.print(f"asking {len(edits)} edits, their rephrasings and unrelated prompts ({context})")
+    report = evaluate(asked, opened.edits, edits, tau=threshold, context=context)
+    told = msgspec.to_builtins(report)
+    where = out or store.with_name(store.resolve().name + ".eval.json")
+    publish(where, msgspec.json.format(msgspec.json.encode(told), indent=1) + b"\n")
+    notes.print(f"written to {where}")
+    if as_json:
+        echo_json(told)
+        return
+    table = Table("score", "value", title=f"{report.edits} edits of {store}, asked {context}")
+    for key, value in told.items():
+        rows = {f"{key}.{name}": v for name, v in value.items()} if isinstance(value, dict) else {key: value}
+        for name, score in rows.items():
+            table.add_row(name, f"{score:.4f}" if isinstance(score, float) else str(score))
+    tables.print(table)

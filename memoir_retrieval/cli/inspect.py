@@ -1,0 +1,108 @@
+"""`memoir list`, `show` and `lookup`: what a store holds, and what a prompt would match."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+from rich.table import Table
+
+from memoir_retrieval.cli.common import echo_json, json_option, store_argument, tables, threads_option
+from memoir_retrieval.errors import ConfigError
+from memoir_retrieval.store import EditStore
+
+
+@click.command("list")
+@store_argument
+@json_option
+def list_command(store: Path, as_json: bool) -> None:
+    """List the edits of a store.
+
+    \b
+    Example:
+      memoir list edits --json
+    """
+    opened = EditStore.open(store)
+    if as_json:
+        echo_json([msgspec.to_builtins(edit) for edit in opened.edits])
+        return
+    made = opened.manifest
+    table = Table("id", "prompt", "target", "loss", title=f"{store}: {len(opened.edits)} edits of {made.model}")
+    for edit in opened.edits:
+        table.add_row(str(edit.id), edit.prompt, edit.target, f"{edit.loss:.3f}")
+    tables.print(table)
+
+
+@click.command()
+@store_argument
+@click.argument("edit_id", metavar="ID", type=int)
+@json_option
+def show(store: Path, edit_id: int, as_json: bool) -> None:
+    """Show everything a store knows of one edit.
+
+    \b
+    Example:
+      memoir show edits 3
+    """
+    edit = msgspec.to_builtins(EditStore.open(store).edit(edit_id))
+    if as_json:
+        echo_json(edit)
+        return
+    for key, value in edit.items():
+        click.echo(f"{key:10s} {value if isinstance(value, str | int | float) else json.dumps(value)}")
+
+
+@click.command()
+@store_argument
+@click.argument("prompt", required=False)
+@click.option("--messages", type=click.Path(path_type=Path), help="JSON file with chat messages, instead of PROMPT.")
+@click.option("--model", "-m", help="Folder, embedded model or Hub id (default: the store's own).")
+@click.option("--tau", type=float, help="Least overlap that matches (default: the store's own).")
+@json_option
+@threads_option
+def lookup(
+    store: Path, prompt: str | None, messages: Path | None, model: str | None, tau: float | None, as_json: bool
+) -> None:
+    """Tell which edit a prompt matches, without generating.
+
+    \b
+    Example:
+      memoir lookup edits "Which university did Watts Humphrey attend?"
+    """
+    if (prompt is None) == (messages is None):
+        raise ConfigError("give a PROMPT or --messages FILE, one of the two")
+    asked: Any = prompt if messages is None else _messages(messages)
+
+    from memoir_retrieval.retriever import Retriever
+
+    retriever = Retriever.open(store, model, tau=tau)
+    match = retriever.lookup(asked)
+    answer = {
+        "edit": match.id if match else None,
+        "overlap": round(match.overlap, 4) if match else None,
+        "tau": retriever.tau,
+        "prompt": match.edit.prompt if match else None,
+        "target": match.edit.target if match else None,
+        "runner_up": {"edit": match.runner_up[0], "overlap": round(match.runner_up[1], 4)}
+        if match and match.runner_up
+        else None,
+    }
+    if as_json:
+        echo_json(answer)
+    elif match is None:
+        click.echo(f"no edit matches (tau {retriever.tau}): the base model answers")
+    else:
+        click.echo(f"edit {match.id}, overlap {match.overlap:.3f} (tau {retriever.tau}): {match.edit.prompt}")
+        click.echo(f"  -> {match.edit.target}")
+        if match.runner_up:
+            click.echo(f"  next best: edit {match.runner_up[0]}, overlap {match.runner_up[1]:.3f}")
+
+
+def _messages(path: Path) -> list[dict[str, str]]:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=list[dict[str, str]])
+    except msgspec.DecodeError as error:
+        raise ConfigError(f'{path} holds no chat messages ({error}): write [{{"role": ..., "content": ...}}]') from None
