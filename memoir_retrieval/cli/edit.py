@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -13,6 +14,13 @@ from memoir_retrieval.cli.common import echo_json, json_option, notes, threads_o
 from memoir_retrieval.edit_files import FORMATS, check_duplicates, limit_distinct_subjects, read_edits
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.store import MANIFEST, EditStore, Manifest
+
+if TYPE_CHECKING:
+    from memoir_retrieval.edit import Edit, StoredEdit
+    from memoir_retrieval.editor import Conflict, Editor
+    from memoir_retrieval.editor import Progress as EditProgress
+
+__all__ = ["edit", "train"]
 
 
 @click.command()
@@ -75,13 +83,6 @@ def edit(
     notes.print(f"loading {name}")
     base = load_model(name, layer=layer, dtype=dtype, device=device)
     started = time.monotonic()
-    columns = (
-        TextColumn("editing"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]:.2f} edits/s  loss {task.fields[loss]:.3f}"),
-        TimeRemainingColumn(),
-    )
     editor = Editor(
         base,
         store,
@@ -91,15 +92,8 @@ def edit(
         tau=settings["tau"],
         seed=settings["seed"] or 0,
     )
-    with editor, Progress(*columns, console=notes, disable=as_json) as bar:
-        task = bar.add_task("", total=None, rate=0.0, loss=float("nan"))
-        new = editor.add(
-            edits,
-            on_conflict=on_conflict,
-            progress=lambda p: bar.update(
-                task, completed=p.done, total=p.total, rate=p.done / p.seconds, loss=p.edit.loss
-            ),
-        )
+    with editor:
+        new = train(editor, edits, on_conflict, quiet=as_json)
     seconds = time.monotonic() - started
     found = EditStore.open(store).manifest if (store / MANIFEST).exists() else None
     summary = {
@@ -119,6 +113,26 @@ def edit(
         f"{store}: {len(new)} edits stored, {summary['skipped']} were there already "
         f"({seconds:.0f} s{speed}); generation {summary['generation']}, {summary['bytes'] / 1e6:.2f} MB"
     )
+
+
+def train(
+    editor: Editor, edits: Sequence[Edit], on_conflict: Conflict = "refuse", quiet: bool = False
+) -> list[StoredEdit]:
+    """`Editor.add` with a progress bar: edits a second, the last edit's loss, time left."""
+    columns = (
+        TextColumn("editing"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]:.2f} edits/s  loss {task.fields[loss]:.3f}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=notes, disable=quiet) as bar:
+        task = bar.add_task("", total=None, rate=0.0, loss=float("nan"))
+
+        def tell(p: EditProgress) -> None:
+            bar.update(task, completed=p.done, total=p.total, rate=p.done / p.seconds, loss=p.edit.loss)
+
+        return editor.add(edits, on_conflict=on_conflict, progress=tell)
 
 
 def _agree(made: Manifest | None, store: Path, settings: dict[str, Any]) -> None:

@@ -26,7 +26,8 @@ LLAMA_2 = (
 )
 LLAMA_3 = (
     "{{ '<|endoftext|>' }}{% for m in messages %}"
-    "{{ '<|im_start|>' + m['role'] + '<file_sep>\n\n' + m['content'] | trim + '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant<file_sep>\n\n' }}{% endif %}"
+    "{{ '<|im_start|>' + m['role'] + '<file_sep>\n\n' + m['content'] | trim "
+    "+ '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant<file_sep>\n\n' }}{% endif %}"
 )
 NO_SYSTEM = (
     "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"

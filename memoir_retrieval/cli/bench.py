@@ -1,0 +1,85 @@
+"""`memoir bench`: speed, as ratios of neighbouring turns in one run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import click
+
+from memoir_retrieval.background import background_prompts
+from memoir_retrieval.cli.common import echo_json, json_option, notes
+from memoir_retrieval.cli.serve import server_command
+from memoir_retrieval.errors import ConfigError
+from memoir_retrieval.model import resolve
+from memoir_retrieval.prompts import prompt_ids
+from memoir_retrieval.store import EditStore
+
+
+@click.group()
+def bench() -> None:
+    """Measure speed on this machine.
+
+    \b
+    Example:
+      memoir bench serve edits --json
+    """
+
+
+@bench.command("serve")
+@click.argument("store", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--model", "-m", help="Folder, embedded model or Hub id (default: the store's own).")
+@click.option("--batch", type=click.IntRange(min=1), default=32, show_default=True, help="Requests at a time.")
+@click.option("--tokens", type=click.IntRange(min=1), default=64, show_default=True, help="New tokens a request.")
+@click.option("--pairs", type=click.IntRange(min=1), default=7, show_default=True, help="Turns of each engine.")
+@click.option("--compiled", is_flag=True, help="Let vLLM compile the model (default: eager).")
+@json_option
+def bench_serve(
+    store: Path, model: str | None, batch: int, tokens: int, pairs: int, compiled: bool, as_json: bool
+) -> None:
+    """Tokens per second with the plugin over those without it, nothing matching and everything matching.
+
+    \b
+    Example:
+      memoir bench serve edits --json
+    """
+    from transformers import AutoTokenizer
+
+    opened = EditStore.open(store)
+    name = model or opened.manifest.model
+    _, environment = server_command(name, store)  # the checks and the environment of a server
+    folder = resolve(name)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+
+    def rows(prompts: list[str]) -> list[list[int]]:
+        return [prompt_ids(tokenizer, prompt, chat=opened.manifest.chat) for prompt in prompts[:batch]]
+
+    settings = {
+        "store": str(store.resolve()),
+        "model": str(folder),
+        "dtype": opened.manifest.dtype,
+        "unmatched": rows(background_prompts()),
+        "matched": rows([edit.prompt for edit in opened.edits]),
+        "batch": batch,
+        "tokens": tokens,
+        "pairs": pairs,
+        "eager": not compiled,
+    }
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump(settings, file)
+        file.flush()
+        command = [sys.executable, "-m", "memoir_vllm.bench", file.name]
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise ConfigError(f"the benchmark stopped with exit code {done.returncode}: its messages are above")
+    result = json.loads(done.stdout.splitlines()[-1])
+    if as_json:
+        echo_json(result)
+        return
+    for kind in ("unmatched", "matched"):
+        speeds = result[f"{kind}_tokens_per_s"]
+        notes.print(f"{kind}: {speeds['plugin']} tokens/s with the plugin, {speeds['no_plugin']} without")
+        click.echo(f"{kind}_ratio {result[f'{kind}_ratio']:.3f}")

@@ -1,0 +1,177 @@
+"""`memoir demo`: the whole path once, from a file of edits to answers over HTTP."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+from rich.table import Table
+
+from memoir_retrieval.cli.common import notes, tables, threads_option
+from memoir_retrieval.cli.edit import train
+from memoir_retrieval.cli.serve import server_command
+from memoir_retrieval.edit import Edit
+from memoir_retrieval.edit_files import read_edits
+from memoir_retrieval.embedded import get_model
+from memoir_retrieval.errors import ConfigError
+from memoir_retrieval.store import MANIFEST, EditStore
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+MODEL = "smollm2-135m"
+START_TIMEOUT = 600.0
+
+
+class Row(NamedTuple):
+    """A question, what the model says without and with edits, and what it should say, if anything."""
+
+    kind: str
+    question: str
+    before: str
+    after: str
+    edit: int | None
+    overlap: float
+    target: str | None
+
+
+@click.command()
+@click.option("--file", type=click.Path(path_type=Path), default=EXAMPLES / "zsre-100.jsonl", help="The edits.")
+@click.option(
+    "--store", "-s", type=click.Path(path_type=Path), default=Path(".memoir/demo"), show_default=True, help="The store."
+)
+@click.option("--edits", "count", type=click.IntRange(min=1), default=100, show_default=True, help="How many edits.")
+@click.option("--show", type=click.IntRange(min=1), default=6, show_default=True, help="Questions to print of a kind.")
+@click.option("--port", type=int, help="Port of the server (default: a free one).")
+@threads_option
+def demo(file: Path, store: Path, count: int, show: int, port: int | None) -> None:
+    """Edit the embedded model with 100 real edits, serve it with vLLM, and ask it before and after.
+
+    What is still valid is kept: a second run only starts the server and asks.
+
+    \b
+    Example:
+      memoir demo
+    """
+    if not file.is_file():
+        raise ConfigError(f"{file} is not there: the examples come with the source; give --file EDITS.jsonl")
+    get_model(MODEL, lambda line: notes.print(f"demo: {line}"))
+    edits = read_edits(file)[:count]
+    _edit(edits, store)
+    unrelated = [probe.prompt for edit in edits for probe in edit.locality]
+    asked = [("edited", e.prompt, e.target) for e in edits]
+    asked += [("rephrased", e.rephrases[0], e.target) for e in edits if e.rephrases]
+    asked += [("unrelated", question, None) for question in _unrelated(EXAMPLES / "unrelated.jsonl") + unrelated]
+    notes.print("demo: starting the vLLM server (about a minute)")
+    with _server(store, port or _free_port()) as url:
+        notes.print(f"demo: asking {len(asked)} questions at {url}, each with and without edits")
+        rows = _ask(url, asked)
+    _print(rows, show)
+
+
+def _edit(edits: Sequence[Edit], store: Path) -> None:
+    stored = {(e.prompt, e.target) for e in EditStore.open(store).edits} if (store / MANIFEST).exists() else set()
+    missing = [edit for edit in edits if (edit.prompt, edit.target) not in stored]
+    if not missing:
+        notes.print(f"demo: {store} holds the {len(edits)} edits already")
+        return
+    notes.print(f"demo: training {len(missing)} edits into {store} (one or two seconds each)")
+    from memoir_retrieval.editor import Editor
+    from memoir_retrieval.model import load_model
+
+    with Editor(load_model(MODEL), store) as editor:
+        train(editor, missing)
+
+
+def _unrelated(path: Path) -> list[str]:
+    return [json.loads(line)["prompt"] for line in path.read_text(encoding="utf-8").splitlines() if line]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def _server(store: Path, port: int) -> Iterator[str]:
+    """A server of our own on the loopback interface, stopped at the end whatever happens."""
+    from urllib.error import URLError
+    from urllib.request import urlopen
+
+    flags = ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", "2048", "--enforce-eager"]
+    command, environment = server_command(MODEL, store, flags)
+    log = store.with_name(store.name + "-server.log")
+    with open(log, "wb") as out:
+        process = subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT)
+    try:
+        deadline = time.monotonic() + START_TIMEOUT
+        while True:
+            if process.poll() is not None or time.monotonic() > deadline:
+                tail = log.read_text(errors="replace").splitlines()[-5:]
+                raise ConfigError(f"the server did not start, its log {log} ends: {' | '.join(tail)}")
+            try:
+                urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+                break
+            except (URLError, OSError):
+                time.sleep(1)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _ask(url: str, asked: Sequence[tuple[str, str, str | None]]) -> list[Row]:
+    from concurrent.futures import ThreadPoolExecutor
+
+    from openai import OpenAI
+
+    client = OpenAI(base_url=f"{url}/v1", api_key="none", timeout=600)
+
+    def chat(question: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        reply = client.chat.completions.create(
+            model=MODEL,
+            messages=[{"role": "user", "content": question}],
+            max_tokens=24,
+            temperature=0,
+            extra_body=options,
+        )
+        told = (getattr(reply, "kv_transfer_params", None) or {}).get("memoir", {})
+        return (reply.choices[0].message.content or "").strip(), told
+
+    def row(entry: tuple[str, str, str | None]) -> Row:
+        kind, question, target = entry
+        before, _ = chat(question, {"vllm_xargs": {"memoir": "off"}})
+        after, told = chat(question, {})
+        return Row(kind, question, before, after, told.get("edit"), told.get("overlap", 0.0), target)
+
+    with ThreadPoolExecutor(16) as pool:
+        return list(pool.map(row, asked))
+
+
+def _print(rows: Sequence[Row], show: int) -> None:
+    table = Table("", "question", "before", "after", "edit", "overlap")
+    for kind in ("edited", "rephrased", "unrelated"):
+        for row in [r for r in rows if r.kind == kind][:show]:
+            edit = "-" if row.edit is None else str(row.edit)
+            table.add_row(kind, row.question, row.before, row.after, edit, f"{row.overlap:.2f}")
+        table.add_section()
+    tables.print(table)
+    for kind in ("edited", "rephrased"):
+        of = [row for row in rows if row.kind == kind]
+        right = sum(row.after == row.target for row in of)
+        was = sum(row.before == row.target for row in of)
+        click.echo(f"{kind}: {right} of {len(of)} answers are the target, {was} were before")
+    unrelated = [row for row in rows if row.kind == "unrelated"]
+    same = sum(row.after == row.before for row in unrelated)
+    matched = sum(row.edit is not None for row in unrelated)
+    click.echo(f"unrelated: {same} of {len(unrelated)} answers are unchanged, {matched} matched an edit")

@@ -1,0 +1,82 @@
+"""`memoir serve`: vLLM's OpenAI server with a store's edits."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import click
+
+from memoir_retrieval.cli.common import notes
+from memoir_retrieval.errors import ConfigError
+from memoir_retrieval.model import resolve
+from memoir_retrieval.store import EditStore
+
+__all__ = ["serve", "server_command"]
+
+
+def server_command(model: str, store: Path, flags: Sequence[str] = ()) -> tuple[list[str], dict[str, str]]:
+    """Command line and environment of the server.
+
+    Raises StoreError for a store that cannot be opened, ModelError for a model that is not there, ConfigError where
+    vLLM is not installed or `flags` configure another store.
+    """
+    made = EditStore.open(store).manifest
+    folder = resolve(model)
+    if find_spec("vllm") is None:
+        raise ConfigError("vLLM is not installed: pip install 'memoir-retrieval[vllm]' (on a CPU see the Makefile)")
+    flags, additional = _take_additional_config(list(flags))
+    section = additional.setdefault("memoir", {})
+    if section.setdefault("store", str(store.resolve())) != str(store.resolve()):
+        raise ConfigError(f"--additional-config names the store {section['store']}, --store says {store}: give one")
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
+    if "--served-model-name" not in flags:
+        command += ["--served-model-name", model]
+    if not any(flag.split("=")[0] == "--dtype" for flag in flags):
+        command += ["--dtype", made.dtype]  # fingerprints are surest in the dtype that they were made in
+    environment = dict(os.environ)
+    if not _has_gpu():
+        environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    return [*command, "--additional-config", json.dumps(additional), *flags], environment
+
+
+def _take_additional_config(flags: list[str]) -> tuple[list[str], dict]:
+    """Take the user's own --additional-config out of the flags, to be merged with ours."""
+    for at, flag in enumerate(flags):
+        name, has_value, value = flag.partition("=")
+        if name == "--additional-config":
+            text = value if has_value else (flags[at + 1] if at + 1 < len(flags) else "")
+            try:
+                found = json.loads(text)
+            except ValueError as error:
+                raise ConfigError(f"--additional-config {text!r} is no JSON object: {error}") from None
+            if not isinstance(found, dict) or not isinstance(found.get("memoir", {}), dict):
+                raise ConfigError(f"--additional-config {text!r} is no JSON object of objects")
+            return flags[:at] + flags[at + (1 if has_value else 2) :], found
+    return flags, {}
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+@click.command(context_settings={"ignore_unknown_options": True})
+@click.argument("model")
+@click.option("--store", "-s", required=True, type=click.Path(path_type=Path), help="Folder of the store.")
+@click.argument("flags", nargs=-1, type=click.UNPROCESSED)
+def serve(model: str, store: Path, flags: tuple[str, ...]) -> None:
+    """Start vLLM's OpenAI server for MODEL with the edits of a store. FLAGS are vLLM's own.
+
+    \b
+    Example:
+      memoir serve smollm2-135m --store edits --port 8000 --max-model-len 2048
+    """
+    command, environment = server_command(model, store, flags)
+    notes.print(f"serving {model} with the edits of {store}")
+    os.execvpe(command[0], command, environment)
