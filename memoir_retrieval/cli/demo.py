@@ -64,7 +64,7 @@ def demo(file: Path, store: Path, count: int, show: int, port: int | None) -> No
     edits = read_edits(file)[:count]
     _edit(edits, store)
     unrelated = [probe.prompt for edit in edits for probe in edit.locality]
-    asked = [("edited", e.prompt, e.target) for e in edits]
+    asked: list[tuple[str, str, str | None]] = [("edited", e.prompt, e.target) for e in edits]
     asked += [("rephrased", e.rephrases[0], e.target) for e in edits if e.rephrases]
     asked += [("unrelated", question, None) for question in _unrelated(EXAMPLES / "unrelated.jsonl") + unrelated]
     notes.print("demo: starting the vLLM server (about a minute)")

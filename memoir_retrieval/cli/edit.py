@@ -96,6 +96,7 @@ def edit(
         new = train(editor, edits, on_conflict, quiet=as_json)
     seconds = time.monotonic() - started
     found = EditStore.open(store).manifest if (store / MANIFEST).exists() else None
+    size = sum(entry.size for entry in (found.memory, found.codes, found.edits)) if found else 0
     summary = {
         "stored": len(new),
         "skipped": len(edits) - len(new),
@@ -103,7 +104,7 @@ def edit(
         "seconds_per_edit": round(seconds / len(new), 3) if new else None,
         "generation": found.generation if found else 0,
         "store": str(store),
-        "bytes": sum(entry.size for entry in (found.memory, found.codes, found.edits)) if found else 0,
+        "bytes": size,
     }
     if as_json:
         echo_json(summary)
@@ -111,7 +112,7 @@ def edit(
     speed = f", {summary['seconds_per_edit']} s an edit" if new else ""
     click.echo(
         f"{store}: {len(new)} edits stored, {summary['skipped']} were there already "
-        f"({seconds:.0f} s{speed}); generation {summary['generation']}, {summary['bytes'] / 1e6:.2f} MB"
+        f"({seconds:.0f} s{speed}); generation {summary['generation']}, {size / 1e6:.2f} MB"
     )
 
 
