@@ -43,9 +43,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point. Exit code 0: done; 1: the answer is no; 2: bad input or environment; 130: interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        cli.main(arguments, prog_name="memoir", standalone_mode=False)
-    except click.exceptions.Exit as done:
-        sys.exit(done.exit_code)
+        # Outside standalone mode click returns the exit code of `Exit` instead of raising it.
+        code = cli.main(arguments, prog_name="memoir", standalone_mode=False)
     except (MemoirError, OSError, click.ClickException) as error:
         if "--debug" in arguments:
             raise
@@ -55,3 +54,4 @@ def main(arguments: list[str] | None = None) -> None:
     except (KeyboardInterrupt, click.Abort):
         click.echo("memoir: interrupted; what was finished is kept, the same command goes on from there", err=True)
         sys.exit(130)
+    sys.exit(code if isinstance(code, int) else 0)

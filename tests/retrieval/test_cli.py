@@ -1,0 +1,288 @@
+"""The command line: what it prints, its exit codes, and that bad input is one line and changes nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from memoir_retrieval import files
+from memoir_retrieval.cli import cli, main
+
+EDITS = [
+    {"prompt": "Who founded Aarhus?", "target": "King Harald", "rephrases": ["Aarhus was founded by whom?"],
+     "locality": [{"prompt": "how tall is a giraffe", "answer": "five metres"}]},
+    {"prompt": "Where is the Blue Gate?", "target": "In Oslo"},
+]  # fmt: skip
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a command in this process."""
+    try:
+        main([str(a) for a in arguments])
+        code = 0
+    except SystemExit as done:
+        code = int(done.code or 0)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def write(path: Path, lines: list[Any]) -> Path:
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    return path
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != ".lock"}
+
+
+@pytest.fixture(scope="session")
+def made(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of two edits; tests that change it take a copy."""
+    folder = tmp_path_factory.mktemp("made")
+    write(folder / "edits.jsonl", EDITS)
+    main_arguments = ["edit", folder / "edits.jsonl", "--model", tiny, "--store", folder / "store", "--json"]
+    cli.main([str(a) for a in main_arguments], standalone_mode=False)
+    return folder / "store"
+
+
+@pytest.fixture
+def store(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "store"))
+
+
+def commands() -> list[list[str]]:
+    found = []
+    for name, command in cli.commands.items():
+        found.append([name])
+        found += [[name, sub] for sub in getattr(command, "commands", {})]
+    return found
+
+
+@pytest.mark.parametrize("command", commands(), ids=" ".join)
+def test_every_command_has_help_with_an_example(capsys: pytest.CaptureFixture[str], command: list[str]) -> None:
+    code, out, _ = run(capsys, *command, "--help")
+    assert code == 0 and "Example:" in out and f"memoir {' '.join(command)}" in out
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    probe = (
+        "import sys, memoir_retrieval.cli; sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'vllm')))"
+    )
+    assert subprocess.run([sys.executable, "-c", probe], check=False).returncode == 0
+
+
+def test_edits_are_listed_shown_looked_up_and_measured(
+    capsys: pytest.CaptureFixture[str], store: Path, tiny: Path, tmp_path: Path
+) -> None:
+    code, out, _ = run(capsys, "list", store, "--json")
+    assert code == 0 and [e["prompt"] for e in json.loads(out)] == [e["prompt"] for e in EDITS]
+    assert "Where is the Blue Gate?" in run(capsys, "list", store)[1]
+    assert json.loads(run(capsys, "show", store, "1", "--json")[1])["target"] == "In Oslo"
+    assert "In Oslo" in run(capsys, "show", store, "1")[1]
+    found = json.loads(run(capsys, "lookup", store, EDITS[1]["prompt"], "--json")[1])
+    assert found["edit"] == 1 and found["overlap"] == 1.0 and found["runner_up"]["edit"] == 0
+    messages = tmp_path / "messages.json"
+    messages.write_text(json.dumps([{"role": "user", "content": EDITS[0]["prompt"]}]))
+    assert "edit 0, overlap 1.000" in run(capsys, "lookup", store, "--messages", messages)[1]
+    code, out, err = run(capsys, "eval", store, store.parent / "edits.jsonl", "--json")
+    assert (code == 2 and "does not exist" in err) or "No such file" in err
+    file = write(tmp_path / "edits.jsonl", EDITS)
+    code, out, _ = run(capsys, "eval", store, file, "--json")
+    report = json.loads(out)
+    assert code == 0 and json.loads((tmp_path / "store.eval.json").read_text()) == report
+    assert set(report) == {"edits", "reliability", "generality", "locality", "average", "exact_match", "match", "tau",
+                           "context", "seconds"}  # fmt: skip
+    assert report["match"]["edits_right"] == 1.0 and report["edits"] == 2
+
+
+def test_a_second_run_skips_what_is_stored_and_appends_what_is_new(
+    capsys: pytest.CaptureFixture[str], store: Path, tmp_path: Path
+) -> None:
+    file = write(tmp_path / "more.jsonl", [*EDITS, {"prompt": "When did it rain?", "target": "On Monday"}])
+    summary = json.loads(run(capsys, "edit", file, "--store", store, "--json")[1])
+    assert (summary["stored"], summary["skipped"], summary["generation"]) == (1, 2, 2)
+    assert summary["bytes"] == sum(len(b) for n, b in contents(store).items() if n != "memoir.json")
+    before = contents(store)
+    assert json.loads(run(capsys, "edit", file, "--store", store, "--json")[1])["stored"] == 0
+    assert contents(store) == before
+
+
+LONG = "word " * 600
+BAD_FILES = {
+    "missing": (None, "does not exist|No such file"),
+    "bad JSON": (['{"prompt": "a", "target": "b"}', '{"prompt": '], "line 2"),
+    "empty prompt": ([{"prompt": " ", "target": "b"}], "line 1.*prompt"),
+    "empty target": ([{"prompt": "a b", "target": ""}], "line 1.*target"),
+    "unknown key": ([{"prompt": "a", "target": "b", "promt": "c"}], "promt"),
+    "two targets": ([{"prompt": "a b", "target": "c"}, {"prompt": "a b", "target": "d"}], "'c'.*'d'.*--on-conflict"),
+    "stored otherwise": ([{"prompt": EDITS[0]["prompt"], "target": "Nobody"}], "King Harald.*--on-conflict first"),
+    "too long": ([{"prompt": LONG, "target": "x"}], "takes 512: shorten"),
+    "target too long": ([{"prompt": "a b c", "target": LONG}], "takes 512: shorten"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_a_bad_edit_file_is_one_line_and_changes_nothing(
+    capsys: pytest.CaptureFixture[str], store: Path, tmp_path: Path, case: str
+) -> None:
+    lines, said = BAD_FILES[case]
+    file = tmp_path / "bad.jsonl"
+    if lines is not None:
+        write(file, lines)
+    refused(capsys, store, said, "edit", file, "--store", store)
+
+
+def refused(capsys: pytest.CaptureFixture[str], store: Path, said: str, *arguments: str | Path) -> None:
+    before = contents(store)
+    code, out, err = run(capsys, *arguments)
+    complaint = [line for line in err.splitlines() if line.startswith("memoir: ")]
+    assert code == 2 and len(complaint) == 1 and "Traceback" not in err, err
+    assert out == ""
+    assert __import__("re").search(said, complaint[0]), complaint[0]
+    assert contents(store) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--k", "65"], "made with k 18, not 65"),
+        (["--tau", "0.9"], "made with tau 0.55, not 0.9"),
+        (["--no-chat"], "leave out --no-chat"),
+        (["--span", "all"], "made with span question"),
+        (["--layer", "0"], "made with layer 2"),
+        (["--format", "nonsense"], "nonsense"),
+        (["--no-such-option"], "No such option"),
+    ],
+)
+def test_options_that_contradict_the_store(
+    capsys: pytest.CaptureFixture[str], store: Path, tmp_path: Path, options: list[str], said: str
+) -> None:
+    file = write(tmp_path / "new.jsonl", [{"prompt": "a b", "target": "c"}])
+    refused(capsys, store, said, "edit", file, "--store", store, *options)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--k", "65"], "k is 65, but model.layers.2.mlp.down_proj has D=64"),
+        (["--k", "0"], "choose 0 < k <= 64"),
+        (["--tau", "0"], "tau is 0.0: choose 0 < tau <= 1"),
+        (["--tau", "1.5"], "tau is 1.5"),
+        (["--layer", "3"], "layer 3 does not exist: .* has layers 0 to 2"),
+        (["--dtype", "int4"], "dtype 'int4' is not known"),
+    ],
+)
+def test_settings_that_cannot_work_make_no_store(
+    capsys: pytest.CaptureFixture[str], tiny: Path, tmp_path: Path, options: list[str], said: str
+) -> None:
+    file = write(tmp_path / "new.jsonl", EDITS)
+    (tmp_path / "store").mkdir()
+    refused(capsys, tmp_path / "store", said, "edit", file, "--store", tmp_path / "store", "--model", tiny, *options)
+
+
+def test_a_target_without_tokens(capsys: pytest.CaptureFixture[str], store: Path, tmp_path: Path, tiny: Path) -> None:
+    """A zero-width character is no white space, and the tokenizer of this model drops it."""
+    model = Path(shutil.copytree(tiny, tmp_path / "model"))
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    tokenizer["normalizer"] = {"type": "Replace", "pattern": {"String": "\u200b"}, "content": ""}
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    file = write(tmp_path / "new.jsonl", [{"prompt": "a b", "target": "\u200b"}])
+    (tmp_path / "new").mkdir()
+    refused(capsys, tmp_path / "new", "has no tokens", "edit", file, "--store", tmp_path / "new", "--model", model)
+
+
+def test_a_store_of_another_model(
+    capsys: pytest.CaptureFixture[str], store: Path, tmp_path: Path, other_tiny: Path
+) -> None:
+    file = write(tmp_path / "new.jsonl", [{"prompt": "a b", "target": "c"}])
+    refused(capsys, store, "was made on .* but .* use the model", "edit", file, "--store", store, "--model", other_tiny)
+    refused(capsys, store, "was made on .* but .* use the model", "lookup", store, "hi", "--model", other_tiny)
+
+
+@pytest.mark.parametrize("damage", ["half-written", "truncated", "flipped", "missing", "unknown key", "bad tau"])
+def test_a_damaged_store(capsys: pytest.CaptureFixture[str], store: Path, tmp_path: Path, damage: str) -> None:
+    manifest, memory = store / "memoir.json", store / "memory-1.safetensors"
+    said = r"memory-1\.safetensors is damaged"
+    if damage == "half-written":
+        manifest.unlink()
+        said = r"first write was cut off: it has no memoir\.json"
+    elif damage == "truncated":
+        memory.write_bytes(memory.read_bytes()[:-100])
+    elif damage == "flipped":
+        data = bytearray(memory.read_bytes())
+        data[-5] ^= 4
+        memory.write_bytes(bytes(data))
+    elif damage == "missing":
+        memory.unlink()
+        said = "is missing"
+    else:
+        change = {"unknown key": {"taw": 1}, "bad tau": {"tau": 7}}[damage]
+        manifest.write_text(json.dumps(json.loads(manifest.read_text()) | change))
+        said = "taw" if damage == "unknown key" else "tau 7"
+    file = write(tmp_path / "new.jsonl", [{"prompt": "a b", "target": "c"}])
+    for command in (["list", store], ["lookup", store, "hi"], ["eval", store, file], ["serve", "x", "--store", store]):
+        refused(capsys, store, said, *command)
+    if damage != "half-written":  # editing again is the mend for that one
+        refused(capsys, store, said, "edit", file, "--store", store)
+
+
+def test_no_space_left(
+    capsys: pytest.CaptureFixture[str], store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    file = write(tmp_path / "new.jsonl", [{"prompt": "a b", "target": "c"}])
+    refused(capsys, store, "no space left to write .* the store is unchanged", "edit", file, "--store", store)
+
+
+def test_a_new_store_needs_a_model(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = write(tmp_path / "new.jsonl", EDITS)
+    code, _, err = run(capsys, "edit", file, "--store", tmp_path / "new")
+    assert code == 2 and "add --model NAME" in err and not (tmp_path / "new").exists()
+    for model, said in (("no/such/folder", "no/such/folder"), (str(tmp_path), "has no config.json")):
+        code, _, err = run(capsys, "edit", file, "--store", tmp_path / "new", "--model", model)
+        assert code == 2 and said in err
+
+
+def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with pytest.raises(Exception, match="does not exist"):
+        main(["--debug", "list", str(tmp_path / "none")])
+    capsys.readouterr()
+
+
+def test_doctor_fails_for_a_store_that_does_not_fit(
+    capsys: pytest.CaptureFixture[str], store: Path, other_tiny: Path
+) -> None:
+    code, out, _ = run(capsys, "doctor", "--store", store, "--json")
+    states = {finding["check"]: finding["state"] for finding in json.loads(out)}
+    assert code == 0 and states[f"store {store}"] == "ok" and states["vLLM plugin"] == "ok"
+    code, out, _ = run(capsys, "doctor", "--store", store, "--model", other_tiny)
+    assert code == 1 and "fail" in out and "was made on" in out
+
+
+def test_serve_hands_vllm_its_flags(store: Path, tiny: Path, tmp_path: Path) -> None:
+    from memoir_retrieval.cli.serve import server_command
+    from memoir_retrieval.errors import ConfigError
+
+    own = json.dumps({"other": {"a": 1}})
+    command, _ = server_command(str(tiny), store, ["--additional-config", own, "--port", "9"])
+    assert command[1:3] == ["-m", "vllm.entrypoints.openai.api_server"] and command[-2:] == ["--port", "9"]
+    assert command[command.index("--dtype") + 1] == "float32"
+    merged = json.loads(command[command.index("--additional-config") + 1])
+    assert merged == {"other": {"a": 1}, "memoir": {"store": str(store.resolve())}}
+    for bad, said in (
+        ("[1]", "is no JSON object"),
+        ("{", "is no JSON object"),
+        ('{"memoir":{"store":"/x"}}', "give one"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            server_command(str(tiny), store, [f"--additional-config={bad}"])
