@@ -26,11 +26,11 @@ $(VENV)/.installed: requirements/cpu.txt pyproject.toml
 	@echo "setup: creating $(VENV)"
 	@"$(PYTHON)" -m venv $(VENV) || { echo "setup: venv failed: install Python's venv module" >&2; exit 1; }
 	@echo "setup: installing the pinned packages (about 2 minutes)"
-	@$(PIP) install --quiet --no-deps -r requirements/cpu.txt \
+	@$(PIP) install -qq --no-deps -r requirements/cpu.txt \
 	  || { echo "setup: trying again with PyTorch's CPU wheel index"; \
-	       $(PIP) install --quiet --no-deps --extra-index-url $(TORCH_CPU_INDEX) -r requirements/cpu.txt; } \
+	       $(PIP) install -qq --no-deps --extra-index-url $(TORCH_CPU_INDEX) -r requirements/cpu.txt; } \
 	  || { echo "setup: pip cannot install requirements/cpu.txt: check the network and pip's index" >&2; exit 1; }
-	@$(PIP) install --quiet --no-deps --no-build-isolation --editable . \
+	@$(PIP) install -qq --no-deps --no-build-isolation --editable . \
 	  || { echo "setup: pip cannot install this checkout" >&2; exit 1; }
 	@touch $@
 

@@ -141,7 +141,7 @@ def _ask(url: str, asked: Sequence[tuple[str, str, str | None]]) -> list[Row]:
         reply = client.chat.completions.create(
             model=MODEL,
             messages=[{"role": "user", "content": question}],
-            max_tokens=24,
+            max_tokens=48,
             temperature=0,
             extra_body=options,
         )
