@@ -95,6 +95,7 @@ class Editor:
             raise ConfigError(f"{base.name} has no chat template: use raw prompts (--no-chat)")
 
     def __enter__(self) -> Editor:
+        _refuse_foreign(self.path)
         self._lock = store_lock(self.path)
         self._lock.__enter__()
         try:
@@ -111,11 +112,6 @@ class Editor:
         self._lock.__exit__(None, None, None)
 
     def _begin(self) -> None:
-        others = [
-            p.name for p in self.path.iterdir() if not p.name.startswith((".", "memory-", "codes-", "edits-", MANIFEST))
-        ]
-        if others:
-            raise StoreError(f"{self.path} is not empty and not a store (it holds {others[0]}): choose a new folder")
         self.generation = 0
         self.next_id = 0
         self.span = derive_span_rule(self.base.tokenizer, self.rule)
@@ -341,6 +337,16 @@ class Editor:
         self.generation = manifest.generation
         self.edits = list(kept.values())
         self.codes, self.ids, self.memory_of = self.codes[keep], self.ids[keep], self.memory_of[keep]
+
+
+def _refuse_foreign(path: Path) -> None:
+    """Raise StoreError for a folder of something else, before anything, a lock included, is put into it."""
+    if not path.is_dir() or (path / MANIFEST).exists():
+        return
+    ours = (".", "memory-", "codes-", "edits-", MANIFEST)  # what a first write that was cut off may leave
+    others = sorted(p.name for p in path.iterdir() if not p.name.startswith(ours))
+    if others:
+        raise StoreError(f"{path} is not empty and not a store (it holds {others[0]}): choose a new folder")
 
 
 def _same(prompt: str) -> str:

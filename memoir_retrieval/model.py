@@ -135,6 +135,12 @@ def load_model(name: str, *, layer: int | None = None, dtype: str = "float32", d
         torch_dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
     except KeyError:
         raise ModelError(f"dtype {dtype!r} is not known: use float32, bfloat16 or float16") from None
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
+        raise ModelError(
+            f"device {device!r} cannot be used ({_first_line(error)}): use another, such as cpu"
+        ) from error
     transformers_logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)

@@ -29,9 +29,12 @@ class ServerModel:
     def __init__(self, url: str, store: EditStore, model: str | None = None):
         """url: with or without /v1. model: whose tokenizer renders prompts (default: the one the store names).
 
-        Raises ConfigError where no server answers.
+        Raises ConfigError where no server answers, or the `openai` package is missing.
         """
-        from openai import OpenAI, OpenAIError
+        try:
+            from openai import OpenAI, OpenAIError
+        except ImportError:
+            raise ConfigError("asking a server needs openai: pip install 'memoir-retrieval[eval]'") from None
         from transformers import AutoTokenizer
 
         base = url.rstrip("/").removesuffix("/v1")

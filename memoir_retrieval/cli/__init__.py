@@ -45,13 +45,15 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         # Outside standalone mode click returns the exit code of `Exit` instead of raising it.
         code = cli.main(arguments, prog_name="memoir", standalone_mode=False)
-    except (MemoirError, OSError, click.ClickException) as error:
+    except (MemoirError, OSError, ImportError, click.ClickException) as error:
         if "--debug" in arguments:
             raise
         text = error.format_message() if isinstance(error, click.ClickException) else str(error)
+        if isinstance(error, ImportError):
+            text += "; `memoir doctor` tells what is missing"
         click.echo(f"memoir: {' '.join(text.split())}", err=True)
         sys.exit(2)
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("memoir: interrupted; what was finished is kept, the same command goes on from there", err=True)
+    except (KeyboardInterrupt, click.Abort) as stop:
+        click.echo(f"memoir: interrupted: {str(stop) or 'nothing was changed by halves'}", err=True)
         sys.exit(130)
     sys.exit(code if isinstance(code, int) else 0)

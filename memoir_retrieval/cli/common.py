@@ -15,10 +15,11 @@ __all__ = ["echo_json", "json_option", "notes", "store_argument", "tables", "thr
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-notes = Console(stderr=True, highlight=False, soft_wrap=True)
+# Prompts and paths are shown as they are: "[/b]" in one of them is text, not markup.
+notes = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
 """Progress and remarks: stderr, so that stdout holds the answer alone."""
 
-tables = Console(highlight=False)
+tables = Console(highlight=False, markup=False, emoji=False)
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for machines.")
 store_argument = click.argument("store", metavar="DIR", type=click.Path(path_type=Path))

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
+from textwrap import shorten
+from threading import Event
 from typing import Any, NamedTuple
+from urllib.request import urlopen
 
 import click
 from rich.table import Table
@@ -21,11 +28,13 @@ from memoir_retrieval.edit import Edit
 from memoir_retrieval.edit_files import read_edits
 from memoir_retrieval.embedded import get_model
 from memoir_retrieval.errors import ConfigError
+from memoir_retrieval.model import identify, resolve
 from memoir_retrieval.store import MANIFEST, EditStore
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 MODEL = "smollm2-135m"
 START_TIMEOUT = 600.0
+SHOWN = 80  # characters of an answer in the table; answers are compared whole
 
 
 class Row(NamedTuple):
@@ -48,8 +57,9 @@ class Row(NamedTuple):
 @click.option("--edits", "count", type=click.IntRange(min=1), default=100, show_default=True, help="How many edits.")
 @click.option("--show", type=click.IntRange(min=1), default=6, show_default=True, help="Questions to print of a kind.")
 @click.option("--port", type=int, help="Port of the server (default: a free one).")
+@click.option("--keep", is_flag=True, help="Leave the server up until Ctrl-C, to ask it more.")
 @threads_option
-def demo(file: Path, store: Path, count: int, show: int, port: int | None) -> None:
+def demo(file: Path, store: Path, count: int, show: int, port: int | None, keep: bool) -> None:
     """Edit the embedded model with 100 real edits, serve it with vLLM, and ask it before and after.
 
     What is still valid is kept: a second run only starts the server and asks.
@@ -60,6 +70,8 @@ def demo(file: Path, store: Path, count: int, show: int, port: int | None) -> No
     """
     if not file.is_file():
         raise ConfigError(f"{file} is not there: the examples come with the source; give --file EDITS.jsonl")
+    if find_spec("openai") is None:  # said now, not after the minutes that editing takes
+        raise ConfigError("the demo asks with openai, which is not installed: pip install 'memoir-retrieval[eval]'")
     get_model(MODEL, lambda line: notes.print(f"demo: {line}"))
     edits = read_edits(file)[:count]
     _edit(edits, store)
@@ -70,12 +82,21 @@ def demo(file: Path, store: Path, count: int, show: int, port: int | None) -> No
     notes.print("demo: starting the vLLM server (about a minute)")
     with _server(store, port or _free_port()) as url:
         notes.print(f"demo: asking {len(asked)} questions at {url}, each with and without edits")
-        rows = _ask(url, asked)
-    _print(rows, show)
+        _print(_ask(url, asked), show)
+        if keep:
+            notes.print(f"demo: the server stays at {url}, model {MODEL}; Ctrl-C stops it")
+            with suppress(KeyboardInterrupt):
+                Event().wait()
 
 
 def _edit(edits: Sequence[Edit], store: Path) -> None:
-    stored = {(e.prompt, e.target) for e in EditStore.open(store).edits} if (store / MANIFEST).exists() else set()
+    stored = set()
+    if (store / MANIFEST).exists():
+        made = EditStore.open(store)
+        made.require(identify(resolve(MODEL), made.manifest.module), MODEL)
+        if not made.manifest.chat:
+            raise ConfigError(f"store {store} was made with --no-chat, the demo chats: choose another --store")
+        stored = {(edit.prompt, edit.target) for edit in made.edits}
     missing = [edit for edit in edits if (edit.prompt, edit.target) not in stored]
     if not missing:
         notes.print(f"demo: {store} holds the {len(edits)} edits already")
@@ -89,6 +110,8 @@ def _edit(edits: Sequence[Edit], store: Path) -> None:
 
 
 def _unrelated(path: Path) -> list[str]:
+    if not path.is_file():  # it comes with the source; the unrelated questions of --file do as well
+        return []
     return [json.loads(line)["prompt"] for line in path.read_text(encoding="utf-8").splitlines() if line]
 
 
@@ -101,33 +124,42 @@ def _free_port() -> int:
 @contextmanager
 def _server(store: Path, port: int) -> Iterator[str]:
     """A server of our own on the loopback interface, stopped at the end whatever happens."""
-    from urllib.error import URLError
-    from urllib.request import urlopen
-
     flags = ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", "2048", "--enforce-eager"]
     command, environment = server_command(MODEL, store, flags)
     log = store.with_name(store.name + "-server.log")
+    # Asked to end (SIGTERM), Python would stop without the `finally` below and leave the server behind.
+    previous = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     with open(log, "wb") as out:
-        process = subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT)
+        # A session of its own: Ctrl-C reaches the server once, from here, and vLLM's workers share its group.
+        process = subprocess.Popen(
+            command, env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+        )
     try:
-        deadline = time.monotonic() + START_TIMEOUT
-        while True:
-            if process.poll() is not None or time.monotonic() > deadline:
-                tail = log.read_text(errors="replace").splitlines()[-5:]
-                raise ConfigError(f"the server did not start, its log {log} ends: {' | '.join(tail)}")
-            try:
-                urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-                break
-            except (URLError, OSError):
-                time.sleep(1)
+        with notes.status("waiting for the server"):
+            _wait_until_healthy(process, port, log)
         yield f"http://127.0.0.1:{port}"
     finally:
         process.terminate()
-        try:
+        with suppress(subprocess.TimeoutExpired):
             process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        with suppress(ProcessLookupError):  # whatever is left of the server and its workers
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _wait_until_healthy(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
+    """Raises ConfigError with the end of the log where the server stops or takes too long."""
+    deadline = time.monotonic() + START_TIMEOUT
+    while process.poll() is None and time.monotonic() < deadline:
+        try:
+            urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+            return
+        except OSError:  # URLError is one
+            time.sleep(1)
+    tail = log.read_text(errors="replace").splitlines()[-5:]
+    why = f"exit code {process.returncode}" if process.poll() is not None else f"{START_TIMEOUT:.0f} s were not enough"
+    raise ConfigError(f"the server did not start ({why}), its log {log} ends: {' | '.join(tail)}")
 
 
 def _ask(url: str, asked: Sequence[tuple[str, str, str | None]]) -> list[Row]:
@@ -163,13 +195,15 @@ def _print(rows: Sequence[Row], show: int) -> None:
     for kind in ("edited", "rephrased", "unrelated"):
         for row in [r for r in rows if r.kind == kind][:show]:
             edit = "-" if row.edit is None else str(row.edit)
-            table.add_row(kind, row.question, row.before, row.after, edit, f"{row.overlap:.2f}")
+            before, after = (shorten(text, SHOWN, placeholder=" ...") for text in (row.before, row.after))
+            table.add_row(kind, row.question, before, after, edit, f"{row.overlap:.2f}")
         table.add_section()
     tables.print(table)
     for kind in ("edited", "rephrased"):
         of = [row for row in rows if row.kind == kind]
-        right = sum(row.after == row.target for row in of)
-        was = sum(row.before == row.target for row in of)
+        # As `evaluate` does: published targets may begin with a blank, answers are stripped.
+        right = sum(row.after == (row.target or "").strip() for row in of)
+        was = sum(row.before == (row.target or "").strip() for row in of)
         click.echo(f"{kind}: {right} of {len(of)} answers are the target, {was} were before")
     unrelated = [row for row in rows if row.kind == "unrelated"]
     same = sum(row.after == row.before for row in unrelated)

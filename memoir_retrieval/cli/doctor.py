@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,9 +52,13 @@ def _findings(store: Path | None, model: str | None) -> Iterator[Finding]:
     yield Finding("python", "ok", sys.version.split()[0])
     yield Finding("memoir-retrieval", "ok", library_version())
     yield _version("torch", "fail", "pip install torch")
-    yield _version("transformers", "fail", "pip install transformers; remove torchvision if it is for another torch")
+    yield _version("transformers", "fail", "pip install transformers")
+    yield from _torchvision()
     yield _version("faiss", "fail", "pip install faiss-cpu")
     yield _version("vllm", "warn", "pip install 'memoir-retrieval[vllm]' to serve (on a CPU see the Makefile)")
+    yield _version(
+        "openai", "warn", "pip install 'memoir-retrieval[eval]' for `memoir demo` and `memoir eval --server`"
+    )
     plugins = [point.value for point in entry_points(group="vllm.general_plugins") if point.name == "memoir"]
     yield (
         Finding("vLLM plugin", "ok", plugins[0])
@@ -69,10 +74,19 @@ def _findings(store: Path | None, model: str | None) -> Iterator[Finding]:
 def _version(package: str, missing: str, fix: str) -> Finding:
     try:
         return Finding(package, "ok", str(import_module(package).__version__))
-    except (ImportError, RuntimeError, AttributeError) as error:
-        # torchvision beside another torch breaks transformers with "operator torchvision::nms does not exist".
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return Finding(package, missing, f"{first}; {fix}")
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:
+        return Finding(package, missing, f"{_first_line(error)}; {fix}")
+
+
+def _torchvision() -> Iterator[Finding]:
+    """Not needed, but where it was built for another torch ("operator torchvision::nms does not exist"),
+    transformers fails to import any model."""
+    if find_spec("torchvision") is not None:
+        yield _version("torchvision", "fail", "it is not needed: pip uninstall torchvision")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _model_of(store: Path | None) -> str | None:

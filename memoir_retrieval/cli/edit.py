@@ -93,7 +93,12 @@ def edit(
         seed=settings["seed"] or 0,
     )
     with editor:
-        new = train(editor, edits, on_conflict, quiet=as_json)
+        held = editor.next_id
+        try:
+            new = train(editor, edits, on_conflict, quiet=as_json)
+        except KeyboardInterrupt:
+            kept = sum(stored.id >= held for stored in editor.edits)
+            raise click.Abort(f"{kept} new edits are kept in {store}; the same command goes on from there") from None
     seconds = time.monotonic() - started
     found = EditStore.open(store).manifest if (store / MANIFEST).exists() else None
     size = sum(entry.size for entry in (found.memory, found.codes, found.edits)) if found else 0

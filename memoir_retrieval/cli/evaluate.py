@@ -11,6 +11,7 @@ from rich.table import Table
 
 from memoir_retrieval.cli.common import echo_json, json_option, notes, store_argument, tables, threads_option
 from memoir_retrieval.edit_files import FORMATS, check_duplicates, limit_distinct_subjects, read_edits
+from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.files import publish
 from memoir_retrieval.store import EditStore
 
@@ -51,6 +52,11 @@ def eval_command(
     Example:
       memoir eval edits corrections.jsonl
     """
+    if server and tau is not None:
+        raise ConfigError(f"--tau {tau} cannot be set from here: with --server the store's own is used; leave it out")
+    where = out or store.with_name(store.resolve().name + ".eval.json")
+    if not where.parent.is_dir():  # said now, not after the minutes that measuring takes
+        raise ConfigError(f"the report cannot be written: {where.parent} is no folder; choose another --out")
     edits = check_duplicates(read_edits(file, file_format), "first")
     if limit:
         edits = limit_distinct_subjects(edits, limit)
@@ -72,7 +78,6 @@ def eval_command(
     notes.print(f"asking {len(edits)} edits, their rephrasings and unrelated prompts ({context})")
     report = evaluate(asked, opened.edits, edits, tau=threshold, context=context)
     told = msgspec.to_builtins(report)
-    where = out or store.with_name(store.resolve().name + ".eval.json")
     publish(where, msgspec.json.format(msgspec.json.encode(told), indent=1) + b"\n")
     notes.print(f"written to {where}")
     if as_json:

@@ -14,6 +14,8 @@ from memoir_retrieval.cli.common import echo_json, json_option, store_argument, 
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.store import EditStore
 
+ANY_OVERLAP = 1e-9  # a tau that every overlap but 0 reaches
+
 
 @click.command("list")
 @store_argument
@@ -80,29 +82,42 @@ def lookup(
 
     retriever = Retriever.open(store, model, tau=tau)
     match = retriever.lookup(asked)
-    answer = {
-        "edit": match.id if match else None,
-        "overlap": round(match.overlap, 4) if match else None,
-        "tau": retriever.tau,
-        "prompt": match.edit.prompt if match else None,
-        "target": match.edit.target if match else None,
-        "runner_up": {"edit": match.runner_up[0], "overlap": round(match.runner_up[1], 4)}
-        if match and match.runner_up
-        else None,
-    }
+    # How far the nearest edit was is what one wants to know of a prompt that matches none.
+    nearest = match or Retriever(retriever.store, retriever.base, tau=ANY_OVERLAP).lookup(asked)
+    second = nearest.runner_up if nearest else None
     if as_json:
+        answer = {
+            "edit": match.id if match else None,
+            "nearest": nearest.id if nearest else None,
+            "overlap": round(nearest.overlap, 4) if nearest else 0.0,
+            "tau": retriever.tau,
+            "prompt": match.edit.prompt if match else None,
+            "target": match.edit.target if match else None,
+            "runner_up": {"edit": second[0], "overlap": round(second[1], 4)} if second else None,
+        }
         echo_json(answer)
-    elif match is None:
-        click.echo(f"no edit matches (tau {retriever.tau}): the base model answers")
-    else:
+        return
+    if match:
         click.echo(f"edit {match.id}, overlap {match.overlap:.3f} (tau {retriever.tau}): {match.edit.prompt}")
         click.echo(f"  -> {match.edit.target}")
-        if match.runner_up:
-            click.echo(f"  next best: edit {match.runner_up[0]}, overlap {match.runner_up[1]:.3f}")
+    else:
+        click.echo(f"no edit matches (tau {retriever.tau}): the base model answers")
+        if nearest:
+            click.echo(f"  nearest: edit {nearest.id}, overlap {nearest.overlap:.3f}: {nearest.edit.prompt}")
+    if second:
+        click.echo(f"  next best: edit {second[0]}, overlap {second[1]:.3f}")
 
 
 def _messages(path: Path) -> list[dict[str, str]]:
+    def wrong(why: str) -> ConfigError:
+        return ConfigError(f'{path} holds no chat messages ({why}): write [{{"role": ..., "content": ...}}]')
+
     try:
-        return msgspec.json.decode(path.read_bytes(), type=list[dict[str, str]])
-    except msgspec.DecodeError as error:
-        raise ConfigError(f'{path} holds no chat messages ({error}): write [{{"role": ..., "content": ...}}]') from None
+        messages = msgspec.json.decode(path.read_bytes(), type=list[dict[str, str]])
+    except OSError as error:
+        raise wrong(error.strerror or "cannot be read") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise wrong(str(error)) from None
+    if not messages or not all({"role", "content"} <= message.keys() for message in messages):
+        raise wrong("it is empty" if not messages else "a role or a content is missing")
+    return messages

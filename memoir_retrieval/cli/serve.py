@@ -31,12 +31,15 @@ def server_command(model: str, store: Path, flags: Sequence[str] = ()) -> tuple[
         raise ConfigError("vLLM is not installed: pip install 'memoir-retrieval[vllm]' (on a CPU see the Makefile)")
     flags, additional = _take_additional_config(list(flags))
     section = additional.setdefault("memoir", {})
-    if section.setdefault("store", str(store.resolve())) != str(store.resolve()):
-        raise ConfigError(f"--additional-config names the store {section['store']}, --store says {store}: give one")
+    named = section.get("store", str(store))
+    if not isinstance(named, str) or Path(named).resolve() != store.resolve():
+        raise ConfigError(f"--additional-config names the store {named}, --store says {store}: give one")
+    section["store"] = str(store.resolve())
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
-    if "--served-model-name" not in flags:
+    given = {flag.split("=")[0] for flag in flags}
+    if "--served-model-name" not in given:
         command += ["--served-model-name", model]
-    if not any(flag.split("=")[0] == "--dtype" for flag in flags):
+    if "--dtype" not in given:
         command += ["--dtype", made.dtype]  # fingerprints are surest in the dtype that they were made in
     environment = dict(os.environ)
     if not _has_gpu():

@@ -286,3 +286,124 @@ def test_serve_hands_vllm_its_flags(store: Path, tiny: Path, tmp_path: Path) -> 
     ):
         with pytest.raises(ConfigError, match=said):
             server_command(str(tiny), store, [f"--additional-config={bad}"])
+
+
+def test_markup_in_a_prompt_is_only_text(capsys: pytest.CaptureFixture[str], tiny: Path, tmp_path: Path) -> None:
+    file = write(tmp_path / "edits.jsonl", [{"prompt": "What is [/b] or [red]?", "target": "A tag"}])
+    assert run(capsys, "edit", file, "--model", tiny, "--store", tmp_path / "store")[0] == 0
+    code, out, _ = run(capsys, "list", tmp_path / "store")
+    assert code == 0 and "[/b] or [red]" in out
+
+
+def test_lookup_tells_how_far_the_nearest_edit_was(capsys: pytest.CaptureFixture[str], store: Path) -> None:
+    asked = "Where was the Blue Gate?"
+    code, out, _ = run(capsys, "lookup", store, asked, "--tau", "1", "--json")
+    found = json.loads(out)
+    assert code == 0 and found["edit"] is None and found["target"] is None
+    assert found["nearest"] == 1 and 0 < found["overlap"] < 1
+    code, out, _ = run(capsys, "lookup", store, asked, "--tau", "1")
+    assert code == 0 and "no edit matches" in out and "nearest: edit 1" in out
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "No such file"),
+        ("[]", "it is empty"),
+        ('[{"role": "user"}]', "a content is missing"),
+        ("{}", "Expected `array`"),
+        (b"\xff", "malformed"),
+    ],
+)
+def test_bad_messages(
+    capsys: pytest.CaptureFixture[str], store: Path, tmp_path: Path, text: str | bytes | None, said: str
+) -> None:
+    file = tmp_path / "messages.json"
+    if text is not None:
+        file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    refused(capsys, store, f"{said}.*write ", "lookup", store, "--messages", file)
+
+
+def test_a_folder_of_something_else_is_left_alone(
+    capsys: pytest.CaptureFixture[str], tiny: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "holiday"
+    folder.mkdir()
+    (folder / "photo.txt").write_text("sea")
+    file = write(tmp_path / "edits.jsonl", EDITS)
+    refused(capsys, folder, "holds photo.txt.*choose a new folder", "edit", file, "--model", tiny, "--store", folder)
+    assert [path.name for path in folder.iterdir()] == ["photo.txt"]
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "abacus"])
+def test_a_device_that_is_not_there(
+    capsys: pytest.CaptureFixture[str], store: Path, tmp_path: Path, device: str
+) -> None:
+    file = write(tmp_path / "new.jsonl", [{"prompt": "a b", "target": "c"}])
+    refused(capsys, store, f"device '{device}' cannot be used", "edit", file, "--store", store, "--device", device)
+
+
+def test_what_eval_cannot_do_is_said_at_once(capsys: pytest.CaptureFixture[str], store: Path, tmp_path: Path) -> None:
+    file = write(tmp_path / "edits.jsonl", EDITS)
+    nowhere = "http://127.0.0.1:9"
+    refused(capsys, store, "--tau 0.5 cannot", "eval", store, file, "--server", nowhere, "--tau", "0.5")
+    refused(capsys, store, "choose another --out", "eval", store, file, "--out", tmp_path / "none" / "report.json")
+    refused(capsys, store, "tau is 7", "eval", store, file, "--tau", "7")
+
+
+def test_a_model_that_is_not_embedded(capsys: pytest.CaptureFixture[str], store: Path) -> None:
+    refused(capsys, store, "'gpt-9' is not embedded: choose one of smollm2-135m", "model", "get", "gpt-9")
+
+
+def test_a_package_that_cannot_be_imported(
+    capsys: pytest.CaptureFixture[str], store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "openai", None)
+    file = write(tmp_path / "edits.jsonl", EDITS)
+    refused(capsys, store, r"pip install 'memoir-retrieval\[eval\]'", "eval", store, file, "--server", "http://x")
+    monkeypatch.setitem(sys.modules, "memoir_retrieval.retriever", None)
+    refused(capsys, store, "`memoir doctor` tells what is missing", "lookup", store, "hi")
+
+
+def test_an_interrupted_edit_says_what_is_kept(
+    capsys: pytest.CaptureFixture[str], store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from memoir_retrieval import editor
+
+    train, trained = editor.Editor._train, []
+
+    def until_the_second(self: editor.Editor, edit: Any) -> Any:
+        if trained:
+            raise KeyboardInterrupt
+        trained.append(train(self, edit))
+        return trained[0]
+
+    new = [{"prompt": f"What is number {i}?", "target": f"It is {i}"} for i in range(3)]
+    file = write(tmp_path / "more.jsonl", [*EDITS, *new])
+    with monkeypatch.context() as patched:
+        patched.setattr(editor.Editor, "_train", until_the_second)
+        code, out, err = run(capsys, "edit", file, "--store", store, "--json")
+    assert code == 130 and out == "" and "1 new edits are kept" in err and "Traceback" not in err
+    summary = json.loads(run(capsys, "edit", file, "--store", store, "--json")[1])
+    assert (summary["stored"], summary["skipped"]) == (2, 3)
+
+
+def test_doctor_finds_a_torchvision_of_another_torch(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "torchvision.py").write_text('raise RuntimeError("operator torchvision::nms does not exist")')
+    monkeypatch.syspath_prepend(tmp_path)
+    code, out, _ = run(capsys, "doctor")
+    assert code == 1 and "torchvision::nms does not exist" in out and "pip uninstall torchvision" in out
+
+
+def test_a_store_named_twice_is_one_store(store: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from memoir_retrieval.cli.serve import server_command
+
+    monkeypatch.chdir(store.parent)
+    own = json.dumps({"memoir": {"store": store.name}})
+    flags = ["--additional-config", own, "--served-model-name=mine"]
+    command, _ = server_command(str(tiny), store, flags)
+    merged = json.loads(command[command.index("--additional-config") + 1])
+    assert merged == {"memoir": {"store": str(store.resolve())}}
+    assert "--served-model-name" not in command and "--served-model-name=mine" in command

@@ -1,0 +1,124 @@
+"""`ServerModel` against a stub of vLLM's API: what it sends, and what it says when the server is not ours.
+
+The real server is asked in `tests/vllm`.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from memoir_retrieval import Edit, Editor, EditStore, load_model
+from memoir_retrieval.errors import ConfigError
+from memoir_retrieval.server import ServerModel
+
+
+class Stub(ThreadingHTTPServer):
+    """Answers every completion with token 5; `memoir` is the plugin's part of the response, `asked` the requests."""
+
+    def __init__(self, generation: int) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.memoir: dict[str, Any] | None = {"edit": 0, "overlap": 1.0, "result": "edited", "generation": generation}
+        self.asked: list[dict[str, Any]] = []
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Stub
+
+    def do_GET(self) -> None:
+        self._reply({"object": "list", "data": [{"id": "m", "object": "model", "created": 0, "owned_by": "x"}]})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.asked.append(body)
+        choice: dict[str, Any] = {"index": 0, "text": "", "finish_reason": "stop", "logprobs": None, "token_ids": [5]}
+        if body.get("prompt_logprobs"):
+            others = {"7": {"logprob": -9.0, "rank": 4}, "5": {"logprob": -0.1, "rank": 1}}
+            choice["prompt_logprobs"] = [None] + [others] * (len(body["prompt"]) - 1)
+        reply = {"id": "1", "object": "text_completion", "created": 0, "model": "m", "choices": [choice]}
+        self._reply(reply | ({"kv_transfer_params": {"memoir": self.server.memoir}} if self.server.memoir else {}))
+
+    def _reply(self, body: dict[str, Any]) -> None:
+        data = json.dumps(body).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def store(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> EditStore:
+    folder = tmp_path_factory.mktemp("server") / "store"
+    with Editor(load_model(str(tiny)), folder) as editor:
+        editor.add([Edit(prompt="Who founded Aarhus?", target="King Harald")])
+    return EditStore.open(folder)
+
+
+@pytest.fixture
+def stub(store: EditStore) -> Iterator[Stub]:
+    with Stub(store.manifest.generation) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def test_generate_sends_token_ids_and_reads_the_decision(stub: Stub, store: EditStore) -> None:
+    model = ServerModel(stub.url + "/v1/", store)
+    (answer,) = model.generate(["Who founded Aarhus?"], max_new_tokens=3)
+    assert (answer.tokens, answer.edit, answer.overlap) == ((5,), 0, 1.0)
+    (body,) = stub.asked
+    assert body["prompt"] == model.prompt_ids("Who founded Aarhus?")
+    assert (body["temperature"], body["max_tokens"]) == (0, 3) and "vllm_xargs" not in body
+
+
+def test_predict_names_the_question_and_reads_every_target_position(stub: Stub, store: EditStore) -> None:
+    model = ServerModel(stub.url, store)
+    (answer,) = model.predict(["Who founded Aarhus?"], [[11, 12, 13]])
+    assert answer.tokens == (5, 5, 5)
+    (body,) = stub.asked
+    start, end = map(int, body["vllm_xargs"]["memoir_span"].split(":"))
+    asked = model.prompt_ids("Who founded Aarhus?")
+    assert body["prompt"] == [*asked, 11, 12, 13]
+    assert model._tokenizer.decode(asked[start:end]) == "Who founded Aarhus?"
+
+
+def test_without_edits_the_plugin_is_told_so(stub: Stub, store: EditStore) -> None:
+    model = ServerModel(stub.url, store)
+    model.predict(["hi"], [[11]], edited=False)
+    model.generate(["hi"], edited=False)
+    assert [body["vllm_xargs"] for body in stub.asked] == [{"memoir": "off"}] * 2
+
+
+def test_answers_keep_the_order_of_the_questions(stub: Stub, store: EditStore) -> None:
+    model = ServerModel(stub.url, store)
+    lengths = [len(a.tokens) for a in model.predict(["hi"] * 40, [[11] * (1 + i % 7) for i in range(40)])]
+    assert lengths == [1 + i % 7 for i in range(40)]
+
+
+def test_a_server_without_the_plugin(stub: Stub, store: EditStore) -> None:
+    stub.memoir = None
+    with pytest.raises(ConfigError, match="without edits: start it with `memoir serve"):
+        ServerModel(stub.url, store).generate(["hi"])
+
+
+def test_a_server_with_another_generation(stub: Stub, store: EditStore) -> None:
+    assert stub.memoir is not None
+    stub.memoir["generation"] = 9
+    with pytest.raises(ConfigError, match=r"generation 9 of the store.*is at 1: restart the server"):
+        ServerModel(stub.url, store).generate(["hi"])
+
+
+def test_no_server(stub: Stub, store: EditStore) -> None:
+    with pytest.raises(ConfigError, match=r"no server answers at http://127\.0\.0\.1:9"):
+        ServerModel("http://127.0.0.1:9", store)
