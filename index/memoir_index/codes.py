@@ -94,9 +94,7 @@ def check_codes(codes: Codes, d: int, k: int) -> Codes:
     wrong = np.flatnonzero(ones != k)
     if wrong.size:
         row = int(wrong[0])
-        raise CodeError(
-            f"code at row {row} has {ones[row]} ones, not k={k}: make masks with this k and this d={d}"
-        )
+        raise CodeError(f"code at row {row} has {ones[row]} ones, not k={k}: make masks with this k and this d={d}")
     return codes
 
 
@@ -119,9 +117,7 @@ def _check_bytes(codes: Codes) -> Codes:
 def _check_layout(codes: Codes, d: int) -> Codes:
     codes = _check_bytes(codes)
     if codes.shape[1] != d // 8:
-        raise CodeError(
-            f"codes are {codes.shape[1]} bytes wide, not {d // 8}: these masks were not made with d={d}"
-        )
+        raise CodeError(f"codes are {codes.shape[1]} bytes wide, not {d // 8}: these masks were not made with d={d}")
     return codes
 
 
