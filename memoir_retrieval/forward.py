@@ -51,10 +51,8 @@ class FrozenPast:
 
     def first(self) -> FrozenPast:
         """The first context alone."""
-        if self.cache is None:
-            return FrozenPast(None, self.lengths[:1])
         n = int(self.lengths[0])
-        if n == 0:
+        if self.cache is None or n == 0:
             return FrozenPast(None, self.lengths[:1])
         kept = [
             _FrozenLayer(x.keys[:1, :, self.width - n :], x.values[:1, :, self.width - n :]) for x in self.cache.layers
@@ -164,7 +162,7 @@ def run_from_block(
     """Within the context the model starts at the edited block with `hidden` and adds `delta(a)` to its projection.
 
     hidden: [B, T, H] from `frozen_run`. delta: from the projection's input a [B, T, D] to [B, T, H].
-    Yields the model; call it with the same inputs as `frozen_run`.
+    Yields the model; call it with the same inputs as `frozen_run`. Where the first block is edited nothing is skipped.
     """
 
     def add(_module: Any, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
@@ -176,8 +174,6 @@ def run_from_block(
     try:
         for i, block in enumerate(originals):
             base.blocks[i] = _Skipped(block, hidden if i == base.layer - 1 else None, as_tuple)
-        if not originals:
-            raise ValueError("the first block cannot be edited: choose layer 1 or above")
         yield base.model
     finally:
         handle.remove()

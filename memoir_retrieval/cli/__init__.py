@@ -45,6 +45,9 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         # Outside standalone mode click returns the exit code of `Exit` instead of raising it.
         code = cli.main(arguments, prog_name="memoir", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as help_wanted:
+        click.echo(help_wanted.format_message(), err=True)
+        sys.exit(2)
     except (MemoirError, OSError, ImportError, click.ClickException) as error:
         if "--debug" in arguments:
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,18 @@ def test_running_from_the_edited_block_is_the_whole_model(base: BaseModel) -> No
     assert list(base.blocks) == originals
     for got, want in zip(plain_logits(base), plain_logits(base), strict=True):
         assert torch.equal(got, want)
+
+
+def test_the_first_block_can_be_edited(base: BaseModel) -> None:
+    name, projection = _projection(base.model, base.blocks[0])
+    first = replace(base, layer=0, module=name, projection=projection)
+    inputs = FrozenPast(None, torch.zeros(3, dtype=torch.int64)).inputs(torch.tensor([TAIL] * 3))
+    hidden, _ = frozen_run(first, inputs)
+    delta = torch.randn(len(TAIL), base.h)
+    with run_from_block(first, hidden, lambda a: delta) as model:
+        got = model(**inputs).logits[0]
+    want = plain_logits(first, delta)[0]  # the empty context
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
 
 
 def test_gradients_reach_the_change_and_nothing_else(base: BaseModel) -> None:

@@ -175,6 +175,7 @@ def test_options_that_contradict_the_store(
         (["--k", "0"], "choose 0 < k <= 64"),
         (["--tau", "0"], "tau is 0.0: choose 0 < tau <= 1"),
         (["--tau", "1.5"], "tau is 1.5"),
+        (["--layer", "-1"], "layer -1 does not exist"),
         (["--layer", "3"], "layer 3 does not exist: .* has layers 0 to 2"),
         (["--dtype", "int4"], "dtype 'int4' is not known"),
     ],
@@ -251,6 +252,19 @@ def test_a_new_store_needs_a_model(capsys: pytest.CaptureFixture[str], tmp_path:
     for model, said in (("no/such/folder", "no/such/folder"), (str(tmp_path), "has no config.json")):
         code, _, err = run(capsys, "edit", file, "--store", tmp_path / "new", "--model", model)
         assert code == 2 and said in err
+
+
+def test_the_first_block_can_be_edited(capsys: pytest.CaptureFixture[str], tiny: Path, tmp_path: Path) -> None:
+    file = write(tmp_path / "new.jsonl", EDITS)
+    code, out, _ = run(capsys, "edit", file, "--store", tmp_path / "new", "--model", tiny, "--layer", "0", "--json")
+    assert code == 0 and json.loads(out)["stored"] == 2
+    assert json.loads(run(capsys, "lookup", tmp_path / "new", EDITS[1]["prompt"], "--json")[1])["edit"] == 1
+
+
+def test_a_group_without_a_command_prints_its_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for group in ([], ["model"], ["bench"]):
+        code, _, err = run(capsys, *group)
+        assert code == 2 and "\nCommands:\n" in err and err.startswith("Usage: memoir")
 
 
 def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
