@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 
 from memoir_index import unpack
-from memoir_retrieval.background import background_prompts
+from memoir_retrieval.background import background_prompts, shipped
 from memoir_retrieval.edit import Edit, StoredEdit
 from memoir_retrieval.errors import ConfigError, EditFileError, StoreError
 from memoir_retrieval.files import store_lock
@@ -38,8 +37,7 @@ CHECKPOINT_EVERY = 30.0
 
 def contexts(chat: bool) -> list[Prompt]:
     """What the library puts before a prompt in training, besides nothing: chat messages, or raw text."""
-    data = json.loads(files("memoir_retrieval").joinpath("data/contexts.json").read_text(encoding="utf-8"))
-    return data["chat" if chat else "raw"]
+    return json.loads(shipped("contexts.json"))["chat" if chat else "raw"]
 
 
 @dataclass(frozen=True)
@@ -323,7 +321,7 @@ class Editor:
                 "dtype": str(self.base.model.dtype).removeprefix("torch."),
                 "seed": self.seed,
                 "contexts": self.contexts,
-                "training": self.training.as_dict(),
+                "training": msgspec.to_builtins(self.training),
                 "next_id": self.next_id,
             },
             memories=self.memories.float().cpu().numpy(),

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from importlib.resources import files
 from typing import Literal, Protocol
 
 import msgspec
 
+from memoir_retrieval.background import shipped
 from memoir_retrieval.edit import Edit, StoredEdit
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.prompts import Prompt
@@ -129,7 +129,7 @@ def unseen_context(name: str) -> list[dict[str, str]]:
     """Messages to put before a question that no edit was trained with. Raises ConfigError for an unknown name."""
     if name == "plain":
         return []
-    data = json.loads(files("memoir_retrieval").joinpath("data/unseen.json").read_text(encoding="utf-8"))
+    data = json.loads(shipped("unseen.json"))
     if name not in data:
         raise ConfigError(f"context {name!r} is not known: choose one of {', '.join(CONTEXTS)}")
     return data[name]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 from memoir_retrieval.errors import ConfigError
 
-__all__ = ["Message", "Prompt", "end_token", "prompt_ids", "target_ids"]
+__all__ = ["Message", "Prompt", "end_token", "given_ids", "prompt_ids", "target_ids"]
 
 Message: TypeAlias = dict[str, str]
 Prompt: TypeAlias = str | Sequence[Message]
@@ -26,6 +26,13 @@ def prompt_ids(tokenizer: Any, prompt: Prompt, *, chat: bool) -> list[int]:
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
     return list(rendered["input_ids"])
+
+
+def given_ids(prompt: Prompt | list[int], render: Callable[[Prompt], list[int]]) -> list[int]:
+    """Token ids as they are, or a prompt rendered to them."""
+    if isinstance(prompt, list) and prompt and isinstance(prompt[0], int):
+        return list(prompt)
+    return render(prompt)  # type: ignore[arg-type]
 
 
 def end_token(tokenizer: Any) -> int:

@@ -14,7 +14,7 @@ from torch.nn import functional
 from memoir_index import unpack
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.forward import right_pad, span_mean
-from memoir_retrieval.prompts import Prompt, end_token, target_ids
+from memoir_retrieval.prompts import Prompt, end_token, given_ids, target_ids
 from memoir_retrieval.retriever import Retriever
 from memoir_retrieval.span import Span, find_span
 
@@ -71,7 +71,7 @@ class EditedModel:
         batch_size: int = 32,
     ) -> list[Answer]:
         """Greedy answers. prompts: strings, chat messages or token ids. edited=False is the base model."""
-        rows = [self._ids(p) for p in prompts]
+        rows = [given_ids(p, self.prompt_ids) for p in prompts]
         for row in rows:
             if len(row) + max_new_tokens > self.base.max_length:
                 raise ConfigError(
@@ -96,7 +96,7 @@ class EditedModel:
 
         targets: token ids. The answers' `tokens` have the length of their target.
         """
-        rows = [self._ids(p) for p in prompts]
+        rows = [given_ids(p, self.prompt_ids) for p in prompts]
         answers: list[Answer] = []
         for at in range(0, len(rows), batch_size):
             batch, wanted = rows[at : at + batch_size], targets[at : at + batch_size]
@@ -118,11 +118,6 @@ class EditedModel:
     def target_ids(self, target: str) -> list[int]:
         """Token ids of an answer, without the end token, as the store's settings render it."""
         return target_ids(self.base.tokenizer, target, chat=self.retriever.store.manifest.chat)
-
-    def _ids(self, prompt: Prompt | list[int]) -> list[int]:
-        if isinstance(prompt, list) and prompt and isinstance(prompt[0], int):
-            return list(prompt)
-        return self.retriever.prompt_ids(prompt)  # type: ignore[arg-type]
 
     def _generate(self, rows: list[list[int]], max_new_tokens: int, edited: bool) -> list[Answer]:
         end = end_token(self.base.tokenizer)

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from memoir_index import HammingIndex
+from memoir_index import HammingIndex, Hits, hamming_radius
 from memoir_retrieval.edit import StoredEdit
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.fingerprint import Fingerprint
@@ -20,12 +19,12 @@ from memoir_retrieval.prompts import Prompt, prompt_ids
 from memoir_retrieval.span import find_span
 from memoir_retrieval.store import EditStore
 
-__all__ = ["Match", "Retriever", "Routing"]
+__all__ = ["Match", "Retriever"]
 
 
 @dataclass(frozen=True)
 class Match:
-    """The edit that answers a prompt. `overlap` is |M(q) & M(edit)| / k, in [tau, 1].
+    """The edit nearest to a prompt. `overlap` is |M(q) & M(edit)| / k; what `lookup` gives has at least tau.
 
     `runner_up`: id and overlap of the best other edit, or None in a store of one edit.
     """
@@ -37,16 +36,6 @@ class Match:
     @property
     def id(self) -> int:
         return self.edit.id
-
-
-@dataclass(frozen=True)
-class Routing:
-    """What a batch of Q fingerprints finds. ids: int64 [Q], -1 where nothing matches; overlaps: float64 [Q] of the
-    best edit, matched or not; rows: int64 [Q] of the matching code in the store, -1 where nothing matches."""
-
-    ids: np.ndarray
-    overlaps: np.ndarray
-    rows: np.ndarray
 
 
 class Retriever:
@@ -96,6 +85,10 @@ class Retriever:
 
     def lookup_batch(self, prompts: Sequence[Prompt]) -> list[Match | None]:
         """`lookup` for many prompts at once."""
+        return [match if match and self.reaches_tau(match) else None for match in self.nearest_batch(prompts)]
+
+    def nearest_batch(self, prompts: Sequence[Prompt]) -> list[Match | None]:
+        """The nearest edit of each prompt, whether it matches or not; None for an empty store or question."""
         rows = [self.prompt_ids(p) for p in prompts]
         spans = [find_span(ids, self.store.manifest.span) for ids in rows]
         asked = [i for i, span in enumerate(spans) if span.start < span.end]
@@ -104,14 +97,16 @@ class Retriever:
             return found
         means = question_means(self.base, [rows[i] for i in asked], [spans[i] for i in asked])
         ids, overlaps = self.index.nearest(self.fingerprint.codes(means), 2)
-        matched = self.route(means).ids
         for at, i in enumerate(asked):
-            if matched[at] >= 0:
-                second = (int(ids[at, 1]), float(overlaps[at, 1])) if ids[at, 1] >= 0 else None
-                found[i] = Match(self._edits[int(ids[at, 0])], float(overlaps[at, 0]), second)
+            second = (int(ids[at, 1]), float(overlaps[at, 1])) if ids[at, 1] >= 0 else None
+            found[i] = Match(self._edits[int(ids[at, 0])], float(overlaps[at, 0]), second)
         return found
 
-    def route(self, means: torch.Tensor) -> Routing:
-        """means: float32 [Q, D], the mean activation of each question."""
-        hits = self.index.search(self.fingerprint.codes(means), self.tau)
-        return Routing(hits.ids, hits.overlaps, hits.rows)
+    def reaches_tau(self, match: Match) -> bool:
+        """Whether a nearest edit matches: the same comparison of whole bits that `route` makes."""
+        k = self.store.manifest.k
+        return round(2 * k * (1 - match.overlap)) <= hamming_radius(self.tau, k)
+
+    def route(self, means: torch.Tensor) -> Hits:
+        """means: float32 [Q, D], the mean activation of each question. What a server decides from them."""
+        return self.index.search(self.fingerprint.codes(means), self.tau)

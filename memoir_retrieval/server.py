@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.model import resolve
-from memoir_retrieval.prompts import Prompt, prompt_ids, target_ids
+from memoir_retrieval.prompts import Prompt, given_ids, prompt_ids, target_ids
 from memoir_retrieval.reference import Answer
 from memoir_retrieval.span import find_span
 from memoir_retrieval.store import EditStore
@@ -60,7 +60,9 @@ class ServerModel:
         """Greedy answers with natural stop."""
 
         def ask(prompt: Prompt | list[int]) -> Answer:
-            reply = self._complete(self._ids(prompt), max_new_tokens, edited, {"return_token_ids": True})
+            reply = self._complete(
+                given_ids(prompt, self.prompt_ids), max_new_tokens, edited, {"return_token_ids": True}
+            )
             choice = reply.choices[0]
             return self._answer(tuple(choice.token_ids), reply, edited)
 
@@ -72,7 +74,7 @@ class ServerModel:
         """Teacher forcing: the server reads prompt and target at once, told which tokens are the question."""
 
         def ask(pair: tuple[Prompt | list[int], Sequence[int]]) -> Answer:
-            ids, target = self._ids(pair[0]), pair[1]
+            ids, target = given_ids(pair[0], self.prompt_ids), pair[1]
             start, end = find_span(ids, self._store.manifest.span)
             span = {"memoir_span": f"{start}:{end}"} if edited and start < end else {}
             reply = self._complete([*ids, *target], 1, edited, {"prompt_logprobs": 1}, span)
@@ -81,11 +83,6 @@ class ServerModel:
             return self._answer(tuple(best), reply, edited)
 
         return self._many(ask, list(zip(prompts, targets, strict=True)))
-
-    def _ids(self, prompt: Prompt | list[int]) -> list[int]:
-        if isinstance(prompt, list) and prompt and isinstance(prompt[0], int):
-            return list(prompt)
-        return self.prompt_ids(prompt)  # type: ignore[arg-type]
 
     def _complete(
         self, ids: list[int], tokens: int, edited: bool, extra: dict[str, Any], xargs: dict[str, str] | None = None

@@ -11,7 +11,7 @@ the last to be used. And the step is Polyak's, loss over squared gradient, which
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -39,9 +39,6 @@ class Training:
     max_steps: int = 60
     stop_loss: float = 0.02
     ridge: float = 1.0
-
-    def as_dict(self) -> dict[str, float | int | str]:
-        return asdict(self)
 
 
 class Trained(NamedTuple):

@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from memoir_retrieval.background import background_prompts
-from memoir_retrieval.cli.common import echo_json, json_option, notes
+from memoir_retrieval.cli.common import echo_json, json_option, model_option, notes
 from memoir_retrieval.cli.serve import server_command
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.model import resolve
@@ -31,7 +31,7 @@ def bench() -> None:
 
 @bench.command("serve")
 @click.argument("store", metavar="DIR", type=click.Path(path_type=Path))
-@click.option("--model", "-m", help="Folder, embedded model or Hub id (default: the store's own).")
+@model_option
 @click.option("--batch", type=click.IntRange(min=1), default=32, show_default=True, help="Requests at a time.")
 @click.option("--tokens", type=click.IntRange(min=1), default=64, show_default=True, help="New tokens a request.")
 @click.option("--pairs", type=click.IntRange(min=1), default=7, show_default=True, help="Turns of each engine.")

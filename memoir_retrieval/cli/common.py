@@ -11,7 +11,21 @@ from typing import Any, TypeVar
 import click
 from rich.console import Console
 
-__all__ = ["echo_json", "json_option", "notes", "store_argument", "tables", "threads_option"]
+from memoir_retrieval.edit import Edit
+from memoir_retrieval.edit_files import FORMATS, Keep, check_duplicates, limit_distinct_subjects, read_edits
+
+__all__ = [
+    "echo_json",
+    "edit_file",
+    "json_option",
+    "load_edits",
+    "model_option",
+    "notes",
+    "store_argument",
+    "tables",
+    "tau_option",
+    "threads_option",
+]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -27,6 +41,29 @@ store_argument = click.argument("store", metavar="DIR", type=click.Path(path_typ
 
 def echo_json(value: Any) -> None:
     click.echo(json.dumps(value, ensure_ascii=False, indent=1))
+
+
+model_option = click.option("--model", "-m", help="Folder, embedded model or Hub id (default: the store's own).")
+tau_option = click.option("--tau", type=float, help="Least overlap that matches (default: the store's own).")
+
+
+def edit_file(command: F) -> F:
+    """The argument FILE and the options `load_edits` takes."""
+    for option in (
+        click.option("--limit", type=click.IntRange(min=1), help="Only the first N records with distinct subjects."),
+        click.option(
+            "--format", "file_format", type=click.Choice(list(FORMATS)), help="Format of FILE (default: detected)."
+        ),
+        click.argument("file", type=click.Path(path_type=Path)),
+    ):
+        command = option(command)
+    return command
+
+
+def load_edits(file: Path, file_format: str | None, limit: int | None, keep: Keep) -> list[Edit]:
+    """The edits of a file, each prompt once. Raises EditFileError."""
+    edits = check_duplicates(read_edits(file, file_format), keep)
+    return limit_distinct_subjects(edits, limit) if limit else edits
 
 
 def threads_option(command: F) -> F:

@@ -10,8 +10,15 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from memoir_retrieval.cli.common import echo_json, json_option, notes, threads_option
-from memoir_retrieval.edit_files import FORMATS, check_duplicates, limit_distinct_subjects, read_edits
+from memoir_retrieval.cli.common import (
+    echo_json,
+    edit_file,
+    json_option,
+    load_edits,
+    model_option,
+    notes,
+    threads_option,
+)
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.store import MANIFEST, EditStore, Manifest
 
@@ -24,12 +31,10 @@ __all__ = ["edit", "train"]
 
 
 @click.command()
-@click.argument("file", type=click.Path(path_type=Path))
+@edit_file
 @click.option("--store", "-s", required=True, type=click.Path(path_type=Path), help="Folder of the store; made if new.")
-@click.option("--model", "-m", help="Folder, embedded model or Hub id (default: the store's own).")
+@model_option
 @click.option("--chat/--no-chat", default=None, help="Ask prompts through the chat template (default), or raw.")
-@click.option("--format", "file_format", type=click.Choice(list(FORMATS)), help="Format of FILE (default: detected).")
-@click.option("--limit", type=click.IntRange(min=1), help="Only the first N records with distinct subjects.")
 @click.option(
     "--on-conflict",
     type=click.Choice(["refuse", "first", "last"]),
@@ -66,9 +71,7 @@ def edit(
     Example:
       memoir edit corrections.jsonl --model smollm2-135m --store edits
     """
-    edits = check_duplicates(read_edits(file, file_format), on_conflict)
-    if limit:
-        edits = limit_distinct_subjects(edits, limit)
+    edits = load_edits(file, file_format, limit, on_conflict)
     made = EditStore.open(store).manifest if (store / MANIFEST).exists() else None
     _agree(made, store, settings)
     name = model or (made.model if made else None)

@@ -9,8 +9,18 @@ import click
 import msgspec
 from rich.table import Table
 
-from memoir_retrieval.cli.common import echo_json, json_option, notes, store_argument, tables, threads_option
-from memoir_retrieval.edit_files import FORMATS, check_duplicates, limit_distinct_subjects, read_edits
+from memoir_retrieval.cli.common import (
+    echo_json,
+    edit_file,
+    json_option,
+    load_edits,
+    model_option,
+    notes,
+    store_argument,
+    tables,
+    tau_option,
+    threads_option,
+)
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.files import publish
 from memoir_retrieval.store import EditStore
@@ -18,9 +28,7 @@ from memoir_retrieval.store import EditStore
 
 @click.command("eval")
 @store_argument
-@click.argument("file", type=click.Path(path_type=Path))
-@click.option("--format", "file_format", type=click.Choice(list(FORMATS)), help="Format of FILE (default: detected).")
-@click.option("--limit", type=click.IntRange(min=1), help="Only the first N records with distinct subjects.")
+@edit_file
 @click.option(
     "--context",
     type=click.Choice(["plain", "system", "turn"]),
@@ -29,8 +37,8 @@ from memoir_retrieval.store import EditStore
     help="Ask alone, under a long system prompt, or as third turn of a conversation; none is used in training.",
 )
 @click.option("--server", metavar="URL", help="Ask a running server, such as http://127.0.0.1:8000.")
-@click.option("--model", "-m", help="Folder, embedded model or Hub id (default: the store's own).")
-@click.option("--tau", type=float, help="Least overlap that matches (default: the store's own).")
+@model_option
+@tau_option
 @click.option("--out", type=click.Path(path_type=Path), help="Where to write the JSON (default: DIR.eval.json).")
 @json_option
 @threads_option
@@ -57,9 +65,7 @@ def eval_command(
     where = out or store.with_name(store.resolve().name + ".eval.json")
     if not where.parent.is_dir():  # said now, not after the minutes that measuring takes
         raise ConfigError(f"the report cannot be written: {where.parent} is no folder; choose another --out")
-    edits = check_duplicates(read_edits(file, file_format), "first")
-    if limit:
-        edits = limit_distinct_subjects(edits, limit)
+    edits = load_edits(file, file_format, limit, "first")
     opened = EditStore.open(store)
 
     from memoir_retrieval.evaluation import Asked, evaluate

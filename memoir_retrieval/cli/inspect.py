@@ -10,11 +10,17 @@ import click
 import msgspec
 from rich.table import Table
 
-from memoir_retrieval.cli.common import echo_json, json_option, store_argument, tables, threads_option
+from memoir_retrieval.cli.common import (
+    echo_json,
+    json_option,
+    model_option,
+    store_argument,
+    tables,
+    tau_option,
+    threads_option,
+)
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.store import EditStore
-
-ANY_OVERLAP = 1e-9  # a tau that every overlap but 0 reaches
 
 
 @click.command("list")
@@ -61,8 +67,8 @@ def show(store: Path, edit_id: int, as_json: bool) -> None:
 @store_argument
 @click.argument("prompt", required=False)
 @click.option("--messages", type=click.Path(path_type=Path), help="JSON file with chat messages, instead of PROMPT.")
-@click.option("--model", "-m", help="Folder, embedded model or Hub id (default: the store's own).")
-@click.option("--tau", type=float, help="Least overlap that matches (default: the store's own).")
+@model_option
+@tau_option
 @json_option
 @threads_option
 def lookup(
@@ -81,9 +87,9 @@ def lookup(
     from memoir_retrieval.retriever import Retriever
 
     retriever = Retriever.open(store, model, tau=tau)
-    match = retriever.lookup(asked)
     # How far the nearest edit was is what one wants to know of a prompt that matches none.
-    nearest = match or Retriever(retriever.store, retriever.base, tau=ANY_OVERLAP).lookup(asked)
+    nearest = retriever.nearest_batch([asked])[0]
+    match = nearest if nearest and retriever.reaches_tau(nearest) else None
     second = nearest.runner_up if nearest else None
     if as_json:
         answer = {
