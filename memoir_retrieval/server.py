@@ -38,9 +38,9 @@ class ServerModel:
         from transformers import AutoTokenizer
 
         base = url.rstrip("/").removesuffix("/v1")
-        self._client = OpenAI(base_url=f"{base}/v1", api_key="none", timeout=600, max_retries=0)
+        self._client = OpenAI(base_url=f"{base}/v1", api_key="none", timeout=600)
         try:
-            self._served = self._client.models.list().data[0].id
+            self._served = self._client.with_options(max_retries=0).models.list().data[0].id
         except OpenAIError as error:
             raise ConfigError(f"no server answers at {base} ({error}): start one with `memoir serve`") from error
         self._store = store

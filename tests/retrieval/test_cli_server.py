@@ -22,6 +22,9 @@ from memoir_retrieval.server import ServerModel
 class Stub(ThreadingHTTPServer):
     """Answers every completion with token 5; `memoir` is the plugin's part of the response, `asked` the requests."""
 
+    # The default of 5 waiting connections resets some of the client's 16 on a busy machine.
+    request_queue_size = 128
+
     def __init__(self, generation: int) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.memoir: dict[str, Any] | None = {"edit": 0, "overlap": 1.0, "result": "edited", "generation": generation}
