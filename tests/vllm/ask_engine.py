@@ -9,7 +9,7 @@ import dataclasses
 import json
 import sys
 
-from conftest import Engine
+from engines import Engine
 
 
 def main() -> None:

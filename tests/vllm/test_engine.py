@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import EDITS, MAX_MODEL_LEN, NEW_TOKENS, PIRATE, PROMPTS, Engine, Expected, Reply, flags, user
+from engines import EDITS, MAX_MODEL_LEN, NEW_TOKENS, PIRATE, PROMPTS, Engine, Expected, Reply, flags, user
 from vllm.exceptions import VLLMValidationError
 
 from memoir_retrieval.model import BaseModel

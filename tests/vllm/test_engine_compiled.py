@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import PROMPTS, Engine, Expected, flags
+from engines import PROMPTS, Engine, Expected, flags
 
 pytestmark = pytest.mark.engine
 

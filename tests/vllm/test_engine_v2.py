@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import Expected, flags
+from engines import Expected, flags
 
 pytestmark = pytest.mark.engine
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import MAX_MODEL_LEN, NEW_TOKENS, PROMPTS, Expected
+from engines import MAX_MODEL_LEN, NEW_TOKENS, PROMPTS, Expected
 
 pytestmark = pytest.mark.engine
 

@@ -1,0 +1,197 @@
+"""The prompts that engines are asked, the store they serve, and an engine that takes a batch in one step."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+# Before vLLM is imported. Engines start as fresh processes: a fork would inherit torch's and FAISS' threads.
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+import numpy as np
+import torch
+
+from memoir_retrieval.edit import StoredEdit
+from memoir_retrieval.fingerprint import Fingerprint, permutation
+from memoir_retrieval.forward import question_means
+from memoir_retrieval.model import BaseModel
+from memoir_retrieval.prompts import Prompt, prompt_ids
+from memoir_retrieval.span import derive_span_rule, find_span
+from memoir_retrieval.store import write_generation
+
+LAYER, K, TAU = 24, 438, 0.6
+MAX_MODEL_LEN = 256
+NEW_TOKENS = 16
+
+EDITS = (
+    "The president of the fictional state of Zubrovia is",
+    "The inventor of the quantum teapot was",
+    "In which year was the Lisbon bridge of glass opened?",
+    "The headquarters of Acme Rockets Ltd is located in",
+)
+UNRELATED = (
+    "Once upon a time there was a dragon who",
+    "def fibonacci(n):\n",
+    "Water boils at a temperature of",
+    "List three colours:",
+)
+BACKGROUND = (
+    "The weather today is mild with a light wind.",
+    "He opened the door and walked into the room.",
+    "Prices rose by two percent in the last quarter.",
+    "The team won the game after extra time.",
+    "A recipe for bread needs flour, water, salt and yeast.",
+)
+PIRATE = {"role": "system", "content": "You are a pirate who answers in one short sentence."}
+EARLIER = [{"role": "user", "content": "Is it late?"}, {"role": "assistant", "content": "Not yet, it is noon."}]
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+# Everything that one mixed batch is made of. Raw strings are completions, lists are chats.
+PROMPTS: dict[str, Prompt] = {
+    **{f"edit {i}": text for i, text in enumerate(EDITS)},
+    **{f"unrelated {i}": text for i, text in enumerate(UNRELATED)},
+    "chat edit": [user(EDITS[0])],
+    "chat edit after system": [PIRATE, user(EDITS[1])],
+    "chat edit as third turn": [PIRATE, *EARLIER, user(EDITS[2])],
+    "chat unrelated after system": [PIRATE, user(UNRELATED[0])],
+    "chat unrelated as third turn": [PIRATE, *EARLIER, user("Which of the two is heavier, lead or feathers?")],
+    "one token": "Hello",
+}
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The reference's answer to one prompt, with edits and without."""
+
+    ids: list[int]
+    tokens: list[int]
+    base: list[int]
+    edit: int | None
+    overlap: float
+
+
+def make_store(base: BaseModel, folder: Path, *, edits: tuple[str, ...] = EDITS, tau: float = TAU) -> Path:
+    """Masks of real questions, raw and in a chat, and two random memories large enough to change the answers."""
+    rule = derive_span_rule(base.tokenizer)
+
+    def means(prompts: list[Prompt]) -> torch.Tensor:
+        rows = [prompt_ids(base.tokenizer, p, chat=False) for p in prompts]
+        return question_means(base, rows, [find_span(ids, rule) for ids in rows])
+
+    background = means(list(BACKGROUND)).mean(0).numpy()
+    perm = permutation(base.d, seed=0)
+    codes = np.empty((0, base.d // 8), dtype=np.uint8)
+    if edits:
+        asked: list[Prompt] = [*edits, *([user(text)] for text in edits)]
+        codes = Fingerprint(background, perm, K).codes(means(asked))
+    ids = np.tile(np.arange(len(edits), dtype=np.int64), 2)
+    generator = torch.Generator().manual_seed(0)
+    spread = float(base.projection.weight.std()) * 3
+    folder.mkdir()
+    write_generation(
+        folder,
+        {
+            "generation": 3,
+            "model": base.name,
+            "base": base.identity,
+            "module": base.module,
+            "layer": base.layer,
+            "d": base.d,
+            "h": base.h,
+            "k": K,
+            "tau": tau,
+            "span": rule,
+            "chat": False,
+            "dtype": "float32",
+            "seed": 0,
+            "contexts": (),
+            "training": {},
+            "next_id": len(edits),
+        },
+        memories=(torch.randn(2, base.h, base.d, generator=generator) * spread).numpy(),
+        background=background,
+        permutation=perm,
+        codes=codes,
+        ids=ids,
+        memory_of=(ids % 2).astype(np.int32),
+        edits=[
+            StoredEdit(id=i, prompt=text, target="", created="2025-01-01", loss=0.0, steps=0, memory=i % 2)
+            for i, text in enumerate(edits)
+        ],
+    )
+    return folder
+
+
+def flags(model_folder: Path, store: Path | None = None, **more: Any) -> dict[str, Any]:
+    """EngineArgs of a small engine; with a store it serves edits."""
+    ours = {"additional_config": {"memoir": {"store": str(store)}}} if store else {}
+    return {
+        "model": str(model_folder),
+        "dtype": "float32",
+        "max_model_len": MAX_MODEL_LEN,
+        "max_num_seqs": 32,
+        "enforce_eager": True,
+        "seed": 0,
+        **ours,
+        **more,
+    }
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What an engine answered; `memoir` is the plugin's part of it."""
+
+    tokens: list[int]
+    logprobs: list[float]
+    memoir: dict[str, Any] | None
+
+
+class Engine:
+    """An engine whose requests of one call are all in its first step, whatever the timing of the front end."""
+
+    def __init__(self, **engine_flags: Any):
+        from vllm import LLM
+
+        self.llm = LLM(**engine_flags)
+
+    def ask(
+        self, prompts: list[list[int]], options: list[dict[str, Any] | None] | None = None, **how: Any
+    ) -> list[Reply]:
+        """prompts: token ids. options: `vllm_xargs` of each request."""
+        return [self._reply(output, 0) for output in self.ask_raw(prompts, options, **how)]
+
+    def ask_raw(self, prompts: list[list[int]], options: list[dict[str, Any] | None] | None = None, **how: Any) -> Any:
+        from vllm import SamplingParams
+
+        how = {"temperature": 0, "max_tokens": NEW_TOKENS, "logprobs": 1, **how}
+        params = [SamplingParams(extra_args=given, **how) for given in options or [None] * len(prompts)]
+        self.llm.sleep(level=0)  # pauses the scheduler only
+        self.llm.enqueue([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+        self.llm.wake_up(tags=["scheduling"])
+        return self.llm.wait_for_completion(use_tqdm=False)
+
+    @staticmethod
+    def _reply(output: Any, n: int) -> Reply:
+        made = output.outputs[n]
+        logprobs = [step[token].logprob for step, token in zip(made.logprobs or [], made.token_ids, strict=False)]
+        return Reply(list(made.token_ids), logprobs, (output.kv_transfer_params or {}).get("memoir"))
+
+    def stats(self) -> dict[str, Any]:
+        return self.llm.collective_rpc("memoir_stats")[0]
+
+    def close(self) -> None:
+        self.llm.llm_engine.engine_core.shutdown()
