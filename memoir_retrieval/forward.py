@@ -24,6 +24,7 @@ __all__ = [
     "right_pad",
     "run_from_block",
     "span_mean",
+    "span_sum",
 ]
 
 
@@ -202,4 +203,9 @@ def question_means(
 
 def span_mean(activations: torch.Tensor, start: int, end: int) -> torch.Tensor:
     """Mean over tokens [start, end) of activations [T, D], summed in float32 whatever their dtype: float32 [D]."""
-    return activations[start:end].float().sum(0) / (end - start)
+    return span_sum(activations, start, end) / (end - start)
+
+
+def span_sum(activations: torch.Tensor, start: int, end: int) -> torch.Tensor:
+    """Sum over tokens [start, end) of activations [T, D], in float32 whatever their dtype: float32 [D]."""
+    return activations[start:end].float().sum(0)

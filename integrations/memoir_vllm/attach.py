@@ -14,6 +14,7 @@ import torch
 
 from memoir_retrieval.errors import ConfigError, StoreError
 from memoir_retrieval.store import EditStore
+from memoir_vllm.config import MemoirConfig, longest_question
 from memoir_vllm.op import context_key, register_op
 from memoir_vllm.residual import ResidualLayer
 from memoir_vllm.routing import Router
@@ -26,7 +27,7 @@ __all__ = ["attach"]
 
 
 def attach(
-    store: EditStore, tau: float | None, vllm_config: VllmConfig, model: torch.nn.Module, device: torch.device
+    ours: MemoirConfig, store: EditStore, vllm_config: VllmConfig, model: torch.nn.Module, device: torch.device
 ) -> ResidualLayer:
     """Make the store act on the model. Raises ConfigError where the module is not one that we know how to edit."""
     manifest = store.manifest
@@ -34,8 +35,9 @@ def attach(
     _agree(manifest.generation, linear.tp_size)
     register_op()
     layer = ResidualLayer(
-        Router(store, tau, device),
+        Router(store, ours.tau, device),
         torch.from_numpy(store.memories),
+        longest=None if ours.mode == "single" else longest_question(vllm_config),
         rank=linear.tp_rank,
         ranks=linear.tp_size,
         dtype=vllm_config.model_config.dtype,

@@ -10,6 +10,7 @@ import msgspec
 
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.model import identify, resolve
+from memoir_retrieval.span import SpanRule
 from memoir_retrieval.store import EditStore, Manifest, library_version
 from memoir_vllm.op import OP
 
@@ -17,7 +18,18 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
     from vllm.engine.arg_utils import EngineArgs
 
-__all__ = ["MemoirConfig", "apply", "check_version", "of", "open_store", "prefer", "read", "refuse"]
+__all__ = [
+    "MemoirConfig",
+    "apply",
+    "check_version",
+    "longest_question",
+    "of",
+    "open_store",
+    "prefer",
+    "read",
+    "refuse",
+    "span_rule",
+]
 
 TESTED = ((0, 32),)
 # vLLM's worker class -> ours, which inherits from it. The slot takes one class by name.
@@ -30,12 +42,13 @@ WORKERS = {
 class MemoirConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The `memoir` section of `--additional-config`.
 
-    `store`: folder of the edits. `mode`: "single" decides and applies in the one step that holds a whole prompt.
+    `store`: folder of the edits. `mode`: "inline" keeps chunked prefill and prefix caching, see `scheduler.py`;
+    "single" decides and applies in the one step that holds a whole prompt, and needs both off.
     `tau`: matches from this overlap on, instead of the store's own threshold.
     """
 
     store: Annotated[str, msgspec.Meta(min_length=1)]
-    mode: Literal["single"] = "single"
+    mode: Literal["inline", "single"] = "inline"
     tau: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
 
 
@@ -69,6 +82,22 @@ def of(vllm_config: VllmConfig) -> MemoirConfig | None:
     return None if section is None else msgspec.convert(section, MemoirConfig)
 
 
+def span_rule(vllm_config: VllmConfig) -> SpanRule:
+    """The store's rule, from a VllmConfig that `apply` has seen: the scheduler opens no store."""
+    return msgspec.convert(vllm_config.additional_config["memoir_span"], SpanRule)
+
+
+def longest_question(vllm_config: VllmConfig) -> int:
+    """Tokens of the longest question that always fits a step: what is left when every other request decodes."""
+    scheduler = vllm_config.scheduler_config
+    budget = min(
+        scheduler.max_num_batched_tokens, scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens
+    )
+    longest = max(0, budget - scheduler.max_num_seqs)
+    threshold = scheduler.long_prefill_token_threshold
+    return min(longest, threshold) if threshold > 0 else longest
+
+
 def open_store(config: MemoirConfig, model: ModelConfig) -> EditStore:
     """Open the store and check that it was made on the served model. Raises StoreError or ModelError."""
     store = EditStore.open(config.store)
@@ -79,13 +108,14 @@ def open_store(config: MemoirConfig, model: ModelConfig) -> EditStore:
 def prefer(config: MemoirConfig, args: EngineArgs) -> None:
     """Choose what we need for the flags that the user left open. `refuse` sees the others.
 
-    In mode `single` the op must see every row of a prompt in one step, and its Python must run in each step, which
+    In mode `single` the op must see every row of a prompt in one step. In both its Python must run in each step, which
     a captured full graph would skip.
     """
-    if args.enable_prefix_caching is None:
-        args.enable_prefix_caching = False
-    if args.enable_chunked_prefill is None:
-        args.enable_chunked_prefill = False
+    if config.mode == "single":
+        if args.enable_prefix_caching is None:
+            args.enable_prefix_caching = False
+        if args.enable_chunked_prefill is None:
+            args.enable_chunked_prefill = False
     if args.compilation_config.cudagraph_mode is None:
         from vllm.config import CUDAGraphMode
 
@@ -104,12 +134,23 @@ def _checks(config: MemoirConfig, vllm_config: VllmConfig) -> list[tuple[bool, s
     scheduler, cache, graphs = vllm_config.scheduler_config, vllm_config.cache_config, vllm_config.compilation_config
     captured = graphs.cudagraph_mode is not None and bool(graphs.cudagraph_mode)
     full = captured and graphs.cudagraph_mode.has_full_cudagraphs()
+    single = config.mode == "single"
     return [
-        (bool(cache.enable_prefix_caching), "prefix caching in mode single (use --no-enable-prefix-caching)"),
-        (bool(scheduler.enable_chunked_prefill), "chunked prefill in mode single (use --no-enable-chunked-prefill)"),
         (
-            scheduler.long_prefill_token_threshold > 0,
+            single and bool(cache.enable_prefix_caching),
+            "prefix caching in mode single (use --no-enable-prefix-caching)",
+        ),
+        (
+            single and bool(scheduler.enable_chunked_prefill),
+            "chunked prefill in mode single (use --no-enable-chunked-prefill)",
+        ),
+        (
+            single and scheduler.long_prefill_token_threshold > 0,
             "split long prompts in mode single (leave out --long-prefill-token-threshold)",
+        ),
+        (
+            model.is_hybrid and bool(cache.enable_prefix_caching),
+            "prefix caching of a model with recurrent layers (use --no-enable-prefix-caching)",
         ),
         (parallel.pipeline_parallel_size > 1, "pipeline parallelism (use --pipeline-parallel-size 1)"),
         (parallel.decode_context_parallel_size > 1, "context parallelism (use --decode-context-parallel-size 1)"),
@@ -151,6 +192,7 @@ def apply(config: MemoirConfig, vllm_config: VllmConfig, manifest: Manifest) -> 
         # vLLM hashes this dict into the key of its compile cache (VllmConfig.compute_hash): what changes the graph
         # must be here. The edits are read inside the opaque op, so a new generation needs no new compilation.
         "memoir_graph": {"version": library_version(), "module": manifest.module},
+        "memoir_span": msgspec.to_builtins(manifest.span),
     }
     kind = "MemoirAsyncScheduler" if vllm_config.scheduler_config.async_scheduling else "MemoirScheduler"
     vllm_config.scheduler_config.scheduler_cls = f"memoir_vllm.scheduler.{kind}"

@@ -20,9 +20,8 @@ from memoir_retrieval.span import Span
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
     from vllm.v1.engine import EngineCoreRequest
-    from vllm.v1.outputs import ModelRunnerOutput
 
-__all__ = ["Decision", "Options", "decisions_of", "install", "parse_options", "put_decisions"]
+__all__ = ["Decision", "Options", "Routed", "install", "parse_options", "put_routed", "routed_of"]
 
 Result = Literal["matched", "unmatched", "off", "unroutable"]
 
@@ -43,18 +42,28 @@ class Decision(msgspec.Struct, frozen=True):
     generation: int
 
 
-def put_decisions(output: ModelRunnerOutput, decisions: Mapping[str, Decision]) -> ModelRunnerOutput:
-    """Send decisions, by request id, from a worker to the scheduler.
+class Routed(NamedTuple):
+    """What workers and scheduler tell each other of one request. row: of the matched mask in the store's codes, or -1.
 
-    They go as an attribute beside the dataclass' fields: the object is pickled between the processes, so it arrives.
+    An edit may have several masks, so it is the row that says which residual acted.
     """
-    output.memoir_decisions = decisions
-    return output
+
+    decision: Decision
+    row: int = -1
 
 
-def decisions_of(output: ModelRunnerOutput) -> Mapping[str, Decision]:
-    """What `put_decisions` has put, or nothing."""
-    return getattr(output, "memoir_decisions", {})
+def put_routed(step: Any, routed: Mapping[str, Routed]) -> Any:
+    """Send what is known of requests, by id, along with a ModelRunnerOutput or a SchedulerOutput.
+
+    It goes as an attribute beside the dataclass' fields: the object is pickled between the processes, so it arrives.
+    """
+    step.memoir_routed = routed
+    return step
+
+
+def routed_of(step: Any) -> Mapping[str, Routed]:
+    """What `put_routed` has put, or nothing."""
+    return getattr(step, "memoir_routed", {})
 
 
 class Options(NamedTuple):

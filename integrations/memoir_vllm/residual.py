@@ -15,9 +15,9 @@ import torch
 from torch.nn import functional
 
 from memoir_retrieval.errors import ConfigError
-from memoir_retrieval.forward import span_mean
+from memoir_retrieval.forward import span_sum
 from memoir_retrieval.span import Span, find_span
-from memoir_vllm.requests import Decision, parse_options
+from memoir_vllm.requests import Routed, parse_options
 from memoir_vllm.routing import Route, Router
 
 __all__ = ["Batch", "ResidualLayer", "Rows"]
@@ -34,11 +34,20 @@ class Rows(NamedTuple):
 
 @dataclass
 class _Request:
-    """span: the question. route: None until it is decided. mask: of the matched edit, this rank's share, on device."""
+    """span: the question. route: None until it is decided. mask: of the matched edit, this rank's share, on device.
+
+    long: the question may take several steps, each of which adds its rows to `total` (float32 [D/ranks]) and moves
+    `seen`, the position after them. By its end the question has passed without the edit: a match acts from the moment
+    on that the scheduler has it computed once more.
+    """
 
     span: Span
+    long: bool = False
     route: Route | None = None
     mask: torch.Tensor | None = None
+    acts: bool = False
+    total: torch.Tensor | None = None
+    seen: int = 0
 
 
 @dataclass(frozen=True)
@@ -55,6 +64,7 @@ class ResidualLayer:
     """The edited layer's state in one worker.
 
     memories: [M, H, D]; this rank keeps its share of D in the serving dtype, as vLLM shards the layer's own weight.
+    longest: tokens of the longest question that always passes in one step; None where every question does.
     """
 
     def __init__(
@@ -62,6 +72,7 @@ class ResidualLayer:
         router: Router,
         memories: torch.Tensor,
         *,
+        longest: int | None = None,
         rank: int = 0,
         ranks: int = 1,
         dtype: torch.dtype = torch.float32,
@@ -71,13 +82,23 @@ class ResidualLayer:
         self._shard = slice(rank * share, (rank + 1) * share)
         self._ranks = ranks
         self._router = router
+        self._longest = longest
         self.memories = memories[:, :, self._shard].to(device=device, dtype=dtype, copy=True).contiguous()
         self.probe: Callable[[torch.Tensor, torch.Tensor], None] | None = None
         self._requests: dict[str, _Request] = {}
         self._step: Sequence[Rows] | None = None
-        self._decided: dict[str, Decision] = {}
+        self._routed: dict[str, Routed] = {}
         self._acting: tuple[tuple[tuple[str, int, int], ...], list[Batch]] = ((), [])
-        self._stats = {"routed": 0, "matched": 0, "steps": 0, "rows": 0, "routing_s": 0.0, "residual_s": 0.0}
+        self._stats = {
+            "routed": 0,
+            "matched": 0,
+            "recalled": 0,
+            "replayed": 0,
+            "steps": 0,
+            "rows": 0,
+            "routing_s": 0.0,
+            "residual_s": 0.0,
+        }
 
     # ---- between steps, called by the model runner's wrappers ------------------------------------------------------
 
@@ -96,14 +117,29 @@ class ResidualLayer:
         elif span.start == span.end:
             self._settle(request_id, self._router.unroutable())
         else:
-            self._requests[request_id] = _Request(span)
+            long = self._longest is not None and span.end - span.start > self._longest
+            self._requests[request_id] = _Request(span, long)
+
+    def recall(self, request_id: str, routed: Routed) -> bool:
+        """What the scheduler knows of a request whose first rows, or first again, come in this step.
+
+        Returns True where the request starts over with its edit after it has passed without it.
+        """
+        request = self._requests[request_id]
+        starts_over = request.route is not None and request.mask is not None and not request.acts
+        if request.route is None:
+            self._decide(request, self._router.recall(routed))
+            self._stats["recalled"] += 1
+        request.acts = True
+        self._stats["replayed"] += starts_over
+        return starts_over
 
     def drop(self, request_ids: Iterable[str]) -> None:
         """Forget requests that finished or were aborted."""
         for request_id in request_ids:
             if self._requests.pop(request_id, None) is not None:
                 self._acting = ((), [])
-            self._decided.pop(request_id, None)
+            self._routed.pop(request_id, None)
 
     def begin_step(self, rows: Sequence[Rows]) -> None:
         """The rows of the coming forward. Without this call (profiling, warm-up, idle ranks) the op does nothing.
@@ -113,24 +149,26 @@ class ResidualLayer:
         """
         for r in rows:
             request = self._requests[r.request_id]
-            if request.route is not None:
-                continue
             start, end = request.span
             seen = r.position + r.end - r.start
-            if seen > start and not r.position <= start < end <= seen:
+            if request.route is not None or seen <= start:
+                continue
+            whole = r.position <= start < end <= seen
+            goes_on = request.long and (r.position <= start or r.position == request.seen)
+            if not whole and not goes_on:
                 raise RuntimeError(
                     f"memoir: request {r.request_id} has tokens {r.position} to {seen} of its prompt in this step, "
-                    f"but its question is {start} to {end}: prompts must not be split or cached, check vLLM's flags"
+                    f"but its question is {start} to {end}: it must not be split or cached; please report this"
                 )
         self._step = rows
 
     def end_step(self) -> None:
         self._step = None
 
-    def take_decisions(self) -> dict[str, Decision]:
+    def take_routed(self) -> dict[str, Routed]:
         """What was decided since the last call, by request id."""
-        decided, self._decided = self._decided, {}
-        return decided
+        routed, self._routed = self._routed, {}
+        return routed
 
     def stats(self) -> dict[str, int | float]:
         """Counters since the start. Seconds are those of the host."""
@@ -155,34 +193,49 @@ class ResidualLayer:
         self._stats["residual_s"] += time.perf_counter() - routed
 
     def _route(self, x: torch.Tensor) -> None:
-        """Look up every question that this step holds."""
+        """Look up every question that ends in this step."""
         assert self._step is not None
-        asked: list[tuple[str, int, int]] = []
+        asked: dict[str, torch.Tensor] = {}
         for r in self._step:
             request = self._requests[r.request_id]
             shift = r.start - r.position
-            if request.route is None and request.span.end + shift <= r.end:
-                asked.append((r.request_id, request.span.start + shift, request.span.end + shift))
+            first, last = max(request.span.start + shift, r.start), min(request.span.end + shift, r.end)
+            if request.route is not None or first >= last:
+                continue
+            total = span_sum(x, first, last)
+            if first - shift > request.span.start:
+                assert request.total is not None
+                total += request.total
+            if last - shift == request.span.end:
+                asked[r.request_id] = total / (request.span.end - request.span.start)
+                request.total = None
+            else:
+                request.total, request.seen = total, last - shift
         if not asked:
             return
-        means = torch.stack([span_mean(x, start, end) for _, start, end in asked])
+        means = torch.stack(list(asked.values()))
         if self._ranks > 1:
             from vllm.distributed import tensor_model_parallel_all_gather
 
             # Every rank now holds the same numbers in the same order, so every rank decides alike.
             means = tensor_model_parallel_all_gather(means, dim=-1)
-        for (request_id, _, _), route in zip(asked, self._router.route(means), strict=True):
+        for request_id, route in zip(asked, self._router.route(means), strict=True):
             self._settle(request_id, route)
             self._stats["routed"] += 1
             self._stats["matched"] += route.mask is not None
 
     def _settle(self, request_id: str, route: Route) -> None:
+        """A decision of this worker, which the scheduler does not know yet."""
         request = self._requests.setdefault(request_id, _Request(Span(0, 0)))
+        self._decide(request, route)
+        request.acts = not request.long
+        self._routed[request_id] = route.routed
+
+    def _decide(self, request: _Request, route: Route) -> None:
         request.route = route
         if route.mask is not None:
             mask = torch.from_numpy(route.mask[self._shard])
             request.mask = mask.to(device=self.memories.device, dtype=self.memories.dtype)
-        self._decided[request_id] = route.decision
 
     def _act(self, x: torch.Tensor, y: torch.Tensor) -> None:
         """Unmatched rows are never touched: adding zeros would not keep their bits."""
@@ -190,7 +243,7 @@ class ResidualLayer:
         acting: list[tuple[str, int, int]] = []
         for r in self._step:
             request = self._requests[r.request_id]
-            if request.mask is not None:
+            if request.mask is not None and request.acts:
                 start = r.start + max(0, request.span.start - r.position)
                 if start < r.end:
                     acting.append((r.request_id, start, r.end))

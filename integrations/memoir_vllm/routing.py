@@ -11,16 +11,16 @@ from memoir_index import HammingIndex, unpack
 from memoir_retrieval.fingerprint import Fingerprint
 from memoir_retrieval.span import SpanRule
 from memoir_retrieval.store import EditStore
-from memoir_vllm.requests import Decision
+from memoir_vllm.requests import Decision, Result, Routed
 
 __all__ = ["Route", "Router"]
 
 
 @dataclass(frozen=True)
 class Route:
-    """A decision, and for a match the mask (bool [D]) and the number of the residual memory that hold the edit."""
+    """What is known of a request; for a match the mask (bool [D]) and the number of the memory that hold the edit."""
 
-    decision: Decision
+    routed: Routed
     mask: np.ndarray | None = None
     memory: int = 0
 
@@ -39,13 +39,16 @@ class Router:
         self._index = HammingIndex.from_codes(manifest.d, manifest.k, store.ids, store.codes)
         self._memory_of = store.memory_of
 
+    def _unedited(self, result: Result, overlap: float = 0.0) -> Route:
+        return Route(Routed(Decision(None, overlap, result, self.generation)))
+
     def off(self) -> Route:
         """Of a request that opted out."""
-        return Route(Decision(None, 0.0, "off", self.generation))
+        return self._unedited("off")
 
     def unroutable(self) -> Route:
         """Of a request that holds no question, or one without a fingerprint."""
-        return Route(Decision(None, 0.0, "unroutable", self.generation))
+        return self._unedited("unroutable")
 
     def route(self, means: torch.Tensor) -> list[Route]:
         """means: float32 [Q, D], the mean activation of each question, on this router's device."""
@@ -59,9 +62,19 @@ class Router:
             sound, hits.ids.tolist(), hits.overlaps.tolist(), hits.rows.tolist(), strict=True
         ):
             if row < 0:
-                routes[at] = Route(Decision(None, round(overlap, 4), "unmatched", self.generation))
+                routes[at] = self._unedited("unmatched", round(overlap, 4))
             else:
-                mask = unpack(self._index.code(row)[None], self.d)[0]
-                decision = Decision(edit, round(overlap, 4), "matched", self.generation)
-                routes[at] = Route(decision, mask, int(self._memory_of[row]))
+                routes[at] = self.recall(Routed(Decision(edit, round(overlap, 4), "matched", self.generation), row))
         return routes
+
+    def recall(self, routed: Routed) -> Route:
+        """The route of a request that was decided before. Raises RuntimeError for another generation's decision."""
+        if routed.decision.generation != self.generation:
+            raise RuntimeError(
+                f"memoir: a request was decided by generation {routed.decision.generation} of the store, this worker "
+                f"serves generation {self.generation}"
+            )
+        if routed.row < 0:
+            return Route(routed)
+        mask = unpack(self._index.code(routed.row)[None], self.d)[0]
+        return Route(routed, mask, int(self._memory_of[routed.row]))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
-from memoir_vllm.requests import Decision, put_decisions
+from memoir_vllm.requests import Routed, put_routed, routed_of
 from memoir_vllm.residual import ResidualLayer, Rows
 
 if TYPE_CHECKING:
@@ -44,6 +44,9 @@ def _wrap_step(runner: Any, layer: ResidualLayer) -> None:
         layer.drop(scheduler_output.finished_req_ids)
         for new in scheduler_output.scheduled_new_reqs:
             layer.admit(new.req_id, new.prompt_token_ids or [], new.sampling_params and new.sampling_params.extra_args)
+        for request_id, routed in routed_of(scheduler_output).items():
+            if layer.recall(request_id, routed):
+                _start_over(runner, request_id)
         try:
             return execute_model(scheduler_output, *args, **kwargs)
         finally:
@@ -52,12 +55,23 @@ def _wrap_step(runner: Any, layer: ResidualLayer) -> None:
     @functools.wraps(sample_tokens)
     def sample(*args: Any, **kwargs: Any) -> Any:
         output = sample_tokens(*args, **kwargs)
-        decisions = layer.take_decisions()
-        if not decisions or output is None:
+        routed = layer.take_routed()
+        if not routed or output is None:
             return output
-        return _Decided(output, decisions) if hasattr(output, "get_output") else put_decisions(output, decisions)
+        return _Routed(output, routed) if hasattr(output, "get_output") else put_routed(output, routed)
 
     runner.execute_model, runner.sample_tokens = execute, sample
+
+
+def _start_over(runner: Any, request_id: str) -> None:
+    """Undo what V1 remembers of a pass whose output was thrown away. V2 takes the request up as a new one."""
+    state = getattr(runner, "requests", {}).get(request_id)
+    if state is None:
+        return
+    if state.generator is not None:
+        state.generator.manual_seed(state.sampling_params.seed)
+    if (wanted := state.sampling_params.prompt_logprobs) is not None:
+        runner.num_prompt_logprobs[request_id] = runner.input_batch.vocab_size if wanted == -1 else wanted
 
 
 def _wrap_v1(runner: Any, layer: ResidualLayer) -> None:
@@ -94,15 +108,15 @@ def _rows(ids: list[str], edges: np.ndarray, positions: np.ndarray) -> list[Rows
     return list(map(Rows, ids, edges[:n].tolist(), edges[1 : n + 1].tolist(), positions[:n].tolist()))
 
 
-class _Decided(AsyncModelRunnerOutput):
-    """An output that is still on its way, with decisions for it."""
+class _Routed(AsyncModelRunnerOutput):
+    """An output that is still on its way, with what its step has decided."""
 
-    def __init__(self, output: AsyncModelRunnerOutput, decisions: Mapping[str, Decision]):
+    def __init__(self, output: AsyncModelRunnerOutput, routed: Mapping[str, Routed]):
         self._output = output
-        self._decisions = decisions
+        self._with = routed
 
     def get_output(self) -> ModelRunnerOutput:
-        return put_decisions(self._output.get_output(), self._decisions)
+        return put_routed(self._output.get_output(), self._with)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._output, name)

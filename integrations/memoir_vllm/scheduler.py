@@ -1,18 +1,30 @@
-"""Schedulers that carry the workers' decisions to the response (vllm/v1/core/sched/scheduler.py).
+"""Scheduling around decisions (vllm/v1/core/sched/scheduler.py). Delivered by name through `scheduler_cls`.
 
-Delivered by name through `SchedulerConfig.scheduler_cls`. In mode `single` nothing is scheduled differently: the
-workers decide and apply in one step, and the scheduler only learns of it.
+Mode `inline`: a question passes in one step, which looks it up and applies the edit at once, while everything before
+it is split and cached as usual. Until the workers' decision is back, a request takes no cached block of its question
+and publishes none (`blocks.py`). A question too long for a step passes in several, as the base model's; where it
+matches, the request is preempted and computed once more with its edit.
+
+Mode `single`: prompts are neither split nor cached, so nothing is scheduled differently.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import time
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
+import numpy as np
+from cachetools import LRUCache
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import RequestStatus
 
-from memoir_vllm.requests import Decision, decisions_of
+from memoir_retrieval.errors import ConfigError
+from memoir_retrieval.span import Span, find_span
+from memoir_vllm import blocks, config
+from memoir_vllm.requests import Routed, parse_options, put_routed, routed_of
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -21,31 +33,144 @@ if TYPE_CHECKING:
 
 __all__ = ["MemoirAsyncScheduler", "MemoirScheduler"]
 
+# Decisions that are remembered by prompt: about 200 bytes each.
+REMEMBERED = 10_000
+
+
+class _Question(NamedTuple):
+    """Of a request that is not decided yet. prompt: what its decision depends on, None where that is not known here."""
+
+    span: Span
+    long: bool
+    prompt: bytes | None
+
 
 class _Decisions:
-    """Mixin in front of a vLLM scheduler: keeps each live request's decision, returns it when it is freed."""
+    """Mixin in front of a vLLM scheduler."""
 
     requests: dict[str, Request]
+    vllm_config: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._memoir: dict[str, Decision] = {}
+        self._routed: dict[str, Routed] = {}
+        self._questions: dict[str, _Question] = {}
+        self._remembered: LRUCache[bytes, Routed] = LRUCache(REMEMBERED)
+        ours = config.of(self.vllm_config)
+        self._inline = ours is not None and ours.mode == "inline"
+        if self._inline:
+            self._rule = config.span_rule(self.vllm_config)
+            self._longest = config.longest_question(self.vllm_config)
+            blocks.install()
+            blocks.guard(self.kv_cache_manager, self._boundary)  # type: ignore[attr-defined]
+
+    # ---- before the decision ---------------------------------------------------------------------------------------
+
+    def add_request(self, request: Request) -> None:
+        if self._inline and request.request_id not in self.requests:
+            self._arrive(request)
+        super().add_request(request)  # type: ignore[misc]
+
+    def _arrive(self, request: Request) -> None:
+        prompt = request.prompt_token_ids or []
+        try:
+            options = parse_options(request.sampling_params and request.sampling_params.extra_args, len(prompt))
+        except ConfigError:  # the worker serves it as the base model and says so, see ResidualLayer.admit
+            return
+        span = options.span or find_span(prompt, self._rule)
+        if options.off or span.start == span.end:
+            return
+        question = _Question(span, span.end - span.start > self._longest, _prompt_key(request, span))
+        known = self._remembered.get(question.prompt) if question.prompt else None
+        if known is None:
+            self._questions[request.request_id] = question
+        else:
+            self._settle(request, span, known)
+
+    def _boundary(self, request: Request) -> int | None:
+        question = self._questions.get(request.request_id)
+        return None if question is None else question.span.start
+
+    def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
+        """The last word on how many tokens a request gets in a step; 0 lets it wait for the next."""
+        tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)  # type: ignore[misc]
+        question = self._questions.get(request.request_id)
+        if question is None or question.long:
+            return tokens
+        start, end = question.span
+        if num_computed_tokens <= start < num_computed_tokens + tokens < end:
+            return start - num_computed_tokens
+        return tokens
+
+    # ---- the decision ----------------------------------------------------------------------------------------------
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        output = super().schedule(*args, **kwargs)  # type: ignore[misc]
+        begun = [new.req_id for new in output.scheduled_new_reqs] + list(output.scheduled_cached_reqs.resumed_req_ids)
+        known = {request_id: self._routed[request_id] for request_id in begun if request_id in self._routed}
+        return put_routed(output, known) if known else output
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput) -> Any:
         # Before the stock code, which frees the requests that finish in this very step.
-        for request_id, decision in decisions_of(model_runner_output).items():
+        for request_id, routed in routed_of(model_runner_output).items():
             request = self.requests.get(request_id)
-            if request is not None and not request.is_finished():
-                self._memoir[request_id] = decision
+            if request is None or request.is_finished():
+                continue
+            question = self._questions.pop(request_id, None)
+            if question is None:  # the worker knew without a lookup
+                self._routed[request_id] = routed
+                continue
+            self._settle(request, question.span, routed)
+            if question.prompt is not None:
+                self._remembered[question.prompt] = routed
+            if question.long and routed.row >= 0:
+                self._start_over(request)
+            elif request.status == RequestStatus.RUNNING:
+                self._publish(request)
         return super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
+
+    def _settle(self, request: Request, span: Span, routed: Routed) -> None:
+        self._routed[request.request_id] = routed
+        if routed.row >= 0:
+            name = f"{routed.decision.generation}:{routed.row}"
+            blocks.own(request, name, span.start, self.hash_block_size)  # type: ignore[attr-defined]
+
+    def _publish(self, request: Request) -> None:
+        """What `allocate_slots` would have published before the forward."""
+        computed = request.num_computed_tokens - request.num_output_placeholders
+        self.kv_cache_manager.cache_blocks(request, min(computed, request.num_tokens))  # type: ignore[attr-defined]
+
+    def _start_over(self: Any, request: Request) -> None:
+        """Throw away what was computed without the edit, and any token that is on its way."""
+        if request.status == RequestStatus.RUNNING:
+            self.running.remove(request)
+            self._preempt_request(request, time.monotonic(), drop_stale_output=True)
+        elif request.num_stale_output_tokens:
+            request.drop_stale_output = True
+
+    # ---- after it --------------------------------------------------------------------------------------------------
+
+    def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
+        """Also called when weights change: what was remembered may be wrong then."""
+        self._remembered.clear()
+        return super().reset_prefix_cache(*args, **kwargs)  # type: ignore[misc]
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         """Adds to the KV transfer parameters: the one free-form dict that travels from here to the response."""
         kv_params, ec_params = super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
-        decision = self._memoir.pop(request.request_id, None)
-        if decision is not None:
-            kv_params = {**(kv_params or {}), "memoir": msgspec.to_builtins(decision)}
+        self._questions.pop(request.request_id, None)
+        routed = self._routed.pop(request.request_id, None)
+        if routed is not None:
+            kv_params = {**(kv_params or {}), "memoir": msgspec.to_builtins(routed.decision)}
         return kv_params, ec_params
+
+
+def _prompt_key(request: Request, span: Span) -> bytes | None:
+    """Equal keys have equal decisions: what is pooled depends on the tokens up to the question's end alone."""
+    if request.mm_features or request.prompt_token_ids is None:
+        return None
+    tokens = np.asarray(request.prompt_token_ids[: span.end], dtype=np.int64)
+    return blake2b(tokens.tobytes(), digest_size=16, salt=span.start.to_bytes(8, "little")).digest()
 
 
 class MemoirScheduler(_Decisions, Scheduler):

@@ -40,7 +40,7 @@ class MemoirWorker:
         if ours is None:
             raise ConfigError(f"{type(self).__name__} needs a memoir section in --additional-config")
         store = config.open_store(ours, self.vllm_config.model_config)
-        self._memoir = attach(store, ours.tau, self.vllm_config, self.model_runner.get_model(), self.device)
+        self._memoir = attach(ours, store, self.vllm_config, self.model_runner.get_model(), self.device)
         kind = follow(self.model_runner, self._memoir)
         logger.info(
             "memoir: serving %s, generation %d, %d edits on %s (mode %s, model runner %s)",

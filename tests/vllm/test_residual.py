@@ -18,6 +18,7 @@ from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.fingerprint import Fingerprint
 from memoir_retrieval.span import SpanRule
 from memoir_retrieval.store import EditStore
+from memoir_vllm.requests import Decision, Routed, routed_of
 from memoir_vllm.residual import ResidualLayer, Rows
 from memoir_vllm.routing import Router
 from memoir_vllm.runner import follow
@@ -72,6 +73,11 @@ def layer(store: EditStore) -> ResidualLayer:
     return layer_of(store)
 
 
+def said(layer: ResidualLayer) -> dict[str, Decision]:
+    """What the layer has decided since the last call."""
+    return {request_id: routed.decision for request_id, routed in layer.take_routed().items()}
+
+
 def step(layer: ResidualLayer, rows: list[Rows], x: torch.Tensor) -> torch.Tensor:
     """One forward; returns what was added to y, NaN where a row was not touched."""
     y = torch.zeros(len(x), H)
@@ -104,7 +110,7 @@ def test_a_mixed_step(layer: ResidualLayer, store: EditStore, activations: torch
         Rows("empty", 21, 22, 0),
     ]
     added = step(layer, rows, x)
-    decisions = layer.take_decisions()
+    decisions = said(layer)
     assert {key: (d.edit, d.result) for key, d in decisions.items()} == {
         "a": (0, "matched"),
         "b": (1, "matched"),
@@ -113,7 +119,7 @@ def test_a_mixed_step(layer: ResidualLayer, store: EditStore, activations: torch
         "empty": (None, "unroutable"),
     }
     assert decisions["a"].overlap == 1.0 and decisions["a"].generation == 7
-    assert layer.take_decisions() == {}
+    assert said(layer) == {}
     torch.testing.assert_close(added[:4], wanted(store, 0, x[:4]))
     torch.testing.assert_close(added[6:13], wanted(store, 1, x[6:13]))
     assert added[4:6].isnan().all(), "the template before the question is not edited"
@@ -168,6 +174,56 @@ def test_what_stands_around_the_question_may_be_split(
     torch.testing.assert_close(step(layer, [Rows("a", 0, 2, 7)], x), wanted(store, 0, x))
 
 
+def test_a_long_question_passes_in_several_steps_and_acts_once_it_starts_over(
+    store: EditStore, activations: torch.Tensor
+) -> None:
+    """Longer than two tokens is long here. A preemption on the way begins the sum again."""
+    layer = layer_of(store, longest=2)
+    layer.admit("a", prompt(4, before=3, after=2), None)
+    x = torch.cat([torch.randn(3, D), activations[1], torch.randn(2, D)])
+    for first, last in ((0, 4), (4, 6), (0, 5), (5, 6), (6, 9)):
+        assert said(layer) == {}
+        assert step(layer, [Rows("a", 0, last - first, first)], x[first:last]).isnan().all()
+    routed = layer.take_routed()["a"]
+    assert (routed.decision.edit, routed.decision.overlap, routed.row) == (1, 1.0, 1)
+    assert step(layer, [Rows("a", 0, 1, 9)], x[:1]).isnan().all(), "a step that was in flight"
+    assert layer.recall("a", routed), "starts over"
+    assert not layer.recall("a", routed), "goes on after a preemption"
+    added = step(layer, [Rows("a", 0, 9, 0)], x)
+    assert added[:3].isnan().all()
+    torch.testing.assert_close(added[3:], wanted(store, 1, x[3:]))
+    assert layer.stats()["replayed"] == 1
+
+
+@pytest.mark.parametrize("position", [4, 5, 7])
+def test_a_long_question_with_a_gap_raises(store: EditStore, position: int) -> None:
+    layer = layer_of(store, longest=2)
+    layer.admit("a", prompt(7, before=3), None)
+    step(layer, [Rows("a", 0, 6, 0)], torch.randn(6, D))
+    with pytest.raises(RuntimeError, match="question is 3 to 10"):
+        layer.begin_step([Rows("a", 0, 2, position)])
+
+
+def test_what_the_scheduler_remembers_is_not_looked_up(
+    layer: ResidualLayer, store: EditStore, activations: torch.Tensor
+) -> None:
+    """The second request finds its question in the cache and computes the last token only."""
+    layer.admit("a", prompt(4), None)
+    step(layer, [Rows("a", 0, 4, 0)], activations[1])
+    routed = layer.take_routed()["a"]
+    layer.admit("b", prompt(4), None)
+    assert not layer.recall("b", routed)
+    x = torch.randn(1, D)
+    torch.testing.assert_close(step(layer, [Rows("b", 0, 1, 3)], x), wanted(store, 1, x))
+    assert layer.take_routed() == {}
+    layer.admit("c", prompt(4), None)
+    layer.recall("c", Routed(Decision(None, 0.1, "unmatched", 7)))
+    assert step(layer, [Rows("c", 0, 1, 3)], x).isnan().all()
+    layer.admit("d", prompt(4), None)
+    with pytest.raises(RuntimeError, match="generation 6"):
+        layer.recall("d", Routed(Decision(1, 1.0, "matched", 6), 1))
+
+
 def test_dummy_steps_do_nothing(layer: ResidualLayer) -> None:
     y = torch.zeros(4, H)
     layer.run(torch.randn(4, D), y)
@@ -184,7 +240,7 @@ def test_tau(store: EditStore, activations: torch.Tensor) -> None:
         for name, x in (("same", activations[0]), ("blend", blend)):
             layer.admit(name, prompt(4), None)
             step(layer, [Rows(name, 0, 4, 0)], x)
-        results[tau] = [d.result for d in layer.take_decisions().values()]
+        results[tau] = [d.result for d in said(layer).values()]
     assert results == {
         None: ["matched", "unmatched"],
         1.0: ["matched", "unmatched"],
@@ -196,7 +252,7 @@ def test_an_empty_store_serves_the_base_model() -> None:
     layer = layer_of(store_of(torch.empty(0, 4, D)))
     layer.admit("a", prompt(4), None)
     assert step(layer, [Rows("a", 0, 4, 0)], torch.randn(4, D)).isnan().all()
-    assert layer.take_decisions()["a"].overlap == 0.0
+    assert said(layer)["a"].overlap == 0.0
 
 
 def test_overflowing_activations_stop_nobody(layer: ResidualLayer, activations: torch.Tensor) -> None:
@@ -204,12 +260,12 @@ def test_overflowing_activations_stop_nobody(layer: ResidualLayer, activations: 
     layer.admit("good", prompt(4), None)
     x = torch.cat([torch.full((4, D), torch.inf), activations[2]])
     step(layer, [Rows("bad", 0, 4, 0), Rows("good", 4, 8, 0)], x)
-    assert [d.result for d in layer.take_decisions().values()] == ["unroutable", "matched"]
+    assert [d.result for d in said(layer).values()] == ["unroutable", "matched"]
 
 
 def test_an_unchecked_bad_option_is_answered_not_raised(layer: ResidualLayer) -> None:
     layer.admit("a", prompt(4), {"memoir": "on"})
-    assert layer.take_decisions()["a"].result == "unroutable"
+    assert said(layer)["a"].result == "unroutable"
 
 
 def test_shards_add_up_to_the_whole(
@@ -226,7 +282,7 @@ def test_shards_add_up_to_the_whole(
         layer.admit("a", prompt(4), None)
         share = x[:, rank * D // 2 : (rank + 1) * D // 2]
         total += step(layer, [Rows("a", 0, 4, 0)], share)
-        assert layer.take_decisions()["a"].edit == 1
+        assert said(layer)["a"].edit == 1
     torch.testing.assert_close(total, wanted(store, 1, x))
 
 
@@ -279,17 +335,15 @@ def test_self_test_refuses_a_wrong_residual(layer: ResidualLayer, monkeypatch: p
 
 def test_following_a_runner(layer: ResidualLayer, activations: torch.Tensor) -> None:
     """The batch's order, not the scheduler's; decisions travel with the output; finished ids go first."""
-    from memoir_vllm.requests import decisions_of
-
     runner = FakeRunner(layer)
     assert follow(runner, layer) == "V1"
     new = [SimpleNamespace(req_id=name, prompt_token_ids=prompt(4), sampling_params=None) for name in "ab"]
     x = torch.cat([activations[1], activations[0]])
     runner.execute_model(SimpleNamespace(finished_req_ids=set(), scheduled_new_reqs=new, x=x, y=torch.zeros(8, H)))
-    assert {k: d.edit for k, d in decisions_of(runner.sample_tokens()).items()} == {"a": 0, "b": 1}
+    assert {k: r.decision.edit for k, r in routed_of(runner.sample_tokens()).items()} == {"a": 0, "b": 1}
     runner.output = SimpleNamespace(get_output=lambda: SimpleNamespace(tokens=3), more=4)
     layer.admit("off", prompt(4), {"memoir": "off"})
     delayed = runner.sample_tokens()
     assert delayed.more == 4
-    assert decisions_of(delayed.get_output())["off"].result == "off"
+    assert routed_of(delayed.get_output())["off"].decision.result == "off"
     assert layer.stats()["live"] == 3
