@@ -158,6 +158,7 @@ class Reply:
     tokens: list[int]
     logprobs: list[float]
     memoir: dict[str, Any] | None
+    hit: int  # prompt tokens found in the prefix cache
 
 
 class Engine:
@@ -171,12 +172,21 @@ class Engine:
     def ask(
         self, prompts: list[list[int]], options: list[dict[str, Any] | None] | None = None, **how: Any
     ) -> list[Reply]:
-        """prompts: token ids. options: `vllm_xargs` of each request."""
+        """prompts: token ids. options: `vllm_xargs` of each request. warm: keep the prefix cache of earlier calls."""
         return [self._reply(output, 0) for output in self.ask_raw(prompts, options, **how)]
 
-    def ask_raw(self, prompts: list[list[int]], options: list[dict[str, Any] | None] | None = None, **how: Any) -> Any:
+    def ask_raw(
+        self,
+        prompts: list[list[int]],
+        options: list[dict[str, Any] | None] | None = None,
+        *,
+        warm: bool = False,
+        **how: Any,
+    ) -> Any:
         from vllm import SamplingParams
 
+        if not warm:
+            self.llm.reset_prefix_cache()
         how = {"temperature": 0, "max_tokens": NEW_TOKENS, "logprobs": 1, **how}
         params = [SamplingParams(extra_args=given, **how) for given in options or [None] * len(prompts)]
         self.llm.sleep(level=0)  # pauses the scheduler only
@@ -188,7 +198,8 @@ class Engine:
     def _reply(output: Any, n: int) -> Reply:
         made = output.outputs[n]
         logprobs = [step[token].logprob for step, token in zip(made.logprobs or [], made.token_ids, strict=False)]
-        return Reply(list(made.token_ids), logprobs, (output.kv_transfer_params or {}).get("memoir"))
+        said = (output.kv_transfer_params or {}).get("memoir")
+        return Reply(list(made.token_ids), logprobs, said, output.num_cached_tokens or 0)
 
     def stats(self) -> dict[str, Any]:
         return self.llm.collective_rpc("memoir_stats")[0]

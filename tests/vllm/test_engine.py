@@ -23,7 +23,7 @@ SAMPLED = {"temperature": 0.8, "seed": 7, "n": 2}
 @pytest.fixture(scope="module")
 def without_plugin(model_folder: Path, expected: dict[str, Expected]) -> dict[str, list]:
     """The same vLLM flags without a memoir section. Closed again: engines share the cores."""
-    engine = Engine(**flags(model_folder, **SMALL_CACHE, enable_prefix_caching=False, enable_chunked_prefill=False))
+    engine = Engine(**flags(model_folder, **SMALL_CACHE))
     prompts = [expected[name].ids for name in PROMPTS]
     try:
         return {"greedy": engine.ask(prompts), "sampled": engine.ask_raw(prompts, **SAMPLED)}

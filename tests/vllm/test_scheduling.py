@@ -1,0 +1,304 @@
+"""Both schedulers, driven by hand: what is split, what is hit, what is published, and that every row is right."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from engines import flags
+from simulation import RULE, VOCABULARY, Simulation, World, oracle, world
+from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.request import RequestStatus
+
+from memoir_retrieval.span import find_span
+from memoir_vllm import blocks
+from memoir_vllm.config import longest_question
+from memoir_vllm.residual import ResidualLayer
+from memoir_vllm.routing import Router
+from memoir_vllm.scheduler import MemoirAsyncScheduler, MemoirScheduler
+
+BLOCK = 16
+Start = Callable[..., Simulation]
+
+
+@pytest.fixture(scope="module")
+def here() -> World:
+    return world()
+
+
+@pytest.fixture(scope="module", params=["sync", "async"])
+def start(request: pytest.FixtureRequest, here: World, model_folder: Path, store_folder: Path) -> Start:
+    """Starts a scheduler and its worker. The budget of a step is 64 tokens; questions of more than 24 are long."""
+    later = request.param == "async"
+
+    def start_one(*, kv_blocks: int = 200, budget: int = 64, seqs: int = 40) -> Simulation:
+
+        config = EngineArgs(
+            **flags(model_folder, store_folder, block_size=BLOCK, max_num_batched_tokens=budget, max_num_seqs=seqs)
+        ).create_engine_config()
+        config.scheduler_config.async_scheduling = later
+        config.additional_config["memoir_span"] = msgspec.to_builtins(RULE)
+        layer = ResidualLayer(
+            Router(here.store, None, "cpu"), torch.from_numpy(here.store.memories), longest=longest_question(config)
+        )
+        kind = MemoirAsyncScheduler if later else MemoirScheduler
+        return Simulation.start(kind, config, layer, here.embedding, blocks=kv_blocks, lag=int(later))
+
+    return start_one
+
+
+def chat(question: list[int], before: int, after: int = 3) -> list[int]:
+    """A question behind `before` tokens, the last of which is the marker, and followed by a suffix."""
+    return [1 + i % 7 for i in range(before - 1)] + [VOCABULARY] + question + [VOCABULARY + 1] + [2] * (after - 1)
+
+
+def other(n: int, seed: int = 0) -> list[int]:
+    """A question of n tokens that no edit answers."""
+    return random.Random(seed).choices(range(VOCABULARY), k=n)
+
+
+def right(here: World, prompt: list[int], edit: int | None, max_tokens: int = 3) -> list[int]:
+    acting = None if edit is None else here.edit(edit)
+    return oracle(here.embedding, prompt, find_span(prompt, RULE).start, acting, max_tokens)
+
+
+def test_a_question_is_never_split(start: Start, here: World) -> None:
+    """The first chunk ends where the question starts, although the budget reaches into it."""
+    sim = start()
+    prompt = chat(here.questions[1], before=58)
+    sim.add("a", prompt)
+    sim.run()
+    assert sim.chunks["a"][:2] == [(0, 58), (58, 12)]
+    assert sim.answers["a"] == right(here, prompt, 1)
+    assert sim.said["a"] == {"edit": 1, "overlap": 1.0, "result": "matched", "generation": 7}
+
+
+def test_a_question_waits_for_a_step_with_room(start: Start, here: World) -> None:
+    sim = start()
+    first, second = chat(other(9), before=50), chat(here.questions[1], before=1)
+    sim.add("first", first)
+    sim.add("second", second)
+    sim.run()
+    assert sim.chunks["first"][0] == (0, 62)
+    assert sim.chunks["second"][:2] == [(0, 1), (1, 12)], "the first step has room for two tokens, not for a question"
+    assert sim.answers == {"first": right(here, first, None), "second": right(here, second, 1)}
+
+
+def test_blocks_are_shared_before_the_question_and_owned_by_their_edit_from_it_on(start: Start, here: World) -> None:
+    """The question starts at 40, in the third block of 16; a prompt has 70 tokens."""
+    sim = start()
+    matched = chat(here.questions[1], before=40, after=21)
+    for name, options in (("cold", None), ("off", {"memoir": "off"}), ("warm", None), ("off again", {"memoir": "off"})):
+        sim.add(name, matched, options)
+        sim.run()
+    assert sim.hits == {"cold": 0, "off": 32, "warm": 64, "off again": 64}
+    edited, plain = right(here, matched, 1), right(here, matched, None)
+    assert edited != plain
+    assert sim.answers == {"cold": edited, "off": plain, "warm": edited, "off again": plain}
+    assert sim.layer.stats()["routed"] == 1
+
+
+def test_an_unmatched_request_leaves_its_blocks_to_all(start: Start, here: World) -> None:
+    sim = start()
+    prompt = chat(other(9), before=40, after=21)
+    for name, options in (("cold", None), ("off", {"memoir": "off"}), ("warm", None)):
+        sim.add(name, prompt, options)
+        sim.run()
+    assert sim.hits == {"cold": 0, "off": 64, "warm": 64}
+    assert set(map(tuple, sim.answers.values())) == {tuple(right(here, prompt, None))}
+
+
+def test_two_edits_behind_one_preamble_share_it_and_nothing_else(start: Start, here: World) -> None:
+    sim = start()
+    prompts = {n: chat(here.questions[n], before=48, after=40) for n in (0, 1)}
+    for name, n in (("a", 0), ("b", 1), ("a again", 0), ("b again", 1)):
+        sim.add(name, prompts[n])
+        sim.run()
+        assert sim.answers[name] == right(here, prompts[n], n)
+    assert sim.hits == {"a": 0, "b": 48, "a again": 80, "b again": 96}
+
+
+def test_nothing_of_a_question_is_published_before_its_decision(start: Start, here: World) -> None:
+    """Twins of one step and of the steps before the decision is back, in both orders."""
+    sim = start(budget=200)
+    prompt = chat(here.questions[1], before=40, after=21)
+    for at in range(6):
+        sim.add(f"edited {at}", prompt)
+        sim.add(f"off {at}", prompt, {"memoir": "off"})
+        sim.step()
+    sim.run()
+    for name, answer in sim.answers.items():
+        assert answer == right(here, prompt, 1 if "edited" in name else None), name
+
+
+def test_a_long_question_is_computed_twice_where_it_matches(start: Start, here: World) -> None:
+    sim = start(budget=60)
+    prompt = chat(here.questions[2], before=40)
+    sim.add("a", prompt)
+    sim.run()
+    assert sim.chunks["a"][:2] == [(0, 60), (60, 13)], "the first pass is split anywhere"
+    assert sim.answers["a"] == right(here, prompt, 2)
+    assert sim.layer.stats()["replayed"] == 1
+    begun = [position for position, _ in sim.chunks["a"]]
+    assert 32 in begun[2:], "what stands before the question is taken from the cache"
+    sim.add("twin", prompt)
+    sim.add("off", prompt, {"memoir": "off"})
+    sim.run()
+    assert sim.hits["twin"] == 64 and sim.layer.stats()["replayed"] == 1, "the second time it is known on arrival"
+    assert (sim.answers["twin"], sim.answers["off"]) == (right(here, prompt, 2), right(here, prompt, None))
+
+
+def test_a_long_question_that_matches_nothing_is_computed_once(start: Start, here: World) -> None:
+    sim = start(budget=60)
+    prompt = chat(other(30), before=40)
+    sim.add("a", prompt)
+    sim.run()
+    assert sum(count for _, count in sim.chunks["a"]) == len(prompt) + 2
+    assert sim.answers["a"] == right(here, prompt, None)
+
+
+def test_salts_are_kept_apart(start: Start, here: World) -> None:
+    sim = start()
+    prompt = chat(here.questions[1], before=40, after=21)
+    for name, salt in (("x", "x"), ("y", "y"), ("x again", "x")):
+        sim.add(name, prompt, salt=salt)
+        sim.run()
+    assert sim.hits == {"x": 0, "y": 0, "x again": 64}
+    assert set(map(tuple, sim.answers.values())) == {tuple(right(here, prompt, 1))}
+
+
+def test_a_reset_forgets_decisions_and_blocks(start: Start, here: World) -> None:
+    sim = start()
+    prompt = chat(here.questions[1], before=40, after=21)
+    sim.add("a", prompt)
+    sim.run()
+    assert sim.scheduler.reset_prefix_cache()
+    sim.add("b", prompt)
+    sim.run()
+    assert (sim.hits["b"], sim.layer.stats()["routed"]) == (0, 2)
+    assert sim.answers["a"] == sim.answers["b"]
+
+
+def test_a_reset_in_the_middle_starts_running_requests_again(start: Start, here: World) -> None:
+    sim = start()
+    prompt = chat(here.questions[1], before=40, after=21)
+    for steps in (1, 2, 3):
+        name = f"after {steps}"
+        sim.add(name, prompt, max_tokens=5)
+        for _ in range(steps):
+            sim.step()
+        sim.scheduler.reset_prefix_cache(reset_running_requests=True)
+        sim.run()
+        assert sim.answers[name] == right(here, prompt, 1, 5), name
+
+
+def test_an_abort_leaves_nothing(start: Start, here: World) -> None:
+    for steps in range(6):
+        sim = start(budget=60)
+        sim.add("a", chat(here.questions[1], before=58), max_tokens=9)
+        sim.add("b", chat(here.questions[2], before=58), max_tokens=9)
+        for _ in range(steps):
+            sim.step()
+        sim.scheduler.finish_requests(["a", "b"], RequestStatus.FINISHED_ABORTED)
+        sim.run()
+        sim.add("c", chat(other(5), before=3))
+        sim.run()
+        assert not sim.scheduler._questions and not sim.scheduler._routed
+        assert sim.layer.stats()["live"] == 0
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_mix_of_requests(seed: int, start: Start, here: World) -> None:
+    dice = random.Random(seed)
+    budget, seqs = dice.choice((17, 24, 40, 64, 256)), dice.choice((3, 8))
+    sim = start(kv_blocks=dice.choice((14, 20, 200)), budget=budget, seqs=seqs)
+    check_mix(sim, here, dice, requests=30)
+
+
+@pytest.mark.slow
+def test_nothing_is_kept_of_ten_thousand_requests(start: Start, here: World) -> None:
+    sim = start(kv_blocks=60, budget=32, seqs=8)
+    check_mix(sim, here, random.Random(0), requests=10_000)
+    stats = sim.layer.stats()
+    assert stats["live"] == 0 and stats["routed"] > 1000 and stats["replayed"] > 10 and stats["recalled"] > 1000
+
+
+def check_mix(sim: Simulation, here: World, dice: random.Random, requests: int) -> None:
+    """Twins, edits, long questions, opted out, raw, salted and aborted requests; few blocks; resets."""
+    wanted: dict[str, list[int]] = {}
+    aborted: set[str] = set()
+    for n in range(requests):
+        edit = dice.choice((None, None, 0, 1, 2))
+        question = other(dice.choice((1, 5, 9, 40)), dice.randrange(3)) if edit is None else here.questions[edit]
+        prompt = question if dice.random() < 0.2 else chat(question, dice.choice((1, 8, 40, 58)), dice.choice((2, 30)))
+        off = dice.random() < 0.3
+        options, tokens, name = {"memoir": "off"} if off else None, dice.choice((1, 3, 20)), f"{n}"
+        sim.add(name, prompt, options, max_tokens=tokens, salt=dice.choice((None, None, "x")))
+        wanted[name] = right(here, prompt, None if off else edit, tokens)
+        for _ in range(dice.choice((0, 0, 1, 3))):
+            sim.step()
+        if dice.random() < 0.1:
+            gone = dice.choice(list(wanted)[-10:])
+            aborted.update(r.request_id for r in sim.scheduler.finish_requests([gone], RequestStatus.FINISHED_ABORTED))
+        if dice.random() < 0.05:
+            sim.scheduler.reset_prefix_cache(reset_running_requests=True)
+    sim.run(limit=100 * requests)
+    for name, answer in wanted.items():
+        assert sim.answers[name] == (answer[: len(sim.answers[name])] if name in aborted else answer), name
+    assert not sim.scheduler._questions and not sim.scheduler._routed
+    assert sim.layer.stats()["live"] == 0
+
+
+# ---- what the protections are for: without them the wrong blocks are read --------------------------------------------
+
+
+def wrong_rows(sim: Simulation, here: World) -> list[str]:
+    """Names of requests whose answers are wrong, of edited and opted-out twins in all orders."""
+    prompt = chat(here.questions[1], before=40, after=21)
+    for at, options in enumerate((None, {"memoir": "off"}, None, {"memoir": "off"})):
+        sim.add(f"{'off' if options else 'on'} {at}", prompt, options)
+        sim.step()
+        sim.step()
+    sim.run()
+    return [name for name, answer in sim.answers.items() if answer != right(here, prompt, 1 if "on" in name else None)]
+
+
+def test_with_all_protections_no_row_is_wrong(start: Start, here: World) -> None:
+    assert wrong_rows(start(), here) == []
+
+
+def test_without_their_own_name_edited_blocks_reach_others(
+    start: Start, here: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks, "own", lambda *args: None)
+    assert wrong_rows(start(), here)
+
+
+def test_without_late_publication_edited_blocks_reach_others(
+    start: Start, here: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guard = blocks.guard
+
+    def hits_only(manager: Any, boundary: Any) -> None:
+        publish = manager.coordinator.cache_blocks
+        guard(manager, boundary)
+        manager.coordinator.cache_blocks = publish
+
+    monkeypatch.setattr(blocks, "guard", hits_only)
+    assert wrong_rows(start(), here)
+
+
+def test_without_capped_hits_the_worker_refuses(start: Start, here: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "guard", lambda manager, boundary: None)
+    sim = start()
+    prompt = chat(other(9), before=40, after=21)
+    sim.add("off", prompt, {"memoir": "off"})
+    sim.run()
+    sim.add("asked", prompt)
+    with pytest.raises(RuntimeError, match="must not be split or cached"):
+        sim.run()
