@@ -25,13 +25,15 @@ __all__ = ["Answer", "EditedModel"]
 class Answer:
     """One answer. `edit`: id of the matched edit, or None; `overlap`: of the nearest edit, matched or not.
 
-    `tokens`: the new token ids, with the end token where the model stopped by itself.
+    `tokens`: the new token ids, with the end token where the model stopped by itself. `logprobs`: natural logarithms of
+    the probabilities of the target's tokens, where `EditedModel.predict` was asked for a target.
     """
 
     text: str
     tokens: tuple[int, ...]
     edit: int | None
     overlap: float
+    logprobs: tuple[float, ...] = ()
 
 
 @dataclass
@@ -94,7 +96,7 @@ class EditedModel:
     ) -> list[Answer]:
         """Teacher forcing: the model's most likely token at each position of each target.
 
-        targets: token ids. The answers' `tokens` have the length of their target.
+        targets: token ids. The answers' `tokens` and `logprobs` have the length of their target.
         """
         rows = [given_ids(p, self.prompt_ids) for p in prompts]
         answers: list[Answer] = []
@@ -105,10 +107,13 @@ class EditedModel:
             with self._edits_on(states, edited):
                 first = min(len(p) for p in batch) - 1  # no logits are needed before the first target
                 kept = torch.arange(first, ids.shape[1], device=self.base.device)
-                best = self.base.model(input_ids=ids, use_cache=False, logits_to_keep=kept).logits.argmax(-1).cpu()
+                logits = self.base.model(input_ids=ids, use_cache=False, logits_to_keep=kept).logits
             for r, (p, t) in enumerate(zip(batch, wanted, strict=True)):
                 start = len(p) - 1 - first
-                answers.append(self._answer(best[r, start : start + len(t)].tolist(), states[r]))
+                rows_of_target = logits[r, start : start + len(t)].float()
+                target = torch.tensor(t, dtype=torch.int64, device=self.base.device)[:, None]
+                logprobs = functional.log_softmax(rows_of_target, dim=-1).gather(1, target)[:, 0]
+                answers.append(self._answer(rows_of_target.argmax(-1).tolist(), states[r], tuple(logprobs.tolist())))
         return answers
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
@@ -144,9 +149,9 @@ class EditedModel:
                 del tokens[tokens.index(end) + 1 :]
         return [self._answer(tokens, state) for tokens, state in zip(out, states, strict=True)]
 
-    def _answer(self, tokens: list[int], row: _Row) -> Answer:
+    def _answer(self, tokens: list[int], row: _Row, logprobs: tuple[float, ...] = ()) -> Answer:
         text = self.base.tokenizer.decode(tokens, skip_special_tokens=True)
-        return Answer(text, tuple(tokens), row.edit, row.overlap)
+        return Answer(text, tuple(tokens), row.edit, row.overlap, logprobs)
 
     @contextmanager
     def _edits_on(self, rows: list[_Row], edited: bool) -> Iterator[None]:

@@ -31,6 +31,8 @@ def follow(runner: Any, layer: ResidualLayer) -> str:
         _wrap_v2(runner, layer)
     else:
         _wrap_v1(runner, layer)
+        if runner.device.type == "cpu":
+            _keep_draws(runner)
     _wrap_step(runner, layer)
     return version
 
@@ -72,6 +74,27 @@ def _start_over(runner: Any, request_id: str) -> None:
         state.generator.manual_seed(state.sampling_params.seed)
     if (wanted := state.sampling_params.prompt_logprobs) is not None:
         runner.num_prompt_logprobs[request_id] = runner.input_batch.vocab_size if wanted == -1 else wanted
+
+
+def _keep_draws(runner: Any) -> None:
+    """Let V1 sample the rows of unfinished prompts without their own generators.
+
+    What is sampled there is thrown away, and V1 takes the draw back by `Generator.set_offset`, which a CPU generator
+    does not have: a seeded request with a split prompt would stop the engine.
+    """
+    sample_tokens = runner.sample_tokens
+
+    @functools.wraps(sample_tokens)
+    def sample(*args: Any, **kwargs: Any) -> Any:
+        generators = runner.input_batch.generators
+        unfinished = np.flatnonzero(runner.discard_request_mask.np[: runner.input_batch.num_reqs]).tolist()
+        kept = {row: generators.pop(row) for row in unfinished if row in generators}
+        try:
+            return sample_tokens(*args, **kwargs)
+        finally:
+            generators.update(kept)
+
+    runner.sample_tokens = sample
 
 
 def _wrap_v1(runner: Any, layer: ResidualLayer) -> None:

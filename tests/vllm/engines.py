@@ -181,6 +181,7 @@ class Engine:
         options: list[dict[str, Any] | None] | None = None,
         *,
         warm: bool = False,
+        salt: str | None = None,
         **how: Any,
     ) -> Any:
         from vllm import SamplingParams
@@ -190,7 +191,8 @@ class Engine:
         how = {"temperature": 0, "max_tokens": NEW_TOKENS, "logprobs": 1, **how}
         params = [SamplingParams(extra_args=given, **how) for given in options or [None] * len(prompts)]
         self.llm.sleep(level=0)  # pauses the scheduler only
-        self.llm.enqueue([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+        asked = [{"prompt_token_ids": ids, **({"cache_salt": salt} if salt else {})} for ids in prompts]
+        self.llm.enqueue(asked, params, use_tqdm=False)
         self.llm.wake_up(tags=["scheduling"])
         return self.llm.wait_for_completion(use_tqdm=False)
 

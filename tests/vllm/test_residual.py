@@ -293,6 +293,7 @@ class FakeRunner:
         self.layer, self.calls_op, self.uses_output = layer, calls_op, uses_output
         self.input_batch = SimpleNamespace(req_ids=["b", "a"], num_computed_tokens_cpu=np.array([0, 0, 9, 9]))
         self.output: Any = SimpleNamespace()
+        self.device = torch.device("cuda")
 
     def get_model(self) -> object:
         return self

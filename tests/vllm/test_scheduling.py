@@ -225,7 +225,7 @@ def test_nothing_is_kept_of_ten_thousand_requests(start: Start, here: World) -> 
     sim = start(kv_blocks=60, budget=32, seqs=8)
     check_mix(sim, here, random.Random(0), requests=10_000)
     stats = sim.layer.stats()
-    assert stats["live"] == 0 and stats["routed"] > 1000 and stats["replayed"] > 10 and stats["recalled"] > 1000
+    assert stats["live"] == 0 and stats["routed"] > 1000 and stats["replayed"] > 10 and stats["recalled"] > 100
 
 
 def check_mix(sim: Simulation, here: World, dice: random.Random, requests: int) -> None:
