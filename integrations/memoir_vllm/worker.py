@@ -26,6 +26,9 @@ __all__ = ["MemoirWorker"]
 logger = init_logger("vllm.memoir")
 
 
+_OTHER_WEIGHTS = "memoir refuses {}: edits only hold on the weights that they were made on; {}"
+
+
 class MemoirWorker:
     """Mixin in front of a vLLM worker class."""
 
@@ -56,6 +59,22 @@ class MemoirWorker:
         times = super().compile_or_warm_up_model()  # type: ignore[misc]
         self_test(self.model_runner, self._memoir)
         return times
+
+    def sleep(self, level: int = 1) -> None:
+        """Level 1 keeps the weights in host memory, and the residual memory stays where it is."""
+        if level > 1:
+            raise RuntimeError(_OTHER_WEIGHTS.format(f"sleep level {level}", "use level 1"))
+        super().sleep(level)  # type: ignore[misc]
+
+    def reload_weights(self, *args: Any, **kwargs: Any) -> None:
+        raise RuntimeError(
+            _OTHER_WEIGHTS.format("reload_weights", "start the engine again with the store of the model")
+        )
+
+    def start_weight_update(self, *args: Any, **kwargs: Any) -> None:
+        raise RuntimeError(
+            _OTHER_WEIGHTS.format("a weight update", "start the engine again with the store of the model")
+        )
 
     def memoir_stats(self) -> dict[str, int | float]:
         """Counters of this worker; `collective_rpc("memoir_stats")` reads those of all."""

@@ -173,6 +173,14 @@ def test_beam_search_is_refused(engine: Engine, expected: dict[str, Expected]) -
         )
 
 
+@pytest.mark.parametrize("call", ["reload_weights", "start_weight_update"])
+def test_other_weights_are_refused(call: str, engine: Engine, expected: dict[str, Expected]) -> None:
+    with pytest.raises(Exception, match="only hold on the weights that they were made on"):
+        engine.llm.collective_rpc(call)
+    (reply,) = engine.ask([expected["edit 0"].ids])
+    assert reply.tokens == expected["edit 0"].tokens
+
+
 def test_nothing_is_kept_of_finished_and_aborted_requests(engine: Engine, expected: dict[str, Expected]) -> None:
     core = engine.llm.llm_engine
     for i in range(4):

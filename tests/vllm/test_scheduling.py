@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -15,7 +17,7 @@ from simulation import RULE, VOCABULARY, Simulation, World, oracle, world
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.request import RequestStatus
 
-from memoir_retrieval.span import find_span
+from memoir_retrieval.span import SpanRule, find_span
 from memoir_vllm import blocks
 from memoir_vllm.config import longest_question
 from memoir_vllm.residual import ResidualLayer
@@ -36,15 +38,18 @@ def start(request: pytest.FixtureRequest, here: World, model_folder: Path, store
     """Starts a scheduler and its worker. The budget of a step is 64 tokens; questions of more than 24 are long."""
     later = request.param == "async"
 
-    def start_one(*, kv_blocks: int = 200, budget: int = 64, seqs: int = 40) -> Simulation:
-
-        config = EngineArgs(
-            **flags(model_folder, store_folder, block_size=BLOCK, max_num_batched_tokens=budget, max_num_seqs=seqs)
-        ).create_engine_config()
+    def start_one(
+        *, kv_blocks: int = 200, budget: int = 64, seqs: int = 40, block: int = BLOCK, rule: SpanRule = RULE
+    ) -> Simulation:
+        sizes = {"block_size": block, "max_num_batched_tokens": budget, "max_num_seqs": seqs}
+        config = EngineArgs(**flags(model_folder, store_folder, **sizes)).create_engine_config()
         config.scheduler_config.async_scheduling = later
-        config.additional_config["memoir_span"] = msgspec.to_builtins(RULE)
+        config.additional_config["memoir_span"] = msgspec.to_builtins(rule)
+        manifest = SimpleNamespace(**vars(here.store.manifest) | {"span": rule})
         layer = ResidualLayer(
-            Router(here.store, None, "cpu"), torch.from_numpy(here.store.memories), longest=longest_question(config)
+            Router(dataclasses.replace(here.store, manifest=manifest), None, "cpu"),
+            torch.from_numpy(here.store.memories),
+            longest=longest_question(config),
         )
         kind = MemoirAsyncScheduler if later else MemoirScheduler
         return Simulation.start(kind, config, layer, here.embedding, blocks=kv_blocks, lag=int(later))
@@ -162,6 +167,26 @@ def test_a_long_question_that_matches_nothing_is_computed_once(start: Start, her
     assert sim.answers["a"] == right(here, prompt, None)
 
 
+@pytest.mark.parametrize(("budget", "passes"), [(80, 1), (44, 2)])
+def test_the_rule_all_looks_the_whole_prompt_up(budget: int, passes: int, start: Start, here: World) -> None:
+    """Nothing before the question is left to share; a prompt that is known is taken from the cache as ever."""
+    sim = start(rule=SpanRule(rule="all"), budget=budget, block=16)
+    prompts = {"edit": here.questions[2], "other": other(40)}
+    for name, options in (("cold", None), ("off", {"memoir": "off"}), ("warm", None)):
+        for kind, prompt in prompts.items():
+            sim.add(f"{kind} {name}", prompt, options)
+        sim.run()
+    assert {name: hit for name, hit in sim.hits.items() if hit} == {
+        "other off": 32,
+        "edit warm": 16,
+        "other warm": 32,
+    }
+    for name, answer in sim.answers.items():
+        edit = 2 if name in ("edit cold", "edit warm") else None
+        assert answer == right(here, prompts[name.split()[0]], edit), name
+    assert sim.layer.stats()["replayed"] == passes - 1
+
+
 def test_salts_are_kept_apart(start: Start, here: World) -> None:
     sim = start()
     prompt = chat(here.questions[1], before=40, after=21)
@@ -216,7 +241,8 @@ def test_an_abort_leaves_nothing(start: Start, here: World) -> None:
 def test_any_mix_of_requests(seed: int, start: Start, here: World) -> None:
     dice = random.Random(seed)
     budget, seqs = dice.choice((17, 24, 40, 64, 256)), dice.choice((3, 8))
-    sim = start(kv_blocks=dice.choice((14, 20, 200)), budget=budget, seqs=seqs)
+    block = dice.choice((16, 16, 32, 128))
+    sim = start(kv_blocks=dice.choice((14, 20, 200)) * 16 // block + 2, budget=budget, seqs=seqs, block=block)
     check_mix(sim, here, dice, requests=30)
 
 
