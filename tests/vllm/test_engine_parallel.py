@@ -1,0 +1,28 @@
+"""Three tensor-parallel ranks on CPU (the model has nine heads), each with a third of the edited layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from engines import PROMPTS, Engine, Expected, flags
+
+pytestmark = pytest.mark.engine
+
+
+def test_three_ranks_answer_as_one(
+    start: Callable[..., Engine], model_folder: Path, store_folder: Path, expected: dict[str, Expected]
+) -> None:
+    """Small steps: questions are split from what stands before them, long ones are computed twice."""
+    small = {"max_num_seqs": 16, "max_num_batched_tokens": 26, "block_size": 32}
+    engine = start(**flags(model_folder, store_folder, tensor_parallel_size=3, **small))
+    prompts = [wanted.ids for wanted in expected.values()]
+    for warm in (False, True):
+        for name, reply in zip(PROMPTS, engine.ask(prompts, warm=warm), strict=True):
+            assert reply.tokens == expected[name].tokens, name
+            assert reply.memoir["edit"] == expected[name].edit, name
+    first, second, third = engine.llm.collective_rpc("memoir_stats")
+    for key in ("routed", "matched", "recalled", "replayed", "rows", "live"):
+        assert first[key] == second[key] == third[key], key
+    assert first["replayed"] > 0 and first["recalled"] > 0
