@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -15,7 +16,7 @@ from memoir_retrieval.cli.common import echo_json, json_option, model_option, no
 from memoir_retrieval.cli.serve import server_command
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.model import resolve
-from memoir_retrieval.prompts import prompt_ids
+from memoir_retrieval.prompts import Message, Prompt, prompt_ids
 from memoir_retrieval.store import EditStore
 
 
@@ -54,15 +55,17 @@ def bench_serve(
     folder = resolve(name)
     tokenizer = AutoTokenizer.from_pretrained(folder)
 
-    def rows(prompts: list[str]) -> list[list[int]]:
+    def rows(prompts: Sequence[Prompt]) -> list[list[int]]:
         return [prompt_ids(tokenizer, prompt, chat=opened.manifest.chat) for prompt in prompts[:batch]]
 
+    edits = [edit.prompt for edit in opened.edits]
     settings = {
         "store": str(store.resolve()),
         "model": str(folder),
         "dtype": opened.manifest.dtype,
         "unmatched": rows(background_prompts()),
-        "matched": rows([edit.prompt for edit in opened.edits]),
+        "matched": rows(edits),
+        "cached": rows([_behind_a_long_system_message(edit) for edit in edits]) if opened.manifest.chat else [],
         "batch": batch,
         "tokens": tokens,
         "pairs": pairs,
@@ -80,6 +83,23 @@ def bench_serve(
         echo_json(result)
         return
     for kind in ("unmatched", "matched"):
+        notes.print(f"{kind}, milliseconds a step: {result[f'{kind}_step_ms']}")
         speeds = result[f"{kind}_tokens_per_s"]
         notes.print(f"{kind}: {speeds['plugin']} tokens/s with the plugin, {speeds['no_plugin']} without")
         click.echo(f"{kind}_ratio {result[f'{kind}_ratio']:.3f}")
+    for key in (
+        "ttft_ratio_inline",
+        "ttft_ratio_cached",
+        "ttft_ratio_reroute",
+        "step_overhead_ms",
+        "vs_research_ratio",
+    ):
+        if key in result:
+            click.echo(f"{key} {result[key]:.3f}")
+
+
+def _behind_a_long_system_message(question: str) -> list[Message]:
+    """Some 1000 tokens of plain text before a question."""
+    text = " ".join(background_prompts())
+    system = f"You are the assistant of an archive. Its index of questions: {text}"
+    return [{"role": "system", "content": system}, {"role": "user", "content": question}]
