@@ -2,12 +2,14 @@
 
 Configured by `--additional-config '{"memoir": {"store": DIR}}'` and nothing else. Without that section one function
 is wrapped, `EngineArgs.create_engine_config`, which then calls through; with it, everything else is handed to vLLM
-through its own configuration: the worker class, the scheduler class, the splitting ops. One module per seam:
+through its own configuration: the worker class, the scheduler class, the splitting ops. The scheduler wraps one more
+function, which hashes KV blocks. One module per seam:
 
 engine.py      `EngineArgs.create_engine_config`: the only patch that is always there
 config.py      our section of the configuration, and what of vLLM's we refuse
 requests.py    `InputProcessor.process_inputs`: options of one request, checked where a client can be told
-scheduler.py   scheduler classes that return the decisions with the finished request
+scheduler.py   scheduler classes: a question is not split, a decision is remembered and returned with the answer
+blocks.py      the prefix cache: what a request may take, publish, and under which hash
 worker.py      worker classes (`cpu_worker.py`, `gpu_worker.py`): attach after loading, prove it after warm-up
 attach.py      the edited linear layer
 runner.py      the model runner instance (V1 and V2): which rows of a step belong to which request
@@ -15,6 +17,7 @@ op.py          the opaque custom op in the model's graph
 residual.py    what the op does: pool, decide, add the residual
 routing.py     from pooled activations to decisions
 selftest.py    the dummy forward that must reach the op
+bench.py       `memoir bench serve`; research.py is what it compares with
 """
 
 __all__ = ["register"]

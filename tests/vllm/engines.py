@@ -136,9 +136,11 @@ def make_store(base: BaseModel, folder: Path, *, edits: tuple[str, ...] = EDITS,
     return folder
 
 
-def flags(model_folder: Path, store: Path | None = None, **more: Any) -> dict[str, Any]:
-    """EngineArgs of a small engine; with a store it serves edits."""
-    ours = {"additional_config": {"memoir": {"store": str(store)}}} if store else {}
+def flags(
+    model_folder: Path, store: Path | None = None, memoir: dict[str, Any] | None = None, **more: Any
+) -> dict[str, Any]:
+    """EngineArgs of a small engine; with a store it serves edits. memoir: more of our section."""
+    ours = {"additional_config": {"memoir": {"store": str(store), **(memoir or {})}}} if store else {}
     return {
         "model": str(model_folder),
         "dtype": "float32",

@@ -42,10 +42,24 @@ def section(model_folder: Path, store_folder: Path) -> Any:
     return with_section
 
 
-def test_open_flags_are_chosen(model_folder: Path, store_folder: Path) -> None:
-    made = create(model_folder, store_folder)
+SINGLE = {"mode": "single"}
+
+
+def test_vllms_flags_are_kept(model_folder: Path, store_folder: Path) -> None:
+    ours, plain = create(model_folder, store_folder), create(model_folder, None)
+    for part, name in (("cache_config", "enable_prefix_caching"), ("scheduler_config", "enable_chunked_prefill")):
+        assert getattr(getattr(ours, part), name) is getattr(getattr(plain, part), name) is True
+    assert ours.scheduler_config.max_num_batched_tokens == plain.scheduler_config.max_num_batched_tokens
+
+
+def test_open_flags_are_chosen_in_mode_single(model_folder: Path, store_folder: Path) -> None:
+    made = create(model_folder, store_folder, memoir=SINGLE)
     assert made.cache_config.enable_prefix_caching is False
     assert made.scheduler_config.enable_chunked_prefill is False
+
+
+def test_our_classes_are_named(model_folder: Path, store_folder: Path) -> None:
+    made = create(model_folder, store_folder)
     assert made.scheduler_config.scheduler_cls == "memoir_vllm.scheduler.MemoirScheduler"
     assert made.parallel_config.worker_cls == "memoir_vllm.cpu_worker.MemoirCPUWorker"
 
@@ -97,9 +111,9 @@ def test_a_bad_section_names_the_key_and_the_known_ones(given: Any, says: str, s
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "prefix caching": ({"enable_prefix_caching": True}, "--no-enable-prefix-caching"),
-    "chunked prefill": ({"enable_chunked_prefill": True}, "--no-enable-chunked-prefill"),
-    "split prompts": ({"long_prefill_token_threshold": 16}, "--long-prefill-token-threshold"),
+    "prefix caching": ({"enable_prefix_caching": True, "memoir": SINGLE}, "--no-enable-prefix-caching"),
+    "chunked prefill": ({"enable_chunked_prefill": True, "memoir": SINGLE}, "--no-enable-chunked-prefill"),
+    "split prompts": ({"long_prefill_token_threshold": 16, "memoir": SINGLE}, "--long-prefill-token-threshold"),
     "KV transfer": (
         {"kv_transfer_config": KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")},
         "--kv-transfer-config",
@@ -155,7 +169,30 @@ def test_refused_settings_are_named(flag: str, model_folder: Path, store_folder:
 
 def test_all_problems_come_in_one_message(model_folder: Path, store_folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"--no-enable-prefix-caching.*--no-enable-chunked-prefill.*--enable-lora"):
-        create(model_folder, store_folder, enable_prefix_caching=True, enable_chunked_prefill=True, enable_lora=True)
+        create(
+            model_folder,
+            store_folder,
+            memoir=SINGLE,
+            enable_prefix_caching=True,
+            enable_chunked_prefill=True,
+            enable_lora=True,
+        )
+
+
+@pytest.mark.parametrize(
+    ("given", "longest"),
+    [
+        ({"max_num_batched_tokens": 512, "max_num_seqs": 32}, 480),
+        ({"max_num_batched_tokens": 512, "max_num_seqs": 32, "long_prefill_token_threshold": 100}, 100),
+        ({"max_num_batched_tokens": 512, "max_num_seqs": 32, "max_num_scheduled_tokens": 64}, 32),
+        ({"max_num_batched_tokens": 256, "max_num_seqs": 256}, 0),
+    ],
+    ids=str,
+)
+def test_the_longest_question_of_one_step(
+    given: dict[str, int], longest: int, model_folder: Path, store_folder: Path
+) -> None:
+    assert config.longest_question(create(model_folder, store_folder, **given)) == longest
 
 
 def test_an_untested_vllm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
