@@ -17,7 +17,7 @@ op.py          the opaque custom op in the model's graph
 residual.py    what the op does: pool, decide, add the residual
 routing.py     from pooled activations to decisions
 selftest.py    the dummy forward that must reach the op
-bench.py       `memoir bench serve`; research.py is what it compares with
+bench/         `memoir bench serve`; no part of a server
 """
 
 __all__ = ["register"]

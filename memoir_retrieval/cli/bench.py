@@ -74,7 +74,7 @@ def bench_serve(
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         json.dump(settings, file)
         file.flush()
-        command = [sys.executable, "-m", "memoir_vllm.bench", file.name]
+        command = [sys.executable, "-m", "memoir_vllm.bench.serve", file.name]
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         raise ConfigError(f"the benchmark stopped with exit code {done.returncode}: its messages are above")

@@ -1,0 +1,1 @@
+"""What `memoir bench` runs: engines in processes of their own, which take turns."""
