@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from memoir_retrieval.background import background_prompts
+from memoir_retrieval.background import background_prompts, unrelated_prompts
 from memoir_retrieval.edit import Edit, Probe
 from memoir_retrieval.edit_files import FORMATS, check_duplicates, limit_distinct_subjects, read_edits
 from memoir_retrieval.errors import ConfigError, EditFileError
@@ -511,6 +511,12 @@ def test_background_prompts() -> None:
     prompts = background_prompts()
     assert len(set(prompts)) == 100
     assert all(6 <= len(prompt.split()) <= 20 for prompt in prompts)
+
+
+def test_unrelated_prompts() -> None:
+    """What tau is measured on must not be what the fingerprints are centred on."""
+    prompts = unrelated_prompts()
+    assert len(set(prompts)) == 100 and not set(prompts) & set(background_prompts())
 
 
 def test_contexts() -> None:
