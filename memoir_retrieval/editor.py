@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,8 @@ import numpy as np
 import torch
 
 from memoir_index import unpack
-from memoir_retrieval.background import background_prompts, shipped
+from memoir_retrieval.background import background_prompts
+from memoir_retrieval.contexts import chat_contexts, own_prefixes
 from memoir_retrieval.edit import Edit, StoredEdit
 from memoir_retrieval.errors import ConfigError, EditFileError, StoreError
 from memoir_retrieval.files import store_lock
@@ -28,16 +28,11 @@ from memoir_retrieval.span import Span, derive_span_rule, find_span
 from memoir_retrieval.store import MANIFEST, EditStore, write_generation
 from memoir_retrieval.train import Training, edit_activations, train_edit
 
-__all__ = ["Editor", "Progress", "contexts"]
+__all__ = ["Editor", "Progress"]
 
 Conflict = Literal["refuse", "first", "last"]
 # A checkpoint rewrites the store. Its cost is bounded by writing at most this often (seconds) while edits go on.
 CHECKPOINT_EVERY = 30.0
-
-
-def contexts(chat: bool) -> list[Prompt]:
-    """What the library puts before a prompt in training, besides nothing: chat messages, or raw text."""
-    return json.loads(shipped("contexts.json"))["chat" if chat else "raw"]
 
 
 @dataclass(frozen=True)
@@ -113,7 +108,9 @@ class Editor:
         self.generation = 0
         self.next_id = 0
         self.span = derive_span_rule(self.base.tokenizer, self.rule)
-        self.contexts: tuple[Any, ...] = tuple(contexts(self.chat)[: self.training.contexts])
+        wanted = self.training.contexts
+        given = chat_contexts()[:wanted] if self.chat else own_prefixes(self.base, wanted, self.seed)
+        self.contexts: tuple[Any, ...] = tuple(given)
         self.permutation = permutation(self.base.d, self.seed)
         rows = [self._prompt_ids(p) for p in background_prompts()]
         means = question_means(self.base, rows, [find_span(ids, self.span) for ids in rows])
@@ -248,7 +245,7 @@ class Editor:
                 ids = self._prompt_ids([*context, {"role": "user", "content": "Who?"}])
                 rows.append(ids[: find_span(ids, self.span).start])
             else:
-                rows.append(self._prompt_ids(context.rstrip()))
+                rows.append(self._prompt_ids(context))
         return frozen_past(self.base, rows + rows[:1] * self.training.variants)
 
     def _questions(self, prompt: list[int], span: Span) -> list[list[int]]:

@@ -27,8 +27,9 @@ __all__ = ["Trained", "Training", "edit_activations", "train_edit"]
 class Training:
     """How edits are trained.
 
-    An edit is trained on the bare prompt, in `contexts` of the library's contexts, and on `variants` of the prompt
-    in which each question token is replaced by a random one with probability `noise`: a stand-in for rephrasings.
+    An edit is trained on the bare prompt, after each of `contexts` contexts (see the module of that name), and on
+    `variants` of the prompt in which each question token is replaced by a random one with probability `noise`: a
+    stand-in for rephrasings.
     max_steps, stop_loss: training ends at the step limit or below this mean loss (nats per target token).
     ridge: what a direction costs that no earlier edit uses; small values keep earlier edits more exactly.
     """

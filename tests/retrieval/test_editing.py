@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from memoir_retrieval import Edit, EditedModel, Editor, EditStore, Probe, Retriever, evaluate, read_edits
+from memoir_retrieval.contexts import PREFIX_TOKENS, chat_contexts, own_prefixes
 from memoir_retrieval.errors import ConfigError, EditFileError, StoreError, StoreMismatch
 from memoir_retrieval.model import BaseModel
 
@@ -123,6 +124,19 @@ def test_an_interrupted_run_is_resumed_as_if_nothing_had_happened(
     np.testing.assert_array_equal(cut.codes, whole.codes)
     assert [e.steps for e in cut.edits] == [e.steps for e in whole.edits]
     np.testing.assert_allclose(cut.memories, whole.memories, atol=1e-3 * np.abs(whole.memories).max())
+
+
+def test_a_raw_store_is_trained_after_prefixes_of_the_model_itself(edited: EditedModel) -> None:
+    made = edited.retriever.store.manifest
+    if made.chat:
+        assert made.contexts == tuple(chat_contexts()[:1])
+        return
+    assert made.contexts == tuple(own_prefixes(edited.base, 1, made.seed)) == tuple(own_prefixes(edited.base, 1, 0))
+    texts = [*own_prefixes(edited.base, 3, 1), *own_prefixes(edited.base, 3, 2)]
+    assert len({*texts, *made.contexts}) == 7
+    for text in texts:
+        ids = edited.base.tokenizer(text).input_ids
+        assert 2 <= len(ids) <= PREFIX_TOKENS + 2 and not set(ids) & set(edited.base.tokenizer.all_special_ids)
 
 
 def test_a_prompt_stored_with_another_target(smollm2: BaseModel, edits: list[Edit], tmp_path: Path) -> None:
