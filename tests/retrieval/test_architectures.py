@@ -31,6 +31,7 @@ from memoir_retrieval.forward import (
     run_from_block,
 )
 from memoir_retrieval.model import BaseModel, _blocks, _projection
+from memoir_retrieval.train import Training, edit_activations, train_edit
 
 WIDE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 99}
 LLAMA_LIKE = WIDE | {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128}
@@ -130,6 +131,32 @@ def test_gradients_reach_the_change_and_nothing_else(base: BaseModel) -> None:
         model(**inputs).logits.sum().backward()
     assert change.grad is not None and change.grad.abs().sum() > 0
     assert all(p.grad is None for p in base.model.parameters())
+
+
+def test_an_edit_is_trained_in_rows_of_different_length_as_if_each_stood_alone(base: BaseModel) -> None:
+    columns, answer = torch.arange(0, 64, 3), [30, 31, 32]
+    questions = [TAIL, [5, 6, 7, *TAIL], [8, *TAIL]]
+    past = FrozenPast(None, torch.zeros(3, dtype=torch.int64))
+    weights, used = torch.zeros(32, len(columns)), torch.zeros(len(columns), len(columns))
+    trained = train_edit(base, past, questions, answer, columns, weights, used, Training(max_steps=3))
+    assert trained.steps == 3 and trained.activations.shape == (len(TAIL) + 2, len(columns))
+
+    def add(_m: Any, args: Any, out: torch.Tensor) -> torch.Tensor:
+        return out + args[0][..., columns] @ trained.columns.T
+
+    def mean_loss() -> float:
+        losses = []
+        for question in questions:
+            logits = base.model(input_ids=torch.tensor([[*question, *answer[:-1]]])).logits[0, len(question) - 1 :]
+            losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(answer)).item())
+        return sum(losses) / len(losses)
+
+    before = mean_loss()
+    handle = base.projection.register_forward_hook(add)
+    after = mean_loss()
+    handle.remove()
+    assert after == pytest.approx(trained.loss, abs=1e-3) != before
+    torch.testing.assert_close(trained.activations, edit_activations(base, past, TAIL, answer, columns))
 
 
 def test_question_means_do_not_depend_on_batching(base: BaseModel) -> None:
