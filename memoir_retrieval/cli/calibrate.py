@@ -26,6 +26,7 @@ from memoir_retrieval.store import EditStore
 if TYPE_CHECKING:
     from memoir_retrieval.calibration import Calibration, Overlaps, Setting
     from memoir_retrieval.edit import Edit
+    from memoir_retrieval.model import BaseModel
 
 __all__ = ["calibrate"]
 
@@ -52,6 +53,8 @@ class _Numbers(click.ParamType):
 @click.option("--layers", type=_Numbers(), help="Without DIR: blocks to compare (default: each tenth of the depth).")
 @click.option("--ks", type=_Numbers(), help="Without DIR: sizes of masks to compare (default: the preset's, and half).")
 @click.option("--chat/--no-chat", default=None, help="Without DIR: ask through the chat template (default), or raw.")
+@click.option("--dtype", help="Without DIR: float32 (default), bfloat16 or float16, as it shall be edited.")
+@click.option("--device", default="cpu", show_default=True, help="Where the model runs, such as cuda.")
 @click.option("--write", is_flag=True, help="Put the suggested tau into the store, as a new generation.")
 @json_option
 @threads_option
@@ -63,6 +66,8 @@ def calibrate(
     layers: list[int] | None,
     ks: list[int] | None,
     chat: bool | None,
+    dtype: str | None,
+    device: str,
     write: bool,
     as_json: bool,
 ) -> None:
@@ -84,19 +89,24 @@ def calibrate(
     file = paths[-1] if alone or len(paths) == 2 else None
     edits = load_edits(file, file_format, limit, "first") if file else []
     if store is not None:
-        for option, value in (("--layers", layers), ("--ks", ks), ("--chat", chat)):
+        for option, value in (("--layers", layers), ("--ks", ks), ("--chat", chat), ("--dtype", dtype)):
             if value is not None:
                 raise ConfigError(f"{option} cannot be set for store {store}, which keeps its own: leave it out")
-        _calibrate_store(store, edits, model, write, as_json)
+        _calibrate_store(store, edits, model, device, write, as_json)
         return
     if write:
         raise ConfigError("--write needs a store: memoir calibrate DIR --write")
     if model is None:
         raise ConfigError(f"{file} is a file: put the store before it, or add --model NAME to measure a model")
-    _calibrate_model(model, edits, layers, ks, chat is not False, as_json)
+    from memoir_retrieval.model import load_model
+
+    base = load_model(model, dtype=dtype or "float32", device=device)
+    _calibrate_model(base, edits, layers, ks, chat is not False, as_json)
 
 
-def _calibrate_store(store: Path, edits: list[Edit], model: str | None, write: bool, as_json: bool) -> None:
+def _calibrate_store(
+    store: Path, edits: list[Edit], model: str | None, device: str, write: bool, as_json: bool
+) -> None:
     opened = EditStore.open(store)
 
     from memoir_retrieval.calibration import calibrate_store, unrelated_to, write_tau
@@ -111,7 +121,7 @@ def _calibrate_store(store: Path, edits: list[Edit], model: str | None, write: b
     else:
         rephrases = [(edit.id, text) for edit in opened.edits for text in edit.rephrases]
     unrelated = unrelated_to(edits)
-    base = load_model(model or made.model, layer=made.layer, dtype=made.dtype)
+    base = load_model(model or made.model, layer=made.layer, dtype=made.dtype, device=device)
     notes.print(f"measuring {len(opened.edits)} edits, {len(rephrases)} rephrasings, {len(unrelated)} other prompts")
     found = calibrate_store(Retriever(opened, base), rephrases, unrelated)
     tau = found.suggested.tau
@@ -159,13 +169,11 @@ def _bar(count: int, largest: int) -> str:
 
 
 def _calibrate_model(
-    model: str, edits: list[Edit], layers: list[int] | None, ks: list[int] | None, chat: bool, as_json: bool
+    base: BaseModel, edits: list[Edit], layers: list[int] | None, ks: list[int] | None, chat: bool, as_json: bool
 ) -> None:
     from memoir_retrieval.calibration import calibrate_model, unrelated_to
-    from memoir_retrieval.model import load_model
     from memoir_retrieval.presets import preset_for
 
-    base = load_model(model)
     preset = preset_for(base.model.config)
     blocks = len(base.blocks)
     layers = layers or sorted({blocks * tenth // 10 for tenth in range(2, 10)} | {preset.layer})
@@ -174,7 +182,7 @@ def _calibrate_model(
         echo_json(msgspec.to_builtins(found))
         return
     form = "chat" if chat else "raw"
-    table = Table("layer", "k", "tau", "rephrasings found", "gap", title=f"{len(edits)} edits on {model}, {form}")
+    table = Table("layer", "k", "tau", "rephrasings found", "gap", title=f"{len(edits)} edits on {base.name}, {form}")
     for row in found:
         table.add_row(str(row.layer), str(row.k), f"{row.tau:g}", f"{row.rephrases_found:.3f}", f"{row.gap:+.3f}")
     tables.print(table)

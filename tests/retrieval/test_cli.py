@@ -160,6 +160,8 @@ BAD_CALIBRATIONS = {
     "no rephrasings": (["{store}", "{file}"], BARE, "no edit of .* has a rephrasing"),
     "not stored": (["{store}", "{file}"], OTHER, "1 of 1 edits of the file are not stored"),
     "probe is an edit": (["{store}", "{file}"], PROBED, "leave it out"),
+    "dtype of a store": (["{store}", "--dtype", "bfloat16"], EDITS, "--dtype cannot be set for store"),
+    "no such device": (["{store}", "--device", "abacus"], EDITS, "device 'abacus' cannot be used"),
     "layer of a store": (["{store}", "--layers", "1"], EDITS, "--layers cannot be set for store"),
     "write a model": (["--model", "{tiny}", "{file}", "--write"], EDITS, "--write needs a store"),
     "no file of a model": (["--model", "{tiny}", "{none}"], EDITS, "cannot be read"),
