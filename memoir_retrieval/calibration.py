@@ -2,7 +2,7 @@
 
 The rule for tau: the smallest threshold on a grid of .01 that no unrelated prompt reaches, plus `MARGIN`. A sample
 holds less than its population's largest overlap, and the margin stands for the rest; `docs/measurements.md` tells how
-many of 3200 other prompts match with and without it.
+many of 3200 others match with and without it.
 """
 
 from __future__ import annotations
