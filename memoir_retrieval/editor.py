@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,8 @@ import numpy as np
 import torch
 
 from memoir_index import unpack
-from memoir_retrieval.background import background_prompts, shipped
+from memoir_retrieval.background import background_prompts
+from memoir_retrieval.contexts import chat_contexts, own_prefixes
 from memoir_retrieval.edit import Edit, StoredEdit
 from memoir_retrieval.errors import ConfigError, EditFileError, StoreError
 from memoir_retrieval.files import store_lock
@@ -28,16 +28,11 @@ from memoir_retrieval.span import Span, derive_span_rule, find_span
 from memoir_retrieval.store import MANIFEST, EditStore, write_generation
 from memoir_retrieval.train import Training, edit_activations, train_edit
 
-__all__ = ["Editor", "Progress", "contexts"]
+__all__ = ["Editor", "Progress"]
 
 Conflict = Literal["refuse", "first", "last"]
 # A checkpoint rewrites the store. Its cost is bounded by writing at most this often (seconds) while edits go on.
 CHECKPOINT_EVERY = 30.0
-
-
-def contexts(chat: bool) -> list[Prompt]:
-    """What the library puts before a prompt in training, besides nothing: chat messages, or raw text."""
-    return json.loads(shipped("contexts.json"))["chat" if chat else "raw"]
 
 
 @dataclass(frozen=True)
@@ -113,7 +108,9 @@ class Editor:
         self.generation = 0
         self.next_id = 0
         self.span = derive_span_rule(self.base.tokenizer, self.rule)
-        self.contexts: tuple[Any, ...] = tuple(contexts(self.chat)[: self.training.contexts])
+        wanted = self.training.contexts
+        given = chat_contexts()[:wanted] if self.chat else own_prefixes(self.base, wanted, self.seed)
+        self.contexts: tuple[Any, ...] = tuple(given)
         self.permutation = permutation(self.base.d, self.seed)
         rows = [self._prompt_ids(p) for p in background_prompts()]
         means = question_means(self.base, rows, [find_span(ids, self.span) for ids in rows])
@@ -229,7 +226,8 @@ class Editor:
             raise EditFileError(f"prompt {edit.prompt!r} has no tokens to pool: give a longer prompt")
         if not target:
             raise EditFileError(f"target {edit.target!r} of prompt {edit.prompt!r} has no tokens: give a longer target")
-        longest = self._past.width + len(prompt) + len(target) + 1
+        asked = max([self._past.width + len(prompt), *map(len, self._in_contexts(edit.prompt))])
+        longest = asked + len(target) + 1
         if longest > self.base.max_length:
             raise EditFileError(
                 f"prompt {edit.prompt[:60]!r} and its target need {longest} tokens, {self.base.name} takes "
@@ -240,7 +238,8 @@ class Editor:
     def _frozen_contexts(self) -> FrozenPast:
         """The tokens before the question, in every training context; the first is the bare prompt's own."""
         if self.span.rule == "all":  # every token is edited, so nothing before the question is frozen
-            return FrozenPast(None, torch.zeros(1 + self.training.variants, dtype=torch.int64, device=self.base.device))
+            count = 1 + len(self.contexts) + self.training.variants
+            return FrozenPast(None, torch.zeros(count, dtype=torch.int64, device=self.base.device))
         bare = self._prompt_ids("Who?")
         rows = [bare[: find_span(bare, self.span).start]]
         for context in self.contexts:
@@ -248,14 +247,23 @@ class Editor:
                 ids = self._prompt_ids([*context, {"role": "user", "content": "Who?"}])
                 rows.append(ids[: find_span(ids, self.span).start])
             else:
-                rows.append(self._prompt_ids(context.rstrip()))
+                rows.append(self._prompt_ids(context))
         return frozen_past(self.base, rows + rows[:1] * self.training.variants)
 
-    def _questions(self, prompt: list[int], span: Span) -> list[list[int]]:
+    def _in_contexts(self, prompt: str) -> list[list[int]]:
+        """Token ids of a prompt after each context, where contexts are edited too (rule "all"); else nothing."""
+        if self.span.rule != "all":
+            return []
+        if self.chat:
+            return [self._prompt_ids([*context, {"role": "user", "content": prompt}]) for context in self.contexts]
+        return [self._prompt_ids(f"{context} {prompt}") for context in self.contexts]
+
+    def _questions(self, edit: Edit, prompt: list[int], span: Span) -> list[list[int]]:
         """What follows each context of `_frozen_contexts`: the question as it is, or a noisy variant of it."""
         question, rest = prompt[span.start : span.end], prompt[span.end :]
         random = np.random.default_rng([self.seed, self.next_id])
-        rows = [question] * (len(self._past.lengths) - self.training.variants)
+        # Rows with their context in them are whole: under the rule "all" no `rest` follows the question.
+        rows = [question, *(self._in_contexts(edit.prompt) or [question] * len(self.contexts))]
         for _ in range(self.training.variants):
             replaced = random.random(len(question)) < self.training.noise
             others = random.choice(self._other_tokens, len(question))
@@ -272,7 +280,7 @@ class Editor:
         result = train_edit(
             self.base,
             self._past,
-            self._questions(prompt, span),
+            self._questions(edit, prompt, span),
             answer,
             columns,
             weights=self.memories[memory][:, columns],

@@ -15,7 +15,7 @@ from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.prompts import Prompt
 from memoir_retrieval.reference import Answer
 
-__all__ = ["CONTEXTS", "Asked", "Report", "evaluate"]
+__all__ = ["CONTEXTS", "Asked", "Report", "evaluate", "stored_ids"]
 
 GENERATE_BATCH = 32
 CONTEXTS = ("plain", "system", "turn")
@@ -89,22 +89,14 @@ def evaluate(
     before it is cut off. Raises ConfigError where an edit of the file is not stored.
     """
     started = time.monotonic()
-    own = {(edit.prompt, edit.target): edit.id for edit in stored}
-    missing = [edit.prompt for edit in edits if (edit.prompt, edit.target) not in own]
-    if not edits:
-        raise ConfigError("the file has no edits: measure a store with the file it was made from")
-    if missing:
-        raise ConfigError(
-            f"{len(missing)} of {len(edits)} edits of the file are not stored, such as {missing[0]!r}: "
-            "measure a store with the file it was made from, or with fewer of its edits (--limit)"
-        )
+    own = stored_ids(stored, edits)
     before = unseen_context(context)
 
     def ask(prompt: str) -> list[int]:
         return model.prompt_ids([*before, {"role": "user", "content": prompt}] if before else prompt)
 
-    prompts = [(own[edit.prompt, edit.target], ask(edit.prompt), edit.target) for edit in edits]
-    rephrased = [(own[e.prompt, e.target], ask(r), e.target) for e in edits for r in e.rephrases]
+    prompts = [(i, ask(edit.prompt), edit.target) for i, edit in zip(own, edits, strict=True)]
+    rephrased = [(i, ask(r), edit.target) for i, edit in zip(own, edits, strict=True) for r in edit.rephrases]
     probes = [(ask(p.prompt), p.answer or "Yes") for e in edits for p in e.locality]
 
     reliability, edits_right = _forced(model, prompts)
@@ -123,6 +115,20 @@ def evaluate(
         context=context,
         seconds=round(time.monotonic() - started, 2),
     )
+
+
+def stored_ids(stored: Sequence[StoredEdit], edits: Sequence[Edit]) -> list[int]:
+    """The id under which each edit of a file is stored. Raises ConfigError where one is not."""
+    own = {(edit.prompt, edit.target): edit.id for edit in stored}
+    missing = [edit.prompt for edit in edits if (edit.prompt, edit.target) not in own]
+    if not edits:
+        raise ConfigError("the file has no edits: measure a store with the file it was made from")
+    if missing:
+        raise ConfigError(
+            f"{len(missing)} of {len(edits)} edits of the file are not stored, such as {missing[0]!r}: "
+            "measure a store with the file it was made from, or with fewer of its edits (--limit)"
+        )
+    return [own[edit.prompt, edit.target] for edit in edits]
 
 
 def unseen_context(name: str) -> list[dict[str, str]]:

@@ -18,7 +18,7 @@ __all__ = ["publish", "store_lock", "write_synced"]
 def write_synced(path: Path, data: bytes) -> None:
     """Write a new file and sync it. A file that cannot be written whole is removed again.
 
-    Raises StoreError where the disk is full or the folder is read-only.
+    Raises StoreError where the disk is full, the file would be too large or the folder is read-only.
     """
     try:
         with open(path, "wb") as out:
@@ -76,7 +76,12 @@ def _sync_folder(folder: Path) -> None:
 def _said(path: Path, size: int, error: OSError) -> StoreError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return StoreError(
-            f"no space left to write {path.name} ({size / 1e6:.1f} MB) in {path.parent}: free some and run the same "
+            f"no space left to write {path.name} ({size / 1e6:.2f} MB) in {path.parent}: free some and run the same "
             "command again; the store is unchanged"
+        )
+    if error.errno == errno.EFBIG:
+        return StoreError(
+            f"{path} would have {size / 1e6:.2f} MB, more than a file may have here: raise the limit (`ulimit -f`) or "
+            "choose a folder on another file system, and run the same command again; the store is unchanged"
         )
     return StoreError(f"{path} cannot be written: {error.strerror}; the store is unchanged")

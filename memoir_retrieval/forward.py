@@ -20,6 +20,7 @@ __all__ = [
     "FrozenPast",
     "frozen_past",
     "frozen_run",
+    "layer_means",
     "question_means",
     "right_pad",
     "run_from_block",
@@ -182,7 +183,6 @@ def run_from_block(
             base.blocks[i] = block
 
 
-@torch.no_grad()
 def question_means(
     base: BaseModel, prompts: Sequence[Sequence[int]], spans: Sequence[tuple[int, int]], batch_size: int = 16
 ) -> torch.Tensor:
@@ -190,14 +190,35 @@ def question_means(
 
     Prompts of similar length share a batch. Spans must not be empty.
     """
-    out = torch.empty(len(prompts), base.d, device=base.device)
+    return layer_means([base], prompts, spans, batch_size)[0]
+
+
+@torch.no_grad()
+def layer_means(
+    bases: Sequence[BaseModel],
+    prompts: Sequence[Sequence[int]],
+    spans: Sequence[tuple[int, int]],
+    batch_size: int = 16,
+) -> list[torch.Tensor]:
+    """`question_means` of one model at several layers (see `BaseModel.at`), from one pass over the prompts."""
+    out = [torch.empty(len(prompts), base.d, device=base.device) for base in bases]
+    deepest = max(bases, key=lambda base: base.layer)
+    seen: dict[int, torch.Tensor] = {}
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for at in range(0, len(order), batch_size):
-        batch = order[at : at + batch_size]
-        ids, _ = right_pad([prompts[i] for i in batch], base.device)
-        _, activations = frozen_run(base, {"input_ids": ids, "use_cache": False})
-        for row, i in enumerate(batch):
-            out[i] = span_mean(activations[row], *spans[i])
+    with ExitStack() as hooks:
+        for at, base in enumerate(bases):
+
+            def keep(_module: Any, args: tuple[Any, ...], at: int = at) -> None:
+                seen[at] = args[0]
+
+            hooks.callback(base.projection.register_forward_pre_hook(keep).remove)
+        for first in range(0, len(order), batch_size):
+            batch = order[first : first + batch_size]
+            ids, _ = right_pad([prompts[i] for i in batch], deepest.device)
+            frozen_run(deepest, {"input_ids": ids, "use_cache": False})
+            for at, activations in seen.items():
+                for row, i in enumerate(batch):
+                    out[at][i] = span_mean(activations[row], *spans[i])
     return out
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,6 +89,11 @@ class BaseModel:
     def identity(self) -> Identity:
         return identify(self.path, self.module)
 
+    def at(self, layer: int) -> BaseModel:
+        """The same model with edits in another block. Raises ModelError where it has no such block."""
+        module, projection = _edited(self.model, self.blocks, layer, self.name)
+        return replace(self, layer=layer, module=module, projection=projection)
+
 
 def resolve(name: str) -> Path:
     """The local folder of a model: a path, the name of the embedded model, or a Hub id that is in the local cache.
@@ -151,9 +156,7 @@ def load_model(name: str, *, layer: int | None = None, dtype: str = "float32", d
     blocks = _blocks(model)
     if layer is None:
         layer = preset_for(model.config).layer
-    if not 0 <= layer < len(blocks):
-        raise ModelError(f"layer {layer} does not exist: {name} has layers 0 to {len(blocks) - 1}")
-    module, projection = _projection(model, blocks[layer])
+    module, projection = _edited(model, blocks, layer, name)
     return BaseModel(
         model=model,
         tokenizer=tokenizer,
@@ -187,6 +190,13 @@ def _blocks(model: Any) -> Any:
             f"{type(model).__name__} has no list of decoder blocks: only decoder-only models can be edited"
         )
     return max(lists, key=len)
+
+
+def _edited(model: Any, blocks: Any, layer: int, name: str) -> tuple[str, Any]:
+    """Path and module of the projection of block `layer`."""
+    if not 0 <= layer < len(blocks):
+        raise ModelError(f"layer {layer} does not exist: {name} has layers 0 to {len(blocks) - 1}")
+    return _projection(model, blocks[layer])
 
 
 def _projection(model: Any, block: Any) -> tuple[str, Any]:

@@ -35,7 +35,7 @@ def preset_for(config: Any) -> Preset:
     """The preset of a Hugging Face config, or the default: 5/6 of the depth, k = 2/7 of D, tau .50 or .55.
 
     The default is the published settings' proportions (layer 27 of 32, k/D = 4096/14336) with a threshold that
-    lets nothing unrelated through; measure it on your model before you rely on it.
+    lets nothing unrelated through; measure it on your model before you rely on it (`memoir calibrate --model`).
     """
     text = config.get_text_config()
     hidden = int(text.hidden_size)

@@ -17,8 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional
 
-from memoir_retrieval.forward import FrozenPast, frozen_run, run_from_block
+from memoir_retrieval.forward import FrozenPast, frozen_run, right_pad, run_from_block
 from memoir_retrieval.model import BaseModel
+
+IGNORED = -100  # what cross entropy leaves out
 
 __all__ = ["Trained", "Training", "edit_activations", "train_edit"]
 
@@ -27,8 +29,9 @@ __all__ = ["Trained", "Training", "edit_activations", "train_edit"]
 class Training:
     """How edits are trained.
 
-    An edit is trained on the bare prompt, in `contexts` of the library's contexts, and on `variants` of the prompt
-    in which each question token is replaced by a random one with probability `noise`: a stand-in for rephrasings.
+    An edit is trained on the bare prompt, after each of `contexts` contexts (see the module of that name), and on
+    `variants` of the prompt in which each question token is replaced by a random one with probability `noise`: a
+    stand-in for rephrasings.
     max_steps, stop_loss: training ends at the step limit or below this mean loss (nats per target token).
     ridge: what a direction costs that no earlier edit uses; small values keep earlier edits more exactly.
     """
@@ -63,16 +66,15 @@ def train_edit(
 ) -> Trained:
     """Train one edit, each of B questions after its own context of `past`.
 
-    questions: for each context the token ids from the question's first token to the end of the prompt, all of one
-    length; the first is the prompt as it is. answer: target ids and the end token. columns: int64 [k], the mask's
+    questions: for each context the token ids from the question's first token to the end of the prompt; the first is
+    the prompt as it is. answer: target ids and the end token. columns: int64 [k], the mask's
     positions. weights: float32 [H, k], the memory's columns there. used: float32 [k, k], C on those columns.
     """
-    inputs = _inputs(base, past, questions, answer)
+    inputs, lengths = _inputs(base, past, questions, answer)
     hidden, activations = frozen_run(base, inputs)
-    asked = len(questions[0])
-    kept = torch.arange(asked - 1, asked + len(answer) - 1, device=base.device)
-    labels = torch.tensor(list(answer), device=base.device).repeat(len(questions))
-    seen = activations[..., columns].float()
+    kept, labels = _labels(questions, answer, base.device)
+    real = torch.arange(int(lengths.max()), device=base.device) < lengths[:, None]
+    seen = activations[..., columns].float() * real[..., None]  # the padding must span no direction
     rows = seen.flatten(0, 1)
     basis = _basis(rows, used, training.ridge)
     features = rows @ basis.T
@@ -86,29 +88,45 @@ def train_edit(
     with run_from_block(base, hidden, delta) as model, torch.enable_grad():
         for steps in range(training.max_steps + 1):
             logits = model(**inputs, logits_to_keep=kept).logits
-            loss = functional.cross_entropy(logits.float().flatten(0, 1), labels)
+            loss = functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
             value = loss.item()
             if value < training.stop_loss or steps == training.max_steps:
                 break
             (gradient,) = torch.autograd.grad(loss, change)
             with torch.no_grad():
                 change -= value / gradient.square().sum().clamp_min(1e-20) * gradient
-    return Trained(weights + change.detach().T @ basis, seen[0], value, steps)
+    return Trained(weights + change.detach().T @ basis, seen[0, : lengths[0]], value, steps)
 
 
 def edit_activations(
     base: BaseModel, past: FrozenPast, question: Sequence[int], answer: Sequence[int], columns: torch.Tensor
 ) -> torch.Tensor:
     """The activations that `train_edit` returned for this edit: float32 [T, k]."""
-    _, activations = frozen_run(base, _inputs(base, past.first(), [question], answer))
+    _, activations = frozen_run(base, _inputs(base, past.first(), [question], answer)[0])
     return activations[0][:, columns].float()
 
 
 def _inputs(
     base: BaseModel, past: FrozenPast, questions: Sequence[Sequence[int]], answer: Sequence[int]
-) -> dict[str, Any]:
-    """Model inputs for the questions and the answer. The last answer token is predicted, never read."""
-    return past.inputs(torch.tensor([[*question, *answer[:-1]] for question in questions], device=base.device))
+) -> tuple[dict[str, Any], torch.Tensor]:
+    """Model inputs for the questions and the answer, padded on the right, and the rows' lengths int64 [B].
+
+    The last answer token is predicted, never read.
+    """
+    ids, lengths = right_pad([[*question, *answer[:-1]] for question in questions], base.device)
+    return past.inputs(ids), lengths
+
+
+def _labels(
+    questions: Sequence[Sequence[int]], answer: Sequence[int], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The positions whose logits are needed, int64 [P], and what they must predict in each row, int64 [B, P]."""
+    ends = [len(question) - 1 for question in questions]
+    kept = torch.arange(min(ends), max(ends) + len(answer), device=device)
+    labels = torch.full((len(ends), len(kept)), IGNORED, device=device)
+    for row, end in enumerate(ends):
+        labels[row, end - min(ends) :][: len(answer)] = torch.tensor(list(answer), device=device)
+    return kept, labels
 
 
 def _basis(rows: torch.Tensor, used: torch.Tensor, ridge: float) -> torch.Tensor:

@@ -8,6 +8,7 @@ import sys
 import click
 
 from memoir_retrieval.cli.bench import bench
+from memoir_retrieval.cli.calibrate import calibrate
 from memoir_retrieval.cli.demo import demo
 from memoir_retrieval.cli.doctor import doctor
 from memoir_retrieval.cli.edit import edit
@@ -35,7 +36,7 @@ def cli(debug: bool) -> None:
     """
 
 
-for command in (model, edit, list_command, show, lookup, eval_command, serve, demo, bench, doctor):
+for command in (model, edit, list_command, show, lookup, eval_command, calibrate, serve, demo, bench, doctor):
     cli.add_command(command)
 
 

@@ -17,6 +17,7 @@ from memoir_retrieval.edit_files import FORMATS, Keep, check_duplicates, limit_d
 __all__ = [
     "echo_json",
     "edit_file",
+    "edit_file_options",
     "json_option",
     "load_edits",
     "model_option",
@@ -49,12 +50,16 @@ tau_option = click.option("--tau", type=float, help="Least overlap that matches 
 
 def edit_file(command: F) -> F:
     """The argument FILE and the options `load_edits` takes."""
+    return click.argument("file", type=click.Path(path_type=Path))(edit_file_options(command))
+
+
+def edit_file_options(command: F) -> F:
+    """The options `load_edits` takes."""
     for option in (
         click.option("--limit", type=click.IntRange(min=1), help="Only the first N records with distinct subjects."),
         click.option(
             "--format", "file_format", type=click.Choice(list(FORMATS)), help="Format of FILE (default: detected)."
         ),
-        click.argument("file", type=click.Path(path_type=Path)),
     ):
         command = option(command)
     return command

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,17 @@ from transformers import (
 )
 
 from memoir_retrieval.errors import ModelError
-from memoir_retrieval.forward import FrozenPast, frozen_past, frozen_run, question_means, right_pad, run_from_block
+from memoir_retrieval.forward import (
+    FrozenPast,
+    frozen_past,
+    frozen_run,
+    layer_means,
+    question_means,
+    right_pad,
+    run_from_block,
+)
 from memoir_retrieval.model import BaseModel, _blocks, _projection
+from memoir_retrieval.train import Training, edit_activations, train_edit
 
 WIDE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 99}
 LLAMA_LIKE = WIDE | {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128}
@@ -105,8 +113,7 @@ def test_running_from_the_edited_block_is_the_whole_model(base: BaseModel) -> No
 
 
 def test_the_first_block_can_be_edited(base: BaseModel) -> None:
-    name, projection = _projection(base.model, base.blocks[0])
-    first = replace(base, layer=0, module=name, projection=projection)
+    first = base.at(0)
     inputs = FrozenPast(None, torch.zeros(3, dtype=torch.int64)).inputs(torch.tensor([TAIL] * 3))
     hidden, _ = frozen_run(first, inputs)
     delta = torch.randn(len(TAIL), base.h)
@@ -126,12 +133,47 @@ def test_gradients_reach_the_change_and_nothing_else(base: BaseModel) -> None:
     assert all(p.grad is None for p in base.model.parameters())
 
 
+def test_an_edit_is_trained_in_rows_of_different_length_as_if_each_stood_alone(base: BaseModel) -> None:
+    columns, answer = torch.arange(0, 64, 3), [30, 31, 32]
+    questions = [TAIL, [5, 6, 7, *TAIL], [8, *TAIL]]
+    past = FrozenPast(None, torch.zeros(3, dtype=torch.int64))
+    weights, used = torch.zeros(32, len(columns)), torch.zeros(len(columns), len(columns))
+    trained = train_edit(base, past, questions, answer, columns, weights, used, Training(max_steps=3))
+    assert trained.steps == 3 and trained.activations.shape == (len(TAIL) + 2, len(columns))
+
+    def add(_m: Any, args: Any, out: torch.Tensor) -> torch.Tensor:
+        return out + args[0][..., columns] @ trained.columns.T
+
+    def mean_loss() -> float:
+        losses = []
+        for question in questions:
+            logits = base.model(input_ids=torch.tensor([[*question, *answer[:-1]]])).logits[0, len(question) - 1 :]
+            losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(answer)).item())
+        return sum(losses) / len(losses)
+
+    before = mean_loss()
+    handle = base.projection.register_forward_hook(add)
+    after = mean_loss()
+    handle.remove()
+    assert after == pytest.approx(trained.loss, abs=1e-3) != before
+    torch.testing.assert_close(trained.activations, edit_activations(base, past, TAIL, answer, columns))
+
+
 def test_question_means_do_not_depend_on_batching(base: BaseModel) -> None:
     prompts = [[1, 2, 3, 4, 5, 6], [7, 8], [9, 10, 11, 12]]
     spans = [(2, 6), (0, 2), (1, 3)]
     together = question_means(base, prompts, spans, batch_size=3)
     alone = torch.cat([question_means(base, [p], [s]) for p, s in zip(prompts, spans, strict=True)])
     torch.testing.assert_close(together, alone, atol=1e-6, rtol=1e-5)
+
+
+def test_one_pass_gives_the_means_of_several_layers(base: BaseModel) -> None:
+    prompts, spans = [[1, 2, 3, 4, 5, 6], [7, 8], [9, 10, 11, 12]], [(2, 6), (0, 2), (1, 3)]
+    bases = [base.at(layer) for layer in (3, 0, 2)]
+    for one, means in zip(bases, layer_means(bases, prompts, spans, batch_size=2), strict=True):
+        torch.testing.assert_close(means, question_means(one, prompts, spans, batch_size=2))
+    with pytest.raises(ModelError, match=r"layer 4 does not exist: .* has layers 0 to 3"):
+        base.at(4)
 
 
 def test_right_pad() -> None:

@@ -10,10 +10,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from memoir_retrieval import files
 from memoir_retrieval.cli import cli, main
+from memoir_retrieval.files import store_lock
+from memoir_retrieval.store import EditStore, write_generation
 
 EDITS = [
     {"prompt": "Who founded Aarhus?", "target": "King Harald", "rephrases": ["Aarhus was founded by whom?"],
@@ -112,6 +115,83 @@ def test_a_second_run_skips_what_is_stored_and_appends_what_is_new(
     before = contents(store)
     assert json.loads(run(capsys, "edit", file, "--store", store, "--json")[1])["stored"] == 0
     assert contents(store) == before
+
+
+def test_calibrate_measures_a_store_and_writes_its_tau(
+    capsys: pytest.CaptureFixture[str], store: Path, tmp_path: Path
+) -> None:
+    file = write(tmp_path / "edits.jsonl", EDITS)
+    before = contents(store)
+    code, out, err = run(capsys, "calibrate", store, file, "--json")
+    found = json.loads(out)
+    assert code == 0 and set(found) == {"now", "suggested", "curve", "overlaps", "nearest"}
+    assert {kind: len(values) for kind, values in found["overlaps"].items()} == {
+        "edits": 2, "rephrases": 1, "unrelated": 101
+    }  # fmt: skip
+    assert contents(store) == before and "2 edits, 1 rephrasings, 101 other prompts" in err
+    of_store = json.loads(run(capsys, "calibrate", store, "--json")[1])  # without FILE: no probe, same rephrasing
+    assert of_store["overlaps"]["rephrases"] == found["overlaps"]["rephrases"]
+    assert len(of_store["overlaps"]["unrelated"]) == 100
+    code, out, err = run(capsys, "calibrate", store, file, "--write")
+    tau = found["suggested"]["tau"]
+    assert code == 0 and f"tau {tau} written to {store} as generation 2" in " ".join(err.split())
+    assert " suggested" in out and "0.95-1.00" in out and "nearest unrelated:" in out
+    written = json.loads((store / "memoir.json").read_text())
+    assert (written["tau"], written["generation"]) == (tau, 2)
+
+
+def test_calibrate_compares_layers_of_a_model(capsys: pytest.CaptureFixture[str], tiny: Path, tmp_path: Path) -> None:
+    file = write(tmp_path / "edits.jsonl", EDITS)
+    arguments = ("calibrate", "--model", tiny, file, "--layers", "2,0", "--ks", "9")
+    code, out, _ = run(capsys, *arguments, "--no-chat", "--json")
+    assert code == 0 and {(row["layer"], row["k"]) for row in json.loads(out)} == {(0, 9), (2, 9)}
+    code, out, _ = run(capsys, *arguments)
+    assert code == 0 and "best apart: --layer" in out
+
+
+BARE = [{"prompt": edit["prompt"], "target": edit["target"]} for edit in EDITS]
+OTHER = [{"prompt": "Why?", "target": "So"}]
+PROBED = [EDITS[0] | {"locality": [{"prompt": EDITS[1]["prompt"]}]}]
+BAD_CALIBRATIONS = {
+    "no store": (["{none}"], EDITS, "does not exist: make one"),
+    "nothing named": ([], EDITS, "0 paths are given"),
+    "three paths": (["{store}", "{file}", "{file}"], EDITS, "3 paths are given"),
+    "a file alone": (["{file}"], EDITS, "is a file: put the store before it, or add --model NAME"),
+    "no rephrasings": (["{store}", "{file}"], BARE, "no edit of .* has a rephrasing"),
+    "not stored": (["{store}", "{file}"], OTHER, "1 of 1 edits of the file are not stored"),
+    "probe is an edit": (["{store}", "{file}"], PROBED, "leave it out"),
+    "dtype of a store": (["{store}", "--dtype", "bfloat16"], EDITS, "--dtype cannot be set for store"),
+    "no such device": (["{store}", "--device", "abacus"], EDITS, "device 'abacus' cannot be used"),
+    "layer of a store": (["{store}", "--layers", "1"], EDITS, "--layers cannot be set for store"),
+    "write a model": (["--model", "{tiny}", "{file}", "--write"], EDITS, "--write needs a store"),
+    "no file of a model": (["--model", "{tiny}", "{none}"], EDITS, "cannot be read"),
+    "layers": (["--model", "{tiny}", "{file}", "--layers", "1,x"], EDITS, "'1,x' are no whole numbers"),
+    "layer outside": (["--model", "{tiny}", "{file}", "--layers", "3"], EDITS, "layer 3 does not exist"),
+    "k above D": (["--model", "{tiny}", "{file}", "--ks", "65"], EDITS, "k is 65, but the layer has D=64"),
+    "model no rephrasings": (["--model", "{tiny}", "{file}"], BARE, "no edit of the file has a rephrasing"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_CALIBRATIONS)
+def test_what_calibrate_cannot_measure_is_one_line(
+    capsys: pytest.CaptureFixture[str], store: Path, tiny: Path, tmp_path: Path, case: str
+) -> None:
+    arguments, lines, said = BAD_CALIBRATIONS[case]
+    names = {"store": store, "tiny": tiny, "none": tmp_path / "none", "file": write(tmp_path / "edits.jsonl", lines)}
+    refused(capsys, store, said, "calibrate", *(argument.format(**names) for argument in arguments))
+
+
+def test_calibrate_of_a_store_without_edits(capsys: pytest.CaptureFixture[str], store: Path, tmp_path: Path) -> None:
+    opened = EditStore.open(store)
+    fields = {k: v for k, v in msgspec.structs.asdict(opened.manifest).items()
+              if k not in ("format", "library", "memory", "codes", "edits")}  # fmt: skip
+    with store_lock(store):
+        write_generation(
+            store, fields | {"generation": 2}, memories=opened.memories, background=opened.background,
+            permutation=opened.permutation, codes=opened.codes[:0], ids=opened.ids[:0],
+            memory_of=opened.memory_of[:0], edits=[],
+        )  # fmt: skip
+    refused(capsys, store, "has no edits: add some", "calibrate", store)
 
 
 LONG = "word " * 600

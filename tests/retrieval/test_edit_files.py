@@ -8,7 +8,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from memoir_retrieval.background import background_prompts
+from memoir_retrieval.background import background_prompts, unrelated_prompts
+from memoir_retrieval.contexts import chat_contexts
 from memoir_retrieval.edit import Edit, Probe
 from memoir_retrieval.edit_files import FORMATS, check_duplicates, limit_distinct_subjects, read_edits
 from memoir_retrieval.errors import ConfigError, EditFileError
@@ -513,11 +514,16 @@ def test_background_prompts() -> None:
     assert all(6 <= len(prompt.split()) <= 20 for prompt in prompts)
 
 
+def test_unrelated_prompts() -> None:
+    """What tau is measured on must not be what the fingerprints are centred on."""
+    prompts = unrelated_prompts()
+    assert len(set(prompts)) == 100 and not set(prompts) & set(background_prompts())
+
+
 def test_contexts() -> None:
-    contexts = json.loads((ROOT / "memoir_retrieval/data/contexts.json").read_text(encoding="utf-8"))
-    assert set(contexts) == {"chat", "raw"} and len(contexts["chat"]) == len(contexts["raw"]) == 8
-    assert all(text.endswith(". ") for text in contexts["raw"])
-    for messages in contexts["chat"]:
+    contexts = chat_contexts()
+    assert len(contexts) == 8
+    for messages in contexts:
         roles = [message["role"] for message in messages]
         turns = roles[1:] if roles[0] == "system" else roles
         assert turns == ["user", "assistant"] * (len(turns) // 2)  # the user's question comes next

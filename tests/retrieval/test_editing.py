@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from memoir_retrieval import Edit, EditedModel, Editor, EditStore, Probe, Retriever, evaluate, read_edits
+from memoir_retrieval.contexts import PREFIX_TOKENS, chat_contexts, own_prefixes
 from memoir_retrieval.errors import ConfigError, EditFileError, StoreError, StoreMismatch
 from memoir_retrieval.model import BaseModel
+from memoir_retrieval.train import Training
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "zsre-100.jsonl"
 UNRELATED = ["how do I boil an egg", "what is the capital of France", "Write a short poem about rain."]
@@ -125,6 +127,19 @@ def test_an_interrupted_run_is_resumed_as_if_nothing_had_happened(
     np.testing.assert_allclose(cut.memories, whole.memories, atol=1e-3 * np.abs(whole.memories).max())
 
 
+def test_a_raw_store_is_trained_after_prefixes_of_the_model_itself(edited: EditedModel) -> None:
+    made = edited.retriever.store.manifest
+    if made.chat:
+        assert made.contexts == tuple(chat_contexts()[:1])
+        return
+    assert made.contexts == tuple(own_prefixes(edited.base, 1, made.seed)) == tuple(own_prefixes(edited.base, 1, 0))
+    texts = [*own_prefixes(edited.base, 3, 1), *own_prefixes(edited.base, 3, 2)]
+    assert len({*texts, *made.contexts}) == 7
+    for text in texts:
+        ids = edited.base.tokenizer(text).input_ids
+        assert 2 <= len(ids) <= PREFIX_TOKENS + 2 and not set(ids) & set(edited.base.tokenizer.all_special_ids)
+
+
 def test_a_prompt_stored_with_another_target(smollm2: BaseModel, edits: list[Edit], tmp_path: Path) -> None:
     other = Edit(prompt=f"  {edits[0].prompt} ", target="Nobody")
     with Editor(smollm2, tmp_path, chat=False) as editor:
@@ -166,8 +181,16 @@ def test_settings_that_cannot_work_are_refused_before_anything_is_written(smollm
         pass
 
 
-def test_the_rule_of_the_paper_edits_every_token(smollm2: BaseModel, edits: list[Edit], tmp_path: Path) -> None:
-    with Editor(smollm2, tmp_path, chat=True, rule="all") as editor:
-        editor.add(edits[:1])
-    model = EditedModel(Retriever(EditStore.open(tmp_path), smollm2))
-    assert model.generate([edits[0].prompt])[0].text.strip() == edits[0].target
+@pytest.mark.parametrize("chat", [True, False])
+def test_the_rule_of_the_paper_trains_and_edits_every_token(
+    smollm2: BaseModel, edits: list[Edit], tmp_path: Path, chat: bool
+) -> None:
+    with Editor(smollm2, tmp_path, chat=chat, rule="all") as editor:
+        (made,) = editor.add(edits[:1])
+        (context,) = editor.contexts
+    assert made.loss < Training().stop_loss
+    # The pooled mean takes in the context, so its overlap is another matter; here every prompt matches the one edit.
+    model = EditedModel(Retriever(EditStore.open(tmp_path), smollm2, tau=0.01))
+    prompt = edits[0].prompt
+    within = [*context, {"role": "user", "content": prompt}] if chat else f"{context} {prompt}"
+    assert [a.text.strip() for a in model.generate([prompt, within])] == [edits[0].target] * 2

@@ -1,0 +1,196 @@
+"""`memoir calibrate`: measure tau on a store, or layer and k on a model, instead of guessing them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import msgspec
+import numpy as np
+from rich.table import Table
+
+from memoir_retrieval.cli.common import (
+    echo_json,
+    edit_file_options,
+    json_option,
+    load_edits,
+    model_option,
+    notes,
+    tables,
+    threads_option,
+)
+from memoir_retrieval.errors import ConfigError
+from memoir_retrieval.store import EditStore
+
+if TYPE_CHECKING:
+    from memoir_retrieval.calibration import Calibration, Overlaps, Setting
+    from memoir_retrieval.edit import Edit
+    from memoir_retrieval.model import BaseModel
+
+__all__ = ["calibrate"]
+
+BIN = 0.05
+BAR = 12
+
+
+class _Numbers(click.ParamType):
+    """Whole numbers with commas between them: "20,22,24"."""
+
+    name = "N,N,..."
+
+    def convert(self, value: str, param: Any, ctx: Any) -> list[int]:
+        try:
+            return [int(part) for part in value.split(",")]
+        except ValueError:
+            return self.fail(f"{value!r} are no whole numbers with commas between them, such as 20,24", param, ctx)
+
+
+@click.command()
+@click.argument("paths", metavar="[DIR] [FILE]", nargs=-1, type=click.Path(path_type=Path))
+@edit_file_options
+@model_option
+@click.option("--layers", type=_Numbers(), help="Without DIR: blocks to compare (default: each tenth of the depth).")
+@click.option("--ks", type=_Numbers(), help="Without DIR: sizes of masks to compare (default: the preset's, and half).")
+@click.option("--chat/--no-chat", default=None, help="Without DIR: ask through the chat template (default), or raw.")
+@click.option("--dtype", help="Without DIR: float32 (default), bfloat16 or float16, as it shall be edited.")
+@click.option("--device", default="cpu", show_default=True, help="Where the model runs, such as cuda.")
+@click.option("--write", is_flag=True, help="Put the suggested tau into the store, as a new generation.")
+@json_option
+@threads_option
+def calibrate(
+    paths: tuple[Path, ...],
+    file_format: str | None,
+    limit: int | None,
+    model: str | None,
+    layers: list[int] | None,
+    ks: list[int] | None,
+    chat: bool | None,
+    dtype: str | None,
+    device: str,
+    write: bool,
+    as_json: bool,
+) -> None:
+    """Suggest tau for the store DIR; or without DIR, layer, k and tau for a model.
+
+    Rephrasings come from FILE, or from the store; unrelated prompts are the locality probes of FILE and 100 that
+    come with the library. The suggested tau is the least that no unrelated prompt reaches, plus .02.
+
+    \b
+    Example:
+      memoir calibrate edits corrections.jsonl --write
+      memoir calibrate --model smollm2-135m corrections.jsonl --layers 20,24,28
+    """
+    if not 1 <= len(paths) <= 2:
+        raise ConfigError(f"{len(paths)} paths are given: name a store DIR, a FILE of edits with --model, or both")
+    # A lone path is FILE where it is a file, or is to be one since a model is measured.
+    alone = len(paths) == 1 and (paths[0].is_file() or (model is not None and not paths[0].is_dir()))
+    store = None if alone else paths[0]
+    file = paths[-1] if alone or len(paths) == 2 else None
+    edits = load_edits(file, file_format, limit, "first") if file else []
+    if store is not None:
+        for option, value in (("--layers", layers), ("--ks", ks), ("--chat", chat), ("--dtype", dtype)):
+            if value is not None:
+                raise ConfigError(f"{option} cannot be set for store {store}, which keeps its own: leave it out")
+        _calibrate_store(store, edits, model, device, write, as_json)
+        return
+    if write:
+        raise ConfigError("--write needs a store: memoir calibrate DIR --write")
+    if model is None:
+        raise ConfigError(f"{file} is a file: put the store before it, or add --model NAME to measure a model")
+    from memoir_retrieval.model import load_model
+
+    base = load_model(model, dtype=dtype or "float32", device=device)
+    _calibrate_model(base, edits, layers, ks, chat is not False, as_json)
+
+
+def _calibrate_store(
+    store: Path, edits: list[Edit], model: str | None, device: str, write: bool, as_json: bool
+) -> None:
+    opened = EditStore.open(store)
+
+    from memoir_retrieval.calibration import calibrate_store, unrelated_to, write_tau
+    from memoir_retrieval.evaluation import stored_ids
+    from memoir_retrieval.model import load_model
+    from memoir_retrieval.retriever import Retriever
+
+    made = opened.manifest
+    if edits:
+        own = stored_ids(opened.edits, edits)
+        rephrases = [(i, text) for i, edit in zip(own, edits, strict=True) for text in edit.rephrases]
+    else:
+        rephrases = [(edit.id, text) for edit in opened.edits for text in edit.rephrases]
+    unrelated = unrelated_to(edits)
+    base = load_model(model or made.model, layer=made.layer, dtype=made.dtype, device=device)
+    notes.print(f"measuring {len(opened.edits)} edits, {len(rephrases)} rephrasings, {len(unrelated)} other prompts")
+    found = calibrate_store(Retriever(opened, base), rephrases, unrelated)
+    tau = found.suggested.tau
+    if write:
+        generation = write_tau(opened, tau).generation
+        notes.print(f"tau {tau} written to {store} as generation {generation}; a running server keeps {made.tau}")
+    if as_json:
+        echo_json(msgspec.to_builtins(found))
+        return
+    _show_taus(found, store)
+    _show_overlaps(found.overlaps)
+    for near in found.nearest:
+        click.echo(f"nearest unrelated: {near.overlap:.3f} {near.prompt!r} to edit {near.edit}")
+    click.echo(
+        f"tau {tau} suggested, {made.tau} is the store's" + ("" if write else "; --write puts it into the store")
+    )
+
+
+def _show_taus(found: Calibration, store: Path) -> None:
+    table = Table("tau", "rephrasings that find their edit", "unrelated that match", title=str(store))
+    tau = found.suggested.tau
+    around = {p.tau: p for p in found.curve if abs(p.tau - tau) < 0.085 and round(100 * (p.tau - tau)) % 2 == 0}
+    for _, point in sorted((around | {found.now.tau: found.now, tau: found.suggested}).items()):
+        said = " now" * (point.tau == found.now.tau) + " suggested" * (point.tau == tau)
+        table.add_row(f"{point.tau:g}{said}", f"{point.rephrases_found:.3f}", f"{point.unrelated_matched:.3f}")
+    tables.print(table)
+
+
+def _show_overlaps(overlaps: Overlaps) -> None:
+    """A histogram: for each bin of overlap, how many prompts of each kind; each kind has its own scale."""
+    kinds = {"edits": overlaps.edits, "rephrasings": overlaps.rephrases, "unrelated": overlaps.unrelated}
+    # 1.0 is the end of the last bin; the 1e-9 keeps .55 out of the bin below it
+    bins = {k: [min(int(v / BIN + 1e-9), round(1 / BIN) - 1) for v in values] for k, values in kinds.items()}
+    table = Table("overlap", *kinds)
+    first = min(min(numbers) for numbers in bins.values())
+    counts = {kind: np.bincount(numbers, minlength=round(1 / BIN)) for kind, numbers in bins.items()}
+    for at in range(first, round(1 / BIN)):
+        cells = [_bar(int(count[at]), int(count.max())) for count in counts.values()]
+        table.add_row(f"{at * BIN:.2f}-{(at + 1) * BIN:.2f}", *cells)
+    tables.print(table)
+
+
+def _bar(count: int, largest: int) -> str:
+    return f"{'█' * -(-BAR * count // largest)} {count}" if count else ""
+
+
+def _calibrate_model(
+    base: BaseModel, edits: list[Edit], layers: list[int] | None, ks: list[int] | None, chat: bool, as_json: bool
+) -> None:
+    from memoir_retrieval.calibration import calibrate_model, unrelated_to
+    from memoir_retrieval.presets import preset_for
+
+    preset = preset_for(base.model.config)
+    blocks = len(base.blocks)
+    layers = layers or sorted({blocks * tenth // 10 for tenth in range(2, 10)} | {preset.layer})
+    found = calibrate_model(base, edits, unrelated_to(edits), layers, ks or [preset.k // 2, preset.k], chat)
+    if as_json:
+        echo_json(msgspec.to_builtins(found))
+        return
+    form = "chat" if chat else "raw"
+    table = Table("layer", "k", "tau", "rephrasings found", "gap", title=f"{len(edits)} edits on {base.name}, {form}")
+    for row in found:
+        table.add_row(str(row.layer), str(row.k), f"{row.tau:g}", f"{row.rephrases_found:.3f}", f"{row.gap:+.3f}")
+    tables.print(table)
+    click.echo(_advice(found[0]))
+
+
+def _advice(best: Setting) -> str:
+    return (
+        f"best apart: --layer {best.layer} --k {best.k} --tau {best.tau:g}; whether edits also train well there is "
+        "told by `memoir edit` and `memoir eval`"
+    )
