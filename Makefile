@@ -61,7 +61,7 @@ docs: $(VENV)/.installed
 	@$(BIN)/mkdocs build --strict --quiet && echo "docs: site/index.html"
 
 lint: $(VENV)/.installed
-	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/mypy --strict --follow-imports=silent examples/*.py
 
 clean:
 	rm -rf $(VENV) .memoir build dist site *.egg-info

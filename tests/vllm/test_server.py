@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx
 import pytest
-from engines import MAX_MODEL_LEN, NEW_TOKENS, PROMPTS, UNRELATED, Expected, make_store
+from engines import EDITS, MAX_MODEL_LEN, NEW_TOKENS, PROMPTS, UNRELATED, Expected, make_store
 
 from memoir_retrieval.cli import main
 from memoir_retrieval.model import BaseModel
@@ -96,6 +96,14 @@ def test_a_client_that_leaves_disturbs_nobody(client: httpx.Client, expected: di
         next(stream.iter_lines())
     again = ask(client, "edit 0").raise_for_status().json()
     assert again["choices"][0]["token_ids"] == expected["edit 0"].tokens
+
+
+def test_the_example_client(client: httpx.Client, expected: dict[str, Expected]) -> None:
+    script = Path(__file__).parents[2] / "examples/ask_server.py"
+    url = str(client.base_url).rstrip("/")
+    done = subprocess.run([sys.executable, script, url, EDITS[0]], capture_output=True, text=True, check=True)
+    edited, plain = (line.split()[:2] for line in done.stdout.splitlines() if line.startswith(("matched", "off")))
+    assert edited == ["matched", str(expected["chat edit"].edit)] and plain == ["off", "None"]
 
 
 def test_verify_finds_that_everything_holds(
