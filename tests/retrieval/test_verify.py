@@ -106,7 +106,7 @@ def failed(found: dict[str, Check]) -> list[str]:
 
 def test_a_sound_server(stand_in: StandIn, store: EditStore) -> None:
     found = checks(stand_in, store)
-    assert failed(found) == [] and len(found) == 11
+    assert failed(found) == [] and len(found) == 12
     assert found["edits are felt"].detail.startswith("2 of 2") and "1 begin with" in found["edits are felt"].detail
 
 
