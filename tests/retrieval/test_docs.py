@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -36,7 +39,7 @@ NOT_RUN = {
     "docker": "needs Docker and a GPU",
     "kubectl": "needs a cluster; the manifest is checked",
     "curl": "needs a server; its JSON is checked",
-    "python": "benchmarks take minutes, examples are run by tests/retrieval/test_examples.py; that the file exists is checked",
+    "python": "benchmarks take minutes; the examples are run below, and by tests/vllm/test_server.py",
     "cp": "run in the tutorial",
     "head": "run in the tutorial",
     "git": "fetches or publishes",
@@ -78,8 +81,11 @@ def command_lines(page: Path) -> list[Line]:
     for first, block in blocks(page, "console"):
         for offset, text in enumerate(block):
             if text.startswith("$ "):
-                for part in re.split(r" && |; ", text[2:]):
-                    lines.append(Line(page, first + offset, shlex.split(part, comments=True), []))
+                words = shlex.split(text[2:], comments=True)
+                while words:
+                    end = words.index("&&") if "&&" in words else len(words)
+                    lines.append(Line(page, first + offset, words[:end], []))
+                    words = words[end + 1 :]
             else:
                 assert lines and lines[-1].number >= first, f"{page}:{first + offset}: output without a command"
                 lines[-1].prints.append(text)
@@ -128,13 +134,18 @@ def test_a_command_that_does_not_exist_is_found(bad: str) -> None:
         parse(cli, "memoir", bad.split())
 
 
-def test_the_tutorial_prints_what_it_says(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Its commands one after another, in an empty folder with the examples. Numbers may differ, words may not."""
+@pytest.fixture(scope="module")
+def after_tutorial(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with the examples, in which the tutorial's commands have been run one after another."""
     get_model("smollm2-135m")
-    shutil.copytree(ROOT / "examples", tmp_path / "examples")
-    monkeypatch.chdir(tmp_path)
+    folder = tmp_path_factory.mktemp("tutorial")
+    shutil.copytree(ROOT / "examples", folder / "examples")
+    with contextlib.chdir(folder):
+        yield folder
+
+
+def test_the_tutorial_prints_what_it_says(after_tutorial: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Numbers may differ, words may not."""
     ran = 0
     for line in command_lines(TUTORIAL):
         if shlex.join(line.words).startswith(TUTORIAL_NOT_RUN):
@@ -144,6 +155,19 @@ def test_the_tutorial_prints_what_it_says(
             assert numberless(said) in numberless(out), f"{line}: prints {out!r}"
         ran += 1
     assert ran >= 8
+
+
+def test_the_examples_run(after_tutorial: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They go on with the tutorial's store where it is there, and train one where this test is run alone."""
+    runpy.run_path("examples/edit_and_ask.py")
+    rephrased, unrelated = capsys.readouterr().out.splitlines()[:2]
+    assert rephrased == "0 Jane Doe"
+    assert unrelated.startswith("None ") and "Paris" in unrelated
+    runpy.run_path("examples/look_up_and_measure.py")
+    held, found, measured = capsys.readouterr().out.splitlines()
+    assert held == "3 edits of smollm2-135m, generation 1"
+    assert found.startswith("edit 2, overlap 0.") and found.endswith("Port 4711")
+    assert measured == "reliability 1.00, exact answers 1.00"
 
 
 def run(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -176,6 +200,7 @@ def test_the_ten_lines_of_the_documentation_are_the_example() -> None:
     (_, block) = blocks(ROOT / "docs/how-to/python.md", "python")[0]
     example = (ROOT / "examples/edit_and_ask.py").read_text().partition('"""\n\n')[2]
     assert "\n".join(block).strip() == example.strip()
+    assert len([line for line in block if line]) <= 10
 
 
 def test_the_manifest_of_kubernetes_runs_commands_that_exist() -> None:
