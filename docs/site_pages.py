@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ import memoir_index
 import memoir_retrieval
 
 PAGE = "reference/api.md"
+FOLD = 88
 # Not in `memoir_retrieval` itself, but what its functions take and return.
 RELATED = (
     ("memoir_retrieval.model", "BaseModel"),
@@ -63,12 +65,30 @@ def _methods(name: str, thing: type) -> Iterator[str]:
         yield f"\n{_code(f'{name}.{key}', called)}\n{_prose(called)}\n"
 
 
+class _Bare(str):
+    """An annotation that is shown without the quotes of a string."""
+
+    __repr__ = str.__str__
+
+
 def _code(name: str, thing: Any) -> str:
     try:
-        signature = str(inspect.signature(thing))
+        found = inspect.signature(thing)
     except (TypeError, ValueError):
-        signature = ""
-    return f"```python\n{name}{signature.replace(chr(39), '')}\n```\n"
+        return f"```python\n{name}\n```\n"
+    shown = [
+        p.replace(annotation=_Bare(p.annotation)) if isinstance(p.annotation, str) else p
+        for p in found.parameters.values()
+        if p.name not in ("self", "cls")
+    ]
+    result = found.return_annotation
+    bare = found.replace(parameters=shown, return_annotation=_Bare(result) if isinstance(result, str) else result)
+    text = f"{name}{bare}"
+    if len(text) > FOLD:
+        inside = text[len(name) + 1 : text.rindex(")")]
+        parts = re.split(r", (?=[*\w]+(?::|, |$)|/)", inside)
+        text = f"{name}(\n    " + ",\n    ".join(parts) + ",\n" + text[text.rindex(")") :]
+    return f"```python\n{text}\n```\n"
 
 
 def _prose(thing: Any) -> str:
