@@ -61,6 +61,20 @@ class FrozenPast:
         ]
         return FrozenPast(Cache(layers=kept), self.lengths[:1])
 
+    def repeated(self, n: int) -> FrozenPast:
+        """A single context as that of n rows. Nothing is copied."""
+        if self.cache is None:
+            return FrozenPast(None, self.lengths.expand(n))
+        kept = [_FrozenLayer(x.keys.expand(n, -1, -1, -1), x.values.expand(n, -1, -1, -1)) for x in self.cache.layers]
+        return FrozenPast(Cache(layers=kept), self.lengths.expand(n))
+
+    def growing(self) -> DynamicCache:
+        """The same cache as one that generation may append to; this one stays as it is."""
+        cache = DynamicCache()
+        for i, layer in enumerate(self.cache.layers if self.cache else []):
+            cache.update(layer.keys, layer.values, i)
+        return cache
+
     def inputs(self, ids: torch.Tensor) -> dict[str, Any]:
         """Model inputs that continue every context with ids: int64 [B, T]."""
         b, t = ids.shape
