@@ -45,7 +45,9 @@ class Asked(Protocol):
         self, prompts: Sequence[Prompt | list[int]], targets: Sequence[Sequence[int]], *, edited: bool = True
     ) -> list[Answer]: ...
 
-    def score(self, prompts: Sequence[Prompt | list[int]], *, edited: bool = True) -> list[Answer]: ...
+    def compare(
+        self, prompts: Sequence[Prompt | list[int]], targets: Sequence[Sequence[int]] | None = None
+    ) -> tuple[list[Answer], list[Answer]]: ...
 
     def prompt_ids(self, prompt: Prompt) -> list[int]: ...
 
@@ -197,8 +199,7 @@ def _unchanged(model: Asked, probes: Sequence[Probe], context: str) -> tuple[lis
     """For each probe the share of unchanged first choices of its answer, and whether it matched an edit."""
     targets = [model.target_ids(probe.answer or "Yes") for probe in probes]
     prompts = [model.prompt_ids(prompt) for prompt in in_context(context, [probe.prompt for probe in probes])]
-    after = model.predict(prompts, targets)
-    before = model.predict(prompts, targets, edited=False)
+    after, before = model.compare(prompts, targets)
     same = [_same_share(a.tokens, b.tokens) for a, b in zip(after, before, strict=True)]
     return same, [a.edit is not None for a in after]
 
@@ -243,8 +244,7 @@ def _portability(model: Asked, probes: Sequence[Probe], context: str) -> Portabi
 def _other_words(model: Asked, texts: Sequence[tuple[int, str]]) -> OtherWords | None:
     if not texts:
         return None
-    rows = [model.prompt_ids(text) for _, text in texts]
-    after, before = model.score(rows), model.score(rows, edited=False)
+    after, before = model.compare([model.prompt_ids(text) for _, text in texts])
 
     def known(answers: Sequence[Answer]) -> float:
         return _mean([_mean([p >= LIKELY for p in a.logprobs]) or 0.0 for a in answers]) or 0.0
@@ -256,8 +256,7 @@ def _other_words(model: Asked, texts: Sequence[tuple[int, str]]) -> OtherWords |
 def _text(model: Asked, texts: Sequence[str]) -> TextPerplexity | None:
     if not texts:
         return None
-    rows = [model.prompt_ids(text) for text in texts]
-    after, before = model.score(rows), model.score(rows, edited=False)
+    after, before = model.compare([model.prompt_ids(text) for text in texts])
     edited, base = ([p for a in answers for p in a.logprobs] for answers in (after, before))
     matched = _mean([a.edit is not None for a in after]) or 0.0
     return TextPerplexity(len(texts), len(base), _perplexity(edited) or 0.0, _perplexity(base) or 0.0, matched)

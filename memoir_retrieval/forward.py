@@ -173,26 +173,27 @@ class _Skipped(torch.nn.Module):
 
 @contextmanager
 def run_from_block(
-    base: BaseModel, hidden: torch.Tensor, delta: Callable[[torch.Tensor], torch.Tensor]
+    base: BaseModel, hidden: torch.Tensor, delta: Callable[[torch.Tensor], torch.Tensor] | None = None
 ) -> Iterator[Any]:
     """Within the context the model starts at the edited block with `hidden` and adds `delta(a)` to its projection.
 
-    hidden: [B, T, H] from `frozen_run`. delta: from the projection's input a [B, T, D] to [B, T, H].
+    hidden: [B, T, H] from `frozen_run`. delta: from the projection's input a [B, T, D] to [B, T, H]; None adds nothing.
     Yields the model; call it with the same inputs as `frozen_run`. Where the first block is edited nothing is skipped.
     """
 
     def add(_module: Any, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-        return output + delta(args[0])
+        return output + delta(args[0]) if delta else output
 
     as_tuple = base.blocks_return_tuples
     originals = [base.blocks[i] for i in range(base.layer)]
-    handle = base.projection.register_forward_hook(add)
+    handle = base.projection.register_forward_hook(add) if delta else None
     try:
         for i, block in enumerate(originals):
             base.blocks[i] = _Skipped(block, hidden if i == base.layer - 1 else None, as_tuple)
         yield base.model
     finally:
-        handle.remove()
+        if handle:
+            handle.remove()
         for i, block in enumerate(originals):
             base.blocks[i] = block
 

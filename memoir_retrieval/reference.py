@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from memoir_index import unpack
 from memoir_retrieval.errors import ConfigError
-from memoir_retrieval.forward import FrozenPast, frozen_past, right_pad, span_mean
+from memoir_retrieval.forward import FrozenPast, frozen_past, frozen_run, right_pad, run_from_block, span_mean
 from memoir_retrieval.prompts import Prompt, end_token, given_ids, target_ids
 from memoir_retrieval.retriever import Retriever
 from memoir_retrieval.span import Span, find_span
@@ -102,20 +102,24 @@ class EditedModel:
 
         targets: token ids. The answers' `tokens` and `logprobs` have the length of their target.
         """
-        rows = [given_ids(p, self.prompt_ids) for p in prompts]
-        spans = [find_span(row, self.retriever.store.manifest.span) for row in rows]
-        read = [[*row, *target] for row, target in zip(rows, targets, strict=True)]
-        asked = [range(len(row), len(whole)) for row, whole in zip(rows, read, strict=True)]
-        return self._read(read, spans, asked, edited)
+        return self._read(prompts, targets, [edited])[0]
 
     def score(self, prompts: Sequence[Prompt | list[int]], *, edited: bool = True) -> list[Answer]:
         """How likely the model finds the questions themselves, each looked up as a whole.
 
         The answers' `tokens` and `logprobs` stand for the question's tokens from the second one on.
         """
-        rows = [given_ids(p, self.prompt_ids) for p in prompts]
-        spans = [find_span(row, self.retriever.store.manifest.span) for row in rows]
-        return self._read(rows, spans, [range(span.start + 1, span.end) for span in spans], edited)
+        return self._read(prompts, None, [edited])[0]
+
+    def compare(
+        self, prompts: Sequence[Prompt | list[int]], targets: Sequence[Sequence[int]] | None = None
+    ) -> tuple[list[Answer], list[Answer]]:
+        """`predict`, or `score` where there are no targets, with edits on and off.
+
+        What lies below the edited projection is the same for both and run once.
+        """
+        on, off = self._read(prompts, targets, [True, False])
+        return on, off
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """See `Retriever.prompt_ids`."""
@@ -127,25 +131,39 @@ class EditedModel:
 
     @torch.no_grad()
     def _read(
-        self, rows: Sequence[list[int]], spans: Sequence[Span], asked: Sequence[range], edited: bool
-    ) -> list[Answer]:
-        """What the model expects at the positions `asked` of each row, given what stands before them."""
+        self,
+        prompts: Sequence[Prompt | list[int]],
+        targets: Sequence[Sequence[int]] | None,
+        edited: Sequence[bool],
+    ) -> list[list[Answer]]:
+        """What the model expects where the targets are, or the questions' own tokens, for each value of `edited`."""
+        rows = [given_ids(p, self.prompt_ids) for p in prompts]
+        spans = [find_span(row, self.retriever.store.manifest.span) for row in rows]
+        if targets is None:
+            asked = [range(span.start + 1, span.end) for span in spans]
+        else:
+            asked = [range(len(row), len(row) + len(target)) for row, target in zip(rows, targets, strict=True)]
+            rows = [[*row, *target] for row, target in zip(rows, targets, strict=True)]
         past = self._common_past(rows, spans)
-        answers: dict[int, Answer] = {}
+        answers: list[dict[int, Answer]] = [{} for _ in edited]
         for batch in _by_length([len(row) - past.width for row in rows], 64, tokens=2048):
             ids, _ = right_pad([rows[i][past.width :] for i in batch], self.base.device)
-            states = [_Row(spans[i], -past.width) for i in batch]
             first = min([asked[i].start - 1 for i in batch if len(asked[i])], default=past.width)
-            with self._edits_on(states, edited):  # no logits are needed before the first of those asked for
-                kept = torch.arange(first - past.width, ids.shape[1], device=self.base.device)
-                logits = self.base.model(**past.repeated(len(batch)).inputs(ids), logits_to_keep=kept).logits
-            for r, i in enumerate(batch):
-                at = slice(asked[i].start - 1 - first, asked[i].stop - 1 - first)
-                given = torch.tensor(rows[i][asked[i].start : asked[i].stop], device=self.base.device)[:, None]
-                expected = logits[r, at].float() if len(given) else logits[r, :0].float()
-                logprobs = functional.log_softmax(expected, dim=-1).gather(1, given.long())[:, 0]
-                answers[i] = self._answer(expected.argmax(-1).tolist(), states[r], tuple(logprobs.tolist()))
-        return [answers[i] for i in range(len(rows))]
+            kept = torch.arange(first - past.width, ids.shape[1], device=self.base.device)
+            given = past.repeated(len(batch)).inputs(ids)
+            with ExitStack() as below:
+                if len(edited) > 1:
+                    below.enter_context(run_from_block(self.base, frozen_run(self.base, given)[0]))
+                for on, found in zip(edited, answers, strict=True):
+                    states = [_Row(spans[i], -past.width) for i in batch]
+                    with self._edits_on(states, on):  # no logits are needed before the first of those asked for
+                        logits = self.base.model(**given, logits_to_keep=kept).logits
+                    for r, i in enumerate(batch):
+                        expected = logits[r, asked[i].start - 1 - first :][: len(asked[i])].float()
+                        tokens = torch.tensor(rows[i][asked[i].start : asked[i].stop], device=self.base.device)
+                        logprobs = functional.log_softmax(expected, dim=-1).gather(1, tokens.long()[:, None])[:, 0]
+                        found[i] = self._answer(expected.argmax(-1).tolist(), states[r], tuple(logprobs.tolist()))
+        return [[found[i] for i in range(len(rows))] for found in answers]
 
     def _common_past(self, rows: Sequence[list[int]], spans: Sequence[Span]) -> FrozenPast:
         """What all rows have in common before their questions, such as a system prompt: run once for all of them."""

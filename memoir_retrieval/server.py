@@ -93,6 +93,14 @@ class ServerModel:
 
         return self._many(ask, prompts)
 
+    def compare(
+        self, prompts: Sequence[Prompt | list[int]], targets: Sequence[Sequence[int]] | None = None
+    ) -> tuple[list[Answer], list[Answer]]:
+        """`predict`, or `score` where there are no targets, with edits on and off."""
+        if targets is None:
+            return self.score(prompts), self.score(prompts, edited=False)
+        return self.predict(prompts, targets), self.predict(prompts, targets, edited=False)
+
     def _read(self, reply: Any, given: Sequence[int], edited: bool, after: int = 0) -> Answer:
         """What was expected where the prompt has the tokens `given`, which `after` others follow."""
         every = reply.choices[0].prompt_logprobs

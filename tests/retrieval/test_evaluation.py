@@ -47,6 +47,11 @@ def test_rows_that_share_their_beginning_are_read_as_they_are_alone(model: Edite
             assert (a.tokens, a.edit) == (b.tokens, b.edit) and a.overlap == pytest.approx(b.overlap, abs=0.01)
             np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-3)
     assert [a.edit for a in together[0]] == [0, None, 1]
+    for given in (targets, None):
+        on, off = model.compare(prompts, given)
+        if given:
+            assert on == together[0] and off == model.predict(prompts, given, edited=False)
+        assert [a.logprobs == b.logprobs for a, b in zip(on, off, strict=True)] == [False, True, False]
 
 
 def test_a_target_of_several_lengths_is_answered_in_the_order_asked(model: EditedModel) -> None:

