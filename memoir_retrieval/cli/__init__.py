@@ -17,6 +17,7 @@ from memoir_retrieval.cli.inspect import list_command, lookup, show
 from memoir_retrieval.cli.model import model
 from memoir_retrieval.cli.quality import report
 from memoir_retrieval.cli.serve import serve
+from memoir_retrieval.cli.verify import verify
 from memoir_retrieval.errors import MemoirError
 from memoir_retrieval.store import library_version
 
@@ -37,7 +38,10 @@ def cli(debug: bool) -> None:
     """
 
 
-for command in (model, edit, list_command, show, lookup, eval_command, calibrate, serve, demo, bench, report, doctor):
+for command in (
+    *(model, edit, list_command, show, lookup, eval_command, calibrate, serve),
+    *(demo, bench, report, doctor, verify),
+):
     cli.add_command(command)
 
 

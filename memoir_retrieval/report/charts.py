@@ -31,7 +31,7 @@ def histograms(kinds: Mapping[str, Sequence[float]], marks: Mapping[str, float])
     low = min((min(values) for values in kinds.values() if values), default=0.0)
     low = math.floor(min([low, *marks.values()]) / 0.1) * 0.1
     height, top = 90, 26
-    total = top + len(kinds) * (height + 22) + 30
+    bottom = top + len(kinds) * (height + 22)
 
     def x(value: float) -> float:
         return LEFT + (WIDTH - LEFT - RIGHT) * (value - low) / (1 - low)
@@ -54,15 +54,11 @@ def histograms(kinds: Mapping[str, Sequence[float]], marks: Mapping[str, float])
             )
         body.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{base}" y2="{base}"/>')
         body.append(_text(LEFT - 6, base - height + 14, str(most), "end"))
-    bottom = total - 30
     for tick in _ticks(low, 1.0):
         body.append(_text(x(tick), bottom + 14, f"{tick:g}", "middle"))
     body.append(_text((LEFT + WIDTH - RIGHT) / 2, bottom + 29, "overlap", "middle"))
-    for at, (name, value) in enumerate(marks.items()):
-        body.append(f'<line class="mark" x1="{x(value):.1f}" x2="{x(value):.1f}" y1="{top - 6}" y2="{bottom}"/>')
-        anchor = "end" if at % 2 else "start"
-        body.append(_text(x(value) + (-5 if at % 2 else 5), top - 10, f"{name} {value:g}", anchor))
-    return _svg(total, body, "Histograms of overlap: " + ", ".join(kinds))
+    body += _marks(marks, x, top - 6, bottom, top - 10)
+    return _svg(bottom + 36, body, "Histograms of overlap: " + ", ".join(kinds))
 
 
 def lines(
@@ -97,10 +93,8 @@ def lines(
         body.append(_text(x(tick), top + height + 16, f"{tick:g}", "middle"))
     body.append(_text((LEFT + WIDTH - RIGHT) / 2, top + height + 34, x_name, "middle"))
     body.append(_text(LEFT, 12, y_name, "start"))
-    for name, value in (marks or {}).items():
-        if least <= value <= most:
-            body.append(f'<line class="mark" x1="{x(value):.1f}" x2="{x(value):.1f}" y1="{top}" y2="{top + height}"/>')
-            body.append(_text(x(value) + 5, top + height - 6, f"{name} {value:g}", "start"))
+    shown = {name: value for name, value in (marks or {}).items() if least <= value <= most}
+    body += _marks(shown, x, top, top + height, top + 14)
     for at, one in enumerate(series):
         if not one.dots:
             path = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in one.points)
@@ -116,6 +110,16 @@ def lines(
             body.append(f'<rect class="c{one.colour}" x="{at_x}" y="4" width="10" height="10"/>')
             body.append(_text(at_x + 15, 13, one.name, "start"))
     return _svg(top + height + bottom, body, f"{y_name} over {x_name}")
+
+
+def _marks(marks: Mapping[str, float], x: Callable[[float], float], top: float, bottom: float, at: float) -> list[str]:
+    """Vertical lines and their names at height `at`: that of the leftmost of several on its left, else on the right."""
+    drawn: list[str] = []
+    for name, value in marks.items():
+        left = len(marks) > 1 and value == min(marks.values())
+        drawn.append(f'<line class="mark" x1="{x(value):.1f}" x2="{x(value):.1f}" y1="{top:g}" y2="{bottom:g}"/>')
+        drawn.append(_text(x(value) + (-5 if left else 5), at, f"{name} {value:g}", "end" if left else "start"))
+    return drawn
 
 
 def _svg(height: float, body: Iterable[str], label: str) -> str:

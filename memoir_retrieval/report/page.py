@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 from itertools import pairwise
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -41,7 +42,7 @@ def run_page(run: Run) -> str:
     """The report of a quality run."""
     report = run.report
     parts = [
-        f"<h1>{run.edits} edits of {escape(run.data)} on {escape(run.model)}</h1>",
+        f"<h1>{run.edits} edits of {escape(Path(run.data).name)} on {escape(Path(run.model).name)}</h1>",
         f"<p>Trained one after another, asked after the last. {escape(run.started)}, memoir-retrieval "
         f"{escape(run.library)}.<br><code>{escape(run.command)}</code></p>",
         _section("Scores", _scores([report, *report.contexts.values()])),
@@ -64,7 +65,7 @@ def run_page(run: Run) -> str:
         parts.append(_section("Time per edit", lines(series, x_name="edit", y_name="seconds"), note))
     parts.append(_section("Edits that are not answered exactly", _failed(run)))
     parts.append(_section("Settings", _table([("setting", "value"), *_flat(run.settings)])))
-    return _page(f"{run.edits} edits of {run.data}", parts)
+    return _page(f"{run.edits} edits of {Path(run.data).name}", parts)
 
 
 def calibration_page(found: Calibration, store: str) -> str:

@@ -21,6 +21,12 @@ RECORDED = Path(__file__).with_name("seams.json")
 SEAMS = {
     "engine/arg_utils.py": ("EngineArgs.create_engine_config",),
     "v1/engine/input_processor.py": ("InputProcessor.process_inputs",),
+    "v1/engine/core.py": (
+        "EngineCore.collective_rpc",
+        "EngineCore.step",
+        "EngineCore.step_with_batch_queue",
+        "EngineCoreProc._invoke_utility_method",
+    ),
     "v1/core/sched/scheduler.py": (
         "Scheduler.add_request",
         "Scheduler.schedule",
