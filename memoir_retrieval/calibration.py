@@ -204,8 +204,9 @@ def suggest_tau(unrelated: NDArray[np.int64], k: int) -> float:
 
 
 def unrelated_to(edits: Sequence[Edit]) -> list[str]:
-    """The prompts that no edit should match: those that come with the library, and the edits' locality probes."""
-    return list(dict.fromkeys([*unrelated_prompts(), *(probe.prompt for edit in edits for probe in edit.locality)]))
+    """The prompts that no edit should match: those that come with the library, and what the edits must leave alone."""
+    probes = (probe.prompt for edit in edits for probe in (*edit.locality, *edit.neighbourhood))
+    return list(dict.fromkeys([*unrelated_prompts(), *probes]))
 
 
 def write_tau(measured: EditStore, tau: float) -> Manifest:

@@ -16,6 +16,7 @@ from memoir_retrieval.cli.evaluate import eval_command
 from memoir_retrieval.cli.inspect import list_command, lookup, show
 from memoir_retrieval.cli.model import model
 from memoir_retrieval.cli.serve import serve
+from memoir_retrieval.cli.verify import verify
 from memoir_retrieval.errors import MemoirError
 from memoir_retrieval.store import library_version
 
@@ -36,7 +37,7 @@ def cli(debug: bool) -> None:
     """
 
 
-for command in (model, edit, list_command, show, lookup, eval_command, calibrate, serve, demo, bench, doctor):
+for command in (model, edit, list_command, show, lookup, eval_command, calibrate, serve, demo, bench, doctor, verify):
     cli.add_command(command)
 
 

@@ -482,12 +482,50 @@ def test_an_interrupted_edit_says_what_is_kept(
     assert (summary["stored"], summary["skipped"]) == (2, 3)
 
 
+def test_doctor_asks_one_prompt(capsys: pytest.CaptureFixture[str], store: Path, tiny: Path) -> None:
+    found = {f["check"]: f for f in json.loads(run(capsys, "doctor", "--store", store, "--json")[1])}
+    assert found["self-test"]["state"] == "ok" and "edit 1 finds itself, overlap 1.000" in found["self-test"]["detail"]
+    assert "self-test" not in run(capsys, "doctor", "--store", store, "--quick")[1]
+    assert "begins with" in run(capsys, "doctor", "--model", tiny)[1]
+
+
+def test_doctor_fails_for_an_edit_that_does_not_find_itself(capsys: pytest.CaptureFixture[str], store: Path) -> None:
+    """Masks of two edits exchanged: every file is sound, and each answers for the other."""
+    opened = EditStore.open(store)
+    fields = {
+        name: getattr(opened.manifest, name)
+        for name in opened.manifest.__struct_fields__
+        if name not in ("format", "library", "memory", "codes", "edits")
+    }
+    write_generation(
+        store,
+        fields | {"generation": opened.manifest.generation + 1},
+        memories=opened.memories,
+        background=opened.background,
+        permutation=opened.permutation,
+        codes=opened.codes,
+        ids=opened.ids[::-1].copy(),
+        memory_of=opened.memory_of,
+        edits=opened.edits,
+    )
+    code, out, _ = run(capsys, "doctor", "--store", store)
+    assert code == 1 and "fail  self-test" in out and "the prompt of edit 1 matches edit 0" in out
+
+
+def test_doctor_sees_a_plugin_that_vllm_would_not_load(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_PLUGINS", "lora_filesystem_resolver")
+    code, out, _ = run(capsys, "doctor", "--quick")
+    assert code == 1 and "VLLM_PLUGINS is 'lora_filesystem_resolver': add memoir to it" in out
+
+
 def test_doctor_finds_a_torchvision_of_another_torch(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "torchvision.py").write_text('raise RuntimeError("operator torchvision::nms does not exist")')
     monkeypatch.syspath_prepend(tmp_path)
-    code, out, _ = run(capsys, "doctor")
+    code, out, _ = run(capsys, "doctor", "--quick")
     assert code == 1 and "torchvision::nms does not exist" in out and "pip uninstall torchvision" in out
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from argparse import Namespace
 from hashlib import sha256
@@ -11,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 from fastapi import FastAPI, Request
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
 
 from memoir_retrieval.cli.serve import server_command
 from memoir_retrieval.errors import ConfigError
@@ -151,6 +152,20 @@ def test_counts_and_their_bounds() -> None:
     assert len(hits) == TOP and f'memoir_edit_hits_total{{edit="{3 * TOP - 1}"}} {3.0 * TOP - 1}' in hits
     assert 'memoir_generation{engine="1"} 3.0' in text
     assert 'memoir_replays_total{engine="0"} 2.0' in text
+
+
+def test_the_dashboard_asks_for_series_that_exist() -> None:
+    traffic = Traffic()
+    traffic.hits[1] = 1
+    registry = CollectorRegistry()
+    collector = EngineCollector(traffic)
+    collector.engines = [dict.fromkeys(_KEYS, 1)]
+    registry.register(collector)
+    own = {family.name for family in registry.collect()} | {"memoir_requests", "memoir_overlap"}
+    assert {family.name for family in REGISTRY.collect()} >= {"memoir_requests", "memoir_overlap"}
+    board = (Path(__file__).parents[2] / "examples/grafana/memoir.json").read_text()
+    asked = {name.removesuffix("_total").removesuffix("_bucket") for name in re.findall(r"memoir_\w+(?=\{)", board)}
+    assert asked == own - {"memoir_residual_rows"}
 
 
 _KEYS = ("edits", "generation", "older_generations", "remembered", "routed", "recalled", "replayed", "rows")

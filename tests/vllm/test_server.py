@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,8 +11,11 @@ from typing import Any
 
 import httpx
 import pytest
-from engines import MAX_MODEL_LEN, NEW_TOKENS, PROMPTS, Expected
+from engines import EDITS, MAX_MODEL_LEN, NEW_TOKENS, PROMPTS, UNRELATED, Expected, make_store
 from servers import Server
+
+from memoir_retrieval.cli import main
+from memoir_retrieval.model import BaseModel
 
 pytestmark = pytest.mark.engine
 
@@ -95,3 +99,37 @@ def test_a_client_that_leaves_disturbs_nobody(client: httpx.Client, expected: di
         next(stream.iter_lines())
     again = ask(client, "edit 0").raise_for_status().json()
     assert again["choices"][0]["token_ids"] == expected["edit 0"].tokens
+
+
+def test_the_example_client(client: httpx.Client, expected: dict[str, Expected]) -> None:
+    script = Path(__file__).parents[2] / "examples/ask_server.py"
+    url = str(client.base_url).rstrip("/")
+    done = subprocess.run([sys.executable, script, url, EDITS[0]], capture_output=True, text=True, check=True)
+    edited, plain = (line.split()[:2] for line in done.stdout.splitlines() if line.startswith(("matched", "off")))
+    assert edited == ["matched", str(expected["chat edit"].edit)] and plain == ["off", "None"]
+
+
+def test_verify_finds_that_everything_holds(
+    client: httpx.Client, store_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["verify", "--server", str(client.base_url), "--store", str(store_folder), "--prompts", "4", "--turns", "1",
+          "--tokens", "8", "--json"])  # fmt: skip
+    report = json.loads(capsys.readouterr().out)
+    assert report["holds"] and report["model"] == "m" and report["vllm"].startswith("0.")
+    states = {check["name"]: check["state"] for check in report["checks"]}
+    assert states.pop("opted out equals the server without plugin") == "skip"  # needs a second server
+    assert set(states.values()) == {"ok"} and len(states) == 10
+    assert [cost["kind"] for cost in report["overhead"]] == ["unmatched", "matched"]
+
+
+def test_verify_finds_that_a_server_serves_another_store(
+    client: httpx.Client, base: BaseModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its masks belong to other prompts, so what shall match does not: exit code 1, and the report says where."""
+    other = make_store(base, tmp_path / "other", edits=UNRELATED)
+    asked = ["verify", "--server", str(client.base_url), "--store", str(other), "--prompts", "2", "--turns", "0"]
+    with pytest.raises(SystemExit) as done:
+        main(asked)
+    out = capsys.readouterr().out
+    assert done.value.code == 1 and "DOES NOT HOLD" in out
+    assert "fail  edited prompts match their edit: 2 of 2 do not" in out and "ok    unmatched equals opted out" in out

@@ -25,7 +25,8 @@ from memoir_vllm.admin.schema import (
     EditPage,
     Job,
     JobPage,
-    Lookup,
+    LookupMessages,
+    LookupPrompt,
     LookupResult,
     Reloaded,
     Stats,
@@ -135,7 +136,7 @@ def _add_reads(app: FastAPI, service: Callable[[], Service]) -> None:
         return await service().stats()
 
     @app.post("/lookup", summary="The edits nearest to a prompt", responses=_said(400, 503))
-    async def lookup(asked: Lookup) -> LookupResult:
+    async def lookup(asked: LookupPrompt | LookupMessages) -> LookupResult:
         return await service().lookup(asked)
 
 
@@ -145,7 +146,7 @@ def _add_changes(app: FastAPI, service: Callable[[], Service]) -> None:
         summary="Add an edit",
         status_code=202,
         response_model=Job,
-        responses=_said(409, 503) | {200: {"model": StoredEditOut, "description": "The store has this edit already."}},
+        responses=_said(400, 409, 503) | {200: {"model": StoredEditOut, "description": "The store has it already."}},
     )
     async def add_edit(given: AddEdit, request: Request) -> Any:
         made = await service().add(request.scope["memoir_holder"], given)

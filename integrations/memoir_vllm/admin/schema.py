@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from memoir_vllm.requests import NEAREST
 
@@ -15,7 +15,8 @@ __all__ = [
     "EditPage",
     "Job",
     "JobPage",
-    "Lookup",
+    "LookupMessages",
+    "LookupPrompt",
     "LookupResult",
     "Match",
     "Message",
@@ -52,18 +53,18 @@ class Message(_Given):
     content: Annotated[str, StringConstraints(max_length=65_536)]
 
 
-class Lookup(_Given):
-    """A prompt as it would be sent to /v1/completions, or messages as to /v1/chat/completions; not both."""
+class LookupPrompt(_Given):
+    """A prompt as it would be sent to /v1/completions. `n`: how many edits to name."""
 
-    prompt: Text | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=256)] | None = None
-    n: Annotated[int, Field(ge=1, le=NEAREST, description="How many edits to name.")] = 5
+    prompt: Text
+    n: Annotated[int, Field(ge=1, le=NEAREST)] = 5
 
-    @model_validator(mode="after")
-    def _one(self) -> Lookup:
-        if (self.prompt is None) == (self.messages is None):
-            raise ValueError("give prompt or messages, one of them")
-        return self
+
+class LookupMessages(_Given):
+    """Messages as they would be sent to /v1/chat/completions. `n`: how many edits to name."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=256)]
+    n: Annotated[int, Field(ge=1, le=NEAREST)] = 5
 
 
 class StoredEditOut(BaseModel):

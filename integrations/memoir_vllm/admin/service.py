@@ -16,7 +16,7 @@ from memoir_retrieval.store import MANIFEST, EditStore
 from memoir_vllm.admin.audit import AuditLog
 from memoir_vllm.admin.engines import Engines
 from memoir_vllm.admin.jobs import Jobs, Trainer
-from memoir_vllm.admin.schema import AddEdit, Job, Lookup, LookupResult, Match, Stats
+from memoir_vllm.admin.schema import AddEdit, Job, LookupMessages, LookupPrompt, LookupResult, Match, Stats
 from memoir_vllm.config import MemoirConfig
 from memoir_vllm.metrics import LOOKUP_ID, TOP, TRAFFIC
 
@@ -112,7 +112,7 @@ class Service:
     def _tau(self, store: EditStore) -> float:
         return store.manifest.tau if self._ours.tau is None else self._ours.tau
 
-    async def lookup(self, asked: Lookup) -> LookupResult:
+    async def lookup(self, asked: LookupPrompt | LookupMessages) -> LookupResult:
         """Let vLLM render and the engine pool the prompt, exactly as a client's; one token is sampled and dropped.
 
         Raises Refused where vLLM refuses the request.
@@ -123,7 +123,7 @@ class Service:
         how: dict[str, Any] = {"max_tokens": 1, "temperature": 0, "vllm_xargs": {"memoir_nearest": asked.n}}
         how["request_id"] = f"{LOOKUP_ID}-{os.urandom(8).hex()}"
         reply: Any
-        if asked.messages is not None:
+        if isinstance(asked, LookupMessages):
             messages = [message.model_dump() for message in asked.messages]
             reply = await self._ask(
                 self._state.openai_serving_chat.create_chat_completion,
