@@ -82,7 +82,10 @@ class MemoirEndpoints:
         server = f"{socket.gethostname()}:{args.port}"
         model = str(resolve(engine_client.model_config.model))
         self._service = Service(self._ours, model, server, engines, state)
-        await asyncio.to_thread(self._service.close_unfinished)
+        try:
+            await asyncio.to_thread(self._service.close_unfinished)
+        except OSError as error:
+            logger.warning("memoir: the audit log cannot be written, changes will be refused: %s", error)
         self._tasks.append(asyncio.create_task(self._service.jobs.run()))
         logger.info("memoir: administration at /memoir/, audit log in %s", self._service.folder)
 

@@ -115,13 +115,13 @@ class JobPage(BaseModel):
 
 
 class Match(BaseModel):
-    """An edit near a prompt. `matched`: it would answer."""
+    """An edit near a prompt. `matched`: it would answer. `prompt`, `target`: null where the store has it no more."""
 
     edit: int
     overlap: float
     matched: bool
-    prompt: str
-    target: str
+    prompt: str | None = None
+    target: str | None = None
 
 
 class LookupResult(BaseModel):

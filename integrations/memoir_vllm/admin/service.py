@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from memoir_retrieval.edit import StoredEdit
-from memoir_retrieval.errors import MemoirError
+from memoir_retrieval.errors import MemoirError, StoreError
 from memoir_retrieval.store import MANIFEST, EditStore
 from memoir_vllm.admin.audit import AuditLog
 from memoir_vllm.admin.engines import Engines
@@ -85,10 +85,11 @@ class Service:
 
     def edit(self, edit_id: int) -> StoredEdit:
         """Raises Missing."""
-        for edit in self.store().edits:
-            if edit.id == edit_id:
-                return edit
-        raise Missing(f"there is no edit {edit_id}")
+        store = self.store()
+        try:
+            return store.edit(edit_id)
+        except StoreError:
+            raise Missing(f"there is no edit {edit_id} in generation {store.manifest.generation}") from None
 
     async def stats(self) -> Stats:
         engines = await self.engines.stats()
@@ -136,23 +137,24 @@ class Service:
             )
         said = reply.kv_transfer_params["memoir"]
         store = await asyncio.to_thread(self.store)
-        edits = {edit.id: edit for edit in store.edits} if said.get("nearest") else {}
         return LookupResult(
             result=said["result"],
             generation=said["generation"],
             tau=self._tau(store),
             matches=[
-                Match(
-                    edit=number,
-                    overlap=overlap,
-                    matched=number == said["edit"],
-                    prompt=edits[number].prompt,
-                    target=edits[number].target,
-                )
+                self._match(store, number, overlap, number == said["edit"])
                 for number, overlap in said.get("nearest", ())
-                if number in edits
             ],
         )
+
+    @staticmethod
+    def _match(store: EditStore, number: int, overlap: float, matched: bool) -> Match:
+        """Without prompt and target where the engine still serves an edit that the store has no more."""
+        try:
+            edit = store.edit(number)
+        except StoreError:
+            return Match(edit=number, overlap=overlap, matched=matched)
+        return Match(edit=number, overlap=overlap, matched=matched, prompt=edit.prompt, target=edit.target)
 
     @staticmethod
     async def _ask(handler: Any, request: Any) -> Any:

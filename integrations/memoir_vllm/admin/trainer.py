@@ -30,22 +30,21 @@ def main() -> None:
     os.dup2(2, 1)
     os.nice(10)
     setting = json.loads(sys.argv[1])
-    asked: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    asked: queue.SimpleQueue[str] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(sys.stdin, asked), daemon=True).start()
     trainer = _Trainer(Path(setting["store"]), setting["model"], setting["device"])
     try:
-        while (line := asked.get()) is not None:
-            answers.write(json.dumps(trainer.answer(json.loads(line))) + "\n")
+        while True:
+            answers.write(json.dumps(trainer.answer(json.loads(asked.get()))) + "\n")
             answers.flush()
     except KeyboardInterrupt:
         pass
 
 
-def _listen(lines: IO[str], asked: queue.SimpleQueue[str | None]) -> None:
+def _listen(lines: IO[str], asked: queue.SimpleQueue[str]) -> None:
     for line in lines:
         asked.put(line)
-    asked.put(None)
-    _thread.interrupt_main()  # in the middle of an edit: it is not stored then
+    _thread.interrupt_main()  # where an edit is being trained, it is not stored
 
 
 class _Trainer:
