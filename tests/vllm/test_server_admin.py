@@ -75,7 +75,7 @@ def told(answer: dict[str, Any]) -> tuple[str, int | None, int]:
 
 
 def finish(server: Server, job: dict[str, Any]) -> dict[str, Any]:
-    until = time.monotonic() + 120
+    until = time.monotonic() + 300
     while job["finished"] is None and time.monotonic() < until:
         time.sleep(0.05)
         job = server.http.get(f"/memoir/jobs/{job['id']}").json()
