@@ -38,7 +38,12 @@ class Asked(Protocol):
     """A model that can be asked with edits on and off: `EditedModel`, or a running server."""
 
     def generate(
-        self, prompts: Sequence[Prompt | list[int]], *, max_new_tokens: int, edited: bool = True
+        self,
+        prompts: Sequence[Prompt | list[int]],
+        *,
+        max_new_tokens: int,
+        edited: bool = True,
+        wanted: Sequence[str] | None = None,
     ) -> list[Answer]: ...
 
     def predict(
@@ -197,7 +202,7 @@ def _in_context(
 
 def _unchanged(model: Asked, probes: Sequence[Probe], context: str) -> tuple[list[float], list[bool]]:
     """For each probe the share of unchanged first choices of its answer, and whether it matched an edit."""
-    targets = [model.target_ids(probe.answer or "Yes") for probe in probes]
+    targets = [model.target_ids(probe.answer if probe.answer.strip() else "Yes") for probe in probes]
     prompts = [model.prompt_ids(prompt) for prompt in in_context(context, [probe.prompt for probe in probes])]
     after, before = model.compare(prompts, targets)
     same = [_same_share(a.tokens, b.tokens) for a, b in zip(after, before, strict=True)]
@@ -213,7 +218,8 @@ def _exact(
     for question, target in enumerate(targets):
         groups.setdefault(-(-len(target) // 4) * 4, []).append(question)
     for longest, group in groups.items():
-        answers = model.generate([prompts[q] for q in group], max_new_tokens=longest + spare_tokens)
+        hoped = [texts[q] for q in group]
+        answers = model.generate([prompts[q] for q in group], max_new_tokens=longest + spare_tokens, wanted=hoped)
         for q, answer in zip(group, answers, strict=True):
             exact[q] = answer.text.strip() == texts[q].strip()
     return exact
