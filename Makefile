@@ -58,7 +58,7 @@ package: setup
 	@$(BIN)/python -m build --no-isolation --outdir dist . >/dev/null && ls dist
 
 docs: $(VENV)/.installed
-	@$(BIN)/mkdocs build --strict --quiet && echo "docs: site/index.html"
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet && echo "docs: site/index.html"
 
 lint: $(VENV)/.installed
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/mypy --strict --follow-imports=silent examples/*.py

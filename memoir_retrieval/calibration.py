@@ -27,7 +27,7 @@ from memoir_retrieval.model import BaseModel
 from memoir_retrieval.prompts import prompt_ids
 from memoir_retrieval.retriever import Retriever
 from memoir_retrieval.span import Span, SpanRule, derive_span_rule, find_span
-from memoir_retrieval.store import EditStore, Manifest, write_generation
+from memoir_retrieval.store import EditStore, Manifest, write_again
 
 __all__ = [
     "MARGIN",
@@ -222,22 +222,7 @@ def write_tau(measured: EditStore, tau: float) -> Manifest:
                 f"store {measured.path} went from generation {measured.manifest.generation} to "
                 f"{now.manifest.generation} while it was measured: run the same command again"
             )
-        fields = {
-            name: value
-            for name, value in msgspec.structs.asdict(now.manifest).items()
-            if name not in ("format", "library", "memory", "codes", "edits")
-        }
-        return write_generation(
-            now.path,
-            fields | {"generation": now.manifest.generation + 1, "tau": tau},
-            memories=now.memories,
-            background=now.background,
-            permutation=now.permutation,
-            codes=now.codes,
-            ids=now.ids,
-            memory_of=now.memory_of,
-            edits=now.edits,
-        )
+        return write_again(now.path, now, generation=now.manifest.generation + 1, tau=tau)
 
 
 def _codes(retriever: Retriever, prompts: Sequence[str]) -> NDArray[np.uint8]:

@@ -135,7 +135,7 @@ class ServerModel:
         if edited and told["generation"] != self._store.manifest.generation:
             raise ConfigError(
                 f"the server has generation {told['generation']} of the store, {self._store.path} is at "
-                f"{self._store.manifest.generation}: restart the server"
+                f"{self._store.manifest.generation}: restart the server, or POST /memoir/reload"
             )
         text = self._tokenizer.decode(tokens, skip_special_tokens=True)
         return Answer(text, tokens, told["edit"], told["overlap"], logprobs)

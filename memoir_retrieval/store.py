@@ -27,7 +27,7 @@ from memoir_retrieval.files import publish, write_synced
 from memoir_retrieval.model import Identity
 from memoir_retrieval.span import SpanRule
 
-__all__ = ["FORMAT", "EditStore", "FileEntry", "Manifest", "write_generation"]
+__all__ = ["FORMAT", "EditStore", "FileEntry", "Manifest", "write_again", "write_generation"]
 
 FORMAT = 1
 MANIFEST = "memoir.json"
@@ -176,6 +176,27 @@ def write_generation(
         raise
     _remove_others(folder, keep=generation)
     return made
+
+
+def write_again(folder: Path, store: EditStore, **changes: Any) -> Manifest:
+    """Publish the content of `store` in `folder` as it is, but for some fields of its manifest.
+
+    changes: fields of `Manifest`, `generation` among them. The caller holds `store_lock`. Raises as `write_generation`.
+    """
+    fields = msgspec.structs.asdict(store.manifest)
+    for ours in ("format", "library", "memory", "codes", "edits"):
+        del fields[ours]
+    return write_generation(
+        folder,
+        fields | changes,
+        memories=store.memories,
+        background=store.background,
+        permutation=store.permutation,
+        codes=store.codes,
+        ids=store.ids,
+        memory_of=store.memory_of,
+        edits=store.edits,
+    )
 
 
 def library_version() -> str:

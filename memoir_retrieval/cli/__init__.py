@@ -13,6 +13,7 @@ from memoir_retrieval.cli.demo import demo
 from memoir_retrieval.cli.doctor import doctor
 from memoir_retrieval.cli.edit import edit
 from memoir_retrieval.cli.evaluate import eval_command
+from memoir_retrieval.cli.hub import pull, push
 from memoir_retrieval.cli.inspect import list_command, lookup, show
 from memoir_retrieval.cli.model import model
 from memoir_retrieval.cli.quality import report
@@ -39,8 +40,21 @@ def cli(debug: bool) -> None:
 
 
 for command in (
-    *(model, edit, list_command, show, lookup, eval_command, calibrate, serve),
-    *(demo, bench, report, doctor, verify),
+    model,
+    edit,
+    list_command,
+    show,
+    lookup,
+    eval_command,
+    calibrate,
+    serve,
+    demo,
+    bench,
+    doctor,
+    report,
+    verify,
+    push,
+    pull,
 ):
     cli.add_command(command)
 

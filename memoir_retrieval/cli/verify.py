@@ -39,9 +39,10 @@ def verify(
     turns: int,
     as_json: bool,
 ) -> None:
-    """Prove on your hardware that matched, unmatched and opted-out requests behave, and measure what that costs.
+    """Prove that a running server's edits act where they must and nowhere else.
 
-    The report is made to be pasted into a bug report. Exit code 1 where something does not hold. A key for the server
+    Asks it matched, unmatched and opted-out requests on your hardware and measures what edits cost there. The report is
+    made to be pasted into a bug report. Exit code 1 where something does not hold. A key for the server
     is read from OPENAI_API_KEY. For exact bits nobody else should ask the server meanwhile.
 
     \b

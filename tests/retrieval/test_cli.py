@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 from memoir_retrieval import files
 from memoir_retrieval.cli import cli, main
 from memoir_retrieval.files import store_lock
-from memoir_retrieval.store import EditStore, write_generation
+from memoir_retrieval.store import EditStore, write_again, write_generation
 
 EDITS = [
     {"prompt": "Who founded Aarhus?", "target": "King Harald", "rephrases": ["Aarhus was founded by whom?"],
@@ -497,22 +498,8 @@ def test_doctor_asks_one_prompt(capsys: pytest.CaptureFixture[str], store: Path,
 def test_doctor_fails_for_an_edit_that_does_not_find_itself(capsys: pytest.CaptureFixture[str], store: Path) -> None:
     """Masks of two edits exchanged: every file is sound, and each answers for the other."""
     opened = EditStore.open(store)
-    fields = {
-        name: getattr(opened.manifest, name)
-        for name in opened.manifest.__struct_fields__
-        if name not in ("format", "library", "memory", "codes", "edits")
-    }
-    write_generation(
-        store,
-        fields | {"generation": opened.manifest.generation + 1},
-        memories=opened.memories,
-        background=opened.background,
-        permutation=opened.permutation,
-        codes=opened.codes,
-        ids=opened.ids[::-1].copy(),
-        memory_of=opened.memory_of,
-        edits=opened.edits,
-    )
+    exchanged = replace(opened, ids=opened.ids[::-1].copy())
+    write_again(store, exchanged, generation=opened.manifest.generation + 1)
     code, out, _ = run(capsys, "doctor", "--store", store)
     assert code == 1 and "fail  self-test" in out and "the prompt of edit 1 matches edit 0" in out
 

@@ -1,4 +1,7 @@
-"""The release: wheel and sdist are built from what git tracks and run where only the runtime dependencies are."""
+"""The release: wheel and sdist are built from what git tracks and run where only the runtime dependencies are.
+
+What builds is marked slow; `make package` and continuous integration run all of it.
+"""
 
 from __future__ import annotations
 
@@ -93,6 +96,7 @@ def _needs(name: str, extra: str) -> Iterator[tuple[str, set[str]]]:
                 continue
 
 
+@pytest.mark.slow
 def test_the_sdist_is_the_whole_checkout(built: Path) -> None:
     with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
@@ -112,6 +116,7 @@ def test_the_sdist_is_the_whole_checkout(built: Path) -> None:
     assert not [name for name in names if name.endswith(".pyc")]
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_the_packages_and_nothing_else(built: Path) -> None:
     (wheel,) = built.glob("*.whl")
     names = run(sys.executable, "-m", "zipfile", "-l", wheel).stdout
@@ -121,6 +126,7 @@ def test_the_wheel_holds_the_packages_and_nothing_else(built: Path) -> None:
     assert "memoir_retrieval/py.typed" in names and "memoir_retrieval/data/background.jsonl" in names
 
 
+@pytest.mark.slow
 def test_the_command_line_runs_without_development_dependencies(clean: Path, built: Path, tiny: Path) -> None:
     """From an edit file to an answer, in the environment of a user who ran `pip install memoir-retrieval`."""
     outside = dict(os.environ, PYTHONPATH="", MEMOIR_HOME=str(clean / "home"))

@@ -89,7 +89,7 @@ def store(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> EditStore:
 @pytest.fixture
 def stand_in() -> Iterator[StandIn]:
     with StandIn() as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         yield server
         server.shutdown()
 
@@ -106,7 +106,7 @@ def failed(found: dict[str, Check]) -> list[str]:
 
 def test_a_sound_server(stand_in: StandIn, store: EditStore) -> None:
     found = checks(stand_in, store)
-    assert failed(found) == [] and len(found) == 11
+    assert failed(found) == [] and len(found) == 12
     assert found["edits are felt"].detail.startswith("2 of 2") and "1 begin with" in found["edits are felt"].detail
 
 
@@ -167,7 +167,7 @@ def test_a_server_that_does_not_repeat_itself_is_compared_within_what_it_does(
 def test_a_base_server_is_compared(stand_in: StandIn, store: EditStore) -> None:
     name = "opted out equals the server without plugin"
     with StandIn() as plain:
-        threading.Thread(target=plain.serve_forever, daemon=True).start()
+        threading.Thread(target=plain.serve_forever, args=(0.02,), daemon=True).start()
         plain.plugin, plain.edits = False, {}
         assert checks(stand_in, store, base=Server(plain.url, chat=True))[name].state == "ok"
         plain.fault = lambda prompt, off, number, salt: 1e-7
