@@ -24,7 +24,7 @@ from memoir_retrieval.scores import (
     Scores,
     TextPerplexity,
 )
-from memoir_retrieval.unseen import CONTEXTS, in_context
+from memoir_retrieval.unseen import UNSEEN, in_context
 
 __all__ = ["Asked", "asked_back", "evaluate", "measure", "stored_ids"]
 
@@ -73,7 +73,7 @@ def evaluate(
     """Ask a model everything that a file of edits has to ask.
 
     stored: the edits of the store, by which a match is right or wrong. edits: what is measured; each must be
-    stored. context: one of `CONTEXTS`, or "all": plainly, and all others beside it. controls: unrelated prompts whose
+    stored. context: one of `CONTEXTS`, or "all": plainly, and in each of `UNSEEN`. controls: unrelated prompts whose
     free answers are compared with those of the unedited model. texts: unrelated texts whose perplexity is.
     spare_tokens: how much longer than its target an answer may get before it is cut off. Raises ConfigError where an
     edit of the file is not stored.
@@ -108,11 +108,7 @@ def measure(
         text=_text(model, texts),
     )
     if context == "all":
-        others = {
-            name: _in_context(model, own, edits, tau, name, controls, spare_tokens)[0]
-            for name in CONTEXTS
-            if name != first
-        }
+        others = {name: _in_context(model, own, edits, tau, name, controls, spare_tokens)[0] for name in UNSEEN}
         report = msgspec.structs.replace(report, contexts=others, context="all")
     return msgspec.structs.replace(report, seconds=round(time.monotonic() - started, 2)), outcomes
 
