@@ -23,11 +23,12 @@ from memoir_retrieval.errors import ConfigError, StoreError
 from memoir_retrieval.files import store_lock
 from memoir_retrieval.fingerprint import Fingerprint, permutation
 from memoir_retrieval.forward import layer_means, question_means
+from memoir_retrieval.manifest import KINDS
 from memoir_retrieval.model import BaseModel
 from memoir_retrieval.prompts import prompt_ids
 from memoir_retrieval.retriever import Retriever
 from memoir_retrieval.span import Span, SpanRule, derive_span_rule, find_span
-from memoir_retrieval.store import EditStore, Manifest, write_generation
+from memoir_retrieval.store import EditStore, Manifest, next_generation, write_generation
 
 __all__ = [
     "MARGIN",
@@ -221,14 +222,9 @@ def write_tau(measured: EditStore, tau: float) -> Manifest:
                 f"store {measured.path} went from generation {measured.manifest.generation} to "
                 f"{now.manifest.generation} while it was measured: run the same command again"
             )
-        fields = {
-            name: value
-            for name, value in msgspec.structs.asdict(now.manifest).items()
-            if name not in ("format", "library", "memory", "codes", "edits")
-        }
         return write_generation(
             now.path,
-            fields | {"generation": now.manifest.generation + 1, "tau": tau},
+            next_generation(now.manifest) | {"tau": tau},
             memories=now.memories,
             background=now.background,
             permutation=now.permutation,
@@ -236,6 +232,7 @@ def write_tau(measured: EditStore, tau: float) -> Manifest:
             ids=now.ids,
             memory_of=now.memory_of,
             edits=now.edits,
+            unchanged={kind: getattr(now.manifest, kind) for kind in KINDS},
         )
 
 
