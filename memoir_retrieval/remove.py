@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from memoir_retrieval.edit import StoredEdit, same_prompt
+from memoir_retrieval.edit import same_prompt
 from memoir_retrieval.errors import StoreError
 from memoir_retrieval.files import store_lock
-from memoir_retrieval.store import EditStore, Manifest, next_generation, write_generation
+from memoir_retrieval.store import EditStore, Manifest, fields_of, write_generation
 
 __all__ = ["find_prompts", "remove_edits"]
 
@@ -24,24 +24,20 @@ def find_prompts(store: EditStore, prompts: Sequence[str]) -> list[int]:
     return [stored[same_prompt(prompt)] for prompt in prompts]
 
 
-def remove_edits(path: str | Path, choose: Callable[[EditStore], Sequence[int]]) -> tuple[Manifest, list[StoredEdit]]:
-    """Publish a generation in which no prompt reaches the chosen edits. Returns its manifest and what was removed.
+def remove_edits(folder: Path, ids: Sequence[int]) -> Manifest:
+    """Publish a generation in which no prompt reaches these edits. Returns its manifest.
 
-    choose: from the store, locked and checked, to the ids. The masks and the text of the edits are gone then; what they
-    changed in the residual memory is still there, out of reach: `Editor.compact` erases it.
-    Raises StoreError, and changes nothing, for an id that the store does not have.
+    The masks and the text of the edits are gone then. What they changed in the residual memory is still there, out of
+    reach, since edits that were trained later share columns with them: `Editor.compact` erases it.
+    Raises StoreError, and changes nothing, for an id that the store does not have, or where it is locked.
     """
-    folder = Path(path)
     EditStore.open(folder, check=False)  # a folder that is no store must not get a lock file
     with store_lock(folder):
         store = EditStore.open(folder)
-        removed = [store.edit(edit_id) for edit_id in dict.fromkeys(choose(store))]
-        gone = {edit.id for edit in removed}
-        if not gone:
-            return store.manifest, []
-        made = write_generation(
+        gone = {store.edit(edit_id).id for edit_id in ids}
+        return write_generation(
             folder,
-            next_generation(store.manifest),
+            fields_of(store.manifest) | {"generation": store.manifest.generation + 1},
             memories=store.memories,
             background=store.background,
             permutation=store.permutation,
@@ -52,4 +48,3 @@ def remove_edits(path: str | Path, choose: Callable[[EditStore], Sequence[int]])
             rows=np.flatnonzero(~np.isin(store.ids, list(gone))),
             unchanged={"memory": store.manifest.memory},
         )
-    return made, removed

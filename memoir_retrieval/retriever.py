@@ -50,7 +50,10 @@ class Retriever:
         if not 0 < self.tau <= 1:
             raise ConfigError(f"tau is {tau}: choose 0 < tau <= 1 (this store was made with {store.manifest.tau})")
         self.fingerprint = Fingerprint(store.background, store.permutation, store.manifest.k, base.device)
-        self.index = HammingIndex.from_codes(store.manifest.d, store.manifest.k, store.ids, store.codes)
+        # The store has counted the ones of every mask, and its codes may be a mapped file.
+        self.index = HammingIndex.from_codes(
+            store.manifest.d, store.manifest.k, store.ids, store.codes, copy=False, checked=True
+        )
 
     @classmethod
     def open(

@@ -42,8 +42,10 @@ __all__ = [
     "EditStore",
     "FileEntry",
     "Manifest",
+    "fields_of",
     "leftovers",
     "library_version",
+    "write_again",
     "write_generation",
 ]
 
@@ -192,12 +194,30 @@ def write_generation(
     return made
 
 
-def next_generation(manifest: Manifest) -> dict[str, Any]:
-    """The fields that `write_generation` takes, for a generation that differs from this one in nothing else."""
-    given = {name: getattr(manifest, name) for name in manifest.__struct_fields__}
-    for name in ("format", "library", "sha256", *KINDS):
-        del given[name]
-    return given | {"generation": manifest.generation + 1}
+def write_again(folder: Path, store: EditStore, **changes: Any) -> Manifest:
+    """Publish the content of `store` in `folder` as it is, but for some fields of its manifest.
+
+    changes: fields of `Manifest`, `generation` among them. The caller holds `store_lock`. Raises as `write_generation`.
+    """
+    here = Path(folder).resolve() == store.path.resolve()
+    return write_generation(
+        folder,
+        fields_of(store.manifest) | changes,
+        memories=store.memories,
+        background=store.background,
+        permutation=store.permutation,
+        codes=store.codes,
+        ids=store.ids,
+        memory_of=store.memory_of,
+        edits=store.edits,
+        unchanged={kind: getattr(store.manifest, kind) for kind in KINDS} if here else None,
+    )
+
+
+def fields_of(manifest: Manifest) -> dict[str, Any]:
+    """What `write_generation` takes as `manifest`."""
+    written = ("format", "library", "sha256", *KINDS)
+    return {name: getattr(manifest, name) for name in manifest.__struct_fields__ if name not in written}
 
 
 def leftovers(folder: Path, manifest: Manifest) -> list[Path]:

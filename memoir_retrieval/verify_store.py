@@ -14,13 +14,13 @@ from memoir_retrieval.manifest import KINDS, read_manifest
 from memoir_retrieval.model import BaseModel
 from memoir_retrieval.store import EditStore, FileEntry, parse, read_file, sha256
 
-__all__ = ["SAME_MASK", "verify", "verify_masks"]
+__all__ = ["SAME_MASK", "verify_masks", "verify_store"]
 
 SAME_MASK = 0.98
 """Least overlap of a mask with itself made again. Another machine, batch or dtype rounds a few bits otherwise."""
 
 
-def verify(path: str | Path) -> list[str]:
+def verify_store(path: str | Path) -> list[str]:
     """Read every byte of a store again. Returns one line for each thing that is not as it says; none for a sound store.
 
     Raises StoreError where there is no manifest to compare with, StoreMismatch for a newer format.

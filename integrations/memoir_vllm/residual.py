@@ -1,7 +1,8 @@
 """What the op does in a step: pool the questions, decide, and add W(M * x) to the rows of matched requests.
 
 One `ResidualLayer` per worker. Its state is keyed by request id and lives from a request's first step until vLLM names
-the id finished, so it outlives preemption: a request that is computed again keeps its decision.
+the id finished, so it outlives preemption: a request that is computed again keeps its decision, and the generation of
+the store that made it. An older generation is held by its requests alone and goes with the last of them.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from memoir_retrieval.span import Span, find_span
 from memoir_vllm.requests import Routed, parse_options
 from memoir_vllm.routing import Route, Router
 
-__all__ = ["Batch", "ResidualLayer", "Rows"]
+__all__ = ["Batch", "Generation", "ResidualLayer", "Rows"]
 
 
 class Rows(NamedTuple):
@@ -32,9 +33,18 @@ class Rows(NamedTuple):
     position: int
 
 
+@dataclass(frozen=True, eq=False)
+class Generation:
+    """One generation of a store in this worker's memory. memories: [M, H, D/ranks] in the serving dtype, on device."""
+
+    router: Router
+    memories: torch.Tensor
+
+
 @dataclass
 class _Request:
     """span: the question. route: None until it is decided. mask: of the matched edit, this rank's share, on device.
+    of: the generation that matched it; it acts until the request is done. nearest: how many edits its decision names.
 
     long: the question may take several steps, each of which adds its rows to `total` (float32 [D/ranks]) and moves
     `seen`, the position after them. By its end the question has passed without the edit: a match acts from the moment
@@ -43,8 +53,10 @@ class _Request:
 
     span: Span
     long: bool = False
+    nearest: int = 0
     route: Route | None = None
     mask: torch.Tensor | None = None
+    of: Generation | None = None
     acts: bool = False
     total: torch.Tensor | None = None
     seen: int = 0
@@ -52,9 +64,12 @@ class _Request:
 
 @dataclass(frozen=True)
 class Batch:
-    """All rows of a step that one residual memory acts on: index int64 [R], masks [S, D], owner int64 [R] in [0, S)."""
+    """All rows of a step that one residual memory acts on.
 
-    memory: int
+    weight: [H, D]. index: int64 [R] the rows. masks: [S, D] of the requests. owner: int64 [R] in [0, S).
+    """
+
+    weight: torch.Tensor
     index: torch.Tensor
     masks: torch.Tensor
     owner: torch.Tensor
@@ -81,9 +96,9 @@ class ResidualLayer:
         share = memories.shape[2] // ranks
         self._shard = slice(rank * share, (rank + 1) * share)
         self._ranks = ranks
-        self._router = router
         self._longest = longest
-        self.memories = memories[:, :, self._shard].to(device=device, dtype=dtype, copy=True).contiguous()
+        self._dtype, self._device = dtype, device
+        self.now = self.load(router, memories)
         self.probe: Callable[[torch.Tensor, torch.Tensor], None] | None = None
         self._requests: dict[str, _Request] = {}
         self._step: Sequence[Rows] | None = None
@@ -100,6 +115,21 @@ class ResidualLayer:
             "residual_s": 0.0,
         }
 
+    # ---- generations -----------------------------------------------------------------------------------------------
+
+    def load(self, router: Router, memories: torch.Tensor) -> Generation:
+        """Put a generation into this worker's memory; nothing acts before `adopt`. May run in another thread."""
+        share = memories[:, :, self._shard].to(device=self._device, dtype=self._dtype, copy=True).contiguous()
+        return Generation(router, share)
+
+    def adopt(self, generation: Generation) -> None:
+        """Decide every question that ends from now on by this generation. Decided requests keep theirs."""
+        self.now = generation
+
+    def older(self) -> int:
+        """How many generations before this one still answer requests."""
+        return len({id(r.of) for r in self._requests.values() if r.of not in (None, self.now)})
+
     # ---- between steps, called by the model runner's wrappers ------------------------------------------------------
 
     def admit(self, request_id: str, prompt_ids: Sequence[int], extra_args: Mapping[str, Any] | None) -> None:
@@ -109,16 +139,16 @@ class ResidualLayer:
         try:
             options = parse_options(extra_args, len(prompt_ids))
         except ConfigError:  # a front end of another language let it pass; the response will say "unroutable"
-            self._settle(request_id, self._router.unroutable())
+            self._settle(request_id, self.now.router.unroutable())
             return
-        span = options.span or find_span(prompt_ids, self._router.rule)
+        span = options.span or find_span(prompt_ids, self.now.router.rule)
         if options.off:
-            self._settle(request_id, self._router.off())
+            self._settle(request_id, self.now.router.off())
         elif span.start == span.end:
-            self._settle(request_id, self._router.unroutable())
+            self._settle(request_id, self.now.router.unroutable())
         else:
             long = self._longest is not None and span.end - span.start > self._longest
-            self._requests[request_id] = _Request(span, long)
+            self._requests[request_id] = _Request(span, long, options.nearest)
 
     def recall(self, request_id: str, routed: Routed) -> bool:
         """What the scheduler knows of a request whose first rows, or first again, come in this step.
@@ -128,7 +158,7 @@ class ResidualLayer:
         request = self._requests[request_id]
         starts_over = request.route is not None and request.mask is not None and not request.acts
         if request.route is None:
-            self._decide(request, self._router.recall(routed))
+            self._decide(request, self.now.router.recall(routed))
             self._stats["recalled"] += 1
         request.acts = True
         self._stats["replayed"] += starts_over
@@ -172,8 +202,9 @@ class ResidualLayer:
 
     def stats(self) -> dict[str, int | float]:
         """Counters since the start. Seconds are those of the host."""
-        router = self._router
-        return {"edits": router.edits, "generation": router.generation, "live": len(self._requests)} | self._stats
+        router = self.now.router
+        held = {"live": len(self._requests), "older_generations": self.older()}
+        return {"edits": router.edits, "generation": router.generation} | held | self._stats
 
     # ---- in the forward, called by the op --------------------------------------------------------------------------
 
@@ -219,7 +250,8 @@ class ResidualLayer:
 
             # Every rank now holds the same numbers in the same order, so every rank decides alike.
             means = tensor_model_parallel_all_gather(means, dim=-1)
-        for request_id, route in zip(asked, self._router.route(means), strict=True):
+        nearest = [self._requests[request_id].nearest for request_id in asked]
+        for request_id, route in zip(asked, self.now.router.route(means, nearest), strict=True):
             self._settle(request_id, route)
             self._stats["routed"] += 1
             self._stats["matched"] += route.mask is not None
@@ -235,7 +267,8 @@ class ResidualLayer:
         request.route = route
         if route.mask is not None:
             mask = torch.from_numpy(route.mask[self._shard])
-            request.mask = mask.to(device=self.memories.device, dtype=self.memories.dtype)
+            request.mask = mask.to(device=self._device, dtype=self._dtype)
+            request.of = self.now
 
     def _act(self, x: torch.Tensor, y: torch.Tensor) -> None:
         """Unmatched rows are never touched: adding zeros would not keep their bits."""
@@ -260,21 +293,24 @@ class ResidualLayer:
         """y += W (mask * x) on the rows of the batch, and on no other."""
         one_row_each = len(batch.masks) == len(batch.owner)
         masks = batch.masks if one_row_each else batch.masks[batch.owner]
-        y.index_add_(0, batch.index, functional.linear(x[batch.index] * masks, self.memories[batch.memory]))
+        y.index_add_(0, batch.index, functional.linear(x[batch.index] * masks, batch.weight))
 
     def _batches(self, acting: Sequence[tuple[str, int, int]]) -> list[Batch]:
-        by_memory: dict[int, list[tuple[str, int, int]]] = {}
+        by_memory: dict[tuple[int, int], list[tuple[str, int, int]]] = {}
+        weights: dict[tuple[int, int], torch.Tensor] = {}
         for entry in acting:
-            route = self._requests[entry[0]].route
-            assert route is not None
-            by_memory.setdefault(route.memory, []).append(entry)
-        device = self.memories.device
+            request = self._requests[entry[0]]
+            assert request.route is not None and request.of is not None
+            key = (request.of.router.generation, request.route.memory)
+            weights[key] = request.of.memories[request.route.memory]
+            by_memory.setdefault(key, []).append(entry)
+        device = self._device
         made = []
-        for memory, entries in sorted(by_memory.items()):
+        for key, entries in sorted(by_memory.items()):
             masks = [self._requests[request_id].mask for request_id, _, _ in entries]
             index = torch.cat([torch.arange(start, end) for _, start, end in entries])
             counts = torch.tensor([end - start for _, start, end in entries])
             owner = torch.repeat_interleave(torch.arange(len(entries)), counts)
             stacked = torch.stack([mask for mask in masks if mask is not None])
-            made.append(Batch(memory, index.to(device), stacked, owner.to(device)))
+            made.append(Batch(weights[key], index.to(device), stacked, owner.to(device)))
         return made

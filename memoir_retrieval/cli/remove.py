@@ -32,10 +32,12 @@ def remove(store: Path, edit_ids: tuple[int, ...], prompts: tuple[str, ...], as_
     if not edit_ids and not prompts:
         raise ConfigError(f"name what to remove: an ID (`memoir list {store}` shows them) or --prompt TEXT")
 
-    from memoir_retrieval.removal import find_prompts, remove_edits
+    from memoir_retrieval.remove import find_prompts, remove_edits
 
-    made, removed = remove_edits(store, lambda opened: [*edit_ids, *find_prompts(opened, prompts)])
-    ids = [edit.id for edit in removed]
+    opened = EditStore.open(store, check=False)
+    ids = list(dict.fromkeys([*edit_ids, *find_prompts(opened, prompts)]))
+    removed = [opened.edit(edit_id) for edit_id in ids]
+    made = remove_edits(store, ids)
     held = [path.name for path in leftovers(store, made)]
     if as_json:
         echo_json({"removed": ids, "generation": made.generation, "erased": False, "still_held": held})

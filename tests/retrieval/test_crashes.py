@@ -10,18 +10,19 @@ from functools import partial
 from pathlib import Path
 
 import faults
+import numpy as np
 import pytest
-from test_store import contents, write
+from test_store import contents, stored_edit, write
 
 from memoir_retrieval import Edit, Editor, load_model
 from memoir_retrieval.calibration import write_tau
 from memoir_retrieval.errors import StoreError
 from memoir_retrieval.files import store_lock
 from memoir_retrieval.model import BaseModel
-from memoir_retrieval.removal import remove_edits
-from memoir_retrieval.store import MANIFEST, EditStore, leftovers
+from memoir_retrieval.remove import remove_edits
+from memoir_retrieval.store import MANIFEST, EditStore, fields_of, leftovers, write_generation
 from memoir_retrieval.train import Training
-from memoir_retrieval.verify import verify
+from memoir_retrieval.verify_store import verify_store
 
 NEW = Edit(prompt="When did it rain?", target="On Monday")
 
@@ -45,13 +46,30 @@ def edit(folder: Path, _: BaseModel) -> None:
         write(folder, 1)
 
 
-def append(folder: Path, model: BaseModel) -> None:
+def append(folder: Path, _: BaseModel) -> None:
+    """The write that `Editor.add` ends with, without the training before it."""
+    with store_lock(folder):
+        store = EditStore.open(folder)
+        write_generation(
+            folder,
+            fields_of(store.manifest) | {"generation": store.manifest.generation + 1, "next_id": 4},
+            memories=store.memories + 1,
+            background=store.background,
+            permutation=store.permutation,
+            codes=store.codes[[0, 1, 2, 0]],
+            ids=np.array([0, 1, 2, 3]),
+            memory_of=np.zeros(4, dtype=np.int32),
+            edits=[*store.edits, stored_edit(3)],
+        )
+
+
+def train(folder: Path, model: BaseModel) -> None:
     with Editor(model, folder) as editor:
         editor.add([NEW])
 
 
 def remove(folder: Path, _: BaseModel) -> None:
-    remove_edits(folder, lambda _: [1])
+    remove_edits(folder, [1])
 
 
 def compact(folder: Path, model: BaseModel) -> None:
@@ -63,8 +81,8 @@ def calibrate(folder: Path, _: BaseModel) -> None:
     write_tau(EditStore.open(folder), 0.7)
 
 
-CHANGES = [edit, append, remove, compact, calibrate]
-KEPT = {append: [0, 1, 2, 3], remove: [0, 2], compact: [0, 1, 2], calibrate: [0, 1, 2]}
+CHANGES = [edit, append, remove, calibrate, *(pytest.param(c, marks=pytest.mark.slow) for c in (train, compact))]
+KEPT = {append: [0, 1, 2, 3], train: [0, 1, 2, 3], remove: [0, 2], compact: [0, 1, 2], calibrate: [0, 1, 2]}
 
 
 def check(folder: Path, change: Callable[..., None], before: int) -> int:
@@ -75,7 +93,7 @@ def check(folder: Path, change: Callable[..., None], before: int) -> int:
             EditStore.open(folder)
         return 0
     store = EditStore.open(folder)
-    assert verify(folder) == []
+    assert verify_store(folder) == []
     assert store.manifest.generation in (before, before + 1)
     ids = [stored.id for stored in store.edits]
     assert ids == ([0, 1, 2] if store.manifest.generation == before or change is edit else KEPT[change])
@@ -125,10 +143,10 @@ def test_a_change_that_fails_anywhere(
 def go_on(folder: Path) -> None:
     """Whatever happened: the next write goes through, and clears away what the last one left."""
     if (folder / MANIFEST).exists():
-        remove_edits(folder, lambda store: [store.edits[-1].id])
+        remove_edits(folder, [EditStore.open(folder).edits[-1].id])
     else:
         write(folder, 1)
-    assert verify(folder) == []
+    assert verify_store(folder) == []
     assert leftovers(folder, EditStore.open(folder).manifest) == [] and not list(folder.glob("*.tmp"))
 
 

@@ -25,10 +25,10 @@ from memoir_retrieval import store as store_module
 from memoir_retrieval.edit import StoredEdit
 from memoir_retrieval.errors import StoreError, StoreMismatch
 from memoir_retrieval.model import Identity
-from memoir_retrieval.removal import find_prompts, remove_edits
+from memoir_retrieval.remove import find_prompts, remove_edits
 from memoir_retrieval.span import SpanRule
 from memoir_retrieval.store import EditStore, leftovers, write_generation
-from memoir_retrieval.verify import verify
+from memoir_retrieval.verify_store import verify_store
 
 D, H, K = 64, 16, 12
 IDENTITY = Identity(config="c" * 64, layer="l" * 64, tokenizer="t" * 64)
@@ -243,17 +243,17 @@ def test_a_store_of_format_1_is_read_and_the_next_write_makes_it_format_2(tmp_pa
     """The fixture was written by memoir-retrieval before format 2."""
     folder = Path(shutil.copytree(FORMAT_1, tmp_path / "store"))
     store = EditStore.open(folder)
-    assert store.manifest.format == 1 and verify(folder) == []
+    assert store.manifest.format == 1 and verify_store(folder) == []
     assert [(e.id, e.prompt, e.target, e.steps) for e in store.edits] == [
         (0, "Who founded Aarhus?", "King Harald", 60),
         (1, "Where is the Blue Gate?", "In Oslo", 60),
     ]
     assert store.edits[0].rephrases == ("Aarhus was founded by whom?",) and store.edits[0].source == "a test"
     assert set(read_format.read(folder)) == {0, 1}
-    made, _ = remove_edits(folder, lambda _: [0])
+    made = remove_edits(folder, [0])
     assert made.format == 2 and made.memory == store.manifest.memory
     now = EditStore.open(folder)
-    assert [e.id for e in now.edits] == [1] and verify(folder) == []
+    assert [e.id for e in now.edits] == [1] and verify_store(folder) == []
     np.testing.assert_array_equal(now.codes, store.codes[1:])
     np.testing.assert_array_equal(now.memories, store.memories)
     assert set(read_format.read(folder)) == {1}
@@ -263,25 +263,23 @@ def test_removed_edits_are_gone_and_the_memory_stays(tmp_path: Path) -> None:
     write(tmp_path, ids=np.array([0, 1, 1, 2]), codes=masks(4), memory_of=np.zeros(4, dtype=np.int32))
     before = EditStore.open(tmp_path)
     assert before.edits[1:] == (stored_edit(1), stored_edit(2))
-    made, removed = remove_edits(tmp_path, lambda store: [*find_prompts(store, [" p1"]), 1])
-    assert [edit.id for edit in removed] == [1] and made.generation == 2
+    made = remove_edits(tmp_path, [*find_prompts(before, [" p1"]), 1])
+    assert made.generation == 2
     assert made.memory == before.manifest.memory and (tmp_path / "memory-1.safetensors").exists()
     store = EditStore.open(tmp_path)
     assert [edit.id for edit in store.edits] == [0, 2] and store.ids.tolist() == [0, 2]
     np.testing.assert_array_equal(store.codes, masks(4)[[0, 3]])
     assert store.manifest.next_id == before.manifest.next_id
     kept = contents(tmp_path)
-    for choose, said in (
-        (lambda _: [0, 1], "has no edit 1"),
-        (lambda opened: find_prompts(opened, ["p1"]), "no edit of 'p1'"),
-    ):
-        with pytest.raises(StoreError, match=said):
-            remove_edits(tmp_path, choose)
-        assert contents(tmp_path) == kept
-    remove_edits(tmp_path, lambda _: [2, 0])
-    assert EditStore.open(tmp_path).codes.shape == (0, D // 8) and verify(tmp_path) == []
+    with pytest.raises(StoreError, match="has no edit 1"):
+        remove_edits(tmp_path, [0, 1])
+    with pytest.raises(StoreError, match="no edit of 'p1'"):
+        find_prompts(store, ["p1"])
+    assert contents(tmp_path) == kept
+    remove_edits(tmp_path, [2, 0])
+    assert EditStore.open(tmp_path).codes.shape == (0, D // 8) and verify_store(tmp_path) == []
     with pytest.raises(StoreError, match="does not exist"):
-        remove_edits(tmp_path / "nowhere", lambda _: [0])
+        remove_edits(tmp_path / "nowhere", [0])
     assert not (tmp_path / "nowhere").exists()
 
 
