@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from memoir_retrieval import files
+from memoir_retrieval.store import MANIFEST
 
 Break = Callable[[], None]
 
@@ -60,8 +61,8 @@ def fault(n: int, strike: Break, torn: bool = False, for_ever: bool = False) -> 
 class Disk:
     """What a power cut leaves of one folder: synced bytes under names that a sync of the folder made durable.
 
-    Two outcomes bound the possible ones: `early`, in which nothing else has reached the disk, and `late`, in which
-    every name has, but files that were not synced are torn.
+    Three outcomes bound the possible ones: `early`, in which nothing else has reached the disk; `renamed`, in which of
+    the names only that of the manifest has; and `late`, in which all have, but files that were not synced are torn.
     """
 
     def __init__(self, folder: Path):
@@ -83,6 +84,12 @@ class Disk:
         out.mkdir()
         for name, inode in self.names.items():
             (out / name).write_bytes(self.synced.get(inode, b""))
+
+    def renamed(self, out: Path) -> None:
+        self.early(out)
+        now = self.folder / MANIFEST
+        if now.exists() and (content := self.synced.get(now.stat().st_ino)) is not None:
+            (out / MANIFEST).write_bytes(content)
 
     def late(self, out: Path) -> None:
         out.mkdir()

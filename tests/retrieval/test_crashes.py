@@ -164,7 +164,7 @@ def test_a_power_cut_anywhere(model: BaseModel, made: Path, tmp_path: Path, chan
                 change(folder, model)
             except StoreError:
                 finished = False
-        for name, outcome in (("early", disk.early), ("late", disk.late)):
+        for name, outcome in (("early", disk.early), ("renamed", disk.renamed), ("late", disk.late)):
             outcome(tmp_path / f"{n}-{name}")
             ended.add(check(tmp_path / f"{n}-{name}", change, before) - before)
         if finished and check(tmp_path / f"{n}-early", change, before) == before + 1:
