@@ -384,8 +384,8 @@ for name, says, make in (
 
 
 @attack("header claims|the manifest says")
-def codes_of_10_gigabytes_of_nothing(folder: Path) -> None:
+def codes_of_a_gigabyte_of_nothing(folder: Path) -> None:
     made = forge.manifest(folder)
     os.truncate(folder / made["codes"]["name"], 0)
-    os.truncate(folder / made["codes"]["name"], 10 << 30)
-    forge.sign(folder, made | {"codes": made["codes"] | {"size": 10 << 30}})
+    os.truncate(folder / made["codes"]["name"], 1 << 30)
+    forge.sign(folder, made | {"codes": made["codes"] | {"size": 1 << 30}})
