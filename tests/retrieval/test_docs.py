@@ -34,6 +34,7 @@ TUTORIAL = ROOT / "docs/tutorial.md"
 NOT_RUN = {
     "pip": "changes the environment that the tests run in",
     "make": "its targets run these tests; that the target exists is checked",
+    "export": "a shell's own",
     "source": "a shell's own; the tests run inside the environment",
     "vllm": "the CPU build has no such command; tests/vllm start the same server by its module",
     "docker": "needs Docker and a GPU",
