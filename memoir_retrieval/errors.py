@@ -6,6 +6,7 @@ __all__ = [
     "CodeError",
     "ConfigError",
     "EditFileError",
+    "HubError",
     "MemoirError",
     "ModelError",
     "StoreError",
@@ -19,6 +20,10 @@ class ConfigError(MemoirError, ValueError):
 
 class EditFileError(MemoirError, ValueError):
     """An edit file, or one record of it, that cannot be used."""
+
+
+class HubError(MemoirError):
+    """A repository on the Hugging Face Hub that cannot be read or written, or is not what was asked for."""
 
 
 class ModelError(MemoirError, ValueError):

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.request import Request
 
-__all__ = ["guard", "install", "own"]
+__all__ = ["disown", "guard", "install", "own"]
 
 
 def guard(
@@ -52,6 +52,14 @@ def guard(
 def own(request: Request, name: str, start: int, hash_block_size: int) -> None:
     """Put the blocks of a request, from the one that holds token `start` on, under the name of an edit."""
     request._memoir_blocks = (name, start)
+    del request.block_hashes[start // hash_block_size :]
+    request.update_block_hashes()
+
+
+def disown(request: Request, hash_block_size: int) -> None:
+    """Take back what `own` did, for a request of which nothing is computed yet."""
+    _, start = request._memoir_blocks
+    del request._memoir_blocks
     del request.block_hashes[start // hash_block_size :]
     request.update_block_hashes()
 

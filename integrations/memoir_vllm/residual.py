@@ -1,7 +1,8 @@
 """What the op does in a step: pool the questions, decide, and add W(M * x) to the rows of matched requests.
 
 One `ResidualLayer` per worker. Its state is keyed by request id and lives from a request's first step until vLLM names
-the id finished, so it outlives preemption: a request that is computed again keeps its decision.
+the id finished, so it outlives preemption: a request that is computed again keeps its decision, and the generation of
+the store that made it. An older generation is held by its requests alone and goes with the last of them.
 """
 
 from __future__ import annotations
@@ -23,12 +24,21 @@ from memoir_vllm.routing import Route, Router
 from memoir_vllm.rows import Acting, Batch, Step, acting_rows
 from memoir_vllm.sums import BlockSums
 
-__all__ = ["ResidualLayer"]
+__all__ = ["Generation", "ResidualLayer"]
+
+
+@dataclass(frozen=True, eq=False)
+class Generation:
+    """One generation of a store in this worker's memory. memories: [M, H, D/ranks] in the serving dtype, on device."""
+
+    router: Router
+    memories: torch.Tensor
 
 
 @dataclass
 class _Request:
     """span: the question. route: None until it is decided. mask: of the matched edit, this rank's share, on device.
+    of: the generation that matched it; it acts until the request is done. nearest: how many edits its decision names.
 
     long: the question takes several steps, or begins in the prefix cache. Each step adds its rows to `total` (float32
     [D/ranks]) and moves `seen`, the position after them; `cached` are the blocks that were found. By its end the
@@ -37,8 +47,10 @@ class _Request:
 
     span: Span
     long: bool = False
+    nearest: int = 0
     route: Route | None = None
     mask: torch.Tensor | None = None
+    of: Generation | None = None
     acts: bool = False
     total: torch.Tensor | None = None
     seen: int = 0
@@ -66,9 +78,9 @@ class ResidualLayer:
         share = memories.shape[2] // ranks
         self._shard = slice(rank * share, (rank + 1) * share)
         self._ranks = ranks
-        self._router = router
         self._longest = longest
-        self.memories = memories[:, :, self._shard].to(device=device, dtype=dtype, copy=True).contiguous()
+        self._dtype, self._device = dtype, device
+        self.now = self.load(router, memories)
         self.probe: Callable[[torch.Tensor, torch.Tensor], None] | None = None
         self._requests: dict[str, _Request] = {}
         self._undecided: dict[str, _Request] = {}
@@ -89,6 +101,21 @@ class ResidualLayer:
             "residual_s": 0.0,
         }
 
+    # ---- generations -----------------------------------------------------------------------------------------------
+
+    def load(self, router: Router, memories: torch.Tensor) -> Generation:
+        """Put a generation into this worker's memory; nothing acts before `adopt`. May run in another thread."""
+        share = memories[:, :, self._shard].to(device=self._device, dtype=self._dtype, copy=True).contiguous()
+        return Generation(router, share)
+
+    def adopt(self, generation: Generation) -> None:
+        """Decide every question that ends from now on by this generation. Decided requests keep theirs."""
+        self.now = generation
+
+    def older(self) -> int:
+        """How many generations before this one still answer requests."""
+        return len({id(r.of) for r in self._requests.values() if r.of not in (None, self.now)})
+
     # ---- between steps, called by the model runner's wrappers ------------------------------------------------------
 
     def admit(self, request_id: str, prompt_ids: Sequence[int], extra_args: Mapping[str, Any] | None) -> None:
@@ -98,15 +125,17 @@ class ResidualLayer:
         try:
             options = parse_options(extra_args, len(prompt_ids))
         except ConfigError:  # a front end of another language let it pass; the response will say "unroutable"
-            self._settle(request_id, self._router.unroutable())
+            self._settle(request_id, self.now.router.unroutable())
             return
-        span = options.span or find_span(prompt_ids, self._router.rule)
+        span = options.span or find_span(prompt_ids, self.now.router.rule)
         if options.off:
-            self._settle(request_id, self._router.off())
+            self._settle(request_id, self.now.router.off())
         elif span.start == span.end:
-            self._settle(request_id, self._router.unroutable())
+            self._settle(request_id, self.now.router.unroutable())
         else:
-            self._requests[request_id] = self._undecided[request_id] = _Request(span, self._too_long(span))
+            self._requests[request_id] = self._undecided[request_id] = _Request(
+                span, self._too_long(span), options.nearest
+            )
 
     def _too_long(self, span: Span) -> bool:
         return self._longest is not None and span.end - span.start > self._longest
@@ -119,7 +148,7 @@ class ResidualLayer:
         request = self._requests[request_id]
         starts_over = request.route is not None and request.mask is not None and not request.acts
         if request.route is None:
-            self._decide(request_id, request, self._router.recall(routed))
+            self._decide(request_id, request, self.now.router.recall(routed))
             self._stats["recalled"] += 1
         self._let_act(request_id, request)
         self._stats["replayed"] += starts_over
@@ -127,11 +156,11 @@ class ResidualLayer:
 
     def watch_blocks(self, blocks: int, block_size: int) -> None:
         """Keep a sum for each KV block: from now on a question may begin in the prefix cache, see `sums.py`."""
-        self._sums = BlockSums(blocks, block_size, self.memories.shape[2], self.memories.device)
+        self._sums = BlockSums(blocks, block_size, self.now.memories.shape[2], self._device)
 
     @property
     def bytes_per_block(self) -> int:
-        return 4 * self.memories.shape[2] + 8
+        return 4 * self.now.memories.shape[2] + 8
 
     def resume(self, request_id: str, cached: Sequence[int], tokens: int) -> None:
         """A request's first rows, or first again, come in this step: `tokens` of it were found, in these KV blocks."""
@@ -189,8 +218,9 @@ class ResidualLayer:
 
     def stats(self) -> dict[str, int | float]:
         """Counters since the start. Seconds are those of the host."""
-        router = self._router
-        return {"edits": router.edits, "generation": router.generation, "live": len(self._requests)} | self._stats
+        router = self.now.router
+        held = {"live": len(self._requests), "older_generations": self.older()}
+        return {"edits": router.edits, "generation": router.generation} | held | self._stats
 
     # ---- in the forward, called by the op --------------------------------------------------------------------------
 
@@ -246,7 +276,8 @@ class ResidualLayer:
 
             # Every rank now holds the same numbers in the same order, so every rank decides alike.
             means = tensor_model_parallel_all_gather(means, dim=-1)
-        for request_id, route in zip(asked, self._router.route(means), strict=True):
+        nearest = [self._requests[request_id].nearest for request_id in asked]
+        for request_id, route in zip(asked, self.now.router.route(means, nearest), strict=True):
             self._settle(request_id, route)
             self._stats["routed"] += 1
             self._stats["matched"] += route.mask is not None
@@ -264,7 +295,8 @@ class ResidualLayer:
         self._undecided.pop(request_id, None)
         if route.mask is not None:
             mask = torch.from_numpy(route.mask[self._shard])
-            request.mask = mask.to(device=self.memories.device, dtype=self.memories.dtype)
+            request.mask = mask.to(device=self._device, dtype=self._dtype)
+            request.of = self.now
 
     def _let_act(self, request_id: str, request: _Request) -> None:
         request.acts = True
@@ -286,13 +318,19 @@ class ResidualLayer:
             if step.ids == last.ids and np.array_equal(step.edges, last.edges) and acting.all_rows(step):
                 return batches
         at = [i for i, request_id in enumerate(step.ids) if request_id in self._edited]
-        requests = [self._edited[step.ids[i]] for i in at]
-        acting = Acting(
-            np.array(at, dtype=np.int64),
-            np.array([request.span.start for request in requests], dtype=np.int64),
-            np.array([request.route.memory for request in requests if request.route is not None], dtype=np.int64),
-            [request.mask for request in requests if request.mask is not None],
-        )
+        if not at:
+            return []
+        starts, masks, numbers = [], [], []
+        weights: dict[tuple[int, int], tuple[int, torch.Tensor]] = {}  # of a generation's memory: its number here
+        for i in at:
+            request = self._edited[step.ids[i]]
+            assert request.route is not None and request.of is not None and request.mask is not None
+            key = (request.of.router.generation, request.route.memory)
+            number, _ = weights.setdefault(key, (len(weights), request.of.memories[request.route.memory]))
+            starts.append(request.span.start)
+            masks.append(request.mask)
+            numbers.append(number)
+        acting = Acting(np.array(at), np.array(starts), np.array(numbers), masks, [w for _, w in weights.values()])
         batches = acting_rows(step, acting)
         self._last = (step, acting, batches) if acting.all_rows(step) else None
         return batches
@@ -301,4 +339,4 @@ class ResidualLayer:
         """y += W (mask * x) on the rows of the batch, and on no other."""
         one_row_each = len(batch.masks) == len(batch.owner)
         masks = batch.masks if one_row_each else batch.masks[batch.owner]
-        y.index_add_(0, batch.index, functional.linear(x[batch.index] * masks, self.memories[batch.memory]))
+        y.index_add_(0, batch.index, functional.linear(x[batch.index] * masks, batch.weight))

@@ -25,9 +25,12 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """All rows of a step that one residual memory acts on: index int64 [R], masks [S, D], owner int64 [R] in [0, S)."""
+    """All rows of a step that one residual memory acts on.
 
-    memory: int
+    weight: [H, D]. index: int64 [R] the rows. masks: [S, D] of the requests. owner: int64 [R] in [0, S).
+    """
+
+    weight: torch.Tensor
     index: torch.Tensor
     masks: torch.Tensor
     owner: torch.Tensor
@@ -35,12 +38,13 @@ class Batch:
 
 class Acting(NamedTuple):
     """Edited requests of a step. at: int [S], their places in it. starts: int [S], the position from which each is
-    edited. memories: int [S]. masks: of each, [D]."""
+    edited. memories: int [S], the number of its weight. masks: of each, [D]. weights: [H, D] each."""
 
     at: np.ndarray
     starts: np.ndarray
     memories: np.ndarray
     masks: Sequence[torch.Tensor]
+    weights: Sequence[torch.Tensor]
 
     def all_rows(self, step: Step) -> bool:
         """Whether every row of these requests is edited, as it is once they generate."""
@@ -53,12 +57,14 @@ def acting_rows(step: Step, acting: Acting) -> list[Batch]:
     first = step.edges[acting.at] + np.maximum(0, acting.starts - step.positions[acting.at])
     counts = np.maximum(0, ends - first)
     made = []
-    for memory in np.unique(acting.memories[counts > 0]).tolist():
+    for memory in range(len(acting.weights)):
         chosen = np.flatnonzero((acting.memories == memory) & (counts > 0))
+        if not len(chosen):
+            continue
         rows = counts[chosen]
         owner = np.repeat(np.arange(len(chosen)), rows)
         index = np.arange(len(owner)) + np.repeat(first[chosen] - (np.cumsum(rows) - rows), rows)
         masks = torch.stack([acting.masks[i] for i in chosen.tolist()])
-        device = masks.device
-        made.append(Batch(memory, torch.from_numpy(index).to(device), masks, torch.from_numpy(owner).to(device)))
+        on_device = [torch.from_numpy(array).to(masks.device) for array in (index, owner)]
+        made.append(Batch(acting.weights[memory], on_device[0], masks, on_device[1]))
     return made

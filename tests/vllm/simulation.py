@@ -8,6 +8,7 @@ that mean, and a generated token follows from all tags before it.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ from memoir_retrieval.store import EditStore
 from memoir_vllm.config import keeps_sums
 from memoir_vllm.requests import put_routed
 from memoir_vllm.residual import ResidualLayer
+from memoir_vllm.routing import Router
 from memoir_vllm.rows import Step
 from memoir_vllm.runner import take_up
 
@@ -161,6 +163,11 @@ class Simulation:
             limit -= 1
             assert limit, "requests are waiting for ever"
 
+    def adopt(self, store: EditStore) -> None:
+        """What `collective_rpc("memoir_reload")` does between two steps."""
+        self.layer.adopt(self.layer.load(Router(store, None, "cpu"), torch.from_numpy(store.memories)))
+        self.scheduler.memoir_adopted(store.manifest.generation)
+
     # ---- the worker ------------------------------------------------------------------------------------------------
 
     def _execute(self, scheduled: Any) -> ModelRunnerOutput:
@@ -274,9 +281,26 @@ class World(NamedTuple):
     store: EditStore
     questions: list[list[int]]
 
-    def edit(self, n: int) -> EditOf:
-        mask = torch.from_numpy(unpack(self.store.codes[n][None], D)[0]).float()
-        return EditOf(mask, torch.from_numpy(self.store.memories[n % 2]))
+    def edit(self, n: int) -> EditOf | None:
+        """What edit n adds, or None where this generation of the store has no such edit."""
+        rows = np.flatnonzero(self.store.ids == n)
+        if not len(rows):
+            return None
+        mask = torch.from_numpy(unpack(self.store.codes[rows[:1]], D)[0]).float()
+        return EditOf(mask, torch.from_numpy(self.store.memories[self.store.memory_of[rows[0]]]))
+
+    def later(self, generation: int, without: int) -> World:
+        """A generation of the same store with other memories and one edit less."""
+        keep = self.store.ids != without
+        store = dataclasses.replace(
+            self.store,
+            manifest=SimpleNamespace(**vars(self.store.manifest) | {"generation": generation}),  # type: ignore[arg-type]
+            memories=np.roll(self.store.memories, generation, axis=2) + 1,
+            codes=self.store.codes[keep],
+            ids=self.store.ids[keep],
+            memory_of=self.store.memory_of[keep],
+        )
+        return self._replace(store=store)
 
 
 def world(lengths: Sequence[int] = (6, 9, 30)) -> World:

@@ -318,6 +318,59 @@ def test_any_mix_of_requests(seed: int, start: Start, here: World) -> None:
     check_mix(sim, here, dice, requests=30)
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_every_answer_is_that_of_the_generation_it_reports(seed: int, start: Start, here: World) -> None:
+    """New generations at any moment, over twins that wait, run, are preempted or are known on arrival."""
+    dice = random.Random(seed)
+    sim = start(kv_blocks=dice.choice((16, 22, 200)), budget=dice.choice((24, 40, 64)), seqs=dice.choice((3, 8)))
+    worlds = {7: here}
+    asked: dict[str, tuple[list[int], int | None, int]] = {}
+    for n in range(40):
+        edit = dice.choice((None, 0, 1, 2))
+        question = other(9) if edit is None else here.questions[edit]
+        prompt, tokens = chat(question, dice.choice((8, 40)), dice.choice((2, 30))), dice.choice((1, 3, 20))
+        sim.add(f"{n}", prompt, max_tokens=tokens)
+        asked[f"{n}"] = (prompt, edit, tokens)
+        for _ in range(dice.choice((0, 0, 1, 3))):
+            sim.step()
+        if dice.random() < 0.25:
+            latest = max(worlds) + 1
+            worlds[latest] = here.later(latest, without=latest % 4)
+            sim.adopt(worlds[latest].store)
+    sim.run()
+    assert len(worlds) > 3 and len({said["generation"] for said in sim.said.values()}) > 3
+    for name, (prompt, edit, tokens) in asked.items():
+        assert sim.answers[name] == right(worlds[sim.said[name]["generation"]], prompt, edit, tokens), name
+    assert sim.layer.stats()["older_generations"] == 0
+
+
+def test_a_decision_of_an_older_generation_is_made_again_for_a_request_that_waits(start: Start, here: World) -> None:
+    """The first twin runs on with its generation; the second, known on arrival, had not begun; the third is new."""
+    sim = start(seqs=1)
+    prompt = chat(here.questions[1], before=40, after=21)
+    sim.add("remembered", prompt)
+    sim.run()
+    sim.add("runs", prompt, max_tokens=8)
+    sim.step()
+    sim.step()
+    sim.add("waits", prompt)
+    later = here.later(8, without=0)
+    sim.adopt(later.store)
+    sim.add("new", prompt)
+    assert sim.layer.stats()["older_generations"] == 1
+    sim.run()
+    assert {name: said["generation"] for name, said in sim.said.items()} == {
+        "remembered": 7,
+        "runs": 7,
+        "waits": 8,
+        "new": 8,
+    }
+    assert sim.answers["runs"] == right(here, prompt, 1, 8)
+    assert sim.answers["waits"] == sim.answers["new"] == right(later, prompt, 1) != right(here, prompt, 1)
+    assert sim.hits["waits"] == 32, "what stands before the question is shared, its edited blocks are not"
+    assert sim.layer.stats()["older_generations"] == 0
+
+
 @pytest.mark.slow
 def test_nothing_is_kept_of_ten_thousand_requests(start: Start, here: World) -> None:
     sim = start(kv_blocks=60, budget=32, seqs=8)
@@ -401,6 +454,20 @@ def test_without_late_publication_edited_blocks_reach_others(
 
     monkeypatch.setattr(blocks, "guard", hits_only)
     assert wrong_rows(start(), here)
+
+
+def test_with_decisions_of_an_older_generation_the_worker_refuses(
+    start: Start, here: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sim = start()
+    prompt = chat(here.questions[1], before=40, after=21)
+    sim.add("remembered", prompt)
+    sim.run()
+    monkeypatch.setattr(sim.scheduler, "memoir_adopted", lambda generation: None)
+    sim.adopt(here.later(8, without=0).store)
+    sim.add("new", prompt)
+    with pytest.raises(RuntimeError, match="decided by generation 7 of the store, this worker serves generation 8"):
+        sim.run()
 
 
 def test_without_capped_hits_the_worker_refuses(start: Start, here: World, monkeypatch: pytest.MonkeyPatch) -> None:
