@@ -106,8 +106,8 @@ class Report(Scores, frozen=True, kw_only=True):
 class EditScores(msgspec.Struct, frozen=True):
     """One edit of an evaluation; its id is -1 where it is not stored.
 
-    found: its prompt matches it. exact: its free answer equals the target; rephrases: the share of its rephrasings whose
-    free answer does, None without any.
+    found: its prompt matches it. exact: its free answer equals the target; rephrases: the share of its rephrasings
+    whose free answer does, None without any.
     """
 
     id: int
