@@ -60,7 +60,7 @@ class EditedModel:
 
     @classmethod
     def open(cls, store: str | Path, model: str | None = None, *, tau: float | None = None) -> EditedModel:
-        """Like `Retriever.open`."""
+        """Like `Retriever.open`, and with the same errors."""
         return cls(Retriever.open(store, model, tau=tau))
 
     @torch.no_grad()
@@ -72,7 +72,12 @@ class EditedModel:
         edited: bool = True,
         batch_size: int = 32,
     ) -> list[Answer]:
-        """Greedy answers. prompts: strings, chat messages or token ids. edited=False is the base model."""
+        """Greedy answers, each until the model ends it or has given `max_new_tokens` tokens.
+
+        prompts: strings, chat messages or token ids. edited=False is the base model. batch_size: prompts that are run
+        at once. Raises ConfigError where a prompt and its answer would be longer
+        than the model takes.
+        """
         rows = [given_ids(p, self.prompt_ids) for p in prompts]
         for row in rows:
             if len(row) + max_new_tokens > self.base.max_length:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import inspect
 import json
 import os
 import re
@@ -21,6 +22,7 @@ import click
 import pytest
 import yaml
 
+import memoir_index
 import memoir_retrieval
 from memoir_retrieval.cli import cli, main
 from memoir_retrieval.embedded import get_model
@@ -221,6 +223,20 @@ def test_the_command_line_reference_is_what_help_says() -> None:
         [sys.executable, ROOT / "docs/make_cli_reference.py", "--check"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_every_public_name_has_a_docstring() -> None:
+    """They are the page of the Python API."""
+    seen = 0
+    for module in (memoir_retrieval, memoir_index):
+        for name in module.__all__:
+            thing = getattr(module, name)
+            members = vars(thing).items() if inspect.isclass(thing) else ()
+            public = [m for key, m in members if not key.startswith("_") and (callable(m) or hasattr(m, "__func__"))]
+            for member in (thing, *public):
+                assert inspect.getdoc(member), f"{module.__name__}.{name}: {member} has no docstring"
+                seen += 1
+    assert seen > 30
 
 
 @pytest.mark.skipif(find_spec("material") is None, reason="needs the extra `docs`")
