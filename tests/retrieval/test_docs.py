@@ -44,6 +44,7 @@ NOT_RUN = {
     "python": "benchmarks take minutes; the examples are run below, and by tests/vllm/test_server.py",
     "cp": "run in the tutorial",
     "head": "run in the tutorial",
+    "export": "a shell's own",
     "git": "fetches or publishes",
     "pre-commit": "changes the checkout's hooks",
 }
@@ -81,15 +82,20 @@ def blocks(page: Path, language: str) -> list[tuple[int, list[str]]]:
 def command_lines(page: Path) -> list[Line]:
     lines: list[Line] = []
     for first, block in blocks(page, "console"):
-        for offset, text in enumerate(block):
-            if text.startswith("$ "):
-                words = shlex.split(text[2:], comments=True)
+        waiting = ""
+        for number, text in enumerate(block, first):
+            if waiting or text.startswith("$ "):
+                waiting += text.removeprefix("$ ") if not waiting else text
+                if waiting.endswith("\\"):
+                    waiting = waiting[:-1]
+                    continue
+                words, waiting = shlex.split(waiting, comments=True), ""
                 while words:
                     end = words.index("&&") if "&&" in words else len(words)
-                    lines.append(Line(page, first + offset, words[:end], []))
+                    lines.append(Line(page, number, words[:end], []))
                     words = words[end + 1 :]
             else:
-                assert lines and lines[-1].number >= first, f"{page}:{first + offset}: output without a command"
+                assert lines and lines[-1].number >= first, f"{page}:{number}: output without a command"
                 lines[-1].prints.append(text)
     return lines
 
@@ -113,7 +119,7 @@ def test_every_command_exists(line: Line) -> None:
         targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
         assert {word for word in arguments if "=" not in word} <= set(targets)
     if program == "python":
-        assert (ROOT / arguments[0]).is_file()
+        assert find_spec(arguments[1]) if arguments[0] == "-m" else (ROOT / arguments[0]).is_file()
     if program == "vllm":
         assert "memoir" in json.loads(arguments[arguments.index("--additional-config") + 1])
     if program == "curl" and "-d" in arguments:
