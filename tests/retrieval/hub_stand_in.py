@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -31,6 +31,7 @@ class StandInHub(ThreadingHTTPServer):
         self.broken: dict[str, bytes] = {}
         self.fetched: list[str] = []
         self.refuse_commits = False
+        self.before_commit: Callable[[], None] = lambda: None
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
     def find(self, repo: str, revision: str) -> tuple[str, dict[str, bytes]] | None:
@@ -95,11 +96,16 @@ class Handler(BaseHTTPRequestHandler):
             self._json({"error": f"the stand-in has no {path}"}, 404)
 
     def _commit(self, repo: str, data: bytes) -> None:
+        self.server.before_commit()
         if self.server.refuse_commits:
             self._json({"error": "You don't have the rights to commit"}, 403)
             return
         files = dict(self.server.repos[repo][-1])
-        for line in map(json.loads, data.splitlines()):
+        header, *lines = map(json.loads, data.splitlines())
+        if header["value"]["parentCommit"] != commit_id(repo, len(self.server.repos[repo]) - 1):
+            self._json({"error": "A commit has happened since. Please refresh and try again."}, 412)
+            return
+        for line in lines:
             if line["key"] == "file":
                 files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
             elif line["key"] == "deletedFile":

@@ -161,6 +161,23 @@ def test_what_the_hub_refuses_is_said_in_one_line(hub: StandInHub, store: Path, 
     assert not (tmp_path / "new").exists()
 
 
+def test_a_repository_that_is_no_store_is_not_overwritten(hub: StandInHub, store: Path) -> None:
+    hub.repos["example/model"] = [{"README.md": b"mine", "config.json": b"{}"}]
+    with pytest.raises(HubError, match=r"holds something else than a store \(README\.md\): choose another name"):
+        push(store, "example/model")
+    assert hub.repos["example/model"] == [{"README.md": b"mine", "config.json": b"{}"}]
+
+
+def test_two_pushes_at_once_do_not_undo_each_other(hub: StandInHub, store: Path) -> None:
+    push(store, REPO)
+    other = {**hub.repos[REPO][-1], "memoir.json": b"of somebody else"}
+    hub.before_commit = lambda: hub.repos[REPO].append(other)
+    write_again(store, EditStore.open(store), generation=3)
+    with pytest.raises(HubError, match="the Hub refused example/corrections"):
+        push(store, REPO)
+    assert hub.repos[REPO][-1] == other
+
+
 def test_the_card(hub: StandInHub, store: Path, tmp_path: Path) -> None:
     scores = tmp_path / "store.eval.json"
     scores.write_text(json.dumps({"reliability": 1.0, "generality": None, "exact_match": {"edits": 0.5}}))
