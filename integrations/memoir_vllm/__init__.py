@@ -19,6 +19,9 @@ residual.py    what the op does: pool, decide, add the residual
 reload.py      a new generation of the store in a running worker
 routing.py     from pooled activations to decisions
 selftest.py    the dummy forward that must reach the op
+stream.py      the OpenAI server's streams: the decision in a last chunk
+metrics.py     `OutputProcessor.process_outputs`: what the API process sees of decisions
+admin/         `vllm.endpoint_plugins`: administration of a running server
 bench/         `memoir bench serve`; no part of a server
 """
 

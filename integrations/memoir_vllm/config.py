@@ -44,12 +44,14 @@ class MemoirConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     `store`: folder of the edits. `mode`: "inline" keeps chunked prefill and prefix caching, see `scheduler.py`;
     "single" decides and applies in the one step that holds a whole prompt, and needs both off.
-    `tau`: matches from this overlap on, instead of the store's own threshold.
+    `tau`: matches from this overlap on, instead of the store's own threshold. `token_file`: turns administration on,
+    see `admin/tokens.py`.
     """
 
     store: Annotated[str, msgspec.Meta(min_length=1)]
     mode: Literal["inline", "single"] = "inline"
     tau: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
+    token_file: Annotated[str, msgspec.Meta(min_length=1)] | None = None
 
 
 def check_version() -> None:
@@ -73,7 +75,8 @@ def read(section: Any) -> MemoirConfig:
         known = ", ".join(field.name for field in msgspec.structs.fields(MemoirConfig))
         raise ConfigError(f'--additional-config {{"memoir": ...}}: {error}; known keys: {known}') from None
     # Every process of the engine must find the same folder, whatever its working directory.
-    return msgspec.structs.replace(config, store=str(Path(config.store).expanduser().resolve()))
+    store, tokens = (path and str(Path(path).expanduser().resolve()) for path in (config.store, config.token_file))
+    return msgspec.structs.replace(config, store=store, token_file=tokens)
 
 
 def of(vllm_config: VllmConfig) -> MemoirConfig | None:

@@ -44,7 +44,7 @@ class Generation:
 @dataclass
 class _Request:
     """span: the question. route: None until it is decided. mask: of the matched edit, this rank's share, on device.
-    of: the generation that matched it; it acts until the request is done, whatever is adopted meanwhile.
+    of: the generation that matched it; it acts until the request is done. nearest: how many edits its decision names.
 
     long: the question may take several steps, each of which adds its rows to `total` (float32 [D/ranks]) and moves
     `seen`, the position after them. By its end the question has passed without the edit: a match acts from the moment
@@ -53,6 +53,7 @@ class _Request:
 
     span: Span
     long: bool = False
+    nearest: int = 0
     route: Route | None = None
     mask: torch.Tensor | None = None
     of: Generation | None = None
@@ -147,7 +148,7 @@ class ResidualLayer:
             self._settle(request_id, self.now.router.unroutable())
         else:
             long = self._longest is not None and span.end - span.start > self._longest
-            self._requests[request_id] = _Request(span, long)
+            self._requests[request_id] = _Request(span, long, options.nearest)
 
     def recall(self, request_id: str, routed: Routed) -> bool:
         """What the scheduler knows of a request whose first rows, or first again, come in this step.
@@ -249,7 +250,8 @@ class ResidualLayer:
 
             # Every rank now holds the same numbers in the same order, so every rank decides alike.
             means = tensor_model_parallel_all_gather(means, dim=-1)
-        for request_id, route in zip(asked, self.now.router.route(means), strict=True):
+        nearest = [self._requests[request_id].nearest for request_id in asked]
+        for request_id, route in zip(asked, self.now.router.route(means, nearest), strict=True):
             self._settle(request_id, route)
             self._stats["routed"] += 1
             self._stats["matched"] += route.mask is not None

@@ -84,7 +84,9 @@ class _Decisions:
         span = options.span or find_span(prompt, self._rule)
         if options.off or span.start == span.end:
             return
-        question = _Question(span, span.end - span.start > self._longest, _prompt_key(request, span))
+        # Who asks for the nearest edits is always looked up: a decision is remembered without them.
+        prompt_key = None if options.nearest else _prompt_key(request, span)
+        question = _Question(span, span.end - span.start > self._longest, prompt_key)
         known = self._remembered.get(question.prompt) if question.prompt else None
         if known is None:
             self._questions[request.request_id] = question

@@ -16,6 +16,7 @@ from memoir_retrieval.cli.evaluate import eval_command
 from memoir_retrieval.cli.hub import pull, push
 from memoir_retrieval.cli.inspect import list_command, lookup, show
 from memoir_retrieval.cli.model import model
+from memoir_retrieval.cli.quality import report
 from memoir_retrieval.cli.serve import serve
 from memoir_retrieval.cli.verify import verify
 from memoir_retrieval.errors import MemoirError
@@ -50,6 +51,7 @@ for command in (
     demo,
     bench,
     doctor,
+    report,
     verify,
     push,
     pull,

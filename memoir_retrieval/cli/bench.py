@@ -1,4 +1,4 @@
-"""`memoir bench`: speed, as ratios of neighbouring turns in one run."""
+"""`memoir bench`: speed, as ratios of neighbouring turns in one run, and quality (see the module of that name)."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import click
 
 from memoir_retrieval.background import background_prompts
 from memoir_retrieval.cli.common import echo_json, json_option, model_option, notes
+from memoir_retrieval.cli.quality import bench_quality
 from memoir_retrieval.cli.serve import server_command
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.model import resolve
@@ -22,12 +23,16 @@ from memoir_retrieval.store import EditStore
 
 @click.group()
 def bench() -> None:
-    """Measure speed on this machine.
+    """Measure speed on this machine, or the quality of edits.
 
     \b
     Example:
       memoir bench serve edits --json
+      memoir bench quality zsre --edits 100 --out run
     """
+
+
+bench.add_command(bench_quality)
 
 
 @bench.command("serve")

@@ -98,11 +98,16 @@ def test_edits_are_listed_shown_looked_up_and_measured(
     code, out, err = run(capsys, "eval", store, store.parent / "edits.jsonl", "--json")
     assert (code == 2 and "does not exist" in err) or "No such file" in err
     file = write(tmp_path / "edits.jsonl", EDITS)
-    code, out, _ = run(capsys, "eval", store, file, "--json")
+    code, out, _ = run(capsys, "eval", store, file, "--json", "--controls", "4", "--context", "all")
     report = json.loads(out)
     assert code == 0 and json.loads((tmp_path / "store.eval.json").read_text()) == report
-    assert set(report) == {"edits", "reliability", "generality", "locality", "average", "exact_match", "match", "tau",
-                           "context", "seconds"}  # fmt: skip
+    in_each = {"edits", "reliability", "generality", "locality", "average", "exact_match", "match", "tau", "context",
+               "seconds", "neighbourhood", "perplexity", "generated"}  # fmt: skip
+    assert set(report) == in_each | {"portability", "ood", "text", "contexts"}
+    assert [set(scores) for scores in report["contexts"].values()] == [in_each] * 4
+    assert list(report["contexts"]) == ["system", "turn", "passages", "inline"]
+    assert set(report["exact_match"]) == {"edits", "rephrases"} and report["generated"]["prompts"] == 4
+    assert set(report["match"]) == {"edits_right", "rephrases_right", "false_rate"}
     assert report["match"]["edits_right"] == 1.0 and report["edits"] == 2
 
 

@@ -43,8 +43,10 @@ class Handler(BaseHTTPRequestHandler):
         self.server.asked.append(body)
         choice: dict[str, Any] = {"index": 0, "text": "", "finish_reason": "stop", "logprobs": None, "token_ids": [5]}
         if body.get("prompt_logprobs"):
-            others = {"7": {"logprob": -9.0, "rank": 4}, "5": {"logprob": -0.1, "rank": 1}}
-            choice["prompt_logprobs"] = [None] + [others] * (len(body["prompt"]) - 1)
+            choice["prompt_logprobs"] = [None] + [
+                {str(given): {"logprob": -given / 10, "rank": 4}, "5": {"logprob": -0.1, "rank": 1}}
+                for given in body["prompt"][1:]
+            ]
         reply = {"id": "1", "object": "text_completion", "created": 0, "model": "m", "choices": [choice]}
         self._reply(reply | ({"kv_transfer_params": {"memoir": self.server.memoir}} if self.server.memoir else {}))
 
@@ -88,12 +90,20 @@ def test_generate_sends_token_ids_and_reads_the_decision(stub: Stub, store: Edit
 def test_predict_names_the_question_and_reads_every_target_position(stub: Stub, store: EditStore) -> None:
     model = ServerModel(stub.url, store)
     (answer,) = model.predict(["Who founded Aarhus?"], [[11, 12, 13]])
-    assert answer.tokens == (5, 5, 5)
+    assert answer.tokens == (5, 5, 5) and answer.logprobs == (-1.1, -1.2, -1.3)
     (body,) = stub.asked
     start, end = map(int, body["vllm_xargs"]["memoir_span"].split(":"))
     asked = model.prompt_ids("Who founded Aarhus?")
     assert body["prompt"] == [*asked, 11, 12, 13]
     assert model._tokenizer.decode(asked[start:end]) == "Who founded Aarhus?"
+
+
+def test_score_reads_the_question_from_its_second_token_on(stub: Stub, store: EditStore) -> None:
+    model = ServerModel(stub.url, store)
+    (answer,) = model.score(["Who founded Aarhus?"])
+    question = model._tokenizer("Who founded Aarhus?").input_ids
+    assert answer.logprobs == tuple(-t / 10 for t in question[1:]) and answer.edit == 0
+    assert "vllm_xargs" not in stub.asked[0]  # it is looked up as any other request
 
 
 def test_without_edits_the_plugin_is_told_so(stub: Stub, store: EditStore) -> None:

@@ -21,6 +21,18 @@ RECORDED = Path(__file__).with_name("seams.json")
 SEAMS = {
     "engine/arg_utils.py": ("EngineArgs.create_engine_config",),
     "v1/engine/input_processor.py": ("InputProcessor.process_inputs",),
+    "plugins/__init__.py": ("load_endpoint_plugins", "load_plugins_by_group"),
+    "plugins/endpoint_plugins/interface.py": ("attach_endpoint_plugins", "init_endpoint_plugins_state"),
+    "entrypoints/openai/chat_completion/serving.py": (
+        "OpenAIServingChat.create_chat_completion",
+        "OpenAIServingChat.chat_completion_stream_generator",
+    ),
+    "entrypoints/openai/completion/serving.py": (
+        "OpenAIServingCompletion.create_completion",
+        "OpenAIServingCompletion.completion_stream_generator",
+    ),
+    "v1/engine/core_client.py": ("AsyncMPClient.call_utility_all_async",),
+    "v1/engine/output_processor.py": ("OutputProcessor.process_outputs",),
     "v1/engine/core.py": (
         "EngineCore.collective_rpc",
         "EngineCore.step",

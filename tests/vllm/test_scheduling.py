@@ -372,6 +372,20 @@ def test_without_late_publication_edited_blocks_reach_others(
     assert wrong_rows(start(), here)
 
 
+def test_with_decisions_of_an_older_generation_the_worker_refuses(
+    start: Start, here: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sim = start()
+    prompt = chat(here.questions[1], before=40, after=21)
+    sim.add("remembered", prompt)
+    sim.run()
+    monkeypatch.setattr(sim.scheduler, "memoir_adopted", lambda generation: None)
+    sim.adopt(here.later(8, without=0).store)
+    sim.add("new", prompt)
+    with pytest.raises(RuntimeError, match="decided by generation 7 of the store, this worker serves generation 8"):
+        sim.run()
+
+
 def test_without_capped_hits_the_worker_refuses(start: Start, here: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "guard", lambda manager, boundary: None)
     sim = start()

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,48 +12,23 @@ from typing import Any
 import httpx
 import pytest
 from engines import EDITS, MAX_MODEL_LEN, NEW_TOKENS, PROMPTS, UNRELATED, Expected, make_store
+from servers import Server
 
 from memoir_retrieval.cli import main
 from memoir_retrieval.model import BaseModel
 
 pytestmark = pytest.mark.engine
 
-START_S = 240
-
 
 @pytest.fixture(scope="module")
 def client(model_folder: Path, store_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    log = tmp_path_factory.mktemp("server") / "log"
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--port", str(port), "--host", "127.0.0.1"]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", str(model_folder), "--served-model-name", "m", "--dtype", "float32", "--enforce-eager"]
     command += ["--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", "8"]
     command += ["--additional-config", json.dumps({"memoir": {"store": str(store_folder)}})]
-    with log.open("w") as out, httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as http:
-        server = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
-        try:
-            _wait(http, server, log)
-            yield http
-        finally:
-            server.terminate()
-            try:
-                server.wait(30)
-            except subprocess.TimeoutExpired:
-                server.kill()
-
-
-def _wait(http: httpx.Client, server: subprocess.Popen, log: Path) -> None:
-    until = time.monotonic() + START_S
-    while time.monotonic() < until and server.poll() is None:
-        try:
-            if http.get("/health").status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.5)
-    pytest.fail(f"the server did not start:\n{log.read_text()[-3000:]}")
+    server = Server(command, tmp_path_factory.mktemp("server") / "log")
+    yield server.http
+    server.stop()
 
 
 def ask(client: httpx.Client, name: str, **more: Any) -> httpx.Response:
@@ -88,6 +61,36 @@ def test_bad_options_are_the_clients_fault(client: httpx.Client, name: str, bad:
     response = ask(client, name, vllm_xargs=bad)
     assert response.status_code == 400
     assert "vllm_xargs memoir" in response.text.replace("'", "")
+
+
+@pytest.mark.parametrize("name", ["edit 0", "unrelated 0", "chat edit"])
+@pytest.mark.parametrize("usage", [False, True])
+def test_a_stream_ends_with_the_decision_where_it_is_asked_for(
+    client: httpx.Client, name: str, usage: bool, expected: dict[str, Expected]
+) -> None:
+    options = {"include_usage": True} if usage else None
+
+    def chunks(**more: Any) -> list[dict[str, Any]]:
+        reply = ask(client, name, stream=True, stream_options=options, **more).raise_for_status()
+        lines = [line.removeprefix("data: ") for line in reply.text.splitlines() if line]
+        assert lines[-1] == "[DONE]"
+        return [json.loads(line) for line in lines[:-1]]
+
+    plain = chunks()
+    *before, last = chunks(vllm_xargs={"memoir_report": 1})
+    assert all("kv_transfer_params" not in chunk for chunk in plain + before)
+    assert [chunk["choices"] for chunk in before] == [chunk["choices"] for chunk in plain]
+    assert last["choices"] == [] and (last["id"], last["object"]) == (before[0]["id"], before[0]["object"])
+    said = last["kv_transfer_params"]["memoir"]
+    assert said["edit"] == expected[name].edit
+    assert said == ask(client, name).json()["kv_transfer_params"]["memoir"]
+
+
+def test_the_nearest_edits_of_a_request(client: httpx.Client, expected: dict[str, Expected]) -> None:
+    for _ in range(2):  # the second time the decision is remembered, and looked up again all the same
+        said = ask(client, "edit 1", vllm_xargs={"memoir_nearest": 3}).json()["kv_transfer_params"]["memoir"]
+        assert len(said["nearest"]) == 3 and said["nearest"][0] == [1, said["overlap"]]
+        assert "nearest" not in ask(client, "edit 1").json()["kv_transfer_params"]["memoir"]
 
 
 def test_a_client_that_leaves_disturbs_nobody(client: httpx.Client, expected: dict[str, Expected]) -> None:
