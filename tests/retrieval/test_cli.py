@@ -512,6 +512,19 @@ def test_doctor_sees_a_plugin_that_vllm_would_not_load(
     assert code == 1 and "VLLM_PLUGINS is 'lora_filesystem_resolver': add memoir to it" in out
 
 
+def test_doctor_says_what_an_admin_token_needs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    monkeypatch.delenv("MEMOIR_ADMIN_TOKEN", raising=False)
+    assert "administration" not in run(capsys, "doctor", "--quick")[1]
+    monkeypatch.setenv("MEMOIR_ADMIN_TOKEN", "sixteen characters")
+    out = run(capsys, "doctor", "--quick")[1]
+    assert "warn  administration" in out and "VLLM_PLUGINS=memoir" in out and "sixteen" not in out
+    monkeypatch.setenv("VLLM_PLUGINS", "memoir")
+    assert "ok    administration" in run(capsys, "doctor", "--quick")[1]
+
+
 def test_doctor_finds_a_torchvision_of_another_torch(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
