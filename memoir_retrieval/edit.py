@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-__all__ = ["Edit", "Probe", "StoredEdit"]
+__all__ = ["Edit", "Probe", "StoredEdit", "same_prompt"]
 
 
 class Probe(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -55,3 +55,8 @@ class StoredEdit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     subject: str = ""
     rephrases: tuple[str, ...] = ()
     source: str = ""
+
+
+def same_prompt(prompt: str) -> str:
+    """What two prompts have in common that are one question: they differ in white space only."""
+    return " ".join(prompt.split())

@@ -16,7 +16,7 @@ import torch
 from memoir_index import unpack
 from memoir_retrieval.background import background_prompts
 from memoir_retrieval.contexts import chat_contexts, own_prefixes
-from memoir_retrieval.edit import Edit, StoredEdit
+from memoir_retrieval.edit import Edit, StoredEdit, same_prompt
 from memoir_retrieval.errors import ConfigError, EditFileError, StoreError
 from memoir_retrieval.files import store_lock
 from memoir_retrieval.fingerprint import Fingerprint, permutation
@@ -115,12 +115,17 @@ class Editor:
         rows = [self._prompt_ids(p) for p in background_prompts()]
         means = question_means(self.base, rows, [find_span(ids, self.span) for ids in rows])
         self.background = means.mean(0).cpu().numpy()
-        self.memories = torch.zeros(1, self.base.h, self.base.d, device=self.base.device)
         self.edits: list[StoredEdit] = []
+        self._forget()
+        self._prepare()
+
+    def _forget(self) -> None:
+        """Begin with nothing trained."""
+        self.memories = torch.zeros(1, self.base.h, self.base.d, device=self.base.device)
+        self._used = torch.zeros(1, self.base.d, self.base.d, device=self.base.device)
         self.codes = np.empty((0, self.base.d // 8), dtype=np.uint8)
         self.ids = np.empty(0, dtype=np.int64)
         self.memory_of = np.empty(0, dtype=np.int32)
-        self._prepare()
 
     def _load(self, store: EditStore) -> None:
         store.require(self.base.identity, self.base.name)
@@ -128,7 +133,10 @@ class Editor:
         self.generation, self.next_id = made.generation, made.next_id
         self.span, self.contexts, self.chat = made.span, made.contexts, made.chat
         self.k, self.tau, self.seed = made.k, made.tau, made.seed
-        self.training = msgspec.convert(made.training, Training)
+        try:
+            self.training = msgspec.convert(made.training, Training)
+        except msgspec.ValidationError as error:
+            raise StoreError(f"store {self.path} is damaged (training: {error}): restore it from a backup") from None
         self.permutation, self.background = store.permutation, store.background
         self.memories = torch.as_tensor(store.memories, device=self.base.device).clone()
         self.edits = list(store.edits)
@@ -179,7 +187,7 @@ class Editor:
         started = committed = time.monotonic()
         try:
             for edit in todo:
-                if old := replaced.get(_same(edit.prompt)):
+                if old := replaced.get(same_prompt(edit.prompt)):
                     self._recall(old, -1)
                 made.append(self._train(edit))
                 now = time.monotonic()
@@ -192,21 +200,43 @@ class Editor:
                 self._commit(made, replaced)
         return made
 
+    def compact(self, progress: Callable[[Progress], None] = lambda _: None) -> list[StoredEdit]:
+        """Train the stored edits again, from an empty memory, in their order and under their ids, and publish that.
+
+        Returns them. Nothing is left of edits that were removed or replaced. Interrupted, store and editor are what
+        they were.
+        """
+        held = self.memories, self._used, self.codes, self.ids, self.memory_of, self.next_id
+        made: list[StoredEdit] = []
+        started = time.monotonic()
+        try:
+            self._forget()
+            for edit in self.edits:
+                self.next_id = edit.id
+                made.append(msgspec.structs.replace(self._train(edit), created=edit.created))
+                progress(Progress(len(made), len(self.edits), made[-1], time.monotonic() - started))
+            self.next_id = held[-1]
+            self._commit(made, {})
+        except BaseException:
+            self.memories, self._used, self.codes, self.ids, self.memory_of, self.next_id = held
+            raise
+        return made
+
     def _plan(self, edits: list[Edit], on_conflict: Conflict) -> tuple[list[Edit], dict[str, StoredEdit]]:
         """The edits to train, and for each prompt of theirs that is stored with another target the stored edit."""
-        stored = {_same(edit.prompt): edit for edit in self.edits}
+        stored = {same_prompt(edit.prompt): edit for edit in self.edits}
         todo: list[Edit] = []
         replaced: dict[str, StoredEdit] = {}
         for edit in edits:
             self._rows(edit)
-            old = stored.get(_same(edit.prompt))
+            old = stored.get(same_prompt(edit.prompt))
             if old is None:
                 todo.append(edit)
             elif old.target == edit.target or on_conflict == "first":
                 continue
             elif on_conflict == "last":
                 todo.append(edit)
-                replaced[_same(edit.prompt)] = old
+                replaced[same_prompt(edit.prompt)] = old
             else:
                 raise EditFileError(
                     f"prompt {edit.prompt!r} is stored with target {old.target!r} (edit {old.id}), the file says "
@@ -258,7 +288,7 @@ class Editor:
             return [self._prompt_ids([*context, {"role": "user", "content": prompt}]) for context in self.contexts]
         return [self._prompt_ids(f"{context} {prompt}") for context in self.contexts]
 
-    def _questions(self, edit: Edit, prompt: list[int], span: Span) -> list[list[int]]:
+    def _questions(self, edit: Edit | StoredEdit, prompt: list[int], span: Span) -> list[list[int]]:
         """What follows each context of `_frozen_contexts`: the question as it is, or a noisy variant of it."""
         question, rest = prompt[span.start : span.end], prompt[span.end :]
         random = np.random.default_rng([self.seed, self.next_id])
@@ -270,7 +300,7 @@ class Editor:
             rows.append(np.where(replaced, others, question).tolist())
         return [[*row, *rest] for row in rows]
 
-    def _train(self, edit: Edit) -> StoredEdit:
+    def _train(self, edit: Edit | StoredEdit) -> StoredEdit:
         prompt, target = self._rows(edit)
         span = find_span(prompt, self.span)
         code = self.fingerprint.codes(question_means(self.base, [prompt], [span]))
@@ -309,7 +339,7 @@ class Editor:
 
     def _commit(self, made: Sequence[StoredEdit], replaced: dict[str, StoredEdit]) -> None:
         """Write everything trained so far as the next generation."""
-        gone = {replaced[key].id for edit in made if (key := _same(edit.prompt)) in replaced}
+        gone = {replaced[key].id for edit in made if (key := same_prompt(edit.prompt)) in replaced}
         kept = {edit.id: edit for edit in (*self.edits, *made) if edit.id not in gone}
         keep = np.isin(self.ids, list(kept))
         manifest = write_generation(
@@ -353,8 +383,3 @@ def _refuse_foreign(path: Path) -> None:
     others = sorted(p.name for p in path.iterdir() if not p.name.startswith(ours))
     if others:
         raise StoreError(f"{path} is not empty and not a store (it holds {others[0]}): choose a new folder")
-
-
-def _same(prompt: str) -> str:
-    """Two prompts are one question if they differ in white space only."""
-    return " ".join(prompt.split())

@@ -24,7 +24,7 @@ from memoir_retrieval.scores import (
     Scores,
     TextPerplexity,
 )
-from memoir_retrieval.unseen import CONTEXTS, in_context
+from memoir_retrieval.unseen import UNSEEN, in_context
 
 __all__ = ["Asked", "asked_back", "evaluate", "measure", "stored_ids"]
 
@@ -38,7 +38,12 @@ class Asked(Protocol):
     """A model that can be asked with edits on and off: `EditedModel`, or a running server."""
 
     def generate(
-        self, prompts: Sequence[Prompt | list[int]], *, max_new_tokens: int, edited: bool = True
+        self,
+        prompts: Sequence[Prompt | list[int]],
+        *,
+        max_new_tokens: int,
+        edited: bool = True,
+        wanted: Sequence[str] | None = None,
     ) -> list[Answer]: ...
 
     def predict(
@@ -68,7 +73,7 @@ def evaluate(
     """Ask a model everything that a file of edits has to ask.
 
     stored: the edits of the store, by which a match is right or wrong. edits: what is measured; each must be
-    stored. context: one of `CONTEXTS`, or "all": plainly, and all others beside it. controls: unrelated prompts whose
+    stored. context: one of `CONTEXTS`, or "all": plainly, and in each of `UNSEEN`. controls: unrelated prompts whose
     free answers are compared with those of the unedited model. texts: unrelated texts whose perplexity is.
     spare_tokens: how much longer than its target an answer may get before it is cut off. Raises ConfigError where an
     edit of the file is not stored.
@@ -103,11 +108,7 @@ def measure(
         text=_text(model, texts),
     )
     if context == "all":
-        others = {
-            name: _in_context(model, own, edits, tau, name, controls, spare_tokens)[0]
-            for name in CONTEXTS
-            if name != first
-        }
+        others = {name: _in_context(model, own, edits, tau, name, controls, spare_tokens)[0] for name in UNSEEN}
         report = msgspec.structs.replace(report, contexts=others, context="all")
     return msgspec.structs.replace(report, seconds=round(time.monotonic() - started, 2)), outcomes
 
@@ -197,7 +198,7 @@ def _in_context(
 
 def _unchanged(model: Asked, probes: Sequence[Probe], context: str) -> tuple[list[float], list[bool]]:
     """For each probe the share of unchanged first choices of its answer, and whether it matched an edit."""
-    targets = [model.target_ids(probe.answer or "Yes") for probe in probes]
+    targets = [model.target_ids(probe.answer if probe.answer.strip() else "Yes") for probe in probes]
     prompts = [model.prompt_ids(prompt) for prompt in in_context(context, [probe.prompt for probe in probes])]
     after, before = model.compare(prompts, targets)
     same = [_same_share(a.tokens, b.tokens) for a, b in zip(after, before, strict=True)]
@@ -213,7 +214,8 @@ def _exact(
     for question, target in enumerate(targets):
         groups.setdefault(-(-len(target) // 4) * 4, []).append(question)
     for longest, group in groups.items():
-        answers = model.generate([prompts[q] for q in group], max_new_tokens=longest + spare_tokens)
+        hoped = [texts[q] for q in group]
+        answers = model.generate([prompts[q] for q in group], max_new_tokens=longest + spare_tokens, wanted=hoped)
         for q, answer in zip(group, answers, strict=True):
             exact[q] = answer.text.strip() == texts[q].strip()
     return exact

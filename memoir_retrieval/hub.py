@@ -150,7 +150,7 @@ def _adopt(fetched: EditStore, folder: Path, repo: str, replace: bool) -> tuple[
         here = EditStore.open(folder)
         ours = here.manifest
         here.require(theirs.base, f"the store of {repo}")
-        told = ("generation", "library", "memory", "codes", "edits")
+        told = ("format", "generation", "library", "sha256", "memory", "codes", "edits")
         same = {k: v for k, v in msgspec.structs.asdict(ours).items() if k not in told}
         digests = [(getattr(m, kind).sha256) for kind in ("memory", "codes", "edits") for m in (ours, theirs)]
         if same == {k: v for k, v in msgspec.structs.asdict(theirs).items() if k not in told} and (

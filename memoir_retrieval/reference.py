@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch.nn import functional
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from memoir_index import unpack
 from memoir_retrieval.errors import ConfigError
@@ -74,12 +75,14 @@ class EditedModel:
         max_new_tokens: int = 32,
         edited: bool = True,
         batch_size: int = 32,
+        wanted: Sequence[str] | None = None,
     ) -> list[Answer]:
         """Greedy answers, each until the model ends it or has given `max_new_tokens` tokens.
 
         prompts: strings, chat messages or token ids. edited=False is the base model. batch_size: prompts that are run
-        at once. Raises ConfigError where a prompt and its answer would be longer
-        than the model takes.
+        at once. wanted: for each prompt the text it is hoped for. An answer is given up, and told as far as it got, as
+        soon as it can no longer become that. Raises ConfigError where a prompt and its answer would be longer than the
+        model takes.
         """
         rows = [given_ids(p, self.prompt_ids) for p in prompts]
         for row in rows:
@@ -92,7 +95,10 @@ class EditedModel:
         past = self._common_past(rows, spans)
         answers: dict[int, Answer] = {}
         for batch in _by_length([len(row) - past.width for row in rows], batch_size, tokens=4096):
-            found = self._generate([rows[i] for i in batch], [spans[i] for i in batch], past, max_new_tokens, edited)
+            hoped = [wanted[i] for i in batch] if wanted is not None else None
+            found = self._generate(
+                [rows[i] for i in batch], [spans[i] for i in batch], past, max_new_tokens, edited, hoped
+            )
             answers.update(zip(batch, found, strict=True))
         return [answers[i] for i in range(len(rows))]
 
@@ -179,7 +185,13 @@ class EditedModel:
         return frozen_past(self.base, [rows[0][:common]] if common else [[]])
 
     def _generate(
-        self, rows: list[list[int]], spans: list[Span], past: FrozenPast, max_new_tokens: int, edited: bool
+        self,
+        rows: list[list[int]],
+        spans: list[Span],
+        past: FrozenPast,
+        max_new_tokens: int,
+        edited: bool,
+        wanted: list[str] | None,
     ) -> list[Answer]:
         end = end_token(self.base.tokenizer)
         shared = past.width
@@ -193,7 +205,9 @@ class EditedModel:
             ids[r, width - len(row) + shared :] = torch.tensor(row[shared:])
             attention[r, width - len(row) + shared :] = 1
             states.append(_Row(spans[r], width - len(row) - shared))
-        cache = {"past_key_values": past.repeated(len(rows)).growing()} if shared else {}
+        options: dict[str, Any] = {"past_key_values": past.repeated(len(rows)).growing()} if shared else {}
+        if wanted is not None:
+            options["stopping_criteria"] = StoppingCriteriaList([_GivenUp(self.base.tokenizer, wanted, width)])
         with self._edits_on(states, edited):
             out = self.base.model.generate(
                 input_ids=ids,
@@ -203,7 +217,7 @@ class EditedModel:
                 num_beams=1,
                 eos_token_id=end,
                 pad_token_id=end,
-                **cache,
+                **options,
             )[:, width:].tolist()
         for tokens in out:
             if end in tokens:
@@ -258,6 +272,22 @@ class EditedModel:
                 bits = unpack(store.codes[code_row : code_row + 1], store.manifest.d)[0]
                 rows[r].mask = torch.as_tensor(bits, device=activations.device).to(activations.dtype)
                 rows[r].memory = int(store.memory_of[code_row])
+
+
+class _GivenUp(StoppingCriteria):
+    """Ends the rows whose text is no longer the beginning of what is wanted."""
+
+    def __init__(self, tokenizer: Any, wanted: Sequence[str], width: int):
+        self.tokenizer, self.wanted, self.width = tokenizer, [text.strip() for text in wanted], width
+        # Such a tokenizer takes spaces back when more text follows, so nothing can be told from a beginning.
+        self.can_tell = not getattr(tokenizer, "clean_up_tokenization_spaces", False)
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        texts = self.tokenizer.batch_decode(input_ids[:, self.width :], skip_special_tokens=True)
+        # A character of several tokens is a replacement mark until its last one.
+        begun = [text.strip().rstrip("\ufffd").rstrip() for text in texts]
+        over = [not hoped.startswith(text) for text, hoped in zip(begun, self.wanted, strict=True)]
+        return torch.tensor([self.can_tell and o for o in over], device=input_ids.device)
 
 
 def _by_length(lengths: Sequence[int], rows: int, tokens: int) -> Iterator[list[int]]:

@@ -1,4 +1,4 @@
-"""Taking edits out of a store."""
+"""Taking edits out of a store: unreachable at once, erased by training the others again."""
 
 from __future__ import annotations
 
@@ -7,36 +7,44 @@ from pathlib import Path
 
 import numpy as np
 
+from memoir_retrieval.edit import same_prompt
+from memoir_retrieval.errors import StoreError
 from memoir_retrieval.files import store_lock
-from memoir_retrieval.store import EditStore, Manifest, write_generation
+from memoir_retrieval.store import EditStore, Manifest, fields_of, write_generation
 
-__all__ = ["remove_edits"]
+__all__ = ["find_prompts", "remove_edits"]
 
-# What `write_generation` fills in itself.
-_WRITTEN = {"format", "library", "memory", "codes", "edits"}
+
+def find_prompts(store: EditStore, prompts: Sequence[str]) -> list[int]:
+    """The ids of the edits of these prompts; white space does not count. Raises StoreError where one has none."""
+    stored = {same_prompt(edit.prompt): edit.id for edit in store.edits}
+    for prompt in prompts:
+        if same_prompt(prompt) not in stored:
+            raise StoreError(f"store {store.path} has no edit of {prompt!r}: `memoir list {store.path}` shows all")
+    return [stored[same_prompt(prompt)] for prompt in prompts]
 
 
 def remove_edits(folder: Path, ids: Sequence[int]) -> Manifest:
-    """Write a generation without these edits; returns its manifest.
+    """Publish a generation in which no prompt reaches these edits. Returns its manifest.
 
-    Their masks and records go, so nothing can switch their slices on. The residual memory keeps its numbers: edits
-    that were trained later share columns with them. Raises StoreError where the store has no such edit, or is locked.
+    The masks and the text of the edits are gone then. What they changed in the residual memory is still there, out of
+    reach, since edits that were trained later share columns with them: `Editor.compact` erases it.
+    Raises StoreError, and changes nothing, for an id that the store does not have, or where it is locked.
     """
+    EditStore.open(folder, check=False)  # a folder that is no store must not get a lock file
     with store_lock(folder):
         store = EditStore.open(folder)
-        for edit_id in ids:
-            store.edit(edit_id)
-        gone = set(ids)
-        keep = ~np.isin(store.ids, list(gone))
-        fields = {name: getattr(store.manifest, name) for name in Manifest.__struct_fields__ if name not in _WRITTEN}
+        gone = {store.edit(edit_id).id for edit_id in ids}
         return write_generation(
             folder,
-            fields | {"generation": store.manifest.generation + 1},
+            fields_of(store.manifest) | {"generation": store.manifest.generation + 1},
             memories=store.memories,
             background=store.background,
             permutation=store.permutation,
-            codes=store.codes[keep],
-            ids=store.ids[keep],
-            memory_of=store.memory_of[keep],
-            edits=[edit for edit in store.edits if edit.id not in gone],
+            codes=store.codes,
+            ids=store.ids,
+            memory_of=store.memory_of,
+            edits=(edit for edit in store.edits if edit.id not in gone),
+            rows=np.flatnonzero(~np.isin(store.ids, list(gone))),
+            unchanged={"memory": store.manifest.memory},
         )

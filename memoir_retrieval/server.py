@@ -55,9 +55,14 @@ class ServerModel:
         return target_ids(self._tokenizer, target, chat=self._store.manifest.chat)
 
     def generate(
-        self, prompts: Sequence[Prompt | list[int]], *, max_new_tokens: int = 32, edited: bool = True
+        self,
+        prompts: Sequence[Prompt | list[int]],
+        *,
+        max_new_tokens: int = 32,
+        edited: bool = True,
+        wanted: Sequence[str] | None = None,
     ) -> list[Answer]:
-        """Greedy answers with natural stop."""
+        """Greedy answers with natural stop. wanted: as for `EditedModel.generate`, but a server gives nothing up."""
 
         def ask(prompt: Prompt | list[int]) -> Answer:
             reply = self._complete(

@@ -9,11 +9,14 @@ from memoir_retrieval.background import shipped
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.prompts import Message, Prompt
 
-__all__ = ["CONTEXTS", "in_context"]
+__all__ = ["CONTEXTS", "UNSEEN", "in_context"]
 
-CONTEXTS = ("plain", "system", "turn", "passages", "inline")
-"""plain: the prompt as it is. system: under a long system prompt. turn: as the third turn of a conversation. passages:
-after retrieved passages in a system message. inline: after retrieved passages inside the user's own message."""
+UNSEEN = ("system", "turn", "passages")
+"""system: under a long system prompt. turn: as the third turn of a conversation. passages: after retrieved passages in
+a system message."""
+CONTEXTS = ("plain", *UNSEEN, "inline")
+"""plain: the prompt as it is. inline: after retrieved passages inside the user's own message, where the question cannot
+be told from them: not one of those in which edits are expected to be found."""
 
 
 def in_context(name: str, prompts: Sequence[Prompt]) -> list[Prompt]:

@@ -170,10 +170,10 @@ class HammingIndex:
         if not now.alive or not len(codes):
             none = np.full(len(codes), -1, dtype=np.int64)
             return Hits(none, np.zeros(len(codes)), none.copy())
-        bits = 0 if exact else choose_plan(now.alive, self.d, self.k, tau, self.sketch).bits
+        plan = choose_plan(now.alive, self.d, self.k, tau, self.sketch)
         with threads_for(len(codes)):
-            if bits:
-                dist, at = search_sketch(now.blocks, codes, bits, self.k, radius)
+            if plan.bits and not exact:
+                dist, at = search_sketch(now.blocks, codes, plan, self.k, radius)
             else:
                 distances, places = now.nearest(codes, 1)
                 dist, at = distances[:, 0].astype(np.int64), places[:, 0]

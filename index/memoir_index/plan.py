@@ -29,18 +29,22 @@ ODD = 1e-15
 FEWEST_ROWS = 4096
 MOST_BITS = 2048
 UNRELATED_EXCESS = 0.06
-MOST_PASSING = 1 / 32
+MOST_PASSING = 1 / 16
 LEAST_TAU = 0.5
 _STEP = 64
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a lookup is done. `bits`: of the sketch, 0 for a full scan. `why`: one line for people."""
+    """How a lookup is done. `bits`: of the sketch, 0 for a full scan. `why`: one line for people.
+
+    `passing`: the share of unrelated rows that the sketch is expected to let pass.
+    """
 
     kind: Literal["scan", "sketch"]
     bits: int
     why: str
+    passing: float = 1.0
 
 
 def sketch_bits(d: int) -> int:
@@ -70,7 +74,8 @@ def choose_plan(n: int, d: int, k: int, tau: float, bits: int | None = None) -> 
     passing = 1 - float(_tail(d, unrelated, bits)[limit(d, radius, bits, MISS) + 1])
     if passing > MOST_PASSING:
         return Plan("scan", 0, f"at tau={tau:g} about {passing:.0%} of unrelated masks pass a sketch of {bits} bits")
-    return Plan("sketch", bits, f"{bits} of {d} bits tell all but {passing:.2%} of unrelated masks from a match")
+    why = f"{bits} of {d} bits tell all but {passing:.2%} of unrelated masks from a match"
+    return Plan("sketch", bits, why, passing)
 
 
 def check_bits(bits: int, d: int) -> int:

@@ -7,96 +7,131 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from memoir_index.blocks import Block
+from memoir_index.blocks import BLOCK, Block
 from memoir_index.codes import Codes
-from memoir_index.plan import limits_for
+from memoir_index.plan import Plan, limits_for
 from memoir_index.scan import FAR, Distances, Rows, between, knn, nearest_there, within
 
 TOP = 8
-"""Rows of a block that a sketch search keeps for each query; most often they hold all that could match."""
+"""Rows of a block that are kept for each query where few pass; most often they are more than could match."""
+
+_Pairs = tuple[Rows, Rows, Distances]
+"""Numbers of queries, positions of rows in a block, and their distances in the sketch; all [P]."""
 
 
 def search_sketch(
-    blocks: Sequence[Block], codes: Codes, bits: int, k: int, radius: int
+    blocks: Sequence[Block], codes: Codes, plan: Plan, k: int, radius: int
 ) -> tuple[NDArray[np.int64], Rows]:
     """The nearest row of each query, uint8 [Q, d/8], where it differs in at most radius bits; the earliest of equals.
 
     Returns distances int64 [Q] and places int64 [Q], positions counted over all blocks. Where no row is that near,
     those of the nearest row that was looked at, at least one.
     """
-    d = 8 * codes.shape[1]
-    best = _Best(len(codes))
-    starts = np.cumsum([0, *(block.rows for block in blocks)]).tolist()
-    asked = np.ascontiguousarray(codes[:, : bits // 8])
-    everyone = np.arange(len(codes))
-
-    tops: dict[int, tuple[Codes, Distances, Rows, Distances]] = {}
-    for number, block in enumerate(blocks):
-        sketch = block.sketch(bits, k)
+    search = _Search(codes, plan, radius)
+    start = 0
+    for block in blocks:
+        sketch = block.sketch(plan.bits, k)
         if sketch is None:
             dist, at = nearest_there(block, codes, 1)
-            best.offer(everyone, dist[:, 0], at[:, 0] + starts[number])
-            continue
-        dist, at = knn(asked, sketch, min(TOP, block.rows))
-        farthest = dist.max(axis=1) if block.rows > TOP else np.full(len(codes), FAR)
+            search.best.offer(search.all, dist[:, 0], at[:, 0] + start)
+        else:
+            search.verify(block, start, search.candidates(block, sketch, start))
+        start += block.rows
+
+    alone = np.flatnonzero(search.best.place < 0)
+    if len(alone):
+        search.look_at_closest(blocks, alone, k)
+    return search.best.distance, search.best.place
+
+
+class _Search:
+    """One batch of queries on its way through the blocks."""
+
+    def __init__(self, codes: Codes, plan: Plan, radius: int) -> None:
+        self.codes = codes
+        self.all = np.arange(len(codes))
+        self.best = _Best(len(codes))
+        self._d = 8 * codes.shape[1]
+        self._bits = plan.bits
+        self._radius = radius
+        self._many = plan.passing * BLOCK > TOP
+        self._asked = np.ascontiguousarray(codes[:, : plan.bits // 8])
+        self._closest = _Best(len(codes))  # by the sketch alone
+
+    def candidates(self, block: Block, sketch: Codes, start: int) -> _Pairs:
+        """Every row of a block that may be a query's match: its sketch lies within the limit."""
+        limit = self._limits(self._bits)
+        if self._many:
+            return self._within(block, sketch, self.all, limit)
+        dist, at = knn(self._asked, sketch, min(TOP, block.rows))
+        # If even the last of the nearest is within the limit, others may be.
+        open_ = np.flatnonzero(dist.max(axis=1) <= limit) if block.rows > TOP else self.all[:0]
         if block.gone is not None:
             dist = np.where(block.gone[at], FAR, dist)
-        tops[number] = sketch, dist, at, farthest
+        first = dist.argmin(axis=1)
+        self._closest.offer(self.all, dist[self.all, first], at[self.all, first] + start)
+        near = dist <= limit[:, None]
+        near[open_] = False
+        query, column = np.nonzero(near)
+        found = query, at[query, column], dist[query, column]
+        if not len(open_):
+            return found
+        more = self._within(block, sketch, open_, limit)
+        query, positions, dist = (np.concatenate([found[i], more[i]]) for i in range(3))
+        return query, positions, dist
 
-    # The row nearest by its sketch, most often the match itself, tells how near another must be to matter.
-    if tops:
-        nearest = {number: dist.min(axis=1) for number, (_, dist, _, _) in tops.items()}
-        home = np.array(list(nearest))[np.argmin(list(nearest.values()), axis=0)]
-        for number in np.unique(home).tolist():
-            _, dist, at, _ = tops[number]
-            mine = np.flatnonzero((home == number) & (nearest[number] < FAR))
-            at = at[mine, dist[mine].argmin(axis=1)]
-            best.offer(mine, between(codes, mine, blocks[number].codes, at), at + starts[number])
+    def verify(self, block: Block, start: int, pairs: _Pairs) -> None:
+        """Compare candidates on all bits; first the closest of each query, after which most others cannot win."""
+        query, at, dist = pairs
+        if not len(query):
+            return
+        lead = _Best(len(self.codes))
+        lead.offer(query, dist, at)
+        leading = np.flatnonzero(lead.place >= 0)
+        self._offer(block, start, leading, lead.place[leading])
 
-    for number, (sketch, dist, at, farthest) in tops.items():
-        block, limit = blocks[number], limits_for(d, radius, bits, best.distance)
-        query, column = np.nonzero(dist <= limit[:, None])
-        at = at[query, column]
-        best.offer(query, between(codes, query, block.codes, at), at + starts[number])
+        keep = (dist <= self._limits(self._bits)[query]) & (at != lead.place[query])
+        query, at, dist = query[keep], at[keep], dist[keep]
+        wider = self._bits + self._bits // 16 * 8
+        if wider < self._d and len(query) > TOP * len(self.codes):
+            # Half as many bits again, read for these rows alone, leave few of them.
+            more = slice(self._bits // 8, wider // 8)
+            dist = dist + between(self.codes[:, more], query, block.codes[:, more], at)
+            keep = dist <= self._limits(wider)[query]
+            query, at = query[keep], at[keep]
+        self._offer(block, start, query, at)
 
-        # Rows beyond the nearest TOP may be within the limit too: look at every one that is.
-        limit = limits_for(d, radius, bits, best.distance)
-        open_ = np.flatnonzero(farthest <= limit)
-        if len(open_):
-            query, at = _all_within(block, sketch, codes, asked, open_, limit, bits, radius, best.distance)
-            best.offer(query, between(codes, query, block.codes, at), at + starts[number])
-    return best.distance, best.place
+    def look_at_closest(self, blocks: Sequence[Block], queries: Rows, k: int) -> None:
+        """Compare these queries, for which no row was within the limit, with the row closest by the sketch."""
+        if self._many:
+            start = 0
+            for block in blocks:
+                sketch = block.sketch(self._bits, k)
+                if sketch is not None:
+                    dist, at = knn(self._asked[queries], sketch, min(TOP, block.rows))
+                    query, column = np.nonzero(np.ones(at.shape, np.bool_) if block.gone is None else ~block.gone[at])
+                    self._closest.offer(queries[query], dist[query, column], at[query, column] + start)
+                start += block.rows
+        start = 0
+        for block in blocks:
+            place = self._closest.place[queries] - start
+            here = (place >= 0) & (place < block.rows)
+            self._offer(block, start, queries[here], place[here])
+            start += block.rows
 
+    def _limits(self, bits: int) -> NDArray[np.int64]:
+        return limits_for(self._d, self._radius, bits, self.best.distance)
 
-def _all_within(
-    block: Block,
-    sketch: Codes,
-    codes: Codes,
-    asked: Codes,
-    open_: Rows,
-    limit: NDArray[np.int64],
-    bits: int,
-    radius: int,
-    nearest: NDArray[np.int64],
-) -> tuple[Rows, Rows]:
-    """Query and position of each row whose sketch lies within the limit of one of the queries `open_`.
+    def _within(self, block: Block, sketch: Codes, queries: Rows, limit: NDArray[np.int64]) -> _Pairs:
+        query, at, dist = within(self._asked[queries], sketch, int(limit[queries].max()))
+        query = queries[query]
+        keep = dist <= limit[query]
+        if block.gone is not None:
+            keep &= ~block.gone[at]
+        return query[keep], at[keep], dist[keep]
 
-    A second sketch of half the bits, read for these rows alone, leaves few of them.
-    """
-    query, at, dist = within(asked[open_], sketch, int(limit[open_].max()))
-    query = open_[query]
-    keep = dist <= limit[query]
-    if block.gone is not None:
-        keep &= ~block.gone[at]
-    query, at, dist = query[keep], at[keep], dist[keep]
-    wider = bits + bits // 16 * 8
-    d = 8 * codes.shape[1]
-    if wider < d and len(query):
-        more = slice(bits // 8, wider // 8)
-        dist = dist + between(np.ascontiguousarray(codes[:, more]), query, block.codes[:, more], at)
-        keep = dist <= limits_for(d, radius, wider, nearest)[query]
-        query, at = query[keep], at[keep]
-    return query, at
+    def _offer(self, block: Block, start: int, query: Rows, at: Rows) -> None:
+        self.best.offer(query, between(self.codes, query, block.codes, at), at + start)
 
 
 class _Best:
@@ -107,13 +142,16 @@ class _Best:
         self.place = np.full(queries, -1, np.int64)
 
     def offer(self, query: Rows, distance: Distances, place: Rows) -> None:
-        """Pairs of a query and a row; a query may come several times."""
+        """Pairs of a query and a row; a query may come several times. FAR stands for no row."""
+        there = distance < FAR
+        query, distance, place = query[there], distance[there], place[there]
         if not len(query):
             return
         order = np.lexsort((place, distance, query))
         query, distance, place = query[order], distance[order].astype(np.int64), place[order]
         head = np.append(True, query[1:] != query[:-1])
         query, distance, place = query[head], distance[head], place[head]
-        nearer = (distance < self.distance[query]) | ((distance == self.distance[query]) & (place < self.place[query]))
+        old, older = self.distance[query], self.place[query]
+        nearer = (distance < old) | ((distance == old) & (place < older))
         query = query[nearer]
         self.distance[query], self.place[query] = distance[nearer], place[nearer]

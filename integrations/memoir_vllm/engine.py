@@ -37,7 +37,9 @@ def install() -> None:
         made = _create_with_edits(self, create)
         if UsageContext.OPENAI_API_SERVER in (*args, kwargs.get("usage_context")):
             from memoir_vllm import stream
+            from memoir_vllm.admin.tokens import require_routes
 
+            require_routes(made.additional_config["memoir"].get("token_file"))
             stream.install()
         return made
 

@@ -17,6 +17,7 @@ from memoir_retrieval.cli.hub import pull, push
 from memoir_retrieval.cli.inspect import list_command, lookup, show
 from memoir_retrieval.cli.model import model
 from memoir_retrieval.cli.quality import report
+from memoir_retrieval.cli.remove import compact, remove
 from memoir_retrieval.cli.serve import serve
 from memoir_retrieval.cli.verify import verify
 from memoir_retrieval.errors import MemoirError
@@ -45,6 +46,8 @@ for command in (
     list_command,
     show,
     lookup,
+    remove,
+    compact,
     eval_command,
     calibrate,
     serve,

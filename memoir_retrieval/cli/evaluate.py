@@ -37,8 +37,8 @@ from memoir_retrieval.unseen import CONTEXTS
     type=click.Choice([*CONTEXTS, "all"]),
     default="plain",
     show_default=True,
-    help="Ask alone, under a long system prompt, as third turn, after passages in a system message or inline in the "
-    "user's own; none is used in training.",
+    help="Ask alone, under a long system prompt, as third turn, after passages in a system message, or in all of "
+    "these; inline: after passages in the user's own. None is used in training.",
 )
 @click.option(
     "--controls",

@@ -46,7 +46,7 @@ COLUMNS = (
 @click.option(
     "--context",
     type=click.Choice([*CONTEXTS, "all"]),
-    help="Where the edits are asked (default: all of them with --chat, else plain).",
+    help="Where the edits are asked (default: all with --chat, else plain); see `memoir eval`.",
 )
 @click.option(
     "--data",

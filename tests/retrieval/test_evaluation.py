@@ -54,6 +54,18 @@ def test_rows_that_share_their_beginning_are_read_as_they_are_alone(model: Edite
         assert [a.logprobs == b.logprobs for a, b in zip(on, off, strict=True)] == [False, True, False]
 
 
+def test_an_answer_is_given_up_when_it_cannot_become_the_one_wanted(model: EditedModel, edits: list[Edit]) -> None:
+    prompts = [edits[0].prompt, edits[1].prompt, "how tall is a giraffe"]
+    whole = [a.text.strip() for a in model.generate(prompts, max_new_tokens=12)]
+    assert whole[:2] == [edits[0].target, edits[1].target]
+    # The first is as wanted, of the second only the beginning is wanted, the third is nothing like it.
+    wanted = [edits[0].target, edits[1].target[:4], "Zanzibar"]
+    kept, cut, other = (a.text.strip() for a in model.generate(prompts, max_new_tokens=12, wanted=wanted))
+    assert kept == edits[0].target
+    assert cut != wanted[1] and whole[1].startswith(cut)
+    assert len(other) < len(whole[2]) and whole[2].startswith(other)
+
+
 def test_a_target_of_several_lengths_is_answered_in_the_order_asked(model: EditedModel) -> None:
     prompts = ["how tall is a giraffe", "Write a poem.", "hi", "what is a semicolon for in formal writing"]
     answers = model.predict(prompts, [[5] * n for n in (4, 1, 3, 2)])

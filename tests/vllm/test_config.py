@@ -22,9 +22,11 @@ from memoir_vllm import config, engine
 def _restore_patches(monkeypatch: pytest.MonkeyPatch) -> None:
     """The hooks of this process go with each test."""
     from vllm.v1.engine.input_processor import InputProcessor
+    from vllm.v1.engine.output_processor import OutputProcessor
 
     monkeypatch.setattr(EngineArgs, "create_engine_config", EngineArgs.create_engine_config)
     monkeypatch.setattr(InputProcessor, "process_inputs", InputProcessor.process_inputs)
+    monkeypatch.setattr(OutputProcessor, "process_outputs", OutputProcessor.process_outputs)
     engine.install()
 
 
@@ -106,7 +108,7 @@ def test_a_bad_section_names_the_key_and_the_known_ones(given: Any, says: str, s
     with pytest.raises(ConfigError) as refused:
         section(given)
     assert says in str(refused.value)
-    assert "known keys: store, mode, tau" in str(refused.value)
+    assert "known keys: store, mode, tau, token_file" in str(refused.value)
     assert "\n" not in str(refused.value)
 
 
@@ -202,6 +204,24 @@ def test_an_untested_vllm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         config.check_version()
     monkeypatch.setenv("MEMOIR_ALLOW_UNTESTED", "1")
     config.check_version()
+
+
+def test_a_token_without_routes_stops_a_server(
+    model_folder: Path, store_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.usage.usage_lib import UsageContext
+
+    def serve() -> None:
+        EngineArgs(**flags(model_folder, store_folder)).create_engine_config(UsageContext.OPENAI_API_SERVER)
+
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    serve()
+    monkeypatch.setenv("MEMOIR_ADMIN_TOKEN", "0123456789abcdef")
+    with pytest.raises(ConfigError, match="set VLLM_PLUGINS=memoir"):
+        serve()
+    create(model_folder, store_folder)  # no server
+    monkeypatch.setenv("VLLM_PLUGINS", "memoir")
+    serve()
 
 
 def test_a_missing_store_stops_the_engine(model_folder: Path, tmp_path: Path) -> None:

@@ -16,6 +16,9 @@ from servers import Server
 
 from memoir_retrieval.cli import main
 from memoir_retrieval.model import BaseModel
+from memoir_retrieval.reference import EditedModel
+from memoir_retrieval.server import ServerModel
+from memoir_retrieval.store import EditStore
 
 pytestmark = pytest.mark.engine
 
@@ -99,6 +102,20 @@ def test_a_client_that_leaves_disturbs_nobody(client: httpx.Client, expected: di
         next(stream.iter_lines())
     again = ask(client, "edit 0").raise_for_status().json()
     assert again["choices"][0]["token_ids"] == expected["edit 0"].tokens
+
+
+def test_a_server_is_measured_as_the_reference_is(client: httpx.Client, store: EditStore, model_folder: Path) -> None:
+    """Given answers and the questions themselves, both with edits and without."""
+    server = ServerModel(str(client.base_url), store, str(model_folder))
+    reference = EditedModel.open(store.path, str(model_folder))
+    prompts = [EDITS[0], UNRELATED[0], EDITS[1]]
+    targets = [server.target_ids(text) for text in ("a harbour master", "nobody knows", "1987")]
+    for given in (targets, None):
+        for ours, theirs in zip(server.compare(prompts, given), reference.compare(prompts, given), strict=True):
+            assert [a.tokens for a in ours] == [a.tokens for a in theirs]
+            assert [a.edit for a in ours] == [a.edit for a in theirs]
+            for a, b in zip(ours, theirs, strict=True):
+                assert a.logprobs == pytest.approx(b.logprobs, abs=1e-3)
 
 
 def test_the_example_client(client: httpx.Client, expected: dict[str, Expected]) -> None:

@@ -9,11 +9,11 @@ the store's lock for each change alone, and ends with its input: a server that d
 
 from __future__ import annotations
 
-import _thread
 import json
 import logging
 import os
 import queue
+import signal
 import sys
 import threading
 from pathlib import Path
@@ -31,9 +31,9 @@ def main() -> None:
     os.nice(10)
     setting = json.loads(sys.argv[1])
     asked: queue.SimpleQueue[str] = queue.SimpleQueue()
-    threading.Thread(target=_listen, args=(sys.stdin, asked), daemon=True).start()
     trainer = _Trainer(Path(setting["store"]), setting["model"], setting["device"])
     try:
+        threading.Thread(target=_listen, args=(sys.stdin, asked), daemon=True).start()
         while True:
             answers.write(json.dumps(trainer.answer(json.loads(asked.get()))) + "\n")
             answers.flush()
@@ -44,7 +44,8 @@ def main() -> None:
 def _listen(lines: IO[str], asked: queue.SimpleQueue[str]) -> None:
     for line in lines:
         asked.put(line)
-    _thread.interrupt_main()  # where an edit is being trained, it is not stored
+    # A real signal, since the main thread may be asleep. Where an edit is being trained, it is not stored.
+    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
 
 class _Trainer:
