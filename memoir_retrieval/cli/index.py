@@ -8,6 +8,7 @@ import click
 from rich.progress import Progress
 
 from memoir_retrieval.cli.common import echo_json, json_option, model_option, notes, store_argument, threads_option
+from memoir_retrieval.cli.index_info import info
 from memoir_retrieval.store import EditStore, leftovers
 
 __all__ = ["index"]
@@ -21,6 +22,9 @@ def index() -> None:
     Example:
       memoir index verify edits
     """
+
+
+index.add_command(info)
 
 
 @index.command("verify")

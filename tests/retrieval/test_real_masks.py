@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from memoir_index import HammingIndex, Plan, blocks, hamming, unpack
-from memoir_index.plan import ODD, limit
+from memoir_index.plan import usual_ones
 from memoir_retrieval import read_edits
 from memoir_retrieval.background import background_prompts, unrelated_prompts
 from memoir_retrieval.fingerprint import Fingerprint, permutation
@@ -71,7 +71,8 @@ def test_the_first_bits_of_real_masks_are_a_random_sample(masks, bits) -> None:
     """Neither a mask's ones nor two masks' differences crowd at the front, so no block is scanned for that reason."""
     edits, asked = masks
     ones = unpack(np.concatenate(masks), D)[:, :bits].sum(axis=1)
-    assert ones.min() >= bits - limit(D, D - K, bits, ODD) and ones.max() <= limit(D, K, bits, ODD)
+    least, most = usual_ones(D, K, bits)
+    assert least <= ones.min() and ones.max() <= most
     differ = np.bitwise_xor(edits[:, None], asked[None])
     all_bits = np.bitwise_count(differ).sum(axis=2, dtype=np.int64)
     first = np.bitwise_count(differ[:, :, : bits // 8]).sum(axis=2, dtype=np.int64)
