@@ -4,7 +4,7 @@ python benchmarks/index_equals_oracle.py [--prompts FILE] [--lookups 1000000] [-
 
 Without FILE the masks are synthetic ones of D=14336. With it (text, one prompt a line) they are made by the embedded
 model (D=1536): the first --rows prompts are stored, the others asked. In both cases most queries are stored masks with
-a random part of their ones moved, every fourth of them to within two bits of a tau; 1 in 20 stored masks is there twice.
+a random part of their ones moved, every fourth to within two bits of a tau; 1 in 20 stored masks is there twice.
 """
 
 from __future__ import annotations
