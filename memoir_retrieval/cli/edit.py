@@ -139,7 +139,8 @@ def train(
         task = bar.add_task("", total=None, rate=0.0, loss=float("nan"))
 
         def tell(p: EditProgress) -> None:
-            bar.update(task, completed=p.done, total=p.total, rate=p.done / p.seconds, loss=p.edit.loss)
+            loss = p.edit.loss if p.edit else float("nan")
+            bar.update(task, completed=p.done, total=p.total, rate=p.done / p.seconds, loss=loss)
 
         return editor.add(edits, on_conflict=on_conflict, progress=tell)
 
