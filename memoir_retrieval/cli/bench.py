@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 
 from memoir_retrieval.background import background_prompts
+from memoir_retrieval.cli.bench_edit import bench_edit
 from memoir_retrieval.cli.common import echo_json, json_option, model_option, notes
 from memoir_retrieval.cli.serve import server_command
 from memoir_retrieval.errors import ConfigError
@@ -28,6 +29,9 @@ def bench() -> None:
     Example:
       memoir bench serve edits --json
     """
+
+
+bench.add_command(bench_edit)
 
 
 @bench.command("serve")
