@@ -112,19 +112,22 @@ def test_the_summary_names_what_was_left_out(
     edits = [{"prompt": AARHUS.prompt, "target": "King Harald"}, {"prompt": "Who has founded Aarhus?", "target": "Me"}]
     file.write_text("".join(json.dumps(edit) + "\n" for edit in edits))
     command = ["edit", str(file), "--model", str(tiny), "--store", str(tmp_path / "store")]
-    with monkeypatch.context() as patched, pytest.raises(SystemExit) as done:
+
+    def run(*options: str) -> int | str | None:
+        with pytest.raises(SystemExit) as done:
+            main([*command, *options])
+        return done.value.code
+
+    with monkeypatch.context() as patched:
         patched.setattr(editor, "Training", partial(Training, max_steps=0))
-        main([*command, "--limit", "1", "--json"])
+        assert run("--limit", "1", "--json") == 1
     told = json.loads(capsys.readouterr().out)
-    assert done.value.code == 1
     assert (told["stored"], told["retried"], told["generation"], told["memories"]) == (0, 1, 0, 1)
     assert [one["prompt"] for one in told["failed"]] == [AARHUS.prompt] and told["conflicting"] == []
-    with pytest.raises(SystemExit) as done:
-        main(command)
+    assert run() == 1
     shown = capsys.readouterr()
-    assert done.value.code == 1
     assert "1 edits stored, 0 were there already, 0 retried, 0 failed, 1 conflicting" in shown.out
     assert "conflicting: 'Who has founded Aarhus?' -> 'Me' with edit 0, 'Who founded Aarhus?' -> " in shown.err
-    main([*command, "--on-conflict", "both", "--json"])
+    assert run("--on-conflict", "both", "--json") == 0
     told = json.loads(capsys.readouterr().out)
     assert (told["stored"], told["skipped"], [one["edit"] for one in told["conflicting"]]) == (1, 1, [0])
