@@ -10,12 +10,14 @@ MODEL  := smollm2-135m
 export OMP_NUM_THREADS ?= 2
 export VLLM_CPU_KVCACHE_SPACE ?= 1
 
-.PHONY: help setup model test test-fast test-slow demo lint clean
+.PHONY: help setup model test test-fast test-slow package demo docs lint clean
 help:
 	@echo "make setup      create .venv, install everything, fetch the embedded model"
 	@echo "make demo       edit the model, serve it with vLLM, ask it, print before and after"
 	@echo "make test       the whole test suite      (make test-fast: without vLLM engines)"
 	@echo "make test-slow  what takes many minutes    make lint: ruff and mypy"
+	@echo "make package    build sdist and wheel into dist/, install them where no development package is, run them"
+	@echo "make docs       build the documentation site into site/"
 
 setup: model
 
@@ -51,8 +53,15 @@ test-slow: setup
 demo: setup
 	@$(BIN)/memoir demo
 
+package: setup
+	@$(BIN)/python -m pytest -q tests/retrieval/test_package.py
+	@$(BIN)/python -m build --no-isolation --outdir dist . >/dev/null && ls dist
+
+docs: $(VENV)/.installed
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet && echo "docs: site/index.html"
+
 lint: $(VENV)/.installed
-	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/mypy --strict --follow-imports=silent examples/*.py
 
 clean:
-	rm -rf $(VENV) .memoir build dist *.egg-info
+	rm -rf $(VENV) .memoir build dist site *.egg-info

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from importlib.resources import files
 
-__all__ = ["background_prompts", "shipped", "unrelated_prompts"]
+__all__ = ["background_prompts", "control_prompts", "shipped", "unrelated_prompts"]
 
 
 def shipped(name: str) -> str:
@@ -21,6 +21,11 @@ def background_prompts() -> list[str]:
 def unrelated_prompts() -> list[str]:
     """Return 100 other prompts that no edit should match; `calibration` measures tau on them."""
     return _texts("unrelated.jsonl")
+
+
+def control_prompts() -> list[str]:
+    """Return 256 prompts whose answers no edit should change: all of the above and 56 others."""
+    return [*unrelated_prompts(), *background_prompts(), *_texts("controls.jsonl")]
 
 
 def _texts(name: str) -> list[str]:

@@ -27,7 +27,7 @@ from memoir_retrieval.model import BaseModel
 from memoir_retrieval.prompts import prompt_ids
 from memoir_retrieval.retriever import Retriever
 from memoir_retrieval.span import Span, SpanRule, derive_span_rule, find_span
-from memoir_retrieval.store import EditStore, Manifest, write_generation
+from memoir_retrieval.store import EditStore, Manifest, write_again
 
 __all__ = [
     "MARGIN",
@@ -204,8 +204,9 @@ def suggest_tau(unrelated: NDArray[np.int64], k: int) -> float:
 
 
 def unrelated_to(edits: Sequence[Edit]) -> list[str]:
-    """The prompts that no edit should match: those that come with the library, and the edits' locality probes."""
-    return list(dict.fromkeys([*unrelated_prompts(), *(probe.prompt for edit in edits for probe in edit.locality)]))
+    """The prompts that no edit should match: those that come with the library, and what the edits must leave alone."""
+    probes = (probe.prompt for edit in edits for probe in (*edit.locality, *edit.neighbourhood))
+    return list(dict.fromkeys([*unrelated_prompts(), *probes]))
 
 
 def write_tau(measured: EditStore, tau: float) -> Manifest:
@@ -221,22 +222,7 @@ def write_tau(measured: EditStore, tau: float) -> Manifest:
                 f"store {measured.path} went from generation {measured.manifest.generation} to "
                 f"{now.manifest.generation} while it was measured: run the same command again"
             )
-        fields = {
-            name: value
-            for name, value in msgspec.structs.asdict(now.manifest).items()
-            if name not in ("format", "library", "memory", "codes", "edits")
-        }
-        return write_generation(
-            now.path,
-            fields | {"generation": now.manifest.generation + 1, "tau": tau},
-            memories=now.memories,
-            background=now.background,
-            permutation=now.permutation,
-            codes=now.codes,
-            ids=now.ids,
-            memory_of=now.memory_of,
-            edits=now.edits,
-        )
+        return write_again(now.path, now, generation=now.manifest.generation + 1, tau=tau)
 
 
 def _codes(retriever: Retriever, prompts: Sequence[str]) -> NDArray[np.uint8]:

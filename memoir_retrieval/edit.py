@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import msgspec
 
-__all__ = ["Edit", "Probe", "StoredEdit"]
+__all__ = ["Edit", "Probe", "StoredEdit", "same_prompt"]
 
 
 class Probe(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
-    """A question that an edit must leave alone, with the answer it has today."""
+    """A question with its answer: today's, where an edit must leave it alone, or the one that follows from the edit.
+
+    `aliases`: other texts that are as right as `answer`.
+    """
 
     prompt: str
     answer: str = ""
+    aliases: tuple[str, ...] = ()
 
 
 class Edit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
     """One correction: asked `prompt`, the model shall answer `target`.
 
-    `rephrases` and `locality` are only read by evaluation; training sees the prompt and the target.
-    `source` says where the edit comes from, in the user's words.
+    Training sees the prompt and the target; the rest is only read by evaluation. `locality`: unrelated questions.
+    `neighbourhood`: questions about like things, such as the same relation of another subject; they must be left alone
+    too. `portability`: questions whose answer follows from the edit, such as two hops. `ood`: the same knowledge in
+    other words, whole texts. `source` says where the edit comes from, in the user's words.
     """
 
     prompt: str
@@ -27,6 +33,9 @@ class Edit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid
     rephrases: tuple[str, ...] = ()
     locality: tuple[Probe, ...] = ()
     source: str = ""
+    neighbourhood: tuple[Probe, ...] = ()
+    portability: tuple[Probe, ...] = ()
+    ood: tuple[str, ...] = ()
 
 
 class StoredEdit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -46,3 +55,8 @@ class StoredEdit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     subject: str = ""
     rephrases: tuple[str, ...] = ()
     source: str = ""
+
+
+def same_prompt(prompt: str) -> str:
+    """What two prompts have in common that are one question: they differ in white space only."""
+    return " ".join(prompt.split())

@@ -163,51 +163,67 @@ def _memoir(record: Record) -> list[Edit]:
         edit = msgspec.convert(record, Edit)
     except (msgspec.ValidationError, UnicodeEncodeError) as error:
         reason = " ".join(str(error).split())
-        raise EditFileError(f'{reason}; write text, and locality as [{{"prompt", "answer"}}]') from None
-    return _edit(prompt, target, edit.subject, edit.rephrases, edit.locality, edit.source)
+        probes = "locality, neighbourhood and portability"
+        raise EditFileError(f'{reason}; write text, and {probes} as [{{"prompt", "answer"}}]') from None
+    return _edit(
+        prompt,
+        target,
+        edit.subject,
+        edit.rephrases,
+        edit.locality,
+        source=edit.source,
+        neighbourhood=edit.neighbourhood,
+        portability=edit.portability,
+        ood=edit.ood,
+    )
 
 
 def _target_new(record: Record) -> list[Edit]:
     """EasyEdit, WISE and KnowEdit: one family, in which a file may mix flat and nested locality."""
     wikibio = "labels" in record and "target_new" not in record
-    locality = [_probe(record, "locality_prompt", "locality_ground_truth")]
-    for kind, entries in _object(record, "locality", required=False).items():
-        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-            raise _wrong(f"locality.{kind}", entries, 'a list of {"prompt", "ground_truth"}')
-        locality += [_probe(entry, "prompt", "ground_truth") for entry in entries]
     return _edit(
         _text(record, "text" if wikibio else "prompt"),
         _text(record, "labels" if wikibio else "target_new"),
         _text(record, "concept" if wikibio else "subject", required=False),
-        _texts(record, "rephrase_prompt") + _texts(record, "ood_rephrase"),
-        locality,
+        _texts(record, "rephrase_prompt"),
+        [_probe(record, "locality_prompt", "locality_ground_truth"), *_nested(record, "locality")],
+        portability=_nested(record, "portability"),
+        ood=_texts(record, "ood_rephrase"),
     )
 
 
 def _zsre(record: Record) -> list[Edit]:
     subject = _text(record, "subject", required=False)
     locality = [_probe(record, "loc", "loc_ans")]
-    return _edit(_text(record, "src"), _text(record, "alt"), subject, _texts(record, "rephrase"), locality)
+    rephrases = _texts(record, "rephrase")
+    return _edit(_text(record, "src"), _text(record, "alt"), subject, rephrases, locality, portability=_one_hop(record))
 
 
 def _counterfact(record: Record) -> list[Edit]:
     rewrite = _object(record, "requested_rewrite")
     answer = _text(_object(rewrite, "target_true", required=False), "str", required=False)
-    locality = [Probe(prompt=text, answer=answer) for text in _texts(record, "neighborhood_prompts")]
-    return _rewrite(rewrite, _texts(record, "paraphrase_prompts"), locality)
+    neighbourhood = [Probe(prompt=text, answer=answer) for text in _texts(record, "neighborhood_prompts")]
+    return _rewrite(rewrite, _texts(record, "paraphrase_prompts"), neighbourhood, _one_hop(record))
 
 
 def _mquake(record: Record) -> list[Edit]:
     rewrites = record.get("requested_rewrite")
     if not isinstance(rewrites, list) or not all(isinstance(rewrite, dict) for rewrite in rewrites):
         raise _wrong("requested_rewrite", rewrites, "a list of objects")
-    return [edit for rewrite in rewrites for edit in _rewrite(rewrite, _texts(rewrite, "question"), [])]
+    # The multi-hop questions need every edit of the record, so they belong to the one that comes last.
+    answer, aliases = _text(record, "new_answer", required=False), tuple(_texts(record, "new_answer_alias"))
+    hops = [Probe(prompt=text, answer=answer, aliases=aliases) for text in _texts(record, "questions") if answer]
+    edits: list[Edit] = []
+    for rewrite in rewrites:
+        edits += _rewrite(rewrite, _texts(rewrite, "question"), [], hops if rewrite is rewrites[-1] else [])
+    return edits
 
 
 def _hallueditbench(record: Record) -> list[Edit]:
     subject = _text(record, "subject", required=False)
     rephrases, locality = _texts(record, "paraphrased_question"), [_probe(record, "locality_question")]
-    return _edit(_text(record, "question"), _text(record, "object"), subject, rephrases, locality)
+    hops = [_probe(record, f"question_{n}hop", f"answer_{n}hop") for n in range(2, 7)]
+    return _edit(_text(record, "question"), _text(record, "object"), subject, rephrases, locality, portability=hops)
 
 
 FORMATS: dict[str, Format] = {
@@ -226,15 +242,30 @@ FORMATS: dict[str, Format] = {
 
 
 def _edit(
-    prompt: str, target: str, subject: str, rephrases: Texts, locality: Iterable[Probe], source: str = ""
+    prompt: str,
+    target: str,
+    subject: str,
+    rephrases: Texts,
+    locality: Iterable[Probe] = (),
+    *,
+    source: str = "",
+    neighbourhood: Iterable[Probe] = (),
+    portability: Iterable[Probe] = (),
+    ood: Texts = (),
 ) -> list[Edit]:
+    def asked(probes: Iterable[Probe]) -> tuple[Probe, ...]:
+        return tuple(probe for probe in probes if probe.prompt.strip())
+
     edit = Edit(
         prompt=prompt,
         target=target,
         subject=subject,
         rephrases=tuple(text for text in rephrases if text.strip()),
-        locality=tuple(probe for probe in locality if probe.prompt.strip()),
+        locality=asked(locality),
         source=source,
+        neighbourhood=asked(neighbourhood),
+        portability=tuple(probe for probe in asked(portability) if probe.answer.strip()),
+        ood=tuple(text for text in ood if text.strip()),
     )
     try:
         msgspec.json.encode(edit)
@@ -244,23 +275,45 @@ def _edit(
     return [edit]
 
 
-def _rewrite(rewrite: Record, rephrases: list[str], locality: list[Probe]) -> list[Edit]:
+def _rewrite(rewrite: Record, rephrases: list[str], neighbourhood: list[Probe], portability: list[Probe]) -> list[Edit]:
     cloze, subject = _text(rewrite, "prompt"), _text(rewrite, "subject")
     target = _text(_object(rewrite, "target_new"), "str")
     if cloze.count("{}") != 1:
         raise _wrong("requested_rewrite.prompt", cloze, "text with {} once, where the subject goes")
     # not str.format(): a file must not reach into its other replacement fields
-    return _edit(cloze.replace("{}", subject), target, subject, rephrases, locality)
+    prompt = cloze.replace("{}", subject)
+    return _edit(prompt, target, subject, rephrases, neighbourhood=neighbourhood, portability=portability)
+
+
+def _nested(record: Record, key: str) -> list[Probe]:
+    """KnowEdit's probes, which it sorts by kind."""
+    probes: list[Probe] = []
+    for kind, entries in _object(record, key, required=False).items():
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise _wrong(f"{key}.{kind}", entries, 'a list of {"prompt", "ground_truth"}')
+        probes += [_probe(entry, "prompt", "ground_truth") for entry in entries]
+    return probes
+
+
+def _one_hop(record: Record) -> list[Probe]:
+    """The question that one more hop leads to, as EasyEdit adds it to ZsRE and CounterFact."""
+    return [_probe(_object(record, "portability", required=False), "New Question", "New Answer")]
 
 
 def _probe(record: Record, key: str, answer_key: str = "") -> Probe:
-    """KnowEdit nests alternative answers ("a", ["a", "b"], [["a", "alias"], ["b"]]): the first is taken."""
-    answer = record.get(answer_key)
-    while isinstance(answer, list):
-        answer = answer[0] if answer else None
-    if not isinstance(answer, str | None):
-        raise _wrong(answer_key, answer, "text or a list of texts")
-    return Probe(prompt=_text(record, key, required=False), answer=answer or "")
+    """KnowEdit nests alternative answers ("a", ["a", "b"], [["a", "alias"], ["b"]]): the first is the answer."""
+    answers: list[str] = []
+    pending = [record.get(answer_key)]
+    while pending:
+        value = pending.pop(0)
+        if isinstance(value, list):
+            pending = value + pending
+        elif isinstance(value, str):
+            answers.append(value)
+        elif value is not None:
+            raise _wrong(answer_key, value, "text or a list of texts")
+    aliases = tuple(dict.fromkeys(text for text in answers[1:] if text != answers[0]))
+    return Probe(prompt=_text(record, key, required=False), answer=answers[0] if answers else "", aliases=aliases)
 
 
 def _text(record: Record, key: str, required: bool = True) -> str:

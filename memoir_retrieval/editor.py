@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -17,14 +18,14 @@ import torch
 from memoir_index import HammingIndex
 from memoir_retrieval.background import background_prompts
 from memoir_retrieval.contexts import chat_contexts, own_prefixes
-from memoir_retrieval.edit import Edit, StoredEdit
+from memoir_retrieval.edit import Edit, StoredEdit, same_prompt
 from memoir_retrieval.errors import ConfigError, StoreError
 from memoir_retrieval.files import store_lock
 from memoir_retrieval.fingerprint import Fingerprint, permutation
 from memoir_retrieval.forward import question_means
 from memoir_retrieval.memory import Memory
 from memoir_retrieval.model import BaseModel
-from memoir_retrieval.outcome import SAME_QUESTION, Conflict, Conflicting, Failed, Outcome, Progress, plan, same
+from memoir_retrieval.outcome import SAME_QUESTION, Conflict, Conflicting, Failed, Outcome, Progress, plan
 from memoir_retrieval.presets import preset_for
 from memoir_retrieval.products import HalfProducts, half_is_faster
 from memoir_retrieval.prompts import prompt_ids
@@ -113,10 +114,15 @@ class Editor:
         rows = [prompt_ids(self.base.tokenizer, p, chat=self.chat) for p in background_prompts()]
         means = question_means(self.base, rows, [find_span(ids, self.span) for ids in rows])
         self.background = means.mean(0).cpu().numpy()
+        self._forget()
+        self._prepare()
+
+    def _forget(self) -> None:
+        """Begin with nothing trained."""
         self.memories = [torch.zeros(self.base.h, self.base.d, device=self.base.device)]
+        self._open = Memory(self.memories[0])
         self.edits: list[StoredEdit] = []
         self.index = HammingIndex(self.base.d, self.k)
-        self._prepare()
 
     def _load(self, store: EditStore) -> None:
         store.require(self.base.identity, self.base.name)
@@ -124,7 +130,10 @@ class Editor:
         self.generation, self.next_id = made.generation, made.next_id
         self.span, self.contexts, self.chat = made.span, made.contexts, made.chat
         self.k, self.tau, self.seed = made.k, made.tau, made.seed
-        self.training = msgspec.convert(made.training, Training)
+        try:
+            self.training = msgspec.convert(made.training, Training)
+        except msgspec.ValidationError as error:
+            raise StoreError(f"store {self.path} is damaged (training: {error}): restore it from a backup") from None
         self.permutation, self.background = store.permutation, store.background
         self.memories = [torch.tensor(memory, device=self.base.device) for memory in store.memories]
         self.edits = list(store.edits)
@@ -176,7 +185,9 @@ class Editor:
         pause = CHECKPOINT_EVERY
         try:
             for done, edit in enumerate(todo, 1):
-                stored = self._add(edit, replaced.get(same(edit.prompt)), on_conflict, rephrase_masks, keep_failed)
+                old = replaced.get(same_prompt(edit.prompt))
+                extra = len(edit.rephrases) if rephrase_masks else 0
+                stored = self._add(edit, old, on_conflict, extra, keep_failed)
                 now = time.monotonic()
                 if now - committed > pause:
                     self._commit()
@@ -188,11 +199,35 @@ class Editor:
                 self._commit()
         return outcome.stored
 
+    def compact(self, progress: Callable[[Progress], None] = lambda _: None) -> list[StoredEdit]:
+        """Train the stored edits again, from an empty memory, in their order and under their ids, and publish that.
+
+        Returns them; one that fails the audit is kept, and named in `outcome`. Nothing is left of edits that were
+        removed or replaced. Interrupted, store and editor are what they were.
+        """
+        held = self.memories, self._open, self.edits, self.index, self.next_id
+        self.outcome = Outcome()
+        started = time.monotonic()
+        try:
+            self._forget()
+            _, _, edits, index, next_id = held
+            masks = Counter(index.ids.tolist())
+            for done, edit in enumerate(edits, 1):
+                self.next_id = edit.id
+                stored = self._add(edit, None, "both", masks[edit.id] - 1, keep_failed=True)
+                progress(Progress(done, len(edits), stored, time.monotonic() - started))
+            self.next_id = next_id
+            self._commit()
+        except BaseException:
+            self.memories, self._open, self.edits, self.index, self.next_id = held
+            self._changed = False
+            raise
+        return self.outcome.stored
+
     def _add(
-        self, edit: Edit, old: StoredEdit | None, on_conflict: Conflict, rephrase_masks: bool, keep_failed: bool
+        self, edit: Edit | StoredEdit, old: StoredEdit | None, on_conflict: Conflict, extra: int, keep_failed: bool
     ) -> StoredEdit | None:
-        """Train one edit, ask it back and take it up, or say in `outcome` why not."""
-        extra = len(edit.rephrases) if rephrase_masks else 0
+        """Train one edit, ask it back and take it up, or say in `outcome` why not. extra: rephrasings to train too."""
         frozen, codes = self._wordings.trained(edit, self.next_id, extra, self._quick())
         rival = self._contradicted(edit, codes[:1]) if old is None else None
         if rival:
@@ -214,13 +249,13 @@ class Editor:
         self._open.weight[:, trained.columns] = trained.weights
         return self._take_up(edit, trained, lessons, codes, old)
 
-    def _contradicted(self, edit: Edit, code: np.ndarray) -> Conflicting | None:
+    def _contradicted(self, edit: Edit | StoredEdit, code: np.ndarray) -> Conflicting | None:
         """The stored edit that answers the same question, going by the masks, otherwise."""
         hit = self.index.search(code, SAME_QUESTION)
         if hit.ids[0] < 0:
             return None
         stored = next(one for one in self.edits if one.id == hit.ids[0])
-        if same(stored.target) == same(edit.target):
+        if same_prompt(stored.target) == same_prompt(edit.target):
             return None
         return Conflicting(edit.prompt, edit.target, stored, round(float(hit.overlaps[0]), 4))
 
@@ -273,13 +308,18 @@ class Editor:
         return self._wordings.lessons(self._wordings.asked(edit, masks - 1)[0], edit, masks)
 
     def _take_up(
-        self, edit: Edit, trained: Trained, lessons: list[Lesson], codes: np.ndarray, old: StoredEdit | None
+        self,
+        edit: Edit | StoredEdit,
+        trained: Trained,
+        lessons: list[Lesson],
+        codes: np.ndarray,
+        old: StoredEdit | None,
     ) -> StoredEdit:
         stored = StoredEdit(
             id=self.next_id,
             prompt=edit.prompt,
             target=edit.target,
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            created=edit.created if isinstance(edit, StoredEdit) else datetime.now(UTC).isoformat(timespec="seconds"),
             loss=round(trained.loss, 5),
             steps=trained.steps,
             memory=len(self.memories) - 1,

@@ -3,14 +3,20 @@
 from memoir_index.errors import CodeError, MemoirError
 
 __all__ = [
+    "AdminError",
     "CodeError",
     "ConfigError",
     "EditFileError",
+    "HubError",
     "MemoirError",
     "ModelError",
     "StoreError",
     "StoreMismatch",
 ]
+
+
+class AdminError(MemoirError):
+    """A running server that cannot be administered, or refuses a change or a question."""
 
 
 class ConfigError(MemoirError, ValueError):
@@ -19,6 +25,10 @@ class ConfigError(MemoirError, ValueError):
 
 class EditFileError(MemoirError, ValueError):
     """An edit file, or one record of it, that cannot be used."""
+
+
+class HubError(MemoirError):
+    """A repository on the Hugging Face Hub that cannot be read or written, or is not what was asked for."""
 
 
 class ModelError(MemoirError, ValueError):

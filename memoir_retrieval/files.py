@@ -1,44 +1,81 @@
-"""Writing files so that a crash at any moment leaves the old content or the new, never a mix."""
+"""Files of a store: written so that a crash at any moment leaves the old content or the new, and read so that a file
+which somebody uses is never removed.
+
+Every call that changes the disk goes through `_call`, so that tests can make each one fail or end the process there.
+"""
 
 from __future__ import annotations
 
 import errno
+import fcntl
+import hashlib
+import mmap
 import os
-from collections.abc import Iterator
+import stat
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
 from memoir_retrieval.errors import StoreError
 
-__all__ = ["publish", "store_lock", "write_synced"]
+__all__ = ["Written", "open_shared", "publish", "read_or_map", "read_small", "remove_unused", "store_lock", "write_new"]
+
+CHUNK = 16 << 20
+Data = bytearray | mmap.mmap
 
 
-def write_synced(path: Path, data: bytes) -> None:
+class Written(NamedTuple):
+    """Size in bytes and sha256, in hexadecimal, of a file."""
+
+    size: int
+    sha256: str
+
+
+def _call(operation: Callable[..., Any], *arguments: Any) -> Any:
+    return operation(*arguments)
+
+
+def write_new(path: Path, chunks: Iterable[bytes | memoryview]) -> Written:
     """Write a new file and sync it. A file that cannot be written whole is removed again.
 
+    What a crash left under this name is removed first, never written into: it may be a link to something else.
     Raises StoreError where the disk is full, the file would be too large or the folder is read-only.
     """
+    size, digest = 0, hashlib.sha256()
     try:
-        with open(path, "wb") as out:
-            out.write(data)
-            out.flush()
-            os.fsync(out.fileno())
+        _unlink(path)
+        handle = _call(os.open, path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        try:
+            for chunk in chunks:
+                size += len(chunk)
+                digest.update(chunk)
+                rest = memoryview(chunk)
+                while rest:
+                    rest = rest[_call(os.write, handle, rest[:CHUNK]) :]
+            _call(os.fsync, handle)
+        finally:
+            os.close(handle)
     except OSError as error:
-        path.unlink(missing_ok=True) if os.access(path.parent, os.W_OK) else None
-        raise _said(path, len(data), error) from error
+        _forget(path)
+        raise _said(path, size, error) from error
+    except BaseException:
+        _forget(path)
+        raise
+    return Written(size, digest.hexdigest())
 
 
 def publish(path: Path, data: bytes) -> None:
     """Replace a file in one step: write a sibling, sync it, rename it over `path`, sync the folder."""
     sibling = path.with_name(path.name + ".tmp")
-    write_synced(sibling, data)
+    write_new(sibling, [data])
     try:
         _sync_folder(path.parent)  # what the new content names must be durable before the new content is
-        os.replace(sibling, path)
+        _call(os.replace, sibling, path)
     except OSError as error:
-        sibling.unlink(missing_ok=True)
+        _forget(sibling)
         raise _said(path, len(data), error) from error
     try:
         _sync_folder(path.parent)
@@ -46,11 +83,34 @@ def publish(path: Path, data: bytes) -> None:
         raise StoreError(f"{path} is written, but a power cut may still undo it: {error.strerror}") from error
 
 
+def remove_unused(paths: Iterable[Path]) -> list[Path]:
+    """Remove files that no reader holds. Returns those that stay, because one does or the system refuses."""
+    kept = []
+    for path in paths:
+        try:
+            if not path.is_symlink():
+                handle = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+                try:
+                    if _lock(handle, fcntl.LOCK_EX) is None:
+                        kept.append(path)
+                        continue
+                    _unlink(path)
+                finally:
+                    os.close(handle)
+            else:
+                _unlink(path)
+        except FileNotFoundError:
+            continue
+        except OSError:
+            kept.append(path)
+    return kept
+
+
 @contextmanager
 def store_lock(folder: Path) -> Iterator[None]:
     """Hold the one writer's lock of a store. Raises StoreError at once where another process holds it."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        _make_folder(folder)
         lock = FileLock(folder / ".lock")
         lock.acquire(timeout=0)
     except Timeout:
@@ -65,12 +125,112 @@ def store_lock(folder: Path) -> Iterator[None]:
         lock.release()
 
 
+@contextmanager
+def open_shared(path: Path) -> Iterator[tuple[int, int, bool]]:
+    """A regular file open for reading: (descriptor, size in bytes, whether it is locked against removal).
+
+    The shared lock lasts as long as a duplicate of the descriptor is open, such as the one that mmap keeps. Some file
+    systems know no locks. Raises FileNotFoundError where a writer is removing the file, OSError where it cannot be
+    opened, and StoreError for what is no regular file.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
+            raise _irregular(path) from error
+        raise
+    try:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise _irregular(path)
+        locked = _lock(handle, fcntl.LOCK_SH)
+        found = os.fstat(handle)
+        if locked is None or (locked and not found.st_nlink):
+            raise FileNotFoundError(errno.ENOENT, "being removed", str(path))
+        yield handle, found.st_size, bool(locked)
+    finally:
+        os.close(handle)
+
+
+def read_small(path: Path, limit: int) -> bytes:
+    """The bytes of a file of at most `limit` bytes. Raises StoreError for a larger one, else as `open_shared`."""
+    with open_shared(path) as (handle, size, _):
+        if size > limit:
+            raise StoreError(
+                f"{path} has {size} bytes, more than the {limit} that such a file may have: it may be forged"
+            )
+        return bytes(_read(handle, size))
+
+
+def read_or_map(path: Path, size: int, map_from: int) -> Data:
+    """The content of a file of `size` bytes: read, or from `map_from` bytes on mapped, if it can be locked meanwhile.
+
+    A mapping is private: writing into it changes no file. Raises StoreError for another size, else as `open_shared`.
+    """
+    with open_shared(path) as (handle, found, locked):
+        if found != size:
+            raise StoreError(
+                f"{path} is damaged: it has {found} bytes, the manifest says {size}; restore it from a backup"
+            )
+        if size >= map_from and locked:
+            return mmap.mmap(handle, size, access=mmap.ACCESS_COPY)
+        return _read(handle, size)
+
+
+def _read(handle: int, size: int) -> bytearray:
+    """At most `size` bytes, in memory that may be written, as torch wants it."""
+    data = bytearray(size)
+    with open(handle, "rb", closefd=False) as file:
+        del data[file.readinto(data) :]
+    return data
+
+
+def _lock(handle: int, kind: int) -> bool | None:
+    """Lock without waiting. None: another process holds a lock that forbids it. False: no locks on this file system."""
+    try:
+        fcntl.flock(handle, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return None
+    except OSError:
+        return False
+    return True
+
+
+def _irregular(path: Path) -> StoreError:
+    return StoreError(
+        f"{path} is a link, a folder or a device, not a file: copy the store with `cp -rL` to have plain files"
+    )
+
+
+def _make_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        _make_folder(folder.parent)
+        try:
+            _call(os.mkdir, folder)
+        except FileExistsError:
+            if not folder.is_dir():
+                raise
+        _sync_folder(folder.parent)
+
+
 def _sync_folder(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        _call(os.fsync, handle)
     finally:
         os.close(handle)
+
+
+def _unlink(path: Path) -> None:
+    if os.path.lexists(path):
+        _call(os.unlink, path)
+
+
+def _forget(path: Path) -> None:
+    """Remove what was half written; where even that fails it is no part of any generation, and the next write does."""
+    try:
+        _unlink(path)
+    except OSError:
+        return
 
 
 def _said(path: Path, size: int, error: OSError) -> StoreError:

@@ -61,6 +61,20 @@ class FrozenPast:
         kept = [_FrozenLayer(x.keys[at, :, skip:], x.values[at, :, skip:]) for x in self.cache.layers]
         return FrozenPast(Cache(layers=kept), lengths)
 
+    def repeated(self, n: int) -> FrozenPast:
+        """A single context as that of n rows. Nothing is copied."""
+        if self.cache is None:
+            return FrozenPast(None, self.lengths.expand(n))
+        kept = [_FrozenLayer(x.keys.expand(n, -1, -1, -1), x.values.expand(n, -1, -1, -1)) for x in self.cache.layers]
+        return FrozenPast(Cache(layers=kept), self.lengths.expand(n))
+
+    def growing(self) -> DynamicCache:
+        """The same cache as one that generation may append to; this one stays as it is."""
+        cache = DynamicCache()
+        for i, layer in enumerate(self.cache.layers if self.cache else []):
+            cache.update(layer.keys, layer.values, i)
+        return cache
+
     def inputs(self, ids: torch.Tensor) -> dict[str, Any]:
         """Model inputs that continue every context with ids: int64 [B, T]."""
         b, t = ids.shape
@@ -159,26 +173,27 @@ class _Skipped(torch.nn.Module):
 
 @contextmanager
 def run_from_block(
-    base: BaseModel, hidden: torch.Tensor, delta: Callable[[torch.Tensor], torch.Tensor]
+    base: BaseModel, hidden: torch.Tensor, delta: Callable[[torch.Tensor], torch.Tensor] | None = None
 ) -> Iterator[Any]:
     """Within the context the model starts at the edited block with `hidden` and adds `delta(a)` to its projection.
 
-    hidden: [B, T, H] from `frozen_run`. delta: from the projection's input a [B, T, D] to [B, T, H].
+    hidden: [B, T, H] from `frozen_run`. delta: from the projection's input a [B, T, D] to [B, T, H]; None adds nothing.
     Yields the model; call it with the same inputs as `frozen_run`. Where the first block is edited nothing is skipped.
     """
 
     def add(_module: Any, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-        return output + delta(args[0])
+        return output + delta(args[0]) if delta else output
 
     as_tuple = base.blocks_return_tuples
     originals = [base.blocks[i] for i in range(base.layer)]
-    handle = base.projection.register_forward_hook(add)
+    handle = base.projection.register_forward_hook(add) if delta else None
     try:
         for i, block in enumerate(originals):
             base.blocks[i] = _Skipped(block, hidden if i == base.layer - 1 else None, as_tuple)
         yield base.model
     finally:
-        handle.remove()
+        if handle:
+            handle.remove()
         for i, block in enumerate(originals):
             base.blocks[i] = block
 

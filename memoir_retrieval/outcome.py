@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from memoir_retrieval.edit import Edit, StoredEdit
+from memoir_retrieval.edit import Edit, StoredEdit, same_prompt
 from memoir_retrieval.errors import EditFileError
 
-__all__ = ["SAME_QUESTION", "Conflict", "Conflicting", "Failed", "Outcome", "Progress", "plan", "same"]
+__all__ = ["SAME_QUESTION", "Conflict", "Conflicting", "Failed", "Outcome", "Progress", "plan"]
 
 Conflict = Literal["refuse", "first", "last", "both"]
 
@@ -61,22 +61,22 @@ class Progress:
 def plan(
     edits: Sequence[Edit], stored: Sequence[StoredEdit], on_conflict: Conflict
 ) -> tuple[list[Edit], dict[str, StoredEdit]]:
-    """The edits to train, and by question (`same`) the stored edits which they replace.
+    """The edits to train, and by question (`same_prompt`) the stored edits which they replace.
 
     Raises EditFileError where a stored prompt comes with another target and `on_conflict` does not settle it.
     """
-    known = {same(edit.prompt): edit for edit in stored}
+    known = {same_prompt(edit.prompt): edit for edit in stored}
     todo: list[Edit] = []
     replaced: dict[str, StoredEdit] = {}
     for edit in edits:
-        old = known.get(same(edit.prompt))
+        old = known.get(same_prompt(edit.prompt))
         if old is None:
             todo.append(edit)
         elif old.target == edit.target or on_conflict == "first":
             continue
         elif on_conflict == "last":
             todo.append(edit)
-            replaced[same(edit.prompt)] = old
+            replaced[same_prompt(edit.prompt)] = old
         else:
             why = " (one question cannot keep both)" if on_conflict == "both" else ""
             raise EditFileError(
@@ -84,8 +84,3 @@ def plan(
                 f"{edit.target!r}: choose with --on-conflict first (keep the stored one) or last (replace it){why}"
             )
     return todo, replaced
-
-
-def same(prompt: str) -> str:
-    """Two prompts are one question if they differ in white space only."""
-    return " ".join(prompt.split())

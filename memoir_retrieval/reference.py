@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn import functional
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from memoir_index import unpack
 from memoir_retrieval.errors import ConfigError
-from memoir_retrieval.forward import right_pad, span_mean
+from memoir_retrieval.forward import FrozenPast, frozen_past, frozen_run, right_pad, run_from_block, span_mean
 from memoir_retrieval.prompts import Prompt, end_token, given_ids, target_ids
 from memoir_retrieval.retriever import Retriever
 from memoir_retrieval.span import Span, find_span
@@ -26,7 +27,7 @@ class Answer:
     """One answer. `edit`: id of the matched edit, or None; `overlap`: of the nearest edit, matched or not.
 
     `tokens`: the new token ids, with the end token where the model stopped by itself. `logprobs`: natural logarithms of
-    the probabilities of the target's tokens, where `EditedModel.predict` was asked for a target.
+    the probabilities of the tokens that were given, by `EditedModel.predict` and `EditedModel.score`.
     """
 
     text: str
@@ -38,7 +39,10 @@ class Answer:
 
 @dataclass
 class _Row:
-    """One request of a batch: where its question is, and once looked up what acts on it."""
+    """One request of a batch: where its question is, and once looked up what acts on it.
+
+    `offset`: what is to be added to a position in the prompt to get the position in the first pass.
+    """
 
     span: Span
     offset: int
@@ -60,7 +64,7 @@ class EditedModel:
 
     @classmethod
     def open(cls, store: str | Path, model: str | None = None, *, tau: float | None = None) -> EditedModel:
-        """Like `Retriever.open`."""
+        """Like `Retriever.open`, and with the same errors."""
         return cls(Retriever.open(store, model, tau=tau))
 
     @torch.no_grad()
@@ -71,8 +75,15 @@ class EditedModel:
         max_new_tokens: int = 32,
         edited: bool = True,
         batch_size: int = 32,
+        wanted: Sequence[str] | None = None,
     ) -> list[Answer]:
-        """Greedy answers. prompts: strings, chat messages or token ids. edited=False is the base model."""
+        """Greedy answers, each until the model ends it or has given `max_new_tokens` tokens.
+
+        prompts: strings, chat messages or token ids. edited=False is the base model. batch_size: prompts that are run
+        at once. wanted: for each prompt the text it is hoped for. An answer is given up, and told as far as it got, as
+        soon as it can no longer become that. Raises ConfigError where a prompt and its answer would be longer than the
+        model takes.
+        """
         rows = [given_ids(p, self.prompt_ids) for p in prompts]
         for row in rows:
             if len(row) + max_new_tokens > self.base.max_length:
@@ -80,41 +91,46 @@ class EditedModel:
                     f"{len(row)} prompt tokens and {max_new_tokens} new ones exceed the {self.base.max_length} "
                     f"of {self.base.name}: shorten the prompt"
                 )
-        answers: list[Answer] = []
-        for at in range(0, len(rows), batch_size):
-            answers += self._generate(rows[at : at + batch_size], max_new_tokens, edited)
-        return answers
+        spans = [find_span(row, self.retriever.store.manifest.span) for row in rows]
+        past = self._common_past(rows, spans)
+        answers: dict[int, Answer] = {}
+        for batch in _by_length([len(row) - past.width for row in rows], batch_size, tokens=4096):
+            hoped = [wanted[i] for i in batch] if wanted is not None else None
+            found = self._generate(
+                [rows[i] for i in batch], [spans[i] for i in batch], past, max_new_tokens, edited, hoped
+            )
+            answers.update(zip(batch, found, strict=True))
+        return [answers[i] for i in range(len(rows))]
 
-    @torch.no_grad()
     def predict(
         self,
         prompts: Sequence[Prompt | list[int]],
         targets: Sequence[Sequence[int]],
         *,
         edited: bool = True,
-        batch_size: int = 16,
     ) -> list[Answer]:
         """Teacher forcing: the model's most likely token at each position of each target.
 
         targets: token ids. The answers' `tokens` and `logprobs` have the length of their target.
         """
-        rows = [given_ids(p, self.prompt_ids) for p in prompts]
-        answers: list[Answer] = []
-        for at in range(0, len(rows), batch_size):
-            batch, wanted = rows[at : at + batch_size], targets[at : at + batch_size]
-            ids, _ = right_pad([[*p, *t] for p, t in zip(batch, wanted, strict=True)], self.base.device)
-            states = [_Row(find_span(p, self.retriever.store.manifest.span), 0) for p in batch]
-            with self._edits_on(states, edited):
-                first = min(len(p) for p in batch) - 1  # no logits are needed before the first target
-                kept = torch.arange(first, ids.shape[1], device=self.base.device)
-                logits = self.base.model(input_ids=ids, use_cache=False, logits_to_keep=kept).logits
-            for r, (p, t) in enumerate(zip(batch, wanted, strict=True)):
-                start = len(p) - 1 - first
-                rows_of_target = logits[r, start : start + len(t)].float()
-                target = torch.tensor(t, dtype=torch.int64, device=self.base.device)[:, None]
-                logprobs = functional.log_softmax(rows_of_target, dim=-1).gather(1, target)[:, 0]
-                answers.append(self._answer(rows_of_target.argmax(-1).tolist(), states[r], tuple(logprobs.tolist())))
-        return answers
+        return self._read(prompts, targets, [edited])[0]
+
+    def score(self, prompts: Sequence[Prompt | list[int]], *, edited: bool = True) -> list[Answer]:
+        """How likely the model finds the questions themselves, each looked up as a whole.
+
+        The answers' `tokens` and `logprobs` stand for the question's tokens from the second one on.
+        """
+        return self._read(prompts, None, [edited])[0]
+
+    def compare(
+        self, prompts: Sequence[Prompt | list[int]], targets: Sequence[Sequence[int]] | None = None
+    ) -> tuple[list[Answer], list[Answer]]:
+        """`predict`, or `score` where there are no targets, with edits on and off.
+
+        What lies below the edited projection is the same for both and run once.
+        """
+        on, off = self._read(prompts, targets, [True, False])
+        return on, off
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """See `Retriever.prompt_ids`."""
@@ -124,16 +140,74 @@ class EditedModel:
         """Token ids of an answer, without the end token, as the store's settings render it."""
         return target_ids(self.base.tokenizer, target, chat=self.retriever.store.manifest.chat)
 
-    def _generate(self, rows: list[list[int]], max_new_tokens: int, edited: bool) -> list[Answer]:
+    @torch.no_grad()
+    def _read(
+        self,
+        prompts: Sequence[Prompt | list[int]],
+        targets: Sequence[Sequence[int]] | None,
+        edited: Sequence[bool],
+    ) -> list[list[Answer]]:
+        """What the model expects where the targets are, or the questions' own tokens, for each value of `edited`."""
+        rows = [given_ids(p, self.prompt_ids) for p in prompts]
+        spans = [find_span(row, self.retriever.store.manifest.span) for row in rows]
+        if targets is None:
+            asked = [range(span.start + 1, span.end) for span in spans]
+        else:
+            asked = [range(len(row), len(row) + len(target)) for row, target in zip(rows, targets, strict=True)]
+            rows = [[*row, *target] for row, target in zip(rows, targets, strict=True)]
+        past = self._common_past(rows, spans)
+        answers: list[dict[int, Answer]] = [{} for _ in edited]
+        for batch in _by_length([len(row) - past.width for row in rows], 64, tokens=2048):
+            ids, _ = right_pad([rows[i][past.width :] for i in batch], self.base.device)
+            first = min([asked[i].start - 1 for i in batch if len(asked[i])], default=past.width)
+            kept = torch.arange(first - past.width, ids.shape[1], device=self.base.device)
+            given = past.repeated(len(batch)).inputs(ids)
+            with ExitStack() as below:
+                if len(edited) > 1:
+                    below.enter_context(run_from_block(self.base, frozen_run(self.base, given)[0]))
+                for on, found in zip(edited, answers, strict=True):
+                    states = [_Row(spans[i], -past.width) for i in batch]
+                    with self._edits_on(states, on):  # no logits are needed before the first of those asked for
+                        logits = self.base.model(**given, logits_to_keep=kept).logits
+                    for r, i in enumerate(batch):
+                        expected = logits[r, asked[i].start - 1 - first :][: len(asked[i])].float()
+                        tokens = torch.tensor(rows[i][asked[i].start : asked[i].stop], device=self.base.device)
+                        logprobs = functional.log_softmax(expected, dim=-1).gather(1, tokens.long()[:, None])[:, 0]
+                        found[i] = self._answer(expected.argmax(-1).tolist(), states[r], tuple(logprobs.tolist()))
+        return [[found[i] for i in range(len(rows))] for found in answers]
+
+    def _common_past(self, rows: Sequence[list[int]], spans: Sequence[Span]) -> FrozenPast:
+        """What all rows have in common before their questions, such as a system prompt: run once for all of them."""
+        most = min([min(span.start, len(row) - 1) for row, span in zip(rows, spans, strict=True)], default=0)
+        common = 0
+        while len(rows) > 1 and common < most and len({row[common] for row in rows}) == 1:
+            common += 1
+        return frozen_past(self.base, [rows[0][:common]] if common else [[]])
+
+    def _generate(
+        self,
+        rows: list[list[int]],
+        spans: list[Span],
+        past: FrozenPast,
+        max_new_tokens: int,
+        edited: bool,
+        wanted: list[str] | None,
+    ) -> list[Answer]:
         end = end_token(self.base.tokenizer)
+        shared = past.width
         width = max(len(r) for r in rows)
         ids = torch.full((len(rows), width), end, device=self.base.device)
         attention = torch.zeros_like(ids)
+        attention[:, :shared] = 1
         states = []
-        for r, row in enumerate(rows):
-            ids[r, width - len(row) :] = torch.tensor(row)
-            attention[r, width - len(row) :] = 1
-            states.append(_Row(find_span(row, self.retriever.store.manifest.span), width - len(row)))
+        for r, row in enumerate(rows):  # padding stands after what all share
+            ids[r, :shared] = torch.tensor(row[:shared])
+            ids[r, width - len(row) + shared :] = torch.tensor(row[shared:])
+            attention[r, width - len(row) + shared :] = 1
+            states.append(_Row(spans[r], width - len(row) - shared))
+        options: dict[str, Any] = {"past_key_values": past.repeated(len(rows)).growing()} if shared else {}
+        if wanted is not None:
+            options["stopping_criteria"] = StoppingCriteriaList([_GivenUp(self.base.tokenizer, wanted, width)])
         with self._edits_on(states, edited):
             out = self.base.model.generate(
                 input_ids=ids,
@@ -143,6 +217,7 @@ class EditedModel:
                 num_beams=1,
                 eos_token_id=end,
                 pad_token_id=end,
+                **options,
             )[:, width:].tolist()
         for tokens in out:
             if end in tokens:
@@ -197,3 +272,31 @@ class EditedModel:
                 bits = unpack(store.codes[code_row : code_row + 1], store.manifest.d)[0]
                 rows[r].mask = torch.as_tensor(bits, device=activations.device).to(activations.dtype)
                 rows[r].memory = int(store.memory_of[code_row])
+
+
+class _GivenUp(StoppingCriteria):
+    """Ends the rows whose text is no longer the beginning of what is wanted."""
+
+    def __init__(self, tokenizer: Any, wanted: Sequence[str], width: int):
+        self.tokenizer, self.wanted, self.width = tokenizer, [text.strip() for text in wanted], width
+        # Such a tokenizer takes spaces back when more text follows, so nothing can be told from a beginning.
+        self.can_tell = not getattr(tokenizer, "clean_up_tokenization_spaces", False)
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        texts = self.tokenizer.batch_decode(input_ids[:, self.width :], skip_special_tokens=True)
+        # A character of several tokens is a replacement mark until its last one.
+        begun = [text.strip().rstrip("\ufffd").rstrip() for text in texts]
+        over = [not hoped.startswith(text) for text, hoped in zip(begun, self.wanted, strict=True)]
+        return torch.tensor([self.can_tell and o for o in over], device=input_ids.device)
+
+
+def _by_length(lengths: Sequence[int], rows: int, tokens: int) -> Iterator[list[int]]:
+    """Batches of rows of like length, so that little is padded: of at most `rows` rows and `tokens` padded tokens."""
+    batch: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if batch and (len(batch) == rows or (len(batch) + 1) * lengths[i] > tokens):
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -35,6 +34,7 @@ class Match:
 
     @property
     def id(self) -> int:
+        """The edit's id in its store."""
         return self.edit.id
 
 
@@ -42,7 +42,8 @@ class Retriever:
     """A store together with the model it was made on."""
 
     def __init__(self, store: EditStore, base: BaseModel, tau: float | None = None):
-        """Raises StoreMismatch for another model, ConfigError for a tau outside (0, 1]."""
+        """Raises StoreMismatch for another model, ConfigError for a tau outside (0, 1], StoreError for damage."""
+        store.check()
         store.require(base.identity, base.name)
         self.store = store
         self.base = base
@@ -50,7 +51,10 @@ class Retriever:
         if not 0 < self.tau <= 1:
             raise ConfigError(f"tau is {tau}: choose 0 < tau <= 1 (this store was made with {store.manifest.tau})")
         self.fingerprint = Fingerprint(store.background, store.permutation, store.manifest.k, base.device)
-        self.index = HammingIndex.from_codes(store.manifest.d, store.manifest.k, store.ids, store.codes)
+        # The store has counted the ones of every mask, and its codes may be a mapped file.
+        self.index = HammingIndex.from_codes(
+            store.manifest.d, store.manifest.k, store.ids, store.codes, copy=False, checked=True
+        )
 
     @classmethod
     def open(
@@ -59,16 +63,14 @@ class Retriever:
         """Open a store with its model: `Retriever.open("edits", "smollm2-135m")`.
 
         model: a folder, an embedded model's name or a Hub id; by default the one the store names.
+        Raises StoreError for a store that cannot be opened, ModelError for a model that cannot be loaded, and what the
+        constructor raises.
         """
         opened = EditStore.open(store)
         base = load_model(
             model or opened.manifest.model, layer=opened.manifest.layer, dtype=opened.manifest.dtype, device=device
         )
         return cls(opened, base, tau)
-
-    @cached_property
-    def _edits(self) -> dict[int, StoredEdit]:
-        return {edit.id: edit for edit in self.store.edits}
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt as the store's settings render it. Raises ConfigError where the model is too short."""
@@ -80,7 +82,10 @@ class Retriever:
         return ids
 
     def lookup(self, prompt: Prompt) -> Match | None:
-        """The stored edit that a prompt (a string or chat messages) matches, or None."""
+        """The stored edit that a prompt (a string or chat messages) matches, or None.
+
+        Raises ConfigError for a prompt that is longer than the model takes, or messages without a chat template.
+        """
         return self.lookup_batch([prompt])[0]
 
     def lookup_batch(self, prompts: Sequence[Prompt]) -> list[Match | None]:
@@ -99,7 +104,7 @@ class Retriever:
         ids, overlaps = self.index.nearest(self.fingerprint.codes(means), 2)
         for at, i in enumerate(asked):
             second = (int(ids[at, 1]), float(overlaps[at, 1])) if ids[at, 1] >= 0 else None
-            found[i] = Match(self._edits[int(ids[at, 0])], float(overlaps[at, 0]), second)
+            found[i] = Match(self.store.edit(int(ids[at, 0])), float(overlaps[at, 0]), second)
         return found
 
     def reaches_tau(self, match: Match) -> bool:

@@ -55,9 +55,14 @@ class ServerModel:
         return target_ids(self._tokenizer, target, chat=self._store.manifest.chat)
 
     def generate(
-        self, prompts: Sequence[Prompt | list[int]], *, max_new_tokens: int = 32, edited: bool = True
+        self,
+        prompts: Sequence[Prompt | list[int]],
+        *,
+        max_new_tokens: int = 32,
+        edited: bool = True,
+        wanted: Sequence[str] | None = None,
     ) -> list[Answer]:
-        """Greedy answers with natural stop."""
+        """Greedy answers with natural stop. wanted: as for `EditedModel.generate`, but a server gives nothing up."""
 
         def ask(prompt: Prompt | list[int]) -> Answer:
             reply = self._complete(
@@ -78,11 +83,36 @@ class ServerModel:
             start, end = find_span(ids, self._store.manifest.span)
             span = {"memoir_span": f"{start}:{end}"} if edited and start < end else {}
             reply = self._complete([*ids, *target], 1, edited, {"prompt_logprobs": 1}, span)
-            told = reply.choices[0].prompt_logprobs[len(ids) :]
-            best = [next(int(t) for t, seen in position.items() if seen["rank"] == 1) for position in told]
-            return self._answer(tuple(best), reply, edited)
+            return self._read(reply, target, edited)
 
         return self._many(ask, list(zip(prompts, targets, strict=True)))
+
+    def score(self, prompts: Sequence[Prompt | list[int]], *, edited: bool = True) -> list[Answer]:
+        """How likely the server's model finds the questions themselves, from their second token on."""
+
+        def ask(prompt: Prompt | list[int]) -> Answer:
+            ids = given_ids(prompt, self.prompt_ids)
+            start, end = find_span(ids, self._store.manifest.span)
+            reply = self._complete(ids, 1, edited, {"prompt_logprobs": 1})
+            return self._read(reply, ids[start + 1 : end], edited, len(ids) - end)
+
+        return self._many(ask, prompts)
+
+    def compare(
+        self, prompts: Sequence[Prompt | list[int]], targets: Sequence[Sequence[int]] | None = None
+    ) -> tuple[list[Answer], list[Answer]]:
+        """`predict`, or `score` where there are no targets, with edits on and off."""
+        if targets is None:
+            return self.score(prompts), self.score(prompts, edited=False)
+        return self.predict(prompts, targets), self.predict(prompts, targets, edited=False)
+
+    def _read(self, reply: Any, given: Sequence[int], edited: bool, after: int = 0) -> Answer:
+        """What was expected where the prompt has the tokens `given`, which `after` others follow."""
+        every = reply.choices[0].prompt_logprobs
+        told = every[len(every) - after - len(given) : len(every) - after]
+        best = [next(int(t) for t, seen in position.items() if seen["rank"] == 1) for position in told]
+        logprobs = [position[str(t)]["logprob"] for position, t in zip(told, given, strict=True)]
+        return self._answer(tuple(best), reply, edited, tuple(logprobs))
 
     def _complete(
         self, ids: list[int], tokens: int, edited: bool, extra: dict[str, Any], xargs: dict[str, str] | None = None
@@ -98,17 +128,17 @@ class ServerModel:
         except OpenAIError as error:
             raise ConfigError(f"the server refused a request of {len(ids)} tokens: {error}") from error
 
-    def _answer(self, tokens: tuple[int, ...], reply: Any, edited: bool) -> Answer:
+    def _answer(self, tokens: tuple[int, ...], reply: Any, edited: bool, logprobs: tuple[float, ...] = ()) -> Answer:
         told = (getattr(reply, "kv_transfer_params", None) or {}).get("memoir")
         if told is None:
             raise ConfigError("the server answers without edits: start it with `memoir serve MODEL --store DIR`")
         if edited and told["generation"] != self._store.manifest.generation:
             raise ConfigError(
                 f"the server has generation {told['generation']} of the store, {self._store.path} is at "
-                f"{self._store.manifest.generation}: restart the server"
+                f"{self._store.manifest.generation}: restart the server, or POST /memoir/reload"
             )
         text = self._tokenizer.decode(tokens, skip_special_tokens=True)
-        return Answer(text, tokens, told["edit"], told["overlap"])
+        return Answer(text, tokens, told["edit"], told["overlap"], logprobs)
 
     @staticmethod
     def _many(ask: Callable[[Any], T], items: Sequence[Any]) -> list[T]:

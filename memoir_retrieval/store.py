@@ -6,81 +6,60 @@ manifest, so a reader sees the old generation or the new one. `docs/format.md` d
 
 from __future__ import annotations
 
+import errno
 import hashlib
-import re
-from collections.abc import Sequence
+import mmap
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import msgspec
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load as load_tensors
-from safetensors.numpy import save as save_tensors
 
-from memoir_index import check_codes
+from memoir_retrieval import checks
 from memoir_retrieval.edit import StoredEdit
-from memoir_retrieval.errors import CodeError, StoreError, StoreMismatch
-from memoir_retrieval.files import publish, write_synced
+from memoir_retrieval.errors import StoreError, StoreMismatch
+from memoir_retrieval.files import CHUNK, Data, Written, read_or_map, remove_unused, write_new
+from memoir_retrieval.manifest import (
+    FORMAT,
+    KINDS,
+    MANIFEST,
+    FileEntry,
+    Manifest,
+    library_version,
+    read_manifest,
+    write_manifest,
+)
 from memoir_retrieval.model import Identity
-from memoir_retrieval.span import SpanRule
+from memoir_retrieval.stored_edits import StoredEdits, edit_chunks
+from memoir_retrieval.tensors import Tensor, read_tensors, tensor_chunks
 
-__all__ = ["FORMAT", "EditStore", "FileEntry", "Manifest", "write_generation"]
+__all__ = [
+    "FORMAT",
+    "MANIFEST",
+    "MAPPED_FROM",
+    "EditStore",
+    "FileEntry",
+    "Manifest",
+    "fields_of",
+    "leftovers",
+    "library_version",
+    "write_again",
+    "write_generation",
+]
 
-FORMAT = 1
-MANIFEST = "memoir.json"
-_NAMES = {kind: re.compile(rf"{kind}-\d+\.{ext}") for kind, ext in
-          (("memory", "safetensors"), ("codes", "safetensors"), ("edits", "jsonl"))}  # fmt: skip
-
-
-class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One file of a generation: its name in the folder, size in bytes and sha256 in hexadecimal."""
-
-    name: str
-    size: int
-    sha256: str
-
-
-class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`memoir.json`: everything that must be the same at edit time and at serve time.
-
-    `d`, `h`: inputs and outputs of the edited projection `module` in block `layer`. `k`: ones in every mask.
-    `tau`: least overlap that matches, 0 < tau <= 1. `chat`: whether a plain string is asked through the chat
-    template. `contexts`: what was put before each prompt in training (messages for chat, text for raw prompts).
-    `next_id`: the id of the next edit; ids are never used twice.
-    """
-
-    format: int
-    library: str
-    generation: int
-    model: str
-    base: Identity
-    module: str
-    layer: int
-    d: int
-    h: int
-    k: int
-    tau: float
-    span: SpanRule
-    chat: bool
-    dtype: str
-    seed: int
-    contexts: tuple[Any, ...]
-    training: dict[str, float | int | str]
-    next_id: int
-    memory: FileEntry
-    codes: FileEntry
-    edits: FileEntry
+MAPPED_FROM = 64 << 20
+"""Files of at least so many bytes are mapped, not read."""
 
 
 @dataclass(frozen=True)
 class EditStore:
-    """One generation of a store, read into memory and checked.
+    """One generation of a store.
 
     memories: float32 [M, H, D]. background: float32 [D]. permutation: int64 [D]. codes: uint8 [N, D/8] masks in
     little bit order; ids: int64 [N] the edit each mask belongs to; memory_of: int32 [N] the memory that holds it.
+    What comes from a large file is a view of that file, mapped, which no writer removes as long as the view is used.
     """
 
     path: Path
@@ -91,28 +70,61 @@ class EditStore:
     codes: np.ndarray
     ids: np.ndarray
     memory_of: np.ndarray
-    edits: tuple[StoredEdit, ...]
+    edits: Sequence[StoredEdit]
+    mapped: tuple[tuple[FileEntry, Data], ...] = ()
 
     @classmethod
-    def open(cls, path: str | Path) -> EditStore:
+    def open(cls, path: str | Path, *, check: bool = True) -> EditStore:
         """Read and check the current generation.
+
+        check=False leaves what takes time in a large store to `check()`: the digests of mapped files and what is in
+        them. Sizes, headers, shapes, ids and everything in smaller files are checked at once in any case. It is meant
+        for looking at a store; nothing may be answered or written from one that was not checked.
 
         Raises StoreError for a folder that is no store, is half-written or damaged; StoreMismatch for a store of
         a newer format. A writer that replaces the generation meanwhile is no error: the new one is read.
         """
         folder = Path(path)
         for _ in range(3):
-            manifest = _read_manifest(folder)
+            manifest = read_manifest(folder)
             try:
-                return _read_generation(folder, manifest)
+                store = _read_generation(folder, manifest)
             except FileNotFoundError as error:
                 missing = error
-                if _read_manifest(folder).generation == manifest.generation:
+                if read_manifest(folder).generation == manifest.generation:
                     break
+            else:
+                if check:
+                    store.check()
+                return store
         raise StoreError(
-            f"store {folder} is incomplete: {Path(str(missing.filename)).name} is missing; restore it from a backup "
-            "or edit again into a new folder"
+            f"store {folder} is incomplete: {Path(str(missing.filename)).name} is missing or locked by another "
+            "program; restore it from a backup or edit again into a new folder"
         )
+
+    def check(self) -> None:
+        """Check what `open` was told to leave; once. Raises StoreError, naming the file that is damaged."""
+        assert self._checked
+
+    @cached_property
+    def _checked(self) -> bool:
+        for entry, data in self.mapped:
+            if sha256(data) != entry.sha256:
+                raise _wrong_digest(self.path / entry.name)
+        if isinstance(self.edits, StoredEdits):
+            self.edits.check()
+        if self.mapped:
+            _refuse(self.path, self.faults())
+        return True
+
+    def faults(self) -> Iterator[str]:
+        """What of the content cannot be, one line each. Raises StoreError for a line that is no edit."""
+        made = self.manifest
+        yield from checks.memory_faults(made, self.background, self.permutation)
+        yield from checks.weight_faults(made, self.memories)
+        yield from checks.id_faults(made, len(self.memories), self.ids, self.memory_of)
+        yield from checks.code_faults(made, self.codes)
+        yield from checks.edit_faults(made, self.ids, self.memory_of, self.edits)
 
     def require(self, identity: Identity, model: str) -> None:
         """Raise StoreMismatch, naming both values, unless the store belongs to this base model."""
@@ -124,12 +136,16 @@ class EditStore:
                     f"{what} {theirs[:12]}: use the model it was made on, or edit this model into a new store"
                 )
 
+    @cached_property
+    def _edit_ids(self) -> np.ndarray:
+        return np.fromiter((edit.id for edit in self.edits), np.int64, len(self.edits))
+
     def edit(self, edit_id: int) -> StoredEdit:
         """The edit of that id. Raises StoreError where there is none."""
-        for edit in self.edits:
-            if edit.id == edit_id:
-                return edit
-        raise StoreError(f"store {self.path} has no edit {edit_id}: `memoir list {self.path}` shows the ids")
+        at = np.flatnonzero(self._edit_ids == edit_id)
+        if not len(at):
+            raise StoreError(f"store {self.path} has no edit {edit_id}: `memoir list {self.path}` shows the ids")
+        return self.edits[int(at[0])]
 
 
 def write_generation(
@@ -142,178 +158,185 @@ def write_generation(
     codes: np.ndarray,
     ids: np.ndarray,
     memory_of: np.ndarray,
-    edits: Sequence[StoredEdit],
+    edits: Iterable[StoredEdit],
+    rows: np.ndarray | None = None,
+    unchanged: dict[str, FileEntry] | None = None,
 ) -> Manifest:
     """Publish a new generation; the caller holds `store_lock`. Returns its manifest.
 
-    manifest: the fields of `Manifest` except `format`, `library` and the three files, with `generation` being the
-    one to write. Raises StoreError where the disk refuses; the store is then what it was before.
+    manifest: the fields of `Manifest` except `format`, `library`, `sha256` and the three files, with `generation` being
+    the one to write. rows: int64, which rows of codes, ids and memory_of are written; by default all. unchanged: the
+    files, by kind, that an earlier generation has already written and that stay as they are.
+    Raises StoreError where the disk refuses; the store is then what it was before. The files of other generations are
+    removed unless a reader holds them: see `leftovers`.
     """
     generation = manifest["generation"]
-    encode = msgspec.json.Encoder().encode
+    if (folder / MANIFEST).exists() and (now := read_manifest(folder).generation) >= generation:
+        raise StoreError(f"store {folder} is at generation {now} already, {generation} is old: open it again")
     contents = {
-        "memory": (
-            f"memory-{generation}.safetensors",
-            save_tensors({"memory": memories, "background": background, "permutation": permutation}),
-        ),
-        "codes": (
-            f"codes-{generation}.safetensors",
-            save_tensors({"codes": codes, "ids": ids, "memory_of": memory_of}),
-        ),
-        "edits": (f"edits-{generation}.jsonl", b"".join(encode(edit) + b"\n" for edit in edits)),
+        "memory": tensor_chunks({"memory": memories, "background": background, "permutation": permutation}),
+        "codes": tensor_chunks({"codes": codes, "ids": ids, "memory_of": memory_of}, rows),
+        "edits": edit_chunks(edits),
     }
-    entries: dict[str, FileEntry] = {}
+    written = {kind: (entry.name, Written(entry.size, entry.sha256)) for kind, entry in (unchanged or {}).items()}
     try:
-        for kind, (name, data) in contents.items():
-            write_synced(folder / name, data)
-            entries[kind] = FileEntry(name, len(data), hashlib.sha256(data).hexdigest())
-        fields: dict[str, Any] = {**manifest, **entries}
-        made = Manifest(format=FORMAT, library=library_version(), **fields)
-        publish(folder / MANIFEST, msgspec.json.format(encode(made), indent=1))
+        for kind, chunks in contents.items():
+            if kind not in written:
+                name = f"{kind}-{generation}.{KINDS[kind]}"
+                written[kind] = (name, write_new(folder / name, chunks))
+        made = write_manifest(folder, manifest, written)
     except StoreError:
-        if (folder / MANIFEST).exists():
-            _remove_others(folder, keep=_read_manifest(folder).generation)
+        published = (folder / MANIFEST).exists()
+        ours = [folder / name for kind, (name, _) in written.items() if kind not in (unchanged or {})]
+        remove_unused(leftovers(folder, read_manifest(folder)) if published else ours)
         raise
-    _remove_others(folder, keep=generation)
+    remove_unused(leftovers(folder, made))
     return made
 
 
-def library_version() -> str:
-    """The version of memoir-retrieval, or "0+unknown" in a tree that is not installed."""
-    try:
-        return version("memoir-retrieval")
-    except PackageNotFoundError:
-        return "0+unknown"
+def write_again(folder: Path, store: EditStore, **changes: Any) -> Manifest:
+    """Publish the content of `store` in `folder` as it is, but for some fields of its manifest.
+
+    changes: fields of `Manifest`, `generation` among them. The caller holds `store_lock`. Raises as `write_generation`.
+    """
+    here = Path(folder).resolve() == store.path.resolve()
+    return write_generation(
+        folder,
+        fields_of(store.manifest) | changes,
+        memories=store.memories,
+        background=store.background,
+        permutation=store.permutation,
+        codes=store.codes,
+        ids=store.ids,
+        memory_of=store.memory_of,
+        edits=store.edits,
+        unchanged={kind: getattr(store.manifest, kind) for kind in KINDS} if here else None,
+    )
 
 
-def _remove_others(folder: Path, keep: int) -> None:
-    """Remove the files of other generations. Readers that have them open keep what they read."""
-    for path in folder.iterdir():
-        if any(p.fullmatch(path.name) for p in _NAMES.values()) and f"-{keep}." not in path.name:
-            path.unlink(missing_ok=True)
+def fields_of(manifest: Manifest) -> dict[str, Any]:
+    """What `write_generation` takes as `manifest`."""
+    written = ("format", "library", "sha256", *KINDS)
+    return {name: getattr(manifest, name) for name in manifest.__struct_fields__ if name not in written}
 
 
-def _read_manifest(folder: Path) -> Manifest:
-    path = folder / MANIFEST
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        if not folder.is_dir():
-            raise StoreError(
-                f"store {folder} does not exist: make one with `memoir edit FILE --store {folder}`"
-            ) from None
+def leftovers(folder: Path, manifest: Manifest) -> list[Path]:
+    """Files of other generations: a reader holds them, or a crash left them. The next write removes them."""
+    ours = {getattr(manifest, kind).name for kind in KINDS}
+    shape = {f"{kind}-": f".{extension}" for kind, extension in KINDS.items()}
+    return sorted(
+        path
+        for path in folder.iterdir()
+        for start, end in shape.items()
+        if path.name.startswith(start) and path.name.endswith(end) and path.name not in ours
+        and path.name[len(start) : -len(end)].isdigit()
+    )  # fmt: skip
+
+
+def sha256(data: Data) -> str:
+    """The digest of a file's content, in hexadecimal."""
+    digest, view = hashlib.sha256(), memoryview(data)
+    for at in range(0, len(view), CHUNK):
+        digest.update(view[at : at + CHUNK])
+    return digest.hexdigest()
+
+
+class Parts(NamedTuple):
+    """The tensors and edits of a generation; see `EditStore`."""
+
+    memories: np.ndarray
+    background: np.ndarray
+    permutation: np.ndarray
+    codes: np.ndarray
+    ids: np.ndarray
+    memory_of: np.ndarray
+    edits: StoredEdits
+
+
+def parse(folder: Path, manifest: Manifest, data: dict[str, Data]) -> Parts:
+    """Views of the three files' content. Raises StoreError for a file whose layout is not what the manifest says."""
+    d, h = manifest.d, manifest.h
+    memory = _tensors(
+        folder,
+        manifest.memory,
+        data["memory"],
+        {
+            "memory": Tensor(np.float32, (None, h, d)),
+            "background": Tensor(np.float32, (d,)),
+            "permutation": Tensor(np.int64, (d,)),
+        },
+    )
+    coded = _tensors(
+        folder,
+        manifest.codes,
+        data["codes"],
+        {
+            "codes": Tensor(np.uint8, (None, d // 8)),
+            "ids": Tensor(np.int64, (None,)),
+            "memory_of": Tensor(np.int32, (None,)),
+        },
+    )
+    rows = [len(coded[name]) for name in ("codes", "ids", "memory_of")]
+    if len(set(rows)) != 1:
         raise StoreError(
-            f"{folder} is not a store, or its first write was cut off: it has no {MANIFEST}; "
-            f"run `memoir edit FILE --store {folder}` (again)"
-        ) from None
-    except OSError as error:
-        raise StoreError(f"{path} cannot be read: {error.strerror}") from error
-    try:
-        found = msgspec.json.decode(data, type=dict[str, msgspec.Raw]).get("format", msgspec.Raw(b"null"))
-        number = msgspec.json.decode(found, type=int)
-    except msgspec.DecodeError as error:
-        raise StoreError(f"{path} is damaged ({error}): restore it from a backup") from error
-    if number > FORMAT:
-        raise StoreMismatch(
-            f"store {folder} has format {number}, this memoir-retrieval {library_version()} reads up to {FORMAT}: "
-            "pip install --upgrade memoir-retrieval"
+            f"{folder / manifest.codes.name} is damaged (masks, ids and memories have {rows} rows): restore it from a "
+            "backup"
         )
-    try:
-        manifest = msgspec.json.decode(data, type=Manifest)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise StoreError(f"{path} is damaged ({error}): restore it from a backup") from error
-    if not 0 < manifest.tau <= 1 or not 0 < manifest.k <= manifest.d or manifest.d % 8 or manifest.h < 1:
-        raise StoreError(
-            f"{path} is damaged (tau {manifest.tau}, k {manifest.k}, d {manifest.d}, h {manifest.h}): "
-            "restore it from a backup"
-        )
-    for kind, pattern in _NAMES.items():
-        name = getattr(manifest, kind).name
-        if not pattern.fullmatch(name):
-            raise StoreError(f"{path} names {name!r} as its {kind} file, which no store does: it may be forged")
-    return manifest
+    edits = StoredEdits(data["edits"], str(folder / manifest.edits.name))
+    return Parts(
+        memory["memory"], memory["background"], memory["permutation"],
+        coded["codes"], coded["ids"], coded["memory_of"], edits,
+    )  # fmt: skip
 
 
 def _read_generation(folder: Path, manifest: Manifest) -> EditStore:
-    d, h = manifest.d, manifest.h
-    memory = _tensors(folder, manifest.memory)
-    memories = _tensor(folder, manifest.memory, memory, "memory", np.float32, (None, h, d))
-    background = _tensor(folder, manifest.memory, memory, "background", np.float32, (d,))
-    permutation = _tensor(folder, manifest.memory, memory, "permutation", np.int64, (d,))
-    coded = _tensors(folder, manifest.codes)
-    codes = _tensor(folder, manifest.codes, coded, "codes", np.uint8, (None, d // 8))
-    ids = _tensor(folder, manifest.codes, coded, "ids", np.int64, (len(codes),))
-    memory_of = _tensor(folder, manifest.codes, coded, "memory_of", np.int32, (len(codes),))
-    edits = _edits(folder, manifest.edits)
-
-    def damaged(what: str) -> StoreError:
-        return StoreError(f"store {folder} is damaged: {what}; restore it from a backup")
-
-    if not (np.isfinite(memories).all() and np.isfinite(background).all()):
-        raise damaged(f"{manifest.memory.name} holds NaN or infinite numbers")
-    if not np.array_equal(np.sort(permutation), np.arange(d)):
-        raise damaged(f"{manifest.memory.name} holds no permutation of {d} positions")
-    try:
-        codes = check_codes(codes, d, manifest.k)
-    except CodeError as error:
-        raise damaged(f"{manifest.codes.name}: {error}") from error
-    if len(codes) and not (memory_of.min() >= 0 and memory_of.max() < len(memories)):
-        raise damaged(f"{manifest.codes.name} names a memory that {manifest.memory.name} does not hold")
-    known = [edit.id for edit in edits]
-    if len(set(known)) != len(known) or set(known) != set(ids.tolist()):
-        raise damaged(f"the edit ids of {manifest.codes.name} and {manifest.edits.name} differ")
-    if known and (min(known) < 0 or max(known) >= manifest.next_id):
-        raise damaged(f"{manifest.edits.name} holds an edit id outside 0..{manifest.next_id - 1}")
-    return EditStore(folder, manifest, memories, background, permutation, codes, ids, memory_of, edits)
+    data: dict[str, Data] = {}
+    mapped: list[tuple[FileEntry, Data]] = []
+    for kind in KINDS:
+        entry: FileEntry = getattr(manifest, kind)
+        data[kind] = content = read_file(folder, entry)
+        if isinstance(content, mmap.mmap):
+            mapped.append((entry, content))
+        elif sha256(content) != entry.sha256:
+            raise _wrong_digest(folder / entry.name)
+    parts = parse(folder, manifest, data)
+    edits: Sequence[StoredEdit] = parts.edits
+    if not isinstance(data["edits"], mmap.mmap):
+        parts.edits.check()
+        edits = tuple(parts.edits)
+    store = EditStore(folder, manifest, *parts[:-1], edits, tuple(mapped))
+    if not mapped:
+        _refuse(folder, store.faults())
+    else:
+        _refuse(folder, checks.memory_faults(manifest, store.background, store.permutation))
+        _refuse(folder, checks.id_faults(manifest, len(store.memories), store.ids, store.memory_of))
+    return store
 
 
-def _read(folder: Path, entry: FileEntry) -> bytes:
+def read_file(folder: Path, entry: FileEntry) -> Data:
+    """The content of one file of a generation. Raises FileNotFoundError, and StoreError as `read_or_map`."""
     path = folder / entry.name
     try:
-        size = path.stat().st_size
-        if size != entry.size:
-            raise StoreError(
-                f"{path} is damaged: it has {size} bytes, the manifest says {entry.size}; restore it from a backup"
-            )
-        data = path.read_bytes()
+        return read_or_map(path, entry.size, MAPPED_FROM)
     except FileNotFoundError:
         raise
     except OSError as error:
+        if error.errno == errno.ESTALE:  # how a network file system says that the file was removed
+            raise FileNotFoundError(errno.ENOENT, "removed", str(path)) from error
         raise StoreError(f"{path} cannot be read: {error.strerror}") from error
-    if hashlib.sha256(data).hexdigest() != entry.sha256:
-        raise StoreError(f"{path} is damaged: its sha256 is not the manifest's; restore it from a backup")
-    return data
 
 
-def _tensors(folder: Path, entry: FileEntry) -> dict[str, np.ndarray]:
+def _refuse(folder: Path, faults: Iterator[str]) -> None:
+    for fault in faults:
+        raise StoreError(f"store {folder} is damaged: {fault}; restore it from a backup")
+
+
+def _wrong_digest(path: Path) -> StoreError:
+    return StoreError(f"{path} is damaged: its sha256 is not the manifest's; restore it from a backup")
+
+
+def _tensors(folder: Path, entry: FileEntry, data: Data, wanted: dict[str, Tensor]) -> dict[str, np.ndarray]:
     try:
-        return load_tensors(_read(folder, entry))
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise StoreError(f"{folder / entry.name} is damaged ({error}): restore it from a backup") from error
-
-
-def _tensor(
-    folder: Path, entry: FileEntry, tensors: dict[str, np.ndarray], key: str, dtype: Any, shape: tuple[int | None, ...]
-) -> np.ndarray:
-    found = tensors.get(key)
-    fits = (
-        found is not None
-        and found.dtype == dtype
-        and found.ndim == len(shape)
-        and all(want is None or have == want for have, want in zip(found.shape, shape, strict=True))
-    )
-    if not fits or found is None:
-        have = "nothing" if found is None else f"{found.dtype} {list(found.shape)}"
-        raise StoreError(
-            f"{folder / entry.name} is damaged: tensor {key!r} is {have}, not {np.dtype(dtype)} "
-            f"{['any' if n is None else n for n in shape]}; restore it from a backup"
-        )
-    return found
-
-
-def _edits(folder: Path, entry: FileEntry) -> tuple[StoredEdit, ...]:
-    decode = msgspec.json.Decoder(StoredEdit).decode
-    try:
-        return tuple(decode(line) for line in _read(folder, entry).splitlines() if line)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        return read_tensors(data, wanted)
+    except ValueError as error:
         raise StoreError(f"{folder / entry.name} is damaged ({error}): restore it from a backup") from error

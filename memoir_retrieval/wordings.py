@@ -79,7 +79,7 @@ class Wordings:
         return self._frozen(edit, [edit.prompt, *edit.rephrases[:rephrases]], [], [], nullcontext())
 
     def trained(
-        self, edit: Edit, number: int, rephrases: int, quick: AbstractContextManager[None]
+        self, edit: Edit | StoredEdit, number: int, rephrases: int, quick: AbstractContextManager[None]
     ) -> tuple[Frozen, np.ndarray]:
         """Like `asked`, with the wordings behind them that have no mask of their own: after contexts, and noisy.
 

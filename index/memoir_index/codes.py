@@ -46,7 +46,7 @@ def unpack(codes: Codes, d: int) -> Masks:
 
     Raises CodeError for another dtype, number of axes or width than d gives.
     """
-    return np.unpackbits(_check_layout(codes, _check_bits(d)), axis=1, bitorder="little").view(np.bool_)
+    return np.unpackbits(check_layout(codes, _check_bits(d)), axis=1, bitorder="little").view(np.bool_)
 
 
 def popcount(codes: Codes) -> NDArray[np.int64]:
@@ -82,19 +82,21 @@ def hamming_radius(tau: float, k: int) -> int:
     return 2 * (k - max(1, math.ceil(tau * k - 1e-9)))
 
 
-def check_codes(codes: Codes, d: int, k: int) -> Codes:
+def check_codes(codes: Codes, d: int, k: int, *, first_row: int = 0) -> Codes:
     """Return uint8 codes [N, d/8], C-contiguous (copied only if they were not), each row with exactly k ones.
 
     Raises CodeError for a wrong d or k, dtype, number of axes or width, and for a row with another number
-    of ones, naming the first such row.
+    of ones, naming the first such row; first_row is the number of the first one given.
     """
     d, k = check_shape(d, k)
-    codes = _check_layout(codes, d)
+    codes = check_layout(codes, d)
     ones = popcount(codes)
     wrong = np.flatnonzero(ones != k)
     if wrong.size:
         row = int(wrong[0])
-        raise CodeError(f"code at row {row} has {ones[row]} ones, not k={k}: make masks with this k and this d={d}")
+        raise CodeError(
+            f"code at row {first_row + row} has {ones[row]} ones, not k={k}: make masks with this k and this d={d}"
+        )
     return codes
 
 
@@ -114,7 +116,8 @@ def _check_bytes(codes: Codes) -> Codes:
     return np.ascontiguousarray(codes)
 
 
-def _check_layout(codes: Codes, d: int) -> Codes:
+def check_layout(codes: Codes, d: int) -> Codes:
+    """Like `check_codes`, but without looking at the rows themselves."""
     codes = _check_bytes(codes)
     if codes.shape[1] != d // 8:
         raise CodeError(f"codes are {codes.shape[1]} bytes wide, not {d // 8}: these masks were not made with d={d}")

@@ -1,38 +1,35 @@
-"""Exact nearest-mask lookup: the stored code of largest overlap, over FAISS' flat binary index.
+"""Exact nearest-mask lookup: the stored code of largest overlap, by FAISS' Hamming kernels.
 
-Readers never lock. They work on one immutable snapshot; a writer builds the next one aside and swaps it in
-with a single assignment, because FAISS may crash when an index is extended while it is searched.
+Readers never wait for a writer. They work on one immutable snapshot, which a writer swaps for the next with a single
+assignment; FAISS itself may crash when an index is extended while it is searched.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from operator import index as as_int
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import faiss
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from memoir_index.codes import Codes, check_codes, check_shape, hamming_radius, overlap_from_hamming
+from memoir_index import blocks as storage
+from memoir_index.blocks import Block, Ids
+from memoir_index.codes import Codes, check_codes, check_layout, check_shape, hamming_radius, overlap_from_hamming
 from memoir_index.errors import CodeError
-
-Ids = NDArray[np.int64]
-
-# FAISS shares a search out by query: one query cannot use a second thread at all, and a few can save less
-# than they lose on a busy host, where every search waits for its slowest thread.
-SMALL_BATCH = 4
+from memoir_index.plan import Plan, check_bits, choose_plan, sketch_bits
+from memoir_index.scan import Distances, Rows, first, nearest_there, threads_for
+from memoir_index.sketch import search_sketch
 
 
 class Hits(NamedTuple):
     """The best match of each of Q queries.
 
     ids: int64 [Q], the edit id, or -1 where no stored code reaches tau.
-    overlaps: float64 [Q], overlap/k of the best stored code even where it misses tau; 0.0 in an empty index.
+    overlaps: float64 [Q], overlap/k of the match. Where nothing matches: of the nearest row that was looked at, which
+    is the nearest of all after a full scan, and may be a little less than that after a sketch; 0.0 in an empty index.
     rows: int64 [Q], the row of the matching code, or -1. Rows are those of the index at the time of the
     search: a removal moves later rows down.
     """
@@ -46,25 +43,56 @@ class HammingIndex:
     """Packed masks of d bits with k ones, each under an edit id; an id may own several rows.
 
     Any number of threads may read while others write; each call sees the index wholly before or wholly after
-    a write. Memory is d/8 + 8 bytes a row, and twice that while a write builds the next snapshot.
-    Raises CodeError unless d is a positive multiple of 8 and 1 <= k <= d.
+    a write. Memory is d/8 + 8 bytes a row, and sketch/8 more once a search used the sketch.
+    sketch: bits of the sketch that searches at a high tau try first, 0 for none (default: by d, see
+    `memoir_index.plan`). It presumes masks whose positions were permuted at random, as TopHash does: then a search
+    overlooks a match with a probability of at most 1e-12. Where stored rows contradict that, they are scanned in full.
+    Raises CodeError unless d is a positive multiple of 8, 1 <= k <= d and sketch is a multiple of 8 below d.
     """
 
-    def __init__(self, d: int, k: int) -> None:
+    def __init__(self, d: int, k: int, *, sketch: int | None = None) -> None:
         self.d, self.k = check_shape(d, k)
+        self.sketch = sketch_bits(self.d) if sketch is None else check_bits(as_int(sketch), self.d)
         self._write = threading.Lock()
-        self._now = _freeze(_allocate(self.d, 0), np.empty(0, dtype=np.int64))
+        self._now = _Snapshot(())
+        self._recheck = False
 
     @classmethod
-    def from_codes(cls, d: int, k: int, ids: ArrayLike, codes: Codes) -> HammingIndex:
-        """An index of the given rows; arguments and errors are those of the constructor and of `add`."""
-        index = cls(d, k)
-        index.add(ids, codes)
+    def from_codes(
+        cls,
+        d: int,
+        k: int,
+        ids: ArrayLike,
+        codes: Codes,
+        *,
+        sketch: int | None = None,
+        copy: bool = True,
+        checked: bool = False,
+    ) -> HammingIndex:
+        """An index of the given rows; arguments and errors are those of the constructor and of `add`.
+
+        copy=False: look at `codes` (C-contiguous uint8 [N, d/8], for instance a read-only `numpy.memmap`) where they
+        are and keep them alive; nobody may change them afterwards. Later additions go to memory of the index' own.
+        checked=True: do not count the ones of every row now, which reads all of them: the caller vouches that
+        each has k. A row that a search returns is then counted at that time, and CodeError names it if it is damaged.
+        """
+        index = cls(d, k, sketch=sketch)
+        new_ids = _check_ids(ids)
+        if not copy and not np.asarray(codes).flags.c_contiguous:
+            raise CodeError("codes are not C-contiguous, so they cannot be used in place: pass copy=True")
+        codes = check_layout(codes, index.d)
+        if checked:
+            index._recheck = True
+        else:
+            for at in range(0, len(codes), storage.BLOCK):
+                check_codes(codes[at : at + storage.BLOCK], index.d, index.k, first_row=at)
+        _check_lengths(new_ids, codes)
+        index._now = _Snapshot(storage.append((), new_ids, codes) if copy else storage.lend(new_ids, codes))
         return index
 
     def __len__(self) -> int:
         """Number of stored rows."""
-        return len(self._now.ids)
+        return self._now.alive
 
     @property
     def edits(self) -> int:
@@ -78,18 +106,28 @@ class HammingIndex:
 
     @property
     def codes(self) -> Codes:
-        """All stored codes, uint8 [N, d/8]: a read-only view of FAISS' own memory, which it keeps alive."""
-        return self._now.codes
+        """All stored codes, uint8 [N, d/8], read-only: a view of up to 16384 rows, a copy of more."""
+        now = self._now
+        if len(now.blocks) == 1 and now.blocks[0].gone is None:
+            return now.blocks[0].codes
+        parts = [block.codes[block.there] for block in now.blocks]
+        copy = np.concatenate(parts) if parts else np.empty((0, self.d // 8), np.uint8)
+        copy.flags.writeable = False
+        return copy
 
     def code(self, row: int) -> Codes:
         """The code stored at a row, uint8 [d/8], read-only.
 
         Raises CodeError unless 0 <= row < len(self).
         """
-        codes = self._now.codes
-        if not 0 <= row < len(codes):
-            raise CodeError(f"row {row} is not stored: the index has rows 0..{len(codes) - 1}")
-        return codes[row]
+        now = self._now
+        if not 0 <= row < now.alive:
+            raise CodeError(f"row {row} is not stored: the index has rows 0..{now.alive - 1}")
+        return now.code(row)
+
+    def plan(self, tau: float) -> Plan:
+        """How `search` would look for matches at this tau now. Raises CodeError for tau outside (0, 1]."""
+        return choose_plan(len(self), self.d, self.k, tau, self.sketch)
 
     def add(self, ids: ArrayLike, codes: Codes) -> None:
         """Append codes, uint8 [N, d/8], under edit ids, integers >= 0 [N]; an id may be stored already.
@@ -97,61 +135,56 @@ class HammingIndex:
         Raises CodeError, before anything changes, for ids or codes of the wrong dtype, shape or length, a
         negative id, or a code without exactly k ones.
         """
-        new_ids = _check_ids(ids)
-        codes = check_codes(codes, self.d, self.k)
-        if len(new_ids) != len(codes):
-            raise CodeError(f"{len(new_ids)} ids for {len(codes)} codes: pass one edit id per code")
-        if not len(new_ids):
-            return
+        new_ids, codes = self._check_rows(ids, codes)
         with self._write:
-            old = self._now
-            index = _allocate(self.d, len(old.ids) + len(new_ids))
-            room = _writable(index)
-            room[: len(old.ids)] = old.codes
-            room[len(old.ids) :] = codes
-            self._now = _freeze(index, np.concatenate([old.ids, new_ids]))
+            self._now = _Snapshot(storage.append(self._now.blocks, new_ids, codes))
 
     def remove(self, ids: ArrayLike) -> int:
         """Drop every row of the given edit ids, integers >= 0 [N]; return how many rows went.
 
-        Ids that are not stored are ignored. One call rewrites the index once: pass many ids together.
-        Raises CodeError for ids of the wrong dtype or shape, or a negative id.
+        Ids that are not stored are ignored. Raises CodeError for ids of the wrong dtype or shape, or a negative id.
         """
         gone = _check_ids(ids)
         with self._write:
-            old = self._now
-            keep = np.flatnonzero(~np.isin(old.ids, gone))
-            removed = len(old.ids) - len(keep)
-            if removed:
-                index = _allocate(self.d, len(keep))
-                # mode="raise" would go through a second buffer of the size of the result
-                np.take(old.codes, keep, axis=0, out=_writable(index), mode="clip")
-                self._now = _freeze(index, old.ids[keep])
-        return removed
+            return self._replace(gone, gone[:0], np.empty((0, self.d // 8), np.uint8))
 
-    def search(self, codes: Codes, tau: float) -> Hits:
+    def replace(self, ids: ArrayLike, codes: Codes) -> int:
+        """Drop every row of the given edit ids and append the given codes, as one write; return how many rows went.
+
+        Arguments and errors are those of `add`; an id that is not stored is added.
+        """
+        new_ids, codes = self._check_rows(ids, codes)
+        with self._write:
+            return self._replace(new_ids, new_ids, codes)
+
+    def search(self, codes: Codes, tau: float, *, exact: bool = False) -> Hits:
         """Best match with overlap/k >= tau for each query, uint8 [Q, d/8]; among equals the earliest stored.
 
-        How tau is rounded to whole bits is told under `hamming_radius`.
+        How tau is rounded to whole bits is told under `hamming_radius`. exact=True scans every row whatever `plan`
+        says: the overlaps of queries without a match are then those of the nearest row.
         Raises CodeError for tau outside (0, 1] and for queries that `check_codes` refuses.
         """
         radius = hamming_radius(tau, self.k)
         codes = check_codes(codes, self.d, self.k)
         now = self._now
-        if not len(now.ids) or not len(codes):
+        if not now.alive or not len(codes):
             none = np.full(len(codes), -1, dtype=np.int64)
             return Hits(none, np.zeros(len(codes)), none.copy())
-        distances, rows = now.scan(codes, 1)
-        dist, row = distances[:, 0], rows[:, 0]
+        plan = choose_plan(now.alive, self.d, self.k, tau, self.sketch)
+        with threads_for(len(codes)):
+            if plan.bits and not exact:
+                dist, at = search_sketch(now.blocks, codes, plan, self.k, radius)
+            else:
+                distances, places = now.nearest(codes, 1)
+                dist, at = distances[:, 0].astype(np.int64), places[:, 0]
         match = dist <= radius
-        return Hits(
-            ids=np.where(match, now.ids[row], -1),
-            overlaps=overlap_from_hamming(dist, self.k),
-            rows=np.where(match, row, -1),
-        )
+        rows, ids = now.resolve(np.where(match, at, -1))
+        if self._recheck:
+            self._check_returned(now, rows)
+        return Hits(ids=ids, overlaps=overlap_from_hamming(dist, self.k), rows=rows)
 
     def nearest(self, codes: Codes, n: int) -> tuple[Ids, NDArray[np.float64]]:
-        """The n distinct edits of largest overlap for each query, uint8 [Q, d/8], best first.
+        """The n distinct edits of largest overlap for each query, uint8 [Q, d/8], best first; always a full scan.
 
         An edit counts with its best row; among equals the edit of the earlier row comes first. Returns ids
         int64 [Q, n] and overlaps float64 [Q, n], filled up with -1 and 0.0 where fewer edits are stored.
@@ -164,24 +197,65 @@ class HammingIndex:
         ids = np.full((len(codes), n), -1, dtype=np.int64)
         overlaps = np.zeros((len(codes), n))
         now = self._now
-        if not len(now.ids) or not len(codes):
+        if not now.alive or not len(codes):
             return ids, overlaps
         # n - 1 edits own at most (n - 1) * most_rows rows, so one row more always reaches an n-th edit
-        distances, rows = now.scan(codes, min(len(now.ids), (n - 1) * now.most_rows + 1))
-        for query, (dist, row) in enumerate(zip(distances, rows, strict=True)):
-            first = np.sort(np.unique(now.ids[row], return_index=True)[1])[:n]
-            ids[query, : len(first)] = now.ids[row[first]]
-            overlaps[query, : len(first)] = overlap_from_hamming(dist[first], self.k)
+        with threads_for(len(codes)):
+            distances, places = now.nearest(codes, min(now.alive, (n - 1) * now.most_rows + 1))
+        for query, (dist, at) in enumerate(zip(distances, places, strict=True)):
+            rows, found = now.resolve(at)
+            best = np.sort(np.unique(found, return_index=True)[1])[:n]
+            if self._recheck:
+                self._check_returned(now, rows[best])
+            ids[query, : len(best)] = found[best]
+            overlaps[query, : len(best)] = overlap_from_hamming(dist[best], self.k)
         return ids, overlaps
+
+    def _check_rows(self, ids: ArrayLike, codes: Codes) -> tuple[Ids, Codes]:
+        new_ids = _check_ids(ids)
+        codes = check_codes(codes, self.d, self.k)
+        _check_lengths(new_ids, codes)
+        return new_ids, codes
+
+    def _check_returned(self, now: _Snapshot, rows: Rows) -> None:
+        for row in np.unique(rows[rows >= 0]).tolist():
+            check_codes(now.code(row)[None], self.d, self.k, first_row=row)
+
+    def _replace(self, gone: Ids, new_ids: Ids, codes: Codes) -> int:
+        left = _Snapshot(storage.remove(self._now.blocks, gone) if len(gone) else self._now.blocks)
+        removed = self._now.alive - left.alive
+        if removed or len(new_ids):
+            self._now = _Snapshot(storage.append(left.blocks, new_ids, codes))
+        return removed
 
 
 @dataclass(frozen=True, eq=False)
 class _Snapshot:
-    """What one reader works on; no field is ever changed."""
+    """What one reader works on. A place is a position counted over all blocks, with the rows that are gone; a row is
+    one counted without them."""
 
-    index: Any  # faiss.IndexBinaryFlat
-    ids: Ids
-    codes: Codes
+    blocks: tuple[Block, ...]
+
+    @cached_property
+    def places(self) -> Ids:
+        """The first place of each block, and the end."""
+        return np.cumsum([0, *(block.rows for block in self.blocks)])
+
+    @cached_property
+    def starts(self) -> Ids:
+        """The first row of each block, and the end."""
+        return np.cumsum([0, *(block.alive for block in self.blocks)])
+
+    @property
+    def alive(self) -> int:
+        return int(self.starts[-1])
+
+    @cached_property
+    def ids(self) -> Ids:
+        parts = [block.ids if block.gone is None else block.ids[block.there] for block in self.blocks]
+        ids = np.concatenate(parts) if parts else np.empty(0, np.int64)
+        ids.flags.writeable = False
+        return ids
 
     @cached_property
     def _rows_per_edit(self) -> Ids:
@@ -195,73 +269,36 @@ class _Snapshot:
     def most_rows(self) -> int:
         return int(self._rows_per_edit.max())
 
-    def scan(self, codes: Codes, n: int) -> tuple[NDArray[np.int32], Ids]:
-        """Hamming distances int32 [Q, n] and rows int64 [Q, n] of the n <= N nearest rows, earlier row first.
+    def code(self, row: int) -> Codes:
+        number = int(np.searchsorted(self.starts, row, side="right")) - 1
+        block = self.blocks[number]
+        return block.codes[block.there[row - self.starts[number]]]
 
-        FAISS walks the rows in order and replaces a kept row only by a strictly nearer one, so of equal rows
-        the earliest are kept; their order within the answer is not promised, hence the sort.
-        """
-        with _threads_for(len(codes)):
-            distances, rows = self.index.search(codes, n)
-        if n > 1:
-            order = np.lexsort((rows, distances), axis=1)
-            distances, rows = np.take_along_axis(distances, order, 1), np.take_along_axis(rows, order, 1)
-        return distances, rows
+    def resolve(self, places: Rows) -> tuple[Rows, Ids]:
+        """Rows and edit ids of places, -1 for -1."""
+        rows, ids = np.full(len(places), -1, np.int64), np.full(len(places), -1, np.int64)
+        numbers = np.searchsorted(self.places, places, side="right") - 1
+        for number in np.unique(numbers[places >= 0]).tolist():
+            block, here = self.blocks[number], numbers == number
+            at = places[here] - self.places[number]
+            rows[here] = self.starts[number] + block.rank[at]
+            ids[here] = block.ids[at]
+        return rows, ids
 
-
-class _Memory:
-    """Lends FAISS' storage to numpy and keeps the index alive for as long as an array looks at it."""
-
-    def __init__(self, index: Any) -> None:
-        self.index = index
-        room = _writable(index)
-        self.__array_interface__ = {
-            "version": 3,
-            "typestr": "|u1",
-            "shape": room.shape,
-            "data": (room.ctypes.data, True),  # True: read-only
-        }
-
-
-def _allocate(d: int, rows: int) -> Any:
-    """A flat index of the given number of unwritten rows.
-
-    `add` on top of older rows would copy them twice and reserve up to twice the memory.
-    """
-    index: Any = faiss.IndexBinaryFlat(d)
-    index.xb.resize(rows * (d // 8))
-    index.ntotal = rows
-    return index
+    def nearest(self, codes: Codes, n: int) -> tuple[Distances, Rows]:
+        """Hamming distances int32 [Q, n] and places int64 [Q, n] of the n <= N nearest rows, nearest first and the
+        earlier row first among equals."""
+        distances, places = [], []
+        for start, block in zip(self.places.tolist(), self.blocks, strict=False):
+            dist, at = nearest_there(block, codes, min(n, block.alive))
+            distances.append(dist)
+            places.append(at + start)
+        return first(np.concatenate(distances, axis=1), np.concatenate(places, axis=1), n)
 
 
-def _writable(index: Any) -> Codes:
-    """The storage of a flat index, uint8 [N, d/8], valid only while the caller holds the index."""
-    if not index.ntotal:
-        return np.empty((0, index.code_size), dtype=np.uint8)
-    flat = faiss.rev_swig_ptr(index.xb.data(), index.ntotal * index.code_size)
-    return flat.reshape(index.ntotal, index.code_size)
-
-
-def _freeze(index: Any, ids: Ids) -> _Snapshot:
-    ids.flags.writeable = False
-    return _Snapshot(index, ids, np.asarray(_Memory(index)))
-
-
-@contextmanager
-def _threads_for(queries: int) -> Iterator[None]:
-    """Run a small batch on one OpenMP thread.
-
-    OpenMP keeps the thread count per calling thread, so this touches no other thread's searches.
-    """
-    if queries > SMALL_BATCH:
-        yield
-        return
-    before = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(1)
-    try:
-        yield
-    finally:
-        faiss.omp_set_num_threads(before)
+def _check_lengths(ids: Ids, codes: Codes) -> None:
+    if len(ids) != len(codes):
+        raise CodeError(f"{len(ids)} ids for {len(codes)} codes: pass one edit id per code")
 
 
 def _check_ids(ids: ArrayLike) -> Ids:

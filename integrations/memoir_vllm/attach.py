@@ -16,6 +16,7 @@ from memoir_retrieval.errors import ConfigError, StoreError
 from memoir_retrieval.store import EditStore
 from memoir_vllm.config import MemoirConfig, longest_question
 from memoir_vllm.op import context_key, register_op
+from memoir_vllm.reload import Reloader, told_by_all
 from memoir_vllm.residual import ResidualLayer
 from memoir_vllm.routing import Router
 
@@ -28,7 +29,7 @@ __all__ = ["attach"]
 
 def attach(
     ours: MemoirConfig, store: EditStore, vllm_config: VllmConfig, model: torch.nn.Module, device: torch.device
-) -> ResidualLayer:
+) -> tuple[ResidualLayer, Reloader]:
     """Make the store act on the model. Raises ConfigError where the module is not one that we know how to edit."""
     manifest = store.manifest
     linear = _find(model, manifest.module, manifest.d, manifest.h)
@@ -48,7 +49,7 @@ def attach(
     linear.quant_method = _with_op(linear.quant_method, name)
     # Else a quantised MLP may hand us activations that are packed already (fused_act_quant.py); LoRA does the same.
     linear.requires_unquantized_input = True
-    return layer
+    return layer, Reloader(ours, manifest, layer, linear.tp_size, device)
 
 
 def _find(model: torch.nn.Module, module: str, d: int, h: int) -> RowParallelLinear:
@@ -76,12 +77,7 @@ def _find(model: torch.nn.Module, module: str, d: int, h: int) -> RowParallelLin
 
 def _agree(generation: int, ranks: int) -> None:
     """Raises StoreError where the ranks have read different generations: the store was written meanwhile."""
-    if ranks == 1:
-        return
-    from vllm.distributed import get_tp_group
-
-    read: list[int] = [generation] * ranks
-    torch.distributed.all_gather_object(read, generation, group=get_tp_group().cpu_group)
+    read = told_by_all(generation, ranks)
     if len(set(read)) > 1:
         raise StoreError(f"the store changed while the workers read it (generations {read}): start the engine again")
 

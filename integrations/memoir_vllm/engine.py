@@ -23,6 +23,7 @@ __all__ = ["install"]
 def install() -> None:
     """Wrap `EngineArgs.create_engine_config` once. Without a `memoir` section the wrapper only calls through."""
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.usage.usage_lib import UsageContext
 
     original = EngineArgs.create_engine_config
     if hasattr(original, "_memoir"):
@@ -33,7 +34,14 @@ def install() -> None:
         create = functools.partial(original, self, *args, **kwargs)
         if not isinstance(self.additional_config, dict) or "memoir" not in self.additional_config:
             return create()
-        return _create_with_edits(self, create)
+        made = _create_with_edits(self, create)
+        if UsageContext.OPENAI_API_SERVER in (*args, kwargs.get("usage_context")):
+            from memoir_vllm import stream
+            from memoir_vllm.admin.tokens import require_routes
+
+            require_routes(made.additional_config["memoir"].get("token_file"))
+            stream.install()
+        return made
 
     create_engine_config._memoir = True  # type: ignore[attr-defined]
     EngineArgs.create_engine_config = create_engine_config
@@ -41,7 +49,7 @@ def install() -> None:
 
 def _create_with_edits(args: EngineArgs, create: Callable[[], VllmConfig]) -> VllmConfig:
     """Raises ConfigError for flags that cannot work, StoreError for a store that cannot be served."""
-    from memoir_vllm import config, requests
+    from memoir_vllm import config, metrics, requests
 
     config.check_version()
     ours = config.read(args.additional_config["memoir"])
@@ -50,4 +58,5 @@ def _create_with_edits(args: EngineArgs, create: Callable[[], VllmConfig]) -> Vl
     config.refuse(ours, vllm_config)
     config.apply(ours, vllm_config, config.open_store(ours, vllm_config.model_config).manifest)
     requests.install()
+    metrics.install()
     return vllm_config

@@ -25,21 +25,24 @@ __all__ = ["Decision", "Options", "Routed", "install", "parse_options", "put_rou
 
 Result = Literal["matched", "unmatched", "off", "unroutable"]
 
+# The most edits that one response may name.
+NEAREST = 20
 _SPAN = re.compile(r"(\d{1,9}):(\d{1,9})")
 
 
-class Decision(msgspec.Struct, frozen=True):
+class Decision(msgspec.Struct, frozen=True, omit_defaults=True):
     """What became of one request; `kv_transfer_params["memoir"]` of its response.
 
     `edit`: id of the edit that acts on it, or None. `overlap`: with the nearest edit, matched or not; 0 where none
     was looked up. `result`: "off" where the request opted out, "unroutable" where it holds no question.
-    `generation`: of the store that answered.
+    `generation`: of the store that answered. `nearest`: id and overlap of as many edits as were asked for, best first.
     """
 
     edit: int | None
     overlap: float
     result: Result
     generation: int
+    nearest: tuple[tuple[int, float], ...] = ()
 
 
 class Routed(NamedTuple):
@@ -67,10 +70,14 @@ def routed_of(step: Any) -> Mapping[str, Routed]:
 
 
 class Options(NamedTuple):
-    """off: serve the base model. span: the question's tokens as the client gives them, or None to find them."""
+    """off: serve the base model. span: the question's tokens as the client gives them, or None to find them.
+
+    nearest: how many of the nearest edits the response names.
+    """
 
     off: bool = False
     span: Span | None = None
+    nearest: int = 0
 
 
 def parse_options(extra_args: Mapping[str, Any] | None, prompt_len: int) -> Options:
@@ -80,9 +87,16 @@ def parse_options(extra_args: Mapping[str, Any] | None, prompt_len: int) -> Opti
     if off not in (None, "off"):
         raise ConfigError(f'vllm_xargs memoir is {off!r}: use "off" to be served without edits, or leave it out')
     span = _parse_span(ours.pop("memoir_span", None), prompt_len)
+    nearest = ours.pop("memoir_nearest", 0)
+    if type(nearest) is not int or not 0 <= nearest <= NEAREST:
+        raise ConfigError(f"vllm_xargs memoir_nearest is {nearest!r}: use a number of edits, 1 to {NEAREST}")
+    report = ours.pop("memoir_report", 1)  # read by stream.py
+    if report != 1:
+        raise ConfigError(f"vllm_xargs memoir_report is {report!r}: use 1 to have a stream end with the decision")
     if ours:
-        raise ConfigError(f"vllm_xargs {next(iter(ours))!r} is not known: use memoir or memoir_span")
-    return Options(off == "off", span)
+        known = "memoir, memoir_span, memoir_nearest or memoir_report"
+        raise ConfigError(f"vllm_xargs {next(iter(ours))!r} is not known: use {known}")
+    return Options(off == "off", span, nearest)
 
 
 def _parse_span(given: Any, prompt_len: int) -> Span | None:

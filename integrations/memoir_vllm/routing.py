@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
+import msgspec
 import numpy as np
 import torch
 
@@ -36,7 +38,8 @@ class Router:
         self.tau = manifest.tau if tau is None else tau
         self.edits = len(store.edits)
         self._fingerprint = Fingerprint(store.background, store.permutation, manifest.k, device)
-        self._index = HammingIndex.from_codes(manifest.d, manifest.k, store.ids, store.codes)
+        # The store has counted the ones of every mask, and its codes may be a mapped file.
+        self._index = HammingIndex.from_codes(manifest.d, manifest.k, store.ids, store.codes, copy=False, checked=True)
         self._memory_of = store.memory_of
 
     def _unedited(self, result: Result, overlap: float = 0.0) -> Route:
@@ -50,14 +53,18 @@ class Router:
         """Of a request that holds no question, or one without a fingerprint."""
         return self._unedited("unroutable")
 
-    def route(self, means: torch.Tensor) -> list[Route]:
-        """means: float32 [Q, D], the mean activation of each question, on this router's device."""
+    def route(self, means: torch.Tensor, nearest: Sequence[int] = ()) -> list[Route]:
+        """means: float32 [Q, D], the mean activation of each question, on this router's device.
+
+        nearest: for each question, how many of the nearest edits the decision names, matched or not.
+        """
         routes = [self.unroutable()] * len(means)
         # A model may overflow on a strange prompt; that must not stop the engine for everyone else.
         sound = torch.isfinite(means).all(dim=1).nonzero().flatten().tolist()
         if not sound:
             return routes
-        hits = self._index.search(self._fingerprint.codes(means[sound]), self.tau)
+        codes = self._fingerprint.codes(means[sound])
+        hits = self._index.search(codes, self.tau)
         for at, edit, overlap, row in zip(
             sound, hits.ids.tolist(), hits.overlaps.tolist(), hits.rows.tolist(), strict=True
         ):
@@ -65,7 +72,18 @@ class Router:
                 routes[at] = self._unedited("unmatched", round(overlap, 4))
             else:
                 routes[at] = self.recall(Routed(Decision(edit, round(overlap, 4), "matched", self.generation), row))
+        if any(nearest):
+            for at, named in zip(sound, self._named(codes, max(nearest)), strict=True):
+                decision, row = routes[at].routed
+                decision = msgspec.structs.replace(decision, nearest=named[: nearest[at]])
+                routes[at] = replace(routes[at], routed=Routed(decision, row))
         return routes
+
+    def _named(self, codes: np.ndarray, n: int) -> Iterator[tuple[tuple[int, float], ...]]:
+        """Id and overlap of the n nearest edits of each question, best first; fewer where the store holds fewer."""
+        ids, overlaps = self._index.nearest(codes, n)
+        for row, found in zip(ids.tolist(), overlaps.tolist(), strict=True):
+            yield tuple((edit, round(overlap, 4)) for edit, overlap in zip(row, found, strict=True) if edit >= 0)
 
     def recall(self, routed: Routed) -> Route:
         """The route of a request that was decided before. Raises RuntimeError for another generation's decision."""

@@ -3,7 +3,8 @@
 Mode `inline`: a question passes in one step, which looks it up and applies the edit at once, while everything before
 it is split and cached as usual. Until the workers' decision is back, a request takes no cached block of its question
 and publishes none (`blocks.py`). A question too long for a step passes in several, as the base model's; where it
-matches, the request is preempted and computed once more with its edit.
+matches, the request is preempted and computed once more with its edit. So is, under the span rule `all`, one that
+found the beginning of its question in the cache, whose sums the workers keep (`sums.py`).
 
 Mode `single`: prompts are neither split nor cached, so nothing is scheduled differently.
 """
@@ -23,7 +24,7 @@ from vllm.v1.request import RequestStatus
 
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.span import Span, find_span
-from memoir_vllm import blocks, config
+from memoir_vllm import blocks, config, core
 from memoir_vllm.requests import Routed, parse_options, put_routed, routed_of
 
 if TYPE_CHECKING:
@@ -38,7 +39,11 @@ REMEMBERED = 10_000
 
 
 class _Question(NamedTuple):
-    """Of a request that is not decided yet. prompt: what its decision depends on, None where that is not known here."""
+    """Of a request that is not decided yet.
+
+    long: it passes without its edit, in several steps or from the cache on; the workers judge alike. prompt: what its
+    decision depends on, None where that is not known here.
+    """
 
     span: Span
     long: bool
@@ -55,14 +60,19 @@ class _Decisions:
         super().__init__(*args, **kwargs)
         self._routed: dict[str, Routed] = {}
         self._questions: dict[str, _Question] = {}
+        # Decided on arrival, with what they would be without that: the workers have not heard of them yet.
+        self._early: dict[str, _Question] = {}
+        self._generation = 0
         self._remembered: LRUCache[bytes, Routed] = LRUCache(REMEMBERED)
         ours = config.of(self.vllm_config)
         self._inline = ours is not None and ours.mode == "inline"
+        core.install()
         if self._inline:
             self._rule = config.span_rule(self.vllm_config)
             self._longest = config.longest_question(self.vllm_config)
+            self._sums = config.keeps_sums(self.vllm_config, self.kv_cache_config)  # type: ignore[attr-defined]
             blocks.install()
-            blocks.guard(self.kv_cache_manager, self._boundary)  # type: ignore[attr-defined]
+            blocks.guard(self.kv_cache_manager, self._boundary, self._found)  # type: ignore[attr-defined]
 
     # ---- before the decision ---------------------------------------------------------------------------------------
 
@@ -80,24 +90,42 @@ class _Decisions:
         span = options.span or find_span(prompt, self._rule)
         if options.off or span.start == span.end:
             return
-        question = _Question(span, span.end - span.start > self._longest, _prompt_key(request, span))
+        # Who asks for the nearest edits is always looked up: a decision is remembered without them.
+        prompt_key = None if options.nearest else _prompt_key(request, span)
+        question = _Question(span, self._too_long(span), prompt_key)
         known = self._remembered.get(question.prompt) if question.prompt else None
         if known is None:
             self._questions[request.request_id] = question
         else:
+            self._early[request.request_id] = question
             self._settle(request, span, known)
 
     def _boundary(self, request: Request) -> int | None:
         question = self._questions.get(request.request_id)
         return None if question is None else question.span.start
 
+    def _found(self, request: Request) -> int | None:
+        question = self._questions.get(request.request_id)
+        if question is None:
+            return None
+        start, end = question.span
+        return end - 1 if self._sums and start == 0 else start
+
+    def _too_long(self, span: Span) -> bool:
+        return span.end - span.start > self._longest
+
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
         """The last word on how many tokens a request gets in a step; 0 lets it wait for the next."""
         tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)  # type: ignore[misc]
         question = self._questions.get(request.request_id)
-        if question is None or question.long:
+        if question is None or num_computed_tokens >= question.span.end:
             return tokens
         start, end = question.span
+        long = self._too_long(question.span) or start < num_computed_tokens
+        if long != question.long:
+            question = self._questions[request.request_id] = question._replace(long=long)
+        if long:
+            return tokens
         if num_computed_tokens <= start < num_computed_tokens + tokens < end:
             return start - num_computed_tokens
         return tokens
@@ -107,6 +135,8 @@ class _Decisions:
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         output = super().schedule(*args, **kwargs)  # type: ignore[misc]
         begun = [new.req_id for new in output.scheduled_new_reqs] + list(output.scheduled_cached_reqs.resumed_req_ids)
+        for request_id in begun:
+            self._early.pop(request_id, None)
         known = {request_id: self._routed[request_id] for request_id in begun if request_id in self._routed}
         return put_routed(output, known) if known else output
 
@@ -121,7 +151,7 @@ class _Decisions:
                 self._routed[request_id] = routed
                 continue
             self._settle(request, question.span, routed)
-            if question.prompt is not None:
+            if question.prompt is not None and routed.decision.generation >= self._generation:
                 self._remembered[question.prompt] = routed
             if question.long and routed.row >= 0:
                 self._start_over(request)
@@ -155,10 +185,29 @@ class _Decisions:
         self._remembered.clear()
         return super().reset_prefix_cache(*args, **kwargs)  # type: ignore[misc]
 
+    def memoir_adopted(self, generation: int) -> None:
+        """The workers decide by this generation from now on; called between steps.
+
+        Steps in flight and requests that the workers know keep the older one, which the workers keep as long. What is
+        remembered of it is forgotten, and requests that wait with such a decision are looked up as new ones.
+        """
+        self._generation = generation
+        self._remembered.clear()
+        for request_id in self._early:
+            if self._routed.pop(request_id).row >= 0:
+                blocks.disown(self.requests[request_id], self.hash_block_size)  # type: ignore[attr-defined]
+        self._questions |= self._early
+        self._early = {}
+
+    def memoir_stats(self) -> dict[str, int]:
+        """What the scheduler adds to the counters of its workers."""
+        return {"remembered": len(self._remembered), "undecided": len(self._questions)}
+
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         """Adds to the KV transfer parameters: the one free-form dict that travels from here to the response."""
         kv_params, ec_params = super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
         self._questions.pop(request.request_id, None)
+        self._early.pop(request.request_id, None)
         routed = self._routed.pop(request.request_id, None)
         if routed is not None:
             kv_params = {**(kv_params or {}), "memoir": msgspec.to_builtins(routed.decision)}

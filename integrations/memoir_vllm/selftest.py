@@ -12,7 +12,8 @@ import torch
 from torch.nn import functional
 
 from memoir_retrieval.errors import ConfigError
-from memoir_vllm.residual import Batch, ResidualLayer
+from memoir_vllm.residual import ResidualLayer
+from memoir_vllm.rows import Batch
 
 __all__ = ["self_test"]
 
@@ -61,19 +62,19 @@ class _Probe:
 
     def __call__(self, x: torch.Tensor, y: torch.Tensor) -> None:
         self.calls += 1
-        if len(self._layer.memories):
+        if len(self._layer.now.memories):
             self._check_residual(x, y)
         y += 1  # whatever the memory holds, this is felt in every row
 
     def _check_residual(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        memories = self._layer.memories
+        weight = self._layer.now.memories[0]
         generator = torch.Generator().manual_seed(0)
         mask = (torch.rand(x.shape[1], generator=generator) < 0.5).to(x)
         noise = torch.randn(x.shape, generator=generator).to(x)
         got = torch.zeros_like(y)
         rows = torch.arange(len(x), device=x.device)
-        self._layer.add(noise, got, Batch(0, rows, mask[None], torch.zeros_like(rows)))
-        want = functional.linear((noise * mask).float(), memories[0].float())
+        self._layer.add(noise, got, Batch(weight, rows, mask[None], torch.zeros_like(rows)))
+        want = functional.linear((noise * mask).float(), weight.float())
         size = float(want.abs().max())
         wrong = float((got.float() - want).abs().max())
         if wrong > 0.05 * size:

@@ -18,6 +18,7 @@ from memoir_vllm.runner import follow
 from memoir_vllm.selftest import self_test
 
 if TYPE_CHECKING:
+    from memoir_vllm.reload import Reloader
     from memoir_vllm.residual import ResidualLayer
 
 __all__ = ["MemoirWorker"]
@@ -36,6 +37,7 @@ class MemoirWorker:
     model_runner: Any
     device: Any
     _memoir: ResidualLayer
+    _reloader: Reloader
 
     def load_model(self, **kwargs: Any) -> None:
         super().load_model(**kwargs)  # type: ignore[misc]
@@ -43,7 +45,7 @@ class MemoirWorker:
         if ours is None:
             raise ConfigError(f"{type(self).__name__} needs a memoir section in --additional-config")
         store = config.open_store(ours, self.vllm_config.model_config)
-        self._memoir = attach(ours, store, self.vllm_config, self.model_runner.get_model(), self.device)
+        self._memoir, self._reloader = attach(ours, store, self.vllm_config, self.model_runner.get_model(), self.device)
         kind = follow(self.model_runner, self._memoir)
         logger.info(
             "memoir: serving %s, generation %d, %d edits on %s (mode %s, model runner %s)",
@@ -54,6 +56,20 @@ class MemoirWorker:
             ours.mode,
             kind,
         )
+
+    def determine_available_memory(self) -> int:
+        """Bytes for the KV cache, less what the sums of its blocks take (`sums.py`)."""
+        available = super().determine_available_memory()  # type: ignore[misc]
+        if config.span_rule(self.vllm_config).rule != "all":
+            return available
+        block = sum(spec.page_size_bytes for spec in self.model_runner.get_kv_cache_spec().values())
+        return available * block // max(1, block + self._memoir.bytes_per_block)
+
+    def initialize_from_config(self, kv_cache_config: Any) -> None:
+        super().initialize_from_config(kv_cache_config)  # type: ignore[misc]
+        if config.keeps_sums(self.vllm_config, kv_cache_config):
+            spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
+            self._memoir.watch_blocks(kv_cache_config.num_blocks, spec.block_size)
 
     def compile_or_warm_up_model(self) -> Any:
         times = super().compile_or_warm_up_model()  # type: ignore[misc]
@@ -75,6 +91,27 @@ class MemoirWorker:
         raise RuntimeError(
             _OTHER_WEIGHTS.format("a weight update", "start the engine again with the store of the model")
         )
+
+    def memoir_stage(self) -> None:
+        """Begin to read the store's present generation in the background."""
+        self._reloader.stage()
+
+    def memoir_staged(self) -> bool:
+        """Whether the background reading is done."""
+        return self._reloader.staged()
+
+    def memoir_reload(self) -> int:
+        """Adopt the store's present generation for all questions that end from now on; returns its number.
+
+        Call it on all workers at once: `collective_rpc("memoir_reload")` runs between two steps and also makes the
+        scheduler forget older decisions. Raises StoreError, and changes nothing, where one worker cannot.
+        """
+        before = self._reloader.manifest.generation
+        now = self._reloader.reload()
+        if now != before:
+            edits = self._memoir.now.router.edits
+            logger.info("memoir: serving generation %d with %d edits, was %d", now, edits, before)
+        return now
 
     def memoir_stats(self) -> dict[str, int | float]:
         """Counters of this worker; `collective_rpc("memoir_stats")` reads those of all."""

@@ -13,9 +13,14 @@ from memoir_retrieval.cli.demo import demo
 from memoir_retrieval.cli.doctor import doctor
 from memoir_retrieval.cli.edit import edit
 from memoir_retrieval.cli.evaluate import eval_command
+from memoir_retrieval.cli.hub import pull, push
+from memoir_retrieval.cli.index import index
 from memoir_retrieval.cli.inspect import list_command, lookup, show
 from memoir_retrieval.cli.model import model
+from memoir_retrieval.cli.quality import report
+from memoir_retrieval.cli.remove import compact, remove
 from memoir_retrieval.cli.serve import serve
+from memoir_retrieval.cli.verify import verify
 from memoir_retrieval.errors import MemoirError
 from memoir_retrieval.store import library_version
 
@@ -36,7 +41,26 @@ def cli(debug: bool) -> None:
     """
 
 
-for command in (model, edit, list_command, show, lookup, eval_command, calibrate, serve, demo, bench, doctor):
+for command in (
+    model,
+    edit,
+    list_command,
+    show,
+    lookup,
+    remove,
+    compact,
+    index,
+    eval_command,
+    calibrate,
+    serve,
+    demo,
+    bench,
+    doctor,
+    report,
+    verify,
+    push,
+    pull,
+):
     cli.add_command(command)
 
 

@@ -1,4 +1,4 @@
-"""`memoir bench`: speed, as ratios of neighbouring turns in one run."""
+"""`memoir bench`: speed, as ratios of neighbouring turns in one run, and quality (see the module of that name)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ import click
 
 from memoir_retrieval.background import background_prompts
 from memoir_retrieval.cli.bench_edit import bench_edit
+from memoir_retrieval.cli.bench_index import bench_index
 from memoir_retrieval.cli.common import echo_json, json_option, model_option, notes
+from memoir_retrieval.cli.quality import bench_quality
 from memoir_retrieval.cli.serve import server_command
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.model import resolve
@@ -23,14 +25,18 @@ from memoir_retrieval.store import EditStore
 
 @click.group()
 def bench() -> None:
-    """Measure speed on this machine.
+    """Measure speed on this machine, or the quality of edits.
 
     \b
     Example:
       memoir bench serve edits --json
+      memoir bench quality zsre --edits 100 --out run
+      memoir bench index --quick
     """
 
 
+bench.add_command(bench_quality)
+bench.add_command(bench_index)
 bench.add_command(bench_edit)
 
 

@@ -21,6 +21,7 @@ from memoir_retrieval.cli.common import (
     threads_option,
 )
 from memoir_retrieval.errors import ConfigError
+from memoir_retrieval.files import publish
 from memoir_retrieval.store import EditStore
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ class _Numbers(click.ParamType):
 @click.option("--chat/--no-chat", default=None, help="Without DIR: ask through the chat template (default), or raw.")
 @click.option("--dtype", help="Without DIR: float32 (default), bfloat16 or float16, as it shall be edited.")
 @click.option("--device", default="cpu", show_default=True, help="Where the model runs, such as cuda.")
+@click.option("--html", type=click.Path(path_type=Path), help="Write the pictures to this file, a page of its own.")
 @click.option("--write", is_flag=True, help="Put the suggested tau into the store, as a new generation.")
 @json_option
 @threads_option
@@ -68,6 +70,7 @@ def calibrate(
     chat: bool | None,
     dtype: str | None,
     device: str,
+    html: Path | None,
     write: bool,
     as_json: bool,
 ) -> None:
@@ -78,9 +81,11 @@ def calibrate(
 
     \b
     Example:
-      memoir calibrate edits corrections.jsonl --write
+      memoir calibrate edits corrections.jsonl --write --html overlaps.html
       memoir calibrate --model smollm2-135m corrections.jsonl --layers 20,24,28
     """
+    if html and not html.parent.is_dir():
+        raise ConfigError(f"the page cannot be written: {html.parent} is no folder; choose another --html")
     if not 1 <= len(paths) <= 2:
         raise ConfigError(f"{len(paths)} paths are given: name a store DIR, a FILE of edits with --model, or both")
     # A lone path is FILE where it is a file, or is to be one since a model is measured.
@@ -92,7 +97,7 @@ def calibrate(
         for option, value in (("--layers", layers), ("--ks", ks), ("--chat", chat), ("--dtype", dtype)):
             if value is not None:
                 raise ConfigError(f"{option} cannot be set for store {store}, which keeps its own: leave it out")
-        _calibrate_store(store, edits, model, device, write, as_json)
+        _calibrate_store(store, edits, model, device, html, write, as_json)
         return
     if write:
         raise ConfigError("--write needs a store: memoir calibrate DIR --write")
@@ -101,11 +106,17 @@ def calibrate(
     from memoir_retrieval.model import load_model
 
     base = load_model(model, dtype=dtype or "float32", device=device)
-    _calibrate_model(base, edits, layers, ks, chat is not False, as_json)
+    _calibrate_model(base, edits, layers, ks, chat is not False, html, as_json)
 
 
 def _calibrate_store(
-    store: Path, edits: list[Edit], model: str | None, device: str, write: bool, as_json: bool
+    store: Path,
+    edits: list[Edit],
+    model: str | None,
+    device: str,
+    html: Path | None,
+    write: bool,
+    as_json: bool,
 ) -> None:
     opened = EditStore.open(store)
 
@@ -125,6 +136,11 @@ def _calibrate_store(
     notes.print(f"measuring {len(opened.edits)} edits, {len(rephrases)} rephrasings, {len(unrelated)} other prompts")
     found = calibrate_store(Retriever(opened, base), rephrases, unrelated)
     tau = found.suggested.tau
+    if html:
+        from memoir_retrieval.report import calibration_page
+
+        publish(html, calibration_page(found, str(store)).encode())
+        notes.print(f"pictures written to {html}")
     if write:
         generation = write_tau(opened, tau).generation
         notes.print(f"tau {tau} written to {store} as generation {generation}; a running server keeps {made.tau}")
@@ -169,7 +185,13 @@ def _bar(count: int, largest: int) -> str:
 
 
 def _calibrate_model(
-    base: BaseModel, edits: list[Edit], layers: list[int] | None, ks: list[int] | None, chat: bool, as_json: bool
+    base: BaseModel,
+    edits: list[Edit],
+    layers: list[int] | None,
+    ks: list[int] | None,
+    chat: bool,
+    html: Path | None,
+    as_json: bool,
 ) -> None:
     from memoir_retrieval.calibration import calibrate_model, unrelated_to
     from memoir_retrieval.presets import preset_for
@@ -178,6 +200,11 @@ def _calibrate_model(
     blocks = len(base.blocks)
     layers = layers or sorted({blocks * tenth // 10 for tenth in range(2, 10)} | {preset.layer})
     found = calibrate_model(base, edits, unrelated_to(edits), layers, ks or [preset.k // 2, preset.k], chat)
+    if html:
+        from memoir_retrieval.report import settings_page
+
+        publish(html, settings_page(found, base.name).encode())
+        notes.print(f"pictures written to {html}")
     if as_json:
         echo_json(msgspec.to_builtins(found))
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from importlib import import_module
@@ -14,9 +15,12 @@ import click
 
 from memoir_retrieval.cli.common import echo_json, json_option
 from memoir_retrieval.embedded import EMBEDDED
-from memoir_retrieval.errors import MemoirError
+from memoir_retrieval.errors import MemoirError, ModelError, StoreError
 from memoir_retrieval.model import identify, resolve
 from memoir_retrieval.store import EditStore, library_version
+
+QUESTION = "What is the capital of France?"
+TOKENS = 16
 
 
 class Finding(NamedTuple):
@@ -30,15 +34,16 @@ class Finding(NamedTuple):
 @click.command()
 @click.option("--store", "-s", type=click.Path(path_type=Path), help="Also check a store.")
 @click.option("--model", "-m", help="Also check a model (default: the store's own).")
+@click.option("--quick", is_flag=True, help="Leave out the self-test, which loads the model.")
 @json_option
-def doctor(store: Path | None, model: str | None, as_json: bool) -> None:
-    """Check versions, plugin, model and store. Exit code 1 where something fails.
+def doctor(store: Path | None, model: str | None, quick: bool, as_json: bool) -> None:
+    """Check versions, plugin, model and store, and ask one prompt. Exit code 1 where something fails.
 
     \b
     Example:
       memoir doctor --store edits
     """
-    found = list(_findings(store, model))
+    found = list(_findings(store, model, quick))
     if as_json:
         echo_json([finding._asdict() for finding in found])
     else:
@@ -48,27 +53,90 @@ def doctor(store: Path | None, model: str | None, as_json: bool) -> None:
         raise click.exceptions.Exit(1)
 
 
-def _findings(store: Path | None, model: str | None) -> Iterator[Finding]:
+def _findings(store: Path | None, model: str | None, quick: bool) -> Iterator[Finding]:
     yield Finding("python", "ok", sys.version.split()[0])
     yield Finding("memoir-retrieval", "ok", library_version())
     yield _version("torch", "fail", "pip install torch")
     yield _version("transformers", "fail", "pip install transformers")
     yield from _torchvision()
     yield _version("faiss", "fail", "pip install faiss-cpu")
-    yield _version("vllm", "warn", "pip install 'memoir-retrieval[vllm]' to serve (on a CPU see the Makefile)")
+    vllm = _version("vllm", "warn", "pip install 'memoir-retrieval[vllm]' to serve (on a CPU see the Makefile)")
+    yield vllm
     yield _version(
-        "openai", "warn", "pip install 'memoir-retrieval[eval]' for `memoir demo` and `memoir eval --server`"
+        "openai", "warn", "pip install 'memoir-retrieval[eval]' for `memoir demo`, `verify` and `eval --server`"
     )
-    plugins = [point.value for point in entry_points(group="vllm.general_plugins") if point.name == "memoir"]
-    yield (
-        Finding("vLLM plugin", "ok", plugins[0])
-        if plugins
-        else Finding("vLLM plugin", "fail", "entry point not found: pip install memoir-retrieval into this Python")
-    )
+    yield _plugin(vllm.state == "ok")
+    yield from _administration()
     name = model or _model_of(store) or next(iter(EMBEDDED))
-    yield _try(f"model {name}", lambda: str(resolve(name)), "fail" if model or store else "warn")
+    parts = [_try(f"model {name}", lambda: str(resolve(name)), "fail" if model or store else "warn")]
     if store is not None:
-        yield _try(f"store {store}", lambda: _store(store, name), "fail")
+        parts.append(_try(f"store {store}", lambda: _store(store, name), "fail"))
+    yield from parts
+    if not quick and all(part.state == "ok" for part in parts):
+        yield _try("self-test", lambda: _self_test(store, name), "fail")
+
+
+def _plugin(vllm: bool) -> Finding:
+    """That vLLM finds the plugin, and that the environment lets it load it. vllm: whether vLLM is installed."""
+    points = [point for point in entry_points(group="vllm.general_plugins") if point.name == "memoir"]
+    fix = "pip install memoir-retrieval into this Python"
+    if not points:
+        return Finding("vLLM plugin", "fail", f"entry point not found: {fix}")
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and "memoir" not in allowed.split(","):
+        return Finding("vLLM plugin", "fail", f"VLLM_PLUGINS is {allowed!r}: add memoir to it, or unset it")
+    if vllm:
+        try:
+            points[0].load()
+        except Exception as error:  # whatever an import may raise, vLLM would log it and serve without edits
+            return Finding("vLLM plugin", "fail", f"{points[0].value} cannot be imported: {_first_line(error)}; {fix}")
+    return Finding("vLLM plugin", "ok", points[0].value)
+
+
+def _administration() -> Iterator[Finding]:
+    """Only where a token asks for it: vLLM adds the routes of a plugin that VLLM_PLUGINS names, and no others."""
+    if not os.environ.get("MEMOIR_ADMIN_TOKEN"):
+        return
+    if not [point for point in entry_points(group="vllm.endpoint_plugins") if point.name == "memoir"]:
+        yield Finding("administration", "fail", "entry point not found: pip install memoir-retrieval into this Python")
+    elif "VLLM_PLUGINS" not in os.environ:
+        yield Finding(
+            "administration",
+            "warn",
+            "`vllm serve` needs VLLM_PLUGINS=memoir beside the token; `memoir serve` sees to it",
+        )
+    else:
+        yield Finding("administration", "ok", "MEMOIR_ADMIN_TOKEN is set")
+
+
+def _self_test(store: Path | None, model: str) -> str:
+    """One prompt from text to answer: the newest edit must find itself, or the model must say something."""
+    from memoir_retrieval.model import load_model
+    from memoir_retrieval.prompts import prompt_ids
+    from memoir_retrieval.reference import EditedModel
+
+    edited = EditedModel.open(store, model) if store else None
+    if edited and edited.retriever.store.edits:
+        edit = edited.retriever.store.edits[-1]
+        (answer,) = edited.generate([edit.prompt], max_new_tokens=TOKENS)
+        if answer.edit != edit.id:
+            found = "no edit" if answer.edit is None else f"edit {answer.edit}"
+            raise StoreError(
+                f"the prompt of edit {edit.id} matches {found} (overlap {answer.overlap:.3f}, tau "
+                f"{edited.retriever.tau}): `memoir calibrate {store}` suggests another tau"
+            )
+        return f"edit {edit.id} finds itself, overlap {answer.overlap:.3f}, and answers {answer.text.strip()!r}"
+    base = edited.base if edited else load_model(model)
+    rows = prompt_ids(base.tokenizer, QUESTION, chat=bool(getattr(base.tokenizer, "chat_template", None)))
+    import torch
+
+    with torch.no_grad():
+        logits = base.model(input_ids=torch.tensor([rows], device=base.device), logits_to_keep=1).logits
+    if not bool(torch.isfinite(logits).all()):
+        raise ModelError(f"model {model} answers NaN or infinite numbers: fetch it again, or use another dtype")
+    return f"{base.module} of {model} can be edited; asked {QUESTION!r} it begins with " + repr(
+        base.tokenizer.decode([int(logits[0, -1].argmax())]).strip()
+    )
 
 
 def _version(package: str, missing: str, fix: str) -> Finding:

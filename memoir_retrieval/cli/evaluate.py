@@ -9,6 +9,7 @@ import click
 import msgspec
 from rich.table import Table
 
+from memoir_retrieval.background import control_prompts
 from memoir_retrieval.cli.common import (
     echo_json,
     edit_file,
@@ -24,6 +25,8 @@ from memoir_retrieval.cli.common import (
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.files import publish
 from memoir_retrieval.store import EditStore
+from memoir_retrieval.texts import read_texts
+from memoir_retrieval.unseen import CONTEXTS
 
 
 @click.command("eval")
@@ -31,10 +34,21 @@ from memoir_retrieval.store import EditStore
 @edit_file
 @click.option(
     "--context",
-    type=click.Choice(["plain", "system", "turn"]),
+    type=click.Choice([*CONTEXTS, "all"]),
     default="plain",
     show_default=True,
-    help="Ask alone, under a long system prompt, or as third turn of a conversation; none is used in training.",
+    help="Ask alone, under a long system prompt, as third turn, after passages in a system message, or in all of "
+    "these; inline: after passages in the user's own. None is used in training.",
+)
+@click.option(
+    "--controls",
+    type=click.IntRange(0, 256),
+    default=256,
+    show_default=True,
+    help="Unrelated prompts whose free answers are compared with the unedited model's.",
+)
+@click.option(
+    "--text", "text_file", type=click.Path(path_type=Path), help="Text or JSONL whose perplexity is compared."
 )
 @click.option("--server", metavar="URL", help="Ask a running server, such as http://127.0.0.1:8000.")
 @model_option
@@ -47,7 +61,9 @@ def eval_command(
     file: Path,
     file_format: str | None,
     limit: int | None,
-    context: Any,
+    context: str,
+    controls: int,
+    text_file: Path | None,
     server: str | None,
     model: str | None,
     tau: float | None,
@@ -59,6 +75,7 @@ def eval_command(
     \b
     Example:
       memoir eval edits corrections.jsonl
+      memoir eval edits corrections.jsonl --context all --text wikitext.jsonl --json
     """
     if server and tau is not None:
         raise ConfigError(f"--tau {tau} cannot be set from here: with --server the store's own is used; leave it out")
@@ -66,6 +83,7 @@ def eval_command(
     if not where.parent.is_dir():  # said now, not after the minutes that measuring takes
         raise ConfigError(f"the report cannot be written: {where.parent} is no folder; choose another --out")
     edits = load_edits(file, file_format, limit, "first")
+    texts = read_texts(text_file) if text_file else []
     opened = EditStore.open(store)
 
     from memoir_retrieval.evaluation import Asked, evaluate
@@ -82,7 +100,15 @@ def eval_command(
         asked = EditedModel.open(store, model, tau=tau)
         threshold = asked.retriever.tau
     notes.print(f"asking {len(edits)} edits, their rephrasings and unrelated prompts ({context})")
-    report = evaluate(asked, opened.edits, edits, tau=threshold, context=context)
+    report = evaluate(
+        asked,
+        opened.edits,
+        edits,
+        tau=threshold,
+        context=context,
+        controls=control_prompts()[:controls],
+        texts=texts,
+    )
     told = msgspec.to_builtins(report)
     publish(where, msgspec.json.format(msgspec.json.encode(told), indent=1) + b"\n")
     notes.print(f"written to {where}")
@@ -90,8 +116,17 @@ def eval_command(
         echo_json(told)
         return
     table = Table("score", "value", title=f"{report.edits} edits of {store}, asked {context}")
-    for key, value in told.items():
-        rows = {f"{key}.{name}": v for name, v in value.items()} if isinstance(value, dict) else {key: value}
-        for name, score in rows.items():
-            table.add_row(name, f"{score:.4f}" if isinstance(score, float) else str(score))
+    for name, score in flat(told).items():
+        table.add_row(name, f"{score:.4f}" if isinstance(score, float) else str(score))
     tables.print(table)
+
+
+def flat(told: dict[str, Any], before: str = "") -> dict[str, Any]:
+    """Every score by its dotted name, without those that there was nothing to measure on."""
+    scores: dict[str, Any] = {}
+    for key, value in told.items():
+        if isinstance(value, dict):
+            scores |= flat(value, f"{before}{key}.")
+        elif value is not None:
+            scores[before + key] = value
+    return scores

@@ -33,7 +33,7 @@ def list_command(store: Path, as_json: bool) -> None:
     Example:
       memoir list edits --json
     """
-    opened = EditStore.open(store)
+    opened = EditStore.open(store, check=False)
     if as_json:
         echo_json([msgspec.to_builtins(edit) for edit in opened.edits])
         return
@@ -55,7 +55,7 @@ def show(store: Path, edit_id: int, as_json: bool) -> None:
     Example:
       memoir show edits 3
     """
-    edit = msgspec.to_builtins(EditStore.open(store).edit(edit_id))
+    edit = msgspec.to_builtins(EditStore.open(store, check=False).edit(edit_id))
     if as_json:
         echo_json(edit)
         return

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -41,10 +42,24 @@ def server_command(model: str, store: Path, flags: Sequence[str] = ()) -> tuple[
         command += ["--served-model-name", model]
     if "--dtype" not in given:
         command += ["--dtype", made.dtype]  # fingerprints are surest in the dtype that they were made in
-    environment = dict(os.environ)
+    environment = dict(os.environ) | {"VLLM_PLUGINS": _plugins(os.environ.get("VLLM_PLUGINS"))}
     if not _has_gpu():
         environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     return [*command, "--additional-config", json.dumps(additional), *flags], environment
+
+
+def _plugins(given: str | None) -> str:
+    """What VLLM_PLUGINS must be. Raises ConfigError for a given list without us.
+
+    vLLM loads all plugins while it is unset, but those that add routes only where it names them. So it names all that
+    would be loaded anyway, and with our own name our routes.
+    """
+    if given is not None:
+        if "memoir" not in given.split(","):
+            raise ConfigError(f"VLLM_PLUGINS is {given!r}, so vLLM would load no edits: add memoir to it")
+        return given
+    groups = ("general", "platform", "io_processor", "stat_logger")
+    return ",".join(sorted({point.name for group in groups for point in entry_points(group=f"vllm.{group}_plugins")}))
 
 
 def _take_additional_config(flags: list[str]) -> tuple[list[str], dict]:

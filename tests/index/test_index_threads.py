@@ -5,19 +5,28 @@ import time
 
 import faiss
 import numpy as np
+import pytest
 from index_oracle import random_codes
 
-from memoir_index import HammingIndex
+from memoir_index import HammingIndex, Plan, blocks, hamming
 
 D, K = 512, 128
 
 
-def test_readers_always_see_one_whole_state():
-    """The writer adds and removes a group of edits as one; a reader must see all of the group or none."""
+@pytest.mark.parametrize("bits", [0, 256])
+def test_readers_always_see_one_whole_state(monkeypatch, bits):
+    """The writer adds, replaces and removes a group of edits as one; a reader must see all of the group or none.
+
+    In blocks of 128 rows, which fill up and are renewed all the time; a FAISS index that is extended and shrunk under
+    its readers like this crashes the process.
+    """
+    monkeypatch.setattr(blocks, "BLOCK", 128)
+    if bits:
+        monkeypatch.setattr(hamming, "choose_plan", lambda *_: Plan("sketch", bits, "as the test wants"))
     rng = np.random.default_rng(21)
     fixed, group = random_codes(rng, 300, D, K), random_codes(rng, 60, D, K)
     group_ids = np.arange(1000, 1060)
-    index = HammingIndex.from_codes(D, K, np.arange(300), fixed)
+    index = HammingIndex.from_codes(D, K, np.arange(300), fixed, sketch=bits)
     stop = time.monotonic() + 2.0
     problems: list[str] = []
     states: set[int] = set()
@@ -50,8 +59,9 @@ def test_readers_always_see_one_whole_state():
     while time.monotonic() < stop:
         index.add(group_ids, group)
         time.sleep(0.0005)
+        assert index.replace(group_ids, group) == 60
         assert index.remove(group_ids) == 60
-        writes += 2
+        writes += 3
     for reader in readers:
         reader.join()
     assert problems == []

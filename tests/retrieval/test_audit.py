@@ -46,7 +46,7 @@ def test_an_edit_that_would_overwrite_another_goes_to_a_new_memory(base: BaseMod
         before = made.memories[0].clone()
         # The same question with another answer cannot be learnt without losing the first.
         other = Edit(prompt=AARHUS.prompt, target="Nobody")
-        stored = made._add(other, None, "both", False, False)
+        stored = made._add(other, None, "both", 0, False)
         assert stored is not None and stored.memory == 1 and made.outcome.retried == 1
         assert (made.memories[0] == before).all() and before.any()
         made._commit()

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 from memoir_retrieval import files
 from memoir_retrieval.cli import cli, main
 from memoir_retrieval.files import store_lock
-from memoir_retrieval.store import EditStore, write_generation
+from memoir_retrieval.store import EditStore, write_again, write_generation
 
 EDITS = [
     {"prompt": "Who founded Aarhus?", "target": "King Harald", "rephrases": ["Aarhus was founded by whom?"],
@@ -97,11 +98,17 @@ def test_edits_are_listed_shown_looked_up_and_measured(
     code, out, err = run(capsys, "eval", store, store.parent / "edits.jsonl", "--json")
     assert (code == 2 and "does not exist" in err) or "No such file" in err
     file = write(tmp_path / "edits.jsonl", EDITS)
-    code, out, _ = run(capsys, "eval", store, file, "--json")
+    code, out, _ = run(capsys, "eval", store, file, "--json", "--controls", "4", "--context", "all")
     report = json.loads(out)
     assert code == 0 and json.loads((tmp_path / "store.eval.json").read_text()) == report
-    assert set(report) == {"edits", "reliability", "generality", "locality", "average", "exact_match", "match", "tau",
-                           "context", "seconds"}  # fmt: skip
+    in_each = {"edits", "reliability", "generality", "locality", "average", "exact_match", "match", "tau", "context",
+               "seconds", "neighbourhood", "perplexity", "generated"}  # fmt: skip
+    assert set(report) == in_each | {"portability", "ood", "text", "contexts"}
+    assert {name: set(scores) for name, scores in report["contexts"].items()} == {
+        "system": in_each, "turn": in_each, "passages": in_each
+    }  # fmt: skip
+    assert set(report["exact_match"]) == {"edits", "rephrases"} and report["generated"]["prompts"] == 4
+    assert set(report["match"]) == {"edits_right", "rephrases_right", "false_rate"}
     assert report["match"]["edits_right"] == 1.0 and report["edits"] == 2
 
 
@@ -482,12 +489,50 @@ def test_an_interrupted_edit_says_what_is_kept(
     assert (summary["stored"], summary["skipped"]) == (2, 3)
 
 
+def test_doctor_asks_one_prompt(capsys: pytest.CaptureFixture[str], store: Path, tiny: Path) -> None:
+    found = {f["check"]: f for f in json.loads(run(capsys, "doctor", "--store", store, "--json")[1])}
+    assert found["self-test"]["state"] == "ok" and "edit 1 finds itself, overlap 1.000" in found["self-test"]["detail"]
+    assert "self-test" not in run(capsys, "doctor", "--store", store, "--quick")[1]
+    assert "begins with" in run(capsys, "doctor", "--model", tiny)[1]
+
+
+def test_doctor_fails_for_an_edit_that_does_not_find_itself(capsys: pytest.CaptureFixture[str], store: Path) -> None:
+    """Masks of two edits exchanged: every file is sound, and each answers for the other."""
+    opened = EditStore.open(store)
+    elsewhere = store / "elsewhere"  # content of another folder is written whole
+    exchanged = replace(opened, path=elsewhere, ids=opened.ids[::-1].copy())
+    write_again(store, exchanged, generation=opened.manifest.generation + 1)
+    code, out, _ = run(capsys, "doctor", "--store", store)
+    assert code == 1 and "fail  self-test" in out and "the prompt of edit 1 matches edit 0" in out
+
+
+def test_doctor_sees_a_plugin_that_vllm_would_not_load(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_PLUGINS", "lora_filesystem_resolver")
+    code, out, _ = run(capsys, "doctor", "--quick")
+    assert code == 1 and "VLLM_PLUGINS is 'lora_filesystem_resolver': add memoir to it" in out
+
+
+def test_doctor_says_what_an_admin_token_needs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    monkeypatch.delenv("MEMOIR_ADMIN_TOKEN", raising=False)
+    assert "administration" not in run(capsys, "doctor", "--quick")[1]
+    monkeypatch.setenv("MEMOIR_ADMIN_TOKEN", "sixteen characters")
+    out = run(capsys, "doctor", "--quick")[1]
+    assert "warn  administration" in out and "VLLM_PLUGINS=memoir" in out and "sixteen" not in out
+    monkeypatch.setenv("VLLM_PLUGINS", "memoir")
+    assert "ok    administration" in run(capsys, "doctor", "--quick")[1]
+
+
 def test_doctor_finds_a_torchvision_of_another_torch(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "torchvision.py").write_text('raise RuntimeError("operator torchvision::nms does not exist")')
     monkeypatch.syspath_prepend(tmp_path)
-    code, out, _ = run(capsys, "doctor")
+    code, out, _ = run(capsys, "doctor", "--quick")
     assert code == 1 and "torchvision::nms does not exist" in out and "pip uninstall torchvision" in out
 
 

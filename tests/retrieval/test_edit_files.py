@@ -1,6 +1,7 @@
 """Edit files: every published format is read, every broken one is refused by line and reason."""
 
 import json
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from memoir_retrieval.edit_files import FORMATS, check_duplicates, limit_distinc
 from memoir_retrieval.errors import ConfigError, EditFileError
 
 ROOT = Path(__file__).parents[2]
-SETS = ROOT.parent / "shared" / "data"
+SETS = Path(os.environ.get("MEMOIR_DATA", ROOT.parent / "shared" / "data"))
 
 RECORDS = {
     "memoir": (
@@ -26,6 +27,9 @@ RECORDS = {
             "rephrases": ["Acme is run by whom?"],
             "locality": [{"prompt": "Who runs Bolt?", "answer": "Bo"}],
             "source": "ticket 7",
+            "neighbourhood": [{"prompt": "Who runs Acme Films?"}],
+            "portability": [{"prompt": "Where was Acme's boss born?", "answer": "Rome", "aliases": ["Roma"]}],
+            "ood": ["Ada took over Acme in May."],
         },
         [
             Edit(
@@ -35,6 +39,9 @@ RECORDS = {
                 rephrases=("Acme is run by whom?",),
                 locality=(Probe(prompt="Who runs Bolt?", answer="Bo"),),
                 source="ticket 7",
+                neighbourhood=(Probe(prompt="Who runs Acme Films?"),),
+                portability=(Probe(prompt="Where was Acme's boss born?", answer="Rome", aliases=("Roma",)),),
+                ood=("Ada took over Acme in May.",),
             )
         ],
     ),
@@ -68,6 +75,7 @@ RECORDS = {
             "loc": "nq question: types of skiing",
             "loc_ans": "Downhill",
             "answers": ["1998"],
+            "portability": {"Recalled Relation": "(Cup, of, sport)", "New Question": "What?", "New Answer": "Sport"},
         },
         [
             Edit(
@@ -76,6 +84,7 @@ RECORDS = {
                 subject="Cup",
                 rephrases=("Since when is there a Cup?",),
                 locality=(Probe(prompt="nq question: types of skiing", answer="Downhill"),),
+                portability=(Probe(prompt="What?", answer="Sport"),),
             )
         ],
     ),
@@ -85,7 +94,13 @@ RECORDS = {
             "prompt": "The gender of Ina is",
             "target_new": "female",
             "rephrase_prompt": "Ina's gender:",
-            "portability": {"Reasoning": [{"prompt": "not read", "ground_truth": "x"}]},
+            "portability": {
+                "Reasoning": [{"prompt": "Ina, being a", "ground_truth": "woman"}],
+                "Subject_Aliasing": [
+                    {"prompt": "I. is", "ground_truth": [["f", "female", "f"], ["woman"]]},
+                    {"prompt": "No answer", "ground_truth": [[]]},
+                ],
+            },
             "locality": {
                 "Relation_Specificity": [
                     {"prompt": "Ina was born in", "ground_truth": [["Riga", "Rīga"], ["Latvia"]]},
@@ -101,9 +116,13 @@ RECORDS = {
                 subject="Ina",
                 rephrases=("Ina's gender:",),
                 locality=(
-                    Probe(prompt="Ina was born in", answer="Riga"),
+                    Probe(prompt="Ina was born in", answer="Riga", aliases=("Rīga", "Latvia")),
                     Probe(prompt="Ina died in"),
                     Probe(prompt="Ina is a", answer="luger"),
+                ),
+                portability=(
+                    Probe(prompt="Ina, being a", answer="woman"),
+                    Probe(prompt="I. is", answer="f", aliases=("female", "woman")),
                 ),
             )
         ],
@@ -122,8 +141,8 @@ RECORDS = {
                 prompt="Tesla,",
                 target="a car maker",
                 subject="Tesla",
-                rephrases=("Tesla makes cars.",),
                 locality=(Probe(prompt="Some web text", answer=" "),),
+                ood=("Tesla makes cars.",),
             )
         ],
     ),
@@ -137,6 +156,7 @@ RECORDS = {
             },
             "paraphrase_prompts": ["Spike is native to", "Spike was born in"],
             "neighborhood_prompts": ["Max comes from", "Quin comes from"],
+            "portability": {"New Question": "What is eaten where Spike comes from?", "New Answer": "Cheesesteaks"},
         },
         [
             Edit(
@@ -144,10 +164,11 @@ RECORDS = {
                 target="Philadelphia",
                 subject="Spike {0}",
                 rephrases=("Spike is native to", "Spike was born in"),
-                locality=(
+                neighbourhood=(
                     Probe(prompt="Max comes from", answer="London"),
                     Probe(prompt="Quin comes from", answer="London"),
                 ),
+                portability=(Probe(prompt="What is eaten where Spike comes from?", answer="Cheesesteaks"),),
             )
         ],
     ),
@@ -162,11 +183,21 @@ RECORDS = {
                 },
                 {"prompt": "The boss of {} is", "subject": "Mia", "target_new": {"str": "Nan"}},
             ],
-            "questions": ["Who is the boss of Hey's singer?"],
+            "questions": ["Who is the boss of Hey's singer?", "Hey's singer works for"],
+            "new_answer": "Nan",
+            "new_answer_alias": ["Nana"],
         },
         [
             Edit(prompt="Hey was sung by", target="Mia", subject="Hey", rephrases=("Who sang Hey?",)),
-            Edit(prompt="The boss of Mia is", target="Nan", subject="Mia"),
+            Edit(
+                prompt="The boss of Mia is",
+                target="Nan",
+                subject="Mia",
+                portability=(
+                    Probe(prompt="Who is the boss of Hey's singer?", answer="Nan", aliases=("Nana",)),
+                    Probe(prompt="Hey's singer works for", answer="Nan", aliases=("Nana",)),
+                ),
+            ),
         ],
     ),
     "hallueditbench": (
@@ -177,6 +208,10 @@ RECORDS = {
             "question": "What is Moses made of?",
             "paraphrased_question": "From what is Moses made?",
             "locality_question": "Who led the exodus?",
+            "question_2hop": "Who made Moses of marble?",
+            "answer_2hop": "Michelangelo",
+            "question_6hop": "In which century?",
+            "answer_6hop": "",
         },
         [
             Edit(
@@ -185,6 +220,7 @@ RECORDS = {
                 subject="Moses",
                 rephrases=("From what is Moses made?",),
                 locality=(Probe(prompt="Who led the exodus?"),),
+                portability=(Probe(prompt="Who made Moses of marble?", answer="Michelangelo"),),
             )
         ],
     ),
@@ -213,7 +249,9 @@ COUNTS = {
 }
 NO_EDITS = ["pararel/tuples.jsonl", "pararel/patterns.jsonl", "text/nq-open-dev.jsonl"]
 
-needs_sets = pytest.mark.skipif(not SETS.is_dir(), reason="the published sets are not beside the checkout")
+needs_sets = pytest.mark.skipif(
+    not SETS.is_dir(), reason="the published sets are not there: name their folder with MEMOIR_DATA"
+)
 
 
 def edit(prompt: str, target: str = "t", subject: str = "") -> Edit:
@@ -284,6 +322,40 @@ def test_published_set(name: str) -> None:
     assert edits == read_edits(SETS / name, format_name)
 
 
+# Of each set: rephrasings, locality probes, neighbourhood probes, portability probes, other texts.
+HELD = {
+    "zsre/zsre_mend_edit.jsonl": (1_000, 1_000, 0, 1_000, 0),
+    "zsre/knowedit_zsre_test_all.jsonl": (1_304, 2_608, 0, 1_304, 0),
+    "hallucination/hallucination-edit.jsonl": (0, 577, 0, 0, 0),
+    "temporal/temporal-edit.jsonl": (0, 75, 0, 0, 75),
+    "counterfact/counterfact-edit.jsonl": (10_000, 10_000, 0, 0, 0),
+    "counterfact/counterfact_portability_gpt4.jsonl": (2_062, 0, 10_310, 1_031, 0),
+    "wikifactdiff/wfd-test.jsonl": (784, 779, 0, 784, 0),
+    "mquake/MQuAKE-hard.jsonl": (1_716, 0, 0, 1_287, 0),
+    "knowedit_wiki/wiki_recent_train.jsonl": (0, 1_946, 0, 751, 0),
+    "knowedit_wiki/wiki_counterfact_train.jsonl": (0, 2_036, 0, 2_219, 0),
+    "hallueditbench/meta_llama_3_8b_instruct.jsonl": (2_230, 2_230, 0, 11_150, 0),
+}
+
+
+@needs_sets
+@pytest.mark.parametrize("name", HELD)
+def test_what_a_published_set_asks_about_its_edits(name: str) -> None:
+    kinds = ("rephrases", "locality", "neighbourhood", "portability", "ood")
+    edits = read_edits(SETS / name)
+    assert tuple(sum(len(getattr(e, kind)) for e in edits) for kind in kinds) == HELD[name]
+
+
+@needs_sets
+def test_multi_hop_questions_stand_at_the_last_edit_of_their_record() -> None:
+    edits = read_edits(SETS / "mquake/MQuAKE-hard.jsonl")[:8]
+    assert [len(e.portability) for e in edits] == [0, 0, 0, 3, 0, 0, 0, 3]
+    assert edits[3].prompt == "The official language of Australia is"
+    assert {(p.answer, p.aliases) for p in edits[3].portability} == {
+        ("Arabic", ("ar", "Arabian language", "Arabic language"))
+    }
+
+
 @needs_sets
 @pytest.mark.parametrize("name", NO_EDITS)
 def test_published_file_that_holds_no_edits(name: str) -> None:
@@ -327,14 +399,15 @@ BAD = {
     "other format later": (OK + '{"src": "a", "alt": "b"}', "line 2: key 'src' is unknown", "format 'memoir'"),
     "unknown own key": (
         OK + '{"prompt": "a", "target": "b", "answr": 1}',
-        "line 2: key 'answr' is unknown; the keys are prompt, target, subject, rephrases, locality, source",
+        "line 2: key 'answr' is unknown; the keys are prompt, target, subject, rephrases, locality, source, ",
+        "neighbourhood, portability, ood (file read as",
     ),
     "missing target": ('{"prompt": "a", "target": null}', "line 1: 'target' is missing; write text in double"),
     "empty prompt": (OK + '{"prompt": "", "target": "b"}', "line 2: 'prompt' is ''; write some text, or drop the"),
     "blank target": (OK + '{"prompt": "a", "target": " \\n"}', "line 2: 'target' is ' \\n'; write some text"),
     "target a number": ('{"prompt": "a", "target": 1980}', "line 1: 'target' is 1980; write text in double quotes"),
     "rephrases a text": ('{"prompt": "a", "target": "b", "rephrases": "c"}', "Expected `array`, got `str`"),
-    "locality a text": ('{"prompt": "a", "target": "b", "locality": ["c"]}', "locality as [", "$.locality[0]"),
+    "locality a text": ('{"prompt": "a", "target": "b", "locality": ["c"]}', "portability as [", "$.locality[0]"),
     "locality key": ('{"prompt": "a", "target": "b", "locality": [{"prompt": "c", "x": 1}]}', "unknown field `x`"),
     "surrogate": (OK + '{"prompt": "a\\ud83d", "target": "b"}', "line 2: 'a\\ud83d' has half a surrogate pair"),
     "surrogate in locality": ('{"src": "a", "alt": "b", "loc": "\\udc00"}', "line 1: '\\udc00' has half"),
@@ -372,6 +445,11 @@ BAD = {
         '{"prompt": "a", "target_new": "b", "locality": {"X": ["p"]}}',
         "'locality.X' is ['p']; write a list of",
     ),
+    "knowedit portability": (
+        '{"prompt": "a", "target_new": "b", "portability": {"X": 1}}',
+        "'portability.X' is 1; write a list of",
+    ),
+    "zsre portability": ('{"src": "a", "alt": "b", "portability": "c"}', "'portability' is 'c'; write an object"),
     "knowedit answer": (
         '{"prompt": "a", "target_new": "b", "locality": {"X": [{"prompt": "p", "ground_truth": [[4]]}]}}',
         "'ground_truth' is 4; write text or a list of texts",

@@ -54,6 +54,8 @@ def test_unrelated_prompts_keep_the_bits_of_the_base_model(edited: EditedModel, 
         answers = edited.generate(rows, max_new_tokens=6, edited=on)
         handle.remove()
         assert [a.edit for a in answers[:3]] == [None] * 3
+    for on in logits:  # without the one row of what all have in common, which is run before
+        logits[on] = [step for step in logits[on] if len(step) == len(prompts)]
     assert all(torch.equal(a[:3], b[:3]) for a, b in zip(logits[True], logits[False], strict=False))
     assert not torch.equal(logits[True][0][3], logits[False][0][3])
 

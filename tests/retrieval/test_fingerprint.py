@@ -10,11 +10,17 @@ from hypothesis import strategies as st
 
 from memoir_index import popcount, unpack
 from memoir_retrieval.errors import ConfigError
-from memoir_retrieval.fingerprint import Fingerprint, permutation, top_positions
+from memoir_retrieval.fingerprint import Fingerprint, _top_of_tensor, permutation, top_mask
 
 
 def oracle(values: np.ndarray, k: int) -> set[int]:
     return set(sorted(range(len(values)), key=lambda i: (-values[i], i))[:k])
+
+
+def by_stable_sort(values: torch.Tensor, k: int) -> np.ndarray:
+    """The definition: a stable sort puts the lowest position first among equals, on every device."""
+    chosen = torch.sort(values, dim=-1, descending=True, stable=True).indices[:, :k]
+    return torch.zeros(values.shape, dtype=torch.bool).scatter_(1, chosen, True).numpy()
 
 
 @settings(deadline=None)
@@ -22,7 +28,49 @@ def oracle(values: np.ndarray, k: int) -> set[int]:
 def test_heavy_ties_go_to_the_lowest_position(values: list[int], data: st.DataObject) -> None:
     k = data.draw(st.integers(1, len(values)))
     row = torch.tensor(values, dtype=torch.bfloat16).float()
-    assert set(top_positions(row[None], k)[0].tolist()) == oracle(row.numpy(), k)
+    for mask in (top_mask(row[None], k), _top_of_tensor(row[None], k)):
+        assert set(np.flatnonzero(np.asarray(mask)[0]).tolist()) == oracle(row.numpy(), k)
+
+
+def _rows(kind: str, d: int) -> torch.Tensor:
+    values = torch.randn(9, d, generator=torch.Generator().manual_seed(d))
+    match kind:
+        case "bfloat16":
+            return values.bfloat16().abs()
+        case "relu":  # the k-th largest is a zero
+            return (values - 1).relu()
+        case "signed zeros":
+            return torch.where(values > 0.8, values, torch.where(values > 0, 0.0, -0.0))
+        case "coarse":
+            return (values * 2).round()
+        case "sorted":  # no sample of every n-th entry sees the largest
+            values = values.abs() * 0.01
+            values[:, 1::4] += 5
+            return values
+        case "infinite":
+            values[:, ::3] = torch.inf
+            values[:, 1::3] = -torch.inf
+            return values
+        case "constant":
+            return torch.full((2, d), 0.25)
+    return values
+
+
+@pytest.mark.parametrize(
+    "kind", ["plain", "bfloat16", "relu", "signed zeros", "coarse", "sorted", "infinite", "constant"]
+)
+@pytest.mark.parametrize(("d", "k"), [(14336, 4096), (1536, 438), (16, 5), (8, 8), (4096, 1)])
+def test_the_fast_ways_choose_what_a_stable_sort_chooses(kind: str, d: int, k: int) -> None:
+    values = _rows(kind, d)
+    expected = by_stable_sort(values.float(), k)
+    np.testing.assert_array_equal(top_mask(values, k), expected)
+    np.testing.assert_array_equal(_top_of_tensor(values, k).numpy(), expected)  # what a GPU runs
+
+
+def test_no_rows_and_strided_rows() -> None:
+    assert top_mask(torch.empty(0, 32), 5).shape == (0, 32)
+    values = torch.randn(64, 50).T
+    np.testing.assert_array_equal(top_mask(values, 7), by_stable_sort(values, 7))
 
 
 def test_codes_are_the_permuted_top_k_of_the_distance_from_the_background() -> None:

@@ -5,20 +5,30 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
+import subprocess
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
+import forge
+import msgspec
 import numpy as np
 import pytest
 import read_format
+import safetensors.numpy as safetensors
 
 from memoir_index import pack
-from memoir_retrieval import files
+from memoir_retrieval import files, stored_edits
+from memoir_retrieval import store as store_module
 from memoir_retrieval.edit import StoredEdit
 from memoir_retrieval.errors import StoreError, StoreMismatch
 from memoir_retrieval.model import Identity
+from memoir_retrieval.remove import find_prompts, remove_edits
 from memoir_retrieval.span import SpanRule
-from memoir_retrieval.store import EditStore, write_generation
+from memoir_retrieval.store import EditStore, leftovers, write_generation
+from memoir_retrieval.verify_store import verify_store
 
 D, H, K = 64, 16, 12
 IDENTITY = Identity(config="c" * 64, layer="l" * 64, tokenizer="t" * 64)
@@ -30,6 +40,11 @@ def masks(n: int, seed: int = 0) -> np.ndarray:
     for row in bits:
         row[rng.choice(D, K, replace=False)] = True
     return pack(bits)
+
+
+def stored_edit(i: int, **changed: Any) -> StoredEdit:
+    made = StoredEdit(id=i, prompt=f"p{i}", target="t", created="2026-01-01T00:00:00+00:00", loss=0.01, steps=5)
+    return msgspec.structs.replace(made, **changed)
 
 
 def write(folder: Path, generation: int = 1, n: int = 3, **changed: Any) -> None:
@@ -60,10 +75,7 @@ def write(folder: Path, generation: int = 1, n: int = 3, **changed: Any) -> None
         "codes": masks(n, generation),
         "ids": np.arange(n),
         "memory_of": np.zeros(n, dtype=np.int32),
-        "edits": [
-            StoredEdit(id=i, prompt=f"p{i}", target="t", created="2026-01-01T00:00:00+00:00", loss=0.01, steps=5)
-            for i in range(n)
-        ],
+        "edits": [stored_edit(i) for i in range(n)],
     }
     for key, value in changed.items():
         (fields if key in fields else arrays)[key] = value
@@ -100,39 +112,6 @@ def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
-@pytest.mark.parametrize("step", range(1, 12))
-def test_a_write_that_fails_anywhere_leaves_the_old_generation(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
-) -> None:
-    """Every sync and rename in turn reports a full disk; eleven is more than one commit makes."""
-    write(tmp_path, 1)
-    before = contents(tmp_path)
-    calls = 0
-
-    def failing(real: Any) -> Any:
-        def call(*args: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            if calls == step:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            return real(*args)
-
-        return call
-
-    monkeypatch.setattr(files.os, "fsync", failing(os.fsync))
-    monkeypatch.setattr(files.os, "replace", failing(os.replace))
-    said = ""
-    try:
-        write(tmp_path, 2)
-    except StoreError as error:
-        said = str(error)
-    if "unchanged" in said:
-        assert "no space left" in said and contents(tmp_path) == before
-    else:  # nothing failed, or the rename went through and only the last sync did not
-        assert "is written" in said or calls < step
-        assert EditStore.open(tmp_path).manifest.generation == 2
-
-
 def test_a_folder_that_is_no_store(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="does not exist: make one with `memoir edit FILE --store"):
         EditStore.open(tmp_path / "nowhere")
@@ -167,7 +146,7 @@ def test_every_kind_of_damage_is_named(tmp_path: Path, name: str) -> None:
         ({"memories": np.zeros((1, H, D))}, "'memory' is float64"),
         ({"permutation": np.zeros(D, dtype=np.int64)}, "no permutation"),
         ({"codes": np.zeros((3, D // 8), dtype=np.uint8)}, "12"),
-        ({"ids": np.array([0, 1, 9])}, "edit ids"),
+        ({"ids": np.array([0, 1, 9]), "next_id": 10}, "edit ids"),
         ({"memory_of": np.array([0, 0, 5], dtype=np.int32)}, "memory that"),
         ({"next_id": 1}, "outside"),
         ({"tau": 0.0}, "tau 0.0"),
@@ -186,7 +165,7 @@ def test_a_store_with_sound_digests_and_unsound_content_is_refused(
 @pytest.mark.parametrize(
     ("key", "value", "kind", "said"),
     [
-        ("format", 2, StoreMismatch, "has format 2"),
+        ("format", 3, StoreMismatch, "has format 3"),
         ("format", "x", StoreError, "damaged"),
         ("surprise", 1, StoreError, "surprise"),
         ("tau", "high", StoreError, "tau"),
@@ -195,8 +174,7 @@ def test_a_store_with_sound_digests_and_unsound_content_is_refused(
 )
 def test_a_manifest_that_lies_is_refused(tmp_path: Path, key: str, value: Any, kind: type, said: str) -> None:
     write(tmp_path)
-    path = tmp_path / "memoir.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    forge.sign(tmp_path, forge.manifest(tmp_path) | {key: value})
     with pytest.raises(kind, match=said):
         EditStore.open(tmp_path)
 
@@ -226,16 +204,222 @@ def test_only_one_writer(tmp_path: Path) -> None:
         pass
 
 
-def test_the_documented_format_is_the_format(tmp_path: Path) -> None:
-    write(tmp_path)
+@pytest.mark.parametrize("rows", [[0, 1, 2], [0, 1, 1, 2, 0, 1]])
+def test_the_documented_format_is_the_format(tmp_path: Path, rows: list[int]) -> None:
+    """With one memory and mask an edit, and with two memories and several masks of an edit."""
+    memory_of = np.array([row % 2 for row in rows], dtype=np.int32)
+    memories = np.random.default_rng(0).standard_normal((2, H, D)).astype(np.float32)
+    edits = [stored_edit(i, memory=i % 2) for i in range(3)]
+    write(tmp_path, memories=memories, codes=masks(len(rows)), ids=np.array(rows), memory_of=memory_of, edits=edits)
     store = EditStore.open(tmp_path)
     read = read_format.read(tmp_path)
     assert sorted(read) == [0, 1, 2]
-    for number, (edit, mask, memory) in read.items():
+    for number, (edit, found, memory) in read.items():
         assert edit["prompt"] == store.edit(number).prompt
-        assert (pack(mask[None]) == store.codes[number]).all()
-        np.testing.assert_array_equal(memory, store.memories[0] * mask)
+        np.testing.assert_array_equal(pack(found), store.codes[store.ids == number])
+        np.testing.assert_array_equal(memory, store.memories[number % 2])
+    assert len(Path(read_format.__file__).read_text().splitlines()) <= 50
+
+
+def test_every_key_of_the_manifest_is_documented(tmp_path: Path) -> None:
+    write(tmp_path)
     keys = set(json.loads((tmp_path / "memoir.json").read_text()))
     documented = (Path(__file__).parents[2] / "docs" / "format.md").read_text().split("## Manifest")[1].split("##")[0]
     assert keys == {key for line in documented.splitlines() if line.startswith("| `")
                     for key in line.split("|")[1].replace("`", "").replace(" ", "").split(",")}  # fmt: skip
+
+
+def test_the_tensors_are_written_as_safetensors_writes_them(tmp_path: Path) -> None:
+    write(tmp_path)
+    for kind in ("memory", "codes"):
+        data = (tmp_path / f"{kind}-1.safetensors").read_bytes()
+        assert safetensors.save(safetensors.load(data)) == data
+
+
+FORMAT_1 = Path(__file__).parent / "format-1"
+
+
+def test_a_store_of_format_1_is_read_and_the_next_write_makes_it_format_2(tmp_path: Path) -> None:
+    """The fixture was written by memoir-retrieval before format 2."""
+    folder = Path(shutil.copytree(FORMAT_1, tmp_path / "store"))
+    store = EditStore.open(folder)
+    assert store.manifest.format == 1 and verify_store(folder) == []
+    assert [(e.id, e.prompt, e.target, e.steps) for e in store.edits] == [
+        (0, "Who founded Aarhus?", "King Harald", 60),
+        (1, "Where is the Blue Gate?", "In Oslo", 60),
+    ]
+    assert store.edits[0].rephrases == ("Aarhus was founded by whom?",) and store.edits[0].source == "a test"
+    assert set(read_format.read(folder)) == {0, 1}
+    made = remove_edits(folder, [0])
+    assert made.format == 2 and made.memory == store.manifest.memory
+    now = EditStore.open(folder)
+    assert [e.id for e in now.edits] == [1] and verify_store(folder) == []
+    np.testing.assert_array_equal(now.codes, store.codes[1:])
+    np.testing.assert_array_equal(now.memories, store.memories)
+    assert set(read_format.read(folder)) == {1}
+
+
+def test_removed_edits_are_gone_and_the_memory_stays(tmp_path: Path) -> None:
+    write(tmp_path, ids=np.array([0, 1, 1, 2]), codes=masks(4), memory_of=np.zeros(4, dtype=np.int32))
+    before = EditStore.open(tmp_path)
+    assert before.edits[1:] == (stored_edit(1), stored_edit(2))
+    made = remove_edits(tmp_path, [*find_prompts(before, [" p1"]), 1])
+    assert made.generation == 2
+    assert made.memory == before.manifest.memory and (tmp_path / "memory-1.safetensors").exists()
+    store = EditStore.open(tmp_path)
+    assert [edit.id for edit in store.edits] == [0, 2] and store.ids.tolist() == [0, 2]
+    np.testing.assert_array_equal(store.codes, masks(4)[[0, 3]])
+    assert store.manifest.next_id == before.manifest.next_id
+    kept = contents(tmp_path)
+    with pytest.raises(StoreError, match="has no edit 1"):
+        remove_edits(tmp_path, [0, 1])
+    with pytest.raises(StoreError, match="no edit of 'p1'"):
+        find_prompts(store, ["p1"])
+    assert contents(tmp_path) == kept
+    remove_edits(tmp_path, [2, 0])
+    assert EditStore.open(tmp_path).codes.shape == (0, D // 8) and verify_store(tmp_path) == []
+    with pytest.raises(StoreError, match="does not exist"):
+        remove_edits(tmp_path / "nowhere", [0])
+    assert not (tmp_path / "nowhere").exists()
+
+
+@pytest.fixture
+def mapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every file counts as a large one."""
+    monkeypatch.setattr(store_module, "MAPPED_FROM", 1)
+
+
+def test_a_mapped_store_has_the_content_of_one_that_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, n=40, edits=[stored_edit(i, source="x" * i) for i in range(40)])
+    read = EditStore.open(tmp_path)
+    monkeypatch.setattr(store_module, "MAPPED_FROM", 1)
+    monkeypatch.setattr(stored_edits, "CHUNK", 100)
+    store = EditStore.open(tmp_path)
+    assert len(store.mapped) == 3 and not read.mapped
+    for name in ("memories", "background", "permutation", "codes", "ids", "memory_of"):
+        np.testing.assert_array_equal(getattr(store, name), getattr(read, name))
+    assert len(store.edits) == 40 and tuple(store.edits) == read.edits and store.edits[-3:] == read.edits[-3:]
+    assert store.edit(17) == read.edits[17]
+    with pytest.raises(IndexError):
+        store.edits[40]
+    with pytest.raises(StoreError, match="has no edit 40"):
+        store.edit(40)
+
+
+@pytest.mark.usefixtures("mapped")
+@pytest.mark.parametrize("name", ["memory-1.safetensors", "codes-1.safetensors", "edits-1.jsonl"])
+def test_no_damage_of_a_mapped_file_goes_unnoticed(tmp_path: Path, name: str) -> None:
+    """The last byte but eight of each file: a weight, a memory's number, a character."""
+    write(tmp_path)
+    path = tmp_path / name
+    good = path.read_bytes()
+    path.write_bytes(bytes([*good[:-9], good[-9] ^ 1, *good[-8:]]))
+    with pytest.raises(StoreError, match=f"{name} is damaged: its sha256|names a memory"):
+        EditStore.open(tmp_path)
+    if name.startswith("codes"):
+        return
+    store = EditStore.open(tmp_path, check=False)
+    for _ in range(2):
+        with pytest.raises(StoreError, match=f"{name} is damaged: its sha256"):
+            store.check()
+
+
+@pytest.mark.usefixtures("mapped")
+def test_content_of_a_mapped_file_is_checked_too(tmp_path: Path) -> None:
+    write(tmp_path, codes=np.zeros((3, D // 8), dtype=np.uint8))
+    EditStore.open(tmp_path, check=False)
+    with pytest.raises(StoreError, match="row 0 has 0 ones, not k=12, and so have 2 other rows"):
+        EditStore.open(tmp_path)
+
+
+@pytest.mark.usefixtures("mapped")
+def test_a_file_stays_as_long_as_a_reader_maps_it(tmp_path: Path) -> None:
+    write(tmp_path, 1)
+    reader = EditStore.open(tmp_path)
+    codes = reader.codes.copy()
+    write(tmp_path, 2)
+    write(tmp_path, 3)
+    first = ["codes-1.safetensors", "edits-1.jsonl", "memory-1.safetensors"]
+    third = EditStore.open(tmp_path, check=False).manifest
+    assert [path.name for path in leftovers(tmp_path, third)] == first
+    np.testing.assert_array_equal(reader.codes, codes)
+    kept = reader.memories
+    del reader
+    write(tmp_path, 4)
+    fourth = EditStore.open(tmp_path, check=False).manifest
+    assert [path.name for path in leftovers(tmp_path, fourth)] == ["memory-1.safetensors"]
+    np.testing.assert_array_equal(kept, np.random.default_rng(1).standard_normal((1, H, D)).astype(np.float32))
+    del kept
+    write(tmp_path, 5)
+    assert leftovers(tmp_path, EditStore.open(tmp_path, check=False).manifest) == []
+
+
+READER = """
+import sys
+from memoir_retrieval import store
+store.MAPPED_FROM = 1
+opened = store.EditStore.open(sys.argv[1])
+print(opened.manifest.generation, flush=True)
+sys.stdin.readline()
+opened.check()
+print(opened.codes.tobytes().hex(), flush=True)
+"""
+
+
+def test_another_process_keeps_its_files_too(tmp_path: Path) -> None:
+    write(tmp_path, 1)
+    codes = EditStore.open(tmp_path).codes
+    command = [sys.executable, "-c", READER, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as reader:
+        assert reader.stdin and reader.stdout and reader.stdout.readline() == "1\n"
+        write(tmp_path, 2)
+        assert len(leftovers(tmp_path, EditStore.open(tmp_path).manifest)) == 3
+        reader.stdin.write("\n")
+        reader.stdin.flush()
+        assert reader.stdout.readline().strip() == codes.tobytes().hex()
+    write(tmp_path, 3)
+    assert leftovers(tmp_path, EditStore.open(tmp_path).manifest) == []
+
+
+def test_without_locks_files_are_read_and_not_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some network file systems know no locks: nothing may depend on a file that a writer cannot see in use."""
+
+    def no_locks(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(store_module, "MAPPED_FROM", 1)
+    monkeypatch.setattr(files.fcntl, "flock", no_locks)
+    write(tmp_path, 1)
+    reader = EditStore.open(tmp_path)
+    assert not reader.mapped
+    write(tmp_path, 2)
+    assert leftovers(tmp_path, EditStore.open(tmp_path).manifest) == []
+    np.testing.assert_array_equal(reader.codes, masks(3, 1))
+
+
+def test_readers_that_come_and_go_while_generations_are_published(tmp_path: Path) -> None:
+    """Eight threads open, map and read without a pause; each sees one generation, whole."""
+    write(tmp_path, 1)
+    stop, wrong = threading.Event(), []
+
+    def read() -> None:
+        while not stop.is_set():
+            try:
+                store = EditStore.open(tmp_path)
+                expected = masks(3, store.manifest.generation)
+                if not np.array_equal(store.codes, expected):
+                    wrong.append(store.manifest.generation)
+            except Exception as error:  # collected, since a thread's exception fails no test
+                wrong.append(error)
+
+    threads = [threading.Thread(target=read) for _ in range(8)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store_module, "MAPPED_FROM", 1)
+        for thread in threads:
+            thread.start()
+        for generation in range(2, 60):
+            write(tmp_path, generation)
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert wrong == []

@@ -19,6 +19,8 @@ from memoir_vllm.requests import Options, parse_options
         ({"top_a": 0.1, "kv_transfer_params": {}}, Options()),
         ({"memoir": "off"}, Options(off=True)),
         ({"memoir_span": "0:1"}, Options(span=Span(0, 1))),
+        ({"memoir_nearest": 20}, Options(nearest=20)),
+        ({"memoir_report": 1}, Options()),
         ({"memoir_span": "3:10", "memoir": "off"}, Options(off=True, span=Span(3, 10))),
     ],
     ids=str,
@@ -37,6 +39,18 @@ def test_memoir_is_off_or_nothing(value: Any) -> None:
 def test_a_span_lies_in_the_prompt(value: Any) -> None:
     with pytest.raises(ConfigError, match="0 <= start < end <= 10"):
         parse_options({"memoir_span": value}, prompt_len=10)
+
+
+@pytest.mark.parametrize("value", [-1, 21, "5", 5.0, True, None, [5]])
+def test_nearest_is_a_number_of_edits(value: Any) -> None:
+    with pytest.raises(ConfigError, match="memoir_nearest"):
+        parse_options({"memoir_nearest": value}, prompt_len=10)
+
+
+@pytest.mark.parametrize("value", [0, "1", None, 2])
+def test_a_report_is_asked_for_or_not(value: Any) -> None:
+    with pytest.raises(ConfigError, match="memoir_report"):
+        parse_options({"memoir_report": value}, prompt_len=10)
 
 
 def test_unknown_keys_of_ours_are_refused() -> None:

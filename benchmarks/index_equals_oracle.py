@@ -1,0 +1,101 @@
+"""Does the index answer as an exhaustive search does? Counts the differences in many lookups; there must be none.
+
+python benchmarks/index_equals_oracle.py [--prompts FILE] [--lookups 1000000] [--rows 5000] [--seed 0]
+
+Without FILE the masks are synthetic ones of D=14336. With it (text, one prompt a line) they are made by the embedded
+model (D=1536): the first --rows prompts are stored, the others asked. In both cases most queries are stored masks with
+a random part of their ones moved, every fourth of them to within two bits of tau; 1 in 20 stored masks is there twice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import faiss
+import numpy as np
+
+from memoir_index import HammingIndex, hamming_radius
+from memoir_index.synthetic import MaskSource
+
+BATCH = 250
+
+
+def real_masks(file: str) -> tuple[int, int, np.ndarray]:
+    """d, k and the codes of the prompts of a file, as a raw store of the embedded model makes them."""
+    from memoir_retrieval.background import background_prompts
+    from memoir_retrieval.fingerprint import Fingerprint, permutation
+    from memoir_retrieval.forward import question_means
+    from memoir_retrieval.model import load_model
+    from memoir_retrieval.presets import preset_for
+
+    base = load_model("smollm2-135m")
+    texts = list(dict.fromkeys(line for line in Path(file).read_text("utf-8").splitlines() if line.strip()))
+    rows = [base.tokenizer(text)["input_ids"] for text in [*background_prompts(), *texts]]
+    means = question_means(base, rows, [(0, len(row)) for row in rows])
+    background = means[: len(rows) - len(texts)].mean(0).numpy()
+    k = preset_for(base.model.config).k
+    return base.d, k, Fingerprint(background, permutation(base.d, 0), k).codes(means[len(rows) - len(texts) :])
+
+
+def queries(source: MaskSource, stored: np.ndarray, others: np.ndarray, needed: int) -> np.ndarray:
+    """A batch: variants of stored masks, some with almost exactly the `needed` ones in common, and unrelated masks."""
+    rng, k = source.rng, source.k
+    shared = rng.integers(2 * k // 5, k + 1, BATCH)
+    near = rng.random(BATCH) < 0.25
+    shared[near] = np.clip(needed + rng.integers(-2, 3, near.sum()), 0, k)
+    batch = source.variants(stored[rng.integers(len(stored), size=BATCH)], shared)
+    unrelated = rng.random(BATCH) < 0.2
+    batch[unrelated] = others[rng.integers(len(others), size=unrelated.sum())]
+    return batch
+
+
+def main() -> None:
+    """Print one line a threshold; exit code 1 if there was a difference."""
+    ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ask.add_argument("--prompts", help="text file, one prompt a line")
+    ask.add_argument("--lookups", type=int, default=1_000_000)
+    ask.add_argument("--rows", type=int, default=5000)
+    ask.add_argument("--seed", type=int, default=0)
+    given = ask.parse_args()
+
+    d, k, made = real_masks(given.prompts) if given.prompts else (14336, 4096, None)
+    source = MaskSource(d, k, given.seed)
+    if made is None:
+        made = source.masks(given.rows + 1000)
+    stored, others = made[: given.rows], made[given.rows :]
+    twice = source.rng.random(len(stored)) < 0.05
+    stored[np.flatnonzero(twice)[1:]] = stored[np.flatnonzero(twice)[:-1]]
+    oracle = faiss.IndexBinaryFlat(d)
+    oracle.add(stored)
+    # D=1536 is too short for a sketch by default; a third of it tells masks apart from tau=.6 on.
+    sketch, taus = (None, (0.5, 0.55, 0.7)) if d > 8192 else (d // 3, (0.5, 0.65, 0.8))
+    index = HammingIndex.from_codes(d, k, np.arange(len(stored)) * 3, stored, sketch=sketch)
+
+    wrong = 0
+    for tau in taus:
+        began, done, matched, differ = time.monotonic(), 0, 0, 0
+        radius = hamming_radius(tau, k)
+        while done < given.lookups // len(taus):
+            batch = queries(source, stored, others, k - radius // 2)
+            hits = index.search(batch, tau)
+            distance, row = (found[:, 0] for found in oracle.search(batch, 1))
+            match = distance <= radius
+            same = (hits.rows == np.where(match, row, -1)) & (hits.ids == np.where(match, row * 3, -1))
+            same &= ~match | (hits.overlaps == (k - distance / 2) / k)
+            same &= hits.overlaps <= (k - distance / 2) / k
+            differ += int((~same).sum())
+            matched += int(match.sum())
+            done += BATCH
+        print(
+            f"d={d} n={len(stored)} tau={tau} plan={index.plan(tau).kind}: {done} lookups, {matched} matched, "
+            f"{differ} differ, {time.monotonic() - began:.0f} s",
+            flush=True,
+        )
+        wrong += differ
+    raise SystemExit(1 if wrong else 0)
+
+
+if __name__ == "__main__":
+    main()

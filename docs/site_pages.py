@@ -1,0 +1,105 @@
+"""MkDocs hook: the page of the Python API, made from signatures and docstrings when the site is built."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+import memoir_index
+import memoir_retrieval
+
+PAGE = "reference/api.md"
+FOLD = 88
+# Not in `memoir_retrieval` itself, but what its functions take and return.
+RELATED = (
+    ("memoir_retrieval.model", "BaseModel"),
+    ("memoir_retrieval.reference", "Answer"),
+    ("memoir_retrieval.evaluation", "Report"),
+    ("memoir_retrieval.admin", "Change"),
+    ("memoir_retrieval.admin", "EditPage"),
+    ("memoir_retrieval.admin", "Lookup"),
+    ("memoir_retrieval.admin", "Near"),
+    ("memoir_retrieval.server", "ServerModel"),
+    ("memoir_retrieval.verify", "verify"),
+    ("memoir_retrieval.verify", "Server"),
+)
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    files.append(File.generated(config, PAGE, content=api_page()))
+    return files
+
+
+def api_page() -> str:
+    """Markdown of every public name with its public methods."""
+    parts = [
+        "# Python API\n",
+        "Every name here is typed (`py.typed`). Start with [the ten lines](../how-to/python.md).\n",
+        "## memoir_retrieval\n",
+        *(_entry(name, getattr(memoir_retrieval, name)) for name in memoir_retrieval.__all__),
+        "## What these take and give\n",
+        *(_entry(name, getattr(__import__(module, fromlist=[name]), name), module) for module, name in RELATED),
+        "## memoir_index\n",
+        *(_entry(name, getattr(memoir_index, name)) for name in memoir_index.__all__),
+    ]
+    return "\n".join(parts)
+
+
+def _entry(name: str, thing: Any, module: str = "") -> str:
+    title = f"### {name}\n"
+    origin = f"\nIn `{module}`.\n" if module else ""
+    if not callable(thing):
+        return f"{title}{origin}\n`{thing!r}`\n"
+    text = f"{title}{origin}\n{_code(name, thing)}\n{_prose(thing)}\n"
+    if inspect.isclass(thing) and not issubclass(thing, Exception):
+        text += "".join(_methods(name, thing))
+    return text
+
+
+def _methods(name: str, thing: type) -> Iterator[str]:
+    for key, member in vars(thing).items():
+        called = member.__func__ if isinstance(member, classmethod | staticmethod) else member
+        if not key.startswith("_") and (inspect.isfunction(called) or isinstance(called, property | cached_property)):
+            yield f"\n{_code(f'{name}.{key}', called)}\n{_prose(called)}\n"
+
+
+class _Bare(str):
+    """An annotation that is shown without the quotes of a string."""
+
+    __repr__ = str.__str__
+
+
+def _code(name: str, thing: Any) -> str:
+    if isinstance(thing, property | cached_property):
+        return f"```python\n{name}\n```\n"
+    try:
+        found = inspect.signature(thing)
+    except (TypeError, ValueError):
+        return f"```python\n{name}\n```\n"
+    shown = [
+        p.replace(annotation=_Bare(p.annotation)) if isinstance(p.annotation, str) else p
+        for p in found.parameters.values()
+        if p.name not in ("self", "cls")
+    ]
+    result = found.return_annotation
+    bare = found.replace(parameters=shown, return_annotation=_Bare(result) if isinstance(result, str) else result)
+    text = f"{name}{bare}"
+    if len(text) > FOLD:
+        inside = text[len(name) + 1 : text.rindex(")")]
+        parts = re.split(r", (?=[*\w]+(?::|, |$)|/)", inside)
+        text = f"{name}(\n    " + ",\n    ".join(parts) + ",\n" + text[text.rindex(")") :]
+    return f"```python\n{text}\n```\n"
+
+
+def _prose(thing: Any) -> str:
+    """A docstring, with indented examples kept as code."""
+    text = inspect.getdoc(thing) or ""
+    if inspect.isclass(thing) and (made := inspect.getdoc(thing.__init__)) and "Initialize self" not in made:
+        text += f"\n\n{made}"
+    return text.replace("*", r"\*").replace("<", "&lt;") + "\n"

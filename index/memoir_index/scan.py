@@ -1,0 +1,106 @@
+"""FAISS' Hamming kernels on arrays of ours, copied into no FAISS index: rows may lie in a memory-mapped file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import faiss
+import numpy as np
+from numpy.typing import NDArray
+
+from memoir_index.blocks import Block
+from memoir_index.codes import Codes, popcount
+
+Distances = NDArray[np.int32]
+Rows = NDArray[np.int64]
+
+FAR = np.iinfo(np.int32).max
+"""The distance of a row that is not there."""
+
+# FAISS shares a search out by query: one query cannot use a second thread at all, and a few can save less
+# than they lose on a busy host, where every search waits for its slowest thread.
+SMALL_BATCH = 4
+
+# A pass over more rows than the cache holds fetches them again for every query.
+PASS_BYTES = 4 << 20
+
+
+def knn(queries: Codes, rows: Codes, n: int) -> tuple[Distances, Rows]:
+    """Hamming distances int32 [Q, n] and positions int64 [Q, n] of the n <= N nearest of rows [N, W], nearest first.
+
+    FAISS walks the rows in order and replaces a kept row only by a strictly nearer one, so of equal rows the earliest
+    are kept; their order within the answer is not promised.
+    """
+    step = len(rows) if len(queries) == 1 else max(n, PASS_BYTES // rows.shape[1])
+    if step >= len(rows):
+        return faiss.knn_hamming(queries, rows, n)
+    found = [
+        faiss.knn_hamming(queries, rows[at : at + step], min(n, len(rows) - at)) for at in range(0, len(rows), step)
+    ]
+    starts = np.repeat(np.arange(len(found)) * step, [d.shape[1] for d, _ in found])
+    distances = np.concatenate([d for d, _ in found], axis=1)
+    positions = np.concatenate([p for _, p in found], axis=1) + starts
+    return first(distances, positions, n)
+
+
+def first(distances: Distances, positions: Rows, n: int) -> tuple[Distances, Rows]:
+    """The n nearest of every line of distances and positions, both [Q, M]: nearest first, of equals the earlier."""
+    best = np.lexsort((positions, distances), axis=1)[:, :n]
+    return np.take_along_axis(distances, best, 1), np.take_along_axis(positions, best, 1)
+
+
+def nearest_there(block: Block, queries: Codes, n: int) -> tuple[Distances, Rows]:
+    """`knn` among the rows of a block that are there, 1 <= n <= alive."""
+    if block.gone is None:
+        return knn(queries, block.codes, n)
+    gone = block.rows - block.alive
+    for spare in (min(gone, 8), gone):
+        distances, positions = knn(queries, block.codes, n + spare)
+        distances = np.where(block.gone[positions], FAR, distances)
+        # Of n + gone rows n are there for certain, and of fewer they most often are.
+        if (np.count_nonzero(distances != FAR, axis=1) >= n).all():
+            break
+    return first(distances, positions, n)
+
+
+def within(queries: Codes, rows: Codes, radius: int) -> tuple[Rows, Rows, Distances]:
+    """Every pair at a Hamming distance of at most radius: query int64 [P], position int64 [P], distance int32 [P]."""
+    found = faiss.RangeSearchResult(len(queries))
+    faiss.hamming_range_search(  # type: ignore[attr-defined]
+        faiss.swig_ptr(queries), faiss.swig_ptr(rows), len(queries), len(rows), radius + 1, rows.shape[1], found
+    )  # FAISS means less than the radius, not up to it
+    ends = faiss.rev_swig_ptr(found.lims, len(queries) + 1).astype(np.int64)
+    pairs = int(ends[-1])
+    if not pairs:
+        return np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.int32)
+    positions = faiss.rev_swig_ptr(found.labels, pairs).astype(np.int64)
+    distances = faiss.rev_swig_ptr(found.distances, pairs).astype(np.int32)
+    return np.repeat(np.arange(len(queries)), np.diff(ends)), positions, distances
+
+
+def between(queries: Codes, query: Rows, rows: Codes, position: Rows) -> Distances:
+    """Hamming distance of each pair of a query and a row, int32 [P]; queries [Q, W], rows [N, W]."""
+    out = np.empty(len(query), np.int32)
+    step = max(1, PASS_BYTES // max(1, rows.shape[1]))
+    for at in range(0, len(query), step):
+        part = slice(at, at + step)
+        out[part] = popcount(queries[query[part]] ^ rows[position[part]])
+    return out
+
+
+@contextmanager
+def threads_for(queries: int) -> Iterator[None]:
+    """Run a small batch on one OpenMP thread.
+
+    OpenMP keeps the thread count per calling thread, so this touches no other thread's searches.
+    """
+    if queries > SMALL_BATCH:
+        yield
+        return
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)

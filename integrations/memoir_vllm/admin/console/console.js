@@ -1,0 +1,256 @@
+// The console of the admin API. Text from the store and from the model only ever becomes textContent.
+
+const PAGE = 20;
+const POLL_MS = 2000;
+const $ = (id) => document.getElementById(id);
+
+let token = "";
+let key = "";
+let stats = null;
+let offset = 0;
+let timer = 0;
+
+class Refused extends Error {
+  constructor(status, detail) {
+    super(Array.isArray(detail) ? detail.map((d) => `${d.loc.at(-1)}: ${d.msg}`).join("; ") : detail);
+    this.status = status;
+  }
+}
+
+async function call(path, { method = "GET", body = null, bearer = token } = {}) {
+  const headers = bearer ? { Authorization: `Bearer ${bearer}` } : {};
+  if (body !== null) headers["Content-Type"] = "application/json";
+  const reply = await fetch(path, { method, headers, body: body === null ? null : JSON.stringify(body) });
+  const told = await reply.json().catch(() => ({}));
+  if (!reply.ok) {
+    const detail = told.detail ?? told.error?.message ?? told.error ?? reply.statusText;
+    throw new Refused(reply.status, detail);
+  }
+  return told;
+}
+
+function make(tag, text = "", attributes = {}) {
+  const made = document.createElement(tag);
+  made.textContent = text;
+  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+  return made;
+}
+
+function row(...cells) {
+  const made = make("tr");
+  made.append(...cells.map((cell) => {
+    const td = make("td", cell instanceof Node ? "" : String(cell));
+    if (cell instanceof Node) td.append(cell);
+    return td;
+  }));
+  return made;
+}
+
+/** Show what an action throws below it. */
+function guarded(errorId, action) {
+  return async (event) => {
+    event?.preventDefault();
+    $(errorId).textContent = "";
+    try {
+      await action(event);
+    } catch (error) {
+      $(errorId).textContent = error.message;
+      if (error.status === 401 && token) leave();
+    }
+  };
+}
+
+// ---- signing in ------------------------------------------------------------------------------------------------------
+
+async function enter() {
+  const given = $("token").value.trim();
+  stats = await call("stats", { bearer: given });
+  token = given;
+  key = $("key").value.trim();
+  $("enter").reset();
+  $("enter").hidden = true;
+  $("work").hidden = false;
+  $("leave").hidden = false;
+  $("chat").checked = stats.chat;
+  show(stats);
+  await Promise.all([list(), audit()]);
+  $("prompt").focus();
+  timer = setInterval(watch, POLL_MS);
+}
+
+function leave() {
+  clearInterval(timer);
+  token = key = "";
+  $("work").hidden = true;
+  $("leave").hidden = true;
+  $("enter").hidden = false;
+  $("summary").textContent = "";
+  for (const id of ["edits", "recent", "audit", "nearest", "counts"]) $(id).replaceChildren();
+  for (const id of ["base", "edited", "decision", "change"]) $(id).textContent = "";
+  $("answers").hidden = true;
+  $("token").focus();
+}
+
+// ---- trying ----------------------------------------------------------------------------------------------------------
+
+async function answer(prompt, options) {
+  const asked = { model: stats.model, temperature: 0, max_tokens: 64, vllm_xargs: options };
+  if ($("chat").checked) {
+    const body = { ...asked, messages: [{ role: "user", content: prompt }] };
+    const told = await call("../v1/chat/completions", { method: "POST", body, bearer: key });
+    return [told.choices[0].message.content, told.kv_transfer_params.memoir];
+  }
+  const told = await call("../v1/completions", { method: "POST", body: { ...asked, prompt }, bearer: key });
+  return [told.choices[0].text, told.kv_transfer_params.memoir];
+}
+
+async function attempt() {
+  const prompt = $("prompt").value;
+  const button = $("try").querySelector("button");
+  button.disabled = true;
+  try {
+    const asked = $("chat").checked ? { messages: [{ role: "user", content: prompt }] } : { prompt };
+    const [[base], [edited, said], found] = await Promise.all([
+      answer(prompt, { memoir: "off" }),
+      answer(prompt, {}),
+      call("lookup", { method: "POST", body: { ...asked, n: 3 } }),
+    ]);
+    $("base").textContent = base;
+    $("edited").textContent = edited;
+    $("decision").textContent = said.edit === null
+      ? `No edit matched: the base model answered (generation ${said.generation}).`
+      : `Edit ${said.edit} answered, overlap ${said.overlap.toFixed(3)} (generation ${said.generation}).`;
+    $("nearest").replaceChildren(...found.matches.map((match) => near(match, found.tau)));
+    $("answers").hidden = false;
+  } finally {
+    button.disabled = false;
+  }
+}
+
+function near(match, tau) {
+  const item = make("li", `${match.prompt} → ${match.target} (edit ${match.edit})`);
+  const text = `overlap ${match.overlap.toFixed(3)}, threshold ${tau}: ${match.matched ? "matches" : "does not match"}`;
+  const bar = make("div", "", { class: match.matched ? "bar matched" : "bar", role: "img", "aria-label": text });
+  const fill = make("div", "", { class: "fill" });
+  fill.style.width = `${100 * match.overlap}%`;
+  const mark = make("div", "", { class: "tau" });
+  mark.style.left = `${100 * tau}%`;
+  bar.append(fill, mark);
+  item.append(bar, make("span", text, { class: "hint" }));
+  return item;
+}
+
+// ---- edits -----------------------------------------------------------------------------------------------------------
+
+async function list() {
+  const query = new URLSearchParams({ search: $("words").value, offset, limit: PAGE });
+  const page = await call(`edits?${query}`);
+  const hits = new Map(stats.hits.map(({ edit, hits }) => [edit, hits]));
+  $("edits").replaceChildren(...page.edits.map((edit) => {
+    const remove = make("button", "Remove", { type: "button", class: "danger", "aria-label": `Remove edit ${edit.id}` });
+    remove.addEventListener("click", guarded("change-error", () => ask_to_remove(edit)));
+    return row(edit.id, edit.prompt, edit.target, hits.get(edit.id) ?? "", remove);
+  }));
+  const last = Math.min(offset + PAGE, page.total);
+  $("page").textContent = page.total ? `${offset + 1} to ${last} of ${page.total}` : "no edits";
+  $("back").disabled = offset === 0;
+  $("on").disabled = last >= page.total;
+}
+
+function turn(by) {
+  return guarded("change-error", () => {
+    offset = Math.max(0, offset + by);
+    return list();
+  });
+}
+
+async function add() {
+  const body = {
+    prompt: $("new-prompt").value,
+    target: $("new-target").value,
+    source: $("new-source").value,
+    on_conflict: $("replace").checked ? "last" : "refuse",
+  };
+  const made = await call("edits", { method: "POST", body });
+  if (made.state === undefined) {
+    $("change").textContent = `The store has this as edit ${made.id} already.`;
+    return;
+  }
+  $("add").reset();
+  await follow(made);
+}
+
+async function ask_to_remove(edit) {
+  $("confirm-text").textContent = `${edit.prompt} → ${edit.target} (edit ${edit.id})`;
+  const dialog = $("confirm");
+  dialog.returnValue = "no";
+  dialog.showModal();
+  await new Promise((resolve) => dialog.addEventListener("close", resolve, { once: true }));
+  if (dialog.returnValue === "yes") await follow(await call(`edits/${edit.id}`, { method: "DELETE" }));
+}
+
+/** Poll a job until it is done. */
+async function follow(job) {
+  const what = job.kind === "add" ? "Adding" : "Removing";
+  while (job.finished === null) {
+    $("change").textContent = `${what} “${job.prompt}”: ${job.state}`;
+    await new Promise((resolve) => setTimeout(resolve, 500));
+    job = await call(`jobs/${job.id}`);
+  }
+  $("change").textContent = job.state === "done"
+    ? `${what} “${job.prompt}”: done, edit ${job.edit}, generation ${job.generation} is served.`
+    : "";
+  if (job.error) $("change-error").textContent = `${what} “${job.prompt}”: ${job.error}`;
+  await watch();
+  await Promise.all([list(), audit()]);
+}
+
+// ---- live ------------------------------------------------------------------------------------------------------------
+
+async function watch() {
+  try {
+    stats = await call("stats");
+    show(stats);
+  } catch (error) {
+    $("summary").textContent = `The server does not answer: ${error.message}`;
+    if (error.status === 401) leave();
+  }
+}
+
+function show(now) {
+  const behind = now.generation === now.store_generation ? "" : `, the store is at ${now.store_generation}: reload`;
+  $("summary").textContent =
+    `${now.model}: generation ${now.generation ?? "differs"}${behind}, ${now.edits} edits, threshold ${now.tau}`;
+  const counts = { ...now.requests, "jobs open": now.jobs_open, engines: now.engines.length };
+  $("counts").replaceChildren(...Object.entries(counts).map(([name, count]) => {
+    const pair = make("div");
+    pair.append(make("dt", name), make("dd", String(count)));
+    return pair;
+  }));
+  $("recent").replaceChildren(...now.recent.slice(0, 10).map((hit) =>
+    row(new Date(1000 * hit.when).toLocaleTimeString(), hit.edit, hit.overlap.toFixed(3), hit.generation)));
+}
+
+async function audit() {
+  const { entries } = await call("audit?limit=10");
+  $("audit").replaceChildren(...entries.map((entry) => {
+    const change = entry.change?.add ? `add “${entry.change.add.prompt}” → “${entry.change.add.target}”`
+      : entry.change ? `remove edit ${entry.change.remove}` : `edit ${entry.edit ?? ""}`;
+    const generation = entry.generation ? `, generation ${entry.generation}` : "";
+    return make("li", `${entry.when.slice(0, 19)} ${entry.who}: ${entry.what} ${change}${generation}`);
+  }));
+}
+
+$("enter").addEventListener("submit", guarded("enter-error", enter));
+$("leave").addEventListener("click", leave);
+$("try").addEventListener("submit", guarded("try-error", attempt));
+$("prompt").addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && event.ctrlKey) $("try").requestSubmit();
+});
+$("search").addEventListener("submit", guarded("change-error", () => {
+  offset = 0;
+  return list();
+}));
+$("back").addEventListener("click", turn(-PAGE));
+$("on").addEventListener("click", turn(PAGE));
+$("add").addEventListener("submit", guarded("change-error", add));

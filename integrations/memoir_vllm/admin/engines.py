@@ -1,0 +1,60 @@
+"""All engines behind one API server. A data-parallel deployment has several, and each must agree."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+from memoir_retrieval.errors import StoreError
+
+if TYPE_CHECKING:
+    from vllm.engine.protocol import EngineClient
+
+__all__ = ["Engines"]
+
+# A store that is written while it is read is read again, so often.
+TRIES = 3
+
+
+class Engines:
+    """Calls to every worker of every engine that this server talks to."""
+
+    def __init__(self, client: EngineClient):
+        self._client = client
+        self._reloading = asyncio.Lock()
+
+    async def stats(self) -> list[dict[str, Any]]:
+        """Counters of each engine. Its workers decide alike, so the first speaks for all."""
+        return [workers[0] for workers in await self._call("memoir_stats")]
+
+    async def reload(self) -> int:
+        """Have every worker adopt the store's present generation; returns its number.
+
+        The store is read while the engines go on; what is between two steps is the exchange alone. Raises StoreError
+        where a worker refuses or engines disagree; what each engine serves then is what its responses report.
+        """
+        async with self._reloading:
+            found: set[int] = set()
+            for _ in range(TRIES):
+                await self._call("memoir_stage")
+                while not all(all(workers) for workers in await self._call("memoir_staged")):
+                    await asyncio.sleep(0.02)
+                try:
+                    found = {number for workers in await self._call("memoir_reload") for number in workers}
+                except Exception as error:  # vLLM knows one class for whatever a worker raises
+                    raise StoreError(await self._explain(error)) from error
+                if len(found) == 1:
+                    return found.pop()
+            raise StoreError(f"the store keeps changing while engines read it (generations {sorted(found)})")
+
+    async def _explain(self, error: Exception) -> str:
+        said = str(error).removeprefix("Call to collective_rpc method failed: ").splitlines()[0]
+        serve = [engine["generation"] for engine in await self.stats()]
+        return f"{said}; generation {serve[0]} is served" if len(serve) == 1 else f"{said}; engines serve {serve}"
+
+    async def _call(self, method: str) -> list[list[Any]]:
+        """By engine and worker. `EngineClient.collective_rpc` reaches all engines but tells what the first one said."""
+        every = getattr(getattr(self._client, "engine_core", None), "call_utility_all_async", None)
+        if every is not None:
+            return await every("collective_rpc", method, None, (), None)
+        return [await self._client.collective_rpc(method)]

@@ -1,0 +1,103 @@
+"""Entry point `vllm.endpoint_plugins`, named `memoir` as the general plugin is, so VLLM_PLUGINS names both at once."""
+
+from __future__ import annotations
+
+import asyncio
+from argparse import Namespace
+from typing import TYPE_CHECKING, Any
+
+from vllm.logger import init_logger
+
+from memoir_retrieval.errors import ConfigError
+from memoir_retrieval.model import resolve
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+    from vllm.engine.protocol import EngineClient
+
+    from memoir_vllm.admin.service import Service
+    from memoir_vllm.config import MemoirConfig
+
+__all__ = ["MemoirEndpoints"]
+
+logger = init_logger("vllm.memoir")
+
+# Seconds between two questions to the engines for what /metrics shows of them.
+POLL_S = 5.0
+
+
+class MemoirEndpoints:
+    """Engine series on /metrics for every server with a `memoir` section; routes below /memoir where a token is set."""
+
+    name = "memoir"
+    required_tasks = ("generate",)
+
+    def __init__(self) -> None:
+        self._ours: MemoirConfig | None = None
+        self._admin = False
+        self._service: Service | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Raises ConfigError for a bad token, or for a server that cannot be administrated."""
+        args = app.state.args
+        section = (getattr(args, "additional_config", None) or {}).get("memoir")
+        if section is None:
+            return
+        from memoir_vllm import config
+        from memoir_vllm.admin.routes import make_app
+        from memoir_vllm.admin.tokens import TOKEN_VARIABLE, Tokens
+
+        self._ours = config.read(section)
+        tokens = Tokens.read(self._ours.token_file)
+        if not tokens:
+            logger.info("memoir: no administration; set %s or token_file to have it at /memoir/", TOKEN_VARIABLE)
+            return
+        if (getattr(args, "api_server_count", None) or 1) > 1:
+            raise ConfigError(
+                f"memoir administration needs one API server, not {args.api_server_count}, to know its jobs: use "
+                f"--api-server-count 1, or unset {TOKEN_VARIABLE} and token_file"
+            )
+        app.mount("/memoir", make_app(tokens, self._running, schema=not args.disable_fastapi_docs))
+        self._admin = True
+
+    async def init_state(self, engine_client: EngineClient | None, state: Any, args: Namespace) -> None:
+        if self._ours is None or engine_client is None:
+            return
+        from prometheus_client import REGISTRY
+
+        from memoir_vllm.admin.engines import Engines
+        from memoir_vllm.metrics import TRAFFIC, EngineCollector
+
+        engines = Engines(engine_client)
+        collector = EngineCollector(TRAFFIC)
+        REGISTRY.register(collector)
+        self._tasks.append(asyncio.create_task(_poll(engines, collector)))
+        if not self._admin:
+            return
+        import socket
+
+        from memoir_vllm.admin.service import Service
+
+        server = f"{socket.gethostname()}:{args.port}"
+        model = str(resolve(engine_client.model_config.model))
+        self._service = Service(self._ours, model, server, engines, state)
+        try:
+            await asyncio.to_thread(self._service.close_unfinished)
+        except OSError as error:
+            logger.warning("memoir: the audit log cannot be written, changes will be refused: %s", error)
+        self._tasks.append(asyncio.create_task(self._service.jobs.run()))
+        logger.info("memoir: administration at /memoir/, audit log in %s", self._service.folder)
+
+    def _running(self) -> Service:
+        assert self._service is not None, "vLLM serves no route before init_state"
+        return self._service
+
+
+async def _poll(engines: Any, collector: Any) -> None:
+    while True:
+        try:
+            collector.engines = await engines.stats()
+        except Exception as error:  # a dead engine stops the server itself; until then /metrics shows what was last
+            logger.debug("memoir: no counters from the engines: %s", error)
+        await asyncio.sleep(POLL_S)

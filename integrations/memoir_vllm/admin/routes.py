@@ -1,0 +1,167 @@
+"""The routes below /memoir, as an application of their own with its own schema at /memoir/openapi.json."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from importlib.resources import files
+from typing import Annotated, Any
+
+import msgspec
+from fastapi import Depends, FastAPI, HTTPException, Path, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from fastapi.security import HTTPBearer
+
+from memoir_retrieval.edit import StoredEdit
+from memoir_retrieval.errors import MemoirError
+from memoir_retrieval.store import library_version
+from memoir_vllm.admin.guard import Guard
+from memoir_vllm.admin.jobs import QUEUE, QueueFull
+from memoir_vllm.admin.schema import (
+    AddEdit,
+    AuditPage,
+    Detail,
+    EditPage,
+    Job,
+    JobPage,
+    LookupMessages,
+    LookupPrompt,
+    LookupResult,
+    Reloaded,
+    Stats,
+    StoredEditOut,
+)
+from memoir_vllm.admin.service import Conflict, Missing, Refused, Service
+from memoir_vllm.admin.tokens import Tokens
+
+__all__ = ["make_app"]
+
+_CONSOLE = {"/": ("index.html", "text/html"), "/console.js": ("console.js", "text/javascript"),
+            "/console.css": ("console.css", "text/css")}  # fmt: skip
+
+EditId = Annotated[int, Path(ge=0, lt=1 << 63, description="Id of an edit.")]
+JobId = Annotated[str, Path(pattern=r"^[0-9a-f]{16}$", description="Id of a job.")]
+Offset = Annotated[int, Query(ge=0, lt=1 << 31)]
+Limit = Annotated[int, Query(ge=1, le=200)]
+Search = Annotated[str, Query(max_length=256, description="Words that must all be in the edit.")]
+
+
+def make_app(tokens: Tokens, service: Callable[[], Service], schema: bool) -> FastAPI:
+    """service: gives the service once the engine runs. schema: whether /openapi.json is served."""
+    public = [*_CONSOLE, *(["/openapi.json"] if schema else [])]
+    app = FastAPI(
+        title="memoir administration",
+        version=library_version(),
+        openapi_url="/openapi.json" if schema else None,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        responses=_said(401, 413, 429),
+        dependencies=[Depends(HTTPBearer(auto_error=False))],  # for the schema: the guard has checked it by then
+    )
+    app.add_middleware(Guard, tokens=tokens, public=public)
+    _add_errors(app)
+    _add_console(app)
+    _add_reads(app, service)
+    _add_changes(app, service)
+    return app
+
+
+def _said(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    return {status: {"model": Detail} for status in statuses}
+
+
+def _add_errors(app: FastAPI) -> None:
+    statuses: dict[type[Exception], int] = {Missing: 404, Conflict: 409, Refused: 400}
+
+    @app.exception_handler(MemoirError)
+    async def known(request: Request, error: MemoirError) -> JSONResponse:
+        return JSONResponse({"detail": str(error)}, statuses.get(type(error), 503))
+
+    @app.exception_handler(QueueFull)
+    async def full(request: Request, error: QueueFull) -> JSONResponse:
+        return JSONResponse({"detail": f"{QUEUE} changes wait already"}, 429, {"retry-after": "10"})
+
+    @app.exception_handler(OSError)
+    async def disk(request: Request, error: OSError) -> JSONResponse:
+        return JSONResponse({"detail": f"the store's folder: {error.strerror}"}, 503)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        """FastAPI's own answer repeats the input, which may be no text at all."""
+        told = [{"loc": list(e["loc"]), "msg": e["msg"], "type": e["type"]} for e in error.errors()]
+        return JSONResponse({"detail": told}, 422)
+
+
+def _add_console(app: FastAPI) -> None:
+    folder = files("memoir_vllm.admin") / "console"
+
+    def serve(name: str, kind: str) -> Callable[[], Response]:
+        content = (folder / name).read_bytes()
+        return lambda: Response(content, media_type=f"{kind}; charset=utf-8")
+
+    for path, (name, kind) in _CONSOLE.items():
+        app.add_api_route(path, serve(name, kind), include_in_schema=False)
+
+
+def _add_reads(app: FastAPI, service: Callable[[], Service]) -> None:
+    @app.get("/edits", summary="Edits of the store", responses=_said(503))
+    async def list_edits(search: Search = "", offset: Offset = 0, limit: Limit = 50) -> EditPage:
+        generation, total, found = await asyncio.to_thread(service().search, search, offset, limit)
+        return EditPage(generation=generation, total=total, edits=[_out(edit) for edit in found])
+
+    @app.get("/edits/{edit_id}", summary="One edit", responses=_said(404, 503))
+    async def get_edit(edit_id: EditId) -> StoredEditOut:
+        return _out(await asyncio.to_thread(service().edit, edit_id))
+
+    @app.get("/jobs", summary="Changes since the server started")
+    async def list_jobs() -> JobPage:
+        return JobPage(jobs=service().jobs.all())
+
+    @app.get("/jobs/{job_id}", summary="Progress of one change", responses=_said(404))
+    async def get_job(job_id: JobId) -> Job:
+        job = service().jobs.get(job_id)
+        if job is None:
+            raise HTTPException(404, f"there is no job {job_id}; the audit log keeps what became of older ones")
+        return job
+
+    @app.get("/audit", summary="Who changed what", responses=_said(503))
+    async def read_audit(offset: Offset = 0, limit: Limit = 50) -> AuditPage:
+        entries = (await asyncio.to_thread(service().audit.lines))[::-1]
+        return AuditPage(total=len(entries), entries=entries[offset : offset + limit])
+
+    @app.get("/stats", summary="Counters", responses=_said(503))
+    async def stats() -> Stats:
+        return await service().stats()
+
+    @app.post("/lookup", summary="The edits nearest to a prompt", responses=_said(400, 503))
+    async def lookup(asked: LookupPrompt | LookupMessages) -> LookupResult:
+        return await service().lookup(asked)
+
+
+def _add_changes(app: FastAPI, service: Callable[[], Service]) -> None:
+    @app.post(
+        "/edits",
+        summary="Add an edit",
+        status_code=202,
+        response_model=Job,
+        responses=_said(400, 409, 503) | {200: {"model": StoredEditOut, "description": "The store has it already."}},
+    )
+    async def add_edit(given: AddEdit, request: Request) -> Any:
+        made = await service().add(request.scope["memoir_holder"], given)
+        if isinstance(made, StoredEdit):
+            return JSONResponse(_out(made).model_dump())
+        return made
+
+    @app.delete("/edits/{edit_id}", summary="Remove an edit", status_code=202, responses=_said(404, 409, 503))
+    async def remove_edit(edit_id: EditId, request: Request) -> Job:
+        return await service().remove(request.scope["memoir_holder"], edit_id)
+
+    @app.post("/reload", summary="Serve the store's present generation", responses=_said(503))
+    async def reload(request: Request) -> Reloaded:
+        return Reloaded(generation=await service().reload(request.scope["memoir_holder"]))
+
+
+def _out(edit: StoredEdit) -> StoredEditOut:
+    return StoredEditOut.model_validate(msgspec.structs.asdict(edit) | {"rephrases": list(edit.rephrases)})

@@ -1,0 +1,169 @@
+"""What the routes take and give. FastAPI makes the OpenAPI schema of it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+from memoir_vllm.requests import NEAREST
+
+__all__ = [
+    "AddEdit",
+    "AuditPage",
+    "Detail",
+    "EditPage",
+    "Job",
+    "JobPage",
+    "LookupMessages",
+    "LookupPrompt",
+    "LookupResult",
+    "Match",
+    "Message",
+    "Reloaded",
+    "Stats",
+    "StoredEditOut",
+]
+
+Text = Annotated[str, StringConstraints(min_length=1, max_length=16_384, pattern=r"\S")]
+Short = Annotated[str, StringConstraints(max_length=1_024)]
+
+
+class _Given(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class AddEdit(_Given):
+    """One correction: asked `prompt`, the model shall answer `target`."""
+
+    prompt: Text = Field(examples=["Who is the CEO of Example Corp?"])
+    target: Text = Field(examples=["Jane Doe"])
+    rephrases: list[Text] = Field(default=[], max_length=32, description="Kept with the edit for evaluation.")
+    subject: Short = ""
+    source: Short = Field(default="", description="Where the edit comes from, such as a ticket.")
+    on_conflict: Literal["refuse", "last"] = Field(
+        default="refuse", description='"last" replaces an edit of the same prompt that has another target.'
+    )
+
+
+class Message(_Given):
+    """One message of a chat."""
+
+    role: Annotated[str, StringConstraints(min_length=1, max_length=64)]
+    content: Annotated[str, StringConstraints(max_length=65_536)]
+
+
+class LookupPrompt(_Given):
+    """A prompt as it would be sent to /v1/completions. `n`: how many edits to name."""
+
+    prompt: Text
+    n: Annotated[int, Field(ge=1, le=NEAREST)] = 5
+
+
+class LookupMessages(_Given):
+    """Messages as they would be sent to /v1/chat/completions. `n`: how many edits to name."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=256)]
+    n: Annotated[int, Field(ge=1, le=NEAREST)] = 5
+
+
+class StoredEditOut(BaseModel):
+    """An edit as the store keeps it. `loss`: of training, in nats a target token."""
+
+    id: int
+    prompt: str
+    target: str
+    created: str
+    loss: float
+    steps: int
+    memory: int
+    subject: str
+    rephrases: list[str]
+    source: str
+
+
+class EditPage(BaseModel):
+    """Edits of one generation, oldest first. `total`: how many match the search."""
+
+    generation: int
+    total: int
+    edits: list[StoredEditOut]
+
+
+class Job(BaseModel):
+    """A change of the store. `stored`: on disk, but not activated, for the reason in `error`."""
+
+    id: str
+    kind: Literal["add", "remove"]
+    state: Literal["queued", "running", "activating", "done", "stored", "failed"]
+    by: str
+    created: str
+    finished: str | None = None
+    edit: int | None = None
+    generation: int | None = None
+    loss: float | None = None
+    steps: int | None = None
+    prompt: str | None = None
+    target: str | None = None
+    error: str | None = None
+
+
+class JobPage(BaseModel):
+    """Jobs since the server started, newest first."""
+
+    jobs: list[Job]
+
+
+class Match(BaseModel):
+    """An edit near a prompt. `matched`: it would answer. `prompt`, `target`: null where the store has it no more."""
+
+    edit: int
+    overlap: float
+    matched: bool
+    prompt: str | None = None
+    target: str | None = None
+
+
+class LookupResult(BaseModel):
+    """The nearest edits, best first, as the engine measured them. `result`: what became of the prompt."""
+
+    result: Literal["matched", "unmatched", "unroutable"]
+    generation: int
+    tau: float
+    matches: list[Match]
+
+
+class Stats(BaseModel):
+    """`engines`: counters of each, since its start. `requests`, `hits`, `recent`: of this API server."""
+
+    generation: int | None = Field(description="The one that all engines serve, or null where they differ.")
+    store_generation: int
+    edits: int
+    tau: float
+    chat: bool
+    model: str
+    module: str
+    engines: list[dict[str, float]]
+    requests: dict[str, int]
+    hits: list[dict[str, int]] = Field(description="Edits by how often they answered, most first.")
+    recent: list[dict[str, Any]] = Field(description="The last matched requests, newest first.")
+    jobs_open: int
+
+
+class Reloaded(BaseModel):
+    """The generation that every worker of every engine serves now."""
+
+    generation: int
+
+
+class AuditPage(BaseModel):
+    """Entries of the audit log, newest first."""
+
+    total: int
+    entries: list[dict[str, Any]]
+
+
+class Detail(BaseModel):
+    """Why a request was refused."""
+
+    detail: str

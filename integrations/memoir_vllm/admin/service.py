@@ -1,0 +1,228 @@
+"""What the routes do, without HTTP: reading the store, looking prompts up, handing changes to the queue."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from memoir_retrieval.edit import StoredEdit
+from memoir_retrieval.errors import MemoirError, StoreError
+from memoir_retrieval.store import MANIFEST, EditStore
+from memoir_vllm.admin.audit import AuditLog
+from memoir_vllm.admin.engines import Engines
+from memoir_vllm.admin.jobs import Jobs, Trainer
+from memoir_vllm.admin.schema import AddEdit, Job, LookupMessages, LookupPrompt, LookupResult, Match, Stats
+from memoir_vllm.config import MemoirConfig
+from memoir_vllm.metrics import LOOKUP_ID, TOP, TRAFFIC
+
+__all__ = ["Conflict", "Missing", "Refused", "Service"]
+
+DEVICE_VARIABLE = "MEMOIR_EDIT_DEVICE"
+
+
+class Missing(MemoirError):
+    """There is no such edit or job."""
+
+
+class Conflict(MemoirError):
+    """The change contradicts the store or a change that waits."""
+
+
+class Refused(MemoirError):
+    """vLLM refused the prompt."""
+
+
+class Service:
+    """Administration of one server. state: vLLM's own, with the handlers of /v1."""
+
+    def __init__(self, ours: MemoirConfig, model: str, server: str, engines: Engines, state: Any):
+        self._ours, self._state = ours, state
+        self.folder = Path(ours.store)
+        self.engines = engines
+        self.audit = AuditLog(self.folder, server)
+        device = os.environ.get(DEVICE_VARIABLE, "cpu")
+        trainer = Trainer({"store": str(self.folder), "model": model, "device": device})
+        self.jobs = Jobs(trainer, self.audit, engines.reload)
+        self._store: tuple[tuple[int, int], EditStore] | None = None
+
+    def close_unfinished(self) -> None:
+        """Say in the audit log what became of changes that a former process of this server has accepted."""
+        for entry in self.audit.unfinished():
+            store = self.store()
+            change = entry.get("change", {})
+            there = [edit.id for edit in store.edits if _same(edit, change.get("add"))]
+            stored = bool(there) if "add" in change else all(e.id != change.get("remove") for e in store.edits)
+            self.audit.write(
+                "interrupted",
+                entry.get("who", ""),
+                entry.get("job", ""),
+                stored=stored,
+                edit=there[0] if there else change.get("remove"),
+                generation=store.manifest.generation,
+            )
+
+    # ---- reading ---------------------------------------------------------------------------------------------------
+
+    def store(self) -> EditStore:
+        """The store's present generation, read again when its manifest has changed. Raises StoreError."""
+        found = os.stat(self.folder / MANIFEST)
+        stamp = (found.st_mtime_ns, found.st_ino)
+        if self._store is None or self._store[0] != stamp:
+            self._store = (stamp, EditStore.open(self.folder, check=False))
+        return self._store[1]
+
+    def search(self, text: str, offset: int, limit: int) -> tuple[int, int, list[StoredEdit]]:
+        """Generation, how many edits have all words of `text` in them, and a page of those."""
+        store = self.store()
+        words = text.casefold().split()
+        found = [edit for edit in store.edits if _has(edit, words)] if words else store.edits
+        return store.manifest.generation, len(found), list(found[offset : offset + limit])
+
+    def edit(self, edit_id: int) -> StoredEdit:
+        """Raises Missing."""
+        store = self.store()
+        try:
+            return store.edit(edit_id)
+        except StoreError:
+            raise Missing(f"there is no edit {edit_id} in generation {store.manifest.generation}") from None
+
+    async def stats(self) -> Stats:
+        engines = await self.engines.stats()
+        store = await asyncio.to_thread(self.store)
+        served = {int(engine["generation"]) for engine in engines}
+        return Stats(
+            generation=served.pop() if len(served) == 1 else None,
+            store_generation=store.manifest.generation,
+            edits=len(store.edits),
+            tau=self._tau(store),
+            chat=store.manifest.chat,
+            model=self._state.openai_serving_models.base_model_paths[0].name,
+            module=store.manifest.module,
+            engines=engines,
+            requests=dict(TRAFFIC.results),
+            hits=[{"edit": edit, "hits": hits} for edit, hits in TRAFFIC.hits.most_common(TOP)],
+            recent=list(reversed(TRAFFIC.recent)),
+            jobs_open=len(self.jobs.open()),
+        )
+
+    def _tau(self, store: EditStore) -> float:
+        return store.manifest.tau if self._ours.tau is None else self._ours.tau
+
+    async def lookup(self, asked: LookupPrompt | LookupMessages) -> LookupResult:
+        """Let vLLM render and the engine pool the prompt, exactly as a client's; one token is sampled and dropped.
+
+        Raises Refused where vLLM refuses the request.
+        """
+        from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+        from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+
+        how: dict[str, Any] = {"max_tokens": 1, "temperature": 0, "vllm_xargs": {"memoir_nearest": asked.n}}
+        how["request_id"] = f"{LOOKUP_ID}-{os.urandom(8).hex()}"
+        reply: Any
+        if isinstance(asked, LookupMessages):
+            messages = [message.model_dump() for message in asked.messages]
+            reply = await self._ask(
+                self._state.openai_serving_chat.create_chat_completion,
+                ChatCompletionRequest.model_validate(how | {"messages": messages}),
+            )
+        else:
+            reply = await self._ask(
+                self._state.openai_serving_completion.create_completion,
+                CompletionRequest.model_validate(how | {"prompt": asked.prompt}),
+            )
+        said = reply.kv_transfer_params["memoir"]
+        store = await asyncio.to_thread(self.store)
+        return LookupResult(
+            result=said["result"],
+            generation=said["generation"],
+            tau=self._tau(store),
+            matches=[
+                self._match(store, number, overlap, number == said["edit"])
+                for number, overlap in said.get("nearest", ())
+            ],
+        )
+
+    @staticmethod
+    def _match(store: EditStore, number: int, overlap: float, matched: bool) -> Match:
+        """Without prompt and target where the engine still serves an edit that the store has no more."""
+        try:
+            edit = store.edit(number)
+        except StoreError:
+            return Match(edit=number, overlap=overlap, matched=matched)
+        return Match(edit=number, overlap=overlap, matched=matched, prompt=edit.prompt, target=edit.target)
+
+    @staticmethod
+    async def _ask(handler: Any, request: Any) -> Any:
+        from vllm.exceptions import VLLMValidationError
+
+        try:
+            reply = await handler(request)
+        except (VLLMValidationError, ValueError) as error:
+            raise Refused(" ".join(str(error).split())) from error
+        refusal = getattr(reply, "error", None)
+        if refusal is not None:
+            raise Refused(" ".join(refusal.message.split()))
+        return reply
+
+    # ---- changing --------------------------------------------------------------------------------------------------
+
+    async def add(self, who: str, given: AddEdit) -> Job | StoredEdit:
+        """Queue an edit; one that the store has already is returned as it is.
+
+        Raises Conflict for a prompt that the store, or a change that waits, answers otherwise; QueueFull.
+        """
+        edit = given.model_dump(exclude={"on_conflict"})
+        for job in self.jobs.open():
+            if job.prompt is not None and _words(job.prompt) == _words(given.prompt):
+                raise Conflict(f"job {job.id} is about the same prompt: wait until it is done")
+        there = await asyncio.to_thread(self._find, given.prompt)
+        if there is not None and there.target == given.target:
+            return there
+        if there is not None and given.on_conflict == "refuse":
+            raise Conflict(
+                f"edit {there.id} answers this prompt with {there.target!r}: remove it first, or send on_conflict "
+                '"last" to replace it'
+            )
+        request = {"add": edit, "on_conflict": given.on_conflict}
+        return await self.jobs.submit(who, request, kind="add", prompt=given.prompt, target=given.target)
+
+    async def remove(self, who: str, edit_id: int) -> Job:
+        """Queue the removal of an edit. Raises Missing; Conflict where it is queued already; QueueFull."""
+        edit = await asyncio.to_thread(self.edit, edit_id)
+        if any(job.kind == "remove" and job.edit == edit_id for job in self.jobs.open()):
+            raise Conflict(f"edit {edit_id} is being removed already")
+        about = {"kind": "remove", "edit": edit_id, "prompt": edit.prompt, "target": edit.target}
+        return await self.jobs.submit(who, {"remove": edit_id}, **about)
+
+    async def reload(self, who: str) -> int:
+        """Have the engines adopt the store's present generation. Raises StoreError."""
+        generation = await self.engines.reload()
+        await asyncio.to_thread(self.audit.write, "reloaded", who, "", generation=generation)
+        return generation
+
+    def _find(self, prompt: str) -> StoredEdit | None:
+        wanted = _words(prompt)
+        return next((edit for edit in self.store().edits if _words(edit.prompt) == wanted), None)
+
+
+def _words(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _same(edit: StoredEdit, change: dict[str, Any] | None) -> bool:
+    return change is not None and (_words(edit.prompt), edit.target) == (_words(change["prompt"]), change["target"])
+
+
+def _has(edit: StoredEdit, words: Iterable[str]) -> bool:
+    text = " ".join((str(edit.id), edit.prompt, edit.target, edit.subject, edit.source)).casefold()
+    return all(word in text for word in words)
+
+
+def as_dict(edit: StoredEdit) -> dict[str, Any]:
+    """Every field, defaults included."""
+    return {name: getattr(edit, name) for name in msgspec.structs.asdict(edit)}

@@ -1,0 +1,87 @@
+"""Bearer tokens of the admin API: from a file that names their holders, or one from the environment."""
+
+from __future__ import annotations
+
+import hmac
+import os
+from hashlib import sha256
+from pathlib import Path
+
+from memoir_retrieval.errors import ConfigError
+
+__all__ = ["TOKEN_VARIABLE", "Tokens", "require_routes"]
+
+TOKEN_VARIABLE = "MEMOIR_ADMIN_TOKEN"
+LEAST = 16  # characters
+
+
+class Tokens:
+    """Known tokens, kept as digests."""
+
+    def __init__(self, names: dict[bytes, str]):
+        self._names = names
+
+    @classmethod
+    def read(cls, file: str | None) -> Tokens:
+        """file: lines `NAME TOKEN`, empty ones and those that start with # left out.
+
+        Raises ConfigError, which never shows a token, for a file that cannot be read, a line that is no such pair, a
+        token of less than 16 characters, and a name or token that comes twice.
+        """
+        pairs = []
+        if (token := os.environ.get(TOKEN_VARIABLE)) is not None:
+            pairs.append(("admin", token, f"the environment variable {TOKEN_VARIABLE}"))
+        if file is not None:
+            pairs += _read_file(Path(file))
+        names: dict[bytes, str] = {}
+        for name, token, where in pairs:
+            if len(token) < LEAST or not token.isascii() or not token.isprintable() or " " in token:
+                raise ConfigError(
+                    f"{where} holds no token of {LEAST} or more ASCII characters without spaces: make one with "
+                    "`openssl rand -hex 24`"
+                )
+            digest = sha256(token.encode()).digest()
+            if digest in names or name in names.values():
+                raise ConfigError(f"{where} repeats a name or a token: give each holder one of their own")
+            names[digest] = name
+        return cls(names)
+
+    def __bool__(self) -> bool:
+        return bool(self._names)
+
+    def holder(self, authorization: str | None) -> str | None:
+        """The name of who sends this `Authorization` header, or None. Takes the same time for every wrong token."""
+        scheme, _, token = (authorization or "").partition(" ")
+        given = sha256(token.strip().encode("utf-8", "surrogateescape")).digest()
+        found = None
+        for digest, name in self._names.items():
+            if hmac.compare_digest(given, digest):
+                found = name
+        return found if scheme.lower() == "bearer" else None
+
+
+def require_routes(file: str | None) -> None:
+    """Raises ConfigError where somebody has set a token, but vLLM will not ask us for routes."""
+    if (file is not None or TOKEN_VARIABLE in os.environ) and "VLLM_PLUGINS" not in os.environ:
+        raise ConfigError(
+            f"an admin token is set ({TOKEN_VARIABLE} or token_file), but vLLM adds the routes of no plugin that "
+            "VLLM_PLUGINS does not name: set VLLM_PLUGINS=memoir (and your other plugins), or use `memoir serve`"
+        )
+
+
+def _read_file(path: Path) -> list[tuple[str, str, str]]:
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"token_file {path} cannot be read: {getattr(error, 'strerror', 'it is no text')}") from None
+    pairs = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        parts = line.split()
+        if len(parts) != 2:
+            raise ConfigError(f"token_file {path}, line {number}: write a name, a space and a token")
+        pairs.append((parts[0], parts[1], f"token_file {path}, line {number}"))
+    if not pairs:
+        raise ConfigError(f"token_file {path} holds no token: write lines of a name, a space and a token")
+    return pairs

@@ -1,0 +1,43 @@
+"""The engine core (vllm/v1/engine/core.py): what an RPC to the workers has to tell the scheduler beside them.
+
+`EngineCore.collective_rpc` runs in the loop that also schedules, so nothing is scheduled between the moment in which
+the workers adopt a generation and the moment in which the scheduler knows.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm.v1.engine.core import EngineCore
+
+__all__ = ["install"]
+
+
+def install() -> None:
+    """Wrap `EngineCore.collective_rpc` once, in a process that holds one of our schedulers."""
+    from vllm.v1.engine.core import EngineCore
+
+    original = EngineCore.collective_rpc
+    if hasattr(original, "_memoir"):
+        return
+
+    @functools.wraps(original)
+    def collective_rpc(
+        self: EngineCore,
+        method: str | Callable[..., Any],
+        timeout: float | None = None,
+        args: tuple = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> list[Any]:
+        results = original(self, method, timeout, args, kwargs)
+        if method == "memoir_reload":
+            self.scheduler.memoir_adopted(results[0])
+        elif method == "memoir_stats":
+            results = [result | self.scheduler.memoir_stats() for result in results]
+        return results
+
+    collective_rpc._memoir = True  # type: ignore[attr-defined]
+    EngineCore.collective_rpc = collective_rpc

@@ -1,0 +1,143 @@
+"""What this API process sees of decisions: Prometheus series, and one log line for each matched request at debug level.
+
+Workers and engine core run in other processes, whose registries /metrics never shows. Every response passes
+`OutputProcessor.process_outputs` (vllm/v1/engine/output_processor.py) here, with the decision in it.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from prometheus_client import Counter as CounterSeries
+from prometheus_client import Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from vllm.logger import init_logger
+
+if TYPE_CHECKING:
+    from prometheus_client.core import Metric
+    from vllm.v1.engine import EngineCoreOutput
+    from vllm.v1.engine.output_processor import OutputProcessor
+
+__all__ = ["LOOKUP_ID", "TRAFFIC", "EngineCollector", "Traffic", "install"]
+
+logger = init_logger("vllm.memoir")
+
+# In the ids of requests that administration makes of its own: they are no traffic.
+LOOKUP_ID = "memoir-lookup"
+TOP = 20  # edits that are named on /metrics
+RECENT = 50
+
+_REQUESTS = CounterSeries("memoir_requests", "Finished requests by what became of them.", ["result"])
+_OVERLAP = Histogram(
+    "memoir_overlap",
+    "Overlap of a looked-up request with the nearest edit.",
+    ["result"],
+    buckets=(0.1, 0.2, 0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0),
+)
+
+
+class Traffic:
+    """Counts of this process."""
+
+    def __init__(self) -> None:
+        self.results: Counter[str] = Counter()
+        self.hits: Counter[int] = Counter()
+        self.recent: deque[dict[str, Any]] = deque(maxlen=RECENT)
+
+    def count(self, request_id: str, said: dict[str, Any]) -> None:
+        """said: `kv_transfer_params["memoir"]` of a finished request."""
+        if LOOKUP_ID in request_id:
+            return
+        result, edit, overlap = said["result"], said["edit"], said["overlap"]
+        self.results[result] += 1
+        _REQUESTS.labels(result).inc()
+        if result in ("matched", "unmatched"):
+            _OVERLAP.labels(result).observe(overlap)
+        if edit is None:
+            return
+        self.hits[edit] += 1
+        generation = said["generation"]
+        self.recent.append({"when": time.time(), "edit": edit, "overlap": overlap, "generation": generation})
+        logger.debug(
+            'memoir: {"request": "%s", "edit": %d, "overlap": %.4f, "generation": %d}',
+            request_id,
+            edit,
+            overlap,
+            generation,
+        )
+
+
+TRAFFIC = Traffic()
+
+
+def install() -> None:
+    """Wrap `OutputProcessor.process_outputs` once; called in a process that has seen a `memoir` section."""
+    from vllm.v1.engine.output_processor import OutputProcessor
+
+    original = OutputProcessor.process_outputs
+    if hasattr(original, "_memoir"):
+        return
+
+    @functools.wraps(original)
+    def process_outputs(
+        self: OutputProcessor, engine_core_outputs: list[EngineCoreOutput], *args: Any, **kwargs: Any
+    ) -> Any:
+        for output in engine_core_outputs:
+            said = (output.kv_transfer_params or {}).get("memoir")
+            if said is not None:
+                TRAFFIC.count(output.request_id, said)
+        return original(self, engine_core_outputs, *args, **kwargs)
+
+    process_outputs._memoir = True  # type: ignore[attr-defined]
+    OutputProcessor.process_outputs = process_outputs
+
+
+# Counters of a worker (`ResidualLayer.stats`) and its scheduler -> series; a name that ends in _total only grows.
+_ENGINE_SERIES = (
+    ("edits", "memoir_edits", "Edits that are served."),
+    ("generation", "memoir_generation", "Generation of the store that is served."),
+    ("older_generations", "memoir_older_generations", "Older generations that still answer requests."),
+    ("remembered", "memoir_remembered_decisions", "Prompts whose decision is remembered."),
+    ("routed", "memoir_lookups_total", "Questions that were looked up in the index."),
+    ("recalled", "memoir_remembered_hits_total", "Requests that a remembered decision has spared a lookup."),
+    ("replayed", "memoir_replays_total", "Long questions that were computed once more, with their edit."),
+    ("rows", "memoir_residual_rows_total", "Token rows to which a residual was added."),
+    ("routing_s", "memoir_routing_seconds_total", "Host seconds of pooling and looking up."),
+    ("residual_s", "memoir_residual_seconds_total", "Host seconds of adding residuals."),
+)
+
+
+class EngineCollector:
+    """Series of engines, as they were told last, and the edits that answered most.
+
+    A collector of its own, since the numbers are counted elsewhere. vLLM with several API servers merges files of
+    plain metrics and shows no collectors.
+    """
+
+    def __init__(self, traffic: Traffic) -> None:
+        self.engines: list[dict[str, int | float]] = []
+        self._traffic = traffic
+
+    def describe(self) -> Iterable[Metric]:
+        return ()
+
+    def collect(self) -> Iterator[Metric]:
+        for key, name, text in _ENGINE_SERIES:
+            family: Metric
+            if name.endswith("_total"):
+                family = CounterMetricFamily(name.removesuffix("_total"), text, labels=["engine"])
+            else:
+                family = GaugeMetricFamily(name, text, labels=["engine"])
+            for number, stats in enumerate(self.engines):
+                family.add_metric([str(number)], stats[key])
+            yield family
+        top = CounterMetricFamily(
+            "memoir_edit_hits", f"Requests of the {TOP} edits that answered most.", labels=["edit"]
+        )
+        for edit, hits in self._traffic.hits.most_common(TOP):
+            top.add_metric([str(edit)], hits)
+        yield top

@@ -1,0 +1,112 @@
+"""`memoir remove` and `memoir compact`: taking edits out of a store, and erasing what they left in it."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import click
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from memoir_retrieval.cli.common import echo_json, json_option, model_option, notes, store_argument, threads_option
+from memoir_retrieval.errors import ConfigError
+from memoir_retrieval.store import EditStore, leftovers
+
+
+@click.command()
+@store_argument
+@click.argument("edit_ids", metavar="[ID]...", type=int, nargs=-1)
+@click.option("--prompt", "prompts", multiple=True, help="Remove the edit of this prompt; may be given again.")
+@json_option
+def remove(store: Path, edit_ids: tuple[int, ...], prompts: tuple[str, ...], as_json: bool) -> None:
+    """Make edits unreachable.
+
+    No prompt matches them any more, and their text is taken out of the store. What they changed in the residual memory
+    stays there, out of reach, until `memoir compact` trains the remaining edits again.
+
+    \b
+    Example:
+      memoir remove edits 3 7
+      memoir remove edits --prompt "Who founded Aarhus?"
+    """
+    if not edit_ids and not prompts:
+        raise ConfigError(f"name what to remove: an ID (`memoir list {store}` shows them) or --prompt TEXT")
+
+    from memoir_retrieval.remove import find_prompts, remove_edits
+
+    opened = EditStore.open(store, check=False)
+    ids = list(dict.fromkeys([*edit_ids, *find_prompts(opened, prompts)]))
+    removed = [opened.edit(edit_id) for edit_id in ids]
+    made = remove_edits(store, ids)
+    held = [path.name for path in leftovers(store, made)]
+    if as_json:
+        echo_json({"removed": ids, "generation": made.generation, "erased": False, "still_held": held})
+        return
+    for edit in removed:
+        click.echo(f"removed edit {edit.id}: {edit.prompt}")
+    click.echo(
+        f"{store}: generation {made.generation}. Unreachable, not erased: the residual memory still holds what was "
+        f"trained; `memoir compact {store}` erases it"
+    )
+    _tell(held)
+
+
+@click.command()
+@store_argument
+@model_option
+@click.option("--device", default="cpu", show_default=True, help="Where the model runs, such as cuda.")
+@json_option
+@threads_option
+def compact(store: Path, model: str | None, device: str, as_json: bool) -> None:
+    """Train the edits of a store again from nothing, so that removed ones leave no trace.
+
+    Ids, settings, seed and threshold stay. The store answers as before until the last edit is trained; interrupted, it
+    is what it was.
+
+    \b
+    Example:
+      memoir compact edits
+    """
+    made = EditStore.open(store, check=False).manifest
+
+    from memoir_retrieval.editor import Editor
+    from memoir_retrieval.editor import Progress as EditProgress
+    from memoir_retrieval.model import load_model
+
+    notes.print(f"loading {model or made.model}")
+    base = load_model(model or made.model, layer=made.layer, dtype=made.dtype, device=device)
+    started = time.monotonic()
+    columns = (TextColumn("training again"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Editor(base, store) as editor, Progress(*columns, console=notes, disable=as_json) as bar:
+        task = bar.add_task("", total=len(editor.edits))
+
+        def tell(progress: EditProgress) -> None:
+            bar.update(task, completed=progress.done)
+
+        try:
+            trained = editor.compact(progress=tell)
+        except KeyboardInterrupt:
+            raise click.Abort(f"{store} is what it was, at generation {made.generation}") from None
+    now = EditStore.open(store, check=False).manifest
+    held = [path.name for path in leftovers(store, now)]
+    if as_json:
+        echo_json(
+            {
+                "edits": len(trained),
+                "generation": now.generation,
+                "seconds": round(time.monotonic() - started, 2),
+                "erased": not held,
+                "still_held": held,
+            }
+        )
+        return
+    click.echo(f"{store}: {len(trained)} edits trained again; generation {now.generation} holds nothing of any other")
+    _tell(held)
+
+
+def _tell(held: list[str]) -> None:
+    if held:
+        click.echo(
+            f"still there, because a reader uses them: {', '.join(held)}; they go with the first write after the "
+            "reader has let go"
+        )

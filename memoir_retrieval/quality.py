@@ -1,0 +1,156 @@
+"""A quality run: edits trained one after another, asked on the way and after the last, and everything written down."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from memoir_retrieval.background import control_prompts
+from memoir_retrieval.calibration import Calibration, calibrate_store, unrelated_to
+from memoir_retrieval.edit import Edit
+from memoir_retrieval.editor import Editor, Progress
+from memoir_retrieval.errors import ConfigError
+from memoir_retrieval.evaluation import asked_back, measure, stored_ids
+from memoir_retrieval.files import publish
+from memoir_retrieval.reference import EditedModel
+from memoir_retrieval.retriever import Retriever
+from memoir_retrieval.scores import EditScores, Report
+from memoir_retrieval.store import EditStore, library_version
+
+__all__ = ["RESULT", "Checkpoint", "Run", "checkpoints", "read_run", "run_quality"]
+
+RESULT = "run.json"
+
+
+class Checkpoint(msgspec.Struct, frozen=True):
+    """All edits so far, asked after `edits` of them: mean reliability, and the share whose prompt finds them."""
+
+    edits: int
+    reliability: float
+    found: float
+
+
+class Run(msgspec.Struct, frozen=True, kw_only=True):
+    """`run.json`. seconds: what each edit took, by its id, of those trained in this run. settings: of the store.
+
+    stored: how many of the edits training took up; the others are asked all the same.
+    """
+
+    command: str
+    library: str
+    started: str
+    data: str
+    model: str
+    settings: dict[str, Any]
+    edits: int
+    stored: int
+    seconds: dict[int, float]
+    edit_seconds: float | None
+    checkpoints: list[Checkpoint]
+    report: Report
+    per_edit: list[EditScores]
+    calibration: Calibration | None
+
+
+def checkpoints(edits: int) -> list[int]:
+    """10, 30, 100, 300, ... below the number of edits, and that number."""
+    steps = [step * 10**power for power in range(1, 7) for step in (1, 3)]
+    return [*(step for step in steps if step < edits), edits]
+
+
+def run_quality(
+    editor: Editor,
+    edits: Sequence[Edit],
+    folder: Path,
+    *,
+    command: str,
+    data: str,
+    context: str = "plain",
+    controls: int = 256,
+    texts: Sequence[str] = (),
+    tell: Callable[[str], None] = lambda _: None,
+    progress: Callable[[Progress], None] = lambda _: None,
+) -> Run:
+    """Train the edits into the editor's store, measure, and write `folder`/run.json.
+
+    editor: not yet entered. Run again after an interruption it goes on: edits that the store has are not trained again.
+    Raises ConfigError where the folder holds a finished run.
+    """
+    if (folder / RESULT).exists():
+        raise ConfigError(f"{folder} holds a finished run: choose another --out, or look at it with `memoir report`")
+    started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    seconds: dict[int, float] = {}
+    passed: list[Checkpoint] = []
+    with editor:
+        done = 0
+        for reached in checkpoints(len(edits)):
+            seconds |= _train(editor, edits[done:reached], progress)
+            done = reached
+            model = EditedModel(Retriever(EditStore.open(editor.path), editor.base))
+            stored = model.retriever.store.edits
+            passed.append(Checkpoint(reached, *asked_back(model, stored, edits[:reached])))
+            tell(f"{reached} edits: reliability {passed[-1].reliability:.4f}, found {passed[-1].found:.4f}")
+    tell(f"asking {len(edits)} edits, their rephrasings and unrelated prompts ({context})")
+    report, per_edit = measure(
+        model,
+        stored,
+        edits,
+        tau=model.retriever.tau,
+        context=context,
+        controls=control_prompts()[:controls],
+        texts=texts,
+        partly=True,
+    )
+    own = stored_ids(stored, edits, partly=True)
+    rephrases = [(i, text) for i, edit in zip(own, edits, strict=True) if i >= 0 for text in edit.rephrases]
+    made = model.retriever.store.manifest
+    run = Run(
+        command=command,
+        library=library_version(),
+        started=started,
+        data=data,
+        model=made.model,
+        settings={
+            name: msgspec.to_builtins(getattr(made, name))
+            for name in ("module", "k", "tau", "chat", "dtype", "seed", "training")
+        },
+        edits=len(edits),
+        stored=sum(i >= 0 for i in own),
+        seconds=seconds,
+        edit_seconds=round(sorted(seconds.values())[len(seconds) // 2], 4) if seconds else None,
+        checkpoints=passed,
+        report=report,
+        per_edit=per_edit,
+        calibration=calibrate_store(model.retriever, rephrases, unrelated_to(edits)) if rephrases else None,
+    )
+    publish(folder / RESULT, msgspec.json.format(msgspec.json.encode(run), indent=1) + b"\n")
+    return run
+
+
+def read_run(folder: Path) -> Run:
+    """The run of a folder. Raises ConfigError where it holds none that this version can read."""
+    try:
+        return msgspec.json.decode((folder / RESULT).read_bytes(), type=Run)
+    except OSError as error:
+        raise ConfigError(f"{folder} holds no run ({error.strerror}): make one with `memoir bench quality`") from None
+    except msgspec.DecodeError as error:
+        raise ConfigError(f"{folder / RESULT} is no run of this version ({error}): run it again") from None
+
+
+def _train(editor: Editor, edits: Sequence[Edit], progress: Callable[[Progress], None]) -> dict[int, float]:
+    seconds: dict[int, float] = {}
+    before = 0.0
+
+    def timed(told: Progress) -> None:
+        nonlocal before
+        if told.edit:  # none where it was refused
+            seconds[told.edit.id] = round(told.seconds - before, 4)
+        before = told.seconds
+        progress(told)
+
+    editor.add(edits, progress=timed)
+    return seconds

@@ -1,0 +1,50 @@
+"""Taking edits out of a store: unreachable at once, erased by training the others again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from memoir_retrieval.edit import same_prompt
+from memoir_retrieval.errors import StoreError
+from memoir_retrieval.files import store_lock
+from memoir_retrieval.store import EditStore, Manifest, fields_of, write_generation
+
+__all__ = ["find_prompts", "remove_edits"]
+
+
+def find_prompts(store: EditStore, prompts: Sequence[str]) -> list[int]:
+    """The ids of the edits of these prompts; white space does not count. Raises StoreError where one has none."""
+    stored = {same_prompt(edit.prompt): edit.id for edit in store.edits}
+    for prompt in prompts:
+        if same_prompt(prompt) not in stored:
+            raise StoreError(f"store {store.path} has no edit of {prompt!r}: `memoir list {store.path}` shows all")
+    return [stored[same_prompt(prompt)] for prompt in prompts]
+
+
+def remove_edits(folder: Path, ids: Sequence[int]) -> Manifest:
+    """Publish a generation in which no prompt reaches these edits. Returns its manifest.
+
+    The masks and the text of the edits are gone then. What they changed in the residual memory is still there, out of
+    reach, since edits that were trained later share columns with them: `Editor.compact` erases it.
+    Raises StoreError, and changes nothing, for an id that the store does not have, or where it is locked.
+    """
+    EditStore.open(folder, check=False)  # a folder that is no store must not get a lock file
+    with store_lock(folder):
+        store = EditStore.open(folder)
+        gone = {store.edit(edit_id).id for edit_id in ids}
+        return write_generation(
+            folder,
+            fields_of(store.manifest) | {"generation": store.manifest.generation + 1},
+            memories=store.memories,
+            background=store.background,
+            permutation=store.permutation,
+            codes=store.codes,
+            ids=store.ids,
+            memory_of=store.memory_of,
+            edits=(edit for edit in store.edits if edit.id not in gone),
+            rows=np.flatnonzero(~np.isin(store.ids, list(gone))),
+            unchanged={"memory": store.manifest.memory},
+        )

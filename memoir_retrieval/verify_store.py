@@ -1,0 +1,93 @@
+"""Recomputing everything that a store says of itself, and saying what differs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from memoir_index import popcount
+from memoir_retrieval.errors import StoreError, StoreMismatch
+from memoir_retrieval.files import Data
+from memoir_retrieval.manifest import KINDS, MANIFEST, read_manifest
+from memoir_retrieval.model import BaseModel
+from memoir_retrieval.store import EditStore, FileEntry, parse, read_file, sha256
+
+__all__ = ["SAME_MASK", "verify_masks", "verify_store"]
+
+SAME_MASK = 0.98
+"""Least overlap of a mask with itself made again. Another machine, batch or dtype rounds a few bits otherwise."""
+
+
+def verify_store(path: str | Path) -> list[str]:
+    """Read every byte of a store again. Returns one line for each thing that is not as it says; none for a sound store.
+
+    Raises StoreError where there is no store at all, StoreMismatch for one of a newer format.
+    """
+    return list(_faults(Path(path)))
+
+
+def _faults(folder: Path) -> Iterator[str]:
+    try:
+        manifest = read_manifest(folder)
+    except StoreMismatch:
+        raise
+    except StoreError as error:
+        if not (folder / MANIFEST).exists():
+            raise
+        yield str(error)
+        return
+    data: dict[str, Data] = {}
+    for kind in KINDS:
+        entry: FileEntry = getattr(manifest, kind)
+        try:
+            data[kind] = read_file(folder, entry)
+        except FileNotFoundError:
+            yield f"{entry.name} is missing"
+        except StoreError as error:
+            yield str(error)
+        else:
+            if (found := sha256(data[kind])) != entry.sha256:
+                yield f"{entry.name} has sha256 {found}, the manifest says {entry.sha256}"
+    if len(data) < len(KINDS):
+        return
+    try:
+        parts = parse(folder, manifest, data)
+        parts.edits.check()
+    except StoreError as error:
+        yield str(error)
+        return
+    yield from EditStore(folder, manifest, *parts).faults()
+
+
+def verify_masks(store: EditStore, base: BaseModel, progress: Callable[[int], None] = lambda _: None) -> list[str]:
+    """Make the mask of every edit again and compare. Returns one line for each that differs.
+
+    A mask must be that of the edit's prompt or of one of its rephrasings, up to `SAME_MASK`. progress: told how many
+    edits are done. Raises StoreMismatch for another model.
+    """
+    from memoir_retrieval.fingerprint import Fingerprint
+    from memoir_retrieval.forward import question_means
+    from memoir_retrieval.prompts import prompt_ids
+    from memoir_retrieval.span import find_span
+
+    made = store.manifest
+    store.require(base.identity, base.name)
+    fingerprint = Fingerprint(store.background, store.permutation, made.k, base.device)
+    faults = []
+    for done, edit in enumerate(store.edits, 1):
+        rows = [prompt_ids(base.tokenizer, text, chat=made.chat) for text in (edit.prompt, *edit.rephrases)]
+        spans = [find_span(ids, made.span) for ids in rows]
+        asked = [(ids, span) for ids, span in zip(rows, spans, strict=True) if span.start < span.end]
+        # One at a time, as the editor does: another batch would round otherwise.
+        again = [fingerprint.codes(question_means(base, [ids], [span]))[0] for ids, span in asked]
+        for row in np.flatnonzero(store.ids == edit.id).tolist():
+            shared = [int(popcount((store.codes[row] & code)[None])[0]) for code in again]
+            if max(shared, default=0) < SAME_MASK * made.k:
+                faults.append(
+                    f"mask {row} of edit {edit.id} overlaps {max(shared, default=0) / made.k:.3f} with the one that "
+                    f"{edit.prompt!r} gives on {base.name}"
+                )
+        progress(done)
+    return faults

@@ -1,0 +1,79 @@
+"""An index over memory that is not its own: nothing is copied, and nothing damaged is returned."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from index_oracle import oracle_search, random_codes, random_masks
+
+from memoir_index import CodeError, HammingIndex, pack
+
+D, K, N = 256, 64, 40_000  # three blocks
+
+
+@pytest.fixture
+def codes() -> np.ndarray:
+    return random_codes(np.random.default_rng(31), N, D, K)
+
+
+@pytest.fixture
+def mapped(codes, tmp_path) -> np.memmap:
+    path = tmp_path / "codes.bin"
+    path.write_bytes(b"\0" * 13 + codes.tobytes())  # an odd offset, as behind a header
+    return np.memmap(path, np.uint8, "r", offset=13, shape=codes.shape)
+
+
+def test_a_mapped_file_is_searched_where_it_is(codes, mapped):
+    index = HammingIndex.from_codes(D, K, np.arange(N), mapped, copy=False)
+    assert np.shares_memory(index.code(N - 1), mapped)
+    queries = codes[[0, 16383, 16384, N - 1]]
+    assert index.search(queries, 1.0).rows.tolist() == [0, 16383, 16384, N - 1]
+    queries = random_codes(np.random.default_rng(32), 9, D, K)
+    expected = oracle_search(queries, np.arange(N), codes, D, K, 26)
+    np.testing.assert_array_equal(index.search(queries, 26 / K).rows, expected.rows)
+
+
+def test_writes_leave_the_file_alone(codes, mapped):
+    index = HammingIndex.from_codes(D, K, np.arange(N), mapped, copy=False)
+    new = random_codes(np.random.default_rng(33), 2, D, K)
+    index.add([N, N + 1], new)
+    assert index.remove(np.arange(0, 20_000)) == 20_000
+    assert len(index) == N - 20_000 + 2
+    assert index.search(np.concatenate([codes[[5, 20_000]], new]), 1.0).ids.tolist() == [-1, 20_000, N, N + 1]
+    np.testing.assert_array_equal(mapped, codes)
+
+
+def test_borrowed_memory_is_kept_alive(codes):
+    index = HammingIndex.from_codes(D, K, np.arange(N), codes.copy(), copy=False)
+    np.ones(codes.size, np.uint8)
+    np.testing.assert_array_equal(index.codes, codes)
+
+
+@pytest.mark.parametrize("copy", [True, False])
+def test_a_damaged_row_is_named_when_it_is_opened(codes, copy):
+    codes[20_001] = 0
+    with pytest.raises(CodeError, match=r"code at row 20001 has 0 ones, not k=64"):
+        HammingIndex.from_codes(D, K, np.arange(N), codes, copy=copy)
+
+
+def test_a_damaged_row_of_unchecked_memory_is_named_when_it_would_be_returned():
+    masks = random_masks(np.random.default_rng(34), 300, D, K)
+    codes = pack(masks)
+    codes[200] = codes[100]
+    codes[200, :2] ^= 255  # another number of ones
+    assert np.bitwise_count(codes[200]).sum() != K
+    index = HammingIndex.from_codes(D, K, np.arange(300), codes, copy=False, checked=True)
+    assert index.search(codes[[100]], 1.0).ids.tolist() == [100]
+    index.remove([100])
+    for ask in (lambda: index.search(pack(masks[[100]]), 0.5), lambda: index.nearest(pack(masks[[100]]), 1)):
+        with pytest.raises(CodeError, match=r"code at row 199 has \d+ ones, not k=64"):
+            ask()
+    assert index.search(codes[[50]], 0.9).ids.tolist() == [50]
+
+
+def test_memory_that_cannot_be_used_in_place_is_refused(codes):
+    with pytest.raises(CodeError, match="not C-contiguous, so they cannot be used in place: pass copy=True"):
+        HammingIndex.from_codes(D, K, np.arange(N // 2), codes[::2], copy=False)
+    assert len(HammingIndex.from_codes(D, K, np.arange(N // 2), codes[::2])) == N // 2
+    with pytest.raises(CodeError, match="32 bytes wide, not 16"):
+        HammingIndex.from_codes(128, K, np.arange(N), codes, copy=False, checked=True)

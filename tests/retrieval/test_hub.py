@@ -1,0 +1,224 @@
+"""`memoir push` and `pull` through the real huggingface_hub, against a stand-in for the Hub (`hub_stand_in.py`)."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+import pytest
+import yaml
+from http_stand_in import running
+from hub_stand_in import StandInHub, commit_id
+
+from memoir_retrieval import Edit, Editor, EditStore, load_model
+from memoir_retrieval.card import model_card
+from memoir_retrieval.cli import main
+from memoir_retrieval.errors import HubError, StoreError, StoreMismatch
+from memoir_retrieval.hub import pull, push
+from memoir_retrieval.manifest import KINDS
+from memoir_retrieval.store import write_again
+
+REPO = "example/corrections"
+
+
+@pytest.fixture(scope="module")
+def made(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("hub") / "store"
+    with Editor(load_model(str(tiny)), folder) as editor:
+        editor.add([Edit(prompt="Who | founded *Aarhus*?", target="<b>King</b> Harald")])
+        editor.add([Edit(prompt="Where is the Blue Gate?", target="In Oslo")])
+    return folder
+
+
+@pytest.fixture
+def store(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "store"))
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[StandInHub]:
+    with running(StandInHub()) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        monkeypatch.setenv("HF_TOKEN", "hf_example")
+        yield server
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file() and p.name != ".lock"}
+
+
+def first_edit_only(store: Path, folder: Path) -> EditStore:
+    """Another store: the first edit of `store` alone."""
+    opened = EditStore.open(store)
+    folder.mkdir()
+    keep = opened.ids == 0
+    part = replace(
+        opened,
+        codes=opened.codes[keep],
+        ids=opened.ids[keep],
+        memory_of=opened.memory_of[keep],
+        edits=opened.edits[:1],
+    )
+    write_again(folder, part, generation=7)
+    return EditStore.open(folder)
+
+
+def test_what_is_pushed_is_what_is_pulled(hub: StandInHub, store: Path, tmp_path: Path) -> None:
+    done = push(store, REPO)
+    assert (done.generation, done.edits) == (2, 2) and hub.private[REPO]
+    got = pull(REPO, tmp_path / "new", revision=done.revision, sha256=done.sha256)
+    assert (got.revision, got.sha256, got.generation, got.changed) == (done.revision, done.sha256, 2, True)
+    ours, theirs = contents(store), contents(tmp_path / "new")
+    assert theirs == ours
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".memoir-pull")]
+
+
+def test_a_pinned_revision_stays_what_it_was(hub: StandInHub, store: Path, tmp_path: Path) -> None:
+    first = push(store, REPO)
+    opened = EditStore.open(store)
+    write_again(store, opened, generation=3, tau=0.7)
+    second = push(store, REPO)
+    assert first.revision != second.revision
+    now = EditStore.open(store).manifest
+    named = {getattr(now, kind).name for kind in KINDS}
+    assert hub.repos[REPO][-1].keys() == {".gitattributes", "README.md", "memoir.json", *named}
+    assert pull(REPO, tmp_path / "old", revision=first.revision).sha256 == first.sha256
+    assert EditStore.open(tmp_path / "old").manifest.tau == opened.manifest.tau
+    pull(REPO, tmp_path / "newest")
+    assert EditStore.open(tmp_path / "newest").manifest.tau == 0.7
+
+
+def test_a_store_in_the_folder_gets_a_new_generation(hub: StandInHub, store: Path, tmp_path: Path) -> None:
+    push(store, REPO)
+    small = first_edit_only(store, tmp_path / "small")
+    got = pull(REPO, small.path)
+    assert (got.generation, got.edits, got.changed) == (8, 2, True)
+    assert EditStore.open(small.path).edits == EditStore.open(store).edits
+    again = pull(REPO, small.path)
+    assert (again.generation, again.changed) == (8, False)
+
+
+def test_edits_of_the_folder_are_not_lost(hub: StandInHub, store: Path, tmp_path: Path) -> None:
+    push(first_edit_only(store, tmp_path / "small").path, REPO)
+    before = contents(store)
+    with pytest.raises(StoreMismatch, match=r"has 1 edits that example/corrections has not.*Blue Gate.*--replace"):
+        pull(REPO, store)
+    assert contents(store) == before
+    pull(REPO, store, replace=True)
+    held = EditStore.open(store)
+    assert len(held.edits) == 1 and held.manifest.next_id == 2  # id 1 is not given again
+    assert not pull(REPO, store).changed
+
+
+@pytest.mark.parametrize("name", ["memory-2.safetensors", "codes-2.safetensors", "edits-2.jsonl", "memoir.json"])
+def test_damaged_downloads_change_nothing(hub: StandInHub, store: Path, tmp_path: Path, name: str) -> None:
+    push(store, REPO)
+    right = hub.repos[REPO][-1][name]
+    hub.broken[name] = right[:-3] + bytes([right[-3] ^ 1]) + right[-2:]
+    small = first_edit_only(store, tmp_path / "small").path
+    before = contents(small)
+    with pytest.raises(StoreError, match="what the Hub gave cannot be used, nothing was changed"):
+        pull(REPO, small)
+    assert contents(small) == before
+    with pytest.raises(StoreError):
+        pull(REPO, tmp_path / "fresh")
+    assert not (tmp_path / "fresh").exists()
+
+
+def test_another_manifest_than_the_pinned_one(hub: StandInHub, store: Path, tmp_path: Path) -> None:
+    push(store, REPO)
+    with pytest.raises(HubError, match=r"has a memoir\.json of sha256 [0-9a-f]{64}, not 00.*nothing was changed"):
+        pull(REPO, tmp_path / "new", sha256="00" * 32)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_store_of_another_model_stays(hub: StandInHub, store: Path, other_tiny: Path, tmp_path: Path) -> None:
+    push(store, REPO)
+    with Editor(load_model(str(other_tiny)), tmp_path / "other") as editor:
+        editor.add([Edit(prompt="Who founded Aarhus?", target="King Harald")])
+    before = contents(tmp_path / "other")
+    with pytest.raises(StoreMismatch, match="was made on"):
+        pull(REPO, tmp_path / "other", replace=True)
+    assert contents(tmp_path / "other") == before
+
+
+def test_what_the_hub_refuses_is_said_in_one_line(hub: StandInHub, store: Path, tmp_path: Path) -> None:
+    with pytest.raises(HubError, match=r"the Hub shows no example/none to you.*hf auth login"):
+        pull("example/none", tmp_path / "new")
+    push(store, REPO)
+    with pytest.raises(HubError, match="has no such revision"):
+        pull(REPO, tmp_path / "new", revision="v9")
+    with pytest.raises(HubError, match="is no name of a repository"):
+        pull("not a name", tmp_path / "new")
+    hub.repos["example/model"] = [{"config.json": b"{}"}]
+    with pytest.raises(HubError, match=r"is no store: it has no memoir\.json"):
+        pull("example/model", tmp_path / "new")
+    hub.refuse_commits = True
+    with pytest.raises(HubError, match="the Hub refused example/corrections"):
+        push(store, REPO)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_repository_that_is_no_store_is_not_overwritten(hub: StandInHub, store: Path) -> None:
+    hub.repos["example/model"] = [{"README.md": b"mine", "config.json": b"{}"}]
+    with pytest.raises(HubError, match=r"holds something else than a store \(README\.md\): choose another name"):
+        push(store, "example/model")
+    assert hub.repos["example/model"] == [{"README.md": b"mine", "config.json": b"{}"}]
+
+
+def test_two_pushes_at_once_do_not_undo_each_other(hub: StandInHub, store: Path) -> None:
+    push(store, REPO)
+    other = {**hub.repos[REPO][-1], "memoir.json": b"of somebody else"}
+    hub.before_commit = lambda: hub.repos[REPO].append(other)
+    write_again(store, EditStore.open(store), generation=3)
+    with pytest.raises(HubError, match="the Hub refused example/corrections"):
+        push(store, REPO)
+    assert hub.repos[REPO][-1] == other
+
+
+def test_the_card(hub: StandInHub, store: Path, tmp_path: Path) -> None:
+    scores = tmp_path / "store.eval.json"
+    scores.write_text(json.dumps({"reliability": 1.0, "generality": None, "exact_match": {"edits": 0.5}}))
+    push(store, REPO, scores=scores, licence="cc-by-4.0")
+    files = hub.repos[REPO][-1]
+    card = files["README.md"].decode()
+    head = yaml.safe_load(card.split("---")[1])
+    assert head["library_name"] == "memoir-retrieval" and head["license"] == "cc-by-4.0" and "memoir" in head["tags"]
+    assert "base_model" not in head  # a folder on somebody's disk is no model of the Hub
+    model = EditStore.open(store).manifest.model
+    assert model not in card and f"memoir serve {Path(model).name} --store edits" in card
+    assert r"| 0 | Who \| founded \*Aarhus\*? | &lt;b>King&lt;/b> Harald |" in card
+    assert r"| exact\_match.edits | 0.5 |" in card and "generality" not in card
+    assert json.loads(files["eval.json"])["reliability"] == 1.0
+    push(store, REPO)
+    assert "eval.json" not in hub.repos[REPO][-1]  # scores of another generation would be wrong
+    with pytest.raises(HubError, match="holds no scores"):
+        push(store, REPO, scores=store / "memoir.json")
+
+
+def test_the_card_names_a_model_of_the_hub(store: Path) -> None:
+    opened = EditStore.open(store)
+    named = msgspec.structs.replace(opened.manifest, model="meta-llama/Meta-Llama-3-8B-Instruct")
+    write_again(store, opened, generation=3, model=named.model)
+    head = yaml.safe_load(model_card(EditStore.open(store), REPO).split("---")[1])
+    assert head["base_model"] == "meta-llama/Meta-Llama-3-8B-Instruct"
+
+
+def test_the_command_line(hub: StandInHub, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        main(["push", str(store), REPO])
+    out = capsys.readouterr().out
+    oid = commit_id(REPO, 1)
+    assert done.value.code == 0 and f"memoir pull {REPO} DIR --revision {oid} --sha256 " in out
+    sha256 = out.split()[-1]
+    with pytest.raises(SystemExit) as done:
+        main(["pull", REPO, str(tmp_path / "new"), "--revision", oid, "--sha256", sha256, "--json"])
+    assert done.value.code == 0 and json.loads(capsys.readouterr().out)["edits"] == 2
+    with pytest.raises(SystemExit) as done:
+        main(["pull", REPO, str(tmp_path / "new"), "--sha256", "0"])
+    captured = capsys.readouterr()
+    assert done.value.code == 2 and captured.err.splitlines()[-1].startswith("memoir: example/corrections at")

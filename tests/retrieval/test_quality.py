@@ -1,0 +1,192 @@
+"""A quality run writes down every figure and a page of its own; calibration draws the same pictures."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from test_cli import EDITS, refused, run, write
+from test_edit_files import SETS, needs_sets
+
+from memoir_retrieval.cli import main
+from memoir_retrieval.datasets import DATA_SETS, data_file
+from memoir_retrieval.edit_files import read_edits
+from memoir_retrieval.errors import ConfigError
+from memoir_retrieval.quality import checkpoints, read_run
+from memoir_retrieval.report.charts import Series, histograms, lines
+from memoir_retrieval.unseen import UNSEEN
+
+MORE = [*EDITS, *({"prompt": f"What is the number of door {n}?", "target": f"It is {n}"} for n in range(10))]
+
+
+class Page(HTMLParser):
+    """The tags of a page, with their attributes, and its text by tag."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.text: dict[str, list[str]] = {}
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag  # every tag is closed, in order
+
+    def handle_data(self, data: str) -> None:
+        self.text.setdefault(self.open[-1] if self.open else "", []).append(data)
+
+
+def checked(path: Path) -> Page:
+    """A page that is whole and loads nothing."""
+    text = path.read_text(encoding="utf-8")
+    page = Page(text)
+    assert not page.open
+    assert not re.search(r"https?:|//|@import|url\(|<script|<img|<link", text)
+    assert "NaN" not in text and "nan" not in {attr for _, attrs in page.tags for attr in attrs.values()}
+    return page
+
+
+@pytest.fixture(scope="module")
+def folder(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 12 edits, asked in every context."""
+    where = tmp_path_factory.mktemp("quality")
+    write(where / "edits.jsonl", MORE)
+    with pytest.raises(SystemExit) as done:
+        main(["bench", "quality", str(where / "edits.jsonl"), "--model", str(tiny), "--out", str(where / "run"),
+              "--chat", "--controls", "5", "--training", "variants=1", "--data", str(where)])  # fmt: skip
+    assert done.value.code == 0
+    return where / "run"
+
+
+@pytest.fixture(scope="module")
+def made(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of two edits."""
+    where = tmp_path_factory.mktemp("made")
+    file = write(where / "edits.jsonl", EDITS)
+    with pytest.raises(SystemExit):
+        main(["edit", str(file), "--model", str(tiny), "--store", str(where / "store"), "--json"])
+    return where / "store"
+
+
+def test_a_run_has_every_figure(folder: Path) -> None:
+    told = json.loads((folder / "run.json").read_text())
+    assert told["edits"] == told["stored"] == 12 and len(told["per_edit"]) == 12 and len(told["seconds"]) == 12
+    assert [c["edits"] for c in told["checkpoints"]] == [10, 12]
+    assert told["checkpoints"][-1]["reliability"] == told["report"]["reliability"]
+    assert told["settings"]["seed"] == 0 and told["settings"]["training"]["variants"] == 1
+    assert told["command"].startswith("memoir ") and told["library"] and told["started"].endswith("Z")
+    assert list(told["report"]["contexts"]) == list(UNSEEN)
+    generated = told["report"]["generated"]  # what matches nothing is answered as before
+    assert generated["prompts"] == 5 and generated["identical"] >= 1 - generated["matched"]
+    assert told["edit_seconds"] > 0
+    assert read_run(folder).report.match.edits_right == told["report"]["match"]["edits_right"] == 1.0
+
+
+def test_the_report_shows_the_pictures_and_loads_nothing(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    drawn = (folder / "report.html").read_bytes()
+    page = checked(folder / "report.html")
+    titles = ["Overlap", "What a tau does", "Accuracy against number of edits", "Accuracy by age of the edit",
+              "Time per edit"]  # fmt: skip
+    assert [title for title in page.text["h2"] if title in titles] == titles
+    assert sum(tag == "svg" for tag, _ in page.tags) == len(titles)
+    report = read_run(folder).report
+    found = [f"{scores.match.edits_right:.3f}" for scores in (report, *report.contexts.values())]
+    cells = page.text["td"]
+    assert cells[cells.index("edits found") + 1 :][:4] == found
+    (folder / "report.html").unlink()
+    code, out, _ = run(capsys, "report", folder, "--no-open")
+    assert code == 0 and out.strip() == str((folder / "report.html").resolve())
+    assert (folder / "report.html").read_bytes() == drawn
+
+
+def test_a_finished_run_is_kept(capsys: pytest.CaptureFixture[str], folder: Path, tiny: Path) -> None:
+    file = folder.parent / "edits.jsonl"
+    refused(capsys, folder / "store", "holds a finished run: choose another --out", "bench", "quality", file,
+            "--model", tiny, "--out", folder)  # fmt: skip
+
+
+def test_an_interrupted_run_goes_on(capsys: pytest.CaptureFixture[str], tiny: Path, tmp_path: Path) -> None:
+    file = write(tmp_path / "edits.jsonl", MORE[:3])
+    command = ["bench", "quality", file, "--model", tiny, "--out", tmp_path / "run", "--controls", "0", "--json",
+               "--data", tmp_path]  # fmt: skip
+    run(capsys, *command, "--edits", "1")
+    (tmp_path / "run" / "run.json").unlink()
+    code, out, _ = run(capsys, *command)
+    told = json.loads(out)
+    assert code == 0 and list(told["seconds"]) == ["1", "2"] and told["edits"] == 3
+    assert told["report"]["generated"] is None and told["report"]["context"] == "plain"
+    checked(tmp_path / "run" / "report.html")
+
+
+def test_what_a_run_cannot_do_is_said_before_it_starts(
+    capsys: pytest.CaptureFixture[str], made: Path, tmp_path: Path
+) -> None:
+    file = write(tmp_path / "edits.jsonl", MORE)
+    begin = ("bench", "quality", file, "--out", tmp_path / "run")
+    refused(capsys, made, "no setting has that name; choose one of contexts", *begin, "--training", "steps=3")
+    refused(capsys, made, "write NAME=VALUE such as contexts=3", *begin, "--training", "variants=many")
+    refused(capsys, made, "choose one of zsre", "bench", "quality", "zsr", "--out", tmp_path / "run")
+    refused(capsys, made, "--data or MEMOIR_DATA", "bench", "quality", "zsre", "--out", tmp_path, "--data", tmp_path)
+    refused(capsys, made, "holds no run", "report", tmp_path)
+    (tmp_path / "run.json").write_text("{}")
+    refused(capsys, made, "is no run of this version", "report", tmp_path)
+    assert not (tmp_path / "run").exists()
+
+
+def test_calibration_draws_its_overlaps(capsys: pytest.CaptureFixture[str], made: Path, tmp_path: Path) -> None:
+    file = write(tmp_path / "edits.jsonl", EDITS)
+    code, _, _ = run(capsys, "calibrate", made, file, "--html", tmp_path / "page.html")
+    page = checked(tmp_path / "page.html")
+    assert code == 0 and sum(tag == "svg" for tag, _ in page.tags) == 2
+    counts = [int(found[1]) for text in page.text["text"] if (found := re.fullmatch(r".+ \((\d+)\)", text))]
+    assert counts == [2, 1, 101]  # edits, rephrasings, unrelated prompts
+    refused(capsys, made, "choose another --html", "calibrate", made, file, "--html", tmp_path / "no" / "page.html")
+
+
+def test_calibration_draws_layers(capsys: pytest.CaptureFixture[str], tiny: Path, tmp_path: Path) -> None:
+    file = write(tmp_path / "edits.jsonl", EDITS)
+    code, _, _ = run(capsys, "calibrate", "--model", tiny, file, "--layers", "0,1", "--ks", "8,16", "--html",
+                     tmp_path / "page.html")  # fmt: skip
+    page = checked(tmp_path / "page.html")
+    assert code == 0 and sum(tag == "polyline" for tag, _ in page.tags) == 2  # a line for each k
+    assert len([cell for cell in page.text["td"] if cell in ("8", "16")]) == 4
+
+
+def test_bars_hold_every_value() -> None:
+    page = Page(histograms({"some": [0.5, 0.51, 0.7, 1.0, 1.0]}, {"tau": 0.55}))
+    told = page.text["title"]
+    assert told == ["0.50 to 0.52: 2", "0.70 to 0.72: 1", "0.98 to 1.00: 2"]
+    assert "tau 0.55" in page.text["text"]
+
+
+def test_lines_lie_inside_their_frame() -> None:
+    for log_x in (False, True):
+        page = Page(lines([Series("a", [(1, 0.2), (10, 1.0), (1000, 0.6)], 1)], x_name="x", y_name="y", log_x=log_x))
+        box = [float(n) for tag, attrs in page.tags if tag == "svg" for n in str(attrs["viewbox"]).split()]
+        spots = [(float(str(a["cx"])), float(str(a["cy"]))) for tag, a in page.tags if tag == "circle"]
+        assert len(spots) == 3 and all(0 < x < box[2] and 0 < y < box[3] for x, y in spots)
+        assert spots[1][1] < spots[2][1] < spots[0][1]  # more is higher
+    assert "circle" in lines([Series("one", [(5, 0.0)], 1)], x_name="x", y_name="y")  # a single point is no error
+
+
+def test_checkpoints() -> None:
+    assert checkpoints(5) == [5] and checkpoints(10) == [10] and checkpoints(1000) == [10, 30, 100, 300, 1000]
+
+
+@needs_sets
+def test_every_data_set_has_its_file() -> None:
+    for name in DATA_SETS:
+        assert len(read_edits(data_file(name, SETS))) >= 75
+    with pytest.raises(ConfigError, match="'nq' is neither a file nor a data set"):
+        data_file("nq", SETS)

@@ -1,0 +1,196 @@
+"""`memoir verify` against a stand-in for vLLM's API that can be told to misbehave; the real server is asked in
+`tests/vllm/test_server.py`, where everything holds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import pytest
+from http_stand_in import JsonHandler, StandIn, running
+
+from memoir_retrieval import Edit, Editor, EditStore, load_model
+from memoir_retrieval.cli import main
+from memoir_retrieval.errors import ConfigError
+from memoir_retrieval.verify import Check, Reply, Server, distance, verify
+
+PROMPT, OTHER = "Who founded Aarhus?", "Where is the Blue Gate?"
+# (prompt, opted out, number of the request, salt) -> what the stand-in adds to its log-probabilities
+Fault = Callable[[str, bool, int, str], float]
+
+
+class Model(StandIn):
+    """A server whose answers depend on prompt and edit alone, but for the faults it is told to have."""
+
+    def __init__(self) -> None:
+        super().__init__(Handler)
+        self.edits = {PROMPT: 0, OTHER: 1}
+        self.generation = 1
+        self.plugin = True
+        self.acts = True
+        self.fault: Fault = lambda prompt, off, number, salt: 0.0
+        self.number = 0
+        self.keys: list[str | None] = []
+
+
+class Handler(JsonHandler):
+    server: Model
+
+    def do_GET(self) -> None:
+        self.server.keys.append(self.headers.get("Authorization"))
+        versions = {"/version": {"version": "0.32.0"}, "/v1/models": {"data": [{"id": "m"}]}}
+        self.reply(versions[self.path])
+
+    def do_POST(self) -> None:
+        body = json.loads(self.read())
+        self.server.number += 1
+        prompt = body["messages"][-1]["content"]
+        off = body.get("vllm_xargs") == {"memoir": "off"}
+        edit = None if off else self.server.edits.get(prompt)
+        acts = 50 if edit is not None and self.server.acts else 0
+        tokens = [(crc32(prompt.encode()) + acts + i) % 1000 for i in range(body["max_tokens"])]
+        shift = self.server.fault(prompt, off, self.server.number, body["cache_salt"])
+        choice = {
+            "message": {"content": "King Harald" if acts else "Nobody"},
+            "token_ids": tokens,
+            "logprobs": {"content": [{"logprob": -(t / 1000) + shift} for t in tokens]},
+        }
+        told = {"edit": edit, "result": "off" if off else "unmatched" if edit is None else "matched"}
+        told["generation"] = self.server.generation
+        self.reply({"choices": [choice]} | ({"kv_transfer_params": {"memoir": told}} if self.server.plugin else {}))
+
+
+@pytest.fixture(scope="module")
+def store(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> EditStore:
+    folder = tmp_path_factory.mktemp("verify") / "store"
+    with Editor(load_model(str(tiny)), folder) as editor:
+        editor.add([Edit(prompt=PROMPT, target="King Harald"), Edit(prompt=OTHER, target="In Oslo")])
+    return EditStore.open(folder)
+
+
+@pytest.fixture
+def stand_in() -> Iterator[Model]:
+    with running(Model()) as server:
+        yield server
+
+
+def checks(stand_in: Model, store: EditStore | None, **more: Any) -> dict[str, Check]:
+    report = verify(Server(stand_in.url, chat=True), store, prompts=3, tokens=4, turns=0, **more)
+    assert report.holds == all(check.state != "fail" for check in report.checks)
+    return {check.name: check for check in report.checks}
+
+
+def failed(found: dict[str, Check]) -> list[str]:
+    return [name for name, check in found.items() if check.state == "fail"]
+
+
+def test_a_sound_server(stand_in: Model, store: EditStore) -> None:
+    found = checks(stand_in, store)
+    assert failed(found) == [] and len(found) == 12
+    assert found["edits are felt"].detail.startswith("2 of 2") and "1 begin with" in found["edits are felt"].detail
+
+
+def test_without_a_store_nothing_matched_is_claimed(stand_in: Model) -> None:
+    found = checks(stand_in, None)
+    assert failed(found) == [] and found["matched requests"].state == "skip"
+    assert "edits are felt" not in found
+
+
+def test_another_edit_answers(stand_in: Model, store: EditStore) -> None:
+    stand_in.edits = {PROMPT: 1, OTHER: 1}
+    found = checks(stand_in, store)
+    assert failed(found) == ["edited prompts match their edit"]
+    assert found["edited prompts match their edit"].detail == "1 of 2 do not, such as edit 0, answered by 1"
+
+
+def test_an_edit_that_matches_but_does_not_act(stand_in: Model, store: EditStore) -> None:
+    stand_in.acts = False
+    assert failed(checks(stand_in, store)) == ["edits are felt"]
+
+
+def test_an_edit_that_leaks_through_the_cache(stand_in: Model, store: EditStore) -> None:
+    """From the third request of one salt on, the opted-out twin is moved: what a shared block would do."""
+    seen: dict[str, int] = {}
+
+    def leak(prompt: str, off: bool, number: int, salt: str) -> float:
+        seen[salt] = seen.get(salt, 0) + 1
+        return 0.07 if off and seen[salt] > 3 else 0.0
+
+    stand_in.fault = leak
+    assert failed(checks(stand_in, store)) == ["edited and opted out in turn, from the cache"]
+
+
+def test_unmatched_requests_that_are_touched_in_the_last_bit(stand_in: Model, store: EditStore) -> None:
+    stand_in.fault = lambda prompt, off, number, salt: 0.0 if off or prompt in (PROMPT, OTHER) else 1e-7
+    assert failed(checks(stand_in, store)) == ["unmatched equals opted out"]
+
+
+def test_neighbours_that_disturb(stand_in: Model, store: EditStore) -> None:
+    """Only while others match: after the requests that go one at a time, 3 + 2 of each kind."""
+    together = checks(stand_in, store) and stand_in.number - 5
+    stand_in.number = 0
+    stand_in.fault = lambda prompt, off, number, salt: 0.05 if number > together and not off else 0.0
+    assert failed(checks(stand_in, store)) == ["unmatched among matched"]
+
+
+def test_a_server_that_does_not_repeat_itself_is_compared_within_what_it_does(
+    stand_in: Model, store: EditStore
+) -> None:
+    stand_in.fault = lambda prompt, off, number, salt: number % 7 * 1e-6
+    found = checks(stand_in, store)
+    assert failed(found) == [] and found["opted out repeats"].state == "skip"
+    assert "within 1.0e-04" in found["unmatched equals opted out"].detail
+    stand_in.fault = lambda prompt, off, number, salt: number % 7 * 0.1
+    assert "opted out repeats" in failed(checks(stand_in, store))
+
+
+def test_a_base_server_is_compared(stand_in: Model, store: EditStore) -> None:
+    name = "opted out equals the server without plugin"
+    with running(Model()) as plain:
+        plain.plugin, plain.edits = False, {}
+        assert checks(stand_in, store, base=Server(plain.url, chat=True))[name].state == "ok"
+        plain.fault = lambda prompt, off, number, salt: 1e-7
+        assert failed(checks(stand_in, store, base=Server(plain.url, chat=True))) == [name]
+
+
+def test_a_server_without_the_plugin_or_of_another_generation(stand_in: Model, store: EditStore) -> None:
+    stand_in.generation = 7
+    assert failed(checks(stand_in, store)) == ["same generation"]
+    stand_in.plugin = False
+    assert list(checks(stand_in, store)) == ["serves edits"]
+
+
+def test_the_report_and_the_exit_code(
+    stand_in: Model, store: EditStore, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    asked = ["verify", "--server", stand_in.url, "--store", str(store.path), "--prompts", "2", "--turns", "2"]
+    with pytest.raises(SystemExit) as done:
+        main(asked)
+    out = capsys.readouterr().out
+    assert done.value.code == 0 and "holds: 0 failed, 1 not looked at" in out and "vLLM 0.32.0" in out
+    assert "unmatched over opted out" in out and "matched over opted out" in out
+    assert set(stand_in.keys) == {"Bearer secret"} and "secret" not in out
+    stand_in.acts = False
+    with pytest.raises(SystemExit) as done:
+        main([*asked, "--json"])
+    report = json.loads(capsys.readouterr().out)
+    assert done.value.code == 1 and not report["holds"] and len(report["overhead"][0]["turns"]) == 2
+
+
+def test_no_server() -> None:
+    with pytest.raises(ConfigError, match=r"no server answers at http://127\.0\.0\.1:9 .*memoir serve"):
+        Server("http://127.0.0.1:9", chat=True)
+
+
+def test_distance() -> None:
+    one = Reply((1, 2, 3), (-0.5, -0.25, -1.0), "", {})
+    assert distance(one, one) == 0.0
+    assert distance(one, Reply((1, 2, 3), (-0.5, -0.375, -1.0), "", {})) == 0.125
+    near_tie = Reply((1, 9, 4), (-0.5, -0.3125, -7.0), "", {})
+    assert distance(one, near_tie) == 0.0625  # what follows another token is not compared
+    assert 0 < distance(one, Reply((1, 9, 4), (-0.5, -0.25, -7.0), "", {})) < 1e-300  # a tie is not equal either
+    assert distance(one, Reply((1, 2), (-0.5, -0.25), "", {})) == float("inf")

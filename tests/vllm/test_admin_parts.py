@@ -1,0 +1,212 @@
+"""The parts of administration that need no engine: tokens, the door, the audit log, counts, how it is switched on."""
+
+from __future__ import annotations
+
+import re
+import time
+from argparse import Namespace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI, Request
+from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
+
+from memoir_retrieval.cli.serve import server_command
+from memoir_retrieval.errors import ConfigError
+from memoir_vllm.admin import guard
+from memoir_vllm.admin.audit import AUDIT, AuditLog
+from memoir_vllm.admin.guard import Guard
+from memoir_vllm.admin.plugin import MemoirEndpoints
+from memoir_vllm.admin.tokens import Tokens
+from memoir_vllm.metrics import LOOKUP_ID, TOP, EngineCollector, Traffic
+
+TOKEN = "0123456789abcdef"
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+def test_holders_are_known_by_their_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "tokens"
+    file.write_text(f"# who may\nann {TOKEN}1\n\nbob  {TOKEN}2\n")
+    monkeypatch.setenv("MEMOIR_ADMIN_TOKEN", TOKEN)
+    tokens = Tokens.read(str(file))
+    for sent, holder in (
+        (f"Bearer {TOKEN}1", "ann"),
+        (f"bearer {TOKEN}2", "bob"),
+        (f"Bearer {TOKEN}", "admin"),
+        (f"Bearer {TOKEN}3", None),
+        (f"Basic {TOKEN}1", None),
+        (TOKEN, None),
+        ("Bearer ", None),
+        ("Bearer \udcff", None),
+        (None, None),
+    ):
+        assert tokens.holder(sent) == holder, sent
+    monkeypatch.delenv("MEMOIR_ADMIN_TOKEN")
+    assert not Tokens.read(None)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("ann short", "16 or more"),
+        (f"ann {TOKEN} x", "line 1: write a name"),
+        (f"ann {TOKEN}é", "16 or more"),
+        (f"ann {TOKEN}\nbob {TOKEN}", "line 2 repeats"),
+        (f"ann {TOKEN}\nann {TOKEN}2", "line 2 repeats"),
+        ("# nobody\n", "holds no token"),
+    ],
+)
+def test_bad_token_files_are_refused_without_showing_a_token(content: str, says: str, tmp_path: Path) -> None:
+    file = tmp_path / "tokens"
+    file.write_text(content)
+    with pytest.raises(ConfigError, match=says) as refused:
+        Tokens.read(str(file))
+    assert TOKEN not in str(refused.value) and "short" not in str(refused.value)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        Tokens.read(str(tmp_path / "none"))
+
+
+def door() -> httpx.AsyncClient:
+    app = FastAPI()
+
+    @app.post("/echo")
+    async def echo(request: Request) -> dict[str, Any]:
+        return {"by": request.scope["memoir_holder"], "size": len(await request.body())}
+
+    @app.get("/open")
+    async def opened() -> str:
+        return "open"
+
+    tokens = Tokens({sha256(TOKEN.encode()).digest(): "ann"})
+    app.add_middleware(Guard, tokens=tokens, public=["/open"])
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://door")
+
+
+@pytest.mark.anyio
+async def test_the_door(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "BURST", 5.0)
+    known = {"Authorization": f"Bearer {TOKEN}"}
+
+    async def pieces() -> Any:
+        for _ in range(3):
+            yield b"x" * (guard.LARGEST_BODY // 2)
+
+    async with door() as client:
+        told = await client.post("/echo", content=b"abc")
+        assert (told.status_code, told.headers["www-authenticate"]) == (401, "Bearer")
+        assert "script-src 'self'" in told.headers["content-security-policy"]
+        assert (await client.get("/open")).status_code == 200
+        told = await client.post("/echo", content=b"abc", headers=known)
+        assert told.json() == {"by": "ann", "size": 3}
+        assert (await client.post("/echo", content=b"x" * (guard.LARGEST_BODY + 1), headers=known)).status_code == 413
+        assert (await client.post("/echo", content=pieces(), headers=known)).status_code == 413
+        bad = {**known, "Content-Length": "many"}
+        assert (await client.post("/echo", content=b"", headers=bad)).status_code == 413
+        statuses = [(await client.post("/echo", headers=known)).status_code for _ in range(3)]
+        assert statuses[-1] == 429
+        time.sleep(2 / guard.RATE)
+        assert (await client.post("/echo", headers=known)).status_code == 200
+
+
+def test_the_audit_log_outlives_a_cut_off_line(tmp_path: Path) -> None:
+    log = AuditLog(tmp_path, "here:1")
+    log.write("accepted", "ann", "1", change={"remove": 3})
+    with (tmp_path / AUDIT).open("a") as file:
+        file.write('{"what": "acti')
+    log.write("accepted", "bob", "2")
+    log.write("active", "bob", "2", generation=4)
+    AuditLog(tmp_path, "there:1").write("accepted", "eve", "3")
+    entries = log.lines()
+    assert [(e["what"], e["who"], e["server"]) for e in entries] == [
+        ("accepted", "ann", "here:1"),
+        ("accepted", "bob", "here:1"),
+        ("active", "bob", "here:1"),
+        ("accepted", "eve", "there:1"),
+    ]
+    assert [entry["job"] for entry in log.unfinished()] == ["1"], "another server's changes may still be under way"
+    log.write("interrupted", "ann", "1")
+    assert log.unfinished() == []
+
+
+def test_counts_and_their_bounds() -> None:
+    traffic = Traffic()
+    for edit in range(3 * TOP):
+        for _ in range(edit):
+            traffic.count("a", {"result": "matched", "edit": edit, "overlap": 0.9, "generation": 1})
+    traffic.count("b", {"result": "unmatched", "edit": None, "overlap": 0.2, "generation": 1})
+    traffic.count(f"cmpl-{LOOKUP_ID}-1", {"result": "matched", "edit": 0, "overlap": 1.0, "generation": 1})
+    assert traffic.results == {"matched": 3 * TOP * (3 * TOP - 1) // 2, "unmatched": 1}
+    collector = EngineCollector(traffic)
+    collector.engines = [dict.fromkeys(_KEYS, 2), dict.fromkeys(_KEYS, 3)]
+    registry = CollectorRegistry()
+    registry.register(collector)
+    text = generate_latest(registry).decode()
+    hits = [line for line in text.splitlines() if line.startswith("memoir_edit_hits_total{")]
+    assert len(hits) == TOP and f'memoir_edit_hits_total{{edit="{3 * TOP - 1}"}} {3.0 * TOP - 1}' in hits
+    assert 'memoir_generation{engine="1"} 3.0' in text
+    assert 'memoir_replays_total{engine="0"} 2.0' in text
+
+
+def test_the_dashboard_asks_for_series_that_exist() -> None:
+    traffic = Traffic()
+    traffic.hits[1] = 1
+    registry = CollectorRegistry()
+    collector = EngineCollector(traffic)
+    collector.engines = [dict.fromkeys(_KEYS, 1)]
+    registry.register(collector)
+    own = {family.name for family in registry.collect()} | {"memoir_requests", "memoir_overlap"}
+    assert {family.name for family in REGISTRY.collect()} >= {"memoir_requests", "memoir_overlap"}
+    board = (Path(__file__).parents[2] / "examples/grafana/memoir.json").read_text()
+    asked = {name.removesuffix("_total").removesuffix("_bucket") for name in re.findall(r"memoir_\w+(?=\{)", board)}
+    assert asked == own - {"memoir_residual_rows"}
+
+
+_KEYS = ("edits", "generation", "older_generations", "remembered", "routed", "recalled", "replayed", "rows")
+_KEYS += ("routing_s", "residual_s")
+
+
+def attached(store: Path, **args: Any) -> list[str]:
+    app = FastAPI()
+    section = {"memoir": {"store": str(store)}} if store.name != "none" else {}
+    given = {"additional_config": section, "api_server_count": 1, "disable_fastapi_docs": False} | args
+    app.state.args = Namespace(**given)
+    MemoirEndpoints().attach_router(app)
+    return [route.path for route in app.routes if getattr(route, "path", "").startswith("/memoir")]
+
+
+def test_routes_exist_only_where_a_token_is_set(
+    store_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MEMOIR_ADMIN_TOKEN", raising=False)
+    assert attached(store_folder) == []
+    monkeypatch.setenv("MEMOIR_ADMIN_TOKEN", TOKEN)
+    assert attached(store_folder) == ["/memoir"]
+    assert attached(tmp_path / "none") == []
+    with pytest.raises(ConfigError, match="--api-server-count 1"):
+        attached(store_folder, api_server_count=2)
+    monkeypatch.setenv("MEMOIR_ADMIN_TOKEN", "short")
+    with pytest.raises(ConfigError, match="openssl rand"):
+        attached(store_folder)
+
+
+def test_serve_names_every_plugin_that_would_be_loaded_anyway(
+    model_folder: Path, store_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from importlib.metadata import entry_points
+
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    named = server_command(str(model_folder), store_folder)[1]["VLLM_PLUGINS"].split(",")
+    assert "memoir" in named
+    assert {point.name for point in entry_points(group="vllm.general_plugins")} <= set(named)
+    monkeypatch.setenv("VLLM_PLUGINS", "other,memoir")
+    assert server_command(str(model_folder), store_folder)[1]["VLLM_PLUGINS"] == "other,memoir"
+    monkeypatch.setenv("VLLM_PLUGINS", "other")
+    with pytest.raises(ConfigError, match="add memoir to it"):
+        server_command(str(model_folder), store_folder)
