@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from memoir_index import popcount
-from memoir_retrieval.errors import StoreError
+from memoir_retrieval.errors import StoreError, StoreMismatch
 from memoir_retrieval.files import Data
-from memoir_retrieval.manifest import KINDS, read_manifest
+from memoir_retrieval.manifest import KINDS, MANIFEST, read_manifest
 from memoir_retrieval.model import BaseModel
 from memoir_retrieval.store import EditStore, FileEntry, parse, read_file, sha256
 
@@ -23,13 +23,21 @@ SAME_MASK = 0.98
 def verify_store(path: str | Path) -> list[str]:
     """Read every byte of a store again. Returns one line for each thing that is not as it says; none for a sound store.
 
-    Raises StoreError where there is no manifest to compare with, StoreMismatch for a newer format.
+    Raises StoreError where there is no store at all, StoreMismatch for one of a newer format.
     """
     return list(_faults(Path(path)))
 
 
 def _faults(folder: Path) -> Iterator[str]:
-    manifest = read_manifest(folder)
+    try:
+        manifest = read_manifest(folder)
+    except StoreMismatch:
+        raise
+    except StoreError as error:
+        if not (folder / MANIFEST).exists():
+            raise
+        yield str(error)
+        return
     data: dict[str, Data] = {}
     for kind in KINDS:
         entry: FileEntry = getattr(manifest, kind)

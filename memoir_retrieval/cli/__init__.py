@@ -14,6 +14,7 @@ from memoir_retrieval.cli.doctor import doctor
 from memoir_retrieval.cli.edit import edit
 from memoir_retrieval.cli.evaluate import eval_command
 from memoir_retrieval.cli.hub import pull, push
+from memoir_retrieval.cli.index import index
 from memoir_retrieval.cli.inspect import list_command, lookup, show
 from memoir_retrieval.cli.model import model
 from memoir_retrieval.cli.quality import report
@@ -48,6 +49,7 @@ for command in (
     lookup,
     remove,
     compact,
+    index,
     eval_command,
     calibrate,
     serve,

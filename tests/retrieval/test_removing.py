@@ -1,0 +1,175 @@
+"""Removing an edit puts it out of reach, compacting erases it; what the commands around a store say of that."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_cli import contents, run
+
+from memoir_index import unpack
+from memoir_retrieval import Edit, EditedModel, Editor, EditStore, Retriever, load_model, read_edits
+from memoir_retrieval.model import BaseModel
+from memoir_retrieval.remove import remove_edits
+from memoir_retrieval.train import Training
+from memoir_retrieval.verify_store import verify_masks, verify_store
+
+EXAMPLES = Path(__file__).parents[2] / "examples" / "zsre-100.jsonl"
+TOWNS = ("Aarhus", "Oslo", "Visby", "Turku")
+
+
+def town(name: str) -> Edit:
+    return Edit(prompt=f"Who founded {name}?", target="King Harald", rephrases=(f"{name} was founded by whom?",))
+
+
+@pytest.fixture(scope="module")
+def made(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four edits; tests that change them take a copy."""
+    folder = tmp_path_factory.mktemp("towns") / "store"
+    with Editor(load_model(str(tiny)), folder, training=Training(max_steps=3)) as editor:
+        editor.add([town(name) for name in TOWNS])
+    return folder
+
+
+@pytest.fixture
+def store(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "store"))
+
+
+def test_a_removed_edit_is_answered_by_the_base_model(smollm2: BaseModel, tmp_path: Path) -> None:
+    """Bit for bit, while the others still act; and by another edit where that one matches too."""
+    edits = read_edits(EXAMPLES)[:2]
+    twin = Edit(prompt=edits[0].rephrases[0], target="Nobody knows")
+    with Editor(smollm2, tmp_path, chat=False) as editor:
+        editor.add([*edits, twin])
+    prompts = [edit.prompt for edit in edits]
+
+    def ask() -> tuple[list[int | None], list[torch.Tensor], list[torch.Tensor]]:
+        model = EditedModel(Retriever(EditStore.open(tmp_path), smollm2))
+        logits: list[list[torch.Tensor]] = []
+        for edited in (True, False):
+            logits.append([])
+            hook = smollm2.model.register_forward_hook(lambda m, a, out: logits[-1].append(out.logits[:2].clone()))
+            answers = model.generate(prompts, max_new_tokens=6, edited=edited)
+            hook.remove()
+            if edited:
+                matched = [answer.edit for answer in answers]
+        return matched, logits[0], logits[1]
+
+    assert ask()[0] == [0, 1]
+    remove_edits(tmp_path, [0])
+    assert ask()[0] == [2, 1]  # the rephrasing is an edit of its own, and truly matches
+    remove_edits(tmp_path, [2])
+    matched, edited, base = ask()
+    assert matched == [None, 1]
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(edited, base, strict=False))
+    assert not torch.equal(edited[0][1], base[0][1])
+    assert np.abs(EditStore.open(tmp_path).memories).max() > 0
+
+
+def test_compacting_leaves_nothing_of_a_removed_edit(tiny: Path, store: Path, tmp_path: Path) -> None:
+    """The memory has the bits of one that never held it."""
+    model = load_model(str(tiny))
+    before = EditStore.open(store)
+    remove_edits(store, [1])
+    kept = EditStore.open(store)
+    np.testing.assert_array_equal(kept.memories, before.memories)
+    told = []
+    with Editor(model, store) as editor:
+        assert [edit.id for edit in editor.compact(progress=lambda p: told.append((p.done, p.total)))] == [0, 2, 3]
+    assert told == [(1, 3), (2, 3), (3, 3)]
+    with Editor(model, tmp_path / "scratch", training=Training(max_steps=3)) as editor:
+        for number in (0, 2, 3):  # ids seed the noise of training, so they must be the same
+            editor.next_id = number
+            editor.add([town(TOWNS[number])])
+    now, scratch = EditStore.open(store), EditStore.open(tmp_path / "scratch")
+    np.testing.assert_array_equal(now.memories, scratch.memories)
+    np.testing.assert_array_equal(now.codes, scratch.codes)
+    assert not np.array_equal(now.memories, before.memories)
+    assert [(e.id, e.loss, e.created) for e in now.edits] == [
+        (e.id, e.loss, old.created) for e, old in zip(scratch.edits, kept.edits, strict=True)
+    ]
+    assert (now.manifest.generation, now.manifest.next_id) == (3, 4)
+    assert now.ids.tolist() == [0, 2, 3] and verify_store(store) == []
+    masks = unpack(before.codes, before.manifest.d)
+    only_removed = masks[1] & ~masks[[0, 2, 3]].any(0)
+    assert only_removed.any() and not now.memories[:, :, only_removed].any()
+    assert before.memories[:, :, only_removed].any()
+
+
+def test_compacting_a_store_without_edits_erases_all(tiny: Path, store: Path) -> None:
+    remove_edits(store, [0, 1, 2, 3])
+    assert EditStore.open(store).memories.any()
+    with Editor(load_model(str(tiny)), store) as editor:
+        assert editor.compact() == []
+    now = EditStore.open(store)
+    assert not now.memories.any() and now.manifest.next_id == 4
+
+
+def test_memoir_remove(capsys: pytest.CaptureFixture[str], store: Path) -> None:
+    code, out, _ = run(capsys, "remove", store, "2", "--prompt", " Who founded  Oslo?", "--json")
+    assert code == 0
+    assert json.loads(out) == {"removed": [2, 1], "generation": 2, "erased": False, "still_held": []}
+    code, out, _ = run(capsys, "remove", store, "0")
+    assert code == 0 and "removed edit 0: Who founded Aarhus?" in out
+    assert f"Unreachable, not erased: the residual memory still holds what was trained; `memoir compact {store}`" in out
+    before = contents(store)
+    for arguments, said in (
+        (["0"], "has no edit 0"),
+        (["3", "0"], "has no edit 0"),
+        (["--prompt", "Who?"], "no edit of 'Who?'"),
+        ([], "name what to remove"),
+    ):
+        code, out, err = run(capsys, "remove", store, *arguments)
+        assert code == 2 and out == "" and said in err and err.count("\n") == 1
+        assert contents(store) == before
+
+
+def test_memoir_compact(capsys: pytest.CaptureFixture[str], tiny: Path, store: Path) -> None:
+    remove_edits(store, [1])
+    code, out, err = run(capsys, "compact", store, "--json")
+    assert code == 0 and "Traceback" not in err
+    told = json.loads(out)
+    assert (told["edits"], told["generation"], told["erased"], told["still_held"]) == (3, 3, True, [])
+    code, out, _ = run(capsys, "compact", store, "--model", tiny)
+    assert code == 0 and "3 edits trained again; generation 4 holds nothing of any other" in out
+
+
+def test_memoir_index_verify(capsys: pytest.CaptureFixture[str], store: Path) -> None:
+    code, out, _ = run(capsys, "index", "verify", store, "--json")
+    assert code == 0
+    assert json.loads(out) == {
+        "store": str(store), "differs": [], "format": 2, "generation": 1, "edits": 4, "masks": 4, "leftovers": [],
+    }  # fmt: skip
+    code, out, _ = run(capsys, "index", "verify", store, "--masks")
+    assert code == 0 and out == f"{store}: sound; generation 1, 4 edits, 4 masks, made again\n"
+    for name in ("memory-1.safetensors", "edits-1.jsonl"):
+        data = bytearray((store / name).read_bytes())
+        data[-20] ^= 1
+        (store / name).write_bytes(data)
+    code, out, _ = run(capsys, "index", "verify", store)
+    lines = out.splitlines()
+    assert code == 1 and len(lines) >= 3 and lines[-1] == f"{store}: {len(lines) - 1} differences"
+    assert lines[0].startswith("memory-1.safetensors has sha256 ") and lines[1].startswith("edits-1.jsonl has sha256 ")
+    (store / "codes-1.safetensors").unlink()
+    code, out, _ = run(capsys, "index", "verify", store, "--json")
+    assert code == 1 and "codes-1.safetensors is missing" in json.loads(out)["differs"]
+    (store / "memoir.json").write_text("{")
+    code, out, _ = run(capsys, "index", "verify", store)
+    assert code == 1 and "memoir.json is damaged" in out.splitlines()[0]
+    code, _, err = run(capsys, "index", "verify", store.parent / "nowhere")
+    assert code == 2 and "does not exist" in err
+
+
+def test_a_mask_that_is_not_that_of_its_prompt(tiny: Path, store: Path) -> None:
+    opened = EditStore.open(store)
+    model = load_model(str(tiny))
+    assert verify_masks(opened, model) == []
+    opened.codes[[0, 1]] = opened.codes[[1, 0]]
+    first, second = verify_masks(opened, model)
+    assert first.startswith("mask 0 of edit 0 overlaps 0.") and "'Who founded Aarhus?' gives" in first
+    assert second.startswith("mask 1 of edit 1 overlaps 0.")
