@@ -25,7 +25,7 @@ from memoir_retrieval.model import BaseModel
 from memoir_retrieval.presets import preset_for
 from memoir_retrieval.prompts import Prompt, end_token, prompt_ids, target_ids
 from memoir_retrieval.span import Span, derive_span_rule, find_span
-from memoir_retrieval.store import MANIFEST, EditStore, write_generation
+from memoir_retrieval.store import MANIFEST, EditStore, Manifest, write_generation
 from memoir_retrieval.train import Training, edit_activations, train_edit
 
 __all__ = ["Editor", "Progress"]
@@ -150,7 +150,8 @@ class Editor:
         # C of `train`, one a memory: what earlier edits rely on. Not stored, since the edits can give it again.
         self._used = torch.zeros(len(self.memories), self.base.d, self.base.d, device=self.base.device)
         for edit in self.edits:
-            self._recall(edit, 1)
+            if edit.trained:
+                self._recall(edit, 1)
 
     def _columns(self, code: np.ndarray) -> torch.Tensor:
         """Positions of the ones of one packed code: int64 [k]."""
@@ -187,7 +188,7 @@ class Editor:
         started = committed = time.monotonic()
         try:
             for edit in todo:
-                if old := replaced.get(same_prompt(edit.prompt)):
+                if (old := replaced.get(same_prompt(edit.prompt))) and old.trained:
                     self._recall(old, -1)
                 made.append(self._train(edit))
                 now = time.monotonic()
@@ -213,7 +214,8 @@ class Editor:
             self._forget()
             for edit in self.edits:
                 self.next_id = edit.id
-                made.append(msgspec.structs.replace(self._train(edit), created=edit.created))
+                new = self._train(edit)
+                made.append(msgspec.structs.replace(new, created=edit.created or new.created))
                 progress(Progress(len(made), len(self.edits), made[-1], time.monotonic() - started))
             self.next_id = held[-1]
             self._commit(made, {})
@@ -223,7 +225,8 @@ class Editor:
         return made
 
     def _plan(self, edits: list[Edit], on_conflict: Conflict) -> tuple[list[Edit], dict[str, StoredEdit]]:
-        """The edits to train, and for each prompt of theirs that is stored with another target the stored edit."""
+        """The edits to train, and for each prompt of theirs that is stored untrained or with another target the stored
+        edit."""
         stored = {same_prompt(edit.prompt): edit for edit in self.edits}
         todo: list[Edit] = []
         replaced: dict[str, StoredEdit] = {}
@@ -232,6 +235,9 @@ class Editor:
             old = stored.get(same_prompt(edit.prompt))
             if old is None:
                 todo.append(edit)
+            elif not old.trained:
+                todo.append(edit)
+                replaced[same_prompt(edit.prompt)] = old
             elif old.target == edit.target or on_conflict == "first":
                 continue
             elif on_conflict == "last":
@@ -337,7 +343,16 @@ class Editor:
         self.next_id += 1
         return stored
 
-    def _commit(self, made: Sequence[StoredEdit], replaced: dict[str, StoredEdit]) -> None:
+    def publish_untrained(self, edits: Sequence[StoredEdit], codes: np.ndarray, ids: np.ndarray) -> Manifest:
+        """Write edits with their masks alone into a new store. codes: uint8 [N, D/8]; ids: int64 [N], whose they are.
+
+        Returns the manifest. `add` trains them, and so does `compact`.
+        """
+        self.codes, self.ids, self.memory_of = codes, ids, np.zeros(len(ids), dtype=np.int32)
+        self.next_id = len(edits)
+        return self._commit(edits, {})
+
+    def _commit(self, made: Sequence[StoredEdit], replaced: dict[str, StoredEdit]) -> Manifest:
         """Write everything trained so far as the next generation."""
         gone = {replaced[key].id for edit in made if (key := same_prompt(edit.prompt)) in replaced}
         kept = {edit.id: edit for edit in (*self.edits, *made) if edit.id not in gone}
@@ -361,6 +376,7 @@ class Editor:
                 "contexts": self.contexts,
                 "training": msgspec.to_builtins(self.training),
                 "next_id": self.next_id,
+                "untrained": sum(not edit.trained for edit in kept.values()),
             },
             memories=self.memories.float().cpu().numpy(),
             background=self.background,
@@ -373,6 +389,7 @@ class Editor:
         self.generation = manifest.generation
         self.edits = list(kept.values())
         self.codes, self.ids, self.memory_of = self.codes[keep], self.ids[keep], self.memory_of[keep]
+        return manifest
 
 
 def _refuse_foreign(path: Path) -> None:

@@ -104,6 +104,7 @@ def longest_question(vllm_config: VllmConfig) -> int:
 def open_store(config: MemoirConfig, model: ModelConfig) -> EditStore:
     """Open the store and check that it was made on the served model. Raises StoreError or ModelError."""
     store = EditStore.open(config.store)
+    store.require_trained()
     store.require(identify(resolve(model.model), store.manifest.module), model.model)
     return store
 
