@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -20,6 +21,10 @@ RELATED = (
     ("memoir_retrieval.model", "BaseModel"),
     ("memoir_retrieval.reference", "Answer"),
     ("memoir_retrieval.evaluation", "Report"),
+    ("memoir_retrieval.admin", "Change"),
+    ("memoir_retrieval.admin", "EditPage"),
+    ("memoir_retrieval.admin", "Lookup"),
+    ("memoir_retrieval.admin", "Near"),
     ("memoir_retrieval.server", "ServerModel"),
     ("memoir_retrieval.verify", "verify"),
     ("memoir_retrieval.verify", "Server"),
@@ -60,9 +65,8 @@ def _entry(name: str, thing: Any, module: str = "") -> str:
 def _methods(name: str, thing: type) -> Iterator[str]:
     for key, member in vars(thing).items():
         called = member.__func__ if isinstance(member, classmethod | staticmethod) else member
-        if key.startswith("_") or not inspect.isfunction(called):
-            continue
-        yield f"\n{_code(f'{name}.{key}', called)}\n{_prose(called)}\n"
+        if not key.startswith("_") and (inspect.isfunction(called) or isinstance(called, property | cached_property)):
+            yield f"\n{_code(f'{name}.{key}', called)}\n{_prose(called)}\n"
 
 
 class _Bare(str):
@@ -72,6 +76,8 @@ class _Bare(str):
 
 
 def _code(name: str, thing: Any) -> str:
+    if isinstance(thing, property | cached_property):
+        return f"```python\n{name}\n```\n"
     try:
         found = inspect.signature(thing)
     except (TypeError, ValueError):

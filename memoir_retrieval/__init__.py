@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from memoir_retrieval.admin import AdminClient
     from memoir_retrieval.edit import Edit, Probe, StoredEdit
     from memoir_retrieval.edit_files import read_edits
     from memoir_retrieval.editor import Editor
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from memoir_retrieval.train import Training
 
 __all__ = [
+    "AdminClient",
     "Edit",
     "EditStore",
     "EditedModel",
@@ -40,6 +42,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "AdminClient": "admin",
     "Edit": "edit",
     "EditStore": "store",
     "EditedModel": "reference",

@@ -3,6 +3,7 @@
 from memoir_index.errors import CodeError, MemoirError
 
 __all__ = [
+    "AdminError",
     "CodeError",
     "ConfigError",
     "EditFileError",
@@ -12,6 +13,10 @@ __all__ = [
     "StoreError",
     "StoreMismatch",
 ]
+
+
+class AdminError(MemoirError):
+    """A running server that cannot be administered, or refuses a change or a question."""
 
 
 class ConfigError(MemoirError, ValueError):

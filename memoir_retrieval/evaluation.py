@@ -14,11 +14,11 @@ from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.prompts import Prompt
 from memoir_retrieval.reference import Answer
 from memoir_retrieval.scores import (
+    EditScores,
     ExactMatch,
     Generated,
     Matching,
     OtherWords,
-    Outcome,
     Portability,
     Report,
     Scores,
@@ -93,12 +93,16 @@ def measure(
     controls: Sequence[str] = (),
     texts: Sequence[str] = (),
     spare_tokens: int = 8,
-) -> tuple[Report, list[Outcome]]:
-    """`evaluate`, and what came of each edit (in the first context), in the order of `edits`."""
+    partly: bool = False,
+) -> tuple[Report, list[EditScores]]:
+    """`evaluate`, and what came of each edit (in the first context), in the order of `edits`.
+
+    partly: edits that are not stored, since training refused them, are asked all the same and count as not found.
+    """
     started = time.monotonic()
-    own = stored_ids(stored, edits)
+    own = stored_ids(stored, edits, partly)
     first = "plain" if context == "all" else context
-    scores, outcomes = _in_context(model, own, edits, tau, first, controls, spare_tokens)
+    scores, per_edit = _in_context(model, own, edits, tau, first, controls, spare_tokens)
     probes = [(i, probe) for i, edit in zip(own, edits, strict=True) for probe in edit.portability]
     ood = [(i, text) for i, edit in zip(own, edits, strict=True) for text in edit.ood]
     report = Report(
@@ -110,30 +114,33 @@ def measure(
     if context == "all":
         others = {name: _in_context(model, own, edits, tau, name, controls, spare_tokens)[0] for name in UNSEEN}
         report = msgspec.structs.replace(report, contexts=others, context="all")
-    return msgspec.structs.replace(report, seconds=round(time.monotonic() - started, 2)), outcomes
+    return msgspec.structs.replace(report, seconds=round(time.monotonic() - started, 2)), per_edit
 
 
 def asked_back(model: Asked, stored: Sequence[StoredEdit], edits: Sequence[Edit]) -> tuple[float, float]:
-    """Reliability of the edits and the share that is found, and nothing else: what can be afforded again and again."""
-    own = stored_ids(stored, edits)
+    """Reliability of the edits and the share that is found, and nothing else: what can be afforded again and again.
+
+    Edits that are not stored count as not found.
+    """
+    own = stored_ids(stored, edits, partly=True)
     targets = [model.target_ids(edit.target) for edit in edits]
     answers = model.predict([model.prompt_ids(edit.prompt) for edit in edits], targets)
     accuracy = [_same_share(a.tokens, t) for a, t in zip(answers, targets, strict=True)]
     return _mean(accuracy) or 0.0, _mean([a.edit == i for a, i in zip(answers, own, strict=True)]) or 0.0
 
 
-def stored_ids(stored: Sequence[StoredEdit], edits: Sequence[Edit]) -> list[int]:
-    """The id under which each edit of a file is stored. Raises ConfigError where one is not."""
+def stored_ids(stored: Sequence[StoredEdit], edits: Sequence[Edit], partly: bool = False) -> list[int]:
+    """The id under which each edit of a file is stored. Raises ConfigError where one is not, or `partly` gives -1."""
     own = {(edit.prompt, edit.target): edit.id for edit in stored}
     missing = [edit.prompt for edit in edits if (edit.prompt, edit.target) not in own]
     if not edits:
         raise ConfigError("the file has no edits: measure a store with the file it was made from")
-    if missing:
+    if missing and not partly:
         raise ConfigError(
             f"{len(missing)} of {len(edits)} edits of the file are not stored, such as {missing[0]!r}: "
             "measure a store with the file it was made from, or with fewer of its edits (--limit)"
         )
-    return [own[edit.prompt, edit.target] for edit in edits]
+    return [own.get((edit.prompt, edit.target), -1) for edit in edits]
 
 
 def _in_context(
@@ -144,7 +151,7 @@ def _in_context(
     context: str,
     controls: Sequence[str],
     spare_tokens: int,
-) -> tuple[Scores, list[Outcome]]:
+) -> tuple[Scores, list[EditScores]]:
     started = time.monotonic()
     rephrases = [(at, text) for at, edit in enumerate(edits) for text in edit.rephrases]
     asked = in_context(context, [*(edit.prompt for edit in edits), *(text for _, text in rephrases)])
@@ -160,8 +167,8 @@ def _in_context(
     grouped: list[list[int]] = [[] for _ in edits]  # which questions are rephrasings of each edit
     for question, at in enumerate(of[n:], n):
         grouped[at].append(question)
-    outcomes = [
-        Outcome(
+    per_edit = [
+        EditScores(
             id=own[at],
             found=found[at],
             reliability=round(accuracy[at], 5),
@@ -177,7 +184,7 @@ def _in_context(
     unchanged, matched = _unchanged(model, [*away[0], *away[1]], context)
     locality = _mean(unchanged)
     known = [s for s in (reliability, generality, locality) if s is not None]
-    targets_perplexity = [o.perplexity for o in outcomes if o.perplexity is not None]
+    targets_perplexity = [o.perplexity for o in per_edit if o.perplexity is not None]
     scores = Scores(
         edits=n,
         reliability=reliability or 0.0,
@@ -193,7 +200,7 @@ def _in_context(
         generated=_generated(model, controls, context),
         seconds=round(time.monotonic() - started, 2),
     )
-    return scores, outcomes
+    return scores, per_edit
 
 
 def _unchanged(model: Asked, probes: Sequence[Probe], context: str) -> tuple[list[float], list[bool]]:

@@ -57,13 +57,13 @@ def push(
     scores: str | Path | None = None,
     licence: str | None = None,
     public: bool = False,
-    branch: str = "main",
 ) -> Pushed:
     """Put the current generation of a store on the Hub in one commit, which also removes the one before.
 
     repo: "owner/name"; made where it does not exist, private unless `public`. scores: the JSON of `memoir eval`.
     licence: as in a model card, such as "cc-by-4.0". The endpoint is $HF_ENDPOINT, else the Hub itself.
-    Raises StoreError for a store that cannot be opened, HubError where the Hub refuses or `scores` are none.
+    Raises StoreError for a store that cannot be opened, HubError where the Hub refuses, `repo` holds something
+    else than a store, or `scores` are none.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
@@ -80,9 +80,12 @@ def push(
             add[SCORES] = json.dumps(told, indent=1).encode()
         with _hub_errors(repo):
             api.create_repo(repo, private=not public, exist_ok=True)
-            if branch != "main":
-                api.create_branch(repo, branch=branch, exist_ok=True)
-            there = {file.rfilename for file in api.model_info(repo, revision=branch).siblings or ()}
+            now = api.model_info(repo)
+            there = {file.rfilename for file in now.siblings or ()}
+            if there - {".gitattributes"} and MANIFEST not in there:
+                raise HubError(
+                    f"{repo} holds something else than a store ({min(there - {'.gitattributes'})}): choose another name"
+                )
             stale = {name for name in there if re.fullmatch(r"(memory|codes|edits)-\d+\.(safetensors|jsonl)", name)}
             stale |= {SCORES} & there
             commit = api.create_commit(
@@ -90,7 +93,7 @@ def push(
                 [CommitOperationAdd(path_in_repo=name, path_or_fileobj=data) for name, data in add.items()]
                 + [CommitOperationDelete(path_in_repo=name) for name in sorted(stale - set(add))],
                 commit_message=f"Generation {made.generation}: {len(opened.edits)} edits",
-                revision=branch,
+                parent_commit=now.sha,  # refused where somebody else has pushed meanwhile
             )
     return Pushed(repo, commit.oid, hashlib.sha256(manifest).hexdigest(), made.generation, len(opened.edits))
 

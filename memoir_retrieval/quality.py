@@ -14,11 +14,11 @@ from memoir_retrieval.calibration import Calibration, calibrate_store, unrelated
 from memoir_retrieval.edit import Edit
 from memoir_retrieval.editor import Editor, Progress
 from memoir_retrieval.errors import ConfigError
-from memoir_retrieval.evaluation import asked_back, measure
+from memoir_retrieval.evaluation import asked_back, measure, stored_ids
 from memoir_retrieval.files import publish
 from memoir_retrieval.reference import EditedModel
 from memoir_retrieval.retriever import Retriever
-from memoir_retrieval.scores import Outcome, Report
+from memoir_retrieval.scores import EditScores, Report
 from memoir_retrieval.store import EditStore, library_version
 
 __all__ = ["RESULT", "Checkpoint", "Run", "checkpoints", "read_run", "run_quality"]
@@ -35,7 +35,10 @@ class Checkpoint(msgspec.Struct, frozen=True):
 
 
 class Run(msgspec.Struct, frozen=True, kw_only=True):
-    """`run.json`. seconds: what each edit took, by its id, of those trained in this run. settings: of the store."""
+    """`run.json`. seconds: what each edit took, by its id, of those trained in this run. settings: of the store.
+
+    stored: how many of the edits training took up; the others are asked all the same.
+    """
 
     command: str
     library: str
@@ -44,11 +47,12 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     settings: dict[str, Any]
     edits: int
+    stored: int
     seconds: dict[int, float]
     edit_seconds: float | None
     checkpoints: list[Checkpoint]
     report: Report
-    outcomes: list[Outcome]
+    per_edit: list[EditScores]
     calibration: Calibration | None
 
 
@@ -91,7 +95,7 @@ def run_quality(
             passed.append(Checkpoint(reached, *asked_back(model, stored, edits[:reached])))
             tell(f"{reached} edits: reliability {passed[-1].reliability:.4f}, found {passed[-1].found:.4f}")
     tell(f"asking {len(edits)} edits, their rephrasings and unrelated prompts ({context})")
-    report, outcomes = measure(
+    report, per_edit = measure(
         model,
         stored,
         edits,
@@ -99,9 +103,10 @@ def run_quality(
         context=context,
         controls=control_prompts()[:controls],
         texts=texts,
+        partly=True,
     )
-    own = {edit.prompt: edit.id for edit in stored}
-    rephrases = [(own[edit.prompt], text) for edit in edits for text in edit.rephrases]
+    own = stored_ids(stored, edits, partly=True)
+    rephrases = [(i, text) for i, edit in zip(own, edits, strict=True) if i >= 0 for text in edit.rephrases]
     made = model.retriever.store.manifest
     run = Run(
         command=command,
@@ -114,11 +119,12 @@ def run_quality(
             for name in ("module", "k", "tau", "chat", "dtype", "seed", "training")
         },
         edits=len(edits),
+        stored=sum(i >= 0 for i in own),
         seconds=seconds,
         edit_seconds=round(sorted(seconds.values())[len(seconds) // 2], 4) if seconds else None,
         checkpoints=passed,
         report=report,
-        outcomes=outcomes,
+        per_edit=per_edit,
         calibration=calibrate_store(model.retriever, rephrases, unrelated_to(edits)) if rephrases else None,
     )
     publish(folder / RESULT, msgspec.json.format(msgspec.json.encode(run), indent=1) + b"\n")
@@ -141,7 +147,8 @@ def _train(editor: Editor, edits: Sequence[Edit], progress: Callable[[Progress],
 
     def timed(told: Progress) -> None:
         nonlocal before
-        seconds[told.edit.id] = round(told.seconds - before, 4)
+        if told.edit:  # none where it was refused
+            seconds[told.edit.id] = round(told.seconds - before, 4)
         before = told.seconds
         progress(told)
 

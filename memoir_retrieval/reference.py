@@ -65,7 +65,7 @@ class EditedModel:
 
     @classmethod
     def open(cls, store: str | Path, model: str | None = None, *, tau: float | None = None) -> EditedModel:
-        """Like `Retriever.open`."""
+        """Like `Retriever.open`, and with the same errors."""
         return cls(Retriever.open(store, model, tau=tau))
 
     @torch.no_grad()
@@ -78,10 +78,12 @@ class EditedModel:
         batch_size: int = 32,
         wanted: Sequence[str] | None = None,
     ) -> list[Answer]:
-        """Greedy answers. prompts: strings, chat messages or token ids. edited=False is the base model.
+        """Greedy answers, each until the model ends it or has given `max_new_tokens` tokens.
 
-        wanted: for each prompt the text it is hoped for. An answer is given up, and told as far as it got, as soon as
-        it can no longer become that.
+        prompts: strings, chat messages or token ids. edited=False is the base model. batch_size: prompts that are run
+        at once. wanted: for each prompt the text it is hoped for. An answer is given up, and told as far as it got, as
+        soon as it can no longer become that. Raises ConfigError where a prompt and its answer would be longer than the
+        model takes.
         """
         rows = [given_ids(p, self.prompt_ids) for p in prompts]
         for row in rows:

@@ -34,6 +34,7 @@ class Match:
 
     @property
     def id(self) -> int:
+        """The edit's id in its store."""
         return self.edit.id
 
 
@@ -62,6 +63,8 @@ class Retriever:
         """Open a store with its model: `Retriever.open("edits", "smollm2-135m")`.
 
         model: a folder, an embedded model's name or a Hub id; by default the one the store names.
+        Raises StoreError for a store that cannot be opened, ModelError for a model that cannot be loaded, and what the
+        constructor raises.
         """
         opened = EditStore.open(store)
         base = load_model(
@@ -79,7 +82,10 @@ class Retriever:
         return ids
 
     def lookup(self, prompt: Prompt) -> Match | None:
-        """The stored edit that a prompt (a string or chat messages) matches, or None."""
+        """The stored edit that a prompt (a string or chat messages) matches, or None.
+
+        Raises ConfigError for a prompt that is longer than the model takes, or messages without a chat template.
+        """
         return self.lookup_batch([prompt])[0]
 
     def lookup_batch(self, prompts: Sequence[Prompt]) -> list[Match | None]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import msgspec
 
 __all__ = [
+    "EditScores",
     "ExactMatch",
     "Generated",
     "Matching",
     "OtherWords",
-    "Outcome",
     "Portability",
     "Report",
     "Scores",
@@ -103,9 +103,12 @@ class Report(Scores, frozen=True, kw_only=True):
     contexts: dict[str, Scores] = {}
 
 
-class Outcome(msgspec.Struct, frozen=True):
-    """One edit of an evaluation. found: its prompt matches it. exact: its free answer equals the target; `rephrases`
-    is the share of its rephrasings whose free answer does, None without any."""
+class EditScores(msgspec.Struct, frozen=True):
+    """One edit of an evaluation; its id is -1 where it is not stored.
+
+    found: its prompt matches it. exact: its free answer equals the target; rephrases: the share of its rephrasings
+    whose free answer does, None without any.
+    """
 
     id: int
     found: bool

@@ -70,8 +70,7 @@ def choose_plan(n: int, d: int, k: int, tau: float, bits: int | None = None) -> 
         return Plan("scan", 0, f"below {FEWEST_ROWS} masks a full scan is as fast")
     if tau < LEAST_TAU:
         return Plan("scan", 0, f"below tau={LEAST_TAU} too many masks pass a sketch")
-    unrelated = 2 * (k - round(k * min(1.0, k / d + UNRELATED_EXCESS)))
-    passing = 1 - float(_tail(d, unrelated, bits)[limit(d, radius, bits, MISS) + 1])
+    passing = _passing(d, k, radius, bits)
     if passing > MOST_PASSING:
         return Plan("scan", 0, f"at tau={tau:g} about {passing:.0%} of unrelated masks pass a sketch of {bits} bits")
     why = f"{bits} of {d} bits tell all but {passing:.2%} of unrelated masks from a match"
@@ -83,6 +82,13 @@ def check_bits(bits: int, d: int) -> int:
     if bits % 8 or not 0 <= bits < d:
         raise CodeError(f"a sketch of {bits} bits of a mask of {d} is refused: pass 0 or a multiple of 8 below {d}")
     return bits
+
+
+@lru_cache(maxsize=64)
+def _passing(d: int, k: int, radius: int, bits: int) -> float:
+    """Share of unrelated rows whose sketch lies within the limit of a row at the radius."""
+    unrelated = 2 * (k - round(k * min(1.0, k / d + UNRELATED_EXCESS)))
+    return 1 - float(_tail(d, unrelated, bits)[limit(d, radius, bits, MISS) + 1])
 
 
 @lru_cache(maxsize=64)

@@ -16,6 +16,8 @@ attach.py      the edited linear layer
 runner.py      the model runner instance (V1 and V2): which rows of a step belong to which request
 op.py          the opaque custom op in the model's graph
 residual.py    what the op does: pool, decide, add the residual
+rows.py        which rows of a step an edit acts on
+sums.py        sums per KV block, for questions that lie in the prefix cache
 reload.py      a new generation of the store in a running worker
 routing.py     from pooled activations to decisions
 selftest.py    the dummy forward that must reach the op

@@ -18,11 +18,13 @@ if TYPE_CHECKING:
 __all__ = ["disown", "guard", "install", "own"]
 
 
-def guard(manager: KVCacheManager, boundary: Callable[[Request], int | None]) -> None:
-    """Keep requests that are not decided yet behind their boundary.
+def guard(
+    manager: KVCacheManager, boundary: Callable[[Request], int | None], found: Callable[[Request], int | None]
+) -> None:
+    """Keep requests that are not decided yet behind their boundaries; None for every other request.
 
-    boundary: the position of such a request's question, None for every other request. Its cache hit ends there, since
-    the rows behind must be computed to be looked up; and no block behind is published while its hash is not known.
+    boundary: the position of such a request's question. No block behind it is published while its hash is not known.
+    found: where its cache hit ends at the latest, since the rows behind must be computed to be looked up.
     """
     coordinator: Any = manager.coordinator
     publish, find, look_up = coordinator.cache_blocks, coordinator.find_longest_cache_hit, manager.get_computed_blocks
@@ -33,14 +35,14 @@ def guard(manager: KVCacheManager, boundary: Callable[[Request], int | None]) ->
         publish(request, num_computed_tokens if limit is None else min(num_computed_tokens, limit))
 
     @functools.wraps(look_up)
-    def get_computed_blocks(request: Request) -> Any:
-        limit = boundary(request)
+    def get_computed_blocks(request: Request, *longest: int | None) -> Any:
+        limit = found(request)
         if limit is None:
-            return look_up(request)
+            return look_up(request, *longest)
         # The coordinator sees hashes only, so what it may find of this request is said to it for this one call.
-        coordinator.find_longest_cache_hit = lambda hashes, longest: find(hashes, min(longest, limit))
+        coordinator.find_longest_cache_hit = lambda hashes, most: find(hashes, min(most, limit))
         try:
-            return look_up(request)
+            return look_up(request, *longest)
         finally:
             del coordinator.find_longest_cache_hit
 

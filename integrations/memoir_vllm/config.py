@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
+from vllm.logger import init_logger
 
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.model import identify, resolve
@@ -17,11 +18,13 @@ from memoir_vllm.op import OP
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.kv_cache_interface import KVCacheConfig
 
 __all__ = [
     "MemoirConfig",
     "apply",
     "check_version",
+    "keeps_sums",
     "longest_question",
     "of",
     "open_store",
@@ -31,7 +34,11 @@ __all__ = [
     "span_rule",
 ]
 
+# A child of vLLM's logger, so that vLLM's logging configuration applies to it.
+logger = init_logger("vllm.memoir")
+
 TESTED = ((0, 32),)
+COMPARED = ((0, 33),)  # read and compared by source, run in part: docs/compatibility.md
 # vLLM's worker class -> ours, which inherits from it. The slot takes one class by name.
 WORKERS = {
     "vllm.v1.worker.cpu_worker.CPUWorker": "memoir_vllm.cpu_worker.MemoirCPUWorker",
@@ -60,10 +67,10 @@ def check_version() -> None:
 
     if tuple(__version_tuple__[:2]) in TESTED or os.environ.get("MEMOIR_ALLOW_UNTESTED") == "1":
         return
-    tested = ", ".join(f"{major}.{minor}.x" for major, minor in TESTED)
+    tested, compared = (", ".join(f"{major}.{minor}.x" for major, minor in versions) for versions in (TESTED, COMPARED))
     raise ConfigError(
-        f"memoir was tested with vLLM {tested}, this is {__version__}: install a tested version, "
-        "or set MEMOIR_ALLOW_UNTESTED=1 to try"
+        f"memoir was tested with vLLM {tested} (of {compared} only the source was read), this is {__version__}: "
+        "install a tested version, or set MEMOIR_ALLOW_UNTESTED=1 to try"
     )
 
 
@@ -101,6 +108,22 @@ def longest_question(vllm_config: VllmConfig) -> int:
     return min(longest, threshold) if threshold > 0 else longest
 
 
+def keeps_sums(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> bool:
+    """Whether workers keep sums per KV block, so that undecided requests may find their question in the cache.
+
+    Only under the span rule `all`, where the question begins with the prompt, at the edge of a block. With several
+    kinds of KV blocks a request's prefix may be found without all of its blocks.
+    """
+    ours = of(vllm_config)
+    return (
+        ours is not None
+        and ours.mode == "inline"
+        and span_rule(vllm_config).rule == "all"
+        and bool(vllm_config.cache_config.enable_prefix_caching)
+        and len(kv_cache_config.kv_cache_groups) == 1
+    )
+
+
 def open_store(config: MemoirConfig, model: ModelConfig) -> EditStore:
     """Open the store and check that it was made on the served model. Raises StoreError or ModelError."""
     store = EditStore.open(config.store)
@@ -113,17 +136,25 @@ def prefer(config: MemoirConfig, args: EngineArgs) -> None:
     """Choose what we need for the flags that the user left open. `refuse` sees the others.
 
     In mode `single` the op must see every row of a prompt in one step. In both its Python must run in each step, which
-    a captured full graph would skip.
+    a captured full graph would skip. The log says what each choice costs.
     """
+    from vllm.config import CUDAGraphMode
+    from vllm.platforms import current_platform
+
     if config.mode == "single":
         if args.enable_prefix_caching is None:
             args.enable_prefix_caching = False
+            logger.warning("memoir: mode single turns prefix caching off: every prompt is computed in full")
         if args.enable_chunked_prefill is None:
             args.enable_chunked_prefill = False
+            logger.warning("memoir: mode single turns chunked prefill off: a long prompt holds up all other requests")
     if args.compilation_config.cudagraph_mode is None:
-        from vllm.config import CUDAGraphMode
-
         args.compilation_config.cudagraph_mode = CUDAGraphMode.PIECEWISE
+        if current_platform.is_cuda_alike() and not args.enforce_eager:
+            logger.warning(
+                "memoir: CUDA graphs are captured piecewise, not in full: attention and the edited layer's op are "
+                "launched by Python in every decode step, which costs most with a small model and few requests"
+            )
 
 
 def refuse(config: MemoirConfig, vllm_config: VllmConfig) -> None:

@@ -31,7 +31,8 @@ def _memoir_residual(x: torch.Tensor, y: torch.Tensor, name: str) -> None:
     """x: [tokens, D] into the edited projection; y: [tokens, H] out of it, changed in place."""
     from vllm.forward_context import get_forward_context
 
-    get_forward_context().no_compile_layers[name].run(x, y)
+    context = get_forward_context()
+    context.no_compile_layers[name].run(x, y, context.slot_mapping)
 
 
 def _fake(x: torch.Tensor, y: torch.Tensor, name: str) -> None:

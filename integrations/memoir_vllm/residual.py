@@ -10,8 +10,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
 import torch
 from torch.nn import functional
 
@@ -20,17 +21,10 @@ from memoir_retrieval.forward import span_sum
 from memoir_retrieval.span import Span, find_span
 from memoir_vllm.requests import Routed, parse_options
 from memoir_vllm.routing import Route, Router
+from memoir_vllm.rows import Acting, Batch, Step, acting_rows
+from memoir_vllm.sums import BlockSums
 
-__all__ = ["Batch", "Generation", "ResidualLayer", "Rows"]
-
-
-class Rows(NamedTuple):
-    """Rows `[start, end)` of a step hold a request's tokens from `position` on."""
-
-    request_id: str
-    start: int
-    end: int
-    position: int
+__all__ = ["Generation", "ResidualLayer"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,9 +40,9 @@ class _Request:
     """span: the question. route: None until it is decided. mask: of the matched edit, this rank's share, on device.
     of: the generation that matched it; it acts until the request is done. nearest: how many edits its decision names.
 
-    long: the question may take several steps, each of which adds its rows to `total` (float32 [D/ranks]) and moves
-    `seen`, the position after them. By its end the question has passed without the edit: a match acts from the moment
-    on that the scheduler has it computed once more.
+    long: the question takes several steps, or begins in the prefix cache. Each step adds its rows to `total` (float32
+    [D/ranks]) and moves `seen`, the position after them; `cached` are the blocks that were found. By its end the
+    question has passed without the edit: a match acts from the moment on that the scheduler has it computed once more.
     """
 
     span: Span
@@ -60,19 +54,7 @@ class _Request:
     acts: bool = False
     total: torch.Tensor | None = None
     seen: int = 0
-
-
-@dataclass(frozen=True)
-class Batch:
-    """All rows of a step that one residual memory acts on.
-
-    weight: [H, D]. index: int64 [R] the rows. masks: [S, D] of the requests. owner: int64 [R] in [0, S).
-    """
-
-    weight: torch.Tensor
-    index: torch.Tensor
-    masks: torch.Tensor
-    owner: torch.Tensor
+    cached: Sequence[int] = ()
 
 
 class ResidualLayer:
@@ -101,9 +83,13 @@ class ResidualLayer:
         self.now = self.load(router, memories)
         self.probe: Callable[[torch.Tensor, torch.Tensor], None] | None = None
         self._requests: dict[str, _Request] = {}
-        self._step: Sequence[Rows] | None = None
+        self._undecided: dict[str, _Request] = {}
+        self._edited: dict[str, _Request] = {}
+        self._sums: BlockSums | None = None
+        self._step: Step | None = None
+        self._asking: list[tuple[str, int, int, int]] = []  # of undecided requests: id, rows [start, end), position
+        self._last: tuple[Step, Acting, list[Batch]] | None = None
         self._routed: dict[str, Routed] = {}
-        self._acting: tuple[tuple[tuple[str, int, int], ...], list[Batch]] = ((), [])
         self._stats = {
             "routed": 0,
             "matched": 0,
@@ -147,8 +133,12 @@ class ResidualLayer:
         elif span.start == span.end:
             self._settle(request_id, self.now.router.unroutable())
         else:
-            long = self._longest is not None and span.end - span.start > self._longest
-            self._requests[request_id] = _Request(span, long, options.nearest)
+            self._requests[request_id] = self._undecided[request_id] = _Request(
+                span, self._too_long(span), options.nearest
+            )
+
+    def _too_long(self, span: Span) -> bool:
+        return self._longest is not None and span.end - span.start > self._longest
 
     def recall(self, request_id: str, routed: Routed) -> bool:
         """What the scheduler knows of a request whose first rows, or first again, come in this step.
@@ -158,39 +148,65 @@ class ResidualLayer:
         request = self._requests[request_id]
         starts_over = request.route is not None and request.mask is not None and not request.acts
         if request.route is None:
-            self._decide(request, self.now.router.recall(routed))
+            self._decide(request_id, request, self.now.router.recall(routed))
             self._stats["recalled"] += 1
-        request.acts = True
+        self._let_act(request_id, request)
         self._stats["replayed"] += starts_over
         return starts_over
+
+    def watch_blocks(self, blocks: int, block_size: int) -> None:
+        """Keep a sum for each KV block: from now on a question may begin in the prefix cache, see `sums.py`."""
+        self._sums = BlockSums(blocks, block_size, self.now.memories.shape[2], self._device)
+
+    @property
+    def bytes_per_block(self) -> int:
+        return 4 * self.now.memories.shape[2] + 8
+
+    def resume(self, request_id: str, cached: Sequence[int], tokens: int) -> None:
+        """A request's first rows, or first again, come in this step: `tokens` of it were found, in these KV blocks."""
+        request = self._undecided.get(request_id)
+        if request is None or self._sums is None:
+            return
+        found = tokens > request.span.start
+        request.long = found or self._too_long(request.span)
+        request.cached = cached[: tokens // self._sums.block_size] if found else ()
+        request.seen = tokens
 
     def drop(self, request_ids: Iterable[str]) -> None:
         """Forget requests that finished or were aborted."""
         for request_id in request_ids:
-            if self._requests.pop(request_id, None) is not None:
-                self._acting = ((), [])
+            self._undecided.pop(request_id, None)
+            if self._requests.pop(request_id, None) is not None and self._edited.pop(request_id, None) is not None:
+                self._last = None
             self._routed.pop(request_id, None)
 
-    def begin_step(self, rows: Sequence[Rows]) -> None:
+    def begin_step(self, step: Step) -> None:
         """The rows of the coming forward. Without this call (profiling, warm-up, idle ranks) the op does nothing.
 
         Raises RuntimeError where the rows of an undecided question are not all in this step: serving on would
         silently serve the base model, or half an edit.
         """
-        for r in rows:
-            request = self._requests[r.request_id]
-            start, end = request.span
-            seen = r.position + r.end - r.start
-            if request.route is not None or seen <= start:
+        self._step = step
+        self._asking = []
+        if not self._undecided:
+            return
+        for at, request_id in enumerate(step.ids):
+            request = self._undecided.get(request_id)
+            if request is None:
                 continue
-            whole = r.position <= start < end <= seen
-            goes_on = request.long and (r.position <= start or r.position == request.seen)
+            row, last, position = int(step.edges[at]), int(step.edges[at + 1]), int(step.positions[at])
+            start, end = request.span
+            seen = position + last - row
+            if seen <= start:
+                continue
+            whole = position <= start < end <= seen
+            goes_on = request.long and (position <= start or position == request.seen)
             if not whole and not goes_on:
                 raise RuntimeError(
-                    f"memoir: request {r.request_id} has tokens {r.position} to {seen} of its prompt in this step, "
+                    f"memoir: request {request_id} has tokens {position} to {seen} of its prompt in this step, "
                     f"but its question is {start} to {end}: it must not be split or cached; please report this"
                 )
-        self._step = rows
+            self._asking.append((request_id, row, last, position))
 
     def end_step(self) -> None:
         self._step = None
@@ -208,8 +224,11 @@ class ResidualLayer:
 
     # ---- in the forward, called by the op --------------------------------------------------------------------------
 
-    def run(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        """x: [tokens, D/ranks] into the layer; y: [tokens, H] out of it, this rank's partial sum."""
+    def run(self, x: torch.Tensor, y: torch.Tensor, slots: Mapping[str, torch.Tensor] | None = None) -> None:
+        """x: [tokens, D/ranks] into the layer; y: [tokens, H] out of it, this rank's partial sum.
+
+        slots: int64 [tokens or more] for each attention layer, where its rows lie in the KV cache.
+        """
         if self.probe is not None:
             self.probe(x, y)
             return
@@ -217,28 +236,35 @@ class ResidualLayer:
             return
         began = time.perf_counter()
         self._stats["steps"] += 1
-        self._route(x)
+        if self._sums is not None and slots:
+            rows = int(self._step.edges[-1])
+            self._sums.add(x[:rows], next(iter(slots.values()))[:rows])
+        if self._asking:
+            self._route(x)
         routed = time.perf_counter()
-        self._act(x, y)
+        if self._edited:
+            self._act(x, y)
         self._stats["routing_s"] += routed - began
         self._stats["residual_s"] += time.perf_counter() - routed
 
     def _route(self, x: torch.Tensor) -> None:
         """Look up every question that ends in this step."""
-        assert self._step is not None
         asked: dict[str, torch.Tensor] = {}
-        for r in self._step:
-            request = self._requests[r.request_id]
-            shift = r.start - r.position
-            first, last = max(request.span.start + shift, r.start), min(request.span.end + shift, r.end)
-            if request.route is not None or first >= last:
+        for request_id, row, end, position in self._asking:
+            request = self._requests[request_id]
+            shift = row - position
+            first, last = max(request.span.start + shift, row), min(request.span.end + shift, end)
+            if first >= last:
                 continue
+            if request.cached:
+                assert self._sums is not None
+                request.total, request.cached = self._sums.of(request.cached), ()
             total = span_sum(x, first, last)
             if first - shift > request.span.start:
                 assert request.total is not None
                 total += request.total
             if last - shift == request.span.end:
-                asked[r.request_id] = total / (request.span.end - request.span.start)
+                asked[request_id] = total / (request.span.end - request.span.start)
                 request.total = None
             else:
                 request.total, request.seen = total, last - shift
@@ -259,58 +285,58 @@ class ResidualLayer:
     def _settle(self, request_id: str, route: Route) -> None:
         """A decision of this worker, which the scheduler does not know yet."""
         request = self._requests.setdefault(request_id, _Request(Span(0, 0)))
-        self._decide(request, route)
-        request.acts = not request.long
+        self._decide(request_id, request, route)
+        if not request.long:
+            self._let_act(request_id, request)
         self._routed[request_id] = route.routed
 
-    def _decide(self, request: _Request, route: Route) -> None:
+    def _decide(self, request_id: str, request: _Request, route: Route) -> None:
         request.route = route
+        self._undecided.pop(request_id, None)
         if route.mask is not None:
             mask = torch.from_numpy(route.mask[self._shard])
             request.mask = mask.to(device=self._device, dtype=self._dtype)
             request.of = self.now
 
+    def _let_act(self, request_id: str, request: _Request) -> None:
+        request.acts = True
+        if request.mask is not None:
+            self._edited[request_id] = request
+            self._last = None
+
     def _act(self, x: torch.Tensor, y: torch.Tensor) -> None:
         """Unmatched rows are never touched: adding zeros would not keep their bits."""
-        assert self._step is not None
-        acting: list[tuple[str, int, int]] = []
-        for r in self._step:
-            request = self._requests[r.request_id]
-            if request.mask is not None and request.acts:
-                start = r.start + max(0, request.span.start - r.position)
-                if start < r.end:
-                    acting.append((r.request_id, start, r.end))
-        if not acting:
-            return
-        key = tuple(acting)
-        if key != self._acting[0]:  # the same rows of the same requests come back in every pure decode step
-            self._acting = (key, self._batches(acting))
-        for batch in self._acting[1]:
+        for batch in self._batches():
             self.add(x, y, batch)
             self._stats["rows"] += len(batch.index)
+
+    def _batches(self) -> list[Batch]:
+        step = self._step
+        assert step is not None
+        if self._last is not None:  # the same rows of the same requests come back in every pure decode step
+            last, acting, batches = self._last
+            if step.ids == last.ids and np.array_equal(step.edges, last.edges) and acting.all_rows(step):
+                return batches
+        at = [i for i, request_id in enumerate(step.ids) if request_id in self._edited]
+        if not at:
+            return []
+        starts, masks, numbers = [], [], []
+        weights: dict[tuple[int, int], tuple[int, torch.Tensor]] = {}  # of a generation's memory: its number here
+        for i in at:
+            request = self._edited[step.ids[i]]
+            assert request.route is not None and request.of is not None and request.mask is not None
+            key = (request.of.router.generation, request.route.memory)
+            number, _ = weights.setdefault(key, (len(weights), request.of.memories[request.route.memory]))
+            starts.append(request.span.start)
+            masks.append(request.mask)
+            numbers.append(number)
+        acting = Acting(np.array(at), np.array(starts), np.array(numbers), masks, [w for _, w in weights.values()])
+        batches = acting_rows(step, acting)
+        self._last = (step, acting, batches) if acting.all_rows(step) else None
+        return batches
 
     def add(self, x: torch.Tensor, y: torch.Tensor, batch: Batch) -> None:
         """y += W (mask * x) on the rows of the batch, and on no other."""
         one_row_each = len(batch.masks) == len(batch.owner)
         masks = batch.masks if one_row_each else batch.masks[batch.owner]
         y.index_add_(0, batch.index, functional.linear(x[batch.index] * masks, batch.weight))
-
-    def _batches(self, acting: Sequence[tuple[str, int, int]]) -> list[Batch]:
-        by_memory: dict[tuple[int, int], list[tuple[str, int, int]]] = {}
-        weights: dict[tuple[int, int], torch.Tensor] = {}
-        for entry in acting:
-            request = self._requests[entry[0]]
-            assert request.route is not None and request.of is not None
-            key = (request.of.router.generation, request.route.memory)
-            weights[key] = request.of.memories[request.route.memory]
-            by_memory.setdefault(key, []).append(entry)
-        device = self._device
-        made = []
-        for key, entries in sorted(by_memory.items()):
-            masks = [self._requests[request_id].mask for request_id, _, _ in entries]
-            index = torch.cat([torch.arange(start, end) for _, start, end in entries])
-            counts = torch.tensor([end - start for _, start, end in entries])
-            owner = torch.repeat_interleave(torch.arange(len(entries)), counts)
-            stacked = torch.stack([mask for mask in masks if mask is not None])
-            made.append(Batch(weights[key], index.to(device), stacked, owner.to(device)))
-        return made

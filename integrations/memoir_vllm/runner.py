@@ -15,13 +15,14 @@ import numpy as np
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
 from memoir_vllm.requests import Routed, put_routed, routed_of
-from memoir_vllm.residual import ResidualLayer, Rows
+from memoir_vllm.residual import ResidualLayer
+from memoir_vllm.rows import Step
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.worker.gpu.input_batch import InputBatch
 
-__all__ = ["follow"]
+__all__ = ["follow", "take_up"]
 
 
 def follow(runner: Any, layer: ResidualLayer) -> str:
@@ -42,13 +43,8 @@ def _wrap_step(runner: Any, layer: ResidualLayer) -> None:
 
     @functools.wraps(execute_model)
     def execute(scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
-        # An id may be finished and given to a new request in the same step: drop first.
-        layer.drop(scheduler_output.finished_req_ids)
-        for new in scheduler_output.scheduled_new_reqs:
-            layer.admit(new.req_id, new.prompt_token_ids or [], new.sampling_params and new.sampling_params.extra_args)
-        for request_id, routed in routed_of(scheduler_output).items():
-            if layer.recall(request_id, routed):
-                _start_over(runner, request_id)
+        for request_id in take_up(layer, scheduler_output):
+            _start_over(runner, request_id)
         try:
             return execute_model(scheduler_output, *args, **kwargs)
         finally:
@@ -63,6 +59,23 @@ def _wrap_step(runner: Any, layer: ResidualLayer) -> None:
         return _Routed(output, routed) if hasattr(output, "get_output") else put_routed(output, routed)
 
     runner.execute_model, runner.sample_tokens = execute, sample
+
+
+def take_up(layer: ResidualLayer, step: SchedulerOutput) -> list[str]:
+    """Tell the layer what a step brings. Returns the requests that start over with their edit."""
+    # An id may be finished and given to a new request in the same step: drop first.
+    layer.drop(step.finished_req_ids)
+    for new in step.scheduled_new_reqs:
+        layer.admit(new.req_id, new.prompt_token_ids or [], new.sampling_params and new.sampling_params.extra_args)
+    over = [request_id for request_id, routed in routed_of(step).items() if layer.recall(request_id, routed)]
+    for new in step.scheduled_new_reqs:
+        layer.resume(new.req_id, new.block_ids[0] if new.block_ids else (), new.num_computed_tokens)
+    again = step.scheduled_cached_reqs
+    if again.resumed_req_ids:
+        for request_id, held, tokens in zip(again.req_ids, again.new_block_ids, again.num_computed_tokens, strict=True):
+            if request_id in again.resumed_req_ids:
+                layer.resume(request_id, held[0] if held else (), tokens)
+    return over
 
 
 def _start_over(runner: Any, request_id: str) -> None:
@@ -104,10 +117,10 @@ def _wrap_v1(runner: Any, layer: ResidualLayer) -> None:
     def _prepare_inputs(scheduler_output: SchedulerOutput, num_scheduled_tokens: np.ndarray, *args: Any) -> Any:
         prepared = prepare(scheduler_output, num_scheduled_tokens, *args)
         batch = runner.input_batch
-        ids = batch.req_ids
+        ids = list(batch.req_ids)
         # The runner's own counts, in the order of its batch; the scheduler's dict has another order.
         edges = np.concatenate(([0], np.cumsum(num_scheduled_tokens)))
-        layer.begin_step(_rows(ids, edges, batch.num_computed_tokens_cpu))
+        layer.begin_step(Step(ids, edges, batch.num_computed_tokens_cpu[: len(ids)].copy()))
         return prepared
 
     runner._prepare_inputs = _prepare_inputs
@@ -119,16 +132,11 @@ def _wrap_v2(runner: Any, layer: ResidualLayer) -> None:
     @functools.wraps(prepare)
     def prepare_inputs(*args: Any, **kwargs: Any) -> InputBatch:
         batch = prepare(*args, **kwargs)
-        layer.begin_step(_rows(batch.req_ids, batch.query_start_loc_np, batch.num_computed_tokens_np))
+        ids, n = list(batch.req_ids), len(batch.req_ids)
+        layer.begin_step(Step(ids, batch.query_start_loc_np[: n + 1].copy(), batch.num_computed_tokens_np[:n].copy()))
         return batch
 
     runner.prepare_inputs = prepare_inputs
-
-
-def _rows(ids: list[str], edges: np.ndarray, positions: np.ndarray) -> list[Rows]:
-    """edges: [requests + 1 or more] first row of each request and the end of the last; positions: of the first rows."""
-    n = len(ids)
-    return list(map(Rows, ids, edges[:n].tolist(), edges[1 : n + 1].tolist(), positions[:n].tolist()))
 
 
 class _Routed(AsyncModelRunnerOutput):
@@ -140,6 +148,9 @@ class _Routed(AsyncModelRunnerOutput):
 
     def get_output(self) -> ModelRunnerOutput:
         return put_routed(self._output.get_output(), self._with)
+
+    def get_kv_connector_output(self) -> Any:  # asked for since vLLM 0.33
+        return self._output.get_kv_connector_output()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._output, name)

@@ -3,7 +3,8 @@
 Mode `inline`: a question passes in one step, which looks it up and applies the edit at once, while everything before
 it is split and cached as usual. Until the workers' decision is back, a request takes no cached block of its question
 and publishes none (`blocks.py`). A question too long for a step passes in several, as the base model's; where it
-matches, the request is preempted and computed once more with its edit.
+matches, the request is preempted and computed once more with its edit. So is, under the span rule `all`, one that
+found the beginning of its question in the cache, whose sums the workers keep (`sums.py`).
 
 Mode `single`: prompts are neither split nor cached, so nothing is scheduled differently.
 """
@@ -38,7 +39,11 @@ REMEMBERED = 10_000
 
 
 class _Question(NamedTuple):
-    """Of a request that is not decided yet. prompt: what its decision depends on, None where that is not known here."""
+    """Of a request that is not decided yet.
+
+    long: it passes without its edit, in several steps or from the cache on; the workers judge alike. prompt: what its
+    decision depends on, None where that is not known here.
+    """
 
     span: Span
     long: bool
@@ -65,8 +70,9 @@ class _Decisions:
         if self._inline:
             self._rule = config.span_rule(self.vllm_config)
             self._longest = config.longest_question(self.vllm_config)
+            self._sums = config.keeps_sums(self.vllm_config, self.kv_cache_config)  # type: ignore[attr-defined]
             blocks.install()
-            blocks.guard(self.kv_cache_manager, self._boundary)  # type: ignore[attr-defined]
+            blocks.guard(self.kv_cache_manager, self._boundary, self._found)  # type: ignore[attr-defined]
 
     # ---- before the decision ---------------------------------------------------------------------------------------
 
@@ -86,7 +92,7 @@ class _Decisions:
             return
         # Who asks for the nearest edits is always looked up: a decision is remembered without them.
         prompt_key = None if options.nearest else _prompt_key(request, span)
-        question = _Question(span, span.end - span.start > self._longest, prompt_key)
+        question = _Question(span, self._too_long(span), prompt_key)
         known = self._remembered.get(question.prompt) if question.prompt else None
         if known is None:
             self._questions[request.request_id] = question
@@ -98,13 +104,28 @@ class _Decisions:
         question = self._questions.get(request.request_id)
         return None if question is None else question.span.start
 
+    def _found(self, request: Request) -> int | None:
+        question = self._questions.get(request.request_id)
+        if question is None:
+            return None
+        start, end = question.span
+        return end - 1 if self._sums and start == 0 else start
+
+    def _too_long(self, span: Span) -> bool:
+        return span.end - span.start > self._longest
+
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
         """The last word on how many tokens a request gets in a step; 0 lets it wait for the next."""
         tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)  # type: ignore[misc]
         question = self._questions.get(request.request_id)
-        if question is None or question.long:
+        if question is None or num_computed_tokens >= question.span.end:
             return tokens
         start, end = question.span
+        long = self._too_long(question.span) or start < num_computed_tokens
+        if long != question.long:
+            question = self._questions[request.request_id] = question._replace(long=long)
+        if long:
+            return tokens
         if num_computed_tokens <= start < num_computed_tokens + tokens < end:
             return start - num_computed_tokens
         return tokens

@@ -12,7 +12,8 @@ import torch
 from torch.nn import functional
 
 from memoir_retrieval.errors import ConfigError
-from memoir_vllm.residual import Batch, ResidualLayer
+from memoir_vllm.residual import ResidualLayer
+from memoir_vllm.rows import Batch
 
 __all__ = ["self_test"]
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 
 from memoir_retrieval.background import background_prompts
+from memoir_retrieval.cli.bench_index import bench_index
 from memoir_retrieval.cli.common import echo_json, json_option, model_option, notes
 from memoir_retrieval.cli.quality import bench_quality
 from memoir_retrieval.cli.serve import server_command
@@ -29,10 +30,12 @@ def bench() -> None:
     Example:
       memoir bench serve edits --json
       memoir bench quality zsre --edits 100 --out run
+      memoir bench index --quick
     """
 
 
 bench.add_command(bench_quality)
+bench.add_command(bench_index)
 
 
 @bench.command("serve")

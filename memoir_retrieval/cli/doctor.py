@@ -66,6 +66,7 @@ def _findings(store: Path | None, model: str | None, quick: bool) -> Iterator[Fi
         "openai", "warn", "pip install 'memoir-retrieval[eval]' for `memoir demo`, `verify` and `eval --server`"
     )
     yield _plugin(vllm.state == "ok")
+    yield from _administration()
     name = model or _model_of(store) or next(iter(EMBEDDED))
     parts = [_try(f"model {name}", lambda: str(resolve(name)), "fail" if model or store else "warn")]
     if store is not None:
@@ -90,6 +91,22 @@ def _plugin(vllm: bool) -> Finding:
         except Exception as error:  # whatever an import may raise, vLLM would log it and serve without edits
             return Finding("vLLM plugin", "fail", f"{points[0].value} cannot be imported: {_first_line(error)}; {fix}")
     return Finding("vLLM plugin", "ok", points[0].value)
+
+
+def _administration() -> Iterator[Finding]:
+    """Only where a token asks for it: vLLM adds the routes of a plugin that VLLM_PLUGINS names, and no others."""
+    if not os.environ.get("MEMOIR_ADMIN_TOKEN"):
+        return
+    if not [point for point in entry_points(group="vllm.endpoint_plugins") if point.name == "memoir"]:
+        yield Finding("administration", "fail", "entry point not found: pip install memoir-retrieval into this Python")
+    elif "VLLM_PLUGINS" not in os.environ:
+        yield Finding(
+            "administration",
+            "warn",
+            "`vllm serve` needs VLLM_PLUGINS=memoir beside the token; `memoir serve` sees to it",
+        )
+    else:
+        yield Finding("administration", "ok", "MEMOIR_ADMIN_TOKEN is set")
 
 
 def _self_test(store: Path | None, model: str) -> str:

@@ -17,11 +17,8 @@ __all__ = ["pull", "push"]
 @click.option("--eval", "scores", type=click.Path(path_type=Path), help="The JSON of `memoir eval`, for the card.")
 @click.option("--license", "licence", help="Of the edits, as in a model card, such as cc-by-4.0.")
 @click.option("--public", is_flag=True, help="A new repository is for everybody (default: private).")
-@click.option("--branch", default="main", show_default=True, help="The branch to commit to; made if new.")
 @json_option
-def push(
-    store: Path, repo: str, scores: Path | None, licence: str | None, public: bool, branch: str, as_json: bool
-) -> None:
+def push(store: Path, repo: str, scores: Path | None, licence: str | None, public: bool, as_json: bool) -> None:
     """Put a store on the Hugging Face Hub as REPO (owner/name), with a generated model card.
 
     One commit holds one generation. Prompts and targets are in it as text.
@@ -33,7 +30,7 @@ def push(
     from memoir_retrieval import hub
 
     notes.print(f"pushing {store} to {repo}")
-    done = hub.push(store, repo, scores=scores, licence=licence, public=public, branch=branch)
+    done = hub.push(store, repo, scores=scores, licence=licence, public=public)
     if as_json:
         echo_json(done._asdict())
         return

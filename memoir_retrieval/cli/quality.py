@@ -134,7 +134,7 @@ def bench_quality(
             controls=controls,
             texts=texts,
             tell=notes.print,
-            progress=lambda told: bar.update(task, advance=1, loss=told.edit.loss),
+            progress=lambda told: bar.update(task, advance=1, loss=told.edit.loss if told.edit else float("nan")),
         )
     publish(out / PAGE, run_page(run).encode())
     notes.print(f"written to {out / PAGE}")

@@ -43,7 +43,8 @@ def run_page(run: Run) -> str:
     report = run.report
     parts = [
         f"<h1>{run.edits} edits of {escape(Path(run.data).name)} on {escape(Path(run.model).name)}</h1>",
-        f"<p>Trained one after another, asked after the last. {escape(run.started)}, memoir-retrieval "
+        f"<p>Trained one after another, {run.stored} taken up, all asked after the last. {escape(run.started)}, "
+        "memoir-retrieval "
         f"{escape(run.library)}.<br><code>{escape(run.command)}</code></p>",
         _section("Scores", _scores([report, *report.contexts.values()])),
         _section("Beyond the edited questions", _further(run)),
@@ -154,7 +155,7 @@ def _further(run: Run) -> str:
 
 
 def _ages(run: Run) -> str:
-    newest = run.outcomes[::-1]
+    newest = run.per_edit[::-1]
     bins = min(AGES, len(newest))
     edges = [len(newest) * i // bins for i in range(bins + 1)]
     groups = [newest[a:b] for a, b in pairwise(edges)]
@@ -168,11 +169,19 @@ def _ages(run: Run) -> str:
 
 
 def _failed(run: Run) -> str:
-    failed = [o for o in run.outcomes if not o.exact]
+    failed = [o for o in run.per_edit if not o.exact]
     if not failed:
         return "<p>None.</p>"
     rows = [("edit", "found", "reliability", "perplexity of the target")]
-    rows += [(str(o.id), "yes" if o.found else "no", f"{o.reliability:.3f}", str(o.perplexity)) for o in failed[:SHOWN]]
+    rows += [
+        (
+            str(o.id) if o.id >= 0 else "not stored",
+            "yes" if o.found else "no",
+            f"{o.reliability:.3f}",
+            str(o.perplexity),
+        )
+        for o in failed[:SHOWN]
+    ]
     more = f"<p>The first {SHOWN} of {len(failed)}; run.json has them all.</p>" if len(failed) > SHOWN else ""
     return _table(rows) + more
 

@@ -10,28 +10,24 @@ import base64
 import hashlib
 import json
 import re
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from http_stand_in import JsonHandler, StandIn
 
-class StandInHub(ThreadingHTTPServer):
+
+class StandInHub(StandIn):
     """repos: name -> commits, oldest first, each the files of one revision. broken: path -> bytes given instead."""
 
-    request_queue_size = 128
-    daemon_threads = True
-
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+        super().__init__(Handler)
         self.repos: dict[str, list[dict[str, bytes]]] = {}
         self.private: dict[str, bool] = {}
         self.broken: dict[str, bytes] = {}
         self.fetched: list[str] = []
         self.refuse_commits = False
-        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        self.before_commit: Callable[[], None] = lambda: None
 
     def find(self, repo: str, revision: str) -> tuple[str, dict[str, bytes]] | None:
         commits = self.repos.get(repo, [])
@@ -46,15 +42,7 @@ def commit_id(repo: str, number: int) -> str:
     return hashlib.sha1(f"{repo} {number}".encode()).hexdigest()
 
 
-@contextmanager
-def running() -> Iterator[StandInHub]:
-    with StandInHub() as hub:
-        threading.Thread(target=hub.serve_forever, args=(0.02,), daemon=True).start()
-        yield hub
-        hub.shutdown()
-
-
-class Handler(BaseHTTPRequestHandler):
+class Handler(JsonHandler):
     server: StandInHub
     protocol_version = "HTTP/1.1"
 
@@ -73,7 +61,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         path = unquote(urlsplit(self.path).path)
-        data = self.rfile.read(int(self.headers["Content-Length"]))
+        data = self.read()
         if path == "/api/repos/create":
             asked = json.loads(data)
             name = f"{asked['organization']}/{asked['name']}"
@@ -95,11 +83,16 @@ class Handler(BaseHTTPRequestHandler):
             self._json({"error": f"the stand-in has no {path}"}, 404)
 
     def _commit(self, repo: str, data: bytes) -> None:
+        self.server.before_commit()
         if self.server.refuse_commits:
             self._json({"error": "You don't have the rights to commit"}, 403)
             return
         files = dict(self.server.repos[repo][-1])
-        for line in map(json.loads, data.splitlines()):
+        header, *lines = map(json.loads, data.splitlines())
+        if header["value"]["parentCommit"] != commit_id(repo, len(self.server.repos[repo]) - 1):
+            self._json({"error": "A commit has happened since. Please refresh and try again."}, 412)
+            return
+        for line in lines:
             if line["key"] == "file":
                 files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
             elif line["key"] == "deletedFile":
@@ -134,22 +127,11 @@ class Handler(BaseHTTPRequestHandler):
         data = self.server.broken.get(name, found[1][name])
         if self.command == "GET":
             self.server.fetched.append(name)
-        self._send(data, 200, {"X-Repo-Commit": found[0], "ETag": f'"{_oid(data)}"'})
+        self.send(data, 200, {"X-Repo-Commit": found[0], "ETag": f'"{_oid(data)}"'})
 
     def _json(self, body: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
         error = {"X-Error-Message": body["error"]} if isinstance(body, dict) and "error" in body else {}
-        self._send(json.dumps(body).encode(), status, {"Content-Type": "application/json", **error, **(headers or {})})
-
-    def _send(self, data: bytes, status: int, headers: dict[str, str]) -> None:
-        self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(data))}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(data)
-
-    def log_message(self, *_: Any) -> None:
-        pass
+        self.reply(body, status, {**error, **(headers or {})})
 
 
 def _oid(data: bytes) -> str:

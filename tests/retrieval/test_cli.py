@@ -499,7 +499,8 @@ def test_doctor_asks_one_prompt(capsys: pytest.CaptureFixture[str], store: Path,
 def test_doctor_fails_for_an_edit_that_does_not_find_itself(capsys: pytest.CaptureFixture[str], store: Path) -> None:
     """Masks of two edits exchanged: every file is sound, and each answers for the other."""
     opened = EditStore.open(store)
-    exchanged = replace(opened, ids=opened.ids[::-1].copy())
+    elsewhere = store / "elsewhere"  # content of another folder is written whole
+    exchanged = replace(opened, path=elsewhere, ids=opened.ids[::-1].copy())
     write_again(store, exchanged, generation=opened.manifest.generation + 1)
     code, out, _ = run(capsys, "doctor", "--store", store)
     assert code == 1 and "fail  self-test" in out and "the prompt of edit 1 matches edit 0" in out
@@ -511,6 +512,19 @@ def test_doctor_sees_a_plugin_that_vllm_would_not_load(
     monkeypatch.setenv("VLLM_PLUGINS", "lora_filesystem_resolver")
     code, out, _ = run(capsys, "doctor", "--quick")
     assert code == 1 and "VLLM_PLUGINS is 'lora_filesystem_resolver': add memoir to it" in out
+
+
+def test_doctor_says_what_an_admin_token_needs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    monkeypatch.delenv("MEMOIR_ADMIN_TOKEN", raising=False)
+    assert "administration" not in run(capsys, "doctor", "--quick")[1]
+    monkeypatch.setenv("MEMOIR_ADMIN_TOKEN", "sixteen characters")
+    out = run(capsys, "doctor", "--quick")[1]
+    assert "warn  administration" in out and "VLLM_PLUGINS=memoir" in out and "sixteen" not in out
+    monkeypatch.setenv("VLLM_PLUGINS", "memoir")
+    assert "ok    administration" in run(capsys, "doctor", "--quick")[1]
 
 
 def test_doctor_finds_a_torchvision_of_another_torch(

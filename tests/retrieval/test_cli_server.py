@@ -6,40 +6,35 @@ The real server is asked in `tests/vllm`.
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from http_stand_in import JsonHandler, StandIn, running
 
 from memoir_retrieval import Edit, Editor, EditStore, load_model
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.server import ServerModel
 
 
-class Stub(ThreadingHTTPServer):
+class Stub(StandIn):
     """Answers every completion with token 5; `memoir` is the plugin's part of the response, `asked` the requests."""
 
-    # The default of 5 waiting connections resets some of the client's 16 on a busy machine.
-    request_queue_size = 128
-
     def __init__(self, generation: int) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+        super().__init__(Handler)
         self.memoir: dict[str, Any] | None = {"edit": 0, "overlap": 1.0, "result": "edited", "generation": generation}
         self.asked: list[dict[str, Any]] = []
-        self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(JsonHandler):
     server: Stub
 
     def do_GET(self) -> None:
-        self._reply({"object": "list", "data": [{"id": "m", "object": "model", "created": 0, "owned_by": "x"}]})
+        self.reply({"object": "list", "data": [{"id": "m", "object": "model", "created": 0, "owned_by": "x"}]})
 
     def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        body = json.loads(self.read())
         self.server.asked.append(body)
         choice: dict[str, Any] = {"index": 0, "text": "", "finish_reason": "stop", "logprobs": None, "token_ids": [5]}
         if body.get("prompt_logprobs"):
@@ -48,18 +43,7 @@ class Handler(BaseHTTPRequestHandler):
                 for given in body["prompt"][1:]
             ]
         reply = {"id": "1", "object": "text_completion", "created": 0, "model": "m", "choices": [choice]}
-        self._reply(reply | ({"kv_transfer_params": {"memoir": self.server.memoir}} if self.server.memoir else {}))
-
-    def _reply(self, body: dict[str, Any]) -> None:
-        data = json.dumps(body).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_: Any) -> None:
-        pass
+        self.reply(reply | ({"kv_transfer_params": {"memoir": self.server.memoir}} if self.server.memoir else {}))
 
 
 @pytest.fixture(scope="module")
@@ -72,10 +56,8 @@ def store(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> EditStore:
 
 @pytest.fixture
 def stub(store: EditStore) -> Iterator[Stub]:
-    with Stub(store.manifest.generation) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+    with running(Stub(store.manifest.generation)) as server:
         yield server
-        server.shutdown()
 
 
 def test_generate_sends_token_ids_and_reads_the_decision(stub: Stub, store: EditStore) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import inspect
 import json
 import os
 import re
@@ -21,6 +22,7 @@ import click
 import pytest
 import yaml
 
+import memoir_index
 import memoir_retrieval
 from memoir_retrieval.cli import cli, main
 from memoir_retrieval.embedded import get_model
@@ -34,7 +36,6 @@ TUTORIAL = ROOT / "docs/tutorial.md"
 NOT_RUN = {
     "pip": "changes the environment that the tests run in",
     "make": "its targets run these tests; that the target exists is checked",
-    "export": "a shell's own",
     "source": "a shell's own; the tests run inside the environment",
     "vllm": "the CPU build has no such command; tests/vllm start the same server by its module",
     "docker": "needs Docker and a GPU",
@@ -43,6 +44,7 @@ NOT_RUN = {
     "python": "benchmarks take minutes; the examples are run below, and by tests/vllm/test_server.py",
     "cp": "run in the tutorial",
     "head": "run in the tutorial",
+    "export": "a shell's own",
     "git": "fetches or publishes",
     "pre-commit": "changes the checkout's hooks",
 }
@@ -80,15 +82,20 @@ def blocks(page: Path, language: str) -> list[tuple[int, list[str]]]:
 def command_lines(page: Path) -> list[Line]:
     lines: list[Line] = []
     for first, block in blocks(page, "console"):
-        for offset, text in enumerate(block):
-            if text.startswith("$ "):
-                words = shlex.split(text[2:], comments=True)
+        waiting = ""
+        for number, text in enumerate(block, first):
+            if waiting or text.startswith("$ "):
+                waiting += text.removeprefix("$ ") if not waiting else text
+                if waiting.endswith("\\"):
+                    waiting = waiting[:-1]
+                    continue
+                words, waiting = shlex.split(waiting, comments=True), ""
                 while words:
                     end = words.index("&&") if "&&" in words else len(words)
-                    lines.append(Line(page, first + offset, words[:end], []))
+                    lines.append(Line(page, number, words[:end], []))
                     words = words[end + 1 :]
             else:
-                assert lines and lines[-1].number >= first, f"{page}:{first + offset}: output without a command"
+                assert lines and lines[-1].number >= first, f"{page}:{number}: output without a command"
                 lines[-1].prints.append(text)
     return lines
 
@@ -112,7 +119,7 @@ def test_every_command_exists(line: Line) -> None:
         targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
         assert {word for word in arguments if "=" not in word} <= set(targets)
     if program == "python":
-        assert (ROOT / arguments[0]).is_file()
+        assert find_spec(arguments[1]) if arguments[0] == "-m" else (ROOT / arguments[0]).is_file()
     if program == "vllm":
         assert "memoir" in json.loads(arguments[arguments.index("--additional-config") + 1])
     if program == "curl" and "-d" in arguments:
@@ -222,6 +229,20 @@ def test_the_command_line_reference_is_what_help_says() -> None:
         [sys.executable, ROOT / "docs/make_cli_reference.py", "--check"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_every_public_name_has_a_docstring() -> None:
+    """They are the page of the Python API."""
+    seen = 0
+    for module in (memoir_retrieval, memoir_index):
+        for name in module.__all__:
+            thing = getattr(module, name)
+            members = vars(thing).items() if inspect.isclass(thing) else ()
+            public = [m for key, m in members if not key.startswith("_") and (callable(m) or hasattr(m, "__func__"))]
+            for member in (thing, *public):
+                assert inspect.getdoc(member), f"{module.__name__}.{name}: {member} has no docstring"
+                seen += 1
+    assert seen > 30
 
 
 @pytest.mark.skipif(find_spec("material") is None, reason="needs the extra `docs`")

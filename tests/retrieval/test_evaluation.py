@@ -88,7 +88,7 @@ def test_every_score(model: EditedModel, edits: list[Edit]) -> None:
     ]
     stored = model.retriever.store.edits
     controls = [*unrelated_prompts()[:3], edits[2].prompt]
-    report, outcomes = measure(model, stored, asked, tau=0.55, controls=controls, texts=[TEXT])
+    report, per_edit = measure(model, stored, asked, tau=0.55, controls=controls, texts=[TEXT])
     assert report.reliability == 1.0 and report.match.edits_right == 1.0 and report.exact_match.edits == 1.0
     assert report.locality is not None and report.neighbourhood is not None
     assert report.neighbourhood < 1.0 and report.locality == pytest.approx((2 + report.neighbourhood) / 3, abs=1e-4)
@@ -100,8 +100,15 @@ def test_every_score(model: EditedModel, edits: list[Edit]) -> None:
     assert 0 < report.ood.known < 1 and 0 < report.ood.known_before < 1
     assert report.text is not None and report.text.edited == report.text.base > 1 and report.text.matched == 0
     assert report.text.tokens == len(model.base.tokenizer(TEXT).input_ids) - 1
-    assert [(o.id, o.found, o.exact) for o in outcomes] == [(0, True, True), (1, True, True)]
-    assert np.mean([o.reliability for o in outcomes]) == report.reliability
+    assert [(o.id, o.found, o.exact) for o in per_edit] == [(0, True, True), (1, True, True)]
+    assert np.mean([o.reliability for o in per_edit]) == report.reliability
+
+
+def test_an_edit_that_is_not_stored_counts_as_not_found(model: EditedModel, edits: list[Edit]) -> None:
+    refused = Edit(prompt=unrelated_prompts()[0], target="Zanzibar")
+    report, per_edit = measure(model, model.retriever.store.edits, [edits[0], refused], tau=0.55, partly=True)
+    assert [(o.id, o.found) for o in per_edit] == [(0, True), (-1, False)]
+    assert report.match.edits_right == report.exact_match.edits == 0.5
 
 
 def test_what_there_is_nothing_to_measure_on_is_none(model: EditedModel, edits: list[Edit]) -> None:

@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 import pytest
 import yaml
-from hub_stand_in import StandInHub, commit_id, running
+from http_stand_in import running
+from hub_stand_in import StandInHub, commit_id
 
 from memoir_retrieval import Edit, Editor, EditStore, load_model
 from memoir_retrieval.card import model_card
 from memoir_retrieval.cli import main
 from memoir_retrieval.errors import HubError, StoreError, StoreMismatch
 from memoir_retrieval.hub import pull, push
+from memoir_retrieval.manifest import KINDS
 from memoir_retrieval.store import write_again
 
 REPO = "example/corrections"
@@ -38,7 +41,7 @@ def store(made: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[StandInHub]:
-    with running() as server:
+    with running(StandInHub()) as server:
         monkeypatch.setenv("HF_ENDPOINT", server.url)
         monkeypatch.setenv("HF_TOKEN", "hf_example")
         yield server
@@ -53,15 +56,14 @@ def first_edit_only(store: Path, folder: Path) -> EditStore:
     opened = EditStore.open(store)
     folder.mkdir()
     keep = opened.ids == 0
-    part = msgspec.structs.replace(opened.manifest)
-    write_again(
-        folder,
-        EditStore(
-            folder, part, opened.memories, opened.background, opened.permutation, opened.codes[keep],
-            opened.ids[keep], opened.memory_of[keep], opened.edits[:1],
-        ),
-        generation=7,
-    )  # fmt: skip
+    part = replace(
+        opened,
+        codes=opened.codes[keep],
+        ids=opened.ids[keep],
+        memory_of=opened.memory_of[keep],
+        edits=opened.edits[:1],
+    )
+    write_again(folder, part, generation=7)
     return EditStore.open(folder)
 
 
@@ -81,10 +83,9 @@ def test_a_pinned_revision_stays_what_it_was(hub: StandInHub, store: Path, tmp_p
     write_again(store, opened, generation=3, tau=0.7)
     second = push(store, REPO)
     assert first.revision != second.revision
-    files = hub.repos[REPO][-1]
-    assert sorted(files) == [
-        ".gitattributes", "README.md", "codes-3.safetensors", "edits-3.jsonl", "memoir.json", "memory-3.safetensors",
-    ]  # fmt: skip
+    now = EditStore.open(store).manifest
+    named = {getattr(now, kind).name for kind in KINDS}
+    assert hub.repos[REPO][-1].keys() == {".gitattributes", "README.md", "memoir.json", *named}
     assert pull(REPO, tmp_path / "old", revision=first.revision).sha256 == first.sha256
     assert EditStore.open(tmp_path / "old").manifest.tau == opened.manifest.tau
     pull(REPO, tmp_path / "newest")
@@ -110,6 +111,7 @@ def test_edits_of_the_folder_are_not_lost(hub: StandInHub, store: Path, tmp_path
     pull(REPO, store, replace=True)
     held = EditStore.open(store)
     assert len(held.edits) == 1 and held.manifest.next_id == 2  # id 1 is not given again
+    assert not pull(REPO, store).changed
 
 
 @pytest.mark.parametrize("name", ["memory-2.safetensors", "codes-2.safetensors", "edits-2.jsonl", "memoir.json"])
@@ -159,6 +161,23 @@ def test_what_the_hub_refuses_is_said_in_one_line(hub: StandInHub, store: Path, 
     with pytest.raises(HubError, match="the Hub refused example/corrections"):
         push(store, REPO)
     assert not (tmp_path / "new").exists()
+
+
+def test_a_repository_that_is_no_store_is_not_overwritten(hub: StandInHub, store: Path) -> None:
+    hub.repos["example/model"] = [{"README.md": b"mine", "config.json": b"{}"}]
+    with pytest.raises(HubError, match=r"holds something else than a store \(README\.md\): choose another name"):
+        push(store, "example/model")
+    assert hub.repos["example/model"] == [{"README.md": b"mine", "config.json": b"{}"}]
+
+
+def test_two_pushes_at_once_do_not_undo_each_other(hub: StandInHub, store: Path) -> None:
+    push(store, REPO)
+    other = {**hub.repos[REPO][-1], "memoir.json": b"of somebody else"}
+    hub.before_commit = lambda: hub.repos[REPO].append(other)
+    write_again(store, EditStore.open(store), generation=3)
+    with pytest.raises(HubError, match="the Hub refused example/corrections"):
+        push(store, REPO)
+    assert hub.repos[REPO][-1] == other
 
 
 def test_the_card(hub: StandInHub, store: Path, tmp_path: Path) -> None:

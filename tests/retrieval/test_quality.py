@@ -81,7 +81,7 @@ def made(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_has_every_figure(folder: Path) -> None:
     told = json.loads((folder / "run.json").read_text())
-    assert told["edits"] == 12 and len(told["outcomes"]) == 12 and len(told["seconds"]) == 12
+    assert told["edits"] == told["stored"] == 12 and len(told["per_edit"]) == 12 and len(told["seconds"]) == 12
     assert [c["edits"] for c in told["checkpoints"]] == [10, 12]
     assert told["checkpoints"][-1]["reliability"] == told["report"]["reliability"]
     assert told["settings"]["seed"] == 0 and told["settings"]["training"]["variants"] == 1

@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from zlib import crc32
 
 import pytest
+from http_stand_in import JsonHandler, StandIn, running
 
 from memoir_retrieval import Edit, Editor, EditStore, load_model
 from memoir_retrieval.cli import main
@@ -23,13 +22,11 @@ PROMPT, OTHER = "Who founded Aarhus?", "Where is the Blue Gate?"
 Fault = Callable[[str, bool, int, str], float]
 
 
-class StandIn(ThreadingHTTPServer):
+class Model(StandIn):
     """A server whose answers depend on prompt and edit alone, but for the faults it is told to have."""
 
-    request_queue_size = 128
-
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+        super().__init__(Handler)
         self.edits = {PROMPT: 0, OTHER: 1}
         self.generation = 1
         self.plugin = True
@@ -37,19 +34,18 @@ class StandIn(ThreadingHTTPServer):
         self.fault: Fault = lambda prompt, off, number, salt: 0.0
         self.number = 0
         self.keys: list[str | None] = []
-        self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
 
-class Handler(BaseHTTPRequestHandler):
-    server: StandIn
+class Handler(JsonHandler):
+    server: Model
 
     def do_GET(self) -> None:
         self.server.keys.append(self.headers.get("Authorization"))
         versions = {"/version": {"version": "0.32.0"}, "/v1/models": {"data": [{"id": "m"}]}}
-        self._reply(versions.get(self.path))
+        self.reply(versions[self.path])
 
     def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        body = json.loads(self.read())
         self.server.number += 1
         prompt = body["messages"][-1]["content"]
         off = body.get("vllm_xargs") == {"memoir": "off"}
@@ -64,18 +60,7 @@ class Handler(BaseHTTPRequestHandler):
         }
         told = {"edit": edit, "result": "off" if off else "unmatched" if edit is None else "matched"}
         told["generation"] = self.server.generation
-        self._reply({"choices": [choice]} | ({"kv_transfer_params": {"memoir": told}} if self.server.plugin else {}))
-
-    def _reply(self, body: dict[str, Any] | None) -> None:
-        data = json.dumps(body).encode()
-        self.send_response(404 if body is None else 200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_: Any) -> None:
-        pass
+        self.reply({"choices": [choice]} | ({"kv_transfer_params": {"memoir": told}} if self.server.plugin else {}))
 
 
 @pytest.fixture(scope="module")
@@ -87,14 +72,12 @@ def store(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> EditStore:
 
 
 @pytest.fixture
-def stand_in() -> Iterator[StandIn]:
-    with StandIn() as server:
-        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+def stand_in() -> Iterator[Model]:
+    with running(Model()) as server:
         yield server
-        server.shutdown()
 
 
-def checks(stand_in: StandIn, store: EditStore | None, **more: Any) -> dict[str, Check]:
+def checks(stand_in: Model, store: EditStore | None, **more: Any) -> dict[str, Check]:
     report = verify(Server(stand_in.url, chat=True), store, prompts=3, tokens=4, turns=0, **more)
     assert report.holds == all(check.state != "fail" for check in report.checks)
     return {check.name: check for check in report.checks}
@@ -104,31 +87,31 @@ def failed(found: dict[str, Check]) -> list[str]:
     return [name for name, check in found.items() if check.state == "fail"]
 
 
-def test_a_sound_server(stand_in: StandIn, store: EditStore) -> None:
+def test_a_sound_server(stand_in: Model, store: EditStore) -> None:
     found = checks(stand_in, store)
     assert failed(found) == [] and len(found) == 12
     assert found["edits are felt"].detail.startswith("2 of 2") and "1 begin with" in found["edits are felt"].detail
 
 
-def test_without_a_store_nothing_matched_is_claimed(stand_in: StandIn) -> None:
+def test_without_a_store_nothing_matched_is_claimed(stand_in: Model) -> None:
     found = checks(stand_in, None)
     assert failed(found) == [] and found["matched requests"].state == "skip"
     assert "edits are felt" not in found
 
 
-def test_another_edit_answers(stand_in: StandIn, store: EditStore) -> None:
+def test_another_edit_answers(stand_in: Model, store: EditStore) -> None:
     stand_in.edits = {PROMPT: 1, OTHER: 1}
     found = checks(stand_in, store)
     assert failed(found) == ["edited prompts match their edit"]
     assert found["edited prompts match their edit"].detail == "1 of 2 do not, such as edit 0, answered by 1"
 
 
-def test_an_edit_that_matches_but_does_not_act(stand_in: StandIn, store: EditStore) -> None:
+def test_an_edit_that_matches_but_does_not_act(stand_in: Model, store: EditStore) -> None:
     stand_in.acts = False
     assert failed(checks(stand_in, store)) == ["edits are felt"]
 
 
-def test_an_edit_that_leaks_through_the_cache(stand_in: StandIn, store: EditStore) -> None:
+def test_an_edit_that_leaks_through_the_cache(stand_in: Model, store: EditStore) -> None:
     """From the third request of one salt on, the opted-out twin is moved: what a shared block would do."""
     seen: dict[str, int] = {}
 
@@ -140,12 +123,12 @@ def test_an_edit_that_leaks_through_the_cache(stand_in: StandIn, store: EditStor
     assert failed(checks(stand_in, store)) == ["edited and opted out in turn, from the cache"]
 
 
-def test_unmatched_requests_that_are_touched_in_the_last_bit(stand_in: StandIn, store: EditStore) -> None:
+def test_unmatched_requests_that_are_touched_in_the_last_bit(stand_in: Model, store: EditStore) -> None:
     stand_in.fault = lambda prompt, off, number, salt: 0.0 if off or prompt in (PROMPT, OTHER) else 1e-7
     assert failed(checks(stand_in, store)) == ["unmatched equals opted out"]
 
 
-def test_neighbours_that_disturb(stand_in: StandIn, store: EditStore) -> None:
+def test_neighbours_that_disturb(stand_in: Model, store: EditStore) -> None:
     """Only while others match: after the requests that go one at a time, 3 + 2 of each kind."""
     together = checks(stand_in, store) and stand_in.number - 5
     stand_in.number = 0
@@ -154,7 +137,7 @@ def test_neighbours_that_disturb(stand_in: StandIn, store: EditStore) -> None:
 
 
 def test_a_server_that_does_not_repeat_itself_is_compared_within_what_it_does(
-    stand_in: StandIn, store: EditStore
+    stand_in: Model, store: EditStore
 ) -> None:
     stand_in.fault = lambda prompt, off, number, salt: number % 7 * 1e-6
     found = checks(stand_in, store)
@@ -164,18 +147,16 @@ def test_a_server_that_does_not_repeat_itself_is_compared_within_what_it_does(
     assert "opted out repeats" in failed(checks(stand_in, store))
 
 
-def test_a_base_server_is_compared(stand_in: StandIn, store: EditStore) -> None:
+def test_a_base_server_is_compared(stand_in: Model, store: EditStore) -> None:
     name = "opted out equals the server without plugin"
-    with StandIn() as plain:
-        threading.Thread(target=plain.serve_forever, args=(0.02,), daemon=True).start()
+    with running(Model()) as plain:
         plain.plugin, plain.edits = False, {}
         assert checks(stand_in, store, base=Server(plain.url, chat=True))[name].state == "ok"
         plain.fault = lambda prompt, off, number, salt: 1e-7
         assert failed(checks(stand_in, store, base=Server(plain.url, chat=True))) == [name]
-        plain.shutdown()
 
 
-def test_a_server_without_the_plugin_or_of_another_generation(stand_in: StandIn, store: EditStore) -> None:
+def test_a_server_without_the_plugin_or_of_another_generation(stand_in: Model, store: EditStore) -> None:
     stand_in.generation = 7
     assert failed(checks(stand_in, store)) == ["same generation"]
     stand_in.plugin = False
@@ -183,7 +164,7 @@ def test_a_server_without_the_plugin_or_of_another_generation(stand_in: StandIn,
 
 
 def test_the_report_and_the_exit_code(
-    stand_in: StandIn, store: EditStore, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    stand_in: Model, store: EditStore, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     asked = ["verify", "--server", stand_in.url, "--store", str(store.path), "--prompts", "2", "--turns", "2"]

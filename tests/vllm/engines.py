@@ -27,7 +27,7 @@ from memoir_retrieval.forward import question_means
 from memoir_retrieval.model import BaseModel
 from memoir_retrieval.prompts import Prompt, prompt_ids
 from memoir_retrieval.span import derive_span_rule, find_span
-from memoir_retrieval.store import EditStore, Manifest, write_generation
+from memoir_retrieval.store import EditStore, fields_of, write_generation
 
 LAYER, K, TAU = 24, 438, 0.6
 MAX_MODEL_LEN = 256
@@ -216,11 +216,9 @@ def next_generation(folder: Path, *, without: tuple[int, ...] = ()) -> int:
     """Write a generation with other memories, less some edits; returns its number."""
     old = EditStore.open(folder)
     keep = ~np.isin(old.ids, without)
-    made_here = {"format", "library", "memory", "codes", "edits"}
-    fields = {name: getattr(old.manifest, name) for name in Manifest.__struct_fields__ if name not in made_here}
     written = write_generation(
         folder,
-        fields | {"generation": old.manifest.generation + 1},
+        fields_of(old.manifest) | {"generation": old.manifest.generation + 1},
         memories=np.ascontiguousarray(np.roll(old.memories, 1, axis=2)),
         background=old.background,
         permutation=old.permutation,

@@ -1,9 +1,13 @@
 """Every function of vLLM that the plugin wraps, overrides or relies on, as it was when it was last read.
 
-    python tests/vllm/seams.py            # what changed in the installed vLLM since seams.json was written
-    python tests/vllm/seams.py --write    # after reading the changes: record the installed vLLM
+    python tests/vllm/seams.py [VLLM]            # what changed in a vLLM against the first recorded version
+    python tests/vllm/seams.py [VLLM] --write    # after reading the changes: record it in seams.json
+    python tests/vllm/seams.py --table           # print docs/compatibility.md
 
-vLLM's files are parsed, not imported, so both model runners are seen on any machine.
+VLLM: a folder of that name from any wheel of vLLM; the installed one by default. Files are parsed, not imported, so
+both model runners are seen on any machine, and versions that this machine cannot run.
+
+`runs` in seams.json says by hand what was run on a version, `read` what a changed function means for the plugin.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import json
 import sys
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 RECORDED = Path(__file__).with_name("seams.json")
 
@@ -64,6 +69,8 @@ SEAMS = {
     ),
     "v1/core/kv_cache_utils.py": ("generate_block_hash_extra_keys", "get_request_block_hasher"),
     "v1/core/block_pool.py": ("BlockPool.cache_full_blocks",),
+    "v1/outputs.py": ("AsyncModelRunnerOutput",),
+    "forward_context.py": ("set_forward_context",),
     "v1/request.py": ("Request.update_block_hashes",),
     "v1/worker/gpu_model_runner.py": (
         "GPUModelRunner.execute_model",
@@ -80,27 +87,35 @@ SEAMS = {
     ),
     "v1/worker/gpu_worker.py": (
         "Worker.load_model",
+        "Worker.determine_available_memory",
+        "Worker.initialize_from_config",
         "Worker.compile_or_warm_up_model",
         "Worker.sleep",
         "Worker.reload_weights",
         "Worker.start_weight_update",
     ),
-    "v1/worker/cpu_worker.py": ("CPUWorker.compile_or_warm_up_model",),
+    "v1/worker/cpu_worker.py": ("CPUWorker.compile_or_warm_up_model", "CPUWorker.determine_available_memory"),
     "model_executor/layers/linear.py": ("RowParallelLinear.forward",),
     "utils/torch_utils.py": ("direct_register_custom_op",),
 }
 
 
-def installed() -> tuple[str, dict[str, str]]:
-    """The version of vLLM here, and for each seam its signature and a digest of its source ("" where it is gone)."""
+def installed() -> Path:
+    """The folder of the vLLM that is installed here."""
     spec = importlib.util.find_spec("vllm")
     assert spec is not None and spec.origin is not None
-    folder = Path(spec.origin).parent
+    return Path(spec.origin).parent
+
+
+def version_of(folder: Path) -> str:
     version: dict[str, str] = {}
     exec((folder / "_version.py").read_text(), version)
-    return version["__version__"], {
-        f"{file}: {name}": _describe(folder / file, name) for file, names in SEAMS.items() for name in names
-    }
+    return version["__version__"]
+
+
+def seams_of(folder: Path) -> dict[str, str]:
+    """For each seam its signature and a digest of its source, "" where it is gone."""
+    return {f"{file}: {name}": _describe(folder / file, name) for file, names in SEAMS.items() for name in names}
 
 
 @cache
@@ -111,7 +126,7 @@ def _tree(path: Path) -> ast.Module:
 def _describe(path: Path, name: str) -> str:
     if not path.exists():
         return ""
-    node: ast.AST = _tree(path)
+    node: Any = _tree(path)
     for part in name.split("."):
         found = [
             child
@@ -121,22 +136,63 @@ def _describe(path: Path, name: str) -> str:
         if not found:
             return ""
         node = found[-1]
-    assert isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
     code = ast.unparse(ast.Module([node], []))  # comments and formatting may change
-    return f"({ast.unparse(node.args)}) {hashlib.sha256(code.encode()).hexdigest()[:16]}"
+    signature = "" if isinstance(node, ast.ClassDef) else ast.unparse(node.args)
+    return f"({signature}) {hashlib.sha256(code.encode()).hexdigest()[:16]}"
 
 
-def main() -> None:
-    version, found = installed()
-    if "--write" in sys.argv[1:]:
-        RECORDED.write_text(json.dumps({"vllm": version, "seams": found}, indent=1) + "\n")
+def read() -> dict[str, dict[str, Any]]:
+    """For each recorded version, oldest first: `runs`, `read` (of seams that changed), `seams`."""
+    return json.loads(RECORDED.read_text())
+
+
+def changed(seams: dict[str, str], recorded: dict[str, dict[str, Any]]) -> list[str]:
+    """Seams that are not what the first recorded version has."""
+    first = next(iter(recorded.values()))["seams"]
+    return [seam for seam, was in seams.items() if first.get(seam) != was]
+
+
+def table() -> str:
+    """docs/compatibility.md."""
+    recorded = read()
+    lines = [
+        "# Compatibility with vLLM",
+        "",
+        "Printed by `python tests/vllm/seams.py --table`. The plugin builds on "
+        f"{sum(map(len, SEAMS.values()))} functions of vLLM; `tests/vllm/seams.json` holds a digest of each. A version "
+        "that was not run is refused at start-up, unless `MEMOIR_ALLOW_UNTESTED=1` is set.",
+        "",
+        "| vLLM | served | functions that changed | what was run |",
+        "|---|---|---|---|",
+    ]
+    for version, entry in recorded.items():
+        served = "yes" if entry["served"] else "only with `MEMOIR_ALLOW_UNTESTED=1`"
+        lines.append(f"| {version} | {served} | {len(changed(entry['seams'], recorded))} | {entry['runs']} |")
+    for version, entry in recorded.items():
+        if entry["read"]:
+            first = next(iter(recorded))
+            lines += ["", f"## {version} against {first}", "", "| function | what changed, and what it means here |"]
+            lines += ["|---|---|"]
+            lines += [f"| `{seam.rsplit(' ', 1)[1]}` | {note} |" for seam, note in entry["read"].items()]
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: list[str]) -> None:
+    if "--table" in arguments:
+        print(table(), end="")
         return
-    recorded = json.loads(RECORDED.read_text())
-    print(f"recorded {recorded['vllm']}, installed {version}")
-    for seam, was in recorded["seams"].items():
-        if found.get(seam) != was:
-            print(f"changed: {seam}\n  was {was}\n  now {found.get(seam)}")
+    folders = [Path(given) for given in arguments if not given.startswith("--")]
+    folder = folders[0] if folders else installed()
+    version, found, recorded = version_of(folder), seams_of(folder), read()
+    if "--write" in arguments:
+        entry = recorded.get(version, {"served": False, "runs": "nothing", "read": {}})
+        recorded[version] = {**entry, "seams": found}
+        RECORDED.write_text(json.dumps(recorded, indent=1) + "\n")
+        return
+    print(f"vLLM {version}; first recorded: {next(iter(recorded))}")
+    for seam in changed(found, recorded):
+        print(f"changed: {seam}\n  now {found[seam]}")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

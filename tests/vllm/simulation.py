@@ -31,9 +31,12 @@ from memoir_retrieval.fingerprint import Fingerprint
 from memoir_retrieval.forward import span_mean
 from memoir_retrieval.span import SpanRule
 from memoir_retrieval.store import EditStore
-from memoir_vllm.requests import put_routed, routed_of
-from memoir_vllm.residual import ResidualLayer, Rows
+from memoir_vllm.config import keeps_sums
+from memoir_vllm.requests import put_routed
+from memoir_vllm.residual import ResidualLayer
 from memoir_vllm.routing import Router
+from memoir_vllm.rows import Step
+from memoir_vllm.runner import take_up
 
 VOCABULARY = 90  # ordinary tokens; the two markers of a question come after them
 RULE = SpanRule(starts=((VOCABULARY,),), end=(VOCABULARY + 1,))
@@ -43,6 +46,22 @@ D, K = 64, 16
 def _hash(*parts: Any) -> int:
     """Stable between processes: of integers and None only."""
     return hash(tuple(-7 if part is None else part for part in parts))
+
+
+class Rows(NamedTuple):
+    """Rows `[start, end)` of a step hold a request's tokens from `position` on."""
+
+    request_id: str
+    start: int
+    end: int
+    position: int
+
+
+def step_of(rows: Sequence[Rows]) -> Step:
+    """Rows that follow each other, as a runner tells the layer."""
+    edges = np.array([rows[0].start, *(r.end for r in rows)])
+    assert edges[:-1].tolist() == [r.start for r in rows]
+    return Step([r.request_id for r in rows], edges, np.array([r.position for r in rows]))
 
 
 @dataclass
@@ -88,6 +107,8 @@ class Simulation:
         vllm_config.cache_config.num_gpu_blocks = blocks
         spec = FullAttentionSpec(block_size=block_size, num_kv_heads=1, head_size=8, dtype=torch.float32)
         kv = KVCacheConfig(num_blocks=blocks, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)])
+        if keeps_sums(vllm_config, kv):
+            layer.watch_blocks(blocks, block_size)
         init_none_hash(sha256)
         scheduler = scheduler_cls(
             vllm_config=vllm_config,
@@ -163,8 +184,9 @@ class Simulation:
         if rows:
             given = torch.stack(x)
             y = torch.zeros(len(x), 1)
-            self.layer.begin_step(rows)
-            self.layer.run(given, y)
+            self.layer.begin_step(step_of(rows))
+            slots = torch.tensor([block * self.block_size + offset for block, offset in tags])
+            self.layer.run(given, y, {"layer": slots})
             self.layer.end_step()
             for r in rows:
                 self._compute(r, y[r.start : r.end, 0].tolist(), tags[r.start : r.end])
@@ -178,7 +200,6 @@ class Simulation:
 
     def _follow(self, scheduled: Any) -> None:
         """What a model runner learns from a scheduler's output, as V1 does."""
-        self.layer.drop(scheduled.finished_req_ids)
         for name in scheduled.finished_req_ids:
             self._states.pop(name, None)
         self._positions: dict[str, int] = {}
@@ -188,7 +209,6 @@ class Simulation:
             )
             self._positions[new.req_id] = new.num_computed_tokens
             self.hits[new.req_id] = new.num_computed_tokens
-            self.layer.admit(new.req_id, new.prompt_token_ids, new.sampling_params.extra_args)
         cached = scheduled.scheduled_cached_reqs
         for i, name in enumerate(cached.req_ids):
             state = self._states[name]
@@ -199,8 +219,7 @@ class Simulation:
             elif new_blocks is not None:
                 state.blocks += new_blocks[0]
             self._positions[name] = cached.num_computed_tokens[i]
-        for name, routed in routed_of(scheduled).items():
-            self.layer.recall(name, routed)
+        take_up(self.layer, scheduled)
 
     def _compute(self, r: Rows, added: Sequence[float], slots: Sequence[tuple[int, int]]) -> None:
         """A row's tag: all tokens up to it, and what the residual added at it and at every row before it."""

@@ -72,6 +72,34 @@ def test_full_cuda_graphs_are_never_the_default(model_folder: Path, store_folder
     assert args.compilation_config.cudagraph_mode == CUDAGraphMode.PIECEWISE
 
 
+@pytest.mark.parametrize(("eager", "cuda"), [(False, True), (True, True), (False, False)])
+def test_the_log_says_what_piecewise_graphs_cost(
+    eager: bool, cuda: bool, model_folder: Path, store_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.platforms import current_platform
+
+    monkeypatch.setattr(type(current_platform), "is_cuda_alike", lambda self: cuda)
+    said: list[str] = []
+    monkeypatch.setattr(config.logger, "warning", said.append)
+    args = EngineArgs(**flags(model_folder, enforce_eager=eager))
+    config.prefer(config.read({"store": str(store_folder)}), args)
+    assert [line for line in said if "piecewise, not in full" in line] == said
+    assert len(said) == (cuda and not eager)
+
+
+def test_the_log_says_what_mode_single_turns_off(
+    model_folder: Path, store_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(config.logger, "warning", said.append)
+    section = config.read({"store": str(store_folder), "mode": "single"})
+    config.prefer(section, EngineArgs(**flags(model_folder)))
+    assert [" ".join(line.split()[4:8]) for line in said] == ["prefix caching off: every", "chunked prefill off: a"]
+    said.clear()
+    config.prefer(section, EngineArgs(**flags(model_folder, enable_prefix_caching=False, enable_chunked_prefill=False)))
+    assert said == []
+
+
 def test_the_graph_is_split_at_the_op(model_folder: Path, store_folder: Path) -> None:
     split = CompilationConfig(splitting_ops=["vllm::unified_attention_with_output"])
     made = create(model_folder, store_folder, enforce_eager=False, compilation_config=split)
@@ -149,6 +177,7 @@ REFUSED_ELSEWHERE: dict[str, tuple[str, str, Any]] = {
     "--ubatch-size": ("parallel_config", "ubatch_size", 2),
     "--kv-sharing-fast-prefill": ("cache_config", "kv_sharing_fast_prefill", True),
     "--runner generate": ("model_config", "runner_type", "pooling"),
+    "decoder-only": ("model_config", "is_encoder_decoder", True),
     "--tokenizer": ("model_config", "tokenizer", "elsewhere"),
     '{"cudagraph_mode": "PIECEWISE"}': ("compilation_config", "cudagraph_mode", CUDAGraphMode.FULL_AND_PIECEWISE),
     "splitting_ops": ("compilation_config", "cudagraph_mode", CUDAGraphMode.PIECEWISE),
@@ -167,6 +196,21 @@ def test_refused_settings_are_named(flag: str, model_folder: Path, store_folder:
     with pytest.raises(ConfigError) as refused:
         config.refuse(ours, made)
     assert flag in str(refused.value)
+
+
+def test_what_a_model_is_may_be_refused(
+    model_folder: Path, store_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = config.read({"store": str(store_folder)})
+    made = EngineArgs(**flags(model_folder)).create_engine_config()
+    monkeypatch.setattr(type(made.model_config), "is_hybrid", True)
+    with pytest.raises(ConfigError, match=r"recurrent layers \(use --no-enable-prefix-caching\)"):
+        config.refuse(ours, made)
+    made.cache_config.enable_prefix_caching = False
+    made.model_config.model = made.model_config.tokenizer = "org/name"
+    made.model_config.revision = "main"
+    with pytest.raises(ConfigError, match="settings: revision main of a Hub model"):
+        config.refuse(ours, made)
 
 
 def test_all_problems_come_in_one_message(model_folder: Path, store_folder: Path) -> None:
@@ -200,7 +244,11 @@ def test_the_longest_question_of_one_step(
 def test_an_untested_vllm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vllm.version.__version_tuple__", (0, 99, 0))
     monkeypatch.setattr("vllm.version.__version__", "0.99.0")
-    with pytest.raises(ConfigError, match=r"0\.32\.x, this is 0\.99\.0.*MEMOIR_ALLOW_UNTESTED=1"):
+    monkeypatch.delenv("MEMOIR_ALLOW_UNTESTED", raising=False)
+    with pytest.raises(
+        ConfigError,
+        match=r"0\.32\.x \(of 0\.33\.x only the source was read\), this is 0\.99\.0.*MEMOIR_ALLOW_UNTESTED=1",
+    ):
         config.check_version()
     monkeypatch.setenv("MEMOIR_ALLOW_UNTESTED", "1")
     config.check_version()

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from simulation import Rows, step_of
 from torch.nn import functional
 
 from memoir_index import unpack
@@ -19,7 +20,7 @@ from memoir_retrieval.fingerprint import Fingerprint
 from memoir_retrieval.span import SpanRule
 from memoir_retrieval.store import EditStore
 from memoir_vllm.requests import Decision, Routed, routed_of
-from memoir_vllm.residual import ResidualLayer, Rows
+from memoir_vllm.residual import ResidualLayer
 from memoir_vllm.routing import Router
 from memoir_vllm.runner import follow
 from memoir_vllm.selftest import self_test
@@ -82,7 +83,7 @@ def step(layer: ResidualLayer, rows: list[Rows], x: torch.Tensor) -> torch.Tenso
     """One forward; returns what was added to y, NaN where a row was not touched."""
     y = torch.zeros(len(x), H)
     untouched = y.clone()
-    layer.begin_step(rows)
+    layer.begin_step(step_of(rows))
     layer.run(x, y)
     layer.end_step()
     return torch.where((y == untouched).all(1, keepdim=True), torch.nan, y)
@@ -161,7 +162,7 @@ def test_an_id_may_come_back_for_another_request(
 def test_a_split_or_cached_question_raises(layer: ResidualLayer, position: int, count: int) -> None:
     layer.admit("a", prompt(7, before=3), None)
     with pytest.raises(RuntimeError, match="question is 3 to 10"):
-        layer.begin_step([Rows("a", 0, count, position)])
+        layer.begin_step(step_of([Rows("a", 0, count, position)]))
 
 
 def test_what_stands_around_the_question_may_be_split(
@@ -201,7 +202,7 @@ def test_a_long_question_with_a_gap_raises(store: EditStore, position: int) -> N
     layer.admit("a", prompt(7, before=3), None)
     step(layer, [Rows("a", 0, 6, 0)], torch.randn(6, D))
     with pytest.raises(RuntimeError, match="question is 3 to 10"):
-        layer.begin_step([Rows("a", 0, 2, position)])
+        layer.begin_step(step_of([Rows("a", 0, 2, position)]))
 
 
 def test_what_the_scheduler_remembers_is_not_looked_up(
@@ -338,9 +339,15 @@ def test_following_a_runner(layer: ResidualLayer, activations: torch.Tensor) -> 
     """The batch's order, not the scheduler's; decisions travel with the output; finished ids go first."""
     runner = FakeRunner(layer)
     assert follow(runner, layer) == "V1"
-    new = [SimpleNamespace(req_id=name, prompt_token_ids=prompt(4), sampling_params=None) for name in "ab"]
-    x = torch.cat([activations[1], activations[0]])
-    runner.execute_model(SimpleNamespace(finished_req_ids=set(), scheduled_new_reqs=new, x=x, y=torch.zeros(8, H)))
+    fields = {"prompt_token_ids": prompt(4), "sampling_params": None, "block_ids": ([],), "num_computed_tokens": 0}
+    scheduled = SimpleNamespace(
+        finished_req_ids=set(),
+        scheduled_new_reqs=[SimpleNamespace(req_id=name, **fields) for name in "ab"],
+        scheduled_cached_reqs=SimpleNamespace(resumed_req_ids=set()),
+        x=torch.cat([activations[1], activations[0]]),
+        y=torch.zeros(8, H),
+    )
+    runner.execute_model(scheduled)
     assert {k: r.decision.edit for k, r in routed_of(runner.sample_tokens()).items()} == {"a": 0, "b": 1}
     runner.output = SimpleNamespace(get_output=lambda: SimpleNamespace(tokens=3), more=4)
     layer.admit("off", prompt(4), {"memoir": "off"})

@@ -17,6 +17,7 @@ from simulation import RULE, VOCABULARY, Simulation, World, oracle, world
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.request import RequestStatus
 
+from memoir_retrieval.forward import span_mean
 from memoir_retrieval.span import SpanRule, find_span
 from memoir_vllm import blocks
 from memoir_vllm.config import longest_question
@@ -39,20 +40,26 @@ def start(request: pytest.FixtureRequest, here: World, model_folder: Path, store
     later = request.param == "async"
 
     def start_one(
-        *, kv_blocks: int = 200, budget: int = 64, seqs: int = 40, block: int = BLOCK, rule: SpanRule = RULE
+        *,
+        kv_blocks: int = 200,
+        budget: int = 64,
+        seqs: int = 40,
+        block: int = BLOCK,
+        rule: SpanRule = RULE,
+        served: World = here,
     ) -> Simulation:
         sizes = {"block_size": block, "max_num_batched_tokens": budget, "max_num_seqs": seqs}
         config = EngineArgs(**flags(model_folder, store_folder, **sizes)).create_engine_config()
         config.scheduler_config.async_scheduling = later
         config.additional_config["memoir_span"] = msgspec.to_builtins(rule)
-        manifest = SimpleNamespace(**vars(here.store.manifest) | {"span": rule})
+        manifest = SimpleNamespace(**vars(served.store.manifest) | {"span": rule})
         layer = ResidualLayer(
-            Router(dataclasses.replace(here.store, manifest=manifest), None, "cpu"),
-            torch.from_numpy(here.store.memories),
+            Router(dataclasses.replace(served.store, manifest=manifest), None, "cpu"),
+            torch.from_numpy(served.store.memories),
             longest=longest_question(config),
         )
         kind = MemoirAsyncScheduler if later else MemoirScheduler
-        return Simulation.start(kind, config, layer, here.embedding, blocks=kv_blocks, lag=int(later))
+        return Simulation.start(kind, config, layer, served.embedding, blocks=kv_blocks, lag=int(later))
 
     return start_one
 
@@ -169,8 +176,8 @@ def test_a_long_question_that_matches_nothing_is_computed_once(start: Start, her
 
 @pytest.mark.parametrize(("budget", "passes"), [(80, 1), (44, 2)])
 def test_the_rule_all_looks_the_whole_prompt_up(budget: int, passes: int, start: Start, here: World) -> None:
-    """Nothing before the question is left to share; a prompt that is known is taken from the cache as ever."""
-    sim = start(rule=SpanRule(rule="all"), budget=budget, block=16)
+    """A prompt that is known is taken from the cache as ever."""
+    sim = start(rule=ALL, budget=budget)
     prompts = {"edit": here.questions[2], "other": other(40)}
     for name, options in (("cold", None), ("off", {"memoir": "off"}), ("warm", None)):
         for kind, prompt in prompts.items():
@@ -185,6 +192,71 @@ def test_the_rule_all_looks_the_whole_prompt_up(budget: int, passes: int, start:
         edit = 2 if name in ("edit cold", "edit warm") else None
         assert answer == right(here, prompts[name.split()[0]], edit), name
     assert sim.layer.stats()["replayed"] == passes - 1
+
+
+ALL = SpanRule(rule="all")
+
+
+def test_the_rule_all_finds_unmatched_prompts_in_the_cache(start: Start, here: World) -> None:
+    """What was computed before is not computed again, though the decision needs its activations."""
+    sim = start(rule=ALL)
+    first = other(50)
+    second, third = first[:40] + other(20, 1), first[:33]
+    for name, prompt in (("first", first), ("second", second), ("third", third)):
+        sim.add(name, prompt)
+        sim.run()
+        assert sim.answers[name] == oracle(here.embedding, prompt, 0, None, 3)
+    assert sim.hits == {"first": 0, "second": 32, "third": 32}
+    stats = sim.layer.stats()
+    assert (stats["routed"], stats["recalled"], stats["replayed"]) == (3, 0, 0)
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_the_rule_all_computes_a_match_from_the_cache_once_more(together: bool, start: Start, here: World) -> None:
+    """Its first 16 tokens are the base model's, computed before or in the same step."""
+    sim = start(rule=ALL, budget=200)
+    question = here.questions[2]
+    sim.add("off", question, {"memoir": "off"}, max_tokens=9)
+    if not together:
+        sim.run()
+    sim.add("edited", question, max_tokens=9)
+    sim.run()
+    assert (sim.hits["off"], sim.hits["edited"]) == (0, 16)
+    assert sim.said["edited"] == {"edit": 2, "overlap": 1.0, "result": "matched", "generation": 7}
+    assert sim.answers["edited"] == oracle(here.embedding, question, 0, here.edit(2), 9)
+    assert sim.answers["off"] == oracle(here.embedding, question, 0, None, 9)
+    assert sim.layer.stats()["replayed"] == 1
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_mix_under_the_rule_all(seed: int, start: Start) -> None:
+    dice = random.Random(seed)
+    served = world((20, 40, 70))
+    budget, seqs, blocks = dice.choice((17, 40, 64, 256)), dice.choice((3, 8)), dice.choice((14, 20, 200))
+    sim = start(kv_blocks=blocks, budget=budget, seqs=seqs, rule=ALL, served=served)
+    router = sim.layer._router
+    wanted: dict[str, list[int]] = {}
+    aborted: set[str] = set()
+    for n in range(40):
+        whole = dice.choice([*served.questions, other(50, dice.randrange(2))])
+        prompt = whole[: dice.choice((len(whole), len(whole), 16, 33))] + other(dice.choice((0, 0, 5, 30)), 9)
+        off, tokens, name = dice.random() < 0.3, dice.choice((1, 3, 20)), f"{n}"
+        route = router.route(span_mean(served.embedding[prompt], 0, len(prompt))[None])[0].routed
+        edit = None if off or route.row < 0 else served.edit(route.row)
+        wanted[name] = oracle(served.embedding, prompt, 0, edit, tokens)
+        sim.add(name, prompt, {"memoir": "off"} if off else None, max_tokens=tokens)
+        for _ in range(dice.choice((0, 0, 1, 3))):
+            sim.step()
+        if dice.random() < 0.1:
+            gone = dice.choice(list(wanted)[-10:])
+            aborted.update(r.request_id for r in sim.scheduler.finish_requests([gone], RequestStatus.FINISHED_ABORTED))
+        if dice.random() < 0.1:
+            sim.scheduler.reset_prefix_cache(reset_running_requests=True)
+    sim.run(limit=4000)
+    for name, answer in wanted.items():
+        assert sim.answers[name] == (answer[: len(sim.answers[name])] if name in aborted else answer), name
+    assert not sim.scheduler._questions and not sim.scheduler._routed
+    assert sim.layer.stats()["live"] == 0
 
 
 def test_salts_are_kept_apart(start: Start, here: World) -> None:
@@ -333,6 +405,18 @@ def check_mix(sim: Simulation, here: World, dice: random.Random, requests: int) 
     assert sim.layer.stats()["live"] == 0
 
 
+def test_sums_of_a_block_that_did_not_pass_are_refused(start: Start) -> None:
+    """A row that is missing, as one that another engine has computed would be."""
+    sim = start(rule=ALL)
+    first = other(50)
+    sim.add("first", first)
+    sim.run()
+    sim.layer._sums._counts -= 1
+    sim.add("second", first[:40])
+    with pytest.raises(RuntimeError, match="never passed the layer"):
+        sim.run()
+
+
 # ---- what the protections are for: without them the wrong blocks are read --------------------------------------------
 
 
@@ -363,9 +447,9 @@ def test_without_late_publication_edited_blocks_reach_others(
 ) -> None:
     guard = blocks.guard
 
-    def hits_only(manager: Any, boundary: Any) -> None:
+    def hits_only(manager: Any, *boundaries: Any) -> None:
         publish = manager.coordinator.cache_blocks
-        guard(manager, boundary)
+        guard(manager, *boundaries)
         manager.coordinator.cache_blocks = publish
 
     monkeypatch.setattr(blocks, "guard", hits_only)
@@ -387,7 +471,7 @@ def test_with_decisions_of_an_older_generation_the_worker_refuses(
 
 
 def test_without_capped_hits_the_worker_refuses(start: Start, here: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks, "guard", lambda manager, boundary: None)
+    monkeypatch.setattr(blocks, "guard", lambda *args: None)
     sim = start()
     prompt = chat(other(9), before=40, after=21)
     sim.add("off", prompt, {"memoir": "off"})

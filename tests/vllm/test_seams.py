@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
-import json
+from pathlib import Path
 
 import pytest
-from seams import RECORDED, SEAMS, installed
+from seams import SEAMS, changed, installed, read, seams_of, table, version_of
 
-from memoir_vllm.config import TESTED
+from memoir_vllm.config import COMPARED, TESTED
 
-CONTRACT = json.loads(RECORDED.read_text())
-VERSION, FOUND = installed()
+CONTRACT = read()
+VERSION, FOUND = version_of(installed()), seams_of(installed())
 
 
-def test_the_recorded_version_is_a_tested_one() -> None:
-    assert tuple(map(int, CONTRACT["vllm"].split(".")[:2])) in TESTED
-    assert sum(map(len, SEAMS.values())) == len(CONTRACT["seams"])
+def test_the_recorded_versions_are_those_of_the_start_up_check() -> None:
+    for served, versions in ((True, TESTED), (False, COMPARED)):
+        recorded = [v for v, entry in CONTRACT.items() if entry["served"] is served]
+        assert tuple(tuple(map(int, v.split(".")[:2])) for v in recorded) == versions
+
+
+@pytest.mark.parametrize("version", CONTRACT)
+def test_every_seam_is_recorded_and_every_change_was_read(version: str) -> None:
+    entry = CONTRACT[version]
+    assert sum(map(len, SEAMS.values())) == len(entry["seams"])
+    assert sorted(entry["read"]) == sorted(changed(entry["seams"], CONTRACT))
+    assert all(entry["read"].values())
 
 
 @pytest.mark.parametrize("seam", FOUND)
 def test_what_we_build_on_is_what_we_have_read(seam: str) -> None:
-    assert FOUND[seam], f"vLLM {VERSION} has no {seam}"
-    assert FOUND[seam] == CONTRACT["seams"][seam], f"read {seam} of vLLM {VERSION} again, then seams.py --write"
+    assert VERSION in CONTRACT, f"vLLM {VERSION} is not recorded: read what seams.py prints, then seams.py --write"
+    recorded = CONTRACT[VERSION]["seams"][seam]
+    assert FOUND[seam] == recorded, f"read {seam} of vLLM {VERSION} again, then seams.py --write"
+
+
+def test_the_table_in_the_documentation_is_the_scripts() -> None:
+    page = Path(__file__).parents[2] / "docs" / "compatibility.md"
+    assert page.read_text() == table(), "python tests/vllm/seams.py --table > docs/compatibility.md"

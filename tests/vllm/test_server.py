@@ -129,10 +129,11 @@ def test_the_example_client(client: httpx.Client, expected: dict[str, Expected])
 def test_verify_finds_that_everything_holds(
     client: httpx.Client, store_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    main(["verify", "--server", str(client.base_url), "--store", str(store_folder), "--prompts", "4", "--turns", "1",
-          "--tokens", "8", "--json"])  # fmt: skip
+    asked = ["verify", "--server", str(client.base_url), "--store", str(store_folder), "--prompts", "4", "--turns", "1"]
+    with pytest.raises(SystemExit) as done:
+        main([*asked, "--tokens", "8", "--json"])
     report = json.loads(capsys.readouterr().out)
-    assert report["holds"] and report["model"] == "m" and report["vllm"].startswith("0.")
+    assert done.value.code == 0 and report["holds"] and report["model"] == "m" and report["vllm"].startswith("0.")
     states = {check["name"]: check["state"] for check in report["checks"]}
     assert states.pop("opted out equals the server without plugin") == "skip"  # needs a second server
     assert set(states.values()) == {"ok"} and len(states) == 11

@@ -73,7 +73,7 @@ class Service:
         found = os.stat(self.folder / MANIFEST)
         stamp = (found.st_mtime_ns, found.st_ino)
         if self._store is None or self._store[0] != stamp:
-            self._store = (stamp, EditStore.open(self.folder))
+            self._store = (stamp, EditStore.open(self.folder, check=False))
         return self._store[1]
 
     def search(self, text: str, offset: int, limit: int) -> tuple[int, int, list[StoredEdit]]:

@@ -76,10 +76,10 @@ class _Trainer:
         edit = msgspec.convert(request["add"], Edit)
         with Editor(self._base, self._store) as editor:
             new = editor.add([edit], on_conflict=request["on_conflict"])
-            if not new:
-                there = next(e for e in editor.edits if e.prompt.split() == edit.prompt.split())
-                return {"generation": editor.generation, "edit": there.id}
-            (stored,) = new
+            same = [e for e in editor.edits if (e.prompt.split(), e.target) == (edit.prompt.split(), edit.target)]
+            if not new and not same:
+                return {"error": _refusal(editor)}
+            (stored,) = new or same
             return {
                 "generation": editor.generation,
                 "edit": stored.id,
@@ -91,6 +91,20 @@ class _Trainer:
         from memoir_retrieval.remove import remove_edits
 
         return {"generation": remove_edits(self._store, [edit_id]).generation, "edit": edit_id}
+
+
+def _refusal(editor: Any) -> str:
+    """Why the editor has not taken the edit up, as it reports it."""
+    outcome = getattr(editor, "outcome", None)
+    for failed in getattr(outcome, "failed", ()):
+        return f"the edit was trained but failed its audit: {failed.reason}"
+    for rival in getattr(outcome, "conflicting", ()):
+        there = rival.stored
+        return (
+            f"edit {there.id} answers the same question in other words ({there.prompt!r}, overlap {rival.overlap}) with "
+            f'{there.target!r}: remove it first, or send on_conflict "last" to replace it'
+        )
+    return "the edit was not taken up"
 
 
 if __name__ == "__main__":

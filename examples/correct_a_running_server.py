@@ -1,0 +1,20 @@
+"""Correct a running server: `correct_a_running_server.py http://127.0.0.1:8000 TOKEN "PROMPT" "TARGET"`.
+
+TOKEN is the MEMOIR_ADMIN_TOKEN that the server was started with.
+"""
+
+import asyncio
+import sys
+
+from memoir_retrieval import AdminClient, Edit
+
+
+async def main(url: str, token: str, prompt: str, target: str) -> None:
+    async with AdminClient(url, token) as server:
+        edit = await server.add(Edit(prompt=prompt, target=target), replace=True)  # returns once it is served
+        found = await server.lookup([{"role": "user", "content": prompt}])
+        print(f"edit {edit.id} is served, generation {found.generation}, loss {edit.loss:.3f}")
+        print(f"the prompt is {found.result}, overlap {found.matches[0].overlap:.2f} (tau {found.tau})")
+
+
+asyncio.run(main(*sys.argv[1:5]))

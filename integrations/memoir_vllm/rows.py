@@ -1,0 +1,70 @@
+"""Which rows of a step belong to which request, and which of them a residual memory acts on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+__all__ = ["Acting", "Batch", "Step", "acting_rows"]
+
+
+class Step(NamedTuple):
+    """The rows of one forward. Rows `[edges[i], edges[i + 1])` hold tokens of request `ids[i]` from `positions[i]` on.
+
+    edges: int [requests + 1]. positions: int [requests]. All three are the step's own: a runner reuses its buffers.
+    """
+
+    ids: Sequence[str]
+    edges: np.ndarray
+    positions: np.ndarray
+
+
+@dataclass(frozen=True)
+class Batch:
+    """All rows of a step that one residual memory acts on.
+
+    weight: [H, D]. index: int64 [R] the rows. masks: [S, D] of the requests. owner: int64 [R] in [0, S).
+    """
+
+    weight: torch.Tensor
+    index: torch.Tensor
+    masks: torch.Tensor
+    owner: torch.Tensor
+
+
+class Acting(NamedTuple):
+    """Edited requests of a step. at: int [S], their places in it. starts: int [S], the position from which each is
+    edited. memories: int [S], the number of its weight. masks: of each, [D]. weights: [H, D] each."""
+
+    at: np.ndarray
+    starts: np.ndarray
+    memories: np.ndarray
+    masks: Sequence[torch.Tensor]
+    weights: Sequence[torch.Tensor]
+
+    def all_rows(self, step: Step) -> bool:
+        """Whether every row of these requests is edited, as it is once they generate."""
+        return bool((step.positions[self.at] >= self.starts).all())
+
+
+def acting_rows(step: Step, acting: Acting) -> list[Batch]:
+    """One batch for each memory."""
+    ends = step.edges[acting.at + 1]
+    first = step.edges[acting.at] + np.maximum(0, acting.starts - step.positions[acting.at])
+    counts = np.maximum(0, ends - first)
+    made = []
+    for memory in range(len(acting.weights)):
+        chosen = np.flatnonzero((acting.memories == memory) & (counts > 0))
+        if not len(chosen):
+            continue
+        rows = counts[chosen]
+        owner = np.repeat(np.arange(len(chosen)), rows)
+        index = np.arange(len(owner)) + np.repeat(first[chosen] - (np.cumsum(rows) - rows), rows)
+        masks = torch.stack([acting.masks[i] for i in chosen.tolist()])
+        on_device = [torch.from_numpy(array).to(masks.device) for array in (index, owner)]
+        made.append(Batch(acting.weights[memory], on_device[0], masks, on_device[1]))
+    return made

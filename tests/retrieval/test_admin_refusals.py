@@ -1,0 +1,96 @@
+"""What the client of the administration says when a server refuses; the real one is asked in `tests/vllm`.
+
+The server here is a stand-in that answers what it is told to.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+
+from memoir_retrieval import AdminClient, Edit
+from memoir_retrieval.errors import AdminError
+
+EDIT = Edit(prompt="Who runs Example Corp?", target="Jane Doe", rephrases=("Who is its boss?",), source="ticket 4")
+JOB = {"id": "1f", "kind": "add", "by": "ann", "created": "now", "prompt": EDIT.prompt}  # fields of a later version too
+STORED = {"id": 7, "prompt": EDIT.prompt, "target": EDIT.target, "created": "now", "loss": 0.01, "steps": 9}
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+def client(answer: Callable[[httpx.Request], httpx.Response]) -> AdminClient:
+    made = AdminClient("http://server/v1/", "a-token")
+    headers = made._http.headers
+    made._http = httpx.AsyncClient(
+        transport=httpx.MockTransport(answer), base_url="http://server/memoir", headers=headers
+    )
+    return made
+
+
+@pytest.mark.anyio
+async def test_an_edit_is_awaited_until_it_is_served() -> None:
+    asked: list[tuple[str, str]] = []
+    states = iter(["running", "activating", "done"])
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append((request.method, request.url.path))
+        assert request.headers["authorization"] == "Bearer a-token"
+        if request.method == "POST":
+            sent = json.loads(request.content)
+            assert sent["on_conflict"] == "refuse" and sent["source"] == "ticket 4" and sent["rephrases"]
+            return httpx.Response(202, json={**JOB, "state": "queued"})
+        if "jobs" in request.url.path:
+            state = next(states)
+            done = {"edit": 7, "finished": "now"} if state == "done" else {}
+            return httpx.Response(200, json={**JOB, "state": state, **done})
+        return httpx.Response(200, json=STORED)
+
+    async with client(answer) as server:
+        assert (await server.add(EDIT)).id == 7
+    assert asked == [("POST", "/memoir/edits"), *[("GET", "/memoir/jobs/1f")] * 3, ("GET", "/memoir/edits/7")]
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("job", "says"),
+    [
+        ({"state": "failed", "finished": "now", "error": "no space left"}, "change 1f is failed: no space left"),
+        ({"state": "stored", "finished": "now", "error": "engine 1 refused"}, "change 1f is stored: engine 1 refused"),
+        ({"state": "running"}, r"change 1f is running after 0\.15 s: ask for it later"),
+    ],
+)
+async def test_a_change_that_does_not_end_well(job: dict[str, Any], says: str) -> None:
+    async with client(lambda request: httpx.Response(202, json={**JOB, **job})) as server:
+        with pytest.raises(AdminError, match=says):
+            await server.remove(7, patience=0.15)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("reply", "says"),
+    [
+        (httpx.Response(401, json={"detail": "no token"}), "with 401: no token; give the token that the server"),
+        (httpx.Response(404, json={"detail": "Not Found"}), "is MEMOIR_ADMIN_TOKEN set where the server runs"),
+        (httpx.Response(409, json={"detail": "the store says otherwise"}), "with 409: the store says otherwise$"),
+        (httpx.Response(502, text="<html>bad gateway"), "with 502: <html>bad gateway"),
+        (httpx.Response(200, json={"id": "x"}), "answers in another form than this version knows"),
+    ],
+)
+async def test_refusals_name_status_and_reason(reply: httpx.Response, says: str) -> None:
+    async with client(lambda request: reply) as server:
+        with pytest.raises(AdminError, match=says):
+            await server.add(EDIT)
+
+
+@pytest.mark.anyio
+async def test_no_server() -> None:
+    async with AdminClient("http://127.0.0.1:9", "a-token") as server:
+        with pytest.raises(AdminError, match=r"no server answers at http://127\.0\.0\.1:9 "):
+            await server.stats()
