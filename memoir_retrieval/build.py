@@ -22,6 +22,7 @@ from memoir_retrieval.files import publish, read_small
 from memoir_retrieval.manifest import Manifest
 from memoir_retrieval.prompts import prompt_ids
 from memoir_retrieval.span import SpanRule, find_span
+from memoir_retrieval.store import write_generation
 
 if TYPE_CHECKING:
     from memoir_retrieval.editor import Editor
@@ -88,7 +89,18 @@ def build(
         publish(_part(editor.path, key, shard), hashlib.sha256(made.data).digest() + made.tobytes())
         done += len(made)
         progress(Progress(done, len(texts), resumed))
-    manifest = editor.publish_untrained(_stored(edits), codes, np.array([i for i, _ in texts], dtype=np.int64))
+    stored = _stored(edits)
+    manifest = write_generation(
+        editor.path,
+        editor.fields(stored) | {"next_id": len(stored)},
+        memories=np.zeros((1, editor.base.h, editor.base.d), dtype=np.float32),
+        background=editor.background,
+        permutation=editor.permutation,
+        codes=codes,
+        ids=np.array([i for i, _ in texts], dtype=np.int64),
+        memory_of=np.zeros(len(texts), dtype=np.int32),
+        edits=stored,
+    )
     for path in editor.path.glob(".masks-*"):
         path.unlink(missing_ok=True)
     return manifest
@@ -103,8 +115,11 @@ def shard_codes(base: BaseModel, fingerprint: Fingerprint, rule: SpanRule, shard
 
 
 def _here(editor: Editor, shards: Iterable[Shard]) -> Iterator[tuple[Shard, np.ndarray]]:
+    from memoir_retrieval.fingerprint import Fingerprint
+
+    fingerprint = Fingerprint(editor.background, editor.permutation, editor.k, editor.base.device)
     for shard in shards:
-        yield shard, shard_codes(editor.base, editor.fingerprint, editor.span, shard, BATCH)
+        yield shard, shard_codes(editor.base, fingerprint, editor.span, shard, BATCH)
 
 
 def _shards(editor: Editor, texts: Sequence[str]) -> Iterator[Shard]:

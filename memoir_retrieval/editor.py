@@ -25,7 +25,7 @@ from memoir_retrieval.model import BaseModel
 from memoir_retrieval.presets import preset_for
 from memoir_retrieval.prompts import Prompt, end_token, prompt_ids, target_ids
 from memoir_retrieval.span import Span, derive_span_rule, find_span
-from memoir_retrieval.store import MANIFEST, EditStore, Manifest, write_generation
+from memoir_retrieval.store import MANIFEST, EditStore, write_generation
 from memoir_retrieval.train import Training, edit_activations, train_edit
 
 __all__ = ["Editor", "Progress"]
@@ -343,41 +343,36 @@ class Editor:
         self.next_id += 1
         return stored
 
-    def publish_untrained(self, edits: Sequence[StoredEdit], codes: np.ndarray, ids: np.ndarray) -> Manifest:
-        """Write edits with their masks alone into a new store. codes: uint8 [N, D/8]; ids: int64 [N], whose they are.
+    def fields(self, edits: Iterable[StoredEdit]) -> dict[str, Any]:
+        """What `write_generation` takes as `manifest`, for a next generation of these edits."""
+        return {
+            "generation": self.generation + 1,
+            "model": self.base.name,
+            "base": self.base.identity,
+            "module": self.base.module,
+            "layer": self.base.layer,
+            "d": self.base.d,
+            "h": self.base.h,
+            "k": self.k,
+            "tau": self.tau,
+            "span": self.span,
+            "chat": self.chat,
+            "dtype": str(self.base.model.dtype).removeprefix("torch."),
+            "seed": self.seed,
+            "contexts": self.contexts,
+            "training": msgspec.to_builtins(self.training),
+            "next_id": self.next_id,
+            "untrained": sum(not edit.trained for edit in edits),
+        }
 
-        Returns the manifest. `add` trains them, and so does `compact`.
-        """
-        self.codes, self.ids, self.memory_of = codes, ids, np.zeros(len(ids), dtype=np.int32)
-        self.next_id = len(edits)
-        return self._commit(edits, {})
-
-    def _commit(self, made: Sequence[StoredEdit], replaced: dict[str, StoredEdit]) -> Manifest:
+    def _commit(self, made: Sequence[StoredEdit], replaced: dict[str, StoredEdit]) -> None:
         """Write everything trained so far as the next generation."""
         gone = {replaced[key].id for edit in made if (key := same_prompt(edit.prompt)) in replaced}
         kept = {edit.id: edit for edit in (*self.edits, *made) if edit.id not in gone}
         keep = np.isin(self.ids, list(kept))
         manifest = write_generation(
             self.path,
-            {
-                "generation": self.generation + 1,
-                "model": self.base.name,
-                "base": self.base.identity,
-                "module": self.base.module,
-                "layer": self.base.layer,
-                "d": self.base.d,
-                "h": self.base.h,
-                "k": self.k,
-                "tau": self.tau,
-                "span": self.span,
-                "chat": self.chat,
-                "dtype": str(self.base.model.dtype).removeprefix("torch."),
-                "seed": self.seed,
-                "contexts": self.contexts,
-                "training": msgspec.to_builtins(self.training),
-                "next_id": self.next_id,
-                "untrained": sum(not edit.trained for edit in kept.values()),
-            },
+            self.fields(kept.values()),
             memories=self.memories.float().cpu().numpy(),
             background=self.background,
             permutation=self.permutation,
@@ -389,7 +384,6 @@ class Editor:
         self.generation = manifest.generation
         self.edits = list(kept.values())
         self.codes, self.ids, self.memory_of = self.codes[keep], self.ids[keep], self.memory_of[keep]
-        return manifest
 
 
 def _refuse_foreign(path: Path) -> None:
