@@ -56,6 +56,7 @@ class EditedModel:
     """A model with a store's edits switched on, each request routed on its own."""
 
     def __init__(self, retriever: Retriever):
+        retriever.store.require_trained()
         self.retriever = retriever
         self.base = retriever.base
         self._memories = torch.as_tensor(retriever.store.memories, device=self.base.device).to(
