@@ -19,6 +19,7 @@ from memoir_retrieval.cli.common import (
     store_argument,
     threads_option,
 )
+from memoir_retrieval.cli.index_info import info
 from memoir_retrieval.edit_files import check_duplicates
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.store import MANIFEST, EditStore, leftovers
@@ -34,6 +35,9 @@ def index() -> None:
     Example:
       memoir index verify edits
     """
+
+
+index.add_command(info)
 
 
 @index.command("build")
