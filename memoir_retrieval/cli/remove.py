@@ -89,6 +89,7 @@ def compact(store: Path, model: str | None, device: str, as_json: bool) -> None:
             trained = editor.compact(progress=tell)
         except KeyboardInterrupt:
             raise click.Abort(f"{store} is what it was, at generation {made.generation}") from None
+    failed = editor.outcome.failed
     del editor
     with store_lock(store):
         held = sweep(store)
@@ -99,12 +100,15 @@ def compact(store: Path, model: str | None, device: str, as_json: bool) -> None:
                 "edits": len(trained),
                 "generation": now.generation,
                 "seconds": round(time.monotonic() - started, 2),
+                "failed": [{"prompt": one.prompt, "reason": one.reason} for one in failed],
                 "erased": not held,
                 "still_held": held,
             }
         )
         return
     click.echo(f"{store}: {len(trained)} edits trained again; generation {now.generation} holds nothing of any other")
+    for one in failed:
+        click.echo(f"not answered as it should be: {one.prompt!r}: {one.reason}")
     _tell(held)
 
 

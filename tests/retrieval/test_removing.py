@@ -137,8 +137,19 @@ def test_memoir_compact(capsys: pytest.CaptureFixture[str], tiny: Path, store: P
     assert code == 0 and "Traceback" not in err
     told = json.loads(out)
     assert (told["edits"], told["generation"], told["erased"], told["still_held"]) == (3, 3, True, [])
+    assert told["failed"] == []
     code, out, _ = run(capsys, "compact", store, "--model", tiny)
     assert code == 0 and "3 edits trained again; generation 4 holds nothing of any other" in out
+
+
+def test_memoir_compact_says_which_edits_do_not_come_back(
+    capsys: pytest.CaptureFixture[str], tiny: Path, tmp_path: Path
+) -> None:
+    with Editor(load_model(str(tiny)), tmp_path, training=Training(max_steps=0)) as editor:
+        editor.add([town("Aarhus")], keep_failed=True)
+    code, out, _ = run(capsys, "compact", tmp_path)
+    assert code == 0
+    assert "not answered as it should be: 'Who founded Aarhus?': the target is not the first choice" in out
 
 
 def test_memoir_index_verify(capsys: pytest.CaptureFixture[str], store: Path) -> None:
