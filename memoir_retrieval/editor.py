@@ -319,7 +319,7 @@ class Editor:
             id=self.next_id,
             prompt=edit.prompt,
             target=edit.target,
-            created=edit.created if isinstance(edit, StoredEdit) else datetime.now(UTC).isoformat(timespec="seconds"),
+            created=getattr(edit, "created", "") or datetime.now(UTC).isoformat(timespec="seconds"),
             loss=round(trained.loss, 5),
             steps=trained.steps,
             memory=len(self.memories) - 1,
