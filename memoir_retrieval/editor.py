@@ -1,10 +1,12 @@
-"""Turning edits into a store: one residual memory, one mask per edit, one edit after another."""
+"""Turning edits into a store, one after another: train, ask back, keep or refuse."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -13,36 +15,33 @@ import msgspec
 import numpy as np
 import torch
 
-from memoir_index import unpack
+from memoir_index import HammingIndex
 from memoir_retrieval.background import background_prompts
 from memoir_retrieval.contexts import chat_contexts, own_prefixes
 from memoir_retrieval.edit import Edit, StoredEdit, same_prompt
-from memoir_retrieval.errors import ConfigError, EditFileError, StoreError
+from memoir_retrieval.errors import ConfigError, StoreError
 from memoir_retrieval.files import store_lock
 from memoir_retrieval.fingerprint import Fingerprint, permutation
-from memoir_retrieval.forward import FrozenPast, frozen_past, question_means
+from memoir_retrieval.forward import question_means
+from memoir_retrieval.memory import Memory
 from memoir_retrieval.model import BaseModel
+from memoir_retrieval.outcome import SAME_QUESTION, Conflict, Conflicting, Failed, Outcome, Progress, plan
 from memoir_retrieval.presets import preset_for
-from memoir_retrieval.prompts import Prompt, end_token, prompt_ids, target_ids
-from memoir_retrieval.span import Span, derive_span_rule, find_span
+from memoir_retrieval.products import HalfProducts, half_is_faster
+from memoir_retrieval.prompts import prompt_ids
+from memoir_retrieval.span import derive_span_rule, find_span
 from memoir_retrieval.store import MANIFEST, EditStore, write_generation
-from memoir_retrieval.train import Training, edit_activations, train_edit
+from memoir_retrieval.train import Frozen, Lesson, Trained, Training, answered, train_edit
+from memoir_retrieval.wordings import Wordings
 
-__all__ = ["Editor", "Progress"]
+__all__ = ["Editor"]
 
-Conflict = Literal["refuse", "first", "last"]
 # A checkpoint rewrites the store. Its cost is bounded by writing at most this often (seconds) while edits go on.
 CHECKPOINT_EVERY = 30.0
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Told after every edit. `done` of `total` are trained; `edit` is the one just made; `seconds` since the start."""
-
-    done: int
-    total: int
-    edit: StoredEdit
-    seconds: float
+# A residual memory takes D over this many edits: few enough that they do not disturb each other.
+EDITS_PER_MEMORY = 12
+# Earlier edits that are asked again after each new one: those whose masks overlap most with its own.
+NEIGHBOURS = 4
 
 
 class Editor:
@@ -112,20 +111,18 @@ class Editor:
         given = chat_contexts()[:wanted] if self.chat else own_prefixes(self.base, wanted, self.seed)
         self.contexts: tuple[Any, ...] = tuple(given)
         self.permutation = permutation(self.base.d, self.seed)
-        rows = [self._prompt_ids(p) for p in background_prompts()]
+        rows = [prompt_ids(self.base.tokenizer, p, chat=self.chat) for p in background_prompts()]
         means = question_means(self.base, rows, [find_span(ids, self.span) for ids in rows])
         self.background = means.mean(0).cpu().numpy()
-        self.edits: list[StoredEdit] = []
         self._forget()
         self._prepare()
 
     def _forget(self) -> None:
         """Begin with nothing trained."""
-        self.memories = torch.zeros(1, self.base.h, self.base.d, device=self.base.device)
-        self._used = torch.zeros(1, self.base.d, self.base.d, device=self.base.device)
-        self.codes = np.empty((0, self.base.d // 8), dtype=np.uint8)
-        self.ids = np.empty(0, dtype=np.int64)
-        self.memory_of = np.empty(0, dtype=np.int32)
+        self.memories = [torch.zeros(self.base.h, self.base.d, device=self.base.device)]
+        self._open = Memory(self.memories[0])
+        self.edits: list[StoredEdit] = []
+        self.index = HammingIndex(self.base.d, self.k)
 
     def _load(self, store: EditStore) -> None:
         store.require(self.base.identity, self.base.name)
@@ -138,241 +135,248 @@ class Editor:
         except msgspec.ValidationError as error:
             raise StoreError(f"store {self.path} is damaged (training: {error}): restore it from a backup") from None
         self.permutation, self.background = store.permutation, store.background
-        self.memories = torch.as_tensor(store.memories, device=self.base.device).clone()
+        self.memories = [torch.tensor(memory, device=self.base.device) for memory in store.memories]
         self.edits = list(store.edits)
-        self.codes, self.ids, self.memory_of = store.codes, store.ids, store.memory_of
+        self.index = HammingIndex.from_codes(self.base.d, self.k, store.ids, store.codes)
         self._prepare()
 
     def _prepare(self) -> None:
-        self.fingerprint = Fingerprint(self.background, self.permutation, self.k, self.base.device)
-        self._past = self._frozen_contexts()
-        self._other_tokens = np.array([t for p in background_prompts() for t in self.base.tokenizer(p).input_ids])
-        # C of `train`, one a memory: what earlier edits rely on. Not stored, since the edits can give it again.
-        self._used = torch.zeros(len(self.memories), self.base.d, self.base.d, device=self.base.device)
+        fingerprint = Fingerprint(self.background, self.permutation, self.k, self.base.device)
+        self._wordings = Wordings(
+            self.base, self.span, self.contexts, fingerprint, self.training, chat=self.chat, seed=self.seed
+        )
+        self._changed = False
+        self._products = HalfProducts(self.base) if half_is_faster(self.base) else None
+        self._open = Memory(self.memories[-1])
         for edit in self.edits:
-            self._recall(edit, 1)
+            if edit.trained and edit.memory == len(self.memories) - 1:
+                self._open.add(edit.id, self._lessons_of(edit))
 
-    def _columns(self, code: np.ndarray) -> torch.Tensor:
-        """Positions of the ones of one packed code: int64 [k]."""
-        return torch.as_tensor(np.flatnonzero(unpack(code, self.base.d)[0]), device=self.base.device)
-
-    def _remember(self, memory: int, columns: torch.Tensor, activations: torch.Tensor, sign: int = 1) -> None:
-        self._used[memory][columns[:, None], columns] += sign * (activations.T @ activations)
-
-    def _recall(self, edit: StoredEdit, sign: Literal[1, -1]) -> None:
-        """Count a stored edit among those that training must leave alone (1), or no longer (-1)."""
-        prompt, target = self._rows(edit)
-        columns = self._columns(self.codes[self.ids == edit.id][:1])
-        question = prompt[find_span(prompt, self.span).start :]
-        answer = [*target, end_token(self.base.tokenizer)]
-        activations = edit_activations(self.base, self._past, question, answer, columns)
-        self._remember(edit.memory, columns, activations, sign)
+    def _quick(self) -> AbstractContextManager[None]:
+        """Within the context the model may round its products, where that is faster."""
+        return self._products.used() if self._products else nullcontext()
 
     def add(
         self,
         edits: Iterable[Edit],
         *,
         on_conflict: Conflict = "refuse",
+        rephrase_masks: bool = False,
+        keep_failed: bool = False,
         progress: Callable[[Progress], None] = lambda _: None,
     ) -> list[StoredEdit]:
-        """Train edits in order and commit them. Returns those that are new.
+        """Train edits in order and commit them. Returns those that are new; `outcome` tells what became of the others.
 
         An edit that the store has already is skipped, so an interrupted run is resumed by running it again.
-        on_conflict: what happens to a prompt that the store answers otherwise: "refuse" raises EditFileError,
-        "first" keeps the stored edit, "last" replaces it. All edits are checked before the first is trained.
+        on_conflict: what happens to a question that the store answers otherwise. The same text: "refuse" and "both"
+        raise EditFileError before the first edit is trained, "first" keeps the stored edit, "last" replaces it. Other
+        words with nearly the same mask: "refuse" and "first" leave the new edit out, "last" replaces the stored one,
+        "both" stores it beside that one; each is reported.
+        rephrase_masks: an edit's rephrasings are trained too and get masks of their own.
+        keep_failed: store edits that failed the audit as well.
         Interrupted (KeyboardInterrupt, or any error), the edits that are done are committed first.
         """
-        todo, replaced = self._plan(list(edits), on_conflict)
-        made: list[StoredEdit] = []
+        given = list(edits)
+        for edit in given:
+            self._wordings.check(edit)
+        todo, replaced = plan(given, self.edits, on_conflict)
+        self.outcome = outcome = Outcome(skipped=len(given) - len(todo))
         started = committed = time.monotonic()
+        pause = CHECKPOINT_EVERY
         try:
-            for edit in todo:
-                if old := replaced.get(same_prompt(edit.prompt)):
-                    self._recall(old, -1)
-                made.append(self._train(edit))
+            for done, edit in enumerate(todo, 1):
+                old = replaced.get(same_prompt(edit.prompt))
+                extra = len(edit.rephrases) if rephrase_masks else 0
+                stored = self._add(edit, old, on_conflict, extra, keep_failed)
                 now = time.monotonic()
-                if now - committed > CHECKPOINT_EVERY:
-                    self._commit(made, replaced)
-                    committed = now
-                progress(Progress(len(made), len(todo), made[-1], now - started))
+                if now - committed > pause:
+                    self._commit()
+                    committed = time.monotonic()
+                    pause = max(CHECKPOINT_EVERY, 20 * (committed - now))
+                progress(Progress(done, len(todo), stored, now - started))
         finally:
-            if made:
-                self._commit(made, replaced)
-        return made
+            if self._changed:
+                self._commit()
+        return outcome.stored
 
     def compact(self, progress: Callable[[Progress], None] = lambda _: None) -> list[StoredEdit]:
         """Train the stored edits again, from an empty memory, in their order and under their ids, and publish that.
 
-        Returns them. Nothing is left of edits that were removed or replaced. Interrupted, store and editor are what
-        they were.
+        Returns them; one that fails the audit is kept, and named in `outcome`. Nothing is left of edits that were
+        removed or replaced. Interrupted, store and editor are what they were.
         """
-        held = self.memories, self._used, self.codes, self.ids, self.memory_of, self.next_id
-        made: list[StoredEdit] = []
+        held = self.memories, self._open, self.edits, self.index, self.next_id
+        self.outcome = Outcome()
         started = time.monotonic()
         try:
             self._forget()
-            for edit in self.edits:
+            _, _, edits, index, next_id = held
+            masks = Counter(index.ids.tolist())
+            for done, edit in enumerate(edits, 1):
                 self.next_id = edit.id
-                made.append(msgspec.structs.replace(self._train(edit), created=edit.created))
-                progress(Progress(len(made), len(self.edits), made[-1], time.monotonic() - started))
-            self.next_id = held[-1]
-            self._commit(made, {})
+                stored = self._add(edit, None, "both", masks[edit.id] - 1, keep_failed=True)
+                progress(Progress(done, len(edits), stored, time.monotonic() - started))
+            self.next_id = next_id
+            self._commit()
         except BaseException:
-            self.memories, self._used, self.codes, self.ids, self.memory_of, self.next_id = held
+            self.memories, self._open, self.edits, self.index, self.next_id = held
+            self._changed = False
             raise
-        return made
+        return self.outcome.stored
 
-    def _plan(self, edits: list[Edit], on_conflict: Conflict) -> tuple[list[Edit], dict[str, StoredEdit]]:
-        """The edits to train, and for each prompt of theirs that is stored with another target the stored edit."""
-        stored = {same_prompt(edit.prompt): edit for edit in self.edits}
-        todo: list[Edit] = []
-        replaced: dict[str, StoredEdit] = {}
-        for edit in edits:
-            self._rows(edit)
-            old = stored.get(same_prompt(edit.prompt))
-            if old is None:
-                todo.append(edit)
-            elif old.target == edit.target or on_conflict == "first":
-                continue
-            elif on_conflict == "last":
-                todo.append(edit)
-                replaced[same_prompt(edit.prompt)] = old
-            else:
-                raise EditFileError(
-                    f"prompt {edit.prompt!r} is stored with target {old.target!r} (edit {old.id}), the file says "
-                    f"{edit.target!r}: choose with --on-conflict first (keep the stored one) or last (replace it)"
-                )
-        return todo, replaced
+    def _add(
+        self, edit: Edit | StoredEdit, old: StoredEdit | None, on_conflict: Conflict, extra: int, keep_failed: bool
+    ) -> StoredEdit | None:
+        """Train one edit, ask it back and take it up, or say in `outcome` why not. extra: rephrasings to train too."""
+        frozen, codes = self._wordings.trained(edit, self.next_id, extra, self._quick())
+        rival = self._contradicted(edit, codes[:1]) if old is None else None
+        if rival:
+            self.outcome.conflicting.append(rival)
+            if on_conflict in ("refuse", "first"):
+                return None
+            if on_conflict == "last":
+                old = rival.stored
+        if old:
+            self._open.forget(old.id)
+        lessons = self._wordings.lessons(frozen, edit, len(codes))
+        trained, problem = self._learn(frozen, lessons)
+        if problem:
+            self.outcome.failed.append(Failed(edit.prompt, edit.target, problem))
+            if not keep_failed:
+                if old and old.trained and old.memory == len(self.memories) - 1:
+                    self._open.add(old.id, self._lessons_of(old))
+                return None
+        self._open.weight[:, trained.columns] = trained.weights
+        return self._take_up(edit, trained, lessons, codes, old)
 
-    def _prompt_ids(self, prompt: Prompt) -> list[int]:
-        return prompt_ids(self.base.tokenizer, prompt, chat=self.chat)
+    def _contradicted(self, edit: Edit | StoredEdit, code: np.ndarray) -> Conflicting | None:
+        """The stored edit that answers the same question, going by the masks, otherwise."""
+        hit = self.index.search(code, SAME_QUESTION)
+        if hit.ids[0] < 0:
+            return None
+        stored = next(one for one in self.edits if one.id == hit.ids[0])
+        if not stored.trained or same_prompt(stored.target) == same_prompt(edit.target):
+            return None
+        return Conflicting(edit.prompt, edit.target, stored, round(float(hit.overlaps[0]), 4))
 
-    def _rows(self, edit: Edit | StoredEdit) -> tuple[list[int], list[int]]:
-        """Token ids of prompt and target. Raises EditFileError where the model cannot be trained on them."""
-        prompt = self._prompt_ids(edit.prompt)
-        target = target_ids(self.base.tokenizer, edit.target, chat=self.chat)
-        span = find_span(prompt, self.span)
-        if span.start >= span.end:
-            raise EditFileError(f"prompt {edit.prompt!r} has no tokens to pool: give a longer prompt")
-        if not target:
-            raise EditFileError(f"target {edit.target!r} of prompt {edit.prompt!r} has no tokens: give a longer target")
-        asked = max([self._past.width + len(prompt), *map(len, self._in_contexts(edit.prompt))])
-        longest = asked + len(target) + 1
-        if longest > self.base.max_length:
-            raise EditFileError(
-                f"prompt {edit.prompt[:60]!r} and its target need {longest} tokens, {self.base.name} takes "
-                f"{self.base.max_length}: shorten them"
+    def _learn(self, frozen: Frozen, lessons: list[Lesson]) -> tuple[Trained, str]:
+        """Train until the edit is answered and its neighbours still are; what is wrong, or "".
+
+        The second try is with more steps; the third, of an edit that costs others theirs, in a new memory.
+        """
+        if len(self._open.lessons) >= (self.training.edits_per_memory or self.base.d // EDITS_PER_MEMORY):
+            self._open_memory()
+        trained, problem, lost = self._try(frozen, lessons, self.training)
+        if problem:
+            self.outcome.retried += 1
+        if problem and not lost:
+            patient = replace(
+                self.training, stop_loss=self.training.stop_loss / 4, max_steps=2 * self.training.max_steps
             )
-        return prompt, target
+            trained, problem, lost = self._try(frozen, lessons, patient)
+        if lost:
+            self._open_memory()
+            trained, problem, _ = self._try(frozen, lessons, self.training)
+        return trained, problem
 
-    def _frozen_contexts(self) -> FrozenPast:
-        """The tokens before the question, in every training context; the first is the bare prompt's own."""
-        if self.span.rule == "all":  # every token is edited, so nothing before the question is frozen
-            count = 1 + len(self.contexts) + self.training.variants
-            return FrozenPast(None, torch.zeros(count, dtype=torch.int64, device=self.base.device))
-        bare = self._prompt_ids("Who?")
-        rows = [bare[: find_span(bare, self.span).start]]
-        for context in self.contexts:
-            if self.chat:
-                ids = self._prompt_ids([*context, {"role": "user", "content": "Who?"}])
-                rows.append(ids[: find_span(ids, self.span).start])
-            else:
-                rows.append(self._prompt_ids(context))
-        return frozen_past(self.base, rows + rows[:1] * self.training.variants)
+    def _try(self, frozen: Frozen, lessons: list[Lesson], training: Training) -> tuple[Trained, str, bool]:
+        """Train, ask back with the trained weights, and put the memory back: (result, what is wrong, others lost)."""
+        memory = self._open
+        with self._quick():
+            trained = train_edit(self.base, frozen, memory.weight, memory.used, training)
+        before = memory.weight[:, trained.columns]
+        memory.weight[:, trained.columns] = trained.weights
+        try:
+            if not all(answered(self.base, lessons, memory.weight)):
+                reason = f"the target is not the first choice after {trained.steps} steps (loss {trained.loss:.3f})"
+                return trained, reason, False
+            near = memory.nearest(trained.columns, NEIGHBOURS)
+            with self._quick():
+                near = memory.forgotten(self.base, near)
+            lost = memory.forgotten(self.base, near)  # what seems lost is asked again without rounding
+        finally:
+            memory.weight[:, trained.columns] = before
+        return trained, f"it would overwrite edit {lost[0]}" if lost else "", bool(lost)
 
-    def _in_contexts(self, prompt: str) -> list[list[int]]:
-        """Token ids of a prompt after each context, where contexts are edited too (rule "all"); else nothing."""
-        if self.span.rule != "all":
-            return []
-        if self.chat:
-            return [self._prompt_ids([*context, {"role": "user", "content": prompt}]) for context in self.contexts]
-        return [self._prompt_ids(f"{context} {prompt}") for context in self.contexts]
+    def _open_memory(self) -> None:
+        self.memories.append(torch.zeros_like(self._open.weight))
+        self._open = Memory(self.memories[-1])
 
-    def _questions(self, edit: Edit | StoredEdit, prompt: list[int], span: Span) -> list[list[int]]:
-        """What follows each context of `_frozen_contexts`: the question as it is, or a noisy variant of it."""
-        question, rest = prompt[span.start : span.end], prompt[span.end :]
-        random = np.random.default_rng([self.seed, self.next_id])
-        # Rows with their context in them are whole: under the rule "all" no `rest` follows the question.
-        rows = [question, *(self._in_contexts(edit.prompt) or [question] * len(self.contexts))]
-        for _ in range(self.training.variants):
-            replaced = random.random(len(question)) < self.training.noise
-            others = random.choice(self._other_tokens, len(question))
-            rows.append(np.where(replaced, others, question).tolist())
-        return [[*row, *rest] for row in rows]
+    def _lessons_of(self, edit: StoredEdit) -> list[Lesson]:
+        """The lessons of a stored edit, run again."""
+        masks = int((self.index.ids == edit.id).sum())
+        return self._wordings.lessons(self._wordings.asked(edit, masks - 1)[0], edit, masks)
 
-    def _train(self, edit: Edit | StoredEdit) -> StoredEdit:
-        prompt, target = self._rows(edit)
-        span = find_span(prompt, self.span)
-        code = self.fingerprint.codes(question_means(self.base, [prompt], [span]))
-        columns = self._columns(code)
-        answer = [*target, end_token(self.base.tokenizer)]
-        memory = len(self.memories) - 1
-        result = train_edit(
-            self.base,
-            self._past,
-            self._questions(edit, prompt, span),
-            answer,
-            columns,
-            weights=self.memories[memory][:, columns],
-            used=self._used[memory][columns[:, None], columns],
-            training=self.training,
-        )
-        self.memories[memory][:, columns] = result.columns
-        self._remember(memory, columns, result.activations)
-        self.codes = np.concatenate([self.codes, code])
-        self.ids = np.append(self.ids, np.int64(self.next_id))
-        self.memory_of = np.append(self.memory_of, np.int32(memory))
+    def _take_up(
+        self,
+        edit: Edit | StoredEdit,
+        trained: Trained,
+        lessons: list[Lesson],
+        codes: np.ndarray,
+        old: StoredEdit | None,
+    ) -> StoredEdit:
         stored = StoredEdit(
             id=self.next_id,
             prompt=edit.prompt,
             target=edit.target,
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-            loss=round(result.loss, 5),
-            steps=result.steps,
-            memory=memory,
+            created=edit.created if isinstance(edit, StoredEdit) else datetime.now(UTC).isoformat(timespec="seconds"),
+            loss=round(trained.loss, 5),
+            steps=trained.steps,
+            memory=len(self.memories) - 1,
             subject=edit.subject,
             rephrases=edit.rephrases,
             source=edit.source,
         )
+        self._open.weight[:, trained.columns] = trained.weights
+        self._open.add(stored.id, lessons)
+        if old:
+            self.index.remove([old.id])
+            self.edits.remove(old)
+        self.index.add([stored.id] * len(codes), codes)
+        self.edits.append(stored)
+        self.outcome.stored.append(stored)
         self.next_id += 1
+        self._changed = True
         return stored
 
-    def _commit(self, made: Sequence[StoredEdit], replaced: dict[str, StoredEdit]) -> None:
+    def fields(self, edits: Iterable[StoredEdit]) -> dict[str, Any]:
+        """What `write_generation` takes as `manifest`, for a next generation of these edits."""
+        return {
+            "generation": self.generation + 1,
+            "model": self.base.name,
+            "base": self.base.identity,
+            "module": self.base.module,
+            "layer": self.base.layer,
+            "d": self.base.d,
+            "h": self.base.h,
+            "k": self.k,
+            "tau": self.tau,
+            "span": self.span,
+            "chat": self.chat,
+            "dtype": str(self.base.model.dtype).removeprefix("torch."),
+            "seed": self.seed,
+            "contexts": self.contexts,
+            "training": msgspec.to_builtins(self.training),
+            "next_id": self.next_id,
+            "untrained": sum(not edit.trained for edit in edits),
+        }
+
+    def _commit(self) -> None:
         """Write everything trained so far as the next generation."""
-        gone = {replaced[key].id for edit in made if (key := same_prompt(edit.prompt)) in replaced}
-        kept = {edit.id: edit for edit in (*self.edits, *made) if edit.id not in gone}
-        keep = np.isin(self.ids, list(kept))
+        memory_of = {edit.id: edit.memory for edit in self.edits}
         manifest = write_generation(
             self.path,
-            {
-                "generation": self.generation + 1,
-                "model": self.base.name,
-                "base": self.base.identity,
-                "module": self.base.module,
-                "layer": self.base.layer,
-                "d": self.base.d,
-                "h": self.base.h,
-                "k": self.k,
-                "tau": self.tau,
-                "span": self.span,
-                "chat": self.chat,
-                "dtype": str(self.base.model.dtype).removeprefix("torch."),
-                "seed": self.seed,
-                "contexts": self.contexts,
-                "training": msgspec.to_builtins(self.training),
-                "next_id": self.next_id,
-            },
-            memories=self.memories.float().cpu().numpy(),
+            self.fields(self.edits),
+            memories=torch.stack(self.memories).cpu().numpy(),
             background=self.background,
             permutation=self.permutation,
-            codes=self.codes[keep],
-            ids=self.ids[keep],
-            memory_of=self.memory_of[keep],
-            edits=list(kept.values()),
+            codes=self.index.codes,
+            ids=self.index.ids,
+            memory_of=np.array([memory_of[edit] for edit in self.index.ids.tolist()], dtype=np.int32),
+            edits=self.edits,
         )
         self.generation = manifest.generation
-        self.edits = list(kept.values())
-        self.codes, self.ids, self.memory_of = self.codes[keep], self.ids[keep], self.memory_of[keep]
+        self._changed = False
 
 
 def _refuse_foreign(path: Path) -> None:

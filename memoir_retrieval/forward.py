@@ -51,15 +51,15 @@ class FrozenPast:
         self.lengths = lengths
         self.width = int(lengths.max())
 
-    def first(self) -> FrozenPast:
-        """The first context alone."""
-        n = int(self.lengths[0])
+    def take(self, rows: Sequence[int]) -> FrozenPast:
+        """Some of the contexts, in the order and as often as they are named."""
+        lengths = self.lengths[list(rows)]
+        n = int(lengths.max())
         if self.cache is None or n == 0:
-            return FrozenPast(None, self.lengths[:1])
-        kept = [
-            _FrozenLayer(x.keys[:1, :, self.width - n :], x.values[:1, :, self.width - n :]) for x in self.cache.layers
-        ]
-        return FrozenPast(Cache(layers=kept), self.lengths[:1])
+            return FrozenPast(None, lengths)
+        at, skip = list(rows), self.width - n
+        kept = [_FrozenLayer(x.keys[at, :, skip:], x.values[at, :, skip:]) for x in self.cache.layers]
+        return FrozenPast(Cache(layers=kept), lengths)
 
     def repeated(self, n: int) -> FrozenPast:
         """A single context as that of n rows. Nothing is copied."""

@@ -34,10 +34,11 @@ def remove_edits(folder: Path, ids: Sequence[int]) -> Manifest:
     EditStore.open(folder, check=False)  # a folder that is no store must not get a lock file
     with store_lock(folder):
         store = EditStore.open(folder)
-        gone = {store.edit(edit_id).id for edit_id in ids}
+        gone = {edit_id: store.edit(edit_id) for edit_id in ids}
+        untrained = store.manifest.untrained - sum(not edit.trained for edit in gone.values())
         return write_generation(
             folder,
-            fields_of(store.manifest) | {"generation": store.manifest.generation + 1},
+            fields_of(store.manifest) | {"generation": store.manifest.generation + 1, "untrained": untrained},
             memories=store.memories,
             background=store.background,
             permutation=store.permutation,

@@ -136,6 +136,14 @@ class EditStore:
                     f"{what} {theirs[:12]}: use the model it was made on, or edit this model into a new store"
                 )
 
+    def require_trained(self) -> None:
+        """Raise StoreError for a store with edits that were never trained: they would match and change nothing."""
+        if untrained := self.manifest.untrained:
+            raise StoreError(
+                f"{untrained} of {len(self.edits)} edits of store {self.path} are not trained, so they cannot answer: "
+                f"train them with `memoir edit FILE --store {self.path}`, or remove them"
+            )
+
     @cached_property
     def _edit_ids(self) -> np.ndarray:
         return np.fromiter((edit.id for edit in self.edits), np.int64, len(self.edits))

@@ -11,7 +11,8 @@ the last to be used. And the step is Polyak's, loss over squared gradient, which
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from memoir_retrieval.model import BaseModel
 
 IGNORED = -100  # what cross entropy leaves out
 
-__all__ = ["Trained", "Training", "edit_activations", "train_edit"]
+__all__ = ["Frozen", "Lesson", "Trained", "Training", "answered", "freeze", "train_edit"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Training:
     stand-in for rephrasings.
     max_steps, stop_loss: training ends at the step limit or below this mean loss (nats per target token).
     ridge: what a direction costs that no earlier edit uses; small values keep earlier edits more exactly.
+    edits_per_memory: a new residual memory is opened after so many; 0 leaves it to the editor.
     """
 
     contexts: int = 1
@@ -42,91 +44,178 @@ class Training:
     max_steps: int = 60
     stop_loss: float = 0.02
     ridge: float = 1.0
+    edits_per_memory: int = 0
 
 
 class Trained(NamedTuple):
-    """columns: float32 [H, k], the memory's active columns after the edit. activations: float32 [T, k], the edit's
-    masked activations in the bare prompt, to be remembered for later edits. loss: nats per target token."""
+    """The memory's columns after the edit: `columns` int64 [n] says which, `weights` float32 [H, n] what they hold.
+
+    loss: nats per target token, over all wordings.
+    """
 
     columns: torch.Tensor
-    activations: torch.Tensor
+    weights: torch.Tensor
     loss: float
     steps: int
 
 
-def train_edit(
+@dataclass(frozen=True)
+class Frozen:
+    """B rows of T tokens, each a question and its answer, run up to the edited block.
+
+    inputs: what the model is called with. lengths: int64 [B], without padding. hidden: [B, T, H], what enters the
+    edited block; activations: [B, T, D], what enters its projection. kept: int64 [P], the positions whose logits are
+    needed; labels: int64 [B, P], the token that each must predict, or -100. masks: bool [B, D], each row's own, all
+    ones until `masked`.
+    """
+
+    inputs: dict[str, Any]
+    lengths: torch.Tensor
+    hidden: torch.Tensor
+    activations: torch.Tensor
+    kept: torch.Tensor
+    labels: torch.Tensor
+    masks: torch.Tensor
+
+    def masked(self, masks: torch.Tensor) -> Frozen:
+        """The same rows with masks: bool [B, D]."""
+        return replace(self, masks=masks)
+
+    @property
+    def real(self) -> torch.Tensor:
+        """Which tokens are none of the padding: bool [B, T]."""
+        return torch.arange(self.hidden.shape[1], device=self.hidden.device) < self.lengths[:, None]
+
+    def lesson(self, row: int, answer: Sequence[int], past: FrozenPast) -> Lesson:
+        """A row to be asked again later."""
+        n = int(self.lengths[row])
+        columns = self.masks[row].nonzero()[:, 0]
+        ids = self.inputs["input_ids"][row, :n].tolist()
+        activations = self.activations[row, :n, columns].float()
+        return Lesson(ids, list(answer), self.hidden[row, :n].clone(), columns, activations, past)
+
+
+class Lesson(NamedTuple):
+    """One row of an edit: what is needed to ask it again without running what is frozen.
+
+    ids: question and answer without its end; answer: with it. hidden: [T, H]. columns: int64 [k], the mask's
+    positions. activations: float32 [T, k], on these columns. past: the one context before the question.
+    """
+
+    ids: list[int]
+    answer: list[int]
+    hidden: torch.Tensor
+    columns: torch.Tensor
+    activations: torch.Tensor
+    past: FrozenPast
+
+
+def freeze(
     base: BaseModel,
     past: FrozenPast,
     questions: Sequence[Sequence[int]],
     answer: Sequence[int],
-    columns: torch.Tensor,
-    weights: torch.Tensor,
-    used: torch.Tensor,
-    training: Training,
-) -> Trained:
-    """Train one edit, each of B questions after its own context of `past`.
+    exact: int = 1,
+    quick: AbstractContextManager[Any] | None = None,
+) -> Frozen:
+    """Run questions, each after its own context of `past`, and the answer up to the edited block.
 
-    questions: for each context the token ids from the question's first token to the end of the prompt; the first is
-    the prompt as it is. answer: target ids and the end token. columns: int64 [k], the mask's
-    positions. weights: float32 [H, k], the memory's columns there. used: float32 [k, k], C on those columns.
+    questions: token ids from the question's first token to the end of the prompt. answer: target ids and the end
+    token, which is predicted, never read. exact: rows at the front whose activations make fingerprints; each is run
+    alone, so that it is the same whatever it is trained with. quick: entered while the others are run.
     """
-    inputs, lengths = _inputs(base, past, questions, answer)
-    hidden, activations = frozen_run(base, inputs)
-    kept, labels = _labels(questions, answer, base.device)
-    real = torch.arange(int(lengths.max()), device=base.device) < lengths[:, None]
-    seen = activations[..., columns].float() * real[..., None]  # the padding must span no direction
+    ids, lengths = right_pad([[*question, *answer[:-1]] for question in questions], base.device)
+    parts = [frozen_run(base, past.take([i]).inputs(ids[i : i + 1, : int(lengths[i])])) for i in range(exact)]
+    if len(questions) > exact:
+        with quick or nullcontext():
+            parts.append(frozen_run(base, past.take(range(exact, len(questions))).inputs(ids[exact:])))
+    hidden, activations = (
+        torch.cat([functional.pad(part[i], (0, 0, 0, ids.shape[1] - part[i].shape[1])) for part in parts])
+        for i in (0, 1)
+    )
+    kept, labels = _labels([len(question) for question in questions], [answer] * len(questions), base.device)
+    masks = torch.ones(len(questions), base.d, dtype=torch.bool, device=base.device)
+    return Frozen(past.inputs(ids), lengths, hidden, activations, kept, labels, masks)
+
+
+def train_edit(
+    base: BaseModel, frozen: Frozen, weight: torch.Tensor, used: torch.Tensor, training: Training
+) -> Trained:
+    """Train one edit on all rows of `frozen`.
+
+    weight: float32 [H, D], the memory. used: float32 [D, D], C.
+    """
+    columns = frozen.masks.any(0).nonzero()[:, 0]
+    # Each row acts on the columns of its own mask; the padding must span no direction.
+    seen = frozen.activations[..., columns].float() * frozen.masks[:, None, columns] * frozen.real[..., None]
     rows = seen.flatten(0, 1)
-    basis = _basis(rows, used, training.ridge)
+    basis = _basis(rows, used[columns[:, None], columns], training.ridge)
     features = rows @ basis.T
-    before = rows @ weights.T
+    before = rows @ weight[:, columns].T
     change = torch.zeros(len(basis), base.h, device=base.device, requires_grad=True)
 
     def delta(a: torch.Tensor) -> torch.Tensor:
         return (before + features @ change).view(*a.shape[:2], -1).to(a.dtype)
 
     steps, value = 0, float("inf")
-    with run_from_block(base, hidden, delta) as model, torch.enable_grad():
+    with run_from_block(base, frozen.hidden, delta) as model, torch.enable_grad():
         for steps in range(training.max_steps + 1):
-            logits = model(**inputs, logits_to_keep=kept).logits
-            loss = functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
+            logits = model(**frozen.inputs, logits_to_keep=frozen.kept).logits
+            loss = functional.cross_entropy(logits.float().flatten(0, 1), frozen.labels.flatten())
             value = loss.item()
             if value < training.stop_loss or steps == training.max_steps:
                 break
             (gradient,) = torch.autograd.grad(loss, change)
             with torch.no_grad():
                 change -= value / gradient.square().sum().clamp_min(1e-20) * gradient
-    return Trained(weights + change.detach().T @ basis, seen[0, : lengths[0]], value, steps)
+    return Trained(columns, weight[:, columns] + change.detach().T @ basis, value, steps)
 
 
-def edit_activations(
-    base: BaseModel, past: FrozenPast, question: Sequence[int], answer: Sequence[int], columns: torch.Tensor
-) -> torch.Tensor:
-    """The activations that `train_edit` returned for this edit: float32 [T, k]."""
-    _, activations = frozen_run(base, _inputs(base, past.first(), [question], answer)[0])
-    return activations[0][:, columns].float()
+@torch.no_grad()
+def answered(base: BaseModel, lessons: Sequence[Lesson], weight: torch.Tensor) -> list[bool]:
+    """Whether each lesson's answer is the model's first choice at every token of it.
 
-
-def _inputs(
-    base: BaseModel, past: FrozenPast, questions: Sequence[Sequence[int]], answer: Sequence[int]
-) -> tuple[dict[str, Any], torch.Tensor]:
-    """Model inputs for the questions and the answer, padded on the right, and the rows' lengths int64 [B].
-
-    The last answer token is predicted, never read.
+    weight: float32 [H, D], the memory. Lessons after the same context share a pass.
     """
-    ids, lengths = right_pad([[*question, *answer[:-1]] for question in questions], base.device)
-    return past.inputs(ids), lengths
+    together: dict[int, list[int]] = {}
+    for i, one in enumerate(lessons):
+        together.setdefault(id(one.past), []).append(i)
+    right = [False] * len(lessons)
+    for group in together.values():
+        for i, found in zip(group, _answered(base, [lessons[i] for i in group], weight), strict=True):
+            right[i] = found
+    return right
+
+
+def _answered(base: BaseModel, lessons: Sequence[Lesson], weight: torch.Tensor) -> list[bool]:
+    ids, _ = right_pad([one.ids for one in lessons], base.device)
+    questions = [len(one.ids) - len(one.answer) + 1 for one in lessons]
+    kept, labels = _labels(questions, [one.answer for one in lessons], base.device)
+
+    def padded(rows: Sequence[torch.Tensor]) -> torch.Tensor:
+        return torch.stack([functional.pad(row, (0, 0, 0, ids.shape[1] - len(row))) for row in rows])
+
+    hidden = padded([one.hidden for one in lessons])
+    added = padded([one.activations @ weight[:, one.columns].T for one in lessons])
+    inputs = lessons[0].past.take([0] * len(lessons)).inputs(ids)
+    with run_from_block(base, hidden, lambda a: added.to(a.dtype)) as model:
+        chosen = model(**inputs, logits_to_keep=kept).logits.argmax(-1)
+    return ((chosen == labels) | (labels == IGNORED)).all(1).tolist()
 
 
 def _labels(
-    questions: Sequence[Sequence[int]], answer: Sequence[int], device: torch.device
+    lengths: Sequence[int], answers: Sequence[Sequence[int]], device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The positions whose logits are needed, int64 [P], and what they must predict in each row, int64 [B, P]."""
-    ends = [len(question) - 1 for question in questions]
-    kept = torch.arange(min(ends), max(ends) + len(answer), device=device)
-    labels = torch.full((len(ends), len(kept)), IGNORED, device=device)
-    for row, end in enumerate(ends):
-        labels[row, end - min(ends) :][: len(answer)] = torch.tensor(list(answer), device=device)
-    return kept, labels
+    """The positions whose logits are needed, int64 [P], and what they must predict in each row, int64 [B, P].
+
+    lengths: tokens of each question, which its answer follows.
+    """
+    first = min(lengths) - 1
+    last = max(n - 1 + len(answer) for n, answer in zip(lengths, answers, strict=True))
+    labels = torch.full((len(lengths), last - first), IGNORED, device=device)
+    for row, (n, answer) in enumerate(zip(lengths, answers, strict=True)):
+        labels[row, n - 1 - first :][: len(answer)] = torch.tensor(list(answer), device=device)
+    return torch.arange(first, last, device=device), labels
 
 
 def _basis(rows: torch.Tensor, used: torch.Tensor, ridge: float) -> torch.Tensor:
@@ -136,7 +225,8 @@ def _basis(rows: torch.Tensor, used: torch.Tensor, ridge: float) -> torch.Tensor
     the metric of the module's docstring.
     """
     eye = torch.eye(len(used), device=used.device)
-    preconditioned = torch.linalg.solve(used / ridge + eye, rows.T).T
+    factor = torch.linalg.cholesky(used / ridge + eye)
+    preconditioned = torch.cholesky_solve(rows.T, factor).T
     gram = rows @ preconditioned.T
     values, vectors = torch.linalg.eigh((gram + gram.T) / 2)
     strong = values > values[-1] * 1e-5

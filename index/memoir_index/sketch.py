@@ -118,6 +118,12 @@ class _Search:
             here = (place >= 0) & (place < block.rows)
             self._offer(block, start, queries[here], place[here])
             start += block.rows
+        left = queries[self.best.place[queries] < 0]  # all that a sketch showed of them is gone
+        start = 0
+        for block in blocks if len(left) else ():
+            dist, at = nearest_there(block, self.codes[left], 1)
+            self.best.offer(left, dist[:, 0], at[:, 0] + start)
+            start += block.rows
 
     def _limits(self, bits: int) -> NDArray[np.int64]:
         return limits_for(self._d, self._radius, bits, self.best.distance)

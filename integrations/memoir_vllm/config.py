@@ -126,6 +126,7 @@ def keeps_sums(vllm_config: VllmConfig, kv_cache_groups: int) -> bool:
 def open_store(config: MemoirConfig, model: ModelConfig) -> EditStore:
     """Open the store and check that it was made on the served model. Raises StoreError or ModelError."""
     store = EditStore.open(config.store)
+    store.require_trained()
     store.require(identify(resolve(model.model), store.manifest.module), model.model)
     return store
 

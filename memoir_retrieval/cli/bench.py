@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from memoir_retrieval.background import background_prompts
+from memoir_retrieval.cli.bench_edit import bench_edit
 from memoir_retrieval.cli.bench_index import bench_index
 from memoir_retrieval.cli.common import echo_json, json_option, model_option, notes, run_benchmark
 from memoir_retrieval.cli.latency import bench_latency
@@ -34,6 +35,7 @@ def bench() -> None:
 bench.add_command(bench_quality)
 bench.add_command(bench_latency)
 bench.add_command(bench_index)
+bench.add_command(bench_edit)
 
 
 @bench.command("serve")

@@ -24,8 +24,9 @@ from memoir_retrieval.store import MANIFEST, EditStore, Manifest
 
 if TYPE_CHECKING:
     from memoir_retrieval.edit import Edit, StoredEdit
-    from memoir_retrieval.editor import Conflict, Editor
-    from memoir_retrieval.editor import Progress as EditProgress
+    from memoir_retrieval.editor import Editor
+    from memoir_retrieval.outcome import Conflict
+    from memoir_retrieval.outcome import Progress as EditProgress
 
 __all__ = ["edit", "train"]
 
@@ -37,11 +38,14 @@ __all__ = ["edit", "train"]
 @click.option("--chat/--no-chat", default=None, help="Ask prompts through the chat template (default), or raw.")
 @click.option(
     "--on-conflict",
-    type=click.Choice(["refuse", "first", "last"]),
+    type=click.Choice(["refuse", "first", "last", "both"]),
     default="refuse",
     show_default=True,
-    help="The same prompt with another target: refuse, keep the first, or let the last one win.",
+    help="A question that is stored with another target: refuse, keep the first, let the last one win, or keep both "
+    "(where the words differ).",
 )
+@click.option("--rephrase-masks", is_flag=True, help="Train the file's rephrasings too, each with a mask of its own.")
+@click.option("--keep-failed", is_flag=True, help="Store edits that fail the audit as well.")
 @click.option("--layer", type=int, help="Block whose FFN projection is edited (default: the preset's).")
 @click.option("--k", type=int, help="Ones in every mask (default: the preset's).")
 @click.option("--tau", type=float, help="Least overlap that matches, in (0, 1] (default: the preset's).")
@@ -58,11 +62,17 @@ def edit(
     file_format: str | None,
     limit: int | None,
     on_conflict: Any,
+    rephrase_masks: bool,
+    keep_failed: bool,
     device: str,
     as_json: bool,
     **settings: Any,
 ) -> None:
     """Train the edits of FILE into a store, one after another.
+
+    Each is asked back before it is taken up. One that the model has not learnt, or that would overwrite others, is
+    tried again, and reported instead of stored if that fails too; so is one whose question is stored in other words
+    with another target. The exit code is 1 if any edit was left out that way.
 
     Edits that the store has already are skipped: an interrupted run goes on where it stopped, and a longer file
     is appended.
@@ -71,7 +81,7 @@ def edit(
     Example:
       memoir edit corrections.jsonl --model smollm2-135m --store edits
     """
-    edits = load_edits(file, file_format, limit, on_conflict)
+    edits = load_edits(file, file_format, limit, "refuse" if on_conflict == "both" else on_conflict)
     made = EditStore.open(store).manifest if (store / MANIFEST).exists() else None
     _agree(made, store, settings)
     name = model or (made.model if made else None)
@@ -96,36 +106,67 @@ def edit(
         seed=settings["seed"] or 0,
     )
     with editor:
-        held = editor.next_id
         try:
-            new = train(editor, edits, on_conflict, quiet=as_json)
+            train(editor, edits, on_conflict, rephrase_masks=rephrase_masks, keep_failed=keep_failed, quiet=as_json)
         except KeyboardInterrupt:
-            kept = sum(stored.id >= held for stored in editor.edits)
+            kept = len(editor.outcome.stored)
             raise click.Abort(f"{kept} new edits are kept in {store}; the same command goes on from there") from None
-    seconds = time.monotonic() - started
+    _tell(editor, store, time.monotonic() - started, as_json)
+
+
+def _tell(editor: Editor, store: Path, seconds: float, as_json: bool) -> None:
+    """Print what became of the edits. Exits with code 1 where one is not in the store that should be."""
+    outcome, new = editor.outcome, len(editor.outcome.stored)
     found = EditStore.open(store).manifest if (store / MANIFEST).exists() else None
     size = sum(entry.size for entry in (found.memory, found.codes, found.edits)) if found else 0
+    kept = {(edit.prompt, edit.target) for edit in outcome.stored}
+    refused = [(one.prompt, one.target) for one in outcome.failed]
+    refused += [(one.prompt, one.target) for one in outcome.conflicting]
     summary = {
-        "stored": len(new),
-        "skipped": len(edits) - len(new),
+        "stored": new,
+        "skipped": outcome.skipped,
+        "retried": outcome.retried,
+        "failed": [{"prompt": one.prompt, "target": one.target, "reason": one.reason} for one in outcome.failed],
+        "conflicting": [
+            {"prompt": one.prompt, "target": one.target, "edit": one.stored.id, "overlap": one.overlap}
+            for one in outcome.conflicting
+        ],
         "seconds": round(seconds, 2),
-        "seconds_per_edit": round(seconds / len(new), 3) if new else None,
+        "seconds_per_edit": round(seconds / new, 3) if new else None,
         "generation": found.generation if found else 0,
+        "memories": len(editor.memories),
         "store": str(store),
         "bytes": size,
     }
     if as_json:
         echo_json(summary)
-        return
-    speed = f", {summary['seconds_per_edit']} s an edit" if new else ""
-    click.echo(
-        f"{store}: {len(new)} edits stored, {summary['skipped']} were there already "
-        f"({seconds:.0f} s{speed}); generation {summary['generation']}, {size / 1e6:.2f} MB"
-    )
+    else:
+        for failed in outcome.failed:
+            click.echo(f"failed: {failed.prompt!r} -> {failed.target!r}: {failed.reason}", err=True)
+        for one in outcome.conflicting:
+            click.echo(
+                f"conflicting: {one.prompt!r} -> {one.target!r} with edit {one.stored.id}, {one.stored.prompt!r} -> "
+                f"{one.stored.target!r} (overlap {one.overlap}): choose with --on-conflict",
+                err=True,
+            )
+        speed = f", {summary['seconds_per_edit']} s an edit" if new else ""
+        click.echo(
+            f"{store}: {new} edits stored, {outcome.skipped} were there already, {outcome.retried} retried, "
+            f"{len(outcome.failed)} failed, {len(outcome.conflicting)} conflicting ({seconds:.0f} s{speed}); "
+            f"generation {summary['generation']}, {size / 1e6:.2f} MB"
+        )
+    if not kept.issuperset(refused):
+        raise SystemExit(1)
 
 
 def train(
-    editor: Editor, edits: Sequence[Edit], on_conflict: Conflict = "refuse", quiet: bool = False
+    editor: Editor,
+    edits: Sequence[Edit],
+    on_conflict: Conflict = "refuse",
+    *,
+    rephrase_masks: bool = False,
+    keep_failed: bool = False,
+    quiet: bool = False,
 ) -> list[StoredEdit]:
     """`Editor.add` with a progress bar: edits a second, the last edit's loss, time left."""
     columns = (
@@ -139,9 +180,12 @@ def train(
         task = bar.add_task("", total=None, rate=0.0, loss=float("nan"))
 
         def tell(p: EditProgress) -> None:
-            bar.update(task, completed=p.done, total=p.total, rate=p.done / p.seconds, loss=p.edit.loss)
+            loss = p.edit.loss if p.edit else float("nan")
+            bar.update(task, completed=p.done, total=p.total, rate=p.done / p.seconds, loss=loss)
 
-        return editor.add(edits, on_conflict=on_conflict, progress=tell)
+        return editor.add(
+            edits, on_conflict=on_conflict, rephrase_masks=rephrase_masks, keep_failed=keep_failed, progress=tell
+        )
 
 
 def _agree(made: Manifest | None, store: Path, settings: dict[str, Any]) -> None:

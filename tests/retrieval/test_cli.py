@@ -471,18 +471,18 @@ def test_an_interrupted_edit_says_what_is_kept(
 ) -> None:
     from memoir_retrieval import editor
 
-    train, trained = editor.Editor._train, []
+    add, added = editor.Editor._add, []
 
-    def until_the_second(self: editor.Editor, edit: Any) -> Any:
-        if trained:
+    def until_the_second(self: editor.Editor, edit: Any, *arguments: Any) -> Any:
+        if added:
             raise KeyboardInterrupt
-        trained.append(train(self, edit))
-        return trained[0]
+        added.append(add(self, edit, *arguments))
+        return added[0]
 
     new = [{"prompt": f"What is number {i}?", "target": f"It is {i}"} for i in range(3)]
     file = write(tmp_path / "more.jsonl", [*EDITS, *new])
     with monkeypatch.context() as patched:
-        patched.setattr(editor.Editor, "_train", until_the_second)
+        patched.setattr(editor.Editor, "_add", until_the_second)
         code, out, err = run(capsys, "edit", file, "--store", store, "--json")
     assert code == 130 and out == "" and "1 new edits are kept" in err and "Traceback" not in err
     summary = json.loads(run(capsys, "edit", file, "--store", store, "--json")[1])
@@ -546,3 +546,13 @@ def test_a_store_named_twice_is_one_store(store: Path, tiny: Path, monkeypatch: 
     merged = json.loads(command[command.index("--additional-config") + 1])
     assert merged == {"memoir": {"store": str(store.resolve())}}
     assert "--served-model-name" not in command and "--served-model-name=mine" in command
+
+
+@pytest.mark.slow
+def test_bench_edit_trains_both_ways_on_the_same_edits(
+    capsys: pytest.CaptureFixture[str], tiny: Path, tmp_path: Path
+) -> None:
+    file = write(tmp_path / "edits.jsonl", EDITS)
+    told = json.loads(run(capsys, "bench", "edit", file, "--model", tiny, "--json")[1])
+    assert told["edits"] == 2 and told["ours_reliability"] == 1.0 > told["published_reliability"]
+    assert min(told["ours_s"], told["published_s"], told["ratio"]) > 0

@@ -101,7 +101,7 @@ def _refusal(editor: Any) -> str:
     for rival in getattr(outcome, "conflicting", ()):
         there = rival.stored
         return (
-            f"edit {there.id} answers the same question in other words ({there.prompt!r}, overlap {rival.overlap}) with "
+            f"edit {there.id} ({there.prompt!r}, overlap {rival.overlap}) answers the same question with "
             f'{there.target!r}: remove it first, or send on_conflict "last" to replace it'
         )
     return "the edit was not taken up"

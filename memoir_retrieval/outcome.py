@@ -1,0 +1,89 @@
+"""What became of edits: stored, refused by the audit, or in contradiction to others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from memoir_retrieval.edit import Edit, StoredEdit, same_prompt
+from memoir_retrieval.errors import EditFileError
+
+__all__ = ["SAME_QUESTION", "Conflict", "Conflicting", "Failed", "Outcome", "Progress", "plan"]
+
+Conflict = Literal["refuse", "first", "last", "both"]
+
+SAME_QUESTION = 0.9
+"""Overlap from which on two prompts count as one question in other words (docs/measurements.md)."""
+
+
+@dataclass(frozen=True)
+class Failed:
+    """An edit that was not stored, or with `keep_failed` stored although `reason` speaks against it."""
+
+    prompt: str
+    target: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Conflicting:
+    """An edit whose question an edit of the store answers otherwise, found by the overlap of their masks."""
+
+    prompt: str
+    target: str
+    stored: StoredEdit
+    overlap: float
+
+
+@dataclass
+class Outcome:
+    """The end of one `Editor.add`. `skipped`: edits that the store had, or that on_conflict "first" left out."""
+
+    stored: list[StoredEdit] = field(default_factory=list)
+    skipped: int = 0
+    retried: int = 0
+    failed: list[Failed] = field(default_factory=list)
+    conflicting: list[Conflicting] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Told after every edit. `done` of `total` are dealt with; `edit` is the last one stored; `seconds` since the
+    start."""
+
+    done: int
+    total: int
+    edit: StoredEdit | None
+    seconds: float
+
+
+def plan(
+    edits: Sequence[Edit], stored: Sequence[StoredEdit], on_conflict: Conflict
+) -> tuple[list[Edit], dict[str, StoredEdit]]:
+    """The edits to train, and by question (`same_prompt`) the stored edits which they replace.
+
+    Raises EditFileError where a stored prompt comes with another target and `on_conflict` does not settle it.
+    """
+    known = {same_prompt(edit.prompt): edit for edit in stored}
+    todo: list[Edit] = []
+    replaced: dict[str, StoredEdit] = {}
+    for edit in edits:
+        old = known.get(same_prompt(edit.prompt))
+        if old is None:
+            todo.append(edit)
+        elif not old.trained:
+            todo.append(edit)
+            replaced[same_prompt(edit.prompt)] = old
+        elif old.target == edit.target or on_conflict == "first":
+            continue
+        elif on_conflict == "last":
+            todo.append(edit)
+            replaced[same_prompt(edit.prompt)] = old
+        else:
+            why = " (one question cannot keep both)" if on_conflict == "both" else ""
+            raise EditFileError(
+                f"prompt {edit.prompt!r} is stored with target {old.target!r} (edit {old.id}), the file says "
+                f"{edit.target!r}: choose with --on-conflict first (keep the stored one) or last (replace it){why}"
+            )
+    return todo, replaced

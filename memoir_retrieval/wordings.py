@@ -1,0 +1,152 @@
+"""An edit in every wording that it is trained in: as it is, rephrased, after contexts, with words replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from memoir_index import unpack
+from memoir_retrieval.background import background_prompts
+from memoir_retrieval.edit import Edit, StoredEdit
+from memoir_retrieval.errors import EditFileError
+from memoir_retrieval.fingerprint import Fingerprint
+from memoir_retrieval.forward import FrozenPast, frozen_past, span_mean
+from memoir_retrieval.model import BaseModel
+from memoir_retrieval.prompts import Prompt, end_token, prompt_ids, target_ids
+from memoir_retrieval.span import SpanRule, find_span
+from memoir_retrieval.train import Frozen, Lesson, Training, freeze
+
+__all__ = ["Wordings"]
+
+
+class Asked(NamedTuple):
+    """A prompt cut at its question. head: the tokens before it; question: from its first token to the end of the
+    prompt, of which the first `pooled` make the fingerprint."""
+
+    head: list[int]
+    question: list[int]
+    pooled: int
+
+
+class Wordings:
+    """Renders the edits of one store. What stands before every question is run once, here."""
+
+    def __init__(
+        self,
+        base: BaseModel,
+        span: SpanRule,
+        contexts: tuple[Any, ...],
+        fingerprint: Fingerprint,
+        training: Training,
+        *,
+        chat: bool,
+        seed: int,
+    ):
+        self.base = base
+        self.span = span
+        self.contexts = contexts
+        self.fingerprint = fingerprint
+        self.training = training
+        self.chat = chat
+        self.seed = seed
+        self._other_tokens = np.array([t for p in background_prompts() for t in base.tokenizer(p).input_ids])
+        self._past = self._frozen_contexts()
+        self._bare = self._past.take([0])
+
+    def check(self, edit: Edit) -> None:
+        """Raise EditFileError where the model cannot be trained on an edit."""
+        prompt = self._prompt_ids(edit.prompt)
+        target = target_ids(self.base.tokenizer, edit.target, chat=self.chat)
+        span = find_span(prompt, self.span)
+        if span.start >= span.end:
+            raise EditFileError(f"prompt {edit.prompt!r} has no tokens to pool: give a longer prompt")
+        if not target:
+            raise EditFileError(f"target {edit.target!r} of prompt {edit.prompt!r} has no tokens: give a longer target")
+        asked = max([self._past.width + len(prompt), *map(len, self._in_contexts(edit.prompt))])
+        longest = asked + len(target) + 1
+        if longest > self.base.max_length:
+            raise EditFileError(
+                f"prompt {edit.prompt[:60]!r} and its target need {longest} tokens, {self.base.name} takes "
+                f"{self.base.max_length}: shorten them"
+            )
+
+    def asked(self, edit: Edit | StoredEdit, rephrases: int = 0) -> tuple[Frozen, np.ndarray]:
+        """The prompt and the first of its rephrasings, run up to the edited block, and their masks uint8 [R, D/8]."""
+        return self._frozen(edit, [edit.prompt, *edit.rephrases[:rephrases]], [], [], nullcontext())
+
+    def trained(
+        self, edit: Edit | StoredEdit, number: int, rephrases: int, quick: AbstractContextManager[None]
+    ) -> tuple[Frozen, np.ndarray]:
+        """Like `asked`, with the wordings behind them that have no mask of their own: after contexts, and noisy.
+
+        number: the edit's id, from which its noise is drawn. quick: entered while these others are run.
+        """
+        question = self._cut(edit.prompt)
+        # Rows with their context in them are whole: under the rule "all" nothing follows the question.
+        others = self._in_contexts(edit.prompt) or [question.question] * len(self.contexts)
+        random = np.random.default_rng([self.seed, number])
+        for _ in range(self.training.variants):
+            words = question.question[: question.pooled]
+            replaced = random.random(len(words)) < self.training.noise
+            noisy = np.where(replaced, random.choice(self._other_tokens, len(words)), words).tolist()
+            others.append([*noisy, *question.question[question.pooled :]])
+        heads = [*range(1, 1 + len(self.contexts)), *[0] * self.training.variants]
+        return self._frozen(edit, [edit.prompt, *edit.rephrases[:rephrases]], others, heads, quick)
+
+    def lessons(self, frozen: Frozen, edit: Edit | StoredEdit, masks: int) -> list[Lesson]:
+        """The rows of `asked` or `trained` that have a mask of their own, to be asked again later."""
+        return [frozen.lesson(row, self._answer(edit), self._bare) for row in range(masks)]
+
+    def _frozen(
+        self,
+        edit: Edit | StoredEdit,
+        prompts: Sequence[str],
+        others: list[list[int]],
+        heads: list[int],
+        quick: AbstractContextManager[None],
+    ) -> tuple[Frozen, np.ndarray]:
+        cut = [self._cut(prompt) for prompt in prompts]
+        past = self._past.take([0] * len(cut) + heads)
+        frozen = freeze(
+            self.base, past, [one.question for one in cut] + others, self._answer(edit), exact=len(cut), quick=quick
+        )
+        means = [span_mean(frozen.activations[row], 0, one.pooled) for row, one in enumerate(cut)]
+        codes = self.fingerprint.codes(torch.stack(means))
+        bits = torch.as_tensor(unpack(codes, self.base.d), device=self.base.device)
+        return frozen.masked(torch.cat([bits, bits[:1].expand(len(others), -1)])), codes
+
+    def _answer(self, edit: Edit | StoredEdit) -> list[int]:
+        return [*target_ids(self.base.tokenizer, edit.target, chat=self.chat), end_token(self.base.tokenizer)]
+
+    def _cut(self, prompt: str) -> Asked:
+        ids = self._prompt_ids(prompt)
+        span = find_span(ids, self.span)
+        return Asked(ids[: span.start], ids[span.start :], span.end - span.start)
+
+    def _prompt_ids(self, prompt: Prompt) -> list[int]:
+        return prompt_ids(self.base.tokenizer, prompt, chat=self.chat)
+
+    def _frozen_contexts(self) -> FrozenPast:
+        """The tokens before the question: the bare prompt's own, then those of every training context."""
+        if self.span.rule == "all":  # every token is edited, so nothing before the question is frozen
+            return FrozenPast(None, torch.zeros(1 + len(self.contexts), dtype=torch.int64, device=self.base.device))
+        heads = [self._cut("Who?").head]
+        for context in self.contexts:
+            if self.chat:
+                ids = self._prompt_ids([*context, {"role": "user", "content": "Who?"}])
+                heads.append(ids[: find_span(ids, self.span).start])
+            else:
+                heads.append(self._prompt_ids(context))
+        return frozen_past(self.base, heads)
+
+    def _in_contexts(self, prompt: str) -> list[list[int]]:
+        """Token ids of a prompt after each context, where contexts are edited too (rule "all"); else nothing."""
+        if self.span.rule != "all":
+            return []
+        if self.chat:
+            return [self._prompt_ids([*context, {"role": "user", "content": prompt}]) for context in self.contexts]
+        return [self._prompt_ids(f"{context} {prompt}") for context in self.contexts]

@@ -1,0 +1,133 @@
+"""Each edit is asked back before it is taken up, and so are those that it could overwrite."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from memoir_retrieval import Edit, EditedModel, Editor, EditStore, Retriever, Training, editor, load_model
+from memoir_retrieval.cli import main
+from memoir_retrieval.errors import EditFileError
+from memoir_retrieval.model import BaseModel
+
+AARHUS = Edit(prompt="Who founded Aarhus?", target="King Harald", rephrases=("Aarhus was founded by whom?",))
+PISA = Edit(prompt="Where does the tower of Pisa stand?", target="In Rome")
+OTHERS = [Edit(prompt=f"Which bird is number {word}?", target=word) for word in ("one", "two", "three", "four")]
+
+
+@pytest.fixture(scope="module")
+def base(tiny: Path) -> BaseModel:
+    return load_model(str(tiny))
+
+
+def answers(store: Path, base: BaseModel, edits: list[Edit]) -> list[str]:
+    model = EditedModel(Retriever(EditStore.open(store), base))
+    return [answer.text.strip() for answer in model.generate([edit.prompt for edit in edits], max_new_tokens=8)]
+
+
+def test_an_edit_that_is_not_learnt_is_retried_reported_and_not_stored(base: BaseModel, tmp_path: Path) -> None:
+    with Editor(base, tmp_path, training=Training(max_steps=0)) as unable:
+        assert unable.add([AARHUS]) == []
+        (failed,) = unable.outcome.failed
+        assert (failed.prompt, unable.outcome.retried) == (AARHUS.prompt, 1)
+        assert failed.reason.startswith("the target is not the first choice after 0 steps (loss ")
+        assert not unable.memories[0].any() and not (tmp_path / "memoir.json").exists()
+        assert len(unable.add([AARHUS], keep_failed=True)) == 1
+    assert [edit.prompt for edit in EditStore.open(tmp_path).edits] == [AARHUS.prompt]
+
+
+def test_an_edit_that_would_overwrite_another_goes_to_a_new_memory(base: BaseModel, tmp_path: Path) -> None:
+    with Editor(base, tmp_path) as made:
+        made.add([AARHUS])
+        before = made.memories[0].clone()
+        # The same question with another answer cannot be learnt without losing the first.
+        other = Edit(prompt=AARHUS.prompt, target="Nobody")
+        stored = made._add(other, None, "both", 0, False)
+        assert stored is not None and stored.memory == 1 and made.outcome.retried == 1
+        assert (made.memories[0] == before).all() and before.any()
+        made._commit()
+    assert answers(tmp_path, base, [AARHUS]) == [AARHUS.target]
+
+
+def test_a_new_memory_is_opened_after_so_many_edits(
+    base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(editor, "NEIGHBOURS", 0)  # in so small a model two edits may be too many
+    with Editor(base, tmp_path, training=Training(edits_per_memory=2)) as made:
+        made.add([AARHUS, PISA, OTHERS[0]])
+    with Editor(base, tmp_path) as again:
+        assert list(again._open.lessons) == [2]  # the open memory's alone are asked again
+        again.add(OTHERS)
+        assert [edit.memory for edit in again.edits] == [0, 0, 1, 1, 2, 2]
+    store = EditStore.open(tmp_path)
+    assert store.memory_of.tolist() == [0, 0, 1, 1, 2, 2] and len(store.memories) == 3
+    assert answers(tmp_path, base, [PISA, OTHERS[1], OTHERS[3]]) == ["In Rome", "two", "four"]  # each memory's last
+
+
+def test_a_question_stored_in_other_words_with_another_target(
+    base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(editor, "SAME_QUESTION", 0.6)  # the small model's masks are not as alike as a real one's
+    other = Edit(prompt="Who has founded Aarhus?", target="Nobody")
+    with Editor(base, tmp_path) as made:
+        made.add([AARHUS])
+        assert made.add([Edit(prompt="Who founded, say, Aarhus?", target=AARHUS.target)]) != []  # no contradiction
+        for choice in ("refuse", "first"):
+            assert made.add([other], on_conflict=choice) == []
+            (found,) = made.outcome.conflicting
+            assert found.target == "Nobody" and found.stored.target == AARHUS.target and found.overlap > 0.6
+        other = Edit(prompt="Who was it that founded Aarhus?", target="Nobody")
+        assert [edit.id for edit in made.add([other], on_conflict="both")] == [2]
+        assert len(made.outcome.conflicting) == 1 and [edit.id for edit in made.edits] == [0, 1, 2]
+        third = Edit(prompt="Who is it that founded Aarhus?", target="Somebody")
+        (stored,) = made.add([third], on_conflict="last")
+        assert made.outcome.conflicting[0].stored.id not in [edit.id for edit in made.edits] and stored in made.edits
+        with pytest.raises(EditFileError, match="one question cannot keep both"):
+            made.add([Edit(prompt=third.prompt, target="In Bonn")], on_conflict="both")
+    assert answers(tmp_path, base, [third]) == ["Somebody"]
+
+
+def test_rephrasings_get_masks_of_their_own(base: BaseModel, tmp_path: Path) -> None:
+    with Editor(base, tmp_path) as made:
+        made.add([AARHUS], rephrase_masks=True)
+    store = EditStore.open(tmp_path)
+    assert store.ids.tolist() == [0, 0] and store.memory_of.tolist() == [0, 0]
+    model = EditedModel(Retriever(store, base))
+    found = model.generate([AARHUS.rephrases[0]], max_new_tokens=8)[0]
+    assert found.edit == 0 and found.overlap > 0.99 and found.text.strip() == AARHUS.target
+    with Editor(base, tmp_path) as again:
+        assert [len(lessons) for lessons in again._open.lessons.values()] == [2]
+        np.testing.assert_allclose(again._open.used, made._open.used, atol=1e-3)
+
+
+def test_the_summary_names_what_was_left_out(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(editor, "SAME_QUESTION", 0.6)
+    file = tmp_path / "edits.jsonl"
+    edits = [{"prompt": AARHUS.prompt, "target": "King Harald"}, {"prompt": "Who has founded Aarhus?", "target": "Me"}]
+    file.write_text("".join(json.dumps(edit) + "\n" for edit in edits))
+    command = ["edit", str(file), "--model", str(tiny), "--store", str(tmp_path / "store")]
+
+    def run(*options: str) -> int | str | None:
+        with pytest.raises(SystemExit) as done:
+            main([*command, *options])
+        return done.value.code
+
+    with monkeypatch.context() as patched:
+        patched.setattr(editor, "Training", partial(Training, max_steps=0))
+        assert run("--limit", "1", "--json") == 1
+    told = json.loads(capsys.readouterr().out)
+    assert (told["stored"], told["retried"], told["generation"], told["memories"]) == (0, 1, 0, 1)
+    assert [one["prompt"] for one in told["failed"]] == [AARHUS.prompt] and told["conflicting"] == []
+    assert run() == 1
+    shown = capsys.readouterr()
+    assert "1 edits stored, 0 were there already, 0 retried, 0 failed, 1 conflicting" in shown.out
+    assert "conflicting: 'Who has founded Aarhus?' -> 'Me' with edit 0, 'Who founded Aarhus?' -> " in shown.err
+    assert run("--on-conflict", "both", "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["stored"], told["skipped"], [one["edit"] for one in told["conflicting"]]) == (1, 1, [0])
