@@ -31,7 +31,7 @@ def made(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four edits; tests that change them take a copy."""
     folder = tmp_path_factory.mktemp("towns") / "store"
     with Editor(load_model(str(tiny)), folder, training=Training(max_steps=3)) as editor:
-        editor.add([town(name) for name in TOWNS])
+        editor.add([town(name) for name in TOWNS], keep_failed=True)
     return folder
 
 
@@ -85,7 +85,7 @@ def test_compacting_leaves_nothing_of_a_removed_edit(tiny: Path, store: Path, tm
     with Editor(model, tmp_path / "scratch", training=Training(max_steps=3)) as editor:
         for number in (0, 2, 3):  # ids seed the noise of training, so they must be the same
             editor.next_id = number
-            editor.add([town(TOWNS[number])])
+            editor.add([town(TOWNS[number])], keep_failed=True)
     now, scratch = EditStore.open(store), EditStore.open(tmp_path / "scratch")
     np.testing.assert_array_equal(now.memories, scratch.memories)
     np.testing.assert_array_equal(now.codes, scratch.codes)
