@@ -39,7 +39,7 @@ def made(model: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with Editor(model, folder, training=Training(max_steps=0, variants=0)) as editor:
         editor.add(
             [Edit(prompt=f"Who founded {town}?", target="King Harald") for town in ("Aarhus", "Oslo", "Visby")],
-            keep_failed=True,
+            keep_failed=True,  # untrained, which takes no time
         )
     return folder
 
