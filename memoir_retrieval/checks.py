@@ -61,7 +61,10 @@ def edit_faults(
 ) -> Iterator[str]:
     """Of the edits against the numbers beside the masks. Reading a line that is no edit raises StoreError."""
     name = manifest.edits.name
-    pairs = np.fromiter(((edit.id, edit.memory) for edit in edits), np.dtype("i8,i8"), len(edits))
+    each = ((edit.id, edit.memory, edit.trained) for edit in edits)
+    pairs = np.fromiter(each, np.dtype("i8,i8,?"), len(edits))
+    if (untrained := int((~pairs["f2"]).sum())) != manifest.untrained:
+        yield f"{untrained} edits of {name} are not trained, the manifest says {manifest.untrained}"
     known, memories = pairs["f0"], pairs["f1"]
     if len(known) and (known.min() < 0 or known.max() >= manifest.next_id):
         yield f"{name} holds an edit id outside 0..{manifest.next_id - 1}"

@@ -42,7 +42,7 @@ class StoredEdit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One line of `edits-<gen>.jsonl`: an edit as trained. Unknown fields of a later minor version are kept out.
 
     `id` is stable for the life of the store and never reused; `loss` is the final training loss (nats per
-    target token); `memory` is the residual memory that holds the edit.
+    target token); `memory` is the residual memory that holds the edit. `trained`: false for one with masks only.
     """
 
     id: int
@@ -55,6 +55,7 @@ class StoredEdit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     subject: str = ""
     rephrases: tuple[str, ...] = ()
     source: str = ""
+    trained: bool = True
 
 
 def same_prompt(prompt: str) -> str:

@@ -150,7 +150,7 @@ class Editor:
         self._products = HalfProducts(self.base) if half_is_faster(self.base) else None
         self._open = Memory(self.memories[-1])
         for edit in self.edits:
-            if edit.memory == len(self.memories) - 1:
+            if edit.trained and edit.memory == len(self.memories) - 1:
                 self._open.add(edit.id, self._lessons_of(edit))
 
     def _quick(self) -> AbstractContextManager[None]:
@@ -244,7 +244,7 @@ class Editor:
         if problem:
             self.outcome.failed.append(Failed(edit.prompt, edit.target, problem))
             if not keep_failed:
-                if old and old.memory == len(self.memories) - 1:
+                if old and old.trained and old.memory == len(self.memories) - 1:
                     self._open.add(old.id, self._lessons_of(old))
                 return None
         self._open.weight[:, trained.columns] = trained.weights
@@ -256,7 +256,7 @@ class Editor:
         if hit.ids[0] < 0:
             return None
         stored = next(one for one in self.edits if one.id == hit.ids[0])
-        if same_prompt(stored.target) == same_prompt(edit.target):
+        if not stored.trained or same_prompt(stored.target) == same_prompt(edit.target):
             return None
         return Conflicting(edit.prompt, edit.target, stored, round(float(hit.overlaps[0]), 4))
 
@@ -320,7 +320,7 @@ class Editor:
             id=self.next_id,
             prompt=edit.prompt,
             target=edit.target,
-            created=edit.created if isinstance(edit, StoredEdit) else datetime.now(UTC).isoformat(timespec="seconds"),
+            created=getattr(edit, "created", "") or datetime.now(UTC).isoformat(timespec="seconds"),
             loss=round(trained.loss, 5),
             steps=trained.steps,
             memory=len(self.memories) - 1,
@@ -340,29 +340,34 @@ class Editor:
         self._changed = True
         return stored
 
+    def fields(self, edits: Iterable[StoredEdit]) -> dict[str, Any]:
+        """What `write_generation` takes as `manifest`, for a next generation of these edits."""
+        return {
+            "generation": self.generation + 1,
+            "model": self.base.name,
+            "base": self.base.identity,
+            "module": self.base.module,
+            "layer": self.base.layer,
+            "d": self.base.d,
+            "h": self.base.h,
+            "k": self.k,
+            "tau": self.tau,
+            "span": self.span,
+            "chat": self.chat,
+            "dtype": str(self.base.model.dtype).removeprefix("torch."),
+            "seed": self.seed,
+            "contexts": self.contexts,
+            "training": msgspec.to_builtins(self.training),
+            "next_id": self.next_id,
+            "untrained": sum(not edit.trained for edit in edits),
+        }
+
     def _commit(self) -> None:
         """Write everything trained so far as the next generation."""
         memory_of = {edit.id: edit.memory for edit in self.edits}
         manifest = write_generation(
             self.path,
-            {
-                "generation": self.generation + 1,
-                "model": self.base.name,
-                "base": self.base.identity,
-                "module": self.base.module,
-                "layer": self.base.layer,
-                "d": self.base.d,
-                "h": self.base.h,
-                "k": self.k,
-                "tau": self.tau,
-                "span": self.span,
-                "chat": self.chat,
-                "dtype": str(self.base.model.dtype).removeprefix("torch."),
-                "seed": self.seed,
-                "contexts": self.contexts,
-                "training": msgspec.to_builtins(self.training),
-                "next_id": self.next_id,
-            },
+            self.fields(self.edits),
             memories=torch.stack(self.memories).cpu().numpy(),
             background=self.background,
             permutation=self.permutation,

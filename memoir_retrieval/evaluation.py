@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Sequence
 from typing import Protocol
@@ -272,7 +273,9 @@ def _text(model: Asked, texts: Sequence[str]) -> TextPerplexity | None:
 
 
 def _holds(text: str, probe: Probe) -> bool:
-    return any(right.strip().casefold() in text.casefold() for right in (probe.answer, *probe.aliases) if right.strip())
+    """Whether the text has the answer or an alias in it, as words of their own."""
+    rights = [re.escape(right.strip()) for right in (probe.answer, *probe.aliases) if right.strip()]
+    return any(re.search(rf"(?<!\w){right}(?!\w)", text, re.IGNORECASE) for right in rights)
 
 
 def _same_share(a: Sequence[int], b: Sequence[int]) -> float:

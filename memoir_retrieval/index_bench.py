@@ -167,9 +167,13 @@ def _methods(
     for at in range(0, n, 4096):
         ones[at : at + 4096] = bits(stored[at : at + 4096])
     yield "int8 matmul", lambda codes: best(torch._int_mm(bits(codes), ones.T))
-    # Each of the other two holds the masks in float32 at some time.
     if 5 * n * d > memory:
         note(f"d={d} n={n}: no float32 matmuls, they take {5 * n * d >> 20} MiB, {memory >> 20} may be used")
+        return
+    floats = ones.float()
+    yield "float32 matmul", lambda codes: best(bits(codes).float() @ floats.T)
+    if 9 * n * d > memory:  # it holds a second copy in float32 while it runs
+        note(f"d={d} n={n}: not the published code, it takes {9 * n * d >> 20} MiB, {memory >> 20} may be used")
         return
 
     def published(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -177,11 +181,6 @@ def _methods(
         return np.concatenate([f[0] for f in found]), np.concatenate([f[1] for f in found])
 
     yield "published, cast per query", published
-    if 9 * n * d > memory:
-        note(f"d={d} n={n}: no batched float32 matmul, it takes {9 * n * d >> 20} MiB, {memory >> 20} may be used")
-        return
-    floats = ones.float()
-    yield "float32 matmul", lambda codes: best(bits(codes).float() @ floats.T)
 
 
 def _queries(source: MaskSource, stored: np.ndarray, batch: int, tau: float, turn: int) -> np.ndarray:

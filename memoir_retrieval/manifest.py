@@ -41,8 +41,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     `d`, `h`: inputs and outputs of the edited projection `module` in block `layer`. `k`: ones in every mask.
     `tau`: least overlap that matches, 0 < tau <= 1. `chat`: whether a plain string is asked through the chat
     template. `contexts`: what was put before each prompt in training (messages for chat, text for raw prompts).
-    `next_id`: the id of the next edit; ids are never used twice. `sha256`: of the manifest itself, written with zeros
-    in its place; format 1 has none.
+    `next_id`: the id of the next edit; ids are never used twice. `untrained`: how many edits have masks only.
+    `sha256`: of the manifest itself, written with zeros in its place; format 1 has none.
     """
 
     format: int
@@ -66,6 +66,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     memory: FileEntry
     codes: FileEntry
     edits: FileEntry
+    untrained: int = 0
     sha256: str = ""
 
 

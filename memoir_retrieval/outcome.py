@@ -72,6 +72,9 @@ def plan(
         old = known.get(same_prompt(edit.prompt))
         if old is None:
             todo.append(edit)
+        elif not old.trained:
+            todo.append(edit)
+            replaced[same_prompt(edit.prompt)] = old
         elif old.target == edit.target or on_conflict == "first":
             continue
         elif on_conflict == "last":

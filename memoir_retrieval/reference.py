@@ -24,7 +24,7 @@ __all__ = ["Answer", "EditedModel"]
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer. `edit`: id of the matched edit, or None; `overlap`: of the nearest edit, matched or not.
+    """One answer. `edit`: id of the matched edit, or None; `overlap`: that of `memoir_index.Hits`.
 
     `tokens`: the new token ids, with the end token where the model stopped by itself. `logprobs`: natural logarithms of
     the probabilities of the tokens that were given, by `EditedModel.predict` and `EditedModel.score`.
@@ -56,6 +56,7 @@ class EditedModel:
     """A model with a store's edits switched on, each request routed on its own."""
 
     def __init__(self, retriever: Retriever):
+        retriever.store.require_trained()
         self.retriever = retriever
         self.base = retriever.base
         self._memories = torch.as_tensor(retriever.store.memories, device=self.base.device).to(

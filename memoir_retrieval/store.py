@@ -45,6 +45,7 @@ __all__ = [
     "fields_of",
     "leftovers",
     "library_version",
+    "sweep",
     "write_again",
     "write_generation",
 ]
@@ -135,6 +136,14 @@ class EditStore:
                     f"store {self.path} was made on {self.manifest.model} ({what} {ours[:12]}), but {model} has "
                     f"{what} {theirs[:12]}: use the model it was made on, or edit this model into a new store"
                 )
+
+    def require_trained(self) -> None:
+        """Raise StoreError for a store with edits that were never trained: they would match and change nothing."""
+        if untrained := self.manifest.untrained:
+            raise StoreError(
+                f"{untrained} of {len(self.edits)} edits of store {self.path} are not trained, so they cannot answer: "
+                f"train them with `memoir edit FILE --store {self.path}`, or remove them"
+            )
 
     @cached_property
     def _edit_ids(self) -> np.ndarray:
@@ -231,6 +240,14 @@ def leftovers(folder: Path, manifest: Manifest) -> list[Path]:
         if path.name.startswith(start) and path.name.endswith(end) and path.name not in ours
         and path.name[len(start) : -len(end)].isdigit()
     )  # fmt: skip
+
+
+def sweep(folder: Path) -> list[str]:
+    """Remove the files of other generations that no reader holds; the caller holds `store_lock`. Names what stays.
+
+    Writers do so themselves, but cannot let go of a mapped file that they are still writing from.
+    """
+    return [path.name for path in remove_unused(leftovers(folder, read_manifest(folder)))]
 
 
 def sha256(data: Data) -> str:

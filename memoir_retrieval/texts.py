@@ -13,7 +13,7 @@ WORDS = (40, 160)
 """A shorter paragraph is a heading or a caption and is left out; a longer one is cut, which bounds time and memory."""
 
 
-def read_texts(path: Path, most: int = 100) -> list[str]:
+def read_texts(path: Path, most: int = 40) -> list[str]:
     """The first `most` paragraphs of a file, at most 160 words of each.
 
     The file is UTF-8: one JSON object with a key `text` per line (a name that ends in .jsonl), or text in which blank

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memoir_index.codes import Codes, popcount
-from memoir_index.plan import ODD, limit
+from memoir_index.plan import usual_ones
 
 Ids = NDArray[np.int64]
 
@@ -73,7 +73,7 @@ class Room:
         if start < rows:
             self._sketch[start:rows] = self.codes[start:rows, : bits // 8]
             ones = popcount(self._sketch[start:rows])
-            least, most = bits - limit(d, d - k, bits, ODD), limit(d, k, bits, ODD)
+            least, most = usual_ones(d, k, bits)
             self._odd |= bool((ones < least).any() or (ones > most).any())
             self._sketched = rows  # last, for readers that look without the lock
 

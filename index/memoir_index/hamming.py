@@ -129,6 +129,16 @@ class HammingIndex:
         """How `search` would look for matches at this tau now. Raises CodeError for tau outside (0, 1]."""
         return choose_plan(len(self), self.d, self.k, tau, self.sketch)
 
+    def prepare(self, tau: float) -> None:
+        """Make now what the first search at this tau would make: the sketch, which reads every row once.
+
+        Raises CodeError for tau outside (0, 1].
+        """
+        bits = self.plan(tau).bits
+        if bits:
+            for block in self._now.blocks:
+                block.sketch(bits, self.k)
+
     def add(self, ids: ArrayLike, codes: Codes) -> None:
         """Append codes, uint8 [N, d/8], under edit ids, integers >= 0 [N]; an id may be stored already.
 

@@ -109,6 +109,12 @@ def limits_for(d: int, radius: int, bits: int, distances: NDArray[np.int64]) -> 
     return limits(d, radius, bits)[-(-nearest // _STEP)]
 
 
+@lru_cache(maxsize=64)
+def usual_ones(d: int, k: int, bits: int) -> tuple[int, int]:
+    """Least and most ones that a sketch of a mask with k ones has, but for a chance of ODD each."""
+    return bits - limit(d, d - k, bits, ODD), limit(d, k, bits, ODD)
+
+
 def limit(d: int, differing: int, bits: int, miss: float) -> int:
     """Least t such that a random sample of `bits` of d positions, of which some are `differing`, has more than t of
     these with a probability of at most miss."""

@@ -93,8 +93,9 @@ class _Search:
         keep = (dist <= self._limits(self._bits)[query]) & (at != lead.place[query])
         query, at, dist = query[keep], at[keep], dist[keep]
         wider = self._bits + self._bits // 16 * 8
-        if wider < self._d and len(query) > TOP * len(self.codes):
-            # Half as many bits again, read for these rows alone, leave few of them.
+        if wider < self._d and len(query):
+            # Half as many bits again, read for these rows alone, leave few of them. Done however few there are: which
+            # rows are compared must follow from the query alone, not from its batch.
             more = slice(self._bits // 8, wider // 8)
             dist = dist + between(self.codes[:, more], query, block.codes[:, more], at)
             keep = dist <= self._limits(wider)[query]
@@ -117,6 +118,12 @@ class _Search:
             place = self._closest.place[queries] - start
             here = (place >= 0) & (place < block.rows)
             self._offer(block, start, queries[here], place[here])
+            start += block.rows
+        left = queries[self.best.place[queries] < 0]  # all that a sketch showed of them is gone
+        start = 0
+        for block in blocks if len(left) else ():
+            dist, at = nearest_there(block, self.codes[left], 1)
+            self.best.offer(left, dist[:, 0], at[:, 0] + start)
             start += block.rows
 
     def _limits(self, bits: int) -> NDArray[np.int64]:

@@ -18,7 +18,6 @@ from memoir_vllm.op import OP
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
     from vllm.engine.arg_utils import EngineArgs
-    from vllm.v1.kv_cache_interface import KVCacheConfig
 
 __all__ = [
     "MemoirConfig",
@@ -108,7 +107,7 @@ def longest_question(vllm_config: VllmConfig) -> int:
     return min(longest, threshold) if threshold > 0 else longest
 
 
-def keeps_sums(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> bool:
+def keeps_sums(vllm_config: VllmConfig, kv_cache_groups: int) -> bool:
     """Whether workers keep sums per KV block, so that undecided requests may find their question in the cache.
 
     Only under the span rule `all`, where the question begins with the prompt, at the edge of a block. With several
@@ -120,13 +119,14 @@ def keeps_sums(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> bool:
         and ours.mode == "inline"
         and span_rule(vllm_config).rule == "all"
         and bool(vllm_config.cache_config.enable_prefix_caching)
-        and len(kv_cache_config.kv_cache_groups) == 1
+        and kv_cache_groups == 1
     )
 
 
 def open_store(config: MemoirConfig, model: ModelConfig) -> EditStore:
     """Open the store and check that it was made on the served model. Raises StoreError or ModelError."""
     store = EditStore.open(config.store)
+    store.require_trained()
     store.require(identify(resolve(model.model), store.manifest.module), model.model)
     return store
 

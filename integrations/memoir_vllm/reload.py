@@ -87,6 +87,7 @@ class Reloader:
                 f"store {store.path} is at generation {theirs.generation} with other content than generation "
                 f"{ours.generation}, which is served, as after a restore from a backup: start the engine again"
             )
+        store.require_trained()
         if self._layer.older() >= OLDER:
             raise StoreError(
                 f"{OLDER} older generations of store {store.path} still answer requests: reload when those are done"

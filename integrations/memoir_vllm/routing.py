@@ -40,6 +40,7 @@ class Router:
         self._fingerprint = Fingerprint(store.background, store.permutation, manifest.k, device)
         # The store has counted the ones of every mask, and its codes may be a mapped file.
         self._index = HammingIndex.from_codes(manifest.d, manifest.k, store.ids, store.codes, copy=False, checked=True)
+        self._index.prepare(self.tau)
         self._memory_of = store.memory_of
 
     def _unedited(self, result: Result, overlap: float = 0.0) -> Route:

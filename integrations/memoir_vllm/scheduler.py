@@ -70,7 +70,8 @@ class _Decisions:
         if self._inline:
             self._rule = config.span_rule(self.vllm_config)
             self._longest = config.longest_question(self.vllm_config)
-            self._sums = config.keeps_sums(self.vllm_config, self.kv_cache_config)  # type: ignore[attr-defined]
+            groups = len(self.kv_cache_config.kv_cache_groups)  # type: ignore[attr-defined]
+            self._sums = config.keeps_sums(self.vllm_config, groups)
             blocks.install()
             blocks.guard(self.kv_cache_manager, self._boundary, self._found)  # type: ignore[attr-defined]
 

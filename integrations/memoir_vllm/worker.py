@@ -60,14 +60,14 @@ class MemoirWorker:
     def determine_available_memory(self) -> int:
         """Bytes for the KV cache, less what the sums of its blocks take (`sums.py`)."""
         available = super().determine_available_memory()  # type: ignore[misc]
-        if config.span_rule(self.vllm_config).rule != "all":
+        if not config.keeps_sums(self.vllm_config, 1):
             return available
         block = sum(spec.page_size_bytes for spec in self.model_runner.get_kv_cache_spec().values())
         return available * block // max(1, block + self._memoir.bytes_per_block)
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
         super().initialize_from_config(kv_cache_config)  # type: ignore[misc]
-        if config.keeps_sums(self.vllm_config, kv_cache_config):
+        if config.keeps_sums(self.vllm_config, len(kv_cache_config.kv_cache_groups)):
             spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
             self._memoir.watch_blocks(kv_cache_config.num_blocks, spec.block_size)
 

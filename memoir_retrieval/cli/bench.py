@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,10 +10,10 @@ import click
 from memoir_retrieval.background import background_prompts
 from memoir_retrieval.cli.bench_edit import bench_edit
 from memoir_retrieval.cli.bench_index import bench_index
-from memoir_retrieval.cli.common import echo_json, json_option, model_option, notes
+from memoir_retrieval.cli.common import echo_json, json_option, model_option, notes, run_benchmark
+from memoir_retrieval.cli.latency import bench_latency
 from memoir_retrieval.cli.quality import bench_quality
 from memoir_retrieval.cli.serve import server_command
-from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.model import resolve
 from memoir_retrieval.prompts import Message, Prompt, prompt_ids
 from memoir_retrieval.store import EditStore
@@ -30,12 +26,14 @@ def bench() -> None:
     \b
     Example:
       memoir bench serve edits --json
+      memoir bench latency edits --plot latency.html
       memoir bench quality zsre --edits 100 --out run
       memoir bench index --quick
     """
 
 
 bench.add_command(bench_quality)
+bench.add_command(bench_latency)
 bench.add_command(bench_index)
 bench.add_command(bench_edit)
 
@@ -81,14 +79,7 @@ def bench_serve(
         "pairs": pairs,
         "eager": not compiled,
     }
-    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-        json.dump(settings, file)
-        file.flush()
-        command = [sys.executable, "-m", "memoir_vllm.bench.serve", file.name]
-        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
-        raise ConfigError(f"the benchmark stopped with exit code {done.returncode}: its messages are above")
-    result = json.loads(done.stdout.splitlines()[-1])
+    result = run_benchmark("memoir_vllm.bench.serve", settings, environment)
     if as_json:
         echo_json(result)
         return

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,6 +16,7 @@ from rich.console import Console
 
 from memoir_retrieval.edit import Edit
 from memoir_retrieval.edit_files import FORMATS, Keep, check_duplicates, limit_distinct_subjects, read_edits
+from memoir_retrieval.errors import ConfigError
 
 __all__ = [
     "echo_json",
@@ -22,6 +26,7 @@ __all__ = [
     "load_edits",
     "model_option",
     "notes",
+    "run_benchmark",
     "store_argument",
     "tables",
     "tau_option",
@@ -42,6 +47,21 @@ store_argument = click.argument("store", metavar="DIR", type=click.Path(path_typ
 
 def echo_json(value: Any) -> None:
     click.echo(json.dumps(value, ensure_ascii=False, indent=1))
+
+
+def run_benchmark(module: str, settings: Mapping[str, Any], environment: Mapping[str, str]) -> Any:
+    """Run `python -m MODULE SETTINGS.json`, which starts engines. Returns the JSON that it prints last.
+
+    Raises ConfigError where it stops; its own messages have gone to stderr.
+    """
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump(settings, file)
+        file.flush()
+        command = [sys.executable, "-m", module, file.name]
+        done = subprocess.run(command, env=dict(environment), stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise ConfigError(f"the benchmark stopped with exit code {done.returncode}: its messages are above")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 model_option = click.option("--model", "-m", help="Folder, embedded model or Hub id (default: the store's own).")

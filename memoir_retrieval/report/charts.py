@@ -106,7 +106,7 @@ def lines(
                 for a, b in one.points
             ]
         if len(series) > 1:
-            at_x = WIDTH - RIGHT - 190 * (len(series) - at)
+            at_x = WIDTH - RIGHT - min(190, (WIDTH - LEFT - RIGHT - 130) // len(series)) * (len(series) - at)
             body.append(f'<rect class="c{one.colour}" x="{at_x}" y="4" width="10" height="10"/>')
             body.append(_text(at_x + 15, 13, one.name, "start"))
     return _svg(top + height + bottom, body, f"{y_name} over {x_name}")

@@ -16,7 +16,7 @@ from memoir_retrieval.quality import Run
 from memoir_retrieval.report.charts import Series, histograms, lines
 from memoir_retrieval.scores import Scores
 
-__all__ = ["calibration_page", "run_page", "settings_page"]
+__all__ = ["calibration_page", "latency_page", "run_page", "settings_page"]
 
 AGES = 10
 """Bars of the picture of forgetting."""
@@ -92,6 +92,27 @@ def settings_page(found: Sequence[Setting], model: str) -> str:
 
 
 _AGES_NOTE = "Left the newest edits, right the oldest, which most later ones may have overwritten."
+
+
+def latency_page(rows: Sequence[dict[str, Any]], model: str) -> str:
+    """Charts of what `memoir bench latency` prints, medians over the size of the store, and all its rows."""
+    parts = [f"<h1>Latency of {escape(Path(model).name)} served with edits</h1>"]
+    names = {"first_token": "Time to the first token", "between_tokens": "Between tokens", "lookup": "Lookup alone"}
+    for what, title in names.items():
+        for at_a_time in sorted({row["concurrent"] for row in rows}):
+            found: dict[str, list[tuple[float, float]]] = {}
+            for row in rows:
+                if (row["what"], row["concurrent"]) == (what, at_a_time):
+                    found.setdefault(row["kind"], []).append((row["edits"], row["p50"]))
+            series = [Series(kind, points, colour) for colour, (kind, points) in enumerate(found.items(), 1)]
+            if series:
+                picture = lines(series, x_name="stored edits", y_name="milliseconds, median", log_x=True)
+                parts.append(_section(f"{title}, {at_a_time} at a time", picture))
+    columns = ("what", "kind", "edits", "concurrent", "p50", "p95", "p99", "samples")
+    parts.append(
+        _section("All figures in milliseconds", _table([columns, *([row[c] for c in columns] for row in rows)]))
+    )
+    return _page("Latency", parts)
 
 
 def _overlaps(found: Calibration) -> list[str]:

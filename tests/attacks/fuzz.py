@@ -32,7 +32,7 @@ from memoir_retrieval.store import EditStore
 NASTY: list[Any] = [
     None, True, False, 0, 1, -1, 7, 12, 64, 1 << 31, 1 << 53, (1 << 63) - 1, 1 << 64, 10**40, 0.5, -0.0, 1e308, 1e-320,
     "", "0", "F32", "I64", "U8", "question", "all", "../x", "/dev/zero", "memory-1.safetensors", "\0", "\ud7ff",
-    "x" * 300,    [], [0], [1, 2], [[]], [[[[[[]]]]]], {}, {"name": "x"}, {"id": 0}, {"role": "user", "content": ""}, "{}",
+    "x" * 300, [], [0], [1, 2], [[]], [[[[[[]]]]]], {}, {"name": "x"}, {"id": 0}, {"role": "user"}, "{}",
 ]  # fmt: skip
 
 EDIT_FILES = [

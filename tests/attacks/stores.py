@@ -83,6 +83,7 @@ for name, value, says in (
     ("next_id_too_small", {"next_id": 2}, "id outside"),
     ("next_id_huge", {"next_id": 1 << 63}, "next_id|damaged"),
     ("seed_negative", {"seed": -1}, "seed -1"),
+    ("untrained_miscounted", {"untrained": 1}, "0 edits of edits-1.jsonl are not trained, the manifest says 1"),
     ("unknown_key", {"extra": 1}, "extra"),
     ("span_rule_unknown", {"span": {"rule": "none"}}, "damaged"),
     ("span_text", {"span": "question"}, "damaged"),

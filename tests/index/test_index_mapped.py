@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from index_oracle import oracle_search, random_codes, random_masks
 
-from memoir_index import CodeError, HammingIndex, pack
+from memoir_index import CodeError, HammingIndex, blocks, pack
+from memoir_index.synthetic import MaskSource
 
 D, K, N = 256, 64, 40_000  # three blocks
 
@@ -77,3 +78,18 @@ def test_memory_that_cannot_be_used_in_place_is_refused(codes):
     assert len(HammingIndex.from_codes(D, K, np.arange(N // 2), codes[::2])) == N // 2
     with pytest.raises(CodeError, match="32 bytes wide, not 16"):
         HammingIndex.from_codes(128, K, np.arange(N), codes, copy=False, checked=True)
+
+
+def test_preparing_reads_the_rows_once_and_searches_only_then_need_no_more(monkeypatch):
+    source = MaskSource(14336, 4096, seed=6)
+    stored = source.masks(4200)
+    index = HammingIndex.from_codes(14336, 4096, np.arange(4200), stored, copy=False, checked=True)
+    index.prepare(0.4)  # a full scan, for which there is nothing to make
+    made = []
+    monkeypatch.setattr(blocks, "usual_ones", lambda *given: made.append(given) or (0, 2048))
+    index.prepare(0.5)
+    assert len(made) == 1
+    assert index.search(stored[:3], 0.5).ids.tolist() == [0, 1, 2] and len(made) == 1
+    index.add([7], source.masks(1))
+    index.search(stored[:1], 0.5)
+    assert len(made) == 2

@@ -115,6 +115,22 @@ def test_a_sketch_finds_what_an_exhaustive_search_finds(seed, passing, data):
         assert all(hits.overlaps[q] in every[q] for q in range(len(queries)))
 
 
+@pytest.mark.parametrize("passing", [MANY, FEW])
+def test_an_edit_that_is_gone_hides_no_other(monkeypatch, passing):
+    """The nearest rows of a block by their sketch are all gone, but not enough to write it anew."""
+    rng = np.random.default_rng(9)
+    sketching(monkeypatch, 128, passing, block=128)
+    stored = random_codes(rng, 100, 512, 128)
+    stored[10:20] = stored[10]
+    ids = np.arange(100)
+    ids[10:20] = 10
+    index = HammingIndex.from_codes(512, 128, ids, stored, sketch=128)
+    assert index.remove([10]) == 10 and len(index) == 90
+    hits, exact = index.search(stored[10:11], 0.9), index.search(stored[10:11], 0.9, exact=True)
+    assert hits.ids[0] == exact.ids[0] == -1
+    assert 0 < hits.overlaps[0] <= exact.overlaps[0] < 0.9
+
+
 @pytest.mark.parametrize("tau", [0.5, 0.55, 0.8])
 def test_a_large_index_of_wide_masks_equals_the_full_scan(tau):
     source = MaskSource(14336, 4096, seed=3)

@@ -79,6 +79,7 @@ def test_every_score(model: EditedModel, edits: list[Edit]) -> None:
             edits[0],
             portability=(
                 Probe(prompt=edits[0].rephrases[0], answer="no such year", aliases=(edits[0].target,)),
+                Probe(prompt=edits[0].rephrases[0], answer=edits[0].target[:2]),  # no word of the answer
                 Probe(prompt=unrelated_prompts()[0], answer="Zanzibar Zanzibar"),
             ),
             ood=(edits[0].prompt, TEXT),
@@ -95,7 +96,7 @@ def test_every_score(model: EditedModel, edits: list[Edit]) -> None:
     assert report.generated is not None and (report.generated.prompts, report.generated.identical) == (4, 0.75)
     assert report.generated.matched == 0.25
     assert report.perplexity is not None and 1.0 < report.perplexity < 1.05  # trained to a loss of .02
-    assert report.portability is not None and report.portability.answered == 0.5 > report.portability.accuracy
+    assert report.portability is not None and report.portability.answered == 0.33333
     assert report.ood is not None and (report.ood.texts, report.ood.found) == (2, 0.5)
     assert 0 < report.ood.known < 1 and 0 < report.ood.known_before < 1
     assert report.text is not None and report.text.edited == report.text.base > 1 and report.text.matched == 0

@@ -66,8 +66,10 @@ def test_a_removed_edit_is_answered_by_the_base_model(smollm2: BaseModel, tmp_pa
     remove_edits(tmp_path, [2])
     matched, edited, base = ask()
     assert matched == [None, 1]
-    assert all(torch.equal(a[0], b[0]) for a, b in zip(edited, base, strict=False))
-    assert not torch.equal(edited[0][1], base[0][1])
+    lengths = [len(smollm2.tokenizer(prompt).input_ids) for prompt in prompts]
+    removed, kept = (0, 1) if lengths[0] < lengths[1] else (1, 0)  # rows of a batch go by length
+    assert all(torch.equal(a[removed], b[removed]) for a, b in zip(edited, base, strict=False))
+    assert not torch.equal(edited[0][kept], base[0][kept])
     assert np.abs(EditStore.open(tmp_path).memories).max() > 0
 
 
@@ -135,8 +137,19 @@ def test_memoir_compact(capsys: pytest.CaptureFixture[str], tiny: Path, store: P
     assert code == 0 and "Traceback" not in err
     told = json.loads(out)
     assert (told["edits"], told["generation"], told["erased"], told["still_held"]) == (3, 3, True, [])
+    assert told["failed"] == []
     code, out, _ = run(capsys, "compact", store, "--model", tiny)
     assert code == 0 and "3 edits trained again; generation 4 holds nothing of any other" in out
+
+
+def test_memoir_compact_says_which_edits_do_not_come_back(
+    capsys: pytest.CaptureFixture[str], tiny: Path, tmp_path: Path
+) -> None:
+    with Editor(load_model(str(tiny)), tmp_path, training=Training(max_steps=0)) as editor:
+        editor.add([town("Aarhus")], keep_failed=True)
+    code, out, _ = run(capsys, "compact", tmp_path)
+    assert code == 0
+    assert "not answered as it should be: 'Who founded Aarhus?': the target is not the first choice" in out
 
 
 def test_memoir_index_verify(capsys: pytest.CaptureFixture[str], store: Path) -> None:

@@ -1,6 +1,7 @@
 """One engine in a process of its own, for an environment that must not leak into the tests.
 
-Reads flags and prompts as JSON from stdin; the last line of stdout is the answer.
+Reads flags and prompts as JSON from stdin; the last line of stdout is the answer. `turns`: asked one after another.
+`naive`: without what keeps edits out of other requests' blocks; asks for VLLM_ENABLE_V1_MULTIPROCESSING=0.
 """
 
 from __future__ import annotations
@@ -8,19 +9,38 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from typing import Any
 
 from engines import Engine
 
 
 def main() -> None:
     asked = json.load(sys.stdin)
+    if asked.get("naive"):
+        _leave_the_cache_alone()
     engine = Engine(**asked["flags"])
     try:
-        replies = engine.ask(asked["prompts"], asked.get("options"), **asked.get("how", {}))
+        replies = []
+        for turn in asked.get("turns", [asked]):
+            replies += engine.ask(turn["prompts"], turn.get("options"), **asked.get("how", {}))
         answer = {"replies": [dataclasses.asdict(reply) for reply in replies], "stats": engine.stats()}
     finally:
         engine.close()
     print(json.dumps(answer))
+
+
+def _leave_the_cache_alone() -> None:
+    """Blocks are published before the decision and under the hashes of the base model."""
+    from memoir_vllm import blocks
+
+    guard = blocks.guard
+
+    def hits_only(manager: Any, *boundaries: Any) -> None:
+        publish = manager.coordinator.cache_blocks
+        guard(manager, *boundaries)
+        manager.coordinator.cache_blocks = publish
+
+    blocks.guard, blocks.own = hits_only, lambda *args: None
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from memoir_retrieval.fingerprint import Fingerprint, permutation
 from memoir_retrieval.forward import question_means
 from memoir_retrieval.model import BaseModel
 from memoir_retrieval.prompts import Prompt, prompt_ids
-from memoir_retrieval.span import derive_span_rule, find_span
+from memoir_retrieval.span import SpanRule, derive_span_rule, find_span
 from memoir_retrieval.store import EditStore, fields_of, write_generation
 
 LAYER, K, TAU = 24, 438, 0.6
@@ -53,6 +53,12 @@ BACKGROUND = (
     "A recipe for bread needs flour, water, salt and yeast.",
 )
 PIRATE = {"role": "system", "content": "You are a pirate who answers in one short sentence."}
+SYSTEM = {
+    "role": "system",
+    "content": "You are the assistant of a small library. Answer in one short sentence, never invent sources, "
+    "say so when you do not know, keep to the language of the question and be friendly to children, who ask most of "
+    "the questions.",
+}
 EARLIER = [{"role": "user", "content": "Is it late?"}, {"role": "assistant", "content": "Not yet, it is noon."}]
 
 
@@ -84,9 +90,16 @@ class Expected:
     overlap: float
 
 
-def make_store(base: BaseModel, folder: Path, *, edits: tuple[str, ...] = EDITS, tau: float = TAU) -> Path:
+def make_store(
+    base: BaseModel,
+    folder: Path,
+    *,
+    edits: tuple[str, ...] = EDITS,
+    tau: float = TAU,
+    rule: SpanRule | None = None,
+) -> Path:
     """Masks of real questions, raw and in a chat, and two random memories large enough to change the answers."""
-    rule = derive_span_rule(base.tokenizer)
+    rule = rule or derive_span_rule(base.tokenizer)
 
     def means(prompts: list[Prompt]) -> torch.Tensor:
         rows = [prompt_ids(base.tokenizer, p, chat=False) for p in prompts]

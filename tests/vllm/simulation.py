@@ -107,7 +107,7 @@ class Simulation:
         vllm_config.cache_config.num_gpu_blocks = blocks
         spec = FullAttentionSpec(block_size=block_size, num_kv_heads=1, head_size=8, dtype=torch.float32)
         kv = KVCacheConfig(num_blocks=blocks, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)])
-        if keeps_sums(vllm_config, kv):
+        if keeps_sums(vllm_config, 1):
             layer.watch_blocks(blocks, block_size)
         init_none_hash(sha256)
         scheduler = scheduler_cls(

@@ -234,7 +234,7 @@ def test_any_mix_under_the_rule_all(seed: int, start: Start) -> None:
     served = world((20, 40, 70))
     budget, seqs, blocks = dice.choice((17, 40, 64, 256)), dice.choice((3, 8)), dice.choice((14, 20, 200))
     sim = start(kv_blocks=blocks, budget=budget, seqs=seqs, rule=ALL, served=served)
-    router = sim.layer._router
+    router = sim.layer.now.router
     wanted: dict[str, list[int]] = {}
     aborted: set[str] = set()
     for n in range(40):

@@ -1,0 +1,141 @@
+"""How long a large store takes to open, to check and to answer, and how much memory that takes.
+
+    python benchmarks/large_store.py --edits 1000000 --json
+
+Writes a synthetic store into a temporary folder (2.3 GB by default, removed afterwards) and opens it in a process of
+its own. Its masks are those of a few thousand random ones, moved by whole bytes; its residual memory repeats one block.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from memoir_index import HammingIndex, pack
+from memoir_retrieval.edit import StoredEdit
+from memoir_retrieval.model import Identity
+from memoir_retrieval.span import SpanRule
+from memoir_retrieval.store import EditStore, write_generation
+
+K_SHARE = 3.5  # D / k, as in the method
+
+
+def make(folder: Path, edits: int, d: int, h: int) -> None:
+    random = np.random.default_rng(0)
+    k = int(d / K_SHARE)
+    bits = np.zeros((min(edits, 1000), d), dtype=bool)
+    for row in bits:
+        row[random.permutation(d)[:k]] = True
+    base = pack(bits)
+    codes = np.concatenate([np.roll(base, shift, axis=1) for shift in range(-(-edits // len(base)))])[:edits]
+    write_generation(
+        folder,
+        {
+            "generation": 1,
+            "model": "synthetic",
+            "base": Identity(config="0" * 64, layer="0" * 64, tokenizer="0" * 64),
+            "module": "model.layers.24.mlp.down_proj",
+            "layer": 24,
+            "d": d,
+            "h": h,
+            "k": k,
+            "tau": 0.55,
+            "span": SpanRule(),
+            "chat": True,
+            "dtype": "bfloat16",
+            "seed": 0,
+            "contexts": (),
+            "training": {},
+            "next_id": edits,
+        },
+        memories=np.resize(random.standard_normal(1 << 20).astype(np.float32), (1, h, d)),
+        background=np.zeros(d, dtype=np.float32),
+        permutation=random.permutation(d),
+        codes=codes,
+        ids=np.arange(edits),
+        memory_of=np.zeros(edits, dtype=np.int32),
+        edits=(
+            StoredEdit(
+                id=i,
+                prompt=f"Which university did the person with number {i} attend in the years before the war?",
+                target=f"The university of the town with number {i}",
+                created="2026-01-01T00:00:00+00:00",
+                loss=0.01234,
+                steps=7,
+                subject=f"person {i}",
+            )
+            for i in range(edits)
+        ),
+    )
+
+
+def anonymous() -> int:
+    """Bytes of this process that are no file's: what a mapped file does not count among."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+
+def measure(folder: Path) -> dict[str, float]:
+    before = anonymous()
+    found: dict[str, float] = {}
+
+    def lap(name: str, started: float) -> None:
+        found[name] = round(time.perf_counter() - started, 3)
+
+    started = time.perf_counter()
+    store = EditStore.open(folder, check=False)
+    lap("open_s", started)
+    started = time.perf_counter()
+    count = len(store.edits)
+    middle = store.edit(count // 2)
+    lap("first_edit_by_id_s", started)
+    assert middle.id == count // 2
+    started = time.perf_counter()
+    store.check()
+    lap("check_s", started)
+    started = time.perf_counter()
+    made = store.manifest
+    index = HammingIndex.from_codes(made.d, made.k, store.ids, store.codes, copy=False, checked=True)
+    hits = index.search(store.codes[[0, count // 2, count - 1]], made.tau)
+    lap("index_and_first_search_s", started)
+    assert (hits.overlaps == 1).all()
+    files = sum(entry.size for entry in (made.memory, made.codes, made.edits))
+    return found | {"files_mb": round(files / 1e6), "memory_added_mb": round((anonymous() - before) / 1e6)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--edits", type=int, default=1_000_000)
+    parser.add_argument("--d", type=int, default=14336)
+    parser.add_argument("--h", type=int, default=4096)
+    parser.add_argument("--folder", type=Path, help="where to put the store (default: a temporary folder)")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.measure:
+        print(json.dumps(measure(given.measure)))
+        return
+    with tempfile.TemporaryDirectory(dir=given.folder) as scratch:
+        started = time.perf_counter()
+        make(Path(scratch), given.edits, given.d, given.h)
+        written = round(time.perf_counter() - started, 1)
+        done = subprocess.run(
+            [sys.executable, __file__, "--measure", scratch], check=True, capture_output=True, text=True
+        )
+    found = {"edits": given.edits, "d": given.d, "write_s": written} | json.loads(done.stdout)
+    if given.json:
+        print(json.dumps(found))
+        return
+    for name, value in found.items():
+        print(f"{name:26s} {value}")
+
+
+if __name__ == "__main__":
+    main()

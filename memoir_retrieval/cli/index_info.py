@@ -1,0 +1,56 @@
+"""`memoir index info`: what a store's index holds and how it is searched."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from memoir_index import choose_plan
+from memoir_index.scan import SMALL_BATCH
+from memoir_retrieval.cli.common import echo_json, json_option, store_argument
+from memoir_retrieval.errors import ConfigError
+from memoir_retrieval.store import EditStore
+
+
+@click.command("info")
+@store_argument
+@click.option("--tau", type=float, help="Least overlap that matches (default: the store's own).")
+@json_option
+def info(store: Path, tau: float | None, as_json: bool) -> None:
+    """Tell the size of a store's index and how lookups at its tau are done.
+
+    \b
+    Example:
+      memoir index info edits --json
+    """
+    opened = EditStore.open(store)
+    made = opened.manifest
+    tau = made.tau if tau is None else tau
+    if not 0 < tau <= 1:
+        raise ConfigError(f"tau is {tau}: choose 0 < tau <= 1 (this store was made with {made.tau})")
+    masks, edits = len(opened.ids), len(set(opened.ids.tolist()))
+    plan = choose_plan(masks, made.d, made.k, tau)
+    bytes_per_mask = made.d // 8 + 8 + plan.bits // 8  # code, edit id, sketch
+    told = {
+        "generation": made.generation,
+        "edits": edits,
+        "masks": masks,
+        "d": made.d,
+        "k": made.k,
+        "tau": tau,
+        "bytes_per_mask": bytes_per_mask,
+        "bytes_per_edit": round(bytes_per_mask * masks / edits, 1) if edits else None,
+        "plan": {"kind": plan.kind, "sketch_bits": plan.bits, "why": plan.why},
+        "threads": {str(batch): "one" if batch <= SMALL_BATCH else "all" for batch in (1, 32)},
+    }
+    if as_json:
+        echo_json(told)
+        return
+    click.echo(
+        f"{store}, generation {made.generation}: {edits} edits, {masks} masks of {made.d} bits with {made.k} ones"
+    )
+    click.echo(f"memory: {bytes_per_mask} bytes a mask, {bytes_per_mask * masks / 2**20:.1f} MiB in all")
+    what = "full scan" if plan.kind == "scan" else f"sketch of {plan.bits} bits, then verify"
+    click.echo(f"lookup at tau {tau:g}: {what} ({plan.why})")
+    click.echo(f"threads: one for up to {SMALL_BATCH} queries at a time, all for more")

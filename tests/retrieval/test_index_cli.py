@@ -1,0 +1,142 @@
+"""`memoir index info` and `memoir bench index`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import faiss
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+from memoir_index.synthetic import MaskSource
+from memoir_retrieval.cli.bench import bench
+from memoir_retrieval.cli.index_info import info
+from memoir_retrieval.edit import StoredEdit
+from memoir_retrieval.errors import ConfigError
+from memoir_retrieval.model import Identity
+from memoir_retrieval.span import SpanRule
+from memoir_retrieval.store import write_generation
+
+
+@pytest.fixture(autouse=True)
+def _threads_as_they_were() -> Iterator[None]:
+    """The benchmark sets them for its process, which here is that of the other tests."""
+    before = faiss.omp_get_max_threads(), torch.get_num_threads()
+    yield
+    faiss.omp_set_num_threads(before[0])
+    torch.set_num_threads(before[1])
+
+
+def write(folder: Path, d: int, k: int, codes: np.ndarray, ids: np.ndarray) -> Path:
+    folder.mkdir()
+    made = {
+        "generation": 3,
+        "model": "toy",
+        "base": Identity(config="c" * 64, layer="l" * 64, tokenizer="t" * 64),
+        "module": "model.layers.1.mlp.down_proj",
+        "layer": 1,
+        "d": d,
+        "h": 1,
+        "k": k,
+        "tau": 0.5,
+        "span": SpanRule(),
+        "chat": False,
+        "dtype": "float32",
+        "seed": 0,
+        "contexts": (),
+        "training": {},
+        "next_id": int(ids.max()) + 1,
+    }
+    edits = [
+        StoredEdit(id=i, prompt=f"p{i}", target="t", created="2026-01-01T00:00:00+00:00", loss=0.01, steps=5)
+        for i in sorted(set(ids.tolist()))
+    ]
+    write_generation(
+        folder,
+        made,
+        memories=np.zeros((1, 1, d), np.float32),
+        background=np.zeros(d, np.float32),
+        permutation=np.arange(d),
+        codes=codes,
+        ids=ids,
+        memory_of=np.zeros(len(ids), np.int32),
+        edits=edits,
+    )
+    return folder
+
+
+def test_info_tells_size_and_plan(tmp_path: Path) -> None:
+    store = write(tmp_path / "small", 64, 12, MaskSource(64, 12).masks(5), np.array([0, 0, 1, 2, 3]))
+    told = json.loads(CliRunner().invoke(info, [str(store), "--json"], catch_exceptions=False).stdout)
+    assert told["generation"] == 3 and (told["edits"], told["masks"], told["d"], told["k"]) == (4, 5, 64, 12)
+    assert told["tau"] == 0.5 and told["plan"]["kind"] == "scan" and told["plan"]["sketch_bits"] == 0
+    assert told["bytes_per_mask"] == 16 and told["bytes_per_edit"] == 20.0
+    assert told["threads"] == {"1": "one", "32": "all"}
+    text = CliRunner().invoke(info, [str(store)], catch_exceptions=False).stdout
+    assert "generation 3: 4 edits, 5 masks of 64 bits with 12 ones" in text and "full scan" in text
+    with pytest.raises(ConfigError, match=r"tau is 1\.5: choose 0 < tau <= 1"):
+        CliRunner().invoke(info, [str(store), "--tau", "1.5"], catch_exceptions=False)
+
+
+def test_info_of_a_large_store_names_the_sketch(tmp_path: Path) -> None:
+    d, k = 12288, 3510
+    store = write(tmp_path / "large", d, k, MaskSource(d, k).masks(4200), np.arange(4200))
+    told = json.loads(CliRunner().invoke(info, [str(store), "--json"], catch_exceptions=False).stdout)
+    assert told["plan"]["kind"] == "sketch" and told["plan"]["sketch_bits"] == 2048
+    assert told["bytes_per_edit"] <= 1.2 * d / 8
+    at_low_tau = CliRunner().invoke(info, [str(store), "--tau", "0.4"], catch_exceptions=False).stdout
+    assert "lookup at tau 0.4: full scan (below tau=0.5" in at_low_tau
+
+
+def test_the_benchmark_prints_one_object_a_row_and_every_method_is_right() -> None:
+    arguments = ["index", "--d", "14336", "--n", "4200", "--batch", "1", "--batch", "2", "--seconds", "0.5", "--json"]
+    done = CliRunner().invoke(bench, arguments, catch_exceptions=False)
+    rows = json.loads(done.stdout)
+    assert all(list(row) == ["d", "n", "batch", "method", "ms", "vs_flat", "recall"] for row in rows)
+    lookups = {(row["batch"], row["method"]): row for row in rows if row["vs_flat"] is not None}
+    methods = {method for _, method in lookups}
+    assert methods == {
+        "IndexBinaryFlat",
+        "memoir",
+        "memoir, full scan",
+        "one read of all codes",
+        "int8 matmul",
+        "float32 matmul",
+        "published, cast per query",
+    }
+    for (_, method), row in lookups.items():
+        assert row["ms"] > 0 and row["recall"] == (None if method.startswith("one read") else 1.0)
+    others = {row["method"]: row for row in rows if row["vs_flat"] is None}
+    assert set(others) == {"TopHash", "TopHash by topk", "TopHash by stable sort", "append one", "remove one"}
+    assert "14336 n=4200: sketch" in done.stderr
+
+
+def test_the_benchmark_leaves_out_what_does_not_fit_into_memory() -> None:
+    arguments = ["index", "--d", "1536", "--n", "1000", "--n", "100000", "--batch", "1", "--memory", "0.004"]
+    done = CliRunner().invoke(bench, [*arguments, "--seconds", "0.1", "--json"], catch_exceptions=False)
+    assert {(row["n"], row["method"]) for row in json.loads(done.stdout) if row["vs_flat"]} == {
+        (1000, "IndexBinaryFlat"),
+        (1000, "memoir"),
+        (1000, "memoir, full scan"),
+        (1000, "one read of all codes"),
+        (1000, "int8 matmul"),
+    }
+    assert "d=1536 n=100000 is left out: it takes 36 MiB of memory, 4 may be used" in done.stderr
+    assert "d=1536 n=1000: no float32 matmuls" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--tau", "0"], "tau is 0.0: choose 0 < tau <= 1"),
+        (["--d", "100"], "--d 100: choose a multiple of 64"),
+        (["--cpu-time", "--threads", "2"], "--cpu-time counts the work of all threads"),
+    ],
+)
+def test_the_benchmark_refuses_what_it_cannot_measure(arguments: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        CliRunner().invoke(bench, ["index", *arguments], catch_exceptions=False)
