@@ -77,6 +77,7 @@ class Editor:
         self.tau = usual if tau is None else tau
         self.seed = seed
         self.training = training or Training()
+        self.outcome = Outcome()
         if not 0 < self.k <= base.d:
             raise ConfigError(f"k is {self.k}, but {base.module} has D={base.d} inputs: choose 0 < k <= {base.d}")
         if not 0 < self.tau <= 1:
