@@ -53,6 +53,12 @@ BACKGROUND = (
     "A recipe for bread needs flour, water, salt and yeast.",
 )
 PIRATE = {"role": "system", "content": "You are a pirate who answers in one short sentence."}
+SYSTEM = {
+    "role": "system",
+    "content": "You are the assistant of a small library. Answer in one short sentence, never invent sources, "
+    "say so when you do not know, keep to the language of the question and be friendly to children, who ask most of "
+    "the questions.",
+}
 EARLIER = [{"role": "user", "content": "Is it late?"}, {"role": "assistant", "content": "Not yet, it is noon."}]
 
 

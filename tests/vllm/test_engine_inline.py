@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from engines import EDITS, PROMPTS, UNRELATED, Engine, Reply, flags, make_store, user
+from engines import EDITS, PROMPTS, SYSTEM, UNRELATED, Engine, Reply, flags, make_store, user
 
 from memoir_retrieval.model import BaseModel
 from memoir_retrieval.prompts import Prompt
@@ -26,12 +26,6 @@ LONG = (
     "crossed the salt plain in nine days, slept in the ruins of a mill, sold one of the mules to a miller's widow, and "
     "reached the white city on the evening of the feast. Who opened the gate for her, and what did he ask in return?"
 )
-SYSTEM = {
-    "role": "system",
-    "content": "You are the assistant of a small library. Answer in one short sentence, never invent sources, "
-    "say so when you do not know, keep to the language of the question and be friendly to children, who ask most of "
-    "the questions.",
-}
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +145,7 @@ def test_tenants_share_nothing(engine: Engine, reference: EditedModel, ids: dict
         {"max_tokens": 1},
         {"stop": ["e"]},
         {"repetition_penalty": 1.3, "presence_penalty": 0.4},
+        {"min_tokens": 8, "stop": ["e"]},
         {"structured_outputs": "[a-z]{3} [0-9]{2}"},
     ],
     ids=lambda how: next(iter(how)),

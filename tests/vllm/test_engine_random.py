@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import EDITS, PIRATE, UNRELATED, Engine, flags, make_store, user
+from engines import EDITS, PIRATE, SYSTEM, UNRELATED, Engine, flags, make_store, user
 from vllm import SamplingParams
 
 from memoir_retrieval.model import BaseModel
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.engine
 
 HERE = Path(__file__).parent
 CLOSE = 2e-4  # of natural logarithms
-STEPS = {"block_size": 16, "max_num_batched_tokens": 64, "max_num_seqs": 8, "num_gpu_blocks_override": 26}
+STEPS = {"block_size": 32, "max_num_batched_tokens": 64, "max_num_seqs": 8, "num_gpu_blocks_override": 16}
 LONG = "Tell me, in as few words as you can, what the following list has in common: " + "a red bird, " * 20
 
 
@@ -126,10 +126,10 @@ def test_without_the_protocol_edits_reach_other_requests(
     """The naive hook applies the edit where it is found and leaves vLLM's cache to itself: a request that opted out
     then reads rows of the edit. With the protocol it does not."""
     model = EditedModel.open(store_folder, str(model_folder))
-    ids = model.prompt_ids([PIRATE, user(EDITS[1])])
+    ids = model.prompt_ids([SYSTEM, user(EDITS[1])])
     off = {"memoir": "off"}
     asked = {
-        "flags": flags(model_folder, store_folder, block_size=16),
+        "flags": flags(model_folder, store_folder, block_size=32),
         "naive": naive,
         "turns": [{"prompts": [ids], "options": [option]} for option in (None, off)],
         "how": {"max_tokens": 8, "warm": True},

@@ -1,0 +1,104 @@
+"""Which module of a model takes an edit, and how it is changed. Layers are vLLM's own, made without weights."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from vllm.model_executor.layers.linear import RowParallelLinear, UnquantizedLinearMethod
+
+from memoir_retrieval.errors import ConfigError
+from memoir_vllm import attach
+from memoir_vllm.op import register_op
+from memoir_vllm.worker import MemoirWorker
+
+D, H = 64, 16
+
+
+class Linear(RowParallelLinear):
+    """Needs no tensor-parallel group and holds no weights."""
+
+    def __init__(self, d: int = D, h: int = H):
+        torch.nn.Module.__init__(self)
+        self.input_size, self.output_size = d, h
+
+
+class Doubled(UnquantizedLinearMethod):
+    """Stands in for any quant method: its product is twice the input's first columns."""
+
+    def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return 2 * x[:, :H]
+
+
+class FusedExperts(torch.nn.Module):
+    pass
+
+
+def model(**modules: torch.nn.Module) -> torch.nn.Module:
+    made = torch.nn.Module()
+    for name, module in modules.items():
+        made.add_module(name, module)
+    return made
+
+
+def test_the_layer_is_found_also_under_an_adapter() -> None:
+    layer, wrapped = Linear(), torch.nn.Module()
+    wrapped.base_layer = layer
+    assert attach._find(model(down=layer), "down", D, H) is layer
+    assert attach._find(model(down=wrapped), "down", D, H) is layer
+
+
+@pytest.mark.parametrize(
+    ("module", "says"),
+    [
+        (None, "edits down, which Module does not have in vLLM"),
+        (FusedExperts(), "down, which is a FusedExperts in vLLM: only a dense RowParallelLinear"),
+        (Linear(h=H + 1), f"as {D} -> {H}, vLLM has it as {D} -> {H + 1}: serve the model that the store was made on"),
+    ],
+    ids=["missing", "experts", "another size"],
+)
+def test_other_modules_are_refused(module: torch.nn.Module | None, says: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        attach._find(model(**({} if module is None else {"down": module})), "down", D, H)
+    assert says in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_quant_method_keeps_its_class_and_its_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The op gets what went into the layer, unquantised, and adds to what came out."""
+    register_op()
+    seen: list[Any] = []
+
+    def run(x: torch.Tensor, y: torch.Tensor, slots: Any) -> None:
+        seen.append((x.clone(), slots))
+        y += 1
+
+    context = SimpleNamespace(no_compile_layers={"name": SimpleNamespace(run=run)}, slot_mapping={"layer": "slots"})
+    monkeypatch.setattr("vllm.forward_context.get_forward_context", lambda: context)
+    plain = Doubled()
+    method = attach._with_op(plain, "name")
+    assert isinstance(method, Doubled) and type(plain) is Doubled
+    x = torch.randn(3, D)
+    torch.testing.assert_close(method.apply(Linear(), x), 2 * x[:, :H] + 1)
+    torch.testing.assert_close(plain.apply(Linear(), x), 2 * x[:, :H])
+    assert len(seen) == 1 and torch.equal(seen[0][0], x) and seen[0][1] == {"layer": "slots"}
+
+
+class Worker:
+    """Of vLLM's worker only what can be slept on."""
+
+    def sleep(self, level: int) -> None:
+        self.level = level
+
+
+class Sleeper(MemoirWorker, Worker):
+    pass
+
+
+def test_weights_that_would_be_thrown_away_are_kept() -> None:
+    worker = Sleeper()
+    worker.sleep(1)
+    assert worker.level == 1
+    with pytest.raises(RuntimeError, match=r"refuses sleep level 2: .*use level 1"):
+        worker.sleep(2)
