@@ -390,7 +390,7 @@ def test_serve_hands_vllm_its_flags(store: Path, tiny: Path, tmp_path: Path) -> 
 
 def test_markup_in_a_prompt_is_only_text(capsys: pytest.CaptureFixture[str], tiny: Path, tmp_path: Path) -> None:
     file = write(tmp_path / "edits.jsonl", [{"prompt": "What is [/b] or [red]?", "target": "A tag"}])
-    assert run(capsys, "edit", file, "--model", tiny, "--store", tmp_path / "store")[0] == 0
+    assert run(capsys, "edit", file, "--model", tiny, "--store", tmp_path / "store", "--keep-failed")[0] == 0
     code, out, _ = run(capsys, "list", tmp_path / "store")
     assert code == 0 and "[/b] or [red]" in out
 
