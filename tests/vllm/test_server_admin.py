@@ -42,7 +42,7 @@ def folder(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return store
 
 
-def serve(model_folder: Path, folder: Path, log: Path) -> Server:
+def serve(model_folder: Path, folder: Path, log: Path, port: int | None = None) -> Server:
     flags = [
         "--served-model-name",
         "m",
@@ -53,7 +53,7 @@ def serve(model_folder: Path, folder: Path, log: Path) -> Server:
         "8",
     ]
     command, environment = server_command(str(model_folder), folder, flags)
-    return Server(command, log, {**environment, "MEMOIR_ADMIN_TOKEN": TOKEN, "VLLM_LOGGING_LEVEL": "DEBUG"})
+    return Server(command, log, {**environment, "MEMOIR_ADMIN_TOKEN": TOKEN, "VLLM_LOGGING_LEVEL": "DEBUG"}, port)
 
 
 @pytest.fixture(scope="module")
