@@ -55,7 +55,8 @@ def picture(page: Any, name: str) -> None:
 
 
 def sign_in(page: Any) -> None:
-    page.keyboard.type(TOKEN)  # the field has the focus
+    page.locator("#token:focus").wait_for()  # without a click
+    page.keyboard.type(TOKEN)
     page.keyboard.press("Enter")
     page.locator("#work").wait_for(state="visible")
 
@@ -65,6 +66,7 @@ def scheme(page: Any) -> str:
 
 
 def test_a_wrong_token_is_refused_and_the_right_one_is_forgotten_on_reload(page: Any) -> None:
+    page.locator("#token:focus").wait_for()
     page.keyboard.type("not the token at all")
     page.keyboard.press("Enter")
     page.locator("#enter-error:has-text('admin token')").wait_for()
@@ -78,7 +80,8 @@ def test_a_wrong_token_is_refused_and_the_right_one_is_forgotten_on_reload(page:
 
 def test_a_prompt_is_answered_side_by_side(page: Any) -> None:
     sign_in(page)
-    page.keyboard.type(QUESTIONS[0])  # signing in moves the focus there
+    page.locator("#prompt:focus").wait_for()  # signing in moves the focus there
+    page.keyboard.type(QUESTIONS[0])
     page.keyboard.press("Control+Enter")
     page.locator("#answers").wait_for(state="visible")
     base, edited = page.locator("#base").inner_text(), page.locator("#edited").inner_text()
