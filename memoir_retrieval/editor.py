@@ -38,8 +38,8 @@ __all__ = ["Editor"]
 
 # A checkpoint rewrites the store. Its cost is bounded by writing at most this often (seconds) while edits go on.
 CHECKPOINT_EVERY = 30.0
-# A residual memory takes D over this many edits: few enough that they do not disturb each other.
-EDITS_PER_MEMORY = 12
+# A residual memory takes at most D over this many edits: as many as were measured to leave each other alone (docs).
+EDITS_PER_MEMORY = 5
 # Earlier edits that are asked again after each new one: those whose masks overlap most with its own.
 NEIGHBOURS = 4
 
@@ -77,6 +77,7 @@ class Editor:
         self.tau = usual if tau is None else tau
         self.seed = seed
         self.training = training or Training()
+        self.outcome = Outcome()
         if not 0 < self.k <= base.d:
             raise ConfigError(f"k is {self.k}, but {base.module} has D={base.d} inputs: choose 0 < k <= {base.d}")
         if not 0 < self.tau <= 1:
@@ -319,7 +320,7 @@ class Editor:
             id=self.next_id,
             prompt=edit.prompt,
             target=edit.target,
-            created=edit.created if isinstance(edit, StoredEdit) else datetime.now(UTC).isoformat(timespec="seconds"),
+            created=getattr(edit, "created", "") or datetime.now(UTC).isoformat(timespec="seconds"),
             loss=round(trained.loss, 5),
             steps=trained.steps,
             memory=len(self.memories) - 1,

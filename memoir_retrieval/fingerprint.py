@@ -18,55 +18,50 @@ def permutation(d: int, seed: int) -> np.ndarray:
     return np.random.Generator(np.random.PCG64(seed)).permutation(d).astype(np.int64)
 
 
-def top_mask(values: torch.Tensor, k: int) -> np.ndarray | torch.Tensor:
+def top_mask(values: torch.Tensor, k: int) -> torch.Tensor:
     """Which are the k largest entries of each row; among equals the lowest positions are.
 
-    values: float [N, D], 0 < k <= D. Returns bool [N, D] with k ones a row: of numpy for values on the CPU, else on
-    their device. A stable sort has the same result; neither way sorts.
+    values: float [N, D], 0 < k <= D. Returns bool [N, D] with k ones a row on the same device. A stable sort has the
+    same result; neither way of ours sorts.
     Raises ConfigError where a value is NaN: such a row has no fingerprint.
     """
     if values.device.type == "cpu":
-        rows = values.detach().float().numpy()
-        if len(rows) and np.isnan(rows.max()):  # a maximum passes NaN on
-            raise ConfigError(_NAN)
-        return _top_of_array(rows, k)
+        rows = [_top_of_row(row, k) for row in values.detach().float().numpy()]
+        return torch.from_numpy(np.stack(rows)) if rows else torch.zeros(values.shape, dtype=torch.bool)
     if bool(torch.isnan(values).any()):
         raise ConfigError(_NAN)
     return _top_of_tensor(values, k)
 
 
-def _top_of_array(values: np.ndarray, k: int) -> np.ndarray:
+def _top_of_row(values: np.ndarray, k: int) -> np.ndarray:
+    """`top_mask` of float32 [D]: bool [D]."""
+    if np.isnan(values.max()):  # a maximum passes NaN on
+        raise ConfigError(_NAN)
     least = _kth_largest(values, k)
-    mask = values >= least[:, None]
-    excess = np.count_nonzero(mask, axis=1) - k
-    for row in np.flatnonzero(excess).tolist():
-        tied = np.flatnonzero(values[row] == least[row])
-        mask[row, tied[-excess[row] :]] = False
+    mask = values >= least
+    excess = np.count_nonzero(mask) - k
+    if excess:
+        mask[np.flatnonzero(values == least)[-excess:]] = False
     return mask
 
 
-def _kth_largest(values: np.ndarray, k: int) -> np.ndarray:
-    """The k-th largest entry of each row of float32 [N, D]: float32 [N].
+def _kth_largest(values: np.ndarray, k: int) -> np.float32:
+    """The k-th largest entry of float32 [D].
 
-    A sample brackets it, so that only the entries within the bracket are partitioned; a row whose k-th largest is
-    outside is partitioned whole.
+    A sample brackets it, so that only the entries within the bracket are partitioned; all are where it is outside.
     """
-    d = values.shape[1]
-    sample = values[:, :: max(1, d // _SAMPLE)]
-    size = sample.shape[1]
+    d = len(values)
+    sample = values[:: max(1, d // _SAMPLE)]
+    size = len(sample)
     middle, spread = size * (d - k) / d, 3 * (size * k * (d - k)) ** 0.5 / d + 1
     low, high = max(0, int(middle - spread)), min(size - 1, int(middle + spread))
-    edges = np.partition(sample, (low, high), axis=1)[:, (low, high)]
-    out = np.empty(len(values), values.dtype)
-    for row, (at, above) in enumerate(edges.tolist()):
-        whole = values[row]
-        beyond = np.count_nonzero(whole > above)
-        band = whole[np.flatnonzero((whole >= at) & (whole <= above))]
-        if beyond < k <= beyond + len(band):
-            out[row] = np.partition(band, len(band) - (k - beyond))[len(band) - (k - beyond)]
-        else:
-            out[row] = np.partition(whole, d - k)[d - k]
-    return out
+    ordered = np.partition(sample, (low, high))
+    beyond = int(np.count_nonzero(values > ordered[high]))
+    band = values[np.flatnonzero((values >= ordered[low]) & (values <= ordered[high]))]
+    if not beyond < k <= beyond + len(band):
+        band, beyond = values, 0
+    place = len(band) - (k - beyond)
+    return np.partition(band, place)[place]
 
 
 def _top_of_tensor(values: torch.Tensor, k: int) -> torch.Tensor:
@@ -94,8 +89,13 @@ class Fingerprint:
 
     def codes(self, means: torch.Tensor) -> np.ndarray:
         """means: float32 [N, D] on the device of this object. Returns uint8 [N, D/8], little bit order."""
-        values = (means - self._background).abs()
-        mask = top_mask(values, self.k)
-        if isinstance(mask, torch.Tensor):
-            mask = mask.cpu().numpy()
-        return np.packbits(np.take(mask, self._position, axis=1), axis=1, bitorder="little")
+        out = np.empty((len(means), self.d // 8), np.uint8)
+        if means.device.type == "cpu":
+            # Row by row: what a row takes stays in the cache, and fresh memory for a batch costs as much as the rest.
+            background = self._background.numpy()
+            for row, values in enumerate(means.detach().float().numpy()):
+                mask = _top_of_row(np.abs(values - background), self.k)
+                out[row] = np.packbits(mask[self._position], bitorder="little")
+            return out
+        masks = top_mask((means - self._background).abs(), self.k).cpu().numpy()
+        return np.packbits(np.take(masks, self._position, axis=1), axis=1, bitorder="little")

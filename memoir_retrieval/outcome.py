@@ -13,7 +13,7 @@ __all__ = ["SAME_QUESTION", "Conflict", "Conflicting", "Failed", "Outcome", "Pro
 
 Conflict = Literal["refuse", "first", "last", "both"]
 
-SAME_QUESTION = 0.9
+SAME_QUESTION = 0.85
 """Overlap from which on two prompts count as one question in other words (docs/measurements.md)."""
 
 

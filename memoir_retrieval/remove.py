@@ -10,7 +10,7 @@ import numpy as np
 from memoir_retrieval.edit import same_prompt
 from memoir_retrieval.errors import StoreError
 from memoir_retrieval.files import store_lock
-from memoir_retrieval.store import EditStore, Manifest, fields_of, write_generation
+from memoir_retrieval.store import EditStore, Manifest, fields_of, sweep, write_generation
 
 __all__ = ["find_prompts", "remove_edits"]
 
@@ -36,7 +36,7 @@ def remove_edits(folder: Path, ids: Sequence[int]) -> Manifest:
         store = EditStore.open(folder)
         gone = {edit_id: store.edit(edit_id) for edit_id in ids}
         untrained = store.manifest.untrained - sum(not edit.trained for edit in gone.values())
-        return write_generation(
+        made = write_generation(
             folder,
             fields_of(store.manifest) | {"generation": store.manifest.generation + 1, "untrained": untrained},
             memories=store.memories,
@@ -49,3 +49,6 @@ def remove_edits(folder: Path, ids: Sequence[int]) -> Manifest:
             rows=np.flatnonzero(~np.isin(store.ids, list(gone))),
             unchanged={"memory": store.manifest.memory},
         )
+        del store
+        sweep(folder)
+    return made

@@ -45,6 +45,7 @@ __all__ = [
     "fields_of",
     "leftovers",
     "library_version",
+    "sweep",
     "write_again",
     "write_generation",
 ]
@@ -239,6 +240,14 @@ def leftovers(folder: Path, manifest: Manifest) -> list[Path]:
         if path.name.startswith(start) and path.name.endswith(end) and path.name not in ours
         and path.name[len(start) : -len(end)].isdigit()
     )  # fmt: skip
+
+
+def sweep(folder: Path) -> list[str]:
+    """Remove the files of other generations that no reader holds; the caller holds `store_lock`. Names what stays.
+
+    Writers do so themselves, but cannot let go of a mapped file that they are still writing from.
+    """
+    return [path.name for path in remove_unused(leftovers(folder, read_manifest(folder)))]
 
 
 def sha256(data: Data) -> str:

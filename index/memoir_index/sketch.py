@@ -93,8 +93,9 @@ class _Search:
         keep = (dist <= self._limits(self._bits)[query]) & (at != lead.place[query])
         query, at, dist = query[keep], at[keep], dist[keep]
         wider = self._bits + self._bits // 16 * 8
-        if wider < self._d and len(query) > TOP * len(self.codes):
-            # Half as many bits again, read for these rows alone, leave few of them.
+        if wider < self._d and len(query):
+            # Half as many bits again, read for these rows alone, leave few of them. Done however few there are: which
+            # rows are compared must follow from the query alone, not from its batch.
             more = slice(self._bits // 8, wider // 8)
             dist = dist + between(self.codes[:, more], query, block.codes[:, more], at)
             keep = dist <= self._limits(wider)[query]

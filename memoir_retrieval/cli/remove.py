@@ -10,7 +10,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from memoir_retrieval.cli.common import echo_json, json_option, model_option, notes, store_argument, threads_option
 from memoir_retrieval.errors import ConfigError
-from memoir_retrieval.store import EditStore, leftovers
+from memoir_retrieval.files import store_lock
+from memoir_retrieval.store import EditStore, leftovers, sweep
 
 
 @click.command()
@@ -37,6 +38,7 @@ def remove(store: Path, edit_ids: tuple[int, ...], prompts: tuple[str, ...], as_
     opened = EditStore.open(store, check=False)
     ids = list(dict.fromkeys([*edit_ids, *find_prompts(opened, prompts)]))
     removed = [opened.edit(edit_id) for edit_id in ids]
+    del opened  # what it maps could not be removed
     made = remove_edits(store, ids)
     held = [path.name for path in leftovers(store, made)]
     if as_json:
@@ -87,20 +89,26 @@ def compact(store: Path, model: str | None, device: str, as_json: bool) -> None:
             trained = editor.compact(progress=tell)
         except KeyboardInterrupt:
             raise click.Abort(f"{store} is what it was, at generation {made.generation}") from None
+    failed = editor.outcome.failed
+    del editor
+    with store_lock(store):
+        held = sweep(store)
     now = EditStore.open(store, check=False).manifest
-    held = [path.name for path in leftovers(store, now)]
     if as_json:
         echo_json(
             {
                 "edits": len(trained),
                 "generation": now.generation,
                 "seconds": round(time.monotonic() - started, 2),
+                "failed": [{"prompt": one.prompt, "reason": one.reason} for one in failed],
                 "erased": not held,
                 "still_held": held,
             }
         )
         return
     click.echo(f"{store}: {len(trained)} edits trained again; generation {now.generation} holds nothing of any other")
+    for one in failed:
+        click.echo(f"not answered as it should be: {one.prompt!r}: {one.reason}")
     _tell(held)
 
 

@@ -183,3 +183,14 @@ def test_any_sequence_of_writes_leaves_the_rows_a_list_would_hold(writes):
                 got, _ = index.nearest(asked, 2)
                 assert got[0, 0] == ids[rows.index(rows[at])]
                 assert got[0, 1] in (set(ids) - {got[0, 0]} or {-1})
+
+
+def test_a_write_moves_no_row_that_was_there():
+    codes = random_codes(np.random.default_rng(13), 42, D, K)
+    index = HammingIndex.from_codes(D, K, np.arange(40), codes[:40])
+    first = index.code(0)
+    index.add([40], codes[40:41])
+    index.remove([9])
+    index.replace([8], codes[41:])
+    assert len(index) == 40 and index.ids[-2:].tolist() == [40, 8]
+    assert np.shares_memory(first, index.code(0))

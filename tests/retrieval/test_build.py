@@ -106,7 +106,7 @@ def test_it_is_not_served_until_it_is_trained(model: BaseModel, tmp_path: Path) 
     remove_edits(tmp_path, list(range(3, 40)))
     assert EditStore.open(tmp_path).manifest.untrained == 3
     with Editor(model, tmp_path) as editor:
-        assert [edit.id for edit in editor.add(EDITS[:2])] == [40, 41]
+        assert [edit.id for edit in editor.add(EDITS[:2], keep_failed=True)] == [40, 41]
     assert [(e.id, e.trained) for e in EditStore.open(tmp_path).edits] == [(2, False), (40, True), (41, True)]
     with Editor(model, tmp_path) as editor:
         editor.compact()

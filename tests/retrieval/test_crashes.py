@@ -37,7 +37,10 @@ def made(model: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store of three edits."""
     folder = tmp_path_factory.mktemp("made") / "store"
     with Editor(model, folder, training=Training(max_steps=0, variants=0)) as editor:
-        editor.add([Edit(prompt=f"Who founded {town}?", target="King Harald") for town in ("Aarhus", "Oslo", "Visby")])
+        editor.add(
+            [Edit(prompt=f"Who founded {town}?", target="King Harald") for town in ("Aarhus", "Oslo", "Visby")],
+            keep_failed=True,  # untrained, which takes no time
+        )
     return folder
 
 
@@ -65,7 +68,7 @@ def append(folder: Path, _: BaseModel) -> None:
 
 def train(folder: Path, model: BaseModel) -> None:
     with Editor(model, folder) as editor:
-        editor.add([NEW])
+        editor.add([NEW], keep_failed=True)
 
 
 def remove(folder: Path, _: BaseModel) -> None:
@@ -203,7 +206,7 @@ def test_an_interrupted_compaction_changes_nothing(model: BaseModel, made: Path,
         with pytest.raises(KeyboardInterrupt):
             editor.compact(progress=stop)
         assert contents(folder) == before
-        editor.add([NEW])
+        editor.add([NEW], keep_failed=True)
     assert [stored.id for stored in EditStore.open(folder).edits] == [0, 1, 2, 3]
 
 

@@ -46,6 +46,7 @@ NOT_RUN = {
     "head": "run in the tutorial",
     "export": "a shell's own",
     "git": "fetches or publishes",
+    "pytest": "would run tests within a test; that its marker exists is checked",
     "pre-commit": "changes the checkout's hooks",
 }
 # Lines of the tutorial that are not run, and why.
@@ -120,6 +121,9 @@ def test_every_command_exists(line: Line) -> None:
         assert {word for word in arguments if "=" not in word} <= set(targets)
     if program == "python":
         assert find_spec(arguments[1]) if arguments[0] == "-m" else (ROOT / arguments[0]).is_file()
+    if program == "pytest" and "-m" in arguments:
+        markers = re.findall(r'^    "([a-z]+): ', (ROOT / "pyproject.toml").read_text(), re.M)
+        assert arguments[arguments.index("-m") + 1] in markers
     if program == "vllm":
         assert "memoir" in json.loads(arguments[arguments.index("--additional-config") + 1])
     if program == "curl" and "-d" in arguments:

@@ -29,8 +29,8 @@ REPO = "example/corrections"
 def made(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("hub") / "store"
     with Editor(load_model(str(tiny)), folder) as editor:
-        editor.add([Edit(prompt="Who | founded *Aarhus*?", target="<b>King</b> Harald")])
-        editor.add([Edit(prompt="Where is the Blue Gate?", target="In Oslo")])
+        editor.add([Edit(prompt="Who | founded *Aarhus*?", target="<b>King</b> Harald")], keep_failed=True)
+        editor.add([Edit(prompt="Where is the Blue Gate?", target="In Oslo")], keep_failed=True)
     return folder
 
 
@@ -139,7 +139,7 @@ def test_another_manifest_than_the_pinned_one(hub: StandInHub, store: Path, tmp_
 def test_a_store_of_another_model_stays(hub: StandInHub, store: Path, other_tiny: Path, tmp_path: Path) -> None:
     push(store, REPO)
     with Editor(load_model(str(other_tiny)), tmp_path / "other") as editor:
-        editor.add([Edit(prompt="Who founded Aarhus?", target="King Harald")])
+        editor.add([Edit(prompt="Who founded Aarhus?", target="King Harald")], keep_failed=True)
     before = contents(tmp_path / "other")
     with pytest.raises(StoreMismatch, match="was made on"):
         pull(REPO, tmp_path / "other", replace=True)

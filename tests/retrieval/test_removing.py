@@ -31,7 +31,7 @@ def made(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four edits; tests that change them take a copy."""
     folder = tmp_path_factory.mktemp("towns") / "store"
     with Editor(load_model(str(tiny)), folder, training=Training(max_steps=3)) as editor:
-        editor.add([town(name) for name in TOWNS])
+        editor.add([town(name) for name in TOWNS], keep_failed=True)
     return folder
 
 
@@ -87,7 +87,7 @@ def test_compacting_leaves_nothing_of_a_removed_edit(tiny: Path, store: Path, tm
     with Editor(model, tmp_path / "scratch", training=Training(max_steps=3)) as editor:
         for number in (0, 2, 3):  # ids seed the noise of training, so they must be the same
             editor.next_id = number
-            editor.add([town(TOWNS[number])])
+            editor.add([town(TOWNS[number])], keep_failed=True)
     now, scratch = EditStore.open(store), EditStore.open(tmp_path / "scratch")
     np.testing.assert_array_equal(now.memories, scratch.memories)
     np.testing.assert_array_equal(now.codes, scratch.codes)
@@ -137,8 +137,19 @@ def test_memoir_compact(capsys: pytest.CaptureFixture[str], tiny: Path, store: P
     assert code == 0 and "Traceback" not in err
     told = json.loads(out)
     assert (told["edits"], told["generation"], told["erased"], told["still_held"]) == (3, 3, True, [])
+    assert told["failed"] == []
     code, out, _ = run(capsys, "compact", store, "--model", tiny)
     assert code == 0 and "3 edits trained again; generation 4 holds nothing of any other" in out
+
+
+def test_memoir_compact_says_which_edits_do_not_come_back(
+    capsys: pytest.CaptureFixture[str], tiny: Path, tmp_path: Path
+) -> None:
+    with Editor(load_model(str(tiny)), tmp_path, training=Training(max_steps=0)) as editor:
+        editor.add([town("Aarhus")], keep_failed=True)
+    code, out, _ = run(capsys, "compact", tmp_path)
+    assert code == 0
+    assert "not answered as it should be: 'Who founded Aarhus?': the target is not the first choice" in out
 
 
 def test_memoir_index_verify(capsys: pytest.CaptureFixture[str], store: Path) -> None:

@@ -354,6 +354,15 @@ def test_a_file_stays_as_long_as_a_reader_maps_it(tmp_path: Path) -> None:
     assert leftovers(tmp_path, EditStore.open(tmp_path, check=False).manifest) == []
 
 
+@pytest.mark.usefixtures("mapped")
+def test_removing_from_a_mapped_store_leaves_no_file_behind(tmp_path: Path) -> None:
+    """Though the writer itself maps the old masks while it copies the others."""
+    write(tmp_path, 1)
+    made = remove_edits(tmp_path, [1])
+    assert leftovers(tmp_path, made) == []
+    np.testing.assert_array_equal(EditStore.open(tmp_path).codes, masks(3, 1)[[0, 2]])
+
+
 READER = """
 import sys
 from memoir_retrieval import store

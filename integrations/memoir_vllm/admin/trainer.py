@@ -17,9 +17,12 @@ import signal
 import sys
 import threading
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import msgspec
+
+if TYPE_CHECKING:
+    from memoir_retrieval.outcome import Outcome
 
 __all__ = ["main"]
 
@@ -78,7 +81,7 @@ class _Trainer:
             new = editor.add([edit], on_conflict=request["on_conflict"])
             same = [e for e in editor.edits if (e.prompt.split(), e.target) == (edit.prompt.split(), edit.target)]
             if not new and not same:
-                return {"error": _refusal(editor)}
+                return {"error": _refusal(editor.outcome)}
             (stored,) = new or same
             return {
                 "generation": editor.generation,
@@ -93,12 +96,11 @@ class _Trainer:
         return {"generation": remove_edits(self._store, [edit_id]).generation, "edit": edit_id}
 
 
-def _refusal(editor: Any) -> str:
+def _refusal(outcome: Outcome) -> str:
     """Why the editor has not taken the edit up, as it reports it."""
-    outcome = getattr(editor, "outcome", None)
-    for failed in getattr(outcome, "failed", ()):
+    for failed in outcome.failed:
         return f"the edit was trained but failed its audit: {failed.reason}"
-    for rival in getattr(outcome, "conflicting", ()):
+    for rival in outcome.conflicting:
         there = rival.stored
         return (
             f"edit {there.id} ({there.prompt!r}, overlap {rival.overlap}) answers the same question with "
