@@ -32,7 +32,7 @@ STEPS = {"block_size": 32, "max_num_batched_tokens": 64, "max_num_seqs": 8, "num
 LONG = "Tell me, in as few words as you can, what the following list has in common: " + "a red bird, " * 20
 
 
-@pytest.fixture(scope="module", params=["question", "all"])
+@pytest.fixture(scope="module", params=["question", pytest.param("all", marks=pytest.mark.slow)])
 def served(
     request: pytest.FixtureRequest, base: BaseModel, model_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> EditedModel:
@@ -120,6 +120,7 @@ def test_prompts_of_the_rule_all_are_found_in_the_cache(engine: Engine, served: 
     assert hits[3] == full, "once decided, the edit's own blocks"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("naive", [False, True])
 def test_without_the_protocol_edits_reach_other_requests(
     naive: bool, base: BaseModel, model_folder: Path, store_folder: Path

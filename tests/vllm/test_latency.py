@@ -1,6 +1,6 @@
 """What a client waits for with edits, as ratios within one run: `pytest -m latency`, no part of `make test`.
 
-The bounds are several times what was measured (docs/measurements.md), so that only a fault crosses them.
+The bounds are wide, so that a fault crosses them and a busy machine does not.
 """
 
 from __future__ import annotations
