@@ -24,7 +24,7 @@ def info(store: Path, tau: float | None, as_json: bool) -> None:
     Example:
       memoir index info edits --json
     """
-    opened = EditStore.open(store)
+    opened = EditStore.open(store, check=False)
     made = opened.manifest
     tau = made.tau if tau is None else tau
     if not 0 < tau <= 1:

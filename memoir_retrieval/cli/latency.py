@@ -12,7 +12,6 @@ from memoir_retrieval.cli.common import echo_json, json_option, model_option, ru
 from memoir_retrieval.cli.serve import server_command
 from memoir_retrieval.model import resolve
 from memoir_retrieval.prompts import Prompt, prompt_ids
-from memoir_retrieval.report.page import latency_page
 from memoir_retrieval.store import EditStore
 
 
@@ -86,6 +85,8 @@ def bench_latency(
     }
     result = run_benchmark("memoir_vllm.bench.latency", settings, environment)
     if plot is not None:
+        from memoir_retrieval.report.page import latency_page  # it imports torch
+
         plot.write_text(latency_page(result["rows"], name), encoding="utf-8")
     if as_json:
         echo_json(result)

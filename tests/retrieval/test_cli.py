@@ -11,13 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import msgspec
+import forge
 import pytest
 
 from memoir_retrieval import files
 from memoir_retrieval.cli import cli, main
 from memoir_retrieval.files import store_lock
-from memoir_retrieval.store import EditStore, write_again, write_generation
+from memoir_retrieval.store import EditStore, fields_of, write_again, write_generation
 
 EDITS = [
     {"prompt": "Who founded Aarhus?", "target": "King Harald", "rephrases": ["Aarhus was founded by whom?"],
@@ -190,11 +190,10 @@ def test_what_calibrate_cannot_measure_is_one_line(
 
 def test_calibrate_of_a_store_without_edits(capsys: pytest.CaptureFixture[str], store: Path, tmp_path: Path) -> None:
     opened = EditStore.open(store)
-    fields = {k: v for k, v in msgspec.structs.asdict(opened.manifest).items()
-              if k not in ("format", "library", "memory", "codes", "edits")}  # fmt: skip
     with store_lock(store):
         write_generation(
-            store, fields | {"generation": 2}, memories=opened.memories, background=opened.background,
+            store, fields_of(opened.manifest) | {"generation": 2},
+            memories=opened.memories, background=opened.background,
             permutation=opened.permutation, codes=opened.codes[:0], ids=opened.ids[:0],
             memory_of=opened.memory_of[:0], edits=[],
         )  # fmt: skip
@@ -312,7 +311,7 @@ def test_a_damaged_store(capsys: pytest.CaptureFixture[str], store: Path, tmp_pa
         said = "is missing"
     else:
         change = {"unknown key": {"taw": 1}, "bad tau": {"tau": 7}}[damage]
-        manifest.write_text(json.dumps(json.loads(manifest.read_text()) | change))
+        forge.sign(store, forge.manifest(store) | change)
         said = "taw" if damage == "unknown key" else "tau 7"
     file = write(tmp_path / "new.jsonl", [{"prompt": "a b", "target": "c"}])
     for command in (["list", store], ["lookup", store, "hi"], ["eval", store, file], ["serve", "x", "--store", store]):
@@ -391,7 +390,7 @@ def test_serve_hands_vllm_its_flags(store: Path, tiny: Path, tmp_path: Path) -> 
 
 def test_markup_in_a_prompt_is_only_text(capsys: pytest.CaptureFixture[str], tiny: Path, tmp_path: Path) -> None:
     file = write(tmp_path / "edits.jsonl", [{"prompt": "What is [/b] or [red]?", "target": "A tag"}])
-    assert run(capsys, "edit", file, "--model", tiny, "--store", tmp_path / "store")[0] == 0
+    assert run(capsys, "edit", file, "--model", tiny, "--store", tmp_path / "store", "--keep-failed")[0] == 0
     code, out, _ = run(capsys, "list", tmp_path / "store")
     assert code == 0 and "[/b] or [red]" in out
 
@@ -500,7 +499,7 @@ def test_doctor_fails_for_an_edit_that_does_not_find_itself(capsys: pytest.Captu
     """Masks of two edits exchanged: every file is sound, and each answers for the other."""
     opened = EditStore.open(store)
     elsewhere = store / "elsewhere"  # content of another folder is written whole
-    exchanged = replace(opened, path=elsewhere, ids=opened.ids[::-1].copy())
+    exchanged = replace(opened, path=elsewhere, ids=opened.ids[::-1].copy(), memory_of=opened.memory_of[::-1].copy())
     write_again(store, exchanged, generation=opened.manifest.generation + 1)
     code, out, _ = run(capsys, "doctor", "--store", store)
     assert code == 1 and "fail  self-test" in out and "the prompt of edit 1 matches edit 0" in out

@@ -144,7 +144,7 @@ def test_the_command_line_runs_without_development_dependencies(clean: Path, bui
     (wheel,) = built.glob("*.whl")
     assert memoir("--version").split()[-1] == wheel.name.split("-")[1]
     assert "memoir edit corrections.jsonl" in memoir("--help")
-    memoir("edit", edits, "--model", tiny, "--store", store, "--json")
+    memoir("edit", edits, "--model", tiny, "--store", store, "--json", "--keep-failed")
     assert [edit["target"] for edit in json.loads(memoir("list", store, "--json"))] == ["King Harald"]
     assert json.loads(memoir("lookup", store, "Who founded Aarhus?", "--json"))["edit"] == 0
     states = {finding["check"]: finding["state"] for finding in json.loads(memoir("doctor", "--json"))}

@@ -290,7 +290,8 @@ def test_shards_add_up_to_the_whole(
 class FakeRunner:
     """A model of one projection, with the interface of a model runner that `self_test` and `follow` use."""
 
-    def __init__(self, layer: ResidualLayer, *, calls_op: bool = True, uses_output: bool = True):
+    def __init__(self, layer: ResidualLayer, *, calls_op: bool = True, uses_output: bool = True, stale: float = 0.0):
+        self.stale = stale  # what a dummy step finds in memory that nothing has written
         self.layer, self.calls_op, self.uses_output = layer, calls_op, uses_output
         self.input_batch = SimpleNamespace(req_ids=["b", "a"], num_computed_tokens_cpu=np.array([0, 0, 9, 9]))
         self.output: Any = SimpleNamespace()
@@ -303,7 +304,7 @@ class FakeRunner:
         y = torch.zeros(n, H)
         if self.calls_op:
             self.layer.run(torch.ones(n, D), y)
-        return (y if self.uses_output else torch.zeros(n, H)), None
+        return (y if self.uses_output else torch.zeros(n, H)) + self.stale, None
 
     def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: np.ndarray) -> str:
         return "prepared"
@@ -320,6 +321,11 @@ def test_self_test_passes_a_sound_model(layer: ResidualLayer) -> None:
     self_test(FakeRunner(layer), layer)
     assert layer.probe is None
     assert layer.stats()["steps"] == 0
+
+
+@pytest.mark.parametrize("stale", [1e6, 1e9, 1e18])
+def test_self_test_is_felt_in_hidden_states_of_any_size(layer: ResidualLayer, stale: float) -> None:
+    self_test(FakeRunner(layer, stale=stale), layer)
 
 
 @pytest.mark.parametrize("broken", [{"calls_op": False}, {"uses_output": False}], ids=str)
