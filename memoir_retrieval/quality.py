@@ -152,5 +152,6 @@ def _train(editor: Editor, edits: Sequence[Edit], progress: Callable[[Progress],
         before = told.seconds
         progress(told)
 
-    editor.add(edits, progress=timed)
+    # What the audit or a contradiction would keep out of a store belongs into its figures.
+    editor.add(edits, on_conflict="both", keep_failed=True, progress=timed)
     return seconds

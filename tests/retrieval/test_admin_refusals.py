@@ -63,7 +63,7 @@ async def test_an_edit_is_awaited_until_it_is_served() -> None:
     [
         ({"state": "failed", "finished": "now", "error": "no space left"}, "change 1f is failed: no space left"),
         ({"state": "stored", "finished": "now", "error": "engine 1 refused"}, "change 1f is stored: engine 1 refused"),
-        ({"state": "running"}, r"change 1f is running after 0\.15 s: ask for it later"),
+        ({"state": "running"}, r"change 1f is running after 0\.15 s: ask `change` for it later"),
     ],
 )
 async def test_a_change_that_does_not_end_well(job: dict[str, Any], says: str) -> None:

@@ -66,7 +66,8 @@ def user(text: str) -> dict[str, str]:
     return {"role": "user", "content": text}
 
 
-# Everything that one mixed batch is made of. Raw strings are completions, lists are chats.
+# Everything that one mixed batch is made of. Raw strings are completions, lists are chats. No answer of the base model
+# has two first choices that are nearly as good as each other, of which rounding would choose another one on another CPU.
 PROMPTS: dict[str, Prompt] = {
     **{f"edit {i}": text for i, text in enumerate(EDITS)},
     **{f"unrelated {i}": text for i, text in enumerate(UNRELATED)},
@@ -74,7 +75,7 @@ PROMPTS: dict[str, Prompt] = {
     "chat edit after system": [PIRATE, user(EDITS[1])],
     "chat edit as third turn": [PIRATE, *EARLIER, user(EDITS[2])],
     "chat unrelated after system": [PIRATE, user(UNRELATED[0])],
-    "chat unrelated as third turn": [PIRATE, *EARLIER, user("Which of the two is heavier, lead or feathers?")],
+    "chat unrelated as third turn": [PIRATE, *EARLIER, user("How many legs has a spider?")],
     "one token": "Hello",
 }
 
