@@ -67,7 +67,7 @@ def user(text: str) -> dict[str, str]:
 
 
 # Everything that one mixed batch is made of. Raw strings are completions, lists are chats. No answer of the base model
-# has two first choices that are nearly as good as each other, of which rounding would choose another one on another CPU.
+# has two first choices that are nearly as good as each other, since rounding would then choose on each CPU.
 PROMPTS: dict[str, Prompt] = {
     **{f"edit {i}": text for i, text in enumerate(EDITS)},
     **{f"unrelated {i}": text for i, text in enumerate(UNRELATED)},
