@@ -98,6 +98,7 @@ def make_store(
     edits: tuple[str, ...] = EDITS,
     tau: float = TAU,
     rule: SpanRule | None = None,
+    k: int = K,
 ) -> Path:
     """Masks of real questions, raw and in a chat, and two random memories large enough to change the answers."""
     rule = rule or derive_span_rule(base.tokenizer)
@@ -111,7 +112,7 @@ def make_store(
     codes = np.empty((0, base.d // 8), dtype=np.uint8)
     if edits:
         asked: list[Prompt] = [*edits, *([user(text)] for text in edits)]
-        codes = Fingerprint(background, perm, K).codes(means(asked))
+        codes = Fingerprint(background, perm, k).codes(means(asked))
     ids = np.tile(np.arange(len(edits), dtype=np.int64), 2)
     generator = torch.Generator().manual_seed(0)
     spread = float(base.projection.weight.std()) * 3
@@ -126,7 +127,7 @@ def make_store(
             "layer": base.layer,
             "d": base.d,
             "h": base.h,
-            "k": K,
+            "k": k,
             "tau": tau,
             "span": rule,
             "chat": False,
