@@ -10,7 +10,7 @@ import numpy as np
 from memoir_retrieval.edit import same_prompt
 from memoir_retrieval.errors import StoreError
 from memoir_retrieval.files import store_lock
-from memoir_retrieval.store import EditStore, Manifest, fields_of, sweep, write_generation
+from memoir_retrieval.store import EditStore, Manifest, sweep, write_again
 
 __all__ = ["find_prompts", "remove_edits"]
 
@@ -36,18 +36,13 @@ def remove_edits(folder: Path, ids: Sequence[int]) -> Manifest:
         store = EditStore.open(folder)
         gone = {edit_id: store.edit(edit_id) for edit_id in ids}
         untrained = store.manifest.untrained - sum(not edit.trained for edit in gone.values())
-        made = write_generation(
+        made = write_again(
             folder,
-            fields_of(store.manifest) | {"generation": store.manifest.generation + 1, "untrained": untrained},
-            memories=store.memories,
-            background=store.background,
-            permutation=store.permutation,
-            codes=store.codes,
-            ids=store.ids,
-            memory_of=store.memory_of,
+            store,
             edits=(edit for edit in store.edits if edit.id not in gone),
             rows=np.flatnonzero(~np.isin(store.ids, list(gone))),
-            unchanged={"memory": store.manifest.memory},
+            generation=store.manifest.generation + 1,
+            untrained=untrained,
         )
         del store
         sweep(folder)

@@ -203,11 +203,20 @@ def write_generation(
     return made
 
 
-def write_again(folder: Path, store: EditStore, **changes: Any) -> Manifest:
+def write_again(
+    folder: Path,
+    store: EditStore,
+    *,
+    edits: Iterable[StoredEdit] | None = None,
+    rows: np.ndarray | None = None,
+    **changes: Any,
+) -> Manifest:
     """Publish the content of `store` in `folder` as it is, but for some fields of its manifest.
 
-    changes: fields of `Manifest`, `generation` among them. The caller holds `store_lock`. Raises as `write_generation`.
+    edits, rows: given together, only these edits and these rows of `codes` are kept. changes: fields of `Manifest`,
+    `generation` among them. The caller holds `store_lock`. Raises as `write_generation`.
     """
+    kept = KINDS if edits is None else ("memory",)
     here = Path(folder).resolve() == store.path.resolve()
     return write_generation(
         folder,
@@ -218,8 +227,9 @@ def write_again(folder: Path, store: EditStore, **changes: Any) -> Manifest:
         codes=store.codes,
         ids=store.ids,
         memory_of=store.memory_of,
-        edits=store.edits,
-        unchanged={kind: getattr(store.manifest, kind) for kind in KINDS} if here else None,
+        edits=store.edits if edits is None else edits,
+        rows=rows,
+        unchanged={kind: getattr(store.manifest, kind) for kind in kept} if here else None,
     )
 
 
