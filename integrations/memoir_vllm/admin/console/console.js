@@ -189,11 +189,20 @@ async function ask_to_remove(edit) {
   if (dialog.returnValue === "yes") await follow(await call(`edits/${edit.id}`, { method: "DELETE" }));
 }
 
+/** How far a job is, in words. */
+function far({ state, progress }) {
+  if (!progress) return state;
+  const { stage, step, limit, loss, goal } = progress;
+  if (stage === "loading") return "loading the model";
+  if (stage === "opening") return "opening the store";
+  return `training, step ${step} of at most ${limit}, loss ${loss.toFixed(3)} (done below ${goal})`;
+}
+
 /** Poll a job until it is done. */
 async function follow(job) {
   const what = job.kind === "add" ? "Adding" : "Removing";
   while (job.finished === null) {
-    $("change").textContent = `${what} “${job.prompt}”: ${job.state}`;
+    $("change").textContent = `${what} “${job.prompt}”: ${far(job)}`;
     await new Promise((resolve) => setTimeout(resolve, 500));
     job = await call(`jobs/${job.id}`);
   }
