@@ -149,7 +149,10 @@ async function list() {
   $("edits").replaceChildren(...page.edits.map((edit) => {
     const remove = make("button", "Remove", { type: "button", class: "danger", "aria-label": `Remove edit ${edit.id}` });
     remove.addEventListener("click", guarded("change-error", () => ask_to_remove(edit)));
-    return row(edit.id, edit.prompt, edit.target, hits.get(edit.id) ?? "", remove);
+    const asked = make("div", edit.prompt);
+    const origin = edit.source && `, source: ${edit.source}`;
+    asked.append(make("p", `${edit.created.slice(0, 10)}${origin}`, { class: "hint" }));
+    return row(edit.id, asked, edit.target, hits.get(edit.id) ?? "", remove);
   }));
   const last = Math.min(offset + PAGE, page.total);
   $("page").textContent = page.total ? `${offset + 1} to ${last} of ${page.total}` : "no edits";
