@@ -137,4 +137,5 @@ def test_an_edit_is_added_found_and_removed_by_keyboard(page: Any) -> None:
     page.keyboard.press("Enter")
     page.locator("#change:has-text('Removing')").wait_for()
     page.locator("#page:has-text('no edits')").wait_for()
+    assert page.locator("#no-audit").is_hidden()
     assert "remove" in page.locator("#audit").inner_text()

@@ -245,6 +245,7 @@ function show(now) {
 
 async function audit() {
   const { entries } = await call("audit?limit=10");
+  $("no-audit").hidden = entries.length > 0;
   $("audit").replaceChildren(...entries.map((entry) => {
     const change = entry.change?.add ? `add “${entry.change.add.prompt}” → “${entry.change.add.target}”`
       : entry.change ? `remove edit ${entry.change.remove}` : `edit ${entry.edit ?? ""}`;
