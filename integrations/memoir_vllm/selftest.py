@@ -15,7 +15,7 @@ from memoir_retrieval.errors import ConfigError
 from memoir_vllm.residual import ResidualLayer
 from memoir_vllm.rows import Batch
 
-__all__ = ["self_test"]
+__all__ = ["dummy_step", "self_test"]
 
 
 # A dummy step has no attention, and vLLM leaves what attention would write as it was: memory of any content. Where that
@@ -28,12 +28,12 @@ def self_test(runner: Any, layer: ResidualLayer) -> None:
 
     Every tensor-parallel rank runs it, in step, on its own shard.
     """
-    plain = _dummy_step(runner)
+    plain = dummy_step(runner)
     for size in PROBES:
         probe = _Probe(layer, size)
         layer.probe = probe
         try:
-            probed = _dummy_step(runner)
+            probed = dummy_step(runner)
         finally:
             layer.probe = None
         if not torch.equal(plain, probed):
@@ -53,11 +53,12 @@ def self_test(runner: Any, layer: ResidualLayer) -> None:
         )
 
 
-def _dummy_step(runner: Any) -> torch.Tensor:
-    """The hidden states of one decode token, in the shape and graph of `Worker.execute_dummy_batch`."""
+def dummy_step(runner: Any) -> torch.Tensor:
+    """What leaves this rank for one decode token, in the shape and graph of `Worker.execute_dummy_batch`."""
     with torch.inference_mode():
-        hidden, _ = runner._dummy_run(1, uniform_decode=True)
-    return hidden.clone()
+        out, _ = runner._dummy_run(1, uniform_decode=True)
+    tensors = getattr(out, "tensors", None)  # a stage of a pipeline that is not the last hands on several
+    return out.clone() if tensors is None else torch.cat(list(tensors.values()))
 
 
 class _Probe:
