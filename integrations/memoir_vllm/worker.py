@@ -79,7 +79,7 @@ class MemoirWorker:
         if self._memoir is not None:
             self_test(self.model_runner, self._memoir)
         else:
-            # Eager on a CPU, vLLM 0.32 warms nothing up, and a later stage fails at the first request: it has no buffers.
+            # vLLM 0.32, eager on a CPU, warms nothing up: a later stage has no buffers for the first request.
             dummy_step(self.model_runner)
         return times
 
