@@ -16,6 +16,7 @@ attach.py      the edited linear layer
 runner.py      the model runner instance (V1 and V2): which rows of a step belong to which request
 pipeline.py    decisions on their way from the stage that makes them to the last one
 op.py          the opaque custom op in the model's graph
+product.py     the product with a residual memory
 residual.py    what the op does: pool, decide, add the residual
 rows.py        which rows of a step an edit acts on
 sums.py        sums per KV block, for questions that lie in the prefix cache

@@ -77,14 +77,14 @@ class _Probe:
         y += self._size  # whatever the memory holds, this is felt in every row
 
     def _check_residual(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        weight = self._layer.now.memories[0]
+        memory = self._layer.now.memories[0]
         generator = torch.Generator().manual_seed(0)
         mask = (torch.rand(x.shape[1], generator=generator) < 0.5).to(x)
         noise = torch.randn(x.shape, generator=generator).to(x)
         got = torch.zeros_like(y)
         rows = torch.arange(len(x), device=x.device)
-        self._layer.add(noise, got, Batch(weight, rows, mask[None], torch.zeros_like(rows)))
-        want = functional.linear((noise * mask).float(), weight.float())
+        self._layer.add(noise, got, Batch(memory, rows, mask[None], torch.zeros_like(rows)))
+        want = functional.linear((noise * mask).float(), memory.weight.float())
         size = float(want.abs().max())
         wrong = float((got.float() - want).abs().max())
         if wrong > 0.05 * size:

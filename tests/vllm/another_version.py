@@ -1,7 +1,7 @@
 """The tests that need no engine, over the Python of another vLLM than the installed one.
 
     pip download --no-deps vllm==0.33.0
-    python tests/vllm/another_version.py vllm-0.33.0-*.whl [pytest's arguments]
+    python tests/vllm/another_version.py vllm-0.33.0-*.whl [pytest's options]
 
 The wheel's Python files are unpacked beside the compiled kernels of the installed vLLM, of which these tests call none
 that has changed, and are put in front of it. So a version that has no build for this machine is run as far as it goes.
@@ -20,7 +20,7 @@ from pathlib import Path
 from seams import installed
 
 HERE = Path(__file__).parent
-TESTS = ("seams", "scheduling", "config", "requests", "residual", "attach", "admin_parts")
+TESTS = ("seams", "scheduling", "chunks", "isolation", "config", "requests", "residual", "attach", "admin_parts")
 
 
 def unpack(wheel: Path, folder: Path) -> None:
@@ -31,14 +31,14 @@ def unpack(wheel: Path, folder: Path) -> None:
         shutil.copy(kernels, folder / "vllm" / kernels.name)
 
 
-def main(wheel: str, *arguments: str) -> int:
+def main(wheel: str, *options: str) -> int:
     """The exit code of pytest."""
-    given = arguments or [str(HERE / f"test_{name}.py") for name in TESTS]
+    files = [str(HERE / f"test_{name}.py") for name in TESTS]
     with tempfile.TemporaryDirectory() as folder:
         unpack(Path(wheel), Path(folder))
         paths = [folder, os.environ.get("PYTHONPATH", "")]
         environment = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "MEMOIR_ALLOW_UNTESTED": "1"}
-        command = [sys.executable, "-m", "pytest", "-m", "not slow and not engine", *given]
+        command = [sys.executable, "-m", "pytest", "-m", "not slow and not engine", *files, *options]
         return subprocess.run(command, env={**os.environ, **environment}).returncode
 
 

@@ -130,7 +130,7 @@ def test_two_engines_of_one_client_answer_alike(even_model: Path, tmp_path: Path
     async def all_as_the_reference(client: AsyncLLM, generation: int) -> None:
         served = EditedModel.open(folder, str(even_model))
         wanted = served.generate(prompts, max_new_tokens=NEW_TOKENS, batch_size=1)
-        assert len(EDITS) < sum(answer.edit is not None for answer in wanted) < len(PROMPTS)
+        assert 2 < sum(answer.edit is not None for answer in wanted) < len(PROMPTS)
         for engine in (0, 1):
             answers = [answer_of(client, ids, engine) for ids in prompts]
             for name, answer, output in zip(PROMPTS, wanted, await asyncio.gather(*answers), strict=True):
