@@ -59,9 +59,9 @@ class EditedModel:
         retriever.store.require_trained()
         self.retriever = retriever
         self.base = retriever.base
-        self._memories = torch.as_tensor(retriever.store.memories, device=self.base.device).to(
-            next(self.base.projection.parameters()).dtype
-        )
+        # Not that of the projection, whose weight may be quantised.
+        dtype = self.base.model.dtype
+        self._memories = torch.as_tensor(retriever.store.memories, device=self.base.device).to(dtype)
 
     @classmethod
     def open(cls, store: str | Path, model: str | None = None, *, tau: float | None = None) -> EditedModel:

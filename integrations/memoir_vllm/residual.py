@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional
 
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.forward import span_sum
 from memoir_retrieval.span import Span, find_span
+from memoir_vllm.product import Memory
 from memoir_vllm.requests import Routed, parse_options
 from memoir_vllm.routing import Route, Router
 from memoir_vllm.rows import Acting, Batch, Step, acting_rows
@@ -29,10 +29,10 @@ __all__ = ["Generation", "ResidualLayer"]
 
 @dataclass(frozen=True, eq=False)
 class Generation:
-    """One generation of a store in this worker's memory. memories: [M, H, D/ranks] in the serving dtype, on device."""
+    """One generation of a store in this worker."""
 
     router: Router
-    memories: torch.Tensor
+    memories: Sequence[Memory]
 
 
 @dataclass
@@ -76,7 +76,7 @@ class ResidualLayer:
         device: torch.device | str = "cpu",
     ):
         share = memories.shape[2] // ranks
-        self._shard = slice(rank * share, (rank + 1) * share)
+        self._share, self._shard = share, slice(rank * share, (rank + 1) * share)
         self._ranks = ranks
         self._longest = longest
         self._dtype, self._device = dtype, device
@@ -106,7 +106,7 @@ class ResidualLayer:
     def load(self, router: Router, memories: torch.Tensor) -> Generation:
         """Put a generation into this worker's memory; nothing acts before `adopt`. May run in another thread."""
         share = memories[:, :, self._shard].to(device=self._device, dtype=self._dtype, copy=True).contiguous()
-        return Generation(router, share)
+        return Generation(router, [Memory(weight) for weight in share])
 
     def adopt(self, generation: Generation) -> None:
         """Decide every question that ends from now on by this generation. Decided requests keep theirs."""
@@ -156,11 +156,11 @@ class ResidualLayer:
 
     def watch_blocks(self, blocks: int, block_size: int) -> None:
         """Keep a sum for each KV block: from now on a question may begin in the prefix cache, see `sums.py`."""
-        self._sums = BlockSums(blocks, block_size, self.now.memories.shape[2], self._device)
+        self._sums = BlockSums(blocks, block_size, self._share, self._device)
 
     @property
     def bytes_per_block(self) -> int:
-        return 4 * self.now.memories.shape[2] + 8
+        return 4 * self._share + 8
 
     def resume(self, request_id: str, cached: Sequence[int], tokens: int) -> None:
         """A request's first rows, or first again, come in this step: `tokens` of it were found, in these KV blocks."""
@@ -321,16 +321,16 @@ class ResidualLayer:
         if not at:
             return []
         starts, masks, numbers = [], [], []
-        weights: dict[tuple[int, int], tuple[int, torch.Tensor]] = {}  # of a generation's memory: its number here
+        memories: dict[tuple[int, int], tuple[int, Memory]] = {}  # by generation and number there: its number here
         for i in at:
             request = self._edited[step.ids[i]]
             assert request.route is not None and request.of is not None and request.mask is not None
             key = (request.of.router.generation, request.route.memory)
-            number, _ = weights.setdefault(key, (len(weights), request.of.memories[request.route.memory]))
+            number, _ = memories.setdefault(key, (len(memories), request.of.memories[request.route.memory]))
             starts.append(request.span.start)
             masks.append(request.mask)
             numbers.append(number)
-        acting = Acting(np.array(at), np.array(starts), np.array(numbers), masks, [w for _, w in weights.values()])
+        acting = Acting(np.array(at), np.array(starts), np.array(numbers), masks, [m for _, m in memories.values()])
         batches = acting_rows(step, acting)
         self._last = (step, acting, batches) if acting.all_rows(step) else None
         return batches
@@ -339,4 +339,4 @@ class ResidualLayer:
         """y += W (mask * x) on the rows of the batch, and on no other."""
         one_row_each = len(batch.masks) == len(batch.owner)
         masks = batch.masks if one_row_each else batch.masks[batch.owner]
-        y.index_add_(0, batch.index, functional.linear(x[batch.index] * masks, batch.weight))
+        y.index_add_(0, batch.index, batch.memory(x[batch.index] * masks))
