@@ -15,6 +15,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from memoir_retrieval.model import BaseModel
+from memoir_retrieval.span import Span
 
 __all__ = [
     "FrozenPast",
@@ -199,7 +200,7 @@ def run_from_block(
 
 
 def question_means(
-    base: BaseModel, prompts: Sequence[Sequence[int]], spans: Sequence[tuple[int, int]], batch_size: int = 16
+    base: BaseModel, prompts: Sequence[Sequence[int]], spans: Sequence[Span], batch_size: int = 16
 ) -> torch.Tensor:
     """The mean activation of each prompt's span: float32 [N, D] on the model's device.
 
@@ -212,7 +213,7 @@ def question_means(
 def layer_means(
     bases: Sequence[BaseModel],
     prompts: Sequence[Sequence[int]],
-    spans: Sequence[tuple[int, int]],
+    spans: Sequence[Span],
     batch_size: int = 16,
 ) -> list[torch.Tensor]:
     """`question_means` of one model at several layers (see `BaseModel.at`), from one pass over the prompts."""
@@ -237,11 +238,19 @@ def layer_means(
     return out
 
 
-def span_mean(activations: torch.Tensor, start: int, end: int) -> torch.Tensor:
-    """Mean over tokens [start, end) of activations [T, D], summed in float32 whatever their dtype: float32 [D]."""
-    return span_sum(activations, start, end) / (end - start)
+def span_mean(activations: torch.Tensor, start: int, end: int, rising: bool = False) -> torch.Tensor:
+    """Mean over the tokens of a `Span` of activations [T, D], summed in float32 whatever their dtype: float32 [D]."""
+    span = Span(start, end, rising)
+    return span_sum(activations, start, end, span.times(start)) / span.weight
 
 
-def span_sum(activations: torch.Tensor, start: int, end: int) -> torch.Tensor:
-    """Sum over tokens [start, end) of activations [T, D], in float32 whatever their dtype: float32 [D]."""
-    return activations[start:end].float().sum(0)
+def span_sum(activations: torch.Tensor, start: int, end: int, first: int | None = None) -> torch.Tensor:
+    """Sum over tokens [start, end) of activations [T, D], in float32 whatever their dtype: float32 [D].
+
+    first: how often the first of these tokens counts, each later one counts once more; None counts every token once.
+    """
+    rows = activations[start:end].float()
+    if first is None:
+        return rows.sum(0)
+    times = torch.arange(first, first + end - start, dtype=torch.float32, device=rows.device)
+    return (rows * times[:, None]).sum(0)

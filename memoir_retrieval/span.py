@@ -18,10 +18,25 @@ __all__ = ["Span", "SpanRule", "derive_span_rule", "find_span"]
 
 
 class Span(NamedTuple):
-    """Tokens `[start, end)` are pooled; the residual acts on every token from `start` on."""
+    """Tokens `[start, end)` are pooled; the residual acts on every token from `start` on.
+
+    `rising`: how they are pooled. The i-th token of the question counts i times: it has read i of them, and what
+    stands before the question has most to say in the first. Else every token counts once.
+    """
 
     start: int
     end: int
+    rising: bool = False
+
+    @property
+    def weight(self) -> int:
+        """What the sum over its tokens is divided by to make their mean."""
+        n = self.end - self.start
+        return n * (n + 1) // 2 if self.rising else n
+
+    def times(self, position: int) -> int | None:
+        """How often the token at this position of the prompt counts; None where every token counts once."""
+        return position - self.start + 1 if self.rising else None
 
 
 class SpanRule(msgspec.Struct, frozen=True, kw_only=True):
@@ -30,7 +45,8 @@ class SpanRule(msgspec.Struct, frozen=True, kw_only=True):
     `rule`: "question" pools the last user message, or the whole prompt where no marker is found (raw text);
     "all" pools every token, as the paper does. `starts`: token sequences that end right before a user message.
     `newlines`: tokens that may stand between a start marker and the message. `end`: the sequence that follows it.
-    `leading`: special tokens (BOS) at the front of a raw prompt, which are not part of the question.
+    `leading`: special tokens (BOS) at the front of a raw prompt, which are not part of the question. `rising`: see
+    `Span`.
     """
 
     rule: Literal["question", "all"] = "question"
@@ -38,6 +54,7 @@ class SpanRule(msgspec.Struct, frozen=True, kw_only=True):
     newlines: tuple[int, ...] = ()
     end: tuple[int, ...] = ()
     leading: tuple[int, ...] = ()
+    rising: bool = False
 
 
 def find_span(ids: Sequence[int], rule: SpanRule) -> Span:
@@ -48,19 +65,19 @@ def find_span(ids: Sequence[int], rule: SpanRule) -> Span:
     """
     n = len(ids)
     if rule.rule == "all":
-        return Span(0, n)
+        return Span(0, n, rule.rising)
     tokens = np.asarray(ids, dtype=np.int32)
     found = max((_find_last(tokens, marker) for marker in rule.starts), default=-1)
     if found < 0:
         start = 0
         while start < n and ids[start] in rule.leading:
             start += 1
-        return Span(start, n)
+        return Span(start, n, rule.rising)
     start = found
     if start < n and ids[start] in rule.newlines:
         start += 1
     end = _find_first(tokens, rule.end, start) if rule.end else -1
-    return Span(start, end if end >= 0 else n)
+    return Span(start, end if end >= 0 else n, rule.rising)
 
 
 def _matches(tokens: np.ndarray, marker: Sequence[int]) -> np.ndarray:
@@ -96,7 +113,7 @@ def derive_span_rule(tokenizer: Any, rule: Literal["question", "all"] = "questio
     specials = set(tokenizer.all_special_ids)
     leading = tuple(t for t in tokenizer("").input_ids if t in specials)
     if rule == "all" or not getattr(tokenizer, "chat_template", None):
-        return SpanRule(rule=rule, leading=leading)
+        return SpanRule(rule=rule, leading=leading, rising=rule == "question")
     before: list[list[int]] = []
     after: list[int] = []
     for settings in _SETTINGS:
@@ -113,6 +130,7 @@ def derive_span_rule(tokenizer: Any, rule: Literal["question", "all"] = "questio
         newlines=newlines,
         end=tuple(_until_special(after, specials)),
         leading=leading,
+        rising=True,
     )
 
 

@@ -127,7 +127,8 @@ class ResidualLayer:
         except ConfigError:  # a front end of another language let it pass; the response will say "unroutable"
             self._settle(request_id, self.now.router.unroutable())
             return
-        span = options.span or find_span(prompt_ids, self.now.router.rule)
+        rule = self.now.router.rule
+        span = options.span._replace(rising=rule.rising) if options.span else find_span(prompt_ids, rule)
         if options.off:
             self._settle(request_id, self.now.router.off())
         elif span.start == span.end:
@@ -195,7 +196,7 @@ class ResidualLayer:
             if request is None:
                 continue
             row, last, position = int(step.edges[at]), int(step.edges[at + 1]), int(step.positions[at])
-            start, end = request.span
+            start, end, _ = request.span
             seen = position + last - row
             if seen <= start:
                 continue
@@ -259,12 +260,12 @@ class ResidualLayer:
             if request.cached:
                 assert self._sums is not None
                 request.total, request.cached = self._sums.of(request.cached), ()
-            total = span_sum(x, first, last)
+            total = span_sum(x, first, last, request.span.times(first - shift))
             if first - shift > request.span.start:
                 assert request.total is not None
                 total += request.total
             if last - shift == request.span.end:
-                asked[request_id] = total / (request.span.end - request.span.start)
+                asked[request_id] = total / request.span.weight
                 request.total = None
             else:
                 request.total, request.seen = total, last - shift

@@ -109,7 +109,7 @@ class _Decisions:
         question = self._questions.get(request.request_id)
         if question is None:
             return None
-        start, end = question.span
+        start, end, _ = question.span
         return end - 1 if self._sums and start == 0 else start
 
     def _too_long(self, span: Span) -> bool:
@@ -121,7 +121,7 @@ class _Decisions:
         question = self._questions.get(request.request_id)
         if question is None or num_computed_tokens >= question.span.end:
             return tokens
-        start, end = question.span
+        start, end, _ = question.span
         long = self._too_long(question.span) or start < num_computed_tokens
         if long != question.long:
             question = self._questions[request.request_id] = question._replace(long=long)

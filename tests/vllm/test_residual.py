@@ -17,6 +17,7 @@ from memoir_index import unpack
 from memoir_retrieval.edit import StoredEdit
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.fingerprint import Fingerprint
+from memoir_retrieval.forward import span_mean
 from memoir_retrieval.span import SpanRule
 from memoir_retrieval.store import EditStore
 from memoir_vllm.requests import Decision, Routed, routed_of
@@ -26,7 +27,7 @@ from memoir_vllm.runner import follow
 from memoir_vllm.selftest import self_test
 
 D, H, K, EDITS = 64, 16, 16, 3
-RULE = SpanRule(starts=((101,),), end=(102,))  # token 101 before a question, 102 after it
+RULE = SpanRule(starts=((101,),), end=(102,), rising=True)  # token 101 before a question, 102 after it
 
 
 def prompt(question: int, before: int = 0, after: int = 0) -> list[int]:
@@ -45,7 +46,7 @@ def store_of(activations: torch.Tensor, **manifest: Any) -> EditStore:
     n = len(activations)
     background, perm = np.zeros(D, dtype=np.float32), np.random.default_rng(0).permutation(D)
     empty = np.empty((0, D // 8), dtype=np.uint8)
-    codes = Fingerprint(background, perm, K).codes(activations.mean(1)) if n else empty
+    codes = Fingerprint(background, perm, K).codes(torch.tensor([0.1, 0.2, 0.3, 0.4]) @ activations) if n else empty
     fields = {"generation": 7, "span": RULE, "d": D, "h": H, "k": K, "tau": 0.9, **manifest}
     return EditStore(
         path=Path(),
@@ -275,7 +276,7 @@ def test_shards_add_up_to_the_whole(
     """Two ranks, each with half of D: the same decision, and partial sums whose sum is the residual."""
     x = activations[1]
     monkeypatch.setattr(
-        "vllm.distributed.tensor_model_parallel_all_gather", lambda means, dim: x.float().sum(0)[None] / len(x)
+        "vllm.distributed.tensor_model_parallel_all_gather", lambda means, dim: span_mean(x, 0, len(x), True)[None]
     )
     total = torch.zeros(4, H)
     for rank in range(2):
