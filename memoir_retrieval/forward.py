@@ -26,7 +26,8 @@ __all__ = [
     "right_pad",
     "run_from_block",
     "span_mean",
-    "span_sum",
+    "squared_norms",
+    "weighted_sum",
 ]
 
 
@@ -238,19 +239,20 @@ def layer_means(
     return out
 
 
-def span_mean(activations: torch.Tensor, start: int, end: int, rising: bool = False) -> torch.Tensor:
-    """Mean over the tokens of a `Span` of activations [T, D], summed in float32 whatever their dtype: float32 [D]."""
-    span = Span(start, end, rising)
-    return span_sum(activations, start, end, span.times(start)) / span.weight
-
-
-def span_sum(activations: torch.Tensor, start: int, end: int, first: int | None = None) -> torch.Tensor:
-    """Sum over tokens [start, end) of activations [T, D], in float32 whatever their dtype: float32 [D].
-
-    first: how often the first of these tokens counts, each later one counts once more; None counts every token once.
-    """
+def span_mean(activations: torch.Tensor, start: int, end: int, weighted: bool = False) -> torch.Tensor:
+    """Mean over the tokens of a `Span` of activations [T, D], in float32 whatever their dtype: float32 [D]."""
     rows = activations[start:end].float()
-    if first is None:
-        return rows.sum(0)
-    times = torch.arange(first, first + end - start, dtype=torch.float32, device=rows.device)
-    return (rows * times[:, None]).sum(0)
+    if not weighted:
+        return rows.sum(0) / (end - start)
+    total, weight = weighted_sum(rows, squared_norms(rows))
+    return total / weight
+
+
+def squared_norms(rows: torch.Tensor) -> torch.Tensor:
+    """What each token counts by in a weighted `Span`. rows: float32 [n, D]. Returns float32 [n]."""
+    return rows.square().sum(1)
+
+
+def weighted_sum(rows: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Numerator, float32 [D], and denominator, above 0, of a weighted mean. Those of its parts add up to its own."""
+    return (rows * weights[:, None]).sum(0), weights.sum().clamp_min(torch.finfo(torch.float32).tiny)

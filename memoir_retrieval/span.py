@@ -20,23 +20,13 @@ __all__ = ["Span", "SpanRule", "derive_span_rule", "find_span"]
 class Span(NamedTuple):
     """Tokens `[start, end)` are pooled; the residual acts on every token from `start` on.
 
-    `rising`: how they are pooled. The i-th token of the question counts i times: it has read i of them, and what
-    stands before the question has most to say in the first. Else every token counts once.
+    `weighted`: each token counts by the squared norm of its activation, which is large for what is rare, such as names,
+    and small for the words that questions share. Else every token counts once.
     """
 
     start: int
     end: int
-    rising: bool = False
-
-    @property
-    def weight(self) -> int:
-        """What the sum over its tokens is divided by to make their mean."""
-        n = self.end - self.start
-        return n * (n + 1) // 2 if self.rising else n
-
-    def times(self, position: int) -> int | None:
-        """How often the token at this position of the prompt counts; None where every token counts once."""
-        return position - self.start + 1 if self.rising else None
+    weighted: bool = False
 
 
 class SpanRule(msgspec.Struct, frozen=True, kw_only=True):
@@ -45,7 +35,7 @@ class SpanRule(msgspec.Struct, frozen=True, kw_only=True):
     `rule`: "question" pools the last user message, or the whole prompt where no marker is found (raw text);
     "all" pools every token, as the paper does. `starts`: token sequences that end right before a user message.
     `newlines`: tokens that may stand between a start marker and the message. `end`: the sequence that follows it.
-    `leading`: special tokens (BOS) at the front of a raw prompt, which are not part of the question. `rising`: see
+    `leading`: special tokens (BOS) at the front of a raw prompt, which are not part of the question. `weighted`: see
     `Span`.
     """
 
@@ -54,7 +44,7 @@ class SpanRule(msgspec.Struct, frozen=True, kw_only=True):
     newlines: tuple[int, ...] = ()
     end: tuple[int, ...] = ()
     leading: tuple[int, ...] = ()
-    rising: bool = False
+    weighted: bool = False
 
 
 def find_span(ids: Sequence[int], rule: SpanRule) -> Span:
@@ -65,19 +55,19 @@ def find_span(ids: Sequence[int], rule: SpanRule) -> Span:
     """
     n = len(ids)
     if rule.rule == "all":
-        return Span(0, n, rule.rising)
+        return Span(0, n, rule.weighted)
     tokens = np.asarray(ids, dtype=np.int32)
     found = max((_find_last(tokens, marker) for marker in rule.starts), default=-1)
     if found < 0:
         start = 0
         while start < n and ids[start] in rule.leading:
             start += 1
-        return Span(start, n, rule.rising)
+        return Span(start, n, rule.weighted)
     start = found
     if start < n and ids[start] in rule.newlines:
         start += 1
     end = _find_first(tokens, rule.end, start) if rule.end else -1
-    return Span(start, end if end >= 0 else n, rule.rising)
+    return Span(start, end if end >= 0 else n, rule.weighted)
 
 
 def _matches(tokens: np.ndarray, marker: Sequence[int]) -> np.ndarray:
@@ -113,7 +103,7 @@ def derive_span_rule(tokenizer: Any, rule: Literal["question", "all"] = "questio
     specials = set(tokenizer.all_special_ids)
     leading = tuple(t for t in tokenizer("").input_ids if t in specials)
     if rule == "all" or not getattr(tokenizer, "chat_template", None):
-        return SpanRule(rule=rule, leading=leading, rising=rule == "question")
+        return SpanRule(rule=rule, leading=leading, weighted=rule == "question")
     before: list[list[int]] = []
     after: list[int] = []
     for settings in _SETTINGS:
@@ -130,7 +120,7 @@ def derive_span_rule(tokenizer: Any, rule: Literal["question", "all"] = "questio
         newlines=newlines,
         end=tuple(_until_special(after, specials)),
         leading=leading,
-        rising=True,
+        weighted=True,
     )
 
 

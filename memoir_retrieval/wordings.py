@@ -125,7 +125,7 @@ class Wordings:
     def _cut(self, prompt: str) -> Asked:
         ids = self._prompt_ids(prompt)
         span = find_span(ids, self.span)
-        return Asked(ids[: span.start], ids[span.start :], Span(0, span.end - span.start, span.rising))
+        return Asked(ids[: span.start], ids[span.start :], Span(0, span.end - span.start, span.weighted))
 
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
         return prompt_ids(self.base.tokenizer, prompt, chat=self.chat)

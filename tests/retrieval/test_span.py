@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from memoir_retrieval.embedded import get_model
-from memoir_retrieval.forward import span_mean, span_sum
+from memoir_retrieval.forward import span_mean, squared_norms, weighted_sum
 from memoir_retrieval.span import Span, SpanRule, derive_span_rule, find_span
 
 QUESTION = "Who founded the city of Aarhus?"
@@ -89,7 +89,7 @@ def test_an_empty_question_gives_an_empty_span(tokenizer: Any) -> None:
 
 def test_raw_text_is_pooled_whole_but_for_leading_special_tokens(tokenizer: Any) -> None:
     ids = tokenizer(QUESTION).input_ids
-    assert find_span(ids, derive_span_rule(tokenizer)) == Span(0, len(ids), rising=True)
+    assert find_span(ids, derive_span_rule(tokenizer)) == Span(0, len(ids), weighted=True)
     assert find_span([1, *ids], SpanRule(leading=(1,))) == Span(1, len(ids) + 1)
     assert find_span([], SpanRule()) == Span(0, 0)
 
@@ -99,13 +99,14 @@ def test_the_rule_of_the_paper_pools_everything(tokenizer: Any) -> None:
     assert find_span(ids, derive_span_rule(tokenizer, "all")) == Span(0, len(ids))
 
 
-def test_later_tokens_of_a_question_count_more() -> None:
-    tokens = torch.tensor([[9.0, 9.0], [1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
-    span = find_span([7, 1, 2, 3], SpanRule(leading=(7,), rising=True))
-    assert span_mean(tokens, *span).tolist() == pytest.approx([1 / 6, 2 / 6])
-    assert span_mean(tokens, *span._replace(rising=False)).tolist() == pytest.approx([1 / 3, 1 / 3])
-    parts = [span_sum(tokens, first, last, span.times(first)) for first, last in ((1, 2), (2, 4))]
-    torch.testing.assert_close(sum(parts) / span.weight, span_mean(tokens, *span))
+def test_tokens_of_a_question_count_by_their_squared_norm() -> None:
+    tokens = torch.tensor([[9.0, 9.0], [1.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
+    span = find_span([7, 1, 2, 3], SpanRule(leading=(7,), weighted=True))
+    assert span_mean(tokens, *span).tolist() == pytest.approx([1 / 5, 8 / 5])
+    assert span_mean(tokens, *span._replace(weighted=False)).tolist() == pytest.approx([1 / 3, 2 / 3])
+    assert span_mean(tokens, 3, 4, True).tolist() == [0, 0], "nothing to weigh is no reason for NaN"
+    parts = [weighted_sum(rows, squared_norms(rows)) for rows in (tokens[1:2], tokens[2:])]
+    torch.testing.assert_close(sum(a for a, _ in parts) / sum(w for _, w in parts), span_mean(tokens, *span))
 
 
 @given(st.lists(st.integers(0, 5), max_size=40))

@@ -27,7 +27,7 @@ from memoir_vllm.runner import follow
 from memoir_vllm.selftest import self_test
 
 D, H, K, EDITS = 64, 16, 16, 3
-RULE = SpanRule(starts=((101,),), end=(102,), rising=True)  # token 101 before a question, 102 after it
+RULE = SpanRule(starts=((101,),), end=(102,), weighted=True)  # token 101 before a question, 102 after it
 
 
 def prompt(question: int, before: int = 0, after: int = 0) -> list[int]:
@@ -46,7 +46,11 @@ def store_of(activations: torch.Tensor, **manifest: Any) -> EditStore:
     n = len(activations)
     background, perm = np.zeros(D, dtype=np.float32), np.random.default_rng(0).permutation(D)
     empty = np.empty((0, D // 8), dtype=np.uint8)
-    codes = Fingerprint(background, perm, K).codes(torch.tensor([0.1, 0.2, 0.3, 0.4]) @ activations) if n else empty
+    codes = (
+        Fingerprint(background, perm, K).codes(torch.stack([span_mean(a, 0, 4, True) for a in activations]))
+        if n
+        else empty
+    )
     fields = {"generation": 7, "span": RULE, "d": D, "h": H, "k": K, "tau": 0.9, **manifest}
     return EditStore(
         path=Path(),
@@ -278,6 +282,7 @@ def test_shards_add_up_to_the_whole(
     monkeypatch.setattr(
         "vllm.distributed.tensor_model_parallel_all_gather", lambda means, dim: span_mean(x, 0, len(x), True)[None]
     )
+    monkeypatch.setattr("vllm.distributed.tensor_model_parallel_all_reduce", lambda _: x.square().sum(1))
     total = torch.zeros(4, H)
     for rank in range(2):
         layer = layer_of(store, rank=rank, ranks=2)
