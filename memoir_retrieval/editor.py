@@ -25,7 +25,7 @@ from memoir_retrieval.fingerprint import Fingerprint, permutation
 from memoir_retrieval.forward import question_means
 from memoir_retrieval.memory import Memory
 from memoir_retrieval.model import BaseModel
-from memoir_retrieval.outcome import SAME_QUESTION, Conflict, Conflicting, Failed, Outcome, Progress, plan
+from memoir_retrieval.outcome import SAME_QUESTION, Conflict, Conflicting, Failed, Outcome, Progress, Step, plan
 from memoir_retrieval.presets import preset_for
 from memoir_retrieval.products import HalfProducts, half_is_faster
 from memoir_retrieval.prompts import prompt_ids
@@ -62,11 +62,13 @@ class Editor:
         tau: float | None = None,
         seed: int = 0,
         training: Training | None = None,
+        watch: Callable[[Step], None] = lambda _: None,
     ):
         """Settings only matter for a new store; an existing one keeps those it was made with.
 
         base: the loaded model. chat: ask each prompt through the chat template. rule: which tokens are pooled.
-        k, tau: by default the preset's. Raises ConfigError for settings that cannot work.
+        k, tau: by default the preset's. watch: told of every gradient step. Raises ConfigError for settings that cannot
+        work.
         """
         preset = preset_for(base.model.config)
         self.base = base
@@ -79,6 +81,7 @@ class Editor:
         self.seed = seed
         self.training = training or Training()
         self.outcome = Outcome()
+        self._watch = watch
         if not 0 < self.k <= base.d:
             raise ConfigError(f"k is {self.k}, but {base.module} has D={base.d} inputs: choose 0 < k <= {base.d}")
         if not 0 < self.tau <= 1:
@@ -285,7 +288,7 @@ class Editor:
         """Train, ask back with the trained weights, and put the memory back: (result, what is wrong, others lost)."""
         memory = self._open
         with self._quick():
-            trained = train_edit(self.base, frozen, memory.weight, memory.used, training)
+            trained = train_edit(self.base, frozen, memory.weight, memory.used, training, self._watch)
         before = memory.weight[:, trained.columns]
         memory.weight[:, trained.columns] = trained.weights
         try:

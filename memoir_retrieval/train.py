@@ -10,7 +10,7 @@ the last to be used. And the step is Polyak's, loss over squared gradient, which
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from memoir_retrieval.forward import FrozenPast, frozen_run, right_pad, run_from_block
 from memoir_retrieval.model import BaseModel
+from memoir_retrieval.outcome import Step
 
 IGNORED = -100  # what cross entropy leaves out
 
@@ -139,11 +140,16 @@ def freeze(
 
 
 def train_edit(
-    base: BaseModel, frozen: Frozen, weight: torch.Tensor, used: torch.Tensor, training: Training
+    base: BaseModel,
+    frozen: Frozen,
+    weight: torch.Tensor,
+    used: torch.Tensor,
+    training: Training,
+    watch: Callable[[Step], None] = lambda _: None,
 ) -> Trained:
     """Train one edit on all rows of `frozen`.
 
-    weight: float32 [H, D], the memory. used: float32 [D, D], C.
+    weight: float32 [H, D], the memory. used: float32 [D, D], C. watch: told of each step.
     """
     columns = frozen.masks.any(0).nonzero()[:, 0]
     # Each row acts on the columns of its own mask; the padding must span no direction.
@@ -163,6 +169,7 @@ def train_edit(
             logits = model(**frozen.inputs, logits_to_keep=frozen.kept).logits
             loss = functional.cross_entropy(logits.float().flatten(0, 1), frozen.labels.flatten())
             value = loss.item()
+            watch(Step(steps, training.max_steps, value, training.stop_loss))
             if value < training.stop_loss or steps == training.max_steps:
                 break
             (gradient,) = torch.autograd.grad(loss, change)

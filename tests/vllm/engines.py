@@ -100,6 +100,7 @@ def make_store(
     tau: float = TAU,
     rule: SpanRule | None = None,
     k: int = K,
+    dtype: str = "float32",
 ) -> Path:
     """Masks of real questions, raw and in a chat, and two random memories large enough to change the answers."""
     rule = rule or derive_span_rule(base.tokenizer)
@@ -132,7 +133,7 @@ def make_store(
             "tau": tau,
             "span": rule,
             "chat": False,
-            "dtype": "float32",
+            "dtype": dtype,
             "seed": 0,
             "contexts": (),
             "training": {},
