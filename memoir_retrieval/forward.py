@@ -173,26 +173,35 @@ class _Skipped(torch.nn.Module):
 
 @contextmanager
 def run_from_block(
-    base: BaseModel, hidden: torch.Tensor, delta: Callable[[torch.Tensor], torch.Tensor] | None = None
+    base: BaseModel,
+    hidden: torch.Tensor,
+    delta: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    wanted: torch.Tensor | None = None,
 ) -> Iterator[Any]:
     """Within the context the model starts at the edited block with `hidden` and adds `delta(a)` to its projection.
 
     hidden: [B, T, H] from `frozen_run`. delta: from the projection's input a [B, T, D] to [B, T, H]; None adds nothing.
+    wanted: bool [B, T], n of them: the logits are those of these tokens alone, [1, n, V], row after row.
     Yields the model; call it with the same inputs as `frozen_run`. Where the first block is edited nothing is skipped.
     """
 
     def add(_module: Any, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
         return output + delta(args[0]) if delta else output
 
+    def choose(_module: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return (args[0][wanted][None], *args[1:])
+
     as_tuple = base.blocks_return_tuples
     originals = [base.blocks[i] for i in range(base.layer)]
-    handle = base.projection.register_forward_hook(add) if delta else None
+    handles = [base.projection.register_forward_hook(add)] if delta else []
+    if wanted is not None:
+        handles.append(base.model.get_output_embeddings().register_forward_pre_hook(choose))
     try:
         for i, block in enumerate(originals):
             base.blocks[i] = _Skipped(block, hidden if i == base.layer - 1 else None, as_tuple)
         yield base.model
     finally:
-        if handle:
+        for handle in handles:
             handle.remove()
         for i, block in enumerate(originals):
             base.blocks[i] = block

@@ -55,7 +55,6 @@ class Wordings:
         self.seed = seed
         self._other_tokens = np.array([t for p in background_prompts() for t in base.tokenizer(p).input_ids])
         self._past = self._frozen_contexts()
-        self._bare = self._past.take([0])
 
     def check(self, edit: Edit) -> None:
         """Raise EditFileError where the model cannot be trained on an edit."""
@@ -99,7 +98,7 @@ class Wordings:
 
     def lessons(self, frozen: Frozen, edit: Edit | StoredEdit, masks: int) -> list[Lesson]:
         """The rows of `asked` or `trained` that have a mask of their own, to be asked again later."""
-        return [frozen.lesson(row, self._answer(edit), self._bare) for row in range(masks)]
+        return [frozen.lesson(row, self._answer(edit)) for row in range(masks)]
 
     def _frozen(
         self,
@@ -110,10 +109,9 @@ class Wordings:
         quick: AbstractContextManager[None],
     ) -> tuple[Frozen, np.ndarray]:
         cut = [self._cut(prompt) for prompt in prompts]
-        past = self._past.take([0] * len(cut) + heads)
-        frozen = freeze(
-            self.base, past, [one.question for one in cut] + others, self._answer(edit), exact=len(cut), quick=quick
-        )
+        questions = [one.question for one in cut] + others
+        heads = [0] * len(cut) + heads
+        frozen = freeze(self.base, self._past, heads, questions, self._answer(edit), exact=len(cut), quick=quick)
         means = [span_mean(frozen.activations[row], 0, one.pooled) for row, one in enumerate(cut)]
         codes = self.fingerprint.codes(torch.stack(means))
         bits = torch.as_tensor(unpack(codes, self.base.d), device=self.base.device)
