@@ -339,6 +339,7 @@ class Editor:
             subject=edit.subject,
             rephrases=edit.rephrases,
             source=edit.source,
+            before=edit.before,
         )
         self._trainer.take(task, trained)
         if old:

@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
+from torch.nn import functional
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from memoir_retrieval.model import BaseModel
@@ -67,6 +68,26 @@ class FrozenPast:
             return FrozenPast(None, self.lengths.expand(n))
         kept = [_FrozenLayer(x.keys.expand(n, -1, -1, -1), x.values.expand(n, -1, -1, -1)) for x in self.cache.layers]
         return FrozenPast(Cache(layers=kept), self.lengths.expand(n))
+
+    def beside(self, other: FrozenPast) -> FrozenPast:
+        """The contexts of both, those of `other` behind."""
+        lengths = torch.cat([self.lengths, other.lengths])
+        width = int(lengths.max())
+        known = self.cache or other.cache
+        if known is None:
+            return FrozenPast(None, lengths)
+
+        def states(past: FrozenPast, layer: int, name: str) -> torch.Tensor:
+            like = getattr(known.layers[layer], name)
+            if past.cache is None:
+                return like.new_zeros(len(past.lengths), like.shape[1], width, like.shape[3])
+            return functional.pad(getattr(past.cache.layers[layer], name), (0, 0, width - past.width, 0))
+
+        layers = [
+            _FrozenLayer(*(torch.cat([states(past, i, name) for past in (self, other)]) for name in ("keys", "values")))
+            for i in range(len(known.layers))
+        ]
+        return FrozenPast(Cache(layers=layers), lengths)
 
     def growing(self) -> DynamicCache:
         """The same cache as one that generation may append to; this one stays as it is."""

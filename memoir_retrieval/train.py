@@ -15,6 +15,7 @@ import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -226,15 +227,19 @@ class _Search:
 
 
 def _side_by_side(parts: Sequence[Frozen]) -> Frozen:
-    """The rows of several edits after the same contexts as one batch. Its masks and activations are not needed."""
+    """The rows of several edits as one batch. Its masks and activations are not needed."""
     if len(parts) == 1:
         return parts[0]
     t = max(part.ids.shape[1] for part in parts)
+    past, heads = parts[0].past, [head for part in parts for head in part.heads]
+    if any(part.past is not past for part in parts):
+        past, heads = reduce(FrozenPast.beside, [part.past.take(part.heads) for part in parts]), [*range(len(heads))]
     return replace(
         parts[0],
+        past=past,
+        heads=heads,
         ids=torch.cat([functional.pad(part.ids, (0, t - part.ids.shape[1])) for part in parts]),
         lengths=torch.cat([part.lengths for part in parts]),
-        heads=[head for part in parts for head in part.heads],
         hidden=torch.cat([_longer(part.hidden, t) for part in parts]),
         labels=torch.cat([functional.pad(part.labels, (0, t - part.ids.shape[1]), value=IGNORED) for part in parts]),
     )

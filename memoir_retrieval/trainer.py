@@ -83,9 +83,10 @@ class Trainer:
         done = self._try(tasks, self.training)
         again = [task for task, learnt in zip(tasks, done, strict=True) if learnt.reason and not learnt.lost]
         patient = replace(self.training, stop_loss=self.training.stop_loss / 4, max_steps=2 * self.training.max_steps)
-        better = dict(zip(again, self._try(again, patient), strict=True)) if again else {}
+        second = self._try(again, patient) if again else []
+        better = {task.id: learnt for task, learnt in zip(again, second, strict=True)}
         return [
-            better.get(task, learnt)._replace(retried=bool(learnt.reason))
+            better.get(task.id, learnt)._replace(retried=bool(learnt.reason))
             for task, learnt in zip(tasks, done, strict=True)
         ]
 
