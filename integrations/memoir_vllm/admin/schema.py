@@ -31,8 +31,8 @@ Short = Annotated[str, StringConstraints(max_length=1_024)]
 # JSON knows one kind of number: 5.0 is an integer there, and strict parsing would refuse it.
 Nearest = Annotated[
     int,
-    BeforeValidator(lambda n: int(n) if isinstance(n, float) and n.is_integer() else n),
     Field(ge=1, le=NEAREST),
+    BeforeValidator(lambda n: int(n) if isinstance(n, float) and n.is_integer() else n),
 ]
 
 
