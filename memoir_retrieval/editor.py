@@ -30,9 +30,10 @@ from memoir_retrieval.presets import preset_for
 from memoir_retrieval.products import HalfProducts, half_is_faster
 from memoir_retrieval.prompts import prompt_ids
 from memoir_retrieval.span import derive_span_rule, find_span
-from memoir_retrieval.store import MANIFEST, EditStore, write_generation
+from memoir_retrieval.store import MANIFEST, EditStore
 from memoir_retrieval.train import Frozen, Lesson, Trained, Training, answered, train_edit
 from memoir_retrieval.wordings import Wordings
+from memoir_retrieval.write_store import write_generation
 
 __all__ = ["Editor"]
 
