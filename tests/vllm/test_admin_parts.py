@@ -22,7 +22,7 @@ from memoir_retrieval.model import BaseModel
 from memoir_vllm.admin import guard
 from memoir_vllm.admin.audit import AUDIT, AuditLog
 from memoir_vllm.admin.guard import Guard
-from memoir_vllm.admin.jobs import Jobs, Trainer
+from memoir_vllm.admin.jobs import QUEUE, Jobs, QueueFull, Trainer
 from memoir_vllm.admin.plugin import MemoirEndpoints
 from memoir_vllm.admin.tokens import Tokens
 from memoir_vllm.metrics import LOOKUP_ID, TOP, EngineCollector, Traffic
@@ -167,6 +167,23 @@ async def test_a_job_tells_how_far_its_training_is(base: BaseModel, model_folder
     assert [told.step for told in trained] == sorted({told.step for told in trained}) and trained[-1].step == job.steps
     assert trained[-1].limit == 60 and trained[-1].loss == pytest.approx(job.loss, abs=1e-5)
     assert trained[-1].loss < trained[-1].goal < trained[0].loss
+
+
+@pytest.mark.anyio
+async def test_only_so_many_changes_wait_and_none_that_is_not_logged(tmp_path: Path) -> None:
+    async def activate() -> int:
+        return 1
+
+    jobs = Jobs(Trainer({}), AuditLog(tmp_path, "here:1"), activate)  # nobody works on them
+    for _ in range(QUEUE):
+        await jobs.submit("ann", {"remove": 1}, kind="remove")
+    with pytest.raises(QueueFull):
+        await jobs.submit("ann", {"remove": 1}, kind="remove")
+    assert len(jobs.open()) == len(AuditLog(tmp_path, "here:1").lines()) == QUEUE
+    unlogged = Jobs(Trainer({}), AuditLog(tmp_path / "gone", "here:1"), activate)
+    with pytest.raises(OSError, match="No such file"):
+        await unlogged.submit("ann", {"remove": 1}, kind="remove")
+    assert unlogged.open() == []
 
 
 def test_counts_and_their_bounds() -> None:
