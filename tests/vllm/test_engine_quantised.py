@@ -6,18 +6,16 @@ vLLM quantises a layer's input in the layer or, where a fused kernel can, before
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from engines import PROMPTS, Engine, Reply, flags, make_store
+from engines import PROMPTS, Engine, Reply, flags, small_model, small_store
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
-from memoir_retrieval.model import load_model
 from memoir_retrieval.reference import Answer, EditedModel
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
@@ -56,24 +54,7 @@ def quantised(
     """A small random model, every linear layer of its blocks quantised."""
     scheme = SCHEMES[request.param]
     folder = tmp_path_factory.mktemp("quantised") / "model"
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=256,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        vocab_size=49152,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        bos_token_id=1,
-        eos_token_id=2,
-        initializer_range=0.3,
-    )
-    model = LlamaForCausalLM(config).eval()
-    model.save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(model_folder / name, folder / name)
+    model = small_model(folder, model_folder)
     tensors = _quantise(model, scheme)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     made = json.loads((folder / "config.json").read_text())
@@ -139,8 +120,7 @@ def test_answers_are_the_quantised_references(
     quantised: tuple[Path, Scheme], start: Callable[..., Engine], tmp_path: Path
 ) -> None:
     path, scheme = quantised
-    base = load_model(str(path), layer=1, dtype=scheme.dtype)
-    folder = make_store(base, tmp_path / "edits", k=72, tau=0.9, dtype=scheme.dtype)
+    folder = small_store(path, tmp_path / "edits", dtype=scheme.dtype)
     model = EditedModel.open(folder, str(path))
     prompts = {name: model.prompt_ids(prompt) for name, prompt in PROMPTS.items()}
     engine = start(
