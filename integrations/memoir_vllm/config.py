@@ -209,7 +209,7 @@ def _checks(config: MemoirConfig, vllm_config: VllmConfig) -> list[tuple[bool, s
             f"revision {model.revision} of a Hub model (download that revision and serve its folder)",
         ),
         (
-            model.quantization is not None and getattr(model.hf_config, "quantization_config", None) is None,
+            model.quantization is not None and not model.is_quantized,
             f"weights that are quantised while they are loaded, as {model.quantization} (leave out --quantization, or "
             "make edits on a quantised checkpoint)",
         ),
