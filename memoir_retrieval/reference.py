@@ -260,9 +260,7 @@ class EditedModel:
         asked = [r for r, row in enumerate(rows) if row.span.start < row.span.end]
         if not asked or not len(self.retriever.index):
             return
-        means = torch.stack(
-            [span_mean(activations[r], *(rows[r].offset + edge for edge in rows[r].span)) for r in asked]
-        )
+        means = torch.stack([span_mean(activations[r, rows[r].offset :], *rows[r].span) for r in asked])
         found = self.retriever.route(means)
         store = self.retriever.store
         for at, r in enumerate(asked):

@@ -18,6 +18,7 @@ from memoir_index import unpack
 from memoir_retrieval.edit import StoredEdit
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.fingerprint import Fingerprint
+from memoir_retrieval.forward import span_mean
 from memoir_retrieval.span import SpanRule
 from memoir_retrieval.store import EditStore
 from memoir_vllm import pipeline
@@ -28,7 +29,7 @@ from memoir_vllm.runner import follow
 from memoir_vllm.selftest import self_test
 
 D, H, K, EDITS = 64, 16, 16, 3
-RULE = SpanRule(starts=((101,),), end=(102,))  # token 101 before a question, 102 after it
+RULE = SpanRule(starts=((101,),), end=(102,), weighted=True)  # token 101 before a question, 102 after it
 
 
 def prompt(question: int, before: int = 0, after: int = 0) -> list[int]:
@@ -47,7 +48,11 @@ def store_of(activations: torch.Tensor, **manifest: Any) -> EditStore:
     n = len(activations)
     background, perm = np.zeros(D, dtype=np.float32), np.random.default_rng(0).permutation(D)
     empty = np.empty((0, D // 8), dtype=np.uint8)
-    codes = Fingerprint(background, perm, K).codes(activations.mean(1)) if n else empty
+    codes = (
+        Fingerprint(background, perm, K).codes(torch.stack([span_mean(a, 0, 4, True) for a in activations]))
+        if n
+        else empty
+    )
     fields = {"generation": 7, "span": RULE, "d": D, "h": H, "k": K, "tau": 0.9, **manifest}
     return EditStore(
         path=Path(),
@@ -277,8 +282,9 @@ def test_shards_add_up_to_the_whole(
     """Two ranks, each with half of D: the same decision, and partial sums whose sum is the residual."""
     x = activations[1]
     monkeypatch.setattr(
-        "vllm.distributed.tensor_model_parallel_all_gather", lambda means, dim: x.float().sum(0)[None] / len(x)
+        "vllm.distributed.tensor_model_parallel_all_gather", lambda means, dim: span_mean(x, 0, len(x), True)[None]
     )
+    monkeypatch.setattr("vllm.distributed.tensor_model_parallel_all_reduce", lambda _: x.square().sum(1))
     total = torch.zeros(4, H)
     for rank in range(2):
         layer = layer_of(store, rank=rank, ranks=2)
