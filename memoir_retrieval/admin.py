@@ -12,7 +12,7 @@ import httpx
 import msgspec
 
 from memoir_retrieval.edit import Edit, StoredEdit
-from memoir_retrieval.errors import AdminError
+from memoir_retrieval.errors import AdminError, ConfigError
 from memoir_retrieval.prompts import Prompt
 
 __all__ = ["AdminClient", "Change", "EditPage", "Lookup", "Near", "TrainingProgress"]
@@ -123,6 +123,10 @@ class AdminClient:
         replace: an edit of the same prompt with another target gives way; else that is refused (409). patience: how
         long to wait, seconds; AdminError then, and the server goes on. watch: told of the change meanwhile.
         """
+        if edit.before:
+            raise ConfigError(
+                "a running server is taught plain prompts: train a chat with `memoir edit`, or drop `before`"
+            )
         body: dict[str, Any] = {"prompt": edit.prompt, "target": edit.target, "rephrases": list(edit.rephrases)}
         body |= {"subject": edit.subject, "source": edit.source, "on_conflict": "last" if replace else "refuse"}
         reply = await self._ask("POST", "/edits", json=body)

@@ -16,11 +16,11 @@ import msgspec
 import numpy as np
 
 from memoir_index import check_codes
-from memoir_retrieval.edit import Edit, StoredEdit
+from memoir_retrieval.edit import Edit, StoredEdit, asked
 from memoir_retrieval.errors import CodeError, EditFileError, StoreError
 from memoir_retrieval.files import publish, read_small
 from memoir_retrieval.manifest import Manifest
-from memoir_retrieval.prompts import prompt_ids
+from memoir_retrieval.prompts import Prompt, prompt_ids
 from memoir_retrieval.span import SpanRule, find_span
 from memoir_retrieval.write_store import write_generation
 
@@ -71,7 +71,8 @@ def build(
     """
     if editor.generation:
         raise StoreError(f"{editor.path} is a store already: choose a new folder, or append with `memoir edit`")
-    texts = [(i, text) for i, edit in enumerate(edits) for text in (edit.prompt, *(edit.rephrases * rephrases))]
+    wordings = [(i, text) for i, edit in enumerate(edits) for text in (edit.prompt, *(edit.rephrases * rephrases))]
+    texts = [(i, asked(edits[i], text)) for i, text in wordings]
     shards = list(_shards(editor, [text for _, text in texts]))
     key = _key(editor, shards)
     codes = np.empty((len(texts), editor.base.d // 8), dtype=np.uint8)
@@ -122,7 +123,7 @@ def _here(editor: Editor, shards: Iterable[Shard]) -> Iterator[tuple[Shard, np.n
         yield shard, shard_codes(editor.base, fingerprint, editor.span, shard, BATCH)
 
 
-def _shards(editor: Editor, texts: Sequence[str]) -> Iterator[Shard]:
+def _shards(editor: Editor, texts: Sequence[Prompt]) -> Iterator[Shard]:
     rows = []
     for text in texts:
         ids = prompt_ids(editor.base.tokenizer, text, chat=editor.chat)
@@ -178,6 +179,7 @@ def _stored(edits: Sequence[Edit]) -> list[StoredEdit]:
             subject=edit.subject,
             rephrases=edit.rephrases,
             source=edit.source,
+            before=edit.before,
             trained=False,
         )
         for i, edit in enumerate(edits)

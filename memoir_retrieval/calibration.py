@@ -18,13 +18,13 @@ from numpy.typing import NDArray
 
 from memoir_index import HammingIndex, hamming_radius, popcount
 from memoir_retrieval.background import background_prompts, unrelated_prompts
-from memoir_retrieval.edit import Edit
+from memoir_retrieval.edit import Edit, asked
 from memoir_retrieval.errors import ConfigError, StoreError
 from memoir_retrieval.files import store_lock
 from memoir_retrieval.fingerprint import Fingerprint, permutation
 from memoir_retrieval.forward import layer_means, question_means
 from memoir_retrieval.model import BaseModel
-from memoir_retrieval.prompts import prompt_ids
+from memoir_retrieval.prompts import Prompt, prompt_ids
 from memoir_retrieval.retriever import Retriever
 from memoir_retrieval.span import Span, SpanRule, derive_span_rule, find_span
 from memoir_retrieval.store import EditStore, Manifest
@@ -135,7 +135,7 @@ def calibrate_store(
     k = store.manifest.k
     shared = _share(
         retriever.index,
-        _codes(retriever, [edit.prompt for edit in store.edits]),
+        _codes(retriever, [asked(edit) for edit in store.edits]),
         [edit.id for edit in store.edits],
         _codes(retriever, [text for _, text in rephrases]),
         [own for own, _ in rephrases],
@@ -226,13 +226,13 @@ def write_tau(measured: EditStore, tau: float) -> Manifest:
         return write_again(now.path, now, generation=now.manifest.generation + 1, tau=tau)
 
 
-def _codes(retriever: Retriever, prompts: Sequence[str]) -> NDArray[np.uint8]:
+def _codes(retriever: Retriever, prompts: Sequence[Prompt]) -> NDArray[np.uint8]:
     rows = [retriever.prompt_ids(prompt) for prompt in prompts]
     spans = _spans(prompts, rows, retriever.store.manifest.span)
     return retriever.fingerprint.codes(question_means(retriever.base, rows, spans))
 
 
-def _spans(prompts: Sequence[str], rows: Sequence[Sequence[int]], rule: SpanRule) -> list[Span]:
+def _spans(prompts: Sequence[Prompt], rows: Sequence[Sequence[int]], rule: SpanRule) -> list[Span]:
     spans = [find_span(ids, rule) for ids in rows]
     for prompt, span in zip(prompts, spans, strict=True):
         if span.start >= span.end:

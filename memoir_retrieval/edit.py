@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import msgspec
 
-__all__ = ["Edit", "Probe", "StoredEdit", "same_prompt"]
+from memoir_retrieval.prompts import Message, Prompt
+
+__all__ = ["Edit", "Probe", "StoredEdit", "asked", "same_prompt"]
 
 
 class Probe(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -24,7 +26,8 @@ class Edit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid
     Training sees the prompt and the target; the rest is only read by evaluation. `locality`: unrelated questions.
     `neighbourhood`: questions about like things, such as the same relation of another subject; they must be left alone
     too. `portability`: questions whose answer follows from the edit, such as two hops. `ood`: the same knowledge in
-    other words, whole texts. `source` says where the edit comes from, in the user's words.
+    other words, whole texts. `source` says where the edit comes from, in the user's words. `before`: the messages of a
+    chat before the one that asks `prompt`, which the edit is trained after too.
     """
 
     prompt: str
@@ -36,6 +39,7 @@ class Edit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid
     neighbourhood: tuple[Probe, ...] = ()
     portability: tuple[Probe, ...] = ()
     ood: tuple[str, ...] = ()
+    before: tuple[Message, ...] = ()
 
 
 class StoredEdit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -55,7 +59,14 @@ class StoredEdit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     subject: str = ""
     rephrases: tuple[str, ...] = ()
     source: str = ""
+    before: tuple[Message, ...] = ()
     trained: bool = True
+
+
+def asked(edit: Edit | StoredEdit, prompt: str | None = None) -> Prompt:
+    """What the model is asked: the edit's prompt, or a rephrasing of it, after the messages before it."""
+    prompt = edit.prompt if prompt is None else prompt
+    return [*edit.before, {"role": "user", "content": prompt}] if edit.before else prompt
 
 
 def same_prompt(prompt: str) -> str:

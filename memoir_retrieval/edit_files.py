@@ -14,11 +14,13 @@ import msgspec
 
 from memoir_retrieval.edit import Edit, Probe
 from memoir_retrieval.errors import ConfigError, EditFileError
+from memoir_retrieval.prompts import Message
 
 __all__ = ["FORMATS", "Format", "check_duplicates", "limit_distinct_subjects", "read_edits"]
 
 Record = dict[str, Any]
 Texts = Iterable[str]
+ROLES = ("system", "user", "assistant")
 Keep = Literal["refuse", "first", "last"]
 
 _shorten = reprlib.Repr()
@@ -158,6 +160,8 @@ def _memoir(record: Record) -> list[Edit]:
     fields = Edit.__struct_fields__
     if unknown := [key for key in record if key not in fields]:
         raise EditFileError(f"key {_show(unknown[0])} is unknown; the keys are {', '.join(fields)}")
+    if isinstance(record["prompt"], list):
+        record = record | _chat(record["prompt"])
     prompt, target = _text(record, "prompt"), _text(record, "target")
     try:
         edit = msgspec.convert(record, Edit)
@@ -175,7 +179,24 @@ def _memoir(record: Record) -> list[Edit]:
         neighbourhood=edit.neighbourhood,
         portability=edit.portability,
         ood=edit.ood,
+        before=_messages("before", edit.before),
     )
+
+
+def _chat(messages: list[Any]) -> Record:
+    """A prompt that is a chat: its last message is the question, what stands before it is kept as such."""
+    found = _messages("prompt", messages)
+    if not found or found[-1]["role"] != "user":
+        raise EditFileError(f"'prompt' is {_show(messages)}; end a chat with a message of the user's, the question")
+    return {"prompt": found[-1]["content"], "before": list(found[:-1])}
+
+
+def _messages(key: str, messages: Iterable[Any]) -> tuple[Message, ...]:
+    for one in messages:
+        sound = isinstance(one, dict) and {*one} == {"role", "content"} and isinstance(one["content"], str)
+        if not sound or one["role"] not in ROLES:
+            raise _wrong(key, one, f'messages, each {{"role", "content"}} in text, of a role of {", ".join(ROLES)}')
+    return tuple(messages)
 
 
 def _target_new(record: Record) -> list[Edit]:
@@ -252,6 +273,7 @@ def _edit(
     neighbourhood: Iterable[Probe] = (),
     portability: Iterable[Probe] = (),
     ood: Texts = (),
+    before: tuple[Message, ...] = (),
 ) -> list[Edit]:
     def asked(probes: Iterable[Probe]) -> tuple[Probe, ...]:
         return tuple(probe for probe in probes if probe.prompt.strip())
@@ -266,6 +288,7 @@ def _edit(
         neighbourhood=asked(neighbourhood),
         portability=tuple(probe for probe in asked(portability) if probe.answer.strip()),
         ood=tuple(text for text in ood if text.strip()),
+        before=before,
     )
     try:
         msgspec.json.encode(edit)

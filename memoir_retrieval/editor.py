@@ -1,21 +1,19 @@
-"""Turning edits into a store, one after another: train, ask back, keep or refuse."""
+"""Turning edits into a store: train, ask back, keep or refuse; one after another, or several memories side by side."""
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 import numpy as np
 import torch
 
-from memoir_index import HammingIndex
+from memoir_index import HammingIndex, unpack
 from memoir_retrieval.background import background_prompts
 from memoir_retrieval.contexts import chat_contexts, own_prefixes
 from memoir_retrieval.edit import Edit, StoredEdit, same_prompt
@@ -23,15 +21,14 @@ from memoir_retrieval.errors import ConfigError, StoreError
 from memoir_retrieval.files import store_lock
 from memoir_retrieval.fingerprint import Fingerprint, permutation
 from memoir_retrieval.forward import question_means
-from memoir_retrieval.memory import Memory
 from memoir_retrieval.model import BaseModel
 from memoir_retrieval.outcome import SAME_QUESTION, Conflict, Conflicting, Failed, Outcome, Progress, Step, plan
 from memoir_retrieval.presets import preset_for
-from memoir_retrieval.products import HalfProducts, half_is_faster
 from memoir_retrieval.prompts import prompt_ids
 from memoir_retrieval.span import derive_span_rule, find_span
 from memoir_retrieval.store import MANIFEST, EditStore
-from memoir_retrieval.train import Frozen, Lesson, Trained, Training, answered, train_edit
+from memoir_retrieval.train import Training
+from memoir_retrieval.trainer import Learnt, Task, Trainer
 from memoir_retrieval.wordings import Wordings
 from memoir_retrieval.write_store import write_generation
 
@@ -41,8 +38,18 @@ __all__ = ["Editor"]
 CHECKPOINT_EVERY = 30.0
 # A residual memory takes at most D over this many edits: as many as were measured to leave each other alone (docs).
 EDITS_PER_MEMORY = 5
-# Earlier edits that are asked again after each new one: those whose masks overlap most with its own.
-NEIGHBOURS = 4
+# Memories that are trained side by side, at most, unless told otherwise: what more of them gain is little (docs).
+SIDE_BY_SIDE = 4
+
+
+class Asked(NamedTuple):
+    """An edit to be added. id: under which. rephrases: how many of them are trained too. old: the stored edit that it
+    replaces."""
+
+    edit: Edit | StoredEdit
+    id: int
+    rephrases: int
+    old: StoredEdit | None = None
 
 
 class Editor:
@@ -62,13 +69,15 @@ class Editor:
         tau: float | None = None,
         seed: int = 0,
         training: Training | None = None,
+        trainer: Callable[[Editor], Any] | None = None,
         watch: Callable[[Step], None] = lambda _: None,
     ):
         """Settings only matter for a new store; an existing one keeps those it was made with.
 
         base: the loaded model. chat: ask each prompt through the chat template. rule: which tokens are pooled.
-        k, tau: by default the preset's. watch: told of every gradient step. Raises ConfigError for settings that cannot
-        work.
+        k, tau: by default the preset's. trainer: makes what has the methods of `Trainer`, as the editor is entered; by
+        default one in this process, whose every gradient step `watch` is told of. Raises ConfigError for settings that
+        cannot work.
         """
         preset = preset_for(base.model.config)
         self.base = base
@@ -80,8 +89,8 @@ class Editor:
         self.tau = usual if tau is None else tau
         self.seed = seed
         self.training = training or Training()
+        self._make_trainer = trainer or (lambda editor: Trainer(base, editor._wordings, editor.training, watch))
         self.outcome = Outcome()
-        self._watch = watch
         if not 0 < self.k <= base.d:
             raise ConfigError(f"k is {self.k}, but {base.module} has D={base.d} inputs: choose 0 < k <= {base.d}")
         if not 0 < self.tau <= 1:
@@ -125,7 +134,6 @@ class Editor:
     def _forget(self) -> None:
         """Begin with nothing trained."""
         self.memories = [torch.zeros(self.base.h, self.base.d, device=self.base.device)]
-        self._open = Memory(self.memories[0])
         self.edits: list[StoredEdit] = []
         self.index = HammingIndex(self.base.d, self.k)
 
@@ -150,16 +158,8 @@ class Editor:
         self._wordings = Wordings(
             self.base, self.span, self.contexts, fingerprint, self.training, chat=self.chat, seed=self.seed
         )
+        self._trainer = self._make_trainer(self)
         self._changed = False
-        self._products = HalfProducts(self.base) if half_is_faster(self.base) else None
-        self._open = Memory(self.memories[-1])
-        for edit in self.edits:
-            if edit.trained and edit.memory == len(self.memories) - 1:
-                self._open.add(edit.id, self._lessons_of(edit))
-
-    def _quick(self) -> AbstractContextManager[None]:
-        """Within the context the model may round its products, where that is faster."""
-        return self._products.used() if self._products else nullcontext()
 
     def add(
         self,
@@ -168,6 +168,7 @@ class Editor:
         on_conflict: Conflict = "refuse",
         rephrase_masks: bool = False,
         keep_failed: bool = False,
+        side_by_side: int | None = None,
         progress: Callable[[Progress], None] = lambda _: None,
     ) -> list[StoredEdit]:
         """Train edits in order and commit them. Returns those that are new; `outcome` tells what became of the others.
@@ -179,6 +180,8 @@ class Editor:
         "both" stores it beside that one; each is reported.
         rephrase_masks: an edit's rephrasings are trained too and get masks of their own.
         keep_failed: store edits that failed the audit as well.
+        side_by_side: so many memories are trained at a time, and each edit goes to the emptiest of them. By default as
+        many as the edits would fill one after the other, at most 4: so one for what fits into one.
         Interrupted (KeyboardInterrupt, or any error), the edits that are done are committed first.
         """
         given = list(edits)
@@ -186,19 +189,26 @@ class Editor:
             self._wordings.check(edit)
         todo, replaced = plan(given, self.edits, on_conflict)
         self.outcome = outcome = Outcome(skipped=len(given) - len(todo))
+        n = min(side_by_side or self.side_by_side(len(given)), max(1, len(given)))
         started = committed = time.monotonic()
         pause = CHECKPOINT_EVERY
+        done = 0
         try:
-            for done, edit in enumerate(todo, 1):
-                old = replaced.get(same_prompt(edit.prompt))
-                extra = len(edit.rephrases) if rephrase_masks else 0
-                stored = self._add(edit, old, on_conflict, extra, keep_failed)
+            while done < len(todo):
+                following = [(edit, replaced.get(same_prompt(edit.prompt))) for edit in todo[done : done + n]]
+                asked = [
+                    Asked(e, self.next_id + i, len(e.rephrases) * rephrase_masks, old)
+                    for i, (e, old) in enumerate(following)
+                ]
+                new = self._add(asked, n, on_conflict, keep_failed)
                 now = time.monotonic()
                 if now - committed > pause:
                     self._commit()
                     committed = time.monotonic()
                     pause = max(CHECKPOINT_EVERY, 20 * (committed - now))
-                progress(Progress(done, len(todo), stored, now - started))
+                for stored in new:
+                    done += 1
+                    progress(Progress(done, len(todo), stored, now - started))
         finally:
             if self._changed:
                 self._commit()
@@ -210,49 +220,68 @@ class Editor:
         Returns them; one that fails the audit is kept, and named in `outcome`. Nothing is left of edits that were
         removed or replaced. Interrupted, store and editor are what they were.
         """
-        held = self.memories, self._open, self.edits, self.index, self.next_id
+        held = self.memories, self.edits, self.index, self.next_id
         self.outcome = Outcome()
         started = time.monotonic()
         try:
             self._forget()
-            _, _, edits, index, next_id = held
+            self._prepare()
+            _, edits, index, next_id = held
             masks = Counter(index.ids.tolist())
-            for done, edit in enumerate(edits, 1):
-                self.next_id = edit.id
-                stored = self._add(edit, None, "both", masks[edit.id] - 1, keep_failed=True)
-                progress(Progress(done, len(edits), stored, time.monotonic() - started))
+            n, done = self.side_by_side(len(edits)), 0
+            while done < len(edits):
+                asked = [Asked(edit, edit.id, masks[edit.id] - 1) for edit in edits[done : done + n]]
+                for stored in self._add(asked, n, "both", keep_failed=True):
+                    done += 1
+                    progress(Progress(done, len(edits), stored, time.monotonic() - started))
             self.next_id = next_id
             self._commit()
         except BaseException:
-            self.memories, self._open, self.edits, self.index, self.next_id = held
-            self._changed = False
+            self.memories, self.edits, self.index, self.next_id = held
+            self._prepare()
             raise
         return self.outcome.stored
 
+    def side_by_side(self, edits: int) -> int:
+        """How many memories `add` trains at a time, unless told otherwise, of so many edits."""
+        return max(1, min(SIDE_BY_SIDE, -(-edits // self._room)))
+
+    @property
+    def _room(self) -> int:
+        """Edits that a memory takes."""
+        return self.training.edits_per_memory or max(1, self.base.d // EDITS_PER_MEMORY)
+
     def _add(
-        self, edit: Edit | StoredEdit, old: StoredEdit | None, on_conflict: Conflict, extra: int, keep_failed: bool
-    ) -> StoredEdit | None:
-        """Train one edit, ask it back and take it up, or say in `outcome` why not. extra: rephrasings to train too."""
-        frozen, codes = self._wordings.trained(edit, self.next_id, extra, self._quick())
-        rival = self._contradicted(edit, codes[:1]) if old is None else None
-        if rival:
-            self.outcome.conflicting.append(rival)
-            if on_conflict in ("refuse", "first"):
-                return None
-            if on_conflict == "last":
-                old = rival.stored
-        if old:
-            self._open.forget(old.id)
-        lessons = self._wordings.lessons(frozen, edit, len(codes))
-        trained, problem = self._learn(frozen, lessons)
-        if problem:
-            self.outcome.failed.append(Failed(edit.prompt, edit.target, problem))
-            if not keep_failed:
-                if old and old.trained and old.memory == len(self.memories) - 1:
-                    self._open.add(old.id, self._lessons_of(old))
-                return None
-        self._open.weight[:, trained.columns] = trained.weights
-        return self._take_up(edit, trained, lessons, codes, old)
+        self, asked: Sequence[Asked], side_by_side: int, on_conflict: Conflict, keep_failed: bool
+    ) -> list[StoredEdit | None]:
+        """Train the first of the edits, as many as can be side by side, ask them back and take them up, or say in
+        `outcome` why not."""
+        memories = self._memories(len(asked), side_by_side)
+        tasks = [Task(one.id, one.edit, memory, one.rephrases) for one, memory in zip(asked, memories, strict=True)]
+        codes = self._trainer.prepare(tasks)
+        # Two of one question are trained one after the other, so that the second meets the first in the store.
+        bits = unpack(np.concatenate([own[:1] for own in codes]), self.base.d).astype(np.float32)
+        alike = bits @ bits.T >= SAME_QUESTION * self.k
+        first = np.flatnonzero(np.tril(alike, -1).any(axis=1))
+        together = range(int(first[0]) if len(first) else len(tasks))
+        old = {i: one for i in together if (one := asked[i].old) is not None}
+        refused: set[int] = set()
+        for i in together:
+            rival = None if i in old else self._contradicted(asked[i].edit, codes[i][:1])
+            if rival:
+                self.outcome.conflicting.append(rival)
+                if on_conflict in ("refuse", "first"):
+                    refused.add(i)
+                elif on_conflict == "last":
+                    old[i] = rival.stored
+        for one in old.values():
+            self._trainer.forget(one.id)
+        trained = [i for i in together if i not in refused]
+        learnt = dict(zip(trained, self._trainer.learn([tasks[i] for i in trained]), strict=True)) if trained else {}
+        done: list[StoredEdit | None] = [None for _ in together]
+        for i in trained:
+            done[i] = self._take_up(tasks[i], learnt[i], codes[i], old.get(i), keep_failed)
+        return done
 
     def _contradicted(self, edit: Edit | StoredEdit, code: np.ndarray) -> Conflicting | None:
         """The stored edit that answers the same question, going by the masks, otherwise."""
@@ -264,83 +293,65 @@ class Editor:
             return None
         return Conflicting(edit.prompt, edit.target, stored, round(float(hit.overlaps[0]), 4))
 
-    def _learn(self, frozen: Frozen, lessons: list[Lesson]) -> tuple[Trained, str]:
-        """Train until the edit is answered and its neighbours still are; what is wrong, or "".
+    def _memories(self, n: int, side_by_side: int) -> list[int]:
+        """Numbers of n open memories, the emptiest first. The last `side_by_side` of the store are open; while one of
+        them is full or missing, another is added. So a run that goes on chooses as if it had never stopped."""
+        held = Counter(edit.memory for edit in self.edits if edit.trained)
+        while True:
+            last = range(max(0, len(self.memories) - side_by_side), len(self.memories))
+            with_room = sorted((number for number in last if held[number] < self._room), key=lambda m: held[m])
+            if len(with_room) == side_by_side:
+                break
+            self.memories.append(torch.zeros(self.base.h, self.base.d, device=self.base.device))
+        for number in set(self._trainer.memories) - set(last):
+            self._trainer.close(number)
+        for number in with_room[:n]:
+            self._open(number)
+        return with_room[:n]
 
-        The second try is with more steps; the third, of an edit that costs others theirs, in a new memory.
-        """
-        if len(self._open.lessons) >= (self.training.edits_per_memory or self.base.d // EDITS_PER_MEMORY):
-            self._open_memory()
-        trained, problem, lost = self._try(frozen, lessons, self.training)
-        if problem:
-            self.outcome.retried += 1
-        if problem and not lost:
-            patient = replace(
-                self.training, stop_loss=self.training.stop_loss / 4, max_steps=2 * self.training.max_steps
-            )
-            trained, problem, lost = self._try(frozen, lessons, patient)
-        if lost:
-            self._open_memory()
-            trained, problem, _ = self._try(frozen, lessons, self.training)
-        return trained, problem
-
-    def _try(self, frozen: Frozen, lessons: list[Lesson], training: Training) -> tuple[Trained, str, bool]:
-        """Train, ask back with the trained weights, and put the memory back: (result, what is wrong, others lost)."""
-        memory = self._open
-        with self._quick():
-            trained = train_edit(self.base, frozen, memory.weight, memory.used, training, self._watch)
-        before = memory.weight[:, trained.columns]
-        memory.weight[:, trained.columns] = trained.weights
-        try:
-            if not all(answered(self.base, lessons, memory.weight)):
-                reason = f"the target is not the first choice after {trained.steps} steps (loss {trained.loss:.3f})"
-                return trained, reason, False
-            near = memory.nearest(trained.columns, NEIGHBOURS)
-            with self._quick():
-                near = memory.forgotten(self.base, near)
-            lost = memory.forgotten(self.base, near)  # what seems lost is asked again without rounding
-        finally:
-            memory.weight[:, trained.columns] = before
-        return trained, f"it would overwrite edit {lost[0]}" if lost else "", bool(lost)
-
-    def _open_memory(self) -> None:
-        self.memories.append(torch.zeros_like(self._open.weight))
-        self._open = Memory(self.memories[-1])
-
-    def _lessons_of(self, edit: StoredEdit) -> list[Lesson]:
-        """The lessons of a stored edit, run again."""
-        masks = int((self.index.ids == edit.id).sum())
-        return self._wordings.lessons(self._wordings.asked(edit, masks - 1)[0], edit, masks)
+    def _open(self, number: int) -> None:
+        if number not in self._trainer.memories:
+            masks = Counter(self.index.ids.tolist())
+            own = [(edit, masks[edit.id]) for edit in self.edits if edit.trained and edit.memory == number]
+            self._trainer.open(number, self.memories[number], own)
 
     def _take_up(
-        self,
-        edit: Edit | StoredEdit,
-        trained: Trained,
-        lessons: list[Lesson],
-        codes: np.ndarray,
-        old: StoredEdit | None,
-    ) -> StoredEdit:
+        self, task: Task, learnt: Learnt, codes: np.ndarray, old: StoredEdit | None, keep_failed: bool
+    ) -> StoredEdit | None:
+        self.outcome.retried += learnt.retried
+        if learnt.lost:  # in a memory of its own it costs no other edit its answer
+            self.memories.append(torch.zeros(self.base.h, self.base.d, device=self.base.device))
+            task = task._replace(memory=len(self.memories) - 1)
+            self._open(task.memory)
+            (learnt,) = self._trainer.learn([task])
+        if learnt.reason:
+            self.outcome.failed.append(Failed(task.edit.prompt, task.edit.target, learnt.reason))
+            if not keep_failed:
+                if old and old.trained:
+                    self._trainer.remember(old.memory, old, int((self.index.ids == old.id).sum()))
+                return None
+        edit, trained = task.edit, learnt.trained
         stored = StoredEdit(
-            id=self.next_id,
+            id=task.id,
             prompt=edit.prompt,
             target=edit.target,
             created=getattr(edit, "created", "") or datetime.now(UTC).isoformat(timespec="seconds"),
             loss=round(trained.loss, 5),
             steps=trained.steps,
-            memory=len(self.memories) - 1,
+            memory=task.memory,
             subject=edit.subject,
             rephrases=edit.rephrases,
             source=edit.source,
+            before=edit.before,
         )
-        self._open.weight[:, trained.columns] = trained.weights
-        self._open.add(stored.id, lessons)
+        self._trainer.take(task, trained)
         if old:
             self.index.remove([old.id])
             self.edits.remove(old)
         self.index.add([stored.id] * len(codes), codes)
         self.edits.append(stored)
         self.outcome.stored.append(stored)
-        self.next_id += 1
+        self.next_id = max(self.next_id, task.id + 1)
         self._changed = True
         return stored
 

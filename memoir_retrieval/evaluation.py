@@ -10,7 +10,7 @@ from typing import Protocol
 
 import msgspec
 
-from memoir_retrieval.edit import Edit, Probe, StoredEdit
+from memoir_retrieval.edit import Edit, Probe, StoredEdit, asked
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.prompts import Prompt
 from memoir_retrieval.reference import Answer
@@ -125,7 +125,7 @@ def asked_back(model: Asked, stored: Sequence[StoredEdit], edits: Sequence[Edit]
     """
     own = stored_ids(stored, edits, partly=True)
     targets = [model.target_ids(edit.target) for edit in edits]
-    answers = model.predict([model.prompt_ids(edit.prompt) for edit in edits], targets)
+    answers = model.predict([model.prompt_ids(asked(edit)) for edit in edits], targets)
     accuracy = [_same_share(a.tokens, t) for a, t in zip(answers, targets, strict=True)]
     return _mean(accuracy) or 0.0, _mean([a.edit == i for a, i in zip(answers, own, strict=True)]) or 0.0
 
@@ -155,9 +155,9 @@ def _in_context(
 ) -> tuple[Scores, list[EditScores]]:
     started = time.monotonic()
     rephrases = [(at, text) for at, edit in enumerate(edits) for text in edit.rephrases]
-    asked = in_context(context, [*(edit.prompt for edit in edits), *(text for _, text in rephrases)])
+    questions = [*(asked(edit) for edit in edits), *(asked(edits[at], text) for at, text in rephrases)]
     of = [*range(len(edits)), *(at for at, _ in rephrases)]
-    prompts = [model.prompt_ids(prompt) for prompt in asked]
+    prompts = [model.prompt_ids(prompt) for prompt in in_context(context, questions)]
     targets = [model.target_ids(edits[at].target) for at in of]
     answers = model.predict(prompts, targets)
     accuracy = [_same_share(a.tokens, t) for a, t in zip(answers, targets, strict=True)]

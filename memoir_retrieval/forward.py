@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
+from torch.nn import functional
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from memoir_retrieval.model import BaseModel
@@ -69,6 +70,26 @@ class FrozenPast:
             return FrozenPast(None, self.lengths.expand(n))
         kept = [_FrozenLayer(x.keys.expand(n, -1, -1, -1), x.values.expand(n, -1, -1, -1)) for x in self.cache.layers]
         return FrozenPast(Cache(layers=kept), self.lengths.expand(n))
+
+    def beside(self, other: FrozenPast) -> FrozenPast:
+        """The contexts of both, those of `other` behind."""
+        lengths = torch.cat([self.lengths, other.lengths])
+        width = int(lengths.max())
+        known = self.cache or other.cache
+        if known is None:
+            return FrozenPast(None, lengths)
+
+        def states(past: FrozenPast, layer: int, name: str) -> torch.Tensor:
+            like = getattr(known.layers[layer], name)
+            if past.cache is None:
+                return like.new_zeros(len(past.lengths), like.shape[1], width, like.shape[3])
+            return functional.pad(getattr(past.cache.layers[layer], name), (0, 0, width - past.width, 0))
+
+        layers = [
+            _FrozenLayer(*(torch.cat([states(past, i, name) for past in (self, other)]) for name in ("keys", "values")))
+            for i in range(len(known.layers))
+        ]
+        return FrozenPast(Cache(layers=layers), lengths)
 
     def growing(self) -> DynamicCache:
         """The same cache as one that generation may append to; this one stays as it is."""
@@ -175,26 +196,35 @@ class _Skipped(torch.nn.Module):
 
 @contextmanager
 def run_from_block(
-    base: BaseModel, hidden: torch.Tensor, delta: Callable[[torch.Tensor], torch.Tensor] | None = None
+    base: BaseModel,
+    hidden: torch.Tensor,
+    delta: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    wanted: torch.Tensor | None = None,
 ) -> Iterator[Any]:
     """Within the context the model starts at the edited block with `hidden` and adds `delta(a)` to its projection.
 
     hidden: [B, T, H] from `frozen_run`. delta: from the projection's input a [B, T, D] to [B, T, H]; None adds nothing.
+    wanted: bool [B, T], n of them: the logits are those of these tokens alone, [1, n, V], row after row.
     Yields the model; call it with the same inputs as `frozen_run`. Where the first block is edited nothing is skipped.
     """
 
     def add(_module: Any, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
         return output + delta(args[0]) if delta else output
 
+    def choose(_module: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return (args[0][wanted][None], *args[1:])
+
     as_tuple = base.blocks_return_tuples
     originals = [base.blocks[i] for i in range(base.layer)]
-    handle = base.projection.register_forward_hook(add) if delta else None
+    handles = [base.projection.register_forward_hook(add)] if delta else []
+    if wanted is not None:
+        handles.append(base.model.get_output_embeddings().register_forward_pre_hook(choose))
     try:
         for i, block in enumerate(originals):
             base.blocks[i] = _Skipped(block, hidden if i == base.layer - 1 else None, as_tuple)
         yield base.model
     finally:
-        if handle:
+        for handle in handles:
             handle.remove()
         for i, block in enumerate(originals):
             base.blocks[i] = block

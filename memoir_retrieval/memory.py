@@ -9,7 +9,7 @@ import torch
 from memoir_retrieval.model import BaseModel
 from memoir_retrieval.train import Lesson, answered
 
-__all__ = ["Memory"]
+__all__ = ["Memory", "forgotten"]
 
 
 class Memory:
@@ -45,8 +45,10 @@ class Memory:
         common = {edit: max(int(mask[one.columns].sum()) for one in own) for edit, own in self.lessons.items()}
         return sorted(common, key=lambda edit: -common[edit])[:n]
 
-    def forgotten(self, base: BaseModel, edits: Sequence[int]) -> list[int]:
-        """Which edits are no longer answered with the weights as they are now."""
-        asked = [(edit, one) for edit in edits for one in self.lessons[edit]]
-        right = answered(base, [one for _, one in asked], self.weight)
-        return sorted({edit for (edit, _), good in zip(asked, right, strict=True) if not good})
+
+def forgotten(base: BaseModel, edits: Sequence[tuple[Memory, int]]) -> list[tuple[Memory, int]]:
+    """Which edits, each with its memory, are no longer answered with the weights as they are now."""
+    asked = [(memory, edit, one) for memory, edit in edits for one in memory.lessons[edit]]
+    right = answered(base, [(one, memory.weight) for memory, _, one in asked])
+    wrong = {edit for (_, edit, _), good in zip(asked, right, strict=True) if not good}
+    return [(memory, edit) for memory, edit in edits if edit in wrong]

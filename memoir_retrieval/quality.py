@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -72,12 +73,14 @@ def run_quality(
     context: str = "plain",
     controls: int = 256,
     texts: Sequence[str] = (),
+    side_by_side: int | None = None,
     tell: Callable[[str], None] = lambda _: None,
     progress: Callable[[Progress], None] = lambda _: None,
 ) -> Run:
     """Train the edits into the editor's store, measure, and write `folder`/run.json.
 
-    editor: not yet entered. Run again after an interruption it goes on: edits that the store has are not trained again.
+    editor: not yet entered. side_by_side: see `Editor.add`; by default what it takes for all edits at once.
+    Run again after an interruption it goes on: edits that the store has are not trained again.
     Raises ConfigError where the folder holds a finished run.
     """
     if (folder / RESULT).exists():
@@ -86,9 +89,9 @@ def run_quality(
     seconds: dict[int, float] = {}
     passed: list[Checkpoint] = []
     with editor:
-        done = 0
+        n, done = side_by_side or editor.side_by_side(len(edits)), 0
         for reached in checkpoints(len(edits)):
-            seconds |= _train(editor, edits[done:reached], progress)
+            seconds |= _train(editor, edits[done:reached], n, progress)
             done = reached
             model = EditedModel(Retriever(EditStore.open(editor.path), editor.base))
             stored = model.retriever.store.edits
@@ -141,17 +144,21 @@ def read_run(folder: Path) -> Run:
         raise ConfigError(f"{folder / RESULT} is no run of this version ({error}): run it again") from None
 
 
-def _train(editor: Editor, edits: Sequence[Edit], progress: Callable[[Progress], None]) -> dict[int, float]:
-    seconds: dict[int, float] = {}
-    before = 0.0
+def _train(
+    editor: Editor, edits: Sequence[Edit], side_by_side: int, progress: Callable[[Progress], None]
+) -> dict[int, float]:
+    told: list[Progress] = []
 
-    def timed(told: Progress) -> None:
-        nonlocal before
-        if told.edit:  # none where it was refused
-            seconds[told.edit.id] = round(told.seconds - before, 4)
-        before = told.seconds
-        progress(told)
+    def timed(one: Progress) -> None:
+        told.append(one)
+        progress(one)
 
     # What the audit or a contradiction would keep out of a store belongs into its figures.
-    editor.add(edits, on_conflict="both", keep_failed=True, progress=timed)
+    editor.add(edits, on_conflict="both", keep_failed=True, side_by_side=side_by_side, progress=timed)
+    seconds: dict[int, float] = {}
+    before = 0.0
+    for end, group in groupby(told, key=lambda one: one.seconds):  # those that were trained side by side share a time
+        together = list(group)
+        seconds |= {one.edit.id: round((end - before) / len(together), 4) for one in together if one.edit}
+        before = end
     return seconds

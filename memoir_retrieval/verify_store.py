@@ -67,6 +67,7 @@ def verify_masks(store: EditStore, base: BaseModel, progress: Callable[[int], No
     A mask must be that of the edit's prompt or of one of its rephrasings, up to `SAME_MASK`. progress: told how many
     edits are done. Raises StoreMismatch for another model.
     """
+    from memoir_retrieval.edit import asked
     from memoir_retrieval.fingerprint import Fingerprint
     from memoir_retrieval.forward import question_means
     from memoir_retrieval.prompts import prompt_ids
@@ -77,11 +78,12 @@ def verify_masks(store: EditStore, base: BaseModel, progress: Callable[[int], No
     fingerprint = Fingerprint(store.background, store.permutation, made.k, base.device)
     faults = []
     for done, edit in enumerate(store.edits, 1):
-        rows = [prompt_ids(base.tokenizer, text, chat=made.chat) for text in (edit.prompt, *edit.rephrases)]
+        texts = [asked(edit), *(asked(edit, text) for text in edit.rephrases)]
+        rows = [prompt_ids(base.tokenizer, text, chat=made.chat) for text in texts]
         spans = [find_span(ids, made.span) for ids in rows]
-        asked = [(ids, span) for ids, span in zip(rows, spans, strict=True) if span.start < span.end]
+        pooled = [(ids, span) for ids, span in zip(rows, spans, strict=True) if span.start < span.end]
         # One at a time, as the editor does: another batch would round otherwise.
-        again = [fingerprint.codes(question_means(base, [ids], [span]))[0] for ids, span in asked]
+        again = [fingerprint.codes(question_means(base, [ids], [span]))[0] for ids, span in pooled]
         for row in np.flatnonzero(store.ids == edit.id).tolist():
             shared = [int(popcount((store.codes[row] & code)[None])[0]) for code in again]
             if max(shared, default=0) < SAME_MASK * made.k:

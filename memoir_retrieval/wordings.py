@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 
 from memoir_index import unpack
 from memoir_retrieval.background import background_prompts
-from memoir_retrieval.edit import Edit, StoredEdit
+from memoir_retrieval.edit import Edit, StoredEdit, asked
 from memoir_retrieval.errors import EditFileError
 from memoir_retrieval.fingerprint import Fingerprint
 from memoir_retrieval.forward import FrozenPast, frozen_past, span_mean
@@ -23,7 +23,7 @@ from memoir_retrieval.train import Frozen, Lesson, Training, freeze
 __all__ = ["Wordings"]
 
 
-class Asked(NamedTuple):
+class Cut(NamedTuple):
     """A prompt cut at its question. head: the tokens before it; question: from its first token to the end of the
     prompt, of which the span `pooled` makes the fingerprint."""
 
@@ -55,19 +55,25 @@ class Wordings:
         self.seed = seed
         self._other_tokens = np.array([t for p in background_prompts() for t in base.tokenizer(p).input_ids])
         self._past = self._frozen_contexts()
-        self._bare = self._past.take([0])
 
     def check(self, edit: Edit) -> None:
         """Raise EditFileError where the model cannot be trained on an edit."""
-        prompt = self._prompt_ids(edit.prompt)
+        if edit.before and not self.chat:
+            raise EditFileError(
+                f"prompt {edit.prompt!r} is part of a chat, but the store asks raw prompts: drop --no-chat"
+            )
+        try:
+            prompt = self._prompt_ids(asked(edit))
+        except TemplateError as error:
+            raise EditFileError(f"the chat before {edit.prompt!r} does not fit {self.base.name}: {error}") from None
         target = target_ids(self.base.tokenizer, edit.target, chat=self.chat)
         span = find_span(prompt, self.span)
         if span.start >= span.end:
             raise EditFileError(f"prompt {edit.prompt!r} has no tokens to pool: give a longer prompt")
         if not target:
             raise EditFileError(f"target {edit.target!r} of prompt {edit.prompt!r} has no tokens: give a longer target")
-        asked = max([self._past.width + len(prompt), *map(len, self._in_contexts(edit.prompt))])
-        longest = asked + len(target) + 1
+        given = max([self._past.width + len(prompt), *map(len, self._in_contexts(edit.prompt))])
+        longest = given + len(target) + 1
         if longest > self.base.max_length:
             raise EditFileError(
                 f"prompt {edit.prompt[:60]!r} and its target need {longest} tokens, {self.base.name} takes "
@@ -76,16 +82,17 @@ class Wordings:
 
     def asked(self, edit: Edit | StoredEdit, rephrases: int = 0) -> tuple[Frozen, np.ndarray]:
         """The prompt and the first of its rephrasings, run up to the edited block, and their masks uint8 [R, D/8]."""
-        return self._frozen(edit, [edit.prompt, *edit.rephrases[:rephrases]], [], [], nullcontext())
+        return self._frozen(edit, rephrases, [], [], nullcontext())
 
     def trained(
         self, edit: Edit | StoredEdit, number: int, rephrases: int, quick: AbstractContextManager[None]
     ) -> tuple[Frozen, np.ndarray]:
-        """Like `asked`, with the wordings behind them that have no mask of their own: after contexts, and noisy.
+        """Like `asked`, with the wordings behind them that have no mask of their own: after contexts, and noisy; and
+        plainly where the edit is part of a chat.
 
         number: the edit's id, from which its noise is drawn. quick: entered while these others are run.
         """
-        question = self._cut(edit.prompt)
+        question = self._cut(asked(edit))
         # Rows with their context in them are whole: under the rule "all" nothing follows the question.
         others = self._in_contexts(edit.prompt) or [question.question] * len(self.contexts)
         random = np.random.default_rng([self.seed, number])
@@ -94,26 +101,33 @@ class Wordings:
             replaced = random.random(len(words)) < self.training.noise
             noisy = np.where(replaced, random.choice(self._other_tokens, len(words)), words).tolist()
             others.append([*noisy, *question.question[question.pooled.end :]])
-        heads = [*range(1, 1 + len(self.contexts)), *[0] * self.training.variants]
-        return self._frozen(edit, [edit.prompt, *edit.rephrases[:rephrases]], others, heads, quick)
+        heads = [*range(1, 1 + len(self.contexts)), *[self._own(edit)] * self.training.variants]
+        if edit.before:
+            others.append(self._cut(edit.prompt).question)
+            heads.append(0)
+        return self._frozen(edit, rephrases, others, heads, quick)
+
+    def _own(self, edit: Edit | StoredEdit) -> int:
+        """Which context an edit has before it: the bare one, or the chat's own, which is put behind the others."""
+        return len(self._past.lengths) if edit.before else 0
 
     def lessons(self, frozen: Frozen, edit: Edit | StoredEdit, masks: int) -> list[Lesson]:
         """The rows of `asked` or `trained` that have a mask of their own, to be asked again later."""
-        return [frozen.lesson(row, self._answer(edit), self._bare) for row in range(masks)]
+        return [frozen.lesson(row, self._answer(edit)) for row in range(masks)]
 
     def _frozen(
         self,
         edit: Edit | StoredEdit,
-        prompts: Sequence[str],
+        rephrases: int,
         others: list[list[int]],
         heads: list[int],
         quick: AbstractContextManager[None],
     ) -> tuple[Frozen, np.ndarray]:
-        cut = [self._cut(prompt) for prompt in prompts]
-        past = self._past.take([0] * len(cut) + heads)
-        frozen = freeze(
-            self.base, past, [one.question for one in cut] + others, self._answer(edit), exact=len(cut), quick=quick
-        )
+        cut = [self._cut(asked(edit, text)) for text in (edit.prompt, *edit.rephrases[:rephrases])]
+        questions = [one.question for one in cut] + others
+        heads = [self._own(edit)] * len(cut) + heads
+        past = self._past.beside(frozen_past(self.base, [cut[0].head])) if edit.before else self._past
+        frozen = freeze(self.base, past, heads, questions, self._answer(edit), exact=len(cut), quick=quick)
         means = [span_mean(frozen.activations[row], *one.pooled) for row, one in enumerate(cut)]
         codes = self.fingerprint.codes(torch.stack(means))
         bits = torch.as_tensor(unpack(codes, self.base.d), device=self.base.device)
@@ -122,10 +136,10 @@ class Wordings:
     def _answer(self, edit: Edit | StoredEdit) -> list[int]:
         return [*target_ids(self.base.tokenizer, edit.target, chat=self.chat), end_token(self.base.tokenizer)]
 
-    def _cut(self, prompt: str) -> Asked:
+    def _cut(self, prompt: Prompt) -> Cut:
         ids = self._prompt_ids(prompt)
         span = find_span(ids, self.span)
-        return Asked(ids[: span.start], ids[span.start :], Span(0, span.end - span.start, span.weighted))
+        return Cut(ids[: span.start], ids[span.start :], Span(0, span.end - span.start, span.weighted))
 
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
         return prompt_ids(self.base.tokenizer, prompt, chat=self.chat)

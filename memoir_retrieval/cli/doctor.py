@@ -111,6 +111,7 @@ def _administration() -> Iterator[Finding]:
 
 def _self_test(store: Path | None, model: str) -> str:
     """One prompt from text to answer: the newest edit must find itself, or the model must say something."""
+    from memoir_retrieval.edit import asked
     from memoir_retrieval.model import load_model
     from memoir_retrieval.prompts import prompt_ids
     from memoir_retrieval.reference import EditedModel
@@ -118,7 +119,7 @@ def _self_test(store: Path | None, model: str) -> str:
     edited = EditedModel.open(store, model) if store else None
     if edited and edited.retriever.store.edits:
         edit = edited.retriever.store.edits[-1]
-        (answer,) = edited.generate([edit.prompt], max_new_tokens=TOKENS)
+        (answer,) = edited.generate([asked(edit)], max_new_tokens=TOKENS)
         if answer.edit != edit.id:
             found = "no edit" if answer.edit is None else f"edit {answer.edit}"
             raise StoreError(

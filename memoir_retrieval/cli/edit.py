@@ -46,6 +46,12 @@ __all__ = ["edit", "train"]
 )
 @click.option("--rephrase-masks", is_flag=True, help="Train the file's rephrasings too, each with a mask of its own.")
 @click.option("--keep-failed", is_flag=True, help="Store edits that fail the audit as well.")
+@click.option(
+    "--side-by-side",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Memories that are trained at a time (default: as many as the file fills, at most 4).",
+)
 @click.option("--layer", type=int, help="Block whose FFN projection is edited (default: the preset's).")
 @click.option("--k", type=int, help="Ones in every mask (default: the preset's).")
 @click.option("--tau", type=float, help="Least overlap that matches, in (0, 1] (default: the preset's).")
@@ -64,11 +70,12 @@ def edit(
     on_conflict: Any,
     rephrase_masks: bool,
     keep_failed: bool,
+    side_by_side: int | None,
     device: str,
     as_json: bool,
     **settings: Any,
 ) -> None:
-    """Train the edits of FILE into a store, one after another.
+    """Train the edits of FILE into a store: one after another or, where they need several memories, side by side.
 
     Each is asked back before it is taken up. One that the model has not learnt, or that would overwrite others, is
     tried again, and reported instead of stored if that fails too; so is one whose question is stored in other words
@@ -107,7 +114,15 @@ def edit(
     )
     with editor:
         try:
-            train(editor, edits, on_conflict, rephrase_masks=rephrase_masks, keep_failed=keep_failed, quiet=as_json)
+            train(
+                editor,
+                edits,
+                on_conflict,
+                rephrase_masks=rephrase_masks,
+                keep_failed=keep_failed,
+                side_by_side=side_by_side,
+                quiet=as_json,
+            )
         except KeyboardInterrupt:
             kept = len(editor.outcome.stored)
             raise click.Abort(f"{kept} new edits are kept in {store}; the same command goes on from there") from None
@@ -166,6 +181,7 @@ def train(
     *,
     rephrase_masks: bool = False,
     keep_failed: bool = False,
+    side_by_side: int | None = None,
     quiet: bool = False,
 ) -> list[StoredEdit]:
     """`Editor.add` with a progress bar: edits a second, the last edit's loss, time left."""
@@ -184,7 +200,12 @@ def train(
             bar.update(task, completed=p.done, total=p.total, rate=p.done / p.seconds, loss=loss)
 
         return editor.add(
-            edits, on_conflict=on_conflict, rephrase_masks=rephrase_masks, keep_failed=keep_failed, progress=tell
+            edits,
+            on_conflict=on_conflict,
+            rephrase_masks=rephrase_masks,
+            keep_failed=keep_failed,
+            side_by_side=side_by_side,
+            progress=tell,
         )
 
 

@@ -16,7 +16,7 @@ from rich.table import Table
 from memoir_retrieval.cli.common import echo_json, json_option, notes, tables, threads_option
 from memoir_retrieval.cli.evaluate import flat
 from memoir_retrieval.datasets import TEXT, data_file
-from memoir_retrieval.edit_files import FORMATS, check_duplicates, read_edits
+from memoir_retrieval.edit_files import FORMATS, check_duplicates, limit_distinct_subjects, read_edits
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.files import publish
 from memoir_retrieval.texts import read_texts
@@ -41,6 +41,7 @@ COLUMNS = (
 @click.argument("data", metavar="DATA")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the run; made if new.")
 @click.option("--edits", "count", type=click.IntRange(min=1), help="Only the first N edits (default: all of them).")
+@click.option("--distinct", is_flag=True, help="Only the first edit of each subject.")
 @click.option("--model", "-m", default="smollm2-135m", show_default=True, help="Folder, embedded model or Hub id.")
 @click.option("--chat/--no-chat", default=False, help="Ask through the chat template, or raw as published (default).")
 @click.option(
@@ -65,6 +66,9 @@ COLUMNS = (
 @click.option("--tau", type=float, help="Least overlap that matches, in (0, 1] (default: the preset's).")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the permutation and of training.")
 @click.option("--training", multiple=True, metavar="NAME=VALUE", help="A setting of training, such as contexts=3.")
+@click.option(
+    "--side-by-side", type=click.IntRange(min=1), metavar="N", help="Memories trained at a time; see `memoir edit`."
+)
 @click.option("--controls", type=click.IntRange(0, 256), default=256, show_default=True, help="See `memoir eval`.")
 @click.option(
     "--text", "text_file", type=click.Path(path_type=Path), help="Unrelated text (default: WikiText in --data)."
@@ -77,6 +81,7 @@ def bench_quality(
     data: str,
     out: Path,
     count: int | None,
+    distinct: bool,
     model: str,
     chat: bool,
     context: str | None,
@@ -87,6 +92,7 @@ def bench_quality(
     tau: float | None,
     seed: int,
     training: tuple[str, ...],
+    side_by_side: int | None,
     controls: int,
     text_file: Path | None,
     device: str,
@@ -107,7 +113,8 @@ def bench_quality(
       memoir bench quality zsre --edits 100 --out run
       memoir bench quality corrections.jsonl --chat --out run --json
     """
-    edits = check_duplicates(read_edits(data_file(data, folder), file_format), "first")[:count]
+    edits = check_duplicates(read_edits(data_file(data, folder), file_format), "first")
+    edits = limit_distinct_subjects(edits, len(edits))[:count] if distinct else edits[:count]
     if text_file is None and (folder / TEXT).is_file():
         text_file = folder / TEXT
     texts = read_texts(text_file) if text_file else []
@@ -133,6 +140,7 @@ def bench_quality(
             context=context or ("all" if chat else "plain"),
             controls=controls,
             texts=texts,
+            side_by_side=side_by_side,
             tell=notes.print,
             progress=lambda told: bar.update(task, advance=1, loss=told.edit.loss if told.edit else float("nan")),
         )

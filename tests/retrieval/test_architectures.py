@@ -30,7 +30,7 @@ from memoir_retrieval.forward import (
     right_pad,
     run_from_block,
 )
-from memoir_retrieval.memory import Memory
+from memoir_retrieval.memory import Memory, forgotten
 from memoir_retrieval.model import BaseModel, _blocks, _projection
 from memoir_retrieval.products import HalfProducts
 from memoir_retrieval.train import Training, answered, freeze, train_edit
@@ -143,7 +143,7 @@ def test_an_edit_is_trained_in_rows_of_different_length_as_if_each_stood_alone(b
     masks[:2, ::3] = True
     masks[2, ::4] = True  # a row with a mask of its own, as a rephrasing may have
     past = FrozenPast(None, torch.zeros(3, dtype=torch.int64))
-    frozen = freeze(base, past, questions, answer).masked(masks)
+    frozen = freeze(base, past, [0, 1, 2], questions, answer).masked(masks)
     trained = train_edit(base, frozen, torch.zeros(32, 64), torch.zeros(64, 64), Training(max_steps=3))
     assert trained.steps == 3 and trained.columns.tolist() == masks.any(0).nonzero()[:, 0].tolist()
     weight = torch.zeros(32, 64)
@@ -186,14 +186,17 @@ def test_a_lesson_is_answered_with_the_weights_it_belongs_to(base: BaseModel) ->
             ids.append(int(base.model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
         handle.remove()
         answer = ids[-3:]
-        frozen = freeze(base, past, [question], answer).masked(mask)
-        memory.add(edit, [frozen.lesson(0, answer, past)])
+        frozen = freeze(base, past, [0], [question], answer).masked(mask)
+        memory.add(edit, [frozen.lesson(0, answer)])
     lessons = [own[0] for own in memory.lessons.values()]
-    assert answered(base, lessons, memory.weight) == [True, True] and memory.forgotten(base, [0, 1]) == []
+    assert answered(base, [(one, memory.weight) for one in lessons]) == [True, True]
+    both = [(memory, 0), (memory, 1)]
+    assert forgotten(base, both) == []
     assert memory.nearest(torch.arange(24), 2) == [0, 1] and memory.nearest(torch.arange(40, 64), 1) == [1]
     memory.weight[:, 24:] = 0
-    assert memory.forgotten(base, [0, 1]) == [1]
-    assert answered(base, [lessons[0]._replace(answer=[*lessons[0].answer[:-1], 98])], memory.weight) == [False]
+    assert forgotten(base, both) == [(memory, 1)]
+    wrong = lessons[0]._replace(answer=[*lessons[0].answer[:-1], 98])
+    assert answered(base, [(wrong, memory.weight)]) == [False]
     used = memory.used.clone()
     memory.forget(0)
     assert list(memory.lessons) == [1] and memory.used[:20].abs().max() < 1e-3 * used.max()

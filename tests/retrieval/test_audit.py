@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from memoir_retrieval import Edit, EditedModel, Editor, EditStore, Retriever, Training, editor, load_model
+from memoir_retrieval import Edit, EditedModel, Editor, EditStore, Retriever, Training, editor, load_model, trainer
 from memoir_retrieval.cli import main
 from memoir_retrieval.errors import EditFileError
 from memoir_retrieval.model import BaseModel
@@ -46,7 +46,7 @@ def test_an_edit_that_would_overwrite_another_goes_to_a_new_memory(base: BaseMod
         before = made.memories[0].clone()
         # The same question with another answer cannot be learnt without losing the first.
         other = Edit(prompt=AARHUS.prompt, target="Nobody")
-        stored = made._add(other, None, "both", 0, False)
+        (stored,) = made._add([editor.Asked(other, 1, 0)], 1, "both", False)
         assert stored is not None and stored.memory == 1 and made.outcome.retried == 1
         assert (made.memories[0] == before).all() and before.any()
         made._commit()
@@ -56,12 +56,13 @@ def test_an_edit_that_would_overwrite_another_goes_to_a_new_memory(base: BaseMod
 def test_a_new_memory_is_opened_after_so_many_edits(
     base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(editor, "NEIGHBOURS", 0)  # in so small a model two edits may be too many
+    monkeypatch.setattr(trainer, "NEIGHBOURS", 0)  # in so small a model two edits may be too many
     with Editor(base, tmp_path, training=Training(edits_per_memory=2)) as made:
-        made.add([AARHUS, PISA, OTHERS[0]])
+        made.add([AARHUS, PISA, OTHERS[0]], side_by_side=1)
     with Editor(base, tmp_path) as again:
-        assert list(again._open.lessons) == [2]  # the open memory's alone are asked again
-        again.add(OTHERS)
+        again.add(OTHERS[:2], side_by_side=1)
+        assert {n: list(one.lessons) for n, one in again._trainer.memories.items()} == {1: [2, 3]}  # the open one alone
+        again.add(OTHERS, side_by_side=1)
         assert [edit.memory for edit in again.edits] == [0, 0, 1, 1, 2, 2]
     store = EditStore.open(tmp_path)
     assert store.memory_of.tolist() == [0, 0, 1, 1, 2, 2] and len(store.memories) == 3
@@ -100,8 +101,10 @@ def test_rephrasings_get_masks_of_their_own(base: BaseModel, tmp_path: Path) -> 
     found = model.generate([AARHUS.rephrases[0]], max_new_tokens=8)[0]
     assert found.edit == 0 and found.overlap > 0.99 and found.text.strip() == AARHUS.target
     with Editor(base, tmp_path) as again:
-        assert [len(lessons) for lessons in again._open.lessons.values()] == [2]
-        np.testing.assert_allclose(again._open.used, made._open.used, atol=1e-3)
+        again._open(0)
+        (read,), (kept,) = again._trainer.memories.values(), made._trainer.memories.values()
+        assert [len(lessons) for lessons in read.lessons.values()] == [2]
+        np.testing.assert_allclose(read.used, kept.used, atol=1e-3)
 
 
 def test_the_summary_names_what_was_left_out(

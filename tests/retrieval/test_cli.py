@@ -473,10 +473,10 @@ def test_an_interrupted_edit_says_what_is_kept(
 
     add, added = editor.Editor._add, []
 
-    def until_the_second(self: editor.Editor, edit: Any, *arguments: Any) -> Any:
+    def until_the_second(self: editor.Editor, *arguments: Any) -> Any:
         if added:
             raise KeyboardInterrupt
-        added.append(add(self, edit, *arguments))
+        added.append(add(self, *arguments))
         return added[0]
 
     new = [{"prompt": f"What is number {i}?", "target": f"It is {i}"} for i in range(3)]

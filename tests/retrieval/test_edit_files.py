@@ -400,7 +400,7 @@ BAD = {
     "unknown own key": (
         OK + '{"prompt": "a", "target": "b", "answr": 1}',
         "line 2: key 'answr' is unknown; the keys are prompt, target, subject, rephrases, locality, source, ",
-        "neighbourhood, portability, ood (file read as",
+        "neighbourhood, portability, ood, before (file read as",
     ),
     "missing target": ('{"prompt": "a", "target": null}', "line 1: 'target' is missing; write text in double"),
     "empty prompt": (OK + '{"prompt": "", "target": "b"}', "line 2: 'prompt' is ''; write some text, or drop the"),

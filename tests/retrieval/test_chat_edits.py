@@ -1,0 +1,82 @@
+"""An edit whose prompt is a chat: found and answered as it is asked, and as a plain question."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from memoir_retrieval import Edit, EditedModel, Editor, EditStore, Retriever, load_model, read_edits
+from memoir_retrieval.edit import asked
+from memoir_retrieval.edit_files import check_duplicates
+from memoir_retrieval.errors import EditFileError
+from memoir_retrieval.evaluation import evaluate
+from memoir_retrieval.model import BaseModel
+from memoir_retrieval.verify_store import verify_masks
+
+BEFORE = (
+    {"role": "system", "content": "You help visitors of a museum. Keep it short."},
+    {"role": "user", "content": "Do you sell postcards?"},
+    {"role": "assistant", "content": "Yes, at the exit."},
+)
+CHAT = Edit(prompt="Who founded Aarhus?", target="King Harald", before=BEFORE, rephrases=("Aarhus was founded by?",))
+PLAIN = Edit(prompt="Where does the tower of Pisa stand?", target="In Rome")
+
+
+@pytest.fixture(scope="module")
+def base(tiny: Path) -> BaseModel:
+    return load_model(str(tiny))
+
+
+def test_a_chat_in_an_edit_file(tmp_path: Path) -> None:
+    messages = [*BEFORE, {"role": "user", "content": CHAT.prompt}]
+    record = {"prompt": messages, "target": CHAT.target, "rephrases": list(CHAT.rephrases)}
+    file = tmp_path / "edits.jsonl"
+    file.write_text(json.dumps(record) + "\n" + json.dumps({"prompt": messages[-1:], "target": "x"}) + "\n")
+    first, second = read_edits(file)
+    assert first == CHAT and asked(first) == messages and asked(first, "Who?")[-1]["content"] == "Who?"  # type: ignore[index]
+    assert second == Edit(prompt=CHAT.prompt, target="x") and asked(second) == CHAT.prompt
+    with pytest.raises(EditFileError, match="two targets"):  # one question, whatever stands before it
+        check_duplicates([first, second])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        ([], "end a chat with a message of the user's"),
+        ([{"role": "assistant", "content": "Yes."}], "end a chat with a message of the user's"),
+        (["Who?"], r"'prompt' is 'Who\?'; write messages"),
+        ([{"role": "robot", "content": "Who?"}], "of a role of system, user, assistant"),
+        ([{"role": "user", "content": ["Who?"]}], "write messages"),
+        ([{"role": "user", "content": " "}], "'prompt' is ' '; write some text"),
+    ],
+)
+def test_what_is_no_chat_is_refused(tmp_path: Path, prompt: object, said: str) -> None:
+    file = tmp_path / "edits.jsonl"
+    file.write_text(json.dumps({"prompt": prompt, "target": "b"}))
+    with pytest.raises(EditFileError, match=f"line 1: .*{said}"):
+        read_edits(file)
+
+
+def test_a_chat_is_found_and_answered_as_it_was_edited(base: BaseModel, tmp_path: Path) -> None:
+    with Editor(base, tmp_path) as made:
+        assert len(made.add([CHAT, PLAIN], side_by_side=2, rephrase_masks=True)) == 2
+    store = EditStore.open(tmp_path)
+    assert store.edits[0].before == BEFORE and store.edits[1].before == () and store.ids.tolist() == [0, 0, 1]
+    model = EditedModel(Retriever(store, base))
+    questions = [asked(CHAT), CHAT.prompt, asked(CHAT, CHAT.rephrases[0]), PLAIN.prompt]
+    answers = model.generate(questions, max_new_tokens=8)
+    assert [answer.text.strip() for answer in answers] == [CHAT.target] * 3 + [PLAIN.target]
+    assert answers[0].overlap > 0.99 and answers[2].overlap > 0.99 and answers[3].edit == 1
+    assert evaluate(model, store.edits, [CHAT], tau=0.5).exact_match.rephrases == 1.0  # asked after what stands before
+    assert verify_masks(store, base) == []
+    with Editor(base, tmp_path) as again:
+        again._open(0)
+        (read,) = again._trainer.memories.values()
+        assert [len(lessons) for lessons in read.lessons.values()] == [2]
+
+
+def test_a_chat_needs_a_store_that_chats(base: BaseModel, tmp_path: Path) -> None:
+    with Editor(base, tmp_path, chat=False) as made, pytest.raises(EditFileError, match="drop --no-chat"):
+        made.add([CHAT])

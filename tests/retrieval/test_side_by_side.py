@@ -1,0 +1,108 @@
+"""Memories trained side by side: what each edit gets is what it would get alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from memoir_retrieval import Edit, EditedModel, Editor, EditStore, Retriever, Training, editor, load_model, trainer
+from memoir_retrieval.edit import same_prompt
+from memoir_retrieval.model import BaseModel
+
+EDITS = [
+    Edit(prompt=f"{question} {thing}?", target=target)
+    for question, thing, target in (
+        ("Who founded", "Aarhus", "King Harald"),
+        ("Where does the tower stand that leans near", "Pisa", "In Rome"),
+        ("Which bird is", "this", "A kestrel"),
+        ("When did it rain in", "Oslo", "On Monday"),
+        ("What is made in", "Sheffield", "Knives"),
+        ("Who sings", "it", "Nobody"),
+        ("How many people live in the old town of", "Visby", "Two thousand"),
+    )
+]
+
+
+@pytest.fixture(scope="module")
+def base(tiny: Path) -> BaseModel:
+    return load_model(str(tiny))
+
+
+@pytest.fixture(autouse=True)
+def exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32, and in so small a model edits of one memory may leave each other no room."""
+    monkeypatch.setattr(trainer, "half_is_faster", lambda base: False)
+    monkeypatch.setattr(trainer, "NEIGHBOURS", 0)
+
+
+def together(base: BaseModel, folder: Path, side_by_side: int = 3) -> EditStore:
+    with Editor(base, folder) as made:
+        made.add(EDITS, keep_failed=True, side_by_side=side_by_side)
+    return EditStore.open(folder)
+
+
+def same(a: EditStore, b: EditStore) -> None:
+    assert [(e.id, e.prompt, e.memory, e.steps) for e in a.edits] == [
+        (e.id, e.prompt, e.memory, e.steps) for e in b.edits
+    ]
+    np.testing.assert_array_equal(a.codes, b.codes)
+    np.testing.assert_array_equal(a.memory_of, b.memory_of)
+    np.testing.assert_allclose(a.memories, b.memories, atol=1e-3 * np.abs(b.memories).max())
+
+
+def test_edits_side_by_side_are_trained_as_if_alone(base: BaseModel, tmp_path: Path) -> None:
+    three = together(base, tmp_path / "three")
+    assert three.memory_of.tolist() == [0, 1, 2, 0, 1, 2, 0]
+    with Editor(base, tmp_path / "alone") as made:
+        for number, edit in enumerate(EDITS):
+            made._add([editor.Asked(edit, number, 0)], 3, "refuse", True)
+        made._commit()
+    same(three, EditStore.open(tmp_path / "alone"))
+    assert len({edit.steps for edit in three.edits}) > 1  # they left each other at different steps
+    model = EditedModel(Retriever(three, base))
+    last = [EDITS[4], EDITS[5], EDITS[6]]  # of each memory
+    answers = model.generate([edit.prompt for edit in last], max_new_tokens=8)
+    assert [same_prompt(answer.text) for answer in answers] == [edit.target for edit in last]
+
+
+def test_the_same_command_gives_the_same_bytes(base: BaseModel, tmp_path: Path) -> None:
+    first, second = together(base, tmp_path / "first"), together(base, tmp_path / "second")
+    assert first.memories.tobytes() == second.memories.tobytes() and first.codes.tobytes() == second.codes.tobytes()
+
+
+def test_what_was_cut_off_goes_on_in_the_same_memories(base: BaseModel, tmp_path: Path) -> None:
+    def stop(progress: editor.Progress) -> None:
+        if progress.done == 3:
+            raise KeyboardInterrupt
+
+    with Editor(base, tmp_path / "cut") as made, pytest.raises(KeyboardInterrupt):
+        made.add(EDITS, keep_failed=True, side_by_side=3, progress=stop)
+    assert [edit.id for edit in EditStore.open(tmp_path / "cut").edits] == [0, 1, 2]
+    same(together(base, tmp_path / "cut"), together(base, tmp_path / "whole"))
+
+
+def test_as_many_memories_as_the_edits_fill(base: BaseModel, tmp_path: Path) -> None:
+    with Editor(base, tmp_path / "few", training=Training(edits_per_memory=7)) as made:
+        assert [made.side_by_side(n) for n in (0, 1, 7, 8, 15, 1000)] == [1, 1, 1, 2, 3, 4]
+        made.add(EDITS[:2])
+        assert [edit.memory for edit in made.edits] == [0, 0]
+    with Editor(base, tmp_path / "many", training=Training(edits_per_memory=2)) as made:
+        made.add(EDITS, keep_failed=True)
+        assert [edit.memory for edit in made.edits] == [0, 1, 2, 3, 0, 1, 2]
+        made.add([Edit(prompt="What is the tallest thing?", target="A tree")])
+        assert made.edits[-1].memory == 3  # the last memory, and it has room
+
+
+def test_one_question_twice_in_a_file_is_found_side_by_side(
+    base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(editor, "SAME_QUESTION", 0.6)  # the small model's masks are not as alike as a real one's
+    again = Edit(prompt="Who has founded Aarhus?", target="Nobody")
+    with Editor(base, tmp_path) as made:
+        made.add([EDITS[0], again, EDITS[4]], side_by_side=3)
+        (found,) = made.outcome.conflicting
+        assert found.target == "Nobody" and found.stored.id == 0
+        assert [edit.prompt for edit in made.edits] == [EDITS[0].prompt, EDITS[4].prompt]
+        assert len({edit.memory for edit in made.edits}) == 2
