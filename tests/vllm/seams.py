@@ -50,6 +50,7 @@ SEAMS = {
         "Scheduler.update_from_output",
         "Scheduler.reset_prefix_cache",
         "Scheduler._reserve_prefill_lookahead",
+        "Scheduler._handle_blocked_waiting_request",
         "Scheduler._preempt_request",
         "Scheduler._free_request",
     ),
