@@ -107,6 +107,9 @@ class Trainer:
             lessons = self._wordings.lessons(self._wordings.asked(edit, masks - 1)[0], edit, masks)
             self.memories[number].add(edit.id, lessons)
 
+    def stop(self) -> None:
+        """Let go of what is held elsewhere: of nothing, here."""
+
     def _quick(self) -> AbstractContextManager[None]:
         """Within the context the model may round its products, where that is faster."""
         return self._products.used() if self._products else nullcontext()
