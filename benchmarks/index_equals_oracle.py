@@ -1,16 +1,20 @@
 """Does the index answer as an exhaustive search does? Counts the differences in many lookups; there must be none.
 
-python benchmarks/index_equals_oracle.py [--prompts FILE] [--lookups 1000000] [--rows 5000] [--seed 0]
+python benchmarks/index_equals_oracle.py [--edits FILE ...] [--lookups 1000000] [--rows 5000] [--seed 0]
 
-Without FILE the masks are synthetic ones of D=14336. With it (text, one prompt a line) they are made by the embedded
-model (D=1536): the first --rows prompts are stored, the others asked. In both cases most queries are stored masks with
-a random part of their ones moved, every fourth to within two bits of a tau; 1 in 20 stored masks is there twice.
+Without FILE the masks are synthetic ones of D=14336. With edit files, or names of published data sets in the folder
+MEMOIR_DATA, they are made by the embedded model (D=1536) from prompts, rephrasings and unrelated questions: --rows
+prompts are stored, a thousand others asked. In both cases most queries are stored masks with a random part of their
+ones moved, every fourth to within two bits of a tau; 1 in 20 stored masks is there twice.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import random
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import faiss
@@ -20,18 +24,28 @@ from memoir_index import HammingIndex, hamming_radius
 from memoir_index.synthetic import MaskSource
 
 BATCH = 250
+OTHERS = 1000
 
 
-def real_masks(file: str) -> tuple[int, int, np.ndarray]:
-    """d, k and the codes of the prompts of a file, as a raw store of the embedded model makes them."""
+def real_masks(files: Sequence[str], wanted: int) -> tuple[int, int, np.ndarray]:
+    """d, k and the codes of so many prompts of edit files, as a raw store of the embedded model makes them."""
+    from memoir_retrieval import read_edits
     from memoir_retrieval.background import background_prompts
+    from memoir_retrieval.datasets import data_file
     from memoir_retrieval.fingerprint import Fingerprint, permutation
     from memoir_retrieval.forward import question_means
     from memoir_retrieval.model import load_model
     from memoir_retrieval.presets import preset_for
 
+    texts: list[str] = []
+    for name in files:
+        found = read_edits(data_file(name, Path(os.environ.get("MEMOIR_DATA", "."))))
+        asked = [[edit.prompt, *edit.rephrases, *(probe.prompt for probe in edit.locality)] for edit in found]
+        texts += [text for group in asked for text in group][:wanted]
+    texts = list(dict.fromkeys(texts))
+    random.Random(0).shuffle(texts)
+    texts = texts[:wanted]
     base = load_model("smollm2-135m")
-    texts = list(dict.fromkeys(line for line in Path(file).read_text("utf-8").splitlines() if line.strip()))
     rows = [base.tokenizer(text)["input_ids"] for text in [*background_prompts(), *texts]]
     means = question_means(base, rows, [(0, len(row)) for row in rows])
     background = means[: len(rows) - len(texts)].mean(0).numpy()
@@ -55,16 +69,16 @@ def queries(source: MaskSource, stored: np.ndarray, others: np.ndarray, needed: 
 def main() -> None:
     """Ask each query at three thresholds and print one line for each; exit code 1 if there was a difference."""
     ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ask.add_argument("--prompts", help="text file, one prompt a line")
+    ask.add_argument("--edits", nargs="+", metavar="FILE", help="edit files, or names of data sets")
     ask.add_argument("--lookups", type=int, default=1_000_000)
     ask.add_argument("--rows", type=int, default=5000)
     ask.add_argument("--seed", type=int, default=0)
     given = ask.parse_args()
 
-    d, k, made = real_masks(given.prompts) if given.prompts else (14336, 4096, None)
+    d, k, made = real_masks(given.edits, given.rows + OTHERS) if given.edits else (14336, 4096, None)
     source = MaskSource(d, k, given.seed)
     if made is None:
-        made = source.masks(given.rows + 1000)
+        made = source.masks(given.rows + OTHERS)
     stored, others = made[: given.rows], made[given.rows :]
     twice = source.rng.random(len(stored)) < 0.05
     stored[np.flatnonzero(twice)[1:]] = stored[np.flatnonzero(twice)[:-1]]

@@ -22,7 +22,8 @@ from memoir_index import HammingIndex, pack
 from memoir_retrieval.edit import StoredEdit
 from memoir_retrieval.model import Identity
 from memoir_retrieval.span import SpanRule
-from memoir_retrieval.store import EditStore, write_generation
+from memoir_retrieval.store import EditStore
+from memoir_retrieval.write_store import write_generation
 
 K_SHARE = 3.5  # D / k, as in the method
 

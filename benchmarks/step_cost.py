@@ -75,9 +75,8 @@ def decode(n: int, matched: bool) -> dict[str, float]:
     run = median_us(lambda _: layer.run(x, y))
     found = {"rows": rows + run}
     if matched:
-        mask, index, weight = torch.rand(n, D).round(), torch.arange(n), layer.now.memories[0]
-        product = torch.nn.functional.linear
-        found["arithmetic"] = median_us(lambda _: y.index_add_(0, index, product(x[index] * mask, weight)))
+        mask, index, memory = torch.rand(n, D).round(), torch.arange(n), layer.now.memories[0]
+        found["arithmetic"] = median_us(lambda _: y.index_add_(0, index, memory(x[index] * mask)))
         found["rows"] -= found["arithmetic"]
     return found
 

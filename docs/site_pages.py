@@ -22,6 +22,7 @@ RELATED = (
     ("memoir_retrieval.reference", "Answer"),
     ("memoir_retrieval.evaluation", "Report"),
     ("memoir_retrieval.admin", "Change"),
+    ("memoir_retrieval.admin", "TrainingProgress"),
     ("memoir_retrieval.admin", "EditPage"),
     ("memoir_retrieval.admin", "Lookup"),
     ("memoir_retrieval.admin", "Near"),

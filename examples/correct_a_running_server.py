@@ -7,11 +7,19 @@ import asyncio
 import sys
 
 from memoir_retrieval import AdminClient, Edit
+from memoir_retrieval.admin import Change
+
+
+def show(change: Change) -> None:
+    if change.progress is not None and change.progress.stage == "training":
+        print(f"step {change.progress.step}, loss {change.progress.loss:.3f}", file=sys.stderr)
 
 
 async def main(url: str, token: str, prompt: str, target: str) -> None:
     async with AdminClient(url, token) as server:
-        edit = await server.add(Edit(prompt=prompt, target=target), replace=True)  # returns once it is served
+        edit = await server.add(
+            Edit(prompt=prompt, target=target), replace=True, watch=show
+        )  # returns once it is served
         found = await server.lookup([{"role": "user", "content": prompt}])
         print(f"edit {edit.id} is served, generation {found.generation}, loss {edit.loss:.3f}")
         print(f"the prompt is {found.result}, overlap {found.matches[0].overlap:.2f} (tau {found.tau})")

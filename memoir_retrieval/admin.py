@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Literal, TypeVar
 
@@ -14,15 +15,27 @@ from memoir_retrieval.edit import Edit, StoredEdit
 from memoir_retrieval.errors import AdminError, ConfigError
 from memoir_retrieval.prompts import Prompt
 
-__all__ = ["AdminClient", "Change", "EditPage", "Lookup", "Near"]
+__all__ = ["AdminClient", "Change", "EditPage", "Lookup", "Near", "TrainingProgress"]
 
 T = TypeVar("T")
 FIRST_POLL_S, LONGEST_POLL_S = 0.1, 2.0
 
 
+class TrainingProgress(msgspec.Struct, frozen=True):
+    """What a running change is at. `stage`: loading (the model), opening (the store), or training: `step` of at most
+    `limit` steps are done, and it ends as soon as `loss`, in nats a target token, is below `goal`."""
+
+    stage: str
+    step: int | None = None
+    limit: int | None = None
+    loss: float | None = None
+    goal: float | None = None
+
+
 class Change(msgspec.Struct, frozen=True):
     """A change of the server's store. `state`: done, stored (on disk, not served; `error` says why), failed, or one of
-    queued, running and activating. `loss`: of training, nats a target token. `created`, `finished`: ISO 8601, UTC."""
+    queued, running (`progress` says how far) and activating. `loss`: of training, nats a target token. `created`,
+    `finished`: ISO 8601, UTC."""
 
     id: str
     kind: Literal["add", "remove"]
@@ -35,6 +48,7 @@ class Change(msgspec.Struct, frozen=True):
     loss: float | None = None
     steps: int | None = None
     error: str | None = None
+    progress: TrainingProgress | None = None
 
 
 class EditPage(msgspec.Struct, frozen=True):
@@ -96,11 +110,18 @@ class AdminClient:
         """The edit of that id."""
         return await self._get(f"/edits/{edit_id}", StoredEdit)
 
-    async def add(self, edit: Edit, *, replace: bool = False, patience: float = 600.0) -> StoredEdit:
+    async def add(
+        self,
+        edit: Edit,
+        *,
+        replace: bool = False,
+        patience: float = 600.0,
+        watch: Callable[[Change], None] = lambda _: None,
+    ) -> StoredEdit:
         """Train an edit and wait until every worker serves it. Returns it as stored; at once if it is there already.
 
         replace: an edit of the same prompt with another target gives way; else that is refused (409). patience: how
-        long to wait, seconds; AdminError then, and the server goes on.
+        long to wait, seconds; AdminError then, and the server goes on. watch: told of the change meanwhile.
         """
         if edit.before:
             raise ConfigError(
@@ -111,7 +132,7 @@ class AdminClient:
         reply = await self._ask("POST", "/edits", json=body)
         if reply.status_code == 200:
             return self._read(reply, StoredEdit)
-        done = await self.wait(self._read(reply, Change), patience=patience)
+        done = await self.wait(self._read(reply, Change), patience=patience, watch=watch)
         assert done.edit is not None  # a change that is done names its edit
         return await self.edit(done.edit)
 
@@ -124,8 +145,11 @@ class AdminClient:
         """How far a change is."""
         return await self._get(f"/jobs/{change_id}", Change)
 
-    async def wait(self, change: Change, *, patience: float = 600.0) -> Change:
-        """Ask until a change is done. Raises AdminError where it fails, is stored but not served, or takes longer."""
+    async def wait(
+        self, change: Change, *, patience: float = 600.0, watch: Callable[[Change], None] = lambda _: None
+    ) -> Change:
+        """Ask until a change is done, and tell `watch` of every answer. Raises AdminError where it fails, is stored but
+        not served, or takes longer."""
         until = time.monotonic() + patience
         pause = FIRST_POLL_S
         while change.finished is None:
@@ -136,6 +160,7 @@ class AdminClient:
             await asyncio.sleep(pause)
             pause = min(2 * pause, LONGEST_POLL_S)
             change = await self.change(change.id)
+            watch(change)
         if change.state != "done":
             raise AdminError(f"change {change.id} is {change.state}: {change.error}")
         return change

@@ -22,7 +22,7 @@ from memoir_retrieval.files import publish, read_small
 from memoir_retrieval.manifest import Manifest
 from memoir_retrieval.prompts import Prompt, prompt_ids
 from memoir_retrieval.span import SpanRule, find_span
-from memoir_retrieval.store import write_generation
+from memoir_retrieval.write_store import write_generation
 
 if TYPE_CHECKING:
     from memoir_retrieval.editor import Editor

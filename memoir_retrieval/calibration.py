@@ -27,7 +27,8 @@ from memoir_retrieval.model import BaseModel
 from memoir_retrieval.prompts import Prompt, prompt_ids
 from memoir_retrieval.retriever import Retriever
 from memoir_retrieval.span import Span, SpanRule, derive_span_rule, find_span
-from memoir_retrieval.store import EditStore, Manifest, write_again
+from memoir_retrieval.store import EditStore, Manifest
+from memoir_retrieval.write_store import write_again
 
 __all__ = [
     "MARGIN",

@@ -22,14 +22,15 @@ from memoir_retrieval.files import store_lock
 from memoir_retrieval.fingerprint import Fingerprint, permutation
 from memoir_retrieval.forward import question_means
 from memoir_retrieval.model import BaseModel
-from memoir_retrieval.outcome import SAME_QUESTION, Conflict, Conflicting, Failed, Outcome, Progress, plan
+from memoir_retrieval.outcome import SAME_QUESTION, Conflict, Conflicting, Failed, Outcome, Progress, Step, plan
 from memoir_retrieval.presets import preset_for
 from memoir_retrieval.prompts import prompt_ids
 from memoir_retrieval.span import derive_span_rule, find_span
-from memoir_retrieval.store import MANIFEST, EditStore, write_generation
+from memoir_retrieval.store import MANIFEST, EditStore
 from memoir_retrieval.train import Training
 from memoir_retrieval.trainer import Learnt, Task, Trainer
 from memoir_retrieval.wordings import Wordings
+from memoir_retrieval.write_store import write_generation
 
 __all__ = ["Editor"]
 
@@ -69,12 +70,14 @@ class Editor:
         seed: int = 0,
         training: Training | None = None,
         trainer: Callable[[Editor], Any] | None = None,
+        watch: Callable[[Step], None] = lambda _: None,
     ):
         """Settings only matter for a new store; an existing one keeps those it was made with.
 
         base: the loaded model. chat: ask each prompt through the chat template. rule: which tokens are pooled.
         k, tau: by default the preset's. trainer: makes what has the methods of `Trainer`, as the editor is entered; by
-        default one in this process. Raises ConfigError for settings that cannot work.
+        default one in this process, whose every gradient step `watch` is told of. Raises ConfigError for settings that
+        cannot work.
         """
         preset = preset_for(base.model.config)
         self.base = base
@@ -86,7 +89,7 @@ class Editor:
         self.tau = usual if tau is None else tau
         self.seed = seed
         self.training = training or Training()
-        self._make_trainer = trainer or (lambda editor: Trainer(base, editor._wordings, editor.training))
+        self._make_trainer = trainer or (lambda editor: Trainer(base, editor._wordings, editor.training, watch))
         self.outcome = Outcome()
         self._trainer: Any = None
         if not 0 < self.k <= base.d:

@@ -10,7 +10,9 @@ from memoir_retrieval.errors import ConfigError
 __all__ = ["Fingerprint", "permutation", "top_mask"]
 
 _NAN = "activations hold NaN, so no fingerprint can be made: check the model and its dtype"
-_SAMPLE = 512  # entries of a row from which its k-th largest is guessed
+_SAMPLE = 512  # entries of a row, at most, from which its k-th largest is guessed
+_ROWS = 8  # done together: what they take stays in the cache, and one byte holds a bit of each
+_BIT_OF_ROW = np.array([1 << row for row in range(_ROWS)], np.uint8)[:, None]
 
 
 def permutation(d: int, seed: int) -> np.ndarray:
@@ -22,46 +24,64 @@ def top_mask(values: torch.Tensor, k: int) -> torch.Tensor:
     """Which are the k largest entries of each row; among equals the lowest positions are.
 
     values: float [N, D], 0 < k <= D. Returns bool [N, D] with k ones a row on the same device. A stable sort has the
-    same result; neither way of ours sorts.
+    same result; neither way of ours sorts whole rows.
     Raises ConfigError where a value is NaN: such a row has no fingerprint.
     """
     if values.device.type == "cpu":
-        rows = [_top_of_row(row, k) for row in values.detach().float().numpy()]
-        return torch.from_numpy(np.stack(rows)) if rows else torch.zeros(values.shape, dtype=torch.bool)
+        rows = values.detach().float().numpy()
+        masks = [_top_of_rows(rows[at : at + _ROWS], k) for at in range(0, len(rows), _ROWS)]
+        return torch.from_numpy(np.concatenate(masks)) if masks else torch.zeros(values.shape, dtype=torch.bool)
     if bool(torch.isnan(values).any()):
         raise ConfigError(_NAN)
     return _top_of_tensor(values, k)
 
 
-def _top_of_row(values: np.ndarray, k: int) -> np.ndarray:
-    """`top_mask` of float32 [D]: bool [D]."""
+def _top_of_rows(values: np.ndarray, k: int) -> np.ndarray:
+    """`top_mask` of float32 [N, D], N > 0: bool [N, D]."""
     if np.isnan(values.max()):  # a maximum passes NaN on
         raise ConfigError(_NAN)
-    least = _kth_largest(values, k)
-    mask = values >= least
-    excess = np.count_nonzero(mask) - k
-    if excess:
-        mask[np.flatnonzero(values == least)[-excess:]] = False
-    return mask
+    least = _kth_largest(values, k)[:, None]
+    masks = values >= least
+    for row, mask in enumerate(masks):
+        excess = np.count_nonzero(mask) - k
+        if excess:
+            mask[np.flatnonzero(values[row] == least[row])[-excess:]] = False
+    return masks
 
 
-def _kth_largest(values: np.ndarray, k: int) -> np.float32:
-    """The k-th largest entry of float32 [D].
+def _kth_largest(values: np.ndarray, k: int) -> np.ndarray:
+    """The k-th largest entry of each row of float32 [N, D]: float32 [N].
 
-    A sample brackets it, so that only the entries within the bracket are partitioned; all are where it is outside.
+    A sample of the row gives a first guess; how many entries lie above that tells how far off it is, so a second
+    entry of the sample brackets the one that is sought. Of the few in between, the right one is picked. Where the
+    bracket does not hold it, as among many equal entries, it is picked from the whole row.
     """
-    d = len(values)
-    sample = values[:: max(1, d // _SAMPLE)]
-    size = len(sample)
-    middle, spread = size * (d - k) / d, 3 * (size * k * (d - k)) ** 0.5 / d + 1
-    low, high = max(0, int(middle - spread)), min(size - 1, int(middle + spread))
-    ordered = np.partition(sample, (low, high))
-    beyond = int(np.count_nonzero(values > ordered[high]))
-    band = values[np.flatnonzero((values >= ordered[low]) & (values <= ordered[high]))]
-    if not beyond < k <= beyond + len(band):
-        band, beyond = values, 0
-    place = len(band) - (k - beyond)
-    return np.partition(band, place)[place]
+    n, d = values.shape
+    sample = np.sort(values[:, :: -(-d // _SAMPLE)], axis=1)
+    size = sample.shape[1]
+    at = (d - k) * size // d
+    above = values > sample[:, at, None]
+    beyond = _counts(above)
+    off = (beyond - k) * (size / d)  # in entries of the sample; two standard deviations are added
+    there = (at + off + np.copysign(2 * np.sqrt(np.abs(off)) + 2, off)).astype(np.int64)
+    end = sample[np.arange(n), np.minimum(np.maximum(there, 0), size - 1)]
+    past_end = values > end[:, None]
+    beyond_end = _counts(past_end)
+    found = values.reshape(-1)[np.flatnonzero(above ^ past_end)]
+    least = np.empty(n, np.float32)
+    start = 0
+    for row, (one, other) in enumerate(zip(beyond.tolist(), beyond_end.tolist(), strict=True)):
+        bracket, rank = found[start : start + abs(one - other)], k - min(one, other)
+        start += len(bracket)
+        if not 0 < rank <= len(bracket):
+            bracket, rank = values[row], k
+        place = len(bracket) - rank
+        least[row] = np.partition(bracket, place)[place]
+    return least
+
+
+def _counts(masks: np.ndarray) -> np.ndarray:
+    return np.array([np.count_nonzero(mask) for mask in masks])
 
 
 def _top_of_tensor(values: torch.Tensor, k: int) -> torch.Tensor:
@@ -90,12 +110,25 @@ class Fingerprint:
     def codes(self, means: torch.Tensor) -> np.ndarray:
         """means: float32 [N, D] on the device of this object. Returns uint8 [N, D/8], little bit order."""
         out = np.empty((len(means), self.d // 8), np.uint8)
-        if means.device.type == "cpu":
-            # Row by row: what a row takes stays in the cache, and fresh memory for a batch costs as much as the rest.
-            background = self._background.numpy()
-            for row, values in enumerate(means.detach().float().numpy()):
-                mask = _top_of_row(np.abs(values - background), self.k)
-                out[row] = np.packbits(mask[self._position], bitorder="little")
+        chunks = [slice(at, at + _ROWS) for at in range(0, len(means), _ROWS)]
+        if means.device.type != "cpu":
+            masks = top_mask((means - self._background).abs(), self.k).cpu().numpy()
+            for chunk in chunks:
+                out[chunk] = self._packed(masks[chunk])
             return out
-        masks = top_mask((means - self._background).abs(), self.k).cpu().numpy()
-        return np.packbits(np.take(masks, self._position, axis=1), axis=1, bitorder="little")
+        rows, background = means.detach().float().numpy(), self._background.numpy()
+        room = np.empty((_ROWS, self.d), np.float32)
+        for chunk in chunks:
+            part = rows[chunk]
+            values = np.subtract(part, background, out=room[: len(part)])
+            out[chunk] = self._packed(_top_of_rows(np.abs(values, out=values), self.k))
+        return out
+
+    def _packed(self, masks: np.ndarray) -> np.ndarray:
+        """Permute and pack bool [n, D], n <= _ROWS: uint8 [n, D/8]."""
+        # Bit r of each byte is row r's, so that the permutation, the slowest step, is done once for all rows.
+        shared = np.zeros(self.d, np.uint8)
+        for mask in masks[::-1]:
+            shared += shared
+            shared += mask.view(np.uint8)
+        return np.packbits(shared[self._position] & _BIT_OF_ROW[: len(masks)], axis=1, bitorder="little")

@@ -16,6 +16,7 @@ from torch.nn import functional
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from memoir_retrieval.model import BaseModel
+from memoir_retrieval.span import Span
 
 __all__ = [
     "FrozenPast",
@@ -26,7 +27,8 @@ __all__ = [
     "right_pad",
     "run_from_block",
     "span_mean",
-    "span_sum",
+    "squared_norms",
+    "weighted_sum",
 ]
 
 
@@ -229,7 +231,7 @@ def run_from_block(
 
 
 def question_means(
-    base: BaseModel, prompts: Sequence[Sequence[int]], spans: Sequence[tuple[int, int]], batch_size: int = 16
+    base: BaseModel, prompts: Sequence[Sequence[int]], spans: Sequence[Span], batch_size: int = 16
 ) -> torch.Tensor:
     """The mean activation of each prompt's span: float32 [N, D] on the model's device.
 
@@ -242,7 +244,7 @@ def question_means(
 def layer_means(
     bases: Sequence[BaseModel],
     prompts: Sequence[Sequence[int]],
-    spans: Sequence[tuple[int, int]],
+    spans: Sequence[Span],
     batch_size: int = 16,
 ) -> list[torch.Tensor]:
     """`question_means` of one model at several layers (see `BaseModel.at`), from one pass over the prompts."""
@@ -267,11 +269,20 @@ def layer_means(
     return out
 
 
-def span_mean(activations: torch.Tensor, start: int, end: int) -> torch.Tensor:
-    """Mean over tokens [start, end) of activations [T, D], summed in float32 whatever their dtype: float32 [D]."""
-    return span_sum(activations, start, end) / (end - start)
+def span_mean(activations: torch.Tensor, start: int, end: int, weighted: bool = False) -> torch.Tensor:
+    """Mean over the tokens of a `Span` of activations [T, D], in float32 whatever their dtype: float32 [D]."""
+    rows = activations[start:end].float()
+    if not weighted:
+        return rows.sum(0) / (end - start)
+    total, weight = weighted_sum(rows, squared_norms(rows))
+    return total / weight
 
 
-def span_sum(activations: torch.Tensor, start: int, end: int) -> torch.Tensor:
-    """Sum over tokens [start, end) of activations [T, D], in float32 whatever their dtype: float32 [D]."""
-    return activations[start:end].float().sum(0)
+def squared_norms(rows: torch.Tensor) -> torch.Tensor:
+    """What each token counts by in a weighted `Span`. rows: float32 [n, D]. Returns float32 [n]."""
+    return rows.square().sum(1)
+
+
+def weighted_sum(rows: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Numerator, float32 [D], and denominator, above 0, of a weighted mean. Those of its parts add up to its own."""
+    return (rows * weights[:, None]).sum(0), weights.sum().clamp_min(torch.finfo(torch.float32).tiny)

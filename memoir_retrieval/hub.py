@@ -18,7 +18,8 @@ import msgspec
 from memoir_retrieval.card import SCORES, model_card
 from memoir_retrieval.errors import HubError, StoreError, StoreMismatch
 from memoir_retrieval.files import store_lock
-from memoir_retrieval.store import MANIFEST, EditStore, write_again
+from memoir_retrieval.store import MANIFEST, EditStore
+from memoir_retrieval.write_store import write_again
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

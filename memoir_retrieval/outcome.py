@@ -9,7 +9,7 @@ from typing import Literal
 from memoir_retrieval.edit import Edit, StoredEdit, same_prompt
 from memoir_retrieval.errors import EditFileError
 
-__all__ = ["SAME_QUESTION", "Conflict", "Conflicting", "Failed", "Outcome", "Progress", "plan"]
+__all__ = ["SAME_QUESTION", "Conflict", "Conflicting", "Failed", "Outcome", "Progress", "Step", "plan"]
 
 Conflict = Literal["refuse", "first", "last", "both"]
 
@@ -56,6 +56,17 @@ class Progress:
     total: int
     edit: StoredEdit | None
     seconds: float
+
+
+@dataclass(frozen=True)
+class Step:
+    """Told before every gradient step of an edit. `step` of at most `limit` are done; training ends as soon as `loss`,
+    in nats a target token, is below `goal`."""
+
+    step: int
+    limit: int
+    loss: float
+    goal: float
 
 
 def plan(

@@ -59,9 +59,9 @@ class EditedModel:
         retriever.store.require_trained()
         self.retriever = retriever
         self.base = retriever.base
-        self._memories = torch.as_tensor(retriever.store.memories, device=self.base.device).to(
-            next(self.base.projection.parameters()).dtype
-        )
+        # Not that of the projection, whose weight may be quantised.
+        dtype = self.base.model.dtype
+        self._memories = torch.as_tensor(retriever.store.memories, device=self.base.device).to(dtype)
 
     @classmethod
     def open(cls, store: str | Path, model: str | None = None, *, tau: float | None = None) -> EditedModel:
@@ -260,9 +260,7 @@ class EditedModel:
         asked = [r for r, row in enumerate(rows) if row.span.start < row.span.end]
         if not asked or not len(self.retriever.index):
             return
-        means = torch.stack(
-            [span_mean(activations[r], *(rows[r].offset + edge for edge in rows[r].span)) for r in asked]
-        )
+        means = torch.stack([span_mean(activations[r, rows[r].offset :], *rows[r].span) for r in asked])
         found = self.retriever.route(means)
         store = self.retriever.store
         for at, r in enumerate(asked):

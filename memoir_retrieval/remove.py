@@ -10,7 +10,8 @@ import numpy as np
 from memoir_retrieval.edit import same_prompt
 from memoir_retrieval.errors import StoreError
 from memoir_retrieval.files import store_lock
-from memoir_retrieval.store import EditStore, Manifest, sweep, write_again
+from memoir_retrieval.store import EditStore, Manifest
+from memoir_retrieval.write_store import sweep, write_again
 
 __all__ = ["find_prompts", "remove_edits"]
 

@@ -18,10 +18,15 @@ __all__ = ["Span", "SpanRule", "derive_span_rule", "find_span"]
 
 
 class Span(NamedTuple):
-    """Tokens `[start, end)` are pooled; the residual acts on every token from `start` on."""
+    """Tokens `[start, end)` are pooled; the residual acts on every token from `start` on.
+
+    `weighted`: each token counts by the squared norm of its activation, which is large for what is rare, such as names,
+    and small for the words that questions share. Else every token counts once.
+    """
 
     start: int
     end: int
+    weighted: bool = False
 
 
 class SpanRule(msgspec.Struct, frozen=True, kw_only=True):
@@ -30,7 +35,8 @@ class SpanRule(msgspec.Struct, frozen=True, kw_only=True):
     `rule`: "question" pools the last user message, or the whole prompt where no marker is found (raw text);
     "all" pools every token, as the paper does. `starts`: token sequences that end right before a user message.
     `newlines`: tokens that may stand between a start marker and the message. `end`: the sequence that follows it.
-    `leading`: special tokens (BOS) at the front of a raw prompt, which are not part of the question.
+    `leading`: special tokens (BOS) at the front of a raw prompt, which are not part of the question. `weighted`: see
+    `Span`.
     """
 
     rule: Literal["question", "all"] = "question"
@@ -38,6 +44,7 @@ class SpanRule(msgspec.Struct, frozen=True, kw_only=True):
     newlines: tuple[int, ...] = ()
     end: tuple[int, ...] = ()
     leading: tuple[int, ...] = ()
+    weighted: bool = False
 
 
 def find_span(ids: Sequence[int], rule: SpanRule) -> Span:
@@ -48,19 +55,19 @@ def find_span(ids: Sequence[int], rule: SpanRule) -> Span:
     """
     n = len(ids)
     if rule.rule == "all":
-        return Span(0, n)
+        return Span(0, n, rule.weighted)
     tokens = np.asarray(ids, dtype=np.int32)
     found = max((_find_last(tokens, marker) for marker in rule.starts), default=-1)
     if found < 0:
         start = 0
         while start < n and ids[start] in rule.leading:
             start += 1
-        return Span(start, n)
+        return Span(start, n, rule.weighted)
     start = found
     if start < n and ids[start] in rule.newlines:
         start += 1
     end = _find_first(tokens, rule.end, start) if rule.end else -1
-    return Span(start, end if end >= 0 else n)
+    return Span(start, end if end >= 0 else n, rule.weighted)
 
 
 def _matches(tokens: np.ndarray, marker: Sequence[int]) -> np.ndarray:
@@ -96,7 +103,7 @@ def derive_span_rule(tokenizer: Any, rule: Literal["question", "all"] = "questio
     specials = set(tokenizer.all_special_ids)
     leading = tuple(t for t in tokenizer("").input_ids if t in specials)
     if rule == "all" or not getattr(tokenizer, "chat_template", None):
-        return SpanRule(rule=rule, leading=leading)
+        return SpanRule(rule=rule, leading=leading, weighted=rule == "question")
     before: list[list[int]] = []
     after: list[int] = []
     for settings in _SETTINGS:
@@ -113,6 +120,7 @@ def derive_span_rule(tokenizer: Any, rule: Literal["question", "all"] = "questio
         newlines=newlines,
         end=tuple(_until_special(after, specials)),
         leading=leading,
+        weighted=True,
     )
 
 

@@ -12,7 +12,7 @@ answer, where cross entropy falls off exponentially, it is Newton's on the logar
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -23,6 +23,7 @@ from torch.nn import functional
 
 from memoir_retrieval.forward import FrozenPast, frozen_run, right_pad, run_from_block
 from memoir_retrieval.model import BaseModel
+from memoir_retrieval.outcome import Step
 
 IGNORED = -100  # what cross entropy leaves out
 NEAR = 5.0  # nats below which longer steps were measured to do no harm (docs)
@@ -149,21 +150,30 @@ def freeze(
 
 
 def train_edit(
-    base: BaseModel, frozen: Frozen, weight: torch.Tensor, used: torch.Tensor, training: Training
+    base: BaseModel,
+    frozen: Frozen,
+    weight: torch.Tensor,
+    used: torch.Tensor,
+    training: Training,
+    watch: Callable[[Step], None] = lambda _: None,
 ) -> Trained:
     """Train one edit on all rows of `frozen`.
 
-    weight: float32 [H, D], the memory. used: float32 [D, D], C.
+    weight: float32 [H, D], the memory. used: float32 [D, D], C. watch: told of each step.
     """
-    return train_edits(base, [(frozen, weight, used)], training)[0]
+    return train_edits(base, [(frozen, weight, used)], training, watch)[0]
 
 
 def train_edits(
-    base: BaseModel, edits: Sequence[tuple[Frozen, torch.Tensor, torch.Tensor]], training: Training
+    base: BaseModel,
+    edits: Sequence[tuple[Frozen, torch.Tensor, torch.Tensor]],
+    training: Training,
+    watch: Callable[[Step], None] = lambda _: None,
 ) -> list[Trained]:
     """Train edits of as many memories side by side: each as if alone but for rounding, in fewer, larger products.
 
-    edits: of each what `train_edit` takes. One that has learnt enough leaves the others.
+    edits: of each what `train_edit` takes. One that has learnt enough leaves the others. watch: told of each
+    step, with the largest loss.
     """
     searches = [_Search(*edit, training.ridge) for edit in edits]
     left, steps = searches, 0
@@ -180,6 +190,7 @@ def train_edits(
             while all(one.steps < 0 for one in left):
                 losses = functional.cross_entropy(model(**inputs).logits[0].float(), labels, reduction="none")
                 means = torch.stack([part.mean() for part in losses.split(counts)])
+                watch(Step(steps, training.max_steps, float(means.max()), training.stop_loss))
                 for one, value in zip(left, means.tolist(), strict=True):
                     one.loss = value
                     if value < training.stop_loss or steps == training.max_steps:

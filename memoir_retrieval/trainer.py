@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import NamedTuple
@@ -13,6 +13,7 @@ import torch
 from memoir_retrieval.edit import Edit, StoredEdit
 from memoir_retrieval.memory import Memory, forgotten
 from memoir_retrieval.model import BaseModel
+from memoir_retrieval.outcome import Step
 from memoir_retrieval.products import HalfProducts, half_is_faster
 from memoir_retrieval.train import Frozen, Lesson, Trained, Training, answered, train_edits
 from memoir_retrieval.wordings import Wordings
@@ -46,8 +47,12 @@ class Learnt(NamedTuple):
 class Trainer:
     """Holds the open memories of a store, by number, and what their edits need."""
 
-    def __init__(self, base: BaseModel, wordings: Wordings, training: Training):
+    def __init__(
+        self, base: BaseModel, wordings: Wordings, training: Training, watch: Callable[[Step], None] = lambda _: None
+    ):
+        """watch: told of every gradient step."""
         self.base = base
+        self.watch = watch
         self.training = training
         self.memories: dict[int, Memory] = {}
         self._wordings = wordings
@@ -120,7 +125,7 @@ class Trainer:
         prepared = [self._prepared[task.id] for task in tasks]
         with self._quick():
             given = [(frozen, m.weight, m.used) for m, (frozen, _) in zip(memories, prepared, strict=True)]
-            trained = train_edits(self.base, given, training)
+            trained = train_edits(self.base, given, training, self.watch)
         before = [memory.weight[:, one.columns] for memory, one in zip(memories, trained, strict=True)]
         for memory, one in zip(memories, trained, strict=True):
             memory.weight[:, one.columns] = one.weights

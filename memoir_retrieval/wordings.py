@@ -17,7 +17,7 @@ from memoir_retrieval.fingerprint import Fingerprint
 from memoir_retrieval.forward import FrozenPast, frozen_past, span_mean
 from memoir_retrieval.model import BaseModel
 from memoir_retrieval.prompts import Prompt, end_token, prompt_ids, target_ids
-from memoir_retrieval.span import SpanRule, find_span
+from memoir_retrieval.span import Span, SpanRule, find_span
 from memoir_retrieval.train import Frozen, Lesson, Training, freeze
 
 __all__ = ["Wordings"]
@@ -25,11 +25,11 @@ __all__ = ["Wordings"]
 
 class Cut(NamedTuple):
     """A prompt cut at its question. head: the tokens before it; question: from its first token to the end of the
-    prompt, of which the first `pooled` make the fingerprint."""
+    prompt, of which the span `pooled` makes the fingerprint."""
 
     head: list[int]
     question: list[int]
-    pooled: int
+    pooled: Span
 
 
 class Wordings:
@@ -97,10 +97,10 @@ class Wordings:
         others = self._in_contexts(edit.prompt) or [question.question] * len(self.contexts)
         random = np.random.default_rng([self.seed, number])
         for _ in range(self.training.variants):
-            words = question.question[: question.pooled]
+            words = question.question[: question.pooled.end]
             replaced = random.random(len(words)) < self.training.noise
             noisy = np.where(replaced, random.choice(self._other_tokens, len(words)), words).tolist()
-            others.append([*noisy, *question.question[question.pooled :]])
+            others.append([*noisy, *question.question[question.pooled.end :]])
         heads = [*range(1, 1 + len(self.contexts)), *[self._own(edit)] * self.training.variants]
         if edit.before:
             others.append(self._cut(edit.prompt).question)
@@ -128,7 +128,7 @@ class Wordings:
         heads = [self._own(edit)] * len(cut) + heads
         past = self._past.beside(frozen_past(self.base, [cut[0].head])) if edit.before else self._past
         frozen = freeze(self.base, past, heads, questions, self._answer(edit), exact=len(cut), quick=quick)
-        means = [span_mean(frozen.activations[row], 0, one.pooled) for row, one in enumerate(cut)]
+        means = [span_mean(frozen.activations[row], *one.pooled) for row, one in enumerate(cut)]
         codes = self.fingerprint.codes(torch.stack(means))
         bits = torch.as_tensor(unpack(codes, self.base.d), device=self.base.device)
         return frozen.masked(torch.cat([bits, bits[:1].expand(len(others), -1)])), codes
@@ -139,7 +139,7 @@ class Wordings:
     def _cut(self, prompt: Prompt) -> Cut:
         ids = self._prompt_ids(prompt)
         span = find_span(ids, self.span)
-        return Cut(ids[: span.start], ids[span.start :], span.end - span.start)
+        return Cut(ids[: span.start], ids[span.start :], Span(0, span.end - span.start, span.weighted))
 
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
         return prompt_ids(self.base.tokenizer, prompt, chat=self.chat)

@@ -15,6 +15,9 @@ from memoir_index.scan import FAR, Distances, Rows, between, knn, nearest_there,
 TOP = 8
 """Rows of a block that are kept for each query where few pass; most often they are more than could match."""
 
+_PLACE_BITS = 32
+_NOTHING = np.int64(FAR) << _PLACE_BITS
+
 _Pairs = tuple[Rows, Rows, Distances]
 """Numbers of queries, positions of rows in a block, and their distances in the sketch; all [P]."""
 
@@ -145,20 +148,19 @@ class _Best:
     """The nearest row of each query so far; the earliest of equals."""
 
     def __init__(self, queries: int) -> None:
-        self.distance = np.full(queries, FAR, np.int64)
-        self.place = np.full(queries, -1, np.int64)
+        # Distance and place in one number, so that the least is the nearest and of equals the earliest.
+        self._key = np.full(queries, _NOTHING)
+
+    @property
+    def distance(self) -> NDArray[np.int64]:
+        """FAR where there is none yet."""
+        return self._key >> _PLACE_BITS
+
+    @property
+    def place(self) -> Rows:
+        """-1 where there is none yet."""
+        return np.where(self._key == _NOTHING, -1, self._key & (1 << _PLACE_BITS) - 1)
 
     def offer(self, query: Rows, distance: Distances, place: Rows) -> None:
-        """Pairs of a query and a row; a query may come several times. FAR stands for no row."""
-        there = distance < FAR
-        query, distance, place = query[there], distance[there], place[there]
-        if not len(query):
-            return
-        order = np.lexsort((place, distance, query))
-        query, distance, place = query[order], distance[order].astype(np.int64), place[order]
-        head = np.append(True, query[1:] != query[:-1])
-        query, distance, place = query[head], distance[head], place[head]
-        old, older = self.distance[query], self.place[query]
-        nearer = (distance < old) | ((distance == old) & (place < older))
-        query = query[nearer]
-        self.distance[query], self.place[query] = distance[nearer], place[nearer]
+        """Pairs of a query and a row; a query may come several times. A distance of FAR stands for no row."""
+        np.minimum.at(self._key, query, (distance.astype(np.int64) << _PLACE_BITS) + place)

@@ -14,7 +14,9 @@ blocks.py      the prefix cache: what a request may take, publish, and under whi
 worker.py      worker classes (`cpu_worker.py`, `gpu_worker.py`): attach after loading, prove it after warm-up
 attach.py      the edited linear layer
 runner.py      the model runner instance (V1 and V2): which rows of a step belong to which request
+pipeline.py    decisions on their way from the stage that makes them to the last one
 op.py          the opaque custom op in the model's graph
+product.py     the product with a residual memory
 residual.py    what the op does: pool, decide, add the residual
 rows.py        which rows of a step an edit acts on
 sums.py        sums per KV block, for questions that lie in the prefix cache

@@ -16,6 +16,7 @@ from memoir_retrieval.errors import ConfigError, StoreError
 from memoir_retrieval.store import EditStore
 from memoir_vllm.config import MemoirConfig, longest_question
 from memoir_vllm.op import context_key, register_op
+from memoir_vllm.pipeline import told_by_stages
 from memoir_vllm.reload import Reloader, told_by_all
 from memoir_vllm.residual import ResidualLayer
 from memoir_vllm.routing import Router
@@ -29,10 +30,16 @@ __all__ = ["attach"]
 
 def attach(
     ours: MemoirConfig, store: EditStore, vllm_config: VllmConfig, model: torch.nn.Module, device: torch.device
-) -> tuple[ResidualLayer, Reloader]:
-    """Make the store act on the model. Raises ConfigError where the module is not one that we know how to edit."""
+) -> tuple[ResidualLayer, Reloader] | None:
+    """Make the store act on the model; None where another stage of the pipeline holds the module.
+
+    Raises ConfigError where the module is not one that we know how to edit.
+    """
     manifest = store.manifest
-    linear = _find(model, manifest.module, manifest.d, manifest.h)
+    held = told_by_stages(manifest.module in dict(model.named_modules()))
+    linear = _find(model, manifest.module, manifest.d, manifest.h, elsewhere=any(held))
+    if linear is None:
+        return None
     _agree(manifest.generation, linear.tp_size)
     register_op()
     layer = ResidualLayer(
@@ -46,16 +53,16 @@ def attach(
     )
     name = context_key(manifest.module)
     vllm_config.compilation_config.static_forward_context[name] = layer
-    linear.quant_method = _with_op(linear.quant_method, name)
-    # Else a quantised MLP may hand us activations that are packed already (fused_act_quant.py); LoRA does the same.
-    linear.requires_unquantized_input = True
+    _hook(linear, name)
     return layer, Reloader(ours, manifest, layer, linear.tp_size, device)
 
 
-def _find(model: torch.nn.Module, module: str, d: int, h: int) -> RowParallelLinear:
+def _find(model: torch.nn.Module, module: str, d: int, h: int, *, elsewhere: bool = False) -> RowParallelLinear | None:
     from vllm.model_executor.layers.linear import RowParallelLinear
 
     found: Any = dict(model.named_modules()).get(module)
+    if found is None and elsewhere:
+        return None
     if found is None:
         raise ConfigError(
             f"the store edits {module}, which {type(model).__name__} does not have in vLLM: "
@@ -80,6 +87,12 @@ def _agree(generation: int, ranks: int) -> None:
     read = told_by_all(generation, ranks)
     if len(set(read)) > 1:
         raise StoreError(f"the store changed while the workers read it (generations {read}): start the engine again")
+
+
+def _hook(linear: RowParallelLinear, name: str) -> None:
+    linear.quant_method = _with_op(linear.quant_method, name)
+    # Else a quantised MLP may hand us activations that are packed already (fused_act_quant.py); LoRA does the same.
+    linear.requires_unquantized_input = True
 
 
 def _with_op(quant_method: Any, name: str) -> Any:

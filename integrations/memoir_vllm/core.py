@@ -33,6 +33,8 @@ def install() -> None:
         kwargs: dict[str, Any] | None = None,
     ) -> list[Any]:
         results = original(self, method, timeout, args, kwargs)
+        if method in ("memoir_reload", "memoir_stats"):  # only one stage of a pipeline has something to say
+            results = [result for result in results if result is not None]
         if method == "memoir_reload":
             self.scheduler.memoir_adopted(results[0])
         elif method == "memoir_stats":

@@ -10,15 +10,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.nn import functional
 
 from memoir_retrieval.errors import ConfigError
-from memoir_retrieval.forward import span_sum
+from memoir_retrieval.forward import squared_norms, weighted_sum
 from memoir_retrieval.span import Span, find_span
+from memoir_vllm.product import Memory
 from memoir_vllm.requests import Routed, parse_options
 from memoir_vllm.routing import Route, Router
 from memoir_vllm.rows import Acting, Batch, Step, acting_rows
@@ -29,10 +29,10 @@ __all__ = ["Generation", "ResidualLayer"]
 
 @dataclass(frozen=True, eq=False)
 class Generation:
-    """One generation of a store in this worker's memory. memories: [M, H, D/ranks] in the serving dtype, on device."""
+    """One generation of a store in this worker."""
 
     router: Router
-    memories: torch.Tensor
+    memories: Sequence[Memory]
 
 
 @dataclass
@@ -40,9 +40,10 @@ class _Request:
     """span: the question. route: None until it is decided. mask: of the matched edit, this rank's share, on device.
     of: the generation that matched it; it acts until the request is done. nearest: how many edits its decision names.
 
-    long: the question takes several steps, or begins in the prefix cache. Each step adds its rows to `total` (float32
-    [D/ranks]) and moves `seen`, the position after them; `cached` are the blocks that were found. By its end the
-    question has passed without the edit: a match acts from the moment on that the scheduler has it computed once more.
+    long: the question takes several steps, or begins in the prefix cache. Each step adds its rows to `total`
+    (their sum, float32 [D/ranks], and what to divide it by) and moves `seen`, the position after them; `cached` are the
+    blocks that were found. By its end the question has passed without the edit: a match acts from the moment on that
+    the scheduler has it computed once more.
     """
 
     span: Span
@@ -52,9 +53,18 @@ class _Request:
     mask: torch.Tensor | None = None
     of: Generation | None = None
     acts: bool = False
-    total: torch.Tensor | None = None
+    total: tuple[torch.Tensor, torch.Tensor | int] | None = None
     seen: int = 0
     cached: Sequence[int] = ()
+
+
+class _Part(NamedTuple):
+    """What a step holds of an undecided question. rows: float32 [n, D/ranks], the tokens from `position` on."""
+
+    request_id: str
+    request: _Request
+    rows: torch.Tensor
+    position: int
 
 
 class ResidualLayer:
@@ -76,7 +86,7 @@ class ResidualLayer:
         device: torch.device | str = "cpu",
     ):
         share = memories.shape[2] // ranks
-        self._shard = slice(rank * share, (rank + 1) * share)
+        self._share, self._shard = share, slice(rank * share, (rank + 1) * share)
         self._ranks = ranks
         self._longest = longest
         self._dtype, self._device = dtype, device
@@ -106,7 +116,7 @@ class ResidualLayer:
     def load(self, router: Router, memories: torch.Tensor) -> Generation:
         """Put a generation into this worker's memory; nothing acts before `adopt`. May run in another thread."""
         share = memories[:, :, self._shard].to(device=self._device, dtype=self._dtype, copy=True).contiguous()
-        return Generation(router, share)
+        return Generation(router, [Memory(weight) for weight in share])
 
     def adopt(self, generation: Generation) -> None:
         """Decide every question that ends from now on by this generation. Decided requests keep theirs."""
@@ -127,7 +137,8 @@ class ResidualLayer:
         except ConfigError:  # a front end of another language let it pass; the response will say "unroutable"
             self._settle(request_id, self.now.router.unroutable())
             return
-        span = options.span or find_span(prompt_ids, self.now.router.rule)
+        rule = self.now.router.rule
+        span = options.span._replace(weighted=rule.weighted) if options.span else find_span(prompt_ids, rule)
         if options.off:
             self._settle(request_id, self.now.router.off())
         elif span.start == span.end:
@@ -156,11 +167,11 @@ class ResidualLayer:
 
     def watch_blocks(self, blocks: int, block_size: int) -> None:
         """Keep a sum for each KV block: from now on a question may begin in the prefix cache, see `sums.py`."""
-        self._sums = BlockSums(blocks, block_size, self.now.memories.shape[2], self._device)
+        self._sums = BlockSums(blocks, block_size, self._share, self._device)
 
     @property
     def bytes_per_block(self) -> int:
-        return 4 * self.now.memories.shape[2] + 8
+        return 4 * self._share + 8
 
     def resume(self, request_id: str, cached: Sequence[int], tokens: int) -> None:
         """A request's first rows, or first again, come in this step: `tokens` of it were found, in these KV blocks."""
@@ -195,7 +206,7 @@ class ResidualLayer:
             if request is None:
                 continue
             row, last, position = int(step.edges[at]), int(step.edges[at + 1]), int(step.positions[at])
-            start, end = request.span
+            start, end, _ = request.span
             seen = position + last - row
             if seen <= start:
                 continue
@@ -249,25 +260,28 @@ class ResidualLayer:
 
     def _route(self, x: torch.Tensor) -> None:
         """Look up every question that ends in this step."""
-        asked: dict[str, torch.Tensor] = {}
+        parts: list[_Part] = []
         for request_id, row, end, position in self._asking:
             request = self._requests[request_id]
             shift = row - position
             first, last = max(request.span.start + shift, row), min(request.span.end + shift, end)
-            if first >= last:
-                continue
+            if first < last:
+                parts.append(_Part(request_id, request, x[first:last].float(), first - shift))
+        asked: dict[str, torch.Tensor] = {}
+        for (request_id, request, rows, position), weights in zip(parts, self._weights(parts), strict=True):
             if request.cached:
                 assert self._sums is not None
-                request.total, request.cached = self._sums.of(request.cached), ()
-            total = span_sum(x, first, last)
-            if first - shift > request.span.start:
+                request.total, request.cached = (self._sums.of(request.cached), position), ()
+            total, weight = weighted_sum(rows, weights)
+            if position > request.span.start:
                 assert request.total is not None
-                total += request.total
-            if last - shift == request.span.end:
-                asked[request_id] = total / (request.span.end - request.span.start)
+                total, weight = total + request.total[0], weight + request.total[1]
+            request.seen = position + len(rows)
+            if request.seen == request.span.end:
+                asked[request_id] = total / weight
                 request.total = None
             else:
-                request.total, request.seen = total, last - shift
+                request.total = total, weight
         if not asked:
             return
         means = torch.stack(list(asked.values()))
@@ -281,6 +295,16 @@ class ResidualLayer:
             self._settle(request_id, route)
             self._stats["routed"] += 1
             self._stats["matched"] += route.mask is not None
+
+    def _weights(self, parts: Sequence[_Part]) -> list[torch.Tensor]:
+        """What each row of each part counts by in the mean of its question: float32 [n] each."""
+        weights = [squared_norms(part.rows) for part in parts]
+        if self._ranks > 1 and parts:
+            from vllm.distributed import tensor_model_parallel_all_reduce
+
+            # Each rank has a share of every activation, and of its squared norm.
+            weights = list(tensor_model_parallel_all_reduce(torch.cat(weights)).split([len(one) for one in weights]))
+        return [w if part.request.span.weighted else torch.ones_like(w) for w, part in zip(weights, parts, strict=True)]
 
     def _settle(self, request_id: str, route: Route) -> None:
         """A decision of this worker, which the scheduler does not know yet."""
@@ -321,16 +345,16 @@ class ResidualLayer:
         if not at:
             return []
         starts, masks, numbers = [], [], []
-        weights: dict[tuple[int, int], tuple[int, torch.Tensor]] = {}  # of a generation's memory: its number here
+        memories: dict[tuple[int, int], tuple[int, Memory]] = {}  # by generation and number there: its number here
         for i in at:
             request = self._edited[step.ids[i]]
             assert request.route is not None and request.of is not None and request.mask is not None
             key = (request.of.router.generation, request.route.memory)
-            number, _ = weights.setdefault(key, (len(weights), request.of.memories[request.route.memory]))
+            number, _ = memories.setdefault(key, (len(memories), request.of.memories[request.route.memory]))
             starts.append(request.span.start)
             masks.append(request.mask)
             numbers.append(number)
-        acting = Acting(np.array(at), np.array(starts), np.array(numbers), masks, [w for _, w in weights.values()])
+        acting = Acting(np.array(at), np.array(starts), np.array(numbers), masks, [m for _, m in memories.values()])
         batches = acting_rows(step, acting)
         self._last = (step, acting, batches) if acting.all_rows(step) else None
         return batches
@@ -339,4 +363,4 @@ class ResidualLayer:
         """y += W (mask * x) on the rows of the batch, and on no other."""
         one_row_each = len(batch.masks) == len(batch.owner)
         masks = batch.masks if one_row_each else batch.masks[batch.owner]
-        y.index_add_(0, batch.index, functional.linear(x[batch.index] * masks, batch.weight))
+        y.index_add_(0, batch.index, batch.memory(x[batch.index] * masks))

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from memoir_vllm.product import Memory
+
 __all__ = ["Acting", "Batch", "Step", "acting_rows"]
 
 
@@ -27,10 +29,10 @@ class Step(NamedTuple):
 class Batch:
     """All rows of a step that one residual memory acts on.
 
-    weight: [H, D]. index: int64 [R] the rows. masks: [S, D] of the requests. owner: int64 [R] in [0, S).
+    index: int64 [R] the rows. masks: [S, D] of the requests. owner: int64 [R] in [0, S), whose row it is.
     """
 
-    weight: torch.Tensor
+    memory: Memory
     index: torch.Tensor
     masks: torch.Tensor
     owner: torch.Tensor
@@ -38,13 +40,13 @@ class Batch:
 
 class Acting(NamedTuple):
     """Edited requests of a step. at: int [S], their places in it. starts: int [S], the position from which each is
-    edited. memories: int [S], the number of its weight. masks: of each, [D]. weights: [H, D] each."""
+    edited. numbers: int [S], that of its memory in `memories`. masks: of each, [D]."""
 
     at: np.ndarray
     starts: np.ndarray
-    memories: np.ndarray
+    numbers: np.ndarray
     masks: Sequence[torch.Tensor]
-    weights: Sequence[torch.Tensor]
+    memories: Sequence[Memory]
 
     def all_rows(self, step: Step) -> bool:
         """Whether every row of these requests is edited, as it is once they generate."""
@@ -57,8 +59,8 @@ def acting_rows(step: Step, acting: Acting) -> list[Batch]:
     first = step.edges[acting.at] + np.maximum(0, acting.starts - step.positions[acting.at])
     counts = np.maximum(0, ends - first)
     made = []
-    for memory in range(len(acting.weights)):
-        chosen = np.flatnonzero((acting.memories == memory) & (counts > 0))
+    for number, memory in enumerate(acting.memories):
+        chosen = np.flatnonzero((acting.numbers == number) & (counts > 0))
         if not len(chosen):
             continue
         rows = counts[chosen]
@@ -66,5 +68,5 @@ def acting_rows(step: Step, acting: Acting) -> list[Batch]:
         index = np.arange(len(owner)) + np.repeat(first[chosen] - (np.cumsum(rows) - rows), rows)
         masks = torch.stack([acting.masks[i] for i in chosen.tolist()])
         on_device = [torch.from_numpy(array).to(masks.device) for array in (index, owner)]
-        made.append(Batch(acting.weights[memory], on_device[0], masks, on_device[1]))
+        made.append(Batch(memory, on_device[0], masks, on_device[1]))
     return made

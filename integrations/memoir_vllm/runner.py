@@ -12,8 +12,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.sequence import IntermediateTensors
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
+from memoir_vllm import pipeline
 from memoir_vllm.requests import Routed, put_routed, routed_of
 from memoir_vllm.residual import ResidualLayer
 from memoir_vllm.rows import Step
@@ -25,21 +28,23 @@ if TYPE_CHECKING:
 __all__ = ["follow", "take_up"]
 
 
-def follow(runner: Any, layer: ResidualLayer) -> str:
-    """Tell `layer` what each step of `runner` holds, and send its decisions along. Returns "V1" or "V2"."""
+def follow(runner: Any, layer: ResidualLayer | None) -> str:
+    """Tell `layer` what each step of `runner` holds, and send its decisions along. Returns "V1" or "V2".
+
+    layer: None on a stage of a pipeline that does not hold the edited layer, which passes on what another has decided.
+    """
     version = "V2" if hasattr(runner, "prepare_inputs") else "V1"
-    if version == "V2":
-        _wrap_v2(runner, layer)
-    else:
-        _wrap_v1(runner, layer)
-        if runner.device.type == "cpu":
-            _keep_draws(runner)
-    _wrap_step(runner, layer)
+    if version == "V1" and runner.device.type == "cpu":
+        _keep_draws(runner)
+    if layer is not None:
+        (_wrap_v2 if version == "V2" else _wrap_v1)(runner, layer)
+        _wrap_step(runner, layer)
+    _wrap_decisions(runner, layer)
     return version
 
 
 def _wrap_step(runner: Any, layer: ResidualLayer) -> None:
-    execute_model, sample_tokens = runner.execute_model, runner.sample_tokens
+    execute_model = runner.execute_model
 
     @functools.wraps(execute_model)
     def execute(scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
@@ -50,13 +55,38 @@ def _wrap_step(runner: Any, layer: ResidualLayer) -> None:
         finally:
             layer.end_step()
 
+    runner.execute_model = execute
+
+
+def _wrap_decisions(runner: Any, layer: ResidualLayer | None) -> None:
+    """What a step has decided goes with its activations to the next stage, and from the last one with its output."""
+    execute_model, sample_tokens = runner.execute_model, runner.sample_tokens
+    arrived: dict[str, Routed] = {}
+
+    @functools.wraps(execute_model)
+    def execute(
+        scheduler_output: SchedulerOutput,
+        intermediate_tensors: IntermediateTensors | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        arrived.update(pipeline.unload(intermediate_tensors))
+        output = execute_model(scheduler_output, intermediate_tensors, *args, **kwargs)
+        if isinstance(output, IntermediateTensors):
+            pipeline.load(output, taken(), get_tensor_model_parallel_world_size())
+        return output
+
     @functools.wraps(sample_tokens)
     def sample(*args: Any, **kwargs: Any) -> Any:
         output = sample_tokens(*args, **kwargs)
-        routed = layer.take_routed()
-        if not routed or output is None:
+        if output is None or not (routed := taken()):
             return output
         return _Routed(output, routed) if hasattr(output, "get_output") else put_routed(output, routed)
+
+    def taken() -> dict[str, Routed]:
+        routed = arrived | (layer.take_routed() if layer else {})
+        arrived.clear()
+        return routed
 
     runner.execute_model, runner.sample_tokens = execute, sample
 

@@ -60,6 +60,7 @@ class _Decisions:
         super().__init__(*args, **kwargs)
         self._routed: dict[str, Routed] = {}
         self._questions: dict[str, _Question] = {}
+        self._passing: dict[bytes, str] = {}  # by prompt, the request that asks a long question first
         # Decided on arrival, with what they would be without that: the workers have not heard of them yet.
         self._early: dict[str, _Question] = {}
         self._generation = 0
@@ -93,23 +94,37 @@ class _Decisions:
             return
         # Who asks for the nearest edits is always looked up: a decision is remembered without them.
         prompt_key = None if options.nearest else _prompt_key(request, span)
-        question = _Question(span, self._too_long(span), prompt_key)
+        question = self._questions[request.request_id] = _Question(span, self._too_long(span), prompt_key)
+        self._recall(request, question)
+
+    def _recall(self, request: Request, question: _Question) -> bool:
+        """Settle a request that has not begun, where its prompt was decided before. Returns whether it was."""
         known = self._remembered.get(question.prompt) if question.prompt else None
         if known is None:
-            self._questions[request.request_id] = question
-        else:
-            self._early[request.request_id] = question
-            self._settle(request, span, known)
+            return False
+        self._decided(request.request_id)
+        self._early[request.request_id] = question
+        self._settle(request, question.span, known)
+        return True
+
+    def _decided(self, request_id: str) -> _Question | None:
+        question = self._questions.pop(request_id, None)
+        if question is not None and question.prompt is not None:
+            self._passing.pop(question.prompt, None)
+        return question
 
     def _boundary(self, request: Request) -> int | None:
         question = self._questions.get(request.request_id)
         return None if question is None else question.span.start
 
     def _found(self, request: Request) -> int | None:
+        """Asked of a request that is about to begin."""
         question = self._questions.get(request.request_id)
         if question is None:
             return None
-        start, end = question.span
+        if request.status == RequestStatus.WAITING and self._recall(request, question):  # decided while it waited
+            return None
+        start, end, _ = question.span
         return end - 1 if self._sums and start == 0 else start
 
     def _too_long(self, span: Span) -> bool:
@@ -121,15 +136,25 @@ class _Decisions:
         question = self._questions.get(request.request_id)
         if question is None or num_computed_tokens >= question.span.end:
             return tokens
-        start, end = question.span
+        start, end, _ = question.span
         long = self._too_long(question.span) or start < num_computed_tokens
         if long != question.long:
             question = self._questions[request.request_id] = question._replace(long=long)
         if long:
-            return tokens
+            return 0 if self._twin_passes(request, question) else tokens
         if num_computed_tokens <= start < num_computed_tokens + tokens < end:
             return start - num_computed_tokens
         return tokens
+
+    def _twin_passes(self, request: Request, question: _Question) -> bool:
+        """Whether a request that has not begun does better to wait: its long question is being passed already."""
+        if question.prompt is None or request.status != RequestStatus.WAITING:
+            return False
+        first = self.requests.get(self._passing.get(question.prompt, ""))
+        if first is not None and first is not request and first.status == RequestStatus.RUNNING:
+            return True
+        self._passing[question.prompt] = request.request_id
+        return False
 
     # ---- the decision ----------------------------------------------------------------------------------------------
 
@@ -147,7 +172,7 @@ class _Decisions:
             request = self.requests.get(request_id)
             if request is None or request.is_finished():
                 continue
-            question = self._questions.pop(request_id, None)
+            question = self._decided(request_id)
             if question is None:  # the worker knew without a lookup
                 self._routed[request_id] = routed
                 continue
@@ -207,7 +232,7 @@ class _Decisions:
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         """Adds to the KV transfer parameters: the one free-form dict that travels from here to the response."""
         kv_params, ec_params = super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
-        self._questions.pop(request.request_id, None)
+        self._decided(request.request_id)
         self._early.pop(request.request_id, None)
         routed = self._routed.pop(request.request_id, None)
         if routed is not None:

@@ -15,7 +15,7 @@ from memoir_retrieval.errors import ConfigError
 from memoir_vllm.residual import ResidualLayer
 from memoir_vllm.rows import Batch
 
-__all__ = ["self_test"]
+__all__ = ["dummy_step", "self_test"]
 
 
 # A dummy step has no attention, and vLLM leaves what attention would write as it was: memory of any content. Where that
@@ -28,12 +28,12 @@ def self_test(runner: Any, layer: ResidualLayer) -> None:
 
     Every tensor-parallel rank runs it, in step, on its own shard.
     """
-    plain = _dummy_step(runner)
+    plain = dummy_step(runner)
     for size in PROBES:
         probe = _Probe(layer, size)
         layer.probe = probe
         try:
-            probed = _dummy_step(runner)
+            probed = dummy_step(runner)
         finally:
             layer.probe = None
         if not torch.equal(plain, probed):
@@ -53,11 +53,12 @@ def self_test(runner: Any, layer: ResidualLayer) -> None:
         )
 
 
-def _dummy_step(runner: Any) -> torch.Tensor:
-    """The hidden states of one decode token, in the shape and graph of `Worker.execute_dummy_batch`."""
+def dummy_step(runner: Any) -> torch.Tensor:
+    """What leaves this rank for one decode token, in the shape and graph of `Worker.execute_dummy_batch`."""
     with torch.inference_mode():
-        hidden, _ = runner._dummy_run(1, uniform_decode=True)
-    return hidden.clone()
+        out, _ = runner._dummy_run(1, uniform_decode=True)
+    tensors = getattr(out, "tensors", None)  # a stage of a pipeline that is not the last hands on several
+    return out.clone() if tensors is None else torch.cat(list(tensors.values()))
 
 
 class _Probe:
@@ -76,14 +77,14 @@ class _Probe:
         y += self._size  # whatever the memory holds, this is felt in every row
 
     def _check_residual(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        weight = self._layer.now.memories[0]
+        memory = self._layer.now.memories[0]
         generator = torch.Generator().manual_seed(0)
         mask = (torch.rand(x.shape[1], generator=generator) < 0.5).to(x)
         noise = torch.randn(x.shape, generator=generator).to(x)
         got = torch.zeros_like(y)
         rows = torch.arange(len(x), device=x.device)
-        self._layer.add(noise, got, Batch(weight, rows, mask[None], torch.zeros_like(rows)))
-        want = functional.linear((noise * mask).float(), weight.float())
+        self._layer.add(noise, got, Batch(memory, rows, mask[None], torch.zeros_like(rows)))
+        want = functional.linear((noise * mask).float(), memory.weight.float())
         size = float(want.abs().max())
         wrong = float((got.float() - want).abs().max())
         if wrong > 0.05 * size:

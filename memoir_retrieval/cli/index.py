@@ -22,7 +22,8 @@ from memoir_retrieval.cli.common import (
 from memoir_retrieval.cli.index_info import info
 from memoir_retrieval.edit_files import check_duplicates
 from memoir_retrieval.errors import ConfigError
-from memoir_retrieval.store import MANIFEST, EditStore, leftovers
+from memoir_retrieval.store import MANIFEST, EditStore
+from memoir_retrieval.write_store import leftovers
 
 __all__ = ["index"]
 

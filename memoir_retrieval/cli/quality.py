@@ -54,7 +54,7 @@ COLUMNS = (
     "folder",
     type=click.Path(path_type=Path),
     envvar="MEMOIR_DATA",
-    default="../shared/data",
+    default="data",
     show_default=True,
     help="Folder of the published data sets; the variable MEMOIR_DATA names it, too.",
 )

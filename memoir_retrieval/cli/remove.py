@@ -11,7 +11,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from memoir_retrieval.cli.common import echo_json, json_option, model_option, notes, store_argument, threads_option
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.files import store_lock
-from memoir_retrieval.store import EditStore, leftovers, sweep
+from memoir_retrieval.store import EditStore
+from memoir_retrieval.write_store import leftovers, sweep
 
 
 @click.command()

@@ -13,6 +13,7 @@ import httpx
 import pytest
 
 from memoir_retrieval import AdminClient, Edit
+from memoir_retrieval.admin import Change, TrainingProgress
 from memoir_retrieval.errors import AdminError
 
 EDIT = Edit(prompt="Who runs Example Corp?", target="Jane Doe", rephrases=("Who is its boss?",), source="ticket 4")
@@ -38,6 +39,7 @@ def client(answer: Callable[[httpx.Request], httpx.Response]) -> AdminClient:
 async def test_an_edit_is_awaited_until_it_is_served() -> None:
     asked: list[tuple[str, str]] = []
     states = iter(["running", "activating", "done"])
+    watched: list[Change] = []
 
     def answer(request: httpx.Request) -> httpx.Response:
         asked.append((request.method, request.url.path))
@@ -49,11 +51,15 @@ async def test_an_edit_is_awaited_until_it_is_served() -> None:
         if "jobs" in request.url.path:
             state = next(states)
             done = {"edit": 7, "finished": "now"} if state == "done" else {}
+            if state == "running":
+                done = {"progress": {"stage": "training", "step": 3, "limit": 60, "loss": 0.5, "goal": 0.02}}
             return httpx.Response(200, json={**JOB, "state": state, **done})
         return httpx.Response(200, json=STORED)
 
     async with client(answer) as server:
-        assert (await server.add(EDIT)).id == 7
+        assert (await server.add(EDIT, watch=watched.append)).id == 7
+    assert [change.state for change in watched] == ["running", "activating", "done"]
+    assert watched[0].progress == TrainingProgress(stage="training", step=3, limit=60, loss=0.5, goal=0.02)
     assert asked == [("POST", "/memoir/edits"), *[("GET", "/memoir/jobs/1f")] * 3, ("GET", "/memoir/edits/7")]
 
 

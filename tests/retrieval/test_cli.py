@@ -17,7 +17,8 @@ import pytest
 from memoir_retrieval import files
 from memoir_retrieval.cli import cli, main
 from memoir_retrieval.files import store_lock
-from memoir_retrieval.store import EditStore, fields_of, write_again, write_generation
+from memoir_retrieval.store import EditStore
+from memoir_retrieval.write_store import fields_of, write_again, write_generation
 
 EDITS = [
     {"prompt": "Who founded Aarhus?", "target": "King Harald", "rephrases": ["Aarhus was founded by whom?"],

@@ -1,4 +1,5 @@
-"""A disk that is really full, and a file that really may not grow: one line, exit code 2, the store as it was."""
+"""A disk that is really full, a folder that really cannot be written, a file that really may not grow: one line, exit
+code 2, the store as it was and readable."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from memoir_retrieval import Edit, Editor, load_model
 # Runs in a process of its own, since neither a mount nor a limit can be taken back. Arguments: what fails, the store,
 # the edit file. It prints what the command printed, and then what became of the store.
 SCRIPT = """
-import resource, sys
+import os, resource, subprocess, sys
 from pathlib import Path
 from memoir_retrieval import EditStore
 from memoir_retrieval.cli import main
@@ -30,6 +31,10 @@ if kind == "space":  # fill the file system up, but for two blocks
                 out.write(bytes(4096))
         except OSError:
             out.truncate(out.tell() - 2 * 4096)
+elif kind == "mount":
+    subprocess.run(["mount", "-o", "remount,ro", store.parent], check=True)
+elif kind == "folder":
+    os.chmod(store, 0o555)
 else:
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
 
@@ -45,6 +50,9 @@ def edit():
 before = contents()
 print("first", edit())
 print("same", contents() == before, len(EditStore.open(store).edits))
+if kind == "mount":
+    subprocess.run(["mount", "-o", "remount,rw", store.parent], check=True)
+os.chmod(store, 0o755)
 filler.unlink(missing_ok=True)
 resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 print("again", edit(), len(EditStore.open(store).edits))
@@ -67,17 +75,31 @@ def can_mount() -> bool:
     )
 
 
+root = pytest.mark.skipif(not can_mount(), reason="no right to mount a file system (needs root)")
+user = pytest.mark.skipif(os.geteuid() == 0, reason="root may write into any folder")
+
+
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
         pytest.param(
             "space",
-            r"no space left to write memory-2.safetensors \(0.01 MB\) in {store}: free some and run the same command",
-            marks=pytest.mark.skipif(not can_mount(), reason="no right to mount a small file system (needs root)"),
+            r"no space left to write memory-2.safetensors \(0.01 MB\) in {store}: free some and run the same command "
+            "again; the store is unchanged$",
+            marks=root,
         ),
         (
             "size",
-            r"{store}/memory-2.safetensors would have 0.01 MB, more .*: raise the limit \(`ulimit -f`\) or choose",
+            r"{store}/memory-2.safetensors would have 0.01 MB, more .*: raise the limit \(`ulimit -f`\) or choose .*; "
+            "the store is unchanged$",
+        ),
+        pytest.param(
+            "mount",
+            r"store {store} cannot be written: Read-only file system; choose a folder you may write$",
+            marks=root,
+        ),
+        pytest.param(
+            "folder", r"store {store} cannot be written: Permission denied; choose a folder you may write$", marks=user
         ),
     ],
 )
@@ -88,7 +110,7 @@ def test_a_write_that_the_system_refuses(made: Path, tmp_path: Path, kind: str, 
     file.write_text('{"prompt": "When did it rain?", "target": "On Monday"}\n')
     run = f'cp -r "{made}" "{store}" && exec "{sys.executable}" -c "$SCRIPT" {kind} "{store}" "{file}"'
     command = ["sh", "-c", run]
-    if kind == "space":  # the mount is seen by this command alone, and ends with it
+    if kind in ("space", "mount"):  # the mount is seen by this command alone, and ends with it
         command = ["unshare", "--mount", "sh", "-c", f'mount -t tmpfs -o size=1m none "{folder}" && {run}']
     found = subprocess.run(command, env=os.environ | {"SCRIPT": SCRIPT}, capture_output=True, text=True, check=False)
     told = found.stdout.splitlines()
@@ -100,4 +122,3 @@ def test_a_write_that_the_system_refuses(made: Path, tmp_path: Path, kind: str, 
     complaints = [line for line in found.stderr.splitlines() if line.startswith("memoir: ")]
     assert len(complaints) == 1 and "Traceback" not in found.stderr
     assert re.search(said.format(store=store), complaints[0]), complaints[0]
-    assert complaints[0].endswith("the store is unchanged")

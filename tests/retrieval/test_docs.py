@@ -14,94 +14,37 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
 
 import click
 import pytest
-import yaml
+from doc_pages import ALL, PAGES, ROOT, Line, blocks, command_lines, numberless, parse
+from packaging.requirements import Requirement
 
 import memoir_index
 import memoir_retrieval
 from memoir_retrieval.cli import cli, main
 from memoir_retrieval.embedded import get_model
 
-ROOT = Path(__file__).parents[2]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("*/README.md")])
 TUTORIAL = ROOT / "docs/tutorial.md"
 
-# Commands other than `memoir`, and why no test runs them. Those of `memoir` are parsed, and run where the tutorial has
-# them; `memoir serve`, `demo`, `bench` and `verify` have tests of their own that start real servers.
+# Programs that no test runs, and what is looked at instead. What `memoir` does on these pages is run by
+# test_docs_run.py, what needs a server by tests/vllm/test_docs_served.py, both slow; here it is parsed.
 NOT_RUN = {
-    "pip": "changes the environment that the tests run in",
-    "make": "its targets run these tests; that the target exists is checked",
+    "make": "its targets run these tests; that the target exists",
     "source": "a shell's own; the tests run inside the environment",
-    "vllm": "the CPU build has no such command; tests/vllm start the same server by its module",
-    "docker": "needs Docker and a GPU",
-    "kubectl": "needs a cluster; the manifest is checked",
-    "curl": "needs a server; its JSON is checked",
-    "python": "benchmarks take minutes; the examples are run below, and by tests/vllm/test_server.py",
-    "cp": "run in the tutorial",
-    "head": "run in the tutorial",
-    "export": "a shell's own",
-    "git": "fetches or publishes",
-    "pytest": "would run tests within a test; that its marker exists is checked",
-    "pre-commit": "changes the checkout's hooks",
+    "pip": "changes the environment that the tests run in; that the extras exist",
+    "docker": "needs a daemon and a GPU; the Dockerfile and the flags (test_docs_containers.py)",
+    "kubectl": "needs a cluster; the manifest and the flags (test_docs_containers.py)",
+    "python": "benchmarks take minutes; that they exist and take these options (test_docs_run.py)",
+    "pytest": "would run tests within a test; that its marker exists",
 }
+RUN = {"cp", "head", "curl", "export", "vllm", "memoir"}
 # Lines of the tutorial that are not run, and why.
 TUTORIAL_NOT_RUN = ("make", "source", "curl", "python", "memoir serve", "memoir verify")  # servers: tests/vllm
 DOCTOR_MAY_WARN = "memoir doctor"  # vllm or openai may be missing where these tests run
-
-
-class Line(NamedTuple):
-    """One command of a page and the lines that it is said to print."""
-
-    page: Path
-    number: int
-    words: list[str]
-    prints: list[str]
-
-    def __str__(self) -> str:
-        return f"{self.page.relative_to(ROOT)}:{self.number}"
-
-
-def blocks(page: Path, language: str) -> list[tuple[int, list[str]]]:
-    """First line number and lines of each fenced block of a language."""
-    found: list[tuple[int, list[str]]] = []
-    inside = False
-    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
-        if line.startswith("```"):
-            inside = not inside and line == f"```{language}"
-            if inside:
-                found.append((number + 1, []))
-        elif inside:
-            found[-1][1].append(line)
-    return found
-
-
-def command_lines(page: Path) -> list[Line]:
-    lines: list[Line] = []
-    for first, block in blocks(page, "console"):
-        waiting = ""
-        for number, text in enumerate(block, first):
-            if waiting or text.startswith("$ "):
-                waiting += text.removeprefix("$ ") if not waiting else text
-                if waiting.endswith("\\"):
-                    waiting = waiting[:-1]
-                    continue
-                words, waiting = shlex.split(waiting, comments=True), ""
-                while words:
-                    end = words.index("&&") if "&&" in words else len(words)
-                    lines.append(Line(page, number, words[:end], []))
-                    words = words[end + 1 :]
-            else:
-                assert lines and lines[-1].number >= first, f"{page}:{number}: output without a command"
-                lines[-1].prints.append(text)
-    return lines
-
-
-ALL = [line for page in PAGES for line in command_lines(page)]
 
 
 def test_pages_are_found() -> None:
@@ -110,34 +53,26 @@ def test_pages_are_found() -> None:
 
 @pytest.mark.parametrize("line", ALL, ids=str)
 def test_every_command_exists(line: Line) -> None:
-    words = [word for word in line.words if not re.fullmatch(r"[A-Z_]+=.*", word)]
-    program, arguments = words[0].removeprefix(".venv/bin/"), words[1:]
+    program, arguments = line.program, line.arguments
+    assert program in RUN or program in NOT_RUN, f"{line}: say in NOT_RUN why {program!r} is not run"
     if program == "memoir":
         parse(cli, "memoir", arguments)
-        return
-    assert program in NOT_RUN, f"{line}: say in NOT_RUN why {program!r} is not run"
     if program == "make":
         targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
         assert {word for word in arguments if "=" not in word} <= set(targets)
+    if program == "pip":
+        needed = Requirement(arguments[-1])
+        assert needed.name == "memoir-retrieval"
+        assert needed.extras <= set(metadata("memoir-retrieval").get_all("Provides-Extra") or ())
     if program == "python":
         assert find_spec(arguments[1]) if arguments[0] == "-m" else (ROOT / arguments[0]).is_file()
-    if program == "pytest" and "-m" in arguments:
+    if program == "pytest":
         markers = re.findall(r'^    "([a-z]+): ', (ROOT / "pyproject.toml").read_text(), re.M)
         assert arguments[arguments.index("-m") + 1] in markers
     if program == "vllm":
         assert "memoir" in json.loads(arguments[arguments.index("--additional-config") + 1])
     if program == "curl" and "-d" in arguments:
         json.loads(arguments[arguments.index("-d") + 1])
-
-
-def parse(command: click.Command, name: str, arguments: list[str], parent: click.Context | None = None) -> None:
-    """Raises click's UsageError for options, commands or values that do not exist."""
-    with command.make_context(name, list(arguments), parent=parent) as context:
-        if isinstance(command, click.Group):
-            rest = [*context._protected_args, *context.args]
-            found, inner, rest = command.resolve_command(context, rest)
-            assert inner is not None and found is not None
-            parse(inner, found, rest, context)
 
 
 @pytest.mark.parametrize("bad", ["edit f.jsonl --store s --layers 3", "lookup", "bench engine", "verify --store s"])
@@ -192,10 +127,6 @@ def run(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return out
 
 
-def numberless(text: str) -> str:
-    return " ".join(re.sub(r"\d+(\.\d+)?", "N", text).split())
-
-
 def test_python_blocks_compile_and_import_what_exists() -> None:
     seen = 0
     for page in PAGES:
@@ -213,19 +144,6 @@ def test_the_ten_lines_of_the_documentation_are_the_example() -> None:
     example = (ROOT / "examples/edit_and_ask.py").read_text().partition('"""\n\n')[2]
     assert "\n".join(block).strip() == example.strip()
     assert len([line for line in block if line]) <= 10
-
-
-def test_the_manifest_of_kubernetes_runs_commands_that_exist() -> None:
-    ((_, block),) = blocks(ROOT / "docs/how-to/kubernetes.md", "yaml")
-    deployment, service = yaml.safe_load_all("\n".join(block))
-    pod = deployment["spec"]["template"]["spec"]
-    (doctor,), (server,) = pod["initContainers"], pod["containers"]
-    parse(cli, "memoir", doctor["command"][1:])
-    parse(cli, "memoir", ["serve", *server["args"]])  # the image's entry point, checked below
-    ((_, dockerfile),) = blocks(ROOT / "docs/how-to/docker.md", "dockerfile")
-    assert 'ENTRYPOINT ["memoir", "serve"]' in dockerfile
-    assert {mount["name"] for mount in server["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
-    assert service["spec"]["selector"] == deployment["spec"]["selector"]["matchLabels"]
 
 
 def test_the_command_line_reference_is_what_help_says() -> None:

@@ -67,6 +67,15 @@ def test_the_fast_ways_choose_what_a_stable_sort_chooses(kind: str, d: int, k: i
     np.testing.assert_array_equal(_top_of_tensor(values, k).numpy(), expected)  # what a GPU runs
 
 
+def test_rows_of_every_kind_beside_each_other() -> None:
+    """Rows are done several at a time: what one takes, such as the whole of it, is nothing to the next."""
+    d, k = 4096, 1170
+    kinds = ["plain", "relu", "bfloat16", "constant", "infinite", "sorted", "coarse", "signed zeros"]
+    values = torch.stack([_rows(kind, d)[turn % 2].float() for turn in range(3) for kind in kinds])
+    values = values[torch.randperm(len(values), generator=torch.Generator().manual_seed(0))]
+    np.testing.assert_array_equal(top_mask(values, k), by_stable_sort(values, k))
+
+
 def test_no_rows_and_strided_rows() -> None:
     assert top_mask(torch.empty(0, 32), 5).shape == (0, 32)
     values = torch.randn(64, 50).T
@@ -77,9 +86,9 @@ def test_codes_are_the_permuted_top_k_of_the_distance_from_the_background() -> N
     d, k = 64, 10
     rng = np.random.default_rng(1)
     background, perm = rng.standard_normal(d).astype("f4"), permutation(d, 3)
-    means = torch.from_numpy(rng.standard_normal((5, d)).astype("f4"))
+    means = torch.from_numpy(rng.standard_normal((19, d)).astype("f4"))
     codes = Fingerprint(background, perm, k).codes(means)
-    assert codes.dtype == np.uint8 and codes.shape == (5, d // 8) and (popcount(codes) == k).all()
+    assert codes.dtype == np.uint8 and codes.shape == (19, d // 8) and (popcount(codes) == k).all()
     for row, bits in zip(means.numpy(), unpack(codes, d), strict=True):
         assert set(np.flatnonzero(bits)) == {int(perm[i]) for i in oracle(np.abs(row - background), k)}
 

@@ -20,7 +20,7 @@ from memoir_retrieval.cli import main
 from memoir_retrieval.errors import HubError, StoreError, StoreMismatch
 from memoir_retrieval.hub import pull, push
 from memoir_retrieval.manifest import KINDS
-from memoir_retrieval.store import write_again
+from memoir_retrieval.write_store import write_again
 
 REPO = "example/corrections"
 

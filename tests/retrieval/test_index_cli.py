@@ -19,7 +19,7 @@ from memoir_retrieval.edit import StoredEdit
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.model import Identity
 from memoir_retrieval.span import SpanRule
-from memoir_retrieval.store import write_generation
+from memoir_retrieval.write_store import write_generation
 
 
 @pytest.fixture(autouse=True)

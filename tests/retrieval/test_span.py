@@ -6,11 +6,13 @@ import itertools
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from memoir_retrieval.embedded import get_model
+from memoir_retrieval.forward import span_mean, squared_norms, weighted_sum
 from memoir_retrieval.span import Span, SpanRule, derive_span_rule, find_span
 
 QUESTION = "Who founded the city of Aarhus?"
@@ -55,7 +57,7 @@ def ids_of(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
 
 def question_of(tokenizer: Any, messages: list[dict[str, str]], rule: SpanRule) -> str:
     ids = ids_of(tokenizer, messages)
-    start, end = find_span(ids, rule)
+    start, end, _ = find_span(ids, rule)
     return tokenizer.decode(ids[start:end]).strip()
 
 
@@ -76,7 +78,7 @@ def test_white_space_that_melts_into_the_marker_does_not_hide_it(tokenizer: Any,
 def test_an_answer_begun_by_the_client_is_not_part_of_the_question(tokenizer: Any) -> None:
     rule = derive_span_rule(tokenizer)
     ids = ids_of(tokenizer, [{"role": "user", "content": QUESTION}]) + tokenizer("It was").input_ids
-    start, end = find_span(ids, rule)
+    start, end, _ = find_span(ids, rule)
     assert tokenizer.decode(ids[start:end]) == QUESTION
 
 
@@ -87,7 +89,7 @@ def test_an_empty_question_gives_an_empty_span(tokenizer: Any) -> None:
 
 def test_raw_text_is_pooled_whole_but_for_leading_special_tokens(tokenizer: Any) -> None:
     ids = tokenizer(QUESTION).input_ids
-    assert find_span(ids, derive_span_rule(tokenizer)) == Span(0, len(ids))
+    assert find_span(ids, derive_span_rule(tokenizer)) == Span(0, len(ids), weighted=True)
     assert find_span([1, *ids], SpanRule(leading=(1,))) == Span(1, len(ids) + 1)
     assert find_span([], SpanRule()) == Span(0, 0)
 
@@ -97,10 +99,20 @@ def test_the_rule_of_the_paper_pools_everything(tokenizer: Any) -> None:
     assert find_span(ids, derive_span_rule(tokenizer, "all")) == Span(0, len(ids))
 
 
+def test_tokens_of_a_question_count_by_their_squared_norm() -> None:
+    tokens = torch.tensor([[9.0, 9.0], [1.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
+    span = find_span([7, 1, 2, 3], SpanRule(leading=(7,), weighted=True))
+    assert span_mean(tokens, *span).tolist() == pytest.approx([1 / 5, 8 / 5])
+    assert span_mean(tokens, *span._replace(weighted=False)).tolist() == pytest.approx([1 / 3, 2 / 3])
+    assert span_mean(tokens, 3, 4, True).tolist() == [0, 0], "nothing to weigh is no reason for NaN"
+    parts = [weighted_sum(rows, squared_norms(rows)) for rows in (tokens[1:2], tokens[2:])]
+    torch.testing.assert_close(sum(a for a, _ in parts) / sum(w for _, w in parts), span_mean(tokens, *span))
+
+
 @given(st.lists(st.integers(0, 5), max_size=40))
 def test_any_token_ids_give_a_span_inside_the_prompt(ids: list[int]) -> None:
     rule = SpanRule(starts=((1, 2), (3,)), newlines=(4,), end=(5,), leading=(0,))
-    start, end = find_span(ids, rule)
+    start, end, _ = find_span(ids, rule)
     assert 0 <= start <= end <= len(ids)
     if 3 in ids or (1, 2) in itertools.pairwise(ids):
         assert 5 not in ids[start:end]

@@ -27,8 +27,9 @@ from memoir_retrieval.errors import StoreError, StoreMismatch
 from memoir_retrieval.model import Identity
 from memoir_retrieval.remove import find_prompts, remove_edits
 from memoir_retrieval.span import SpanRule
-from memoir_retrieval.store import EditStore, leftovers, write_generation
+from memoir_retrieval.store import EditStore
 from memoir_retrieval.verify_store import verify_store
+from memoir_retrieval.write_store import leftovers, write_generation
 
 D, H, K = 64, 16, 12
 IDENTITY = Identity(config="c" * 64, layer="l" * 64, tokenizer="t" * 64)

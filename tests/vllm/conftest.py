@@ -1,19 +1,32 @@
-"""The store that the engines of these tests serve, and the Hugging Face answers that they must give."""
+"""The store that the engines of these tests serve, the Hugging Face answers that they must give, and schedulers driven
+by hand."""
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
-from engines import LAYER, NEW_TOKENS, PROMPTS, Engine, Expected, make_store
+import torch
+from engines import LAYER, MAX_MODEL_LEN, NEW_TOKENS, PROMPTS, Engine, Expected, flags, make_store
+from simulation import RULE, Simulate, Simulation, World, world
+from vllm.engine.arg_utils import EngineArgs
 
 from memoir_retrieval.errors import ModelError
 from memoir_retrieval.model import BaseModel, load_model, resolve
 from memoir_retrieval.reference import EditedModel
+from memoir_retrieval.span import SpanRule
 from memoir_retrieval.store import EditStore
+from memoir_vllm.config import longest_question
+from memoir_vllm.residual import ResidualLayer
+from memoir_vllm.routing import Router
+from memoir_vllm.scheduler import MemoirAsyncScheduler, MemoirScheduler
 
 
 @pytest.fixture(scope="session")
@@ -65,3 +78,44 @@ def start() -> Iterator[Callable[..., Engine]]:
     yield start_one
     for engine in engines:
         engine.close()
+
+
+@pytest.fixture(scope="session")
+def here() -> World:
+    return world()
+
+
+@pytest.fixture(scope="module", params=["sync", "async"])
+def simulate(request: pytest.FixtureRequest, here: World, model_folder: Path, store_folder: Path) -> Simulate:
+    """Starts a scheduler and its worker. The budget of a step is 64 tokens; questions of more than 24 are long."""
+    later = request.param == "async"
+    configs: dict[tuple[int, ...], Any] = {}
+
+    def start_one(
+        *,
+        kv_blocks: int = 200,
+        budget: int = 64,
+        seqs: int = 40,
+        block: int = 16,
+        model_len: int = MAX_MODEL_LEN,
+        rule: SpanRule = RULE,
+        served: World = here,
+    ) -> Simulation:
+        sizes = {"block_size": block, "max_num_batched_tokens": budget, "max_num_seqs": seqs}
+        given = flags(model_folder, store_folder, **sizes) | {"max_model_len": model_len}
+        key = (budget, seqs, block, model_len)
+        if key not in configs:  # most of a test's time otherwise: the store is read and checked
+            configs[key] = EngineArgs(**given).create_engine_config()
+        config = copy.deepcopy(configs[key])
+        config.scheduler_config.async_scheduling = later
+        config.additional_config["memoir_span"] = msgspec.to_builtins(rule)
+        manifest = SimpleNamespace(**vars(served.store.manifest) | {"span": rule})
+        layer = ResidualLayer(
+            Router(dataclasses.replace(served.store, manifest=manifest), None, "cpu"),
+            torch.from_numpy(served.store.memories),
+            longest=longest_question(config),
+        )
+        kind = MemoirAsyncScheduler if later else MemoirScheduler
+        return Simulation.start(kind, config, layer, served.embedding, blocks=kv_blocks, lag=int(later))
+
+    return start_one

@@ -27,7 +27,8 @@ from memoir_retrieval.forward import question_means
 from memoir_retrieval.model import BaseModel
 from memoir_retrieval.prompts import Prompt, prompt_ids
 from memoir_retrieval.span import SpanRule, derive_span_rule, find_span
-from memoir_retrieval.store import EditStore, fields_of, write_generation
+from memoir_retrieval.store import EditStore
+from memoir_retrieval.write_store import fields_of, write_generation
 
 LAYER, K, TAU = 24, 438, 0.6
 MAX_MODEL_LEN = 256
@@ -99,6 +100,7 @@ def make_store(
     tau: float = TAU,
     rule: SpanRule | None = None,
     k: int = K,
+    dtype: str = "float32",
 ) -> Path:
     """Masks of real questions, raw and in a chat, and two random memories large enough to change the answers."""
     rule = rule or derive_span_rule(base.tokenizer)
@@ -131,7 +133,7 @@ def make_store(
             "tau": tau,
             "span": rule,
             "chat": False,
-            "dtype": "float32",
+            "dtype": dtype,
             "seed": 0,
             "contexts": (),
             "training": {},

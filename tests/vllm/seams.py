@@ -96,6 +96,9 @@ SEAMS = {
     ),
     "v1/worker/cpu_worker.py": ("CPUWorker.compile_or_warm_up_model", "CPUWorker.determine_available_memory"),
     "model_executor/layers/linear.py": ("RowParallelLinear.forward",),
+    "model_executor/layers/utils.py": ("dispatch_cpu_unquantized_gemm", "dispatch_unquantized_gemm"),
+    "model_executor/layers/fusion/quant_activation.py": ("get_input_quant_key",),
+    "sequence.py": ("IntermediateTensors",),
     "utils/torch_utils.py": ("direct_register_custom_op",),
 }
 

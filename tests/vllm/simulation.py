@@ -9,8 +9,9 @@ that mean, and a generated token follows from all tags before it.
 from __future__ import annotations
 
 import dataclasses
+import random
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,7 +30,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 from memoir_index import unpack
 from memoir_retrieval.fingerprint import Fingerprint
 from memoir_retrieval.forward import span_mean
-from memoir_retrieval.span import SpanRule
+from memoir_retrieval.span import SpanRule, find_span
 from memoir_retrieval.store import EditStore
 from memoir_vllm.config import keeps_sums
 from memoir_vllm.requests import put_routed
@@ -40,6 +41,7 @@ from memoir_vllm.runner import take_up
 
 VOCABULARY = 90  # ordinary tokens; the two markers of a question come after them
 RULE = SpanRule(starts=((VOCABULARY,),), end=(VOCABULARY + 1,))
+ALL = SpanRule(rule="all")
 D, K = 64, 16
 
 
@@ -324,3 +326,21 @@ def world(lengths: Sequence[int] = (6, 9, 30)) -> World:
         edits=(),
     )
     return World(embedding, store, questions)
+
+
+Simulate = Callable[..., Simulation]
+
+
+def chat(question: list[int], before: int, after: int = 3) -> list[int]:
+    """A question behind `before` tokens, the last of which is the marker, and followed by a suffix."""
+    return [1 + i % 7 for i in range(before - 1)] + [VOCABULARY] + question + [VOCABULARY + 1] + [2] * (after - 1)
+
+
+def other(n: int, seed: int = 0) -> list[int]:
+    """A question of n tokens that no edit answers."""
+    return random.Random(seed).choices(range(VOCABULARY), k=n)
+
+
+def right(here: World, prompt: list[int], edit: int | None, max_tokens: int = 3) -> list[int]:
+    acting = None if edit is None else here.edit(edit)
+    return oracle(here.embedding, prompt, find_span(prompt, RULE).start, acting, max_tokens)

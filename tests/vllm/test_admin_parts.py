@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import time
 from argparse import Namespace
@@ -14,11 +15,14 @@ import pytest
 from fastapi import FastAPI, Request
 from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
 
+from memoir_retrieval import Edit, Editor
 from memoir_retrieval.cli.serve import server_command
 from memoir_retrieval.errors import ConfigError
+from memoir_retrieval.model import BaseModel
 from memoir_vllm.admin import guard
 from memoir_vllm.admin.audit import AUDIT, AuditLog
 from memoir_vllm.admin.guard import Guard
+from memoir_vllm.admin.jobs import Jobs, Trainer
 from memoir_vllm.admin.plugin import MemoirEndpoints
 from memoir_vllm.admin.tokens import Tokens
 from memoir_vllm.metrics import LOOKUP_ID, TOP, EngineCollector, Traffic
@@ -133,6 +137,36 @@ def test_the_audit_log_outlives_a_cut_off_line(tmp_path: Path) -> None:
     assert [entry["job"] for entry in log.unfinished()] == ["1"], "another server's changes may still be under way"
     log.write("interrupted", "ann", "1")
     assert log.unfinished() == []
+
+
+@pytest.mark.anyio
+async def test_a_job_tells_how_far_its_training_is(base: BaseModel, model_folder: Path, tmp_path: Path) -> None:
+    """The real process on a real store; only the engine that would take the result up is left out."""
+    folder = tmp_path / "edits"
+    with Editor(base, folder) as editor:
+        editor.add([Edit(prompt="Who runs Example Corp?", target="Jane Doe")])
+    trainer = Trainer({"store": str(folder), "model": str(model_folder), "device": "cpu"})
+
+    async def activate() -> int:
+        return 2
+
+    jobs = Jobs(trainer, AuditLog(folder, "here:1"), activate)
+    worker = asyncio.create_task(jobs.run())
+    change = {"add": {"prompt": "Who is the mayor?", "target": "Ed Fox"}, "on_conflict": "refuse"}
+    job = await jobs.submit("ann", change, kind="add")
+    seen = []
+    while job.finished is None:
+        await asyncio.sleep(0.002)
+        if job.progress is not None and seen[-1:] != [job.progress]:
+            seen.append(job.progress)
+    worker.cancel()
+    await trainer.stop()
+    assert (job.state, job.edit, job.progress) == ("done", 1, None)
+    assert list(dict.fromkeys(told.stage for told in seen)) == ["loading", "opening", "training"]
+    trained = seen[2:]
+    assert [told.step for told in trained] == sorted({told.step for told in trained}) and trained[-1].step == job.steps
+    assert trained[-1].limit == 60 and trained[-1].loss == pytest.approx(job.loss, abs=1e-5)
+    assert trained[-1].loss < trained[-1].goal < trained[0].loss
 
 
 def test_counts_and_their_bounds() -> None:

@@ -85,6 +85,28 @@ def test_a_quant_method_keeps_its_class_and_its_product(monkeypatch: pytest.Monk
     assert len(seen) == 1 and torch.equal(seen[0][0], x) and seen[0][1] == {"layer": "slots"}
 
 
+def test_a_fused_kernel_no_longer_quantises_what_goes_into_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's own choice between SiLU alone and SiLU fused with the quantisation of its output; the kernel is a stand-in
+    for those of a GPU. Other layers keep theirs."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.layers.activation import SiluAndMul
+    from vllm.model_executor.layers.fusion import fused_act_quant
+    from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8StaticTensorSym
+
+    monkeypatch.setitem(fused_act_quant._FUSED_ACT_QUANT, (SiluAndMul, kFp8StaticTensorSym), lambda x, linear: "packed")
+    with set_current_vllm_config(VllmConfig()):
+        silu = SiluAndMul()
+    edited, other = Linear(), Linear()
+    for layer in (edited, other):
+        layer.quant_method, layer._input_quant_key = Doubled(), kFp8StaticTensorSym
+    attach._hook(edited, "name")
+    x = torch.randn(3, 2 * D)
+    assert fused_act_quant.maybe_fused_act_quant(silu, x, other) == "packed"
+    torch.testing.assert_close(
+        fused_act_quant.maybe_fused_act_quant(silu, x, edited), torch.nn.functional.silu(x[:, :D]) * x[:, D:]
+    )
+
+
 class Worker:
     """Of vLLM's worker only what can be slept on."""
 

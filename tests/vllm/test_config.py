@@ -170,7 +170,7 @@ def test_refused_flags_are_named(what: str, model_folder: Path, store_folder: Pa
 
 # Settings that vLLM itself does not accept on a CPU: set on a finished configuration.
 REFUSED_ELSEWHERE: dict[str, tuple[str, str, Any]] = {
-    "--pipeline-parallel-size": ("parallel_config", "pipeline_parallel_size", 2),
+    "(use mode single, or --pipeline-parallel-size 1)": ("parallel_config", "pipeline_parallel_size", 2),
     "--decode-context-parallel-size": ("parallel_config", "decode_context_parallel_size", 2),
     "--prefill-context-parallel-size": ("parallel_config", "prefill_context_parallel_size", 2),
     "--enable-dbo": ("parallel_config", "enable_dbo", True),
@@ -196,6 +196,13 @@ def test_refused_settings_are_named(flag: str, model_folder: Path, store_folder:
     with pytest.raises(ConfigError) as refused:
         config.refuse(ours, made)
     assert flag in str(refused.value)
+
+
+def test_a_pipeline_is_served_in_mode_single(model_folder: Path, store_folder: Path) -> None:
+    made = create(model_folder, store_folder, memoir=SINGLE, pipeline_parallel_size=2)
+    assert made.parallel_config.worker_cls == "memoir_vllm.cpu_worker.MemoirCPUWorker"
+    with pytest.raises(ConfigError, match=r"pipeline parallelism in mode inline \(use mode single"):
+        create(model_folder, store_folder, pipeline_parallel_size=2)
 
 
 def test_what_a_model_is_may_be_refused(

@@ -99,6 +99,13 @@ def test_a_prompt_is_answered_side_by_side(page: Any) -> None:
     picture(page, f"console-{scheme(page)}")
 
 
+def halfway(route: Any) -> None:
+    """One answer about a job as it would be in the middle of training, however fast this machine trains."""
+    reply = route.fetch()
+    progress = {"stage": "training", "step": 3, "limit": 60, "loss": 0.5, "goal": 0.02}
+    route.fulfill(response=reply, json=reply.json() | {"state": "running", "finished": None, "progress": progress})
+
+
 def test_an_edit_is_added_found_and_removed_by_keyboard(page: Any) -> None:
     sign_in(page)
     page.locator("#adding summary").focus()
@@ -107,12 +114,17 @@ def test_an_edit_is_added_found_and_removed_by_keyboard(page: Any) -> None:
     page.keyboard.type(NEW)
     page.keyboard.press("Tab")
     page.keyboard.type(ANSWER)
+    page.keyboard.press("Tab")
+    page.keyboard.type("ticket 4")
+    page.route("**/memoir/jobs/*", halfway, times=1)
     page.keyboard.press("Enter")
+    page.locator("#change:has-text('training, step 3 of at most 60, loss 0.500 (done below 0.02)')").wait_for()
     page.locator("#change:has-text('is served')").wait_for(timeout=120_000)
     page.locator("#words").fill("moon gate")
     page.locator("#words").press("Enter")
     page.locator("#page:has-text('1 to 1 of 1')").wait_for()
-    assert ANSWER in page.locator("#edits tr").inner_text()
+    found = page.locator("#edits tr").inner_text()
+    assert ANSWER in found and "source: ticket 4" in found
     page.locator("#edits button").focus()
     page.keyboard.press("Enter")
     assert page.locator("#confirm").is_visible()
@@ -125,4 +137,5 @@ def test_an_edit_is_added_found_and_removed_by_keyboard(page: Any) -> None:
     page.keyboard.press("Enter")
     page.locator("#change:has-text('Removing')").wait_for()
     page.locator("#page:has-text('no edits')").wait_for()
+    assert page.locator("#no-audit").is_hidden()
     assert "remove" in page.locator("#audit").inner_text()

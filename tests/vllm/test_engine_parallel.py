@@ -1,11 +1,14 @@
-"""Tensor-parallel ranks on CPU, each with its share of the edited layer. Ranks spin while they wait for each other, so
-more of them than cores take minutes."""
+"""Several workers on CPU: tensor-parallel ranks, each with its share of the edited layer, and stages of a pipeline, one
+of which holds it; and several engines behind one client. They spin while they wait for each other, so more of them than
+cores take minutes."""
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,7 +32,7 @@ def even_model(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     config = LlamaConfig(
         hidden_size=64,
         intermediate_size=256,
-        num_hidden_layers=3,
+        num_hidden_layers=4,
         num_attention_heads=2,
         num_key_value_heads=2,
         vocab_size=49152,
@@ -67,6 +70,86 @@ def _agree(engine: Engine) -> None:
     for key in ("routed", "matched", "recalled", "replayed", "rows", "live"):
         assert len({rank[key] for rank in ranks}) == 1, key
     assert ranks[0]["replayed"] > 0 and ranks[0]["recalled"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layer", [1, 2], ids=["first stage", "last stage"])
+def test_two_stages_answer_as_one(layer: int, start: Callable[..., Engine], even_model: Path, tmp_path: Path) -> None:
+    """Each stage has two of the four layers. Few blocks, so that requests are preempted and computed again."""
+    folder = make_store(load_model(str(even_model), layer=layer), tmp_path / "edits", k=72, tau=0.9)
+    model = EditedModel.open(folder, str(even_model))
+    few = {"block_size": 32, "num_gpu_blocks_override": 28, "disable_log_stats": False}
+    engine = start(**flags(even_model, folder, {"mode": "single"}, pipeline_parallel_size=2, max_num_seqs=16, **few))
+    prompts = [model.prompt_ids(prompt) for prompt in PROMPTS.values()]
+    for generation in (3, next_generation(folder, without=(1,))):
+        if generation > 3:
+            model = EditedModel.open(folder, str(even_model))
+            assert engine.llm.collective_rpc("memoir_reload") == [generation], "the stage that holds the layer"
+        wanted = [model.generate([ids], max_new_tokens=60)[0] for ids in prompts]
+        assert 2 < sum(answer.edit is not None for answer in wanted) < len(PROMPTS)
+        for name, answer, reply in zip(PROMPTS, wanted, engine.ask(prompts, max_tokens=60), strict=True):
+            assert (reply.tokens, reply.memoir["edit"]) == (list(answer.tokens), answer.edit), name
+            assert reply.memoir["generation"] == generation
+        off = engine.ask(prompts, [{"memoir": "off"}] * len(prompts))
+        plain = [model.generate([ids], max_new_tokens=NEW_TOKENS, edited=False)[0] for ids in prompts]
+        assert [reply.tokens for reply in off] == [list(answer.tokens) for answer in plain]
+    preempted = sum(m.value for m in engine.llm.get_metrics() if m.name == "vllm:num_preemptions")
+    engine.ask([[5, 6, 7]])
+    (stats,) = engine.llm.collective_rpc("memoir_stats")
+    assert preempted > 0 and stats["live"] == 0
+
+
+@pytest.mark.slow
+def test_two_engines_of_one_client_answer_alike(even_model: Path, tmp_path: Path) -> None:
+    """Data parallelism. Each engine is asked everything, and a new generation reaches both."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    from memoir_vllm.admin.engines import Engines
+
+    folder = make_store(load_model(str(even_model), layer=1), tmp_path / "edits", k=72, tau=0.9)
+    model = EditedModel.open(folder, str(even_model))
+    prompts = [model.prompt_ids(prompt) for prompt in PROMPTS.values()]
+
+    async def ask_both() -> None:
+        client = AsyncLLM.from_engine_args(
+            AsyncEngineArgs(**flags(even_model, folder, data_parallel_size=2, **SMALL_STEPS))
+        )
+        try:
+            engines = Engines(client)
+            await all_as_the_reference(client, 3)
+            generation = next_generation(folder, without=(1,))
+            assert await engines.reload() == generation == 4
+            await all_as_the_reference(client, 4)
+            first, second = await engines.stats()
+            assert first == second | {key: first[key] for key in ("steps", "routing_s", "residual_s")}
+            assert (first["generation"], first["live"], first["routed"]) == (4, 0, 2 * len(PROMPTS))
+        finally:
+            client.shutdown()
+
+    async def all_as_the_reference(client: AsyncLLM, generation: int) -> None:
+        served = EditedModel.open(folder, str(even_model))
+        wanted = served.generate(prompts, max_new_tokens=NEW_TOKENS, batch_size=1)
+        assert 2 < sum(answer.edit is not None for answer in wanted) < len(PROMPTS)
+        for engine in (0, 1):
+            answers = [answer_of(client, ids, engine) for ids in prompts]
+            for name, answer, output in zip(PROMPTS, wanted, await asyncio.gather(*answers), strict=True):
+                said = output.kv_transfer_params["memoir"]
+                assert list(output.outputs[0].token_ids) == list(answer.tokens), (name, engine)
+                assert (said["edit"], said["generation"]) == (answer.edit, generation), (name, engine)
+
+    asyncio.run(ask_both())
+
+
+async def answer_of(client: Any, ids: list[int], engine: int) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    how = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, output_kind=RequestOutputKind.FINAL_ONLY)
+    name = f"{engine} {id(ids)}"
+    async for output in client.generate({"prompt_token_ids": ids}, how, name, data_parallel_rank=engine):
+        last = output
+    return last
 
 
 @pytest.mark.slow

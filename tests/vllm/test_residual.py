@@ -12,13 +12,16 @@ import pytest
 import torch
 from simulation import Rows, step_of
 from torch.nn import functional
+from vllm.sequence import IntermediateTensors
 
 from memoir_index import unpack
 from memoir_retrieval.edit import StoredEdit
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.fingerprint import Fingerprint
+from memoir_retrieval.forward import span_mean
 from memoir_retrieval.span import SpanRule
 from memoir_retrieval.store import EditStore
+from memoir_vllm import pipeline
 from memoir_vllm.requests import Decision, Routed, routed_of
 from memoir_vllm.residual import ResidualLayer
 from memoir_vllm.routing import Router
@@ -26,7 +29,7 @@ from memoir_vllm.runner import follow
 from memoir_vllm.selftest import self_test
 
 D, H, K, EDITS = 64, 16, 16, 3
-RULE = SpanRule(starts=((101,),), end=(102,))  # token 101 before a question, 102 after it
+RULE = SpanRule(starts=((101,),), end=(102,), weighted=True)  # token 101 before a question, 102 after it
 
 
 def prompt(question: int, before: int = 0, after: int = 0) -> list[int]:
@@ -45,7 +48,11 @@ def store_of(activations: torch.Tensor, **manifest: Any) -> EditStore:
     n = len(activations)
     background, perm = np.zeros(D, dtype=np.float32), np.random.default_rng(0).permutation(D)
     empty = np.empty((0, D // 8), dtype=np.uint8)
-    codes = Fingerprint(background, perm, K).codes(activations.mean(1)) if n else empty
+    codes = (
+        Fingerprint(background, perm, K).codes(torch.stack([span_mean(a, 0, 4, True) for a in activations]))
+        if n
+        else empty
+    )
     fields = {"generation": 7, "span": RULE, "d": D, "h": H, "k": K, "tau": 0.9, **manifest}
     return EditStore(
         path=Path(),
@@ -275,8 +282,9 @@ def test_shards_add_up_to_the_whole(
     """Two ranks, each with half of D: the same decision, and partial sums whose sum is the residual."""
     x = activations[1]
     monkeypatch.setattr(
-        "vllm.distributed.tensor_model_parallel_all_gather", lambda means, dim: x.float().sum(0)[None] / len(x)
+        "vllm.distributed.tensor_model_parallel_all_gather", lambda means, dim: span_mean(x, 0, len(x), True)[None]
     )
+    monkeypatch.setattr("vllm.distributed.tensor_model_parallel_all_reduce", lambda _: x.square().sum(1))
     total = torch.zeros(4, H)
     for rank in range(2):
         layer = layer_of(store, rank=rank, ranks=2)
@@ -309,7 +317,7 @@ class FakeRunner:
     def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: np.ndarray) -> str:
         return "prepared"
 
-    def execute_model(self, scheduler_output: Any) -> None:
+    def execute_model(self, scheduler_output: Any, intermediate_tensors: Any = None) -> None:
         self._prepare_inputs(scheduler_output, np.array([4, 4]))
         self.layer.run(scheduler_output.x, scheduler_output.y)
 
@@ -361,3 +369,59 @@ def test_following_a_runner(layer: ResidualLayer, activations: torch.Tensor) -> 
     assert delayed.more == 4
     assert routed_of(delayed.get_output())["off"].decision.result == "off"
     assert layer.stats()["live"] == 3
+
+
+@pytest.mark.parametrize("ranks", range(1, 9))
+def test_decisions_go_from_stage_to_stage(ranks: int) -> None:
+    """The first of three stages decides; what each stage's model sees is what vLLM has sent."""
+    routed = {"a": Routed(Decision(3, 0.9321, "matched", 7), 5), "é": Routed(Decision(None, 0.1, "unmatched", 7))}
+    sent = IntermediateTensors({"hidden_states": torch.ones(2, 3)})
+    for _ in range(2):
+        pipeline.load(sent, routed, ranks)
+        (size,) = {tensor.numel() for key, tensor in sent.items() if key != "hidden_states"}
+        assert ranks == 1 or size % ranks, "vLLM would split it"
+        assert pipeline.unload(sent) == routed
+        assert list(sent.tensors) == ["hidden_states"]
+    pipeline.load(sent, {}, ranks)
+    assert list(sent.tensors) == ["hidden_states"] and pipeline.unload(sent) == pipeline.unload(None) == {}
+
+
+class FirstStage(FakeRunner):
+    """Hands its activations on instead of sampling."""
+
+    def execute_model(self, scheduler_output: Any, intermediate_tensors: Any = None) -> IntermediateTensors:
+        super().execute_model(scheduler_output)
+        return IntermediateTensors({"hidden_states": scheduler_output.y})
+
+    def sample_tokens(self) -> Any:
+        return self.output
+
+
+class LaterStage(FakeRunner):
+    """Has seen only what vLLM sends when its model runs."""
+
+    def execute_model(self, scheduler_output: Any, intermediate_tensors: Any = None) -> None:
+        assert list(intermediate_tensors.tensors) == ["hidden_states"]
+
+
+def test_the_last_stage_tells_what_the_first_has_decided(
+    layer: ResidualLayer, activations: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("memoir_vllm.runner.get_tensor_model_parallel_world_size", lambda: 2)
+    first, last = FirstStage(layer), LaterStage(layer)
+    follow(first, layer)
+    follow(last, None)
+    fields = {"prompt_token_ids": prompt(4), "sampling_params": None, "block_ids": ([],), "num_computed_tokens": 0}
+    for names, edits in (("ab", {"a": 0, "b": 1}), ("", {})):
+        scheduled = SimpleNamespace(
+            finished_req_ids=set(),
+            scheduled_new_reqs=[SimpleNamespace(req_id=name, **fields) for name in names],
+            scheduled_cached_reqs=SimpleNamespace(resumed_req_ids=set()),
+            x=torch.cat([activations[1], activations[0]]),
+            y=torch.zeros(8, H),
+        )
+        handed_on = first.execute_model(scheduled)
+        assert routed_of(first.sample_tokens()) == {}
+        last.output = SimpleNamespace()
+        last.execute_model(scheduled, handed_on)
+        assert {k: r.decision.edit for k, r in routed_of(last.sample_tokens()).items()} == edits

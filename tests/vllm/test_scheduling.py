@@ -2,86 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import random
-from collections.abc import Callable
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import msgspec
 import pytest
-import torch
-from engines import flags
-from simulation import RULE, VOCABULARY, Simulation, World, oracle, world
-from vllm.engine.arg_utils import EngineArgs
+from simulation import ALL, Simulate, Simulation, World, chat, oracle, other, right, world
 from vllm.v1.request import RequestStatus
 
 from memoir_retrieval.forward import span_mean
-from memoir_retrieval.span import SpanRule, find_span
 from memoir_vllm import blocks
-from memoir_vllm.config import longest_question
-from memoir_vllm.residual import ResidualLayer
-from memoir_vllm.routing import Router
-from memoir_vllm.scheduler import MemoirAsyncScheduler, MemoirScheduler
-
-BLOCK = 16
-Start = Callable[..., Simulation]
 
 
-@pytest.fixture(scope="module")
-def here() -> World:
-    return world()
-
-
-@pytest.fixture(scope="module", params=["sync", "async"])
-def start(request: pytest.FixtureRequest, here: World, model_folder: Path, store_folder: Path) -> Start:
-    """Starts a scheduler and its worker. The budget of a step is 64 tokens; questions of more than 24 are long."""
-    later = request.param == "async"
-
-    def start_one(
-        *,
-        kv_blocks: int = 200,
-        budget: int = 64,
-        seqs: int = 40,
-        block: int = BLOCK,
-        rule: SpanRule = RULE,
-        served: World = here,
-    ) -> Simulation:
-        sizes = {"block_size": block, "max_num_batched_tokens": budget, "max_num_seqs": seqs}
-        config = EngineArgs(**flags(model_folder, store_folder, **sizes)).create_engine_config()
-        config.scheduler_config.async_scheduling = later
-        config.additional_config["memoir_span"] = msgspec.to_builtins(rule)
-        manifest = SimpleNamespace(**vars(served.store.manifest) | {"span": rule})
-        layer = ResidualLayer(
-            Router(dataclasses.replace(served.store, manifest=manifest), None, "cpu"),
-            torch.from_numpy(served.store.memories),
-            longest=longest_question(config),
-        )
-        kind = MemoirAsyncScheduler if later else MemoirScheduler
-        return Simulation.start(kind, config, layer, served.embedding, blocks=kv_blocks, lag=int(later))
-
-    return start_one
-
-
-def chat(question: list[int], before: int, after: int = 3) -> list[int]:
-    """A question behind `before` tokens, the last of which is the marker, and followed by a suffix."""
-    return [1 + i % 7 for i in range(before - 1)] + [VOCABULARY] + question + [VOCABULARY + 1] + [2] * (after - 1)
-
-
-def other(n: int, seed: int = 0) -> list[int]:
-    """A question of n tokens that no edit answers."""
-    return random.Random(seed).choices(range(VOCABULARY), k=n)
-
-
-def right(here: World, prompt: list[int], edit: int | None, max_tokens: int = 3) -> list[int]:
-    acting = None if edit is None else here.edit(edit)
-    return oracle(here.embedding, prompt, find_span(prompt, RULE).start, acting, max_tokens)
-
-
-def test_a_question_is_never_split(start: Start, here: World) -> None:
+def test_a_question_is_never_split(simulate: Simulate, here: World) -> None:
     """The first chunk ends where the question starts, although the budget reaches into it."""
-    sim = start()
+    sim = simulate()
     prompt = chat(here.questions[1], before=58)
     sim.add("a", prompt)
     sim.run()
@@ -90,8 +24,8 @@ def test_a_question_is_never_split(start: Start, here: World) -> None:
     assert sim.said["a"] == {"edit": 1, "overlap": 1.0, "result": "matched", "generation": 7}
 
 
-def test_a_question_waits_for_a_step_with_room(start: Start, here: World) -> None:
-    sim = start()
+def test_a_question_waits_for_a_step_with_room(simulate: Simulate, here: World) -> None:
+    sim = simulate()
     first, second = chat(other(9), before=50), chat(here.questions[1], before=1)
     sim.add("first", first)
     sim.add("second", second)
@@ -101,9 +35,11 @@ def test_a_question_waits_for_a_step_with_room(start: Start, here: World) -> Non
     assert sim.answers == {"first": right(here, first, None), "second": right(here, second, 1)}
 
 
-def test_blocks_are_shared_before_the_question_and_owned_by_their_edit_from_it_on(start: Start, here: World) -> None:
+def test_blocks_are_shared_before_the_question_and_owned_by_their_edit_from_it_on(
+    simulate: Simulate, here: World
+) -> None:
     """The question starts at 40, in the third block of 16; a prompt has 70 tokens."""
-    sim = start()
+    sim = simulate()
     matched = chat(here.questions[1], before=40, after=21)
     for name, options in (("cold", None), ("off", {"memoir": "off"}), ("warm", None), ("off again", {"memoir": "off"})):
         sim.add(name, matched, options)
@@ -115,8 +51,8 @@ def test_blocks_are_shared_before_the_question_and_owned_by_their_edit_from_it_o
     assert sim.layer.stats()["routed"] == 1
 
 
-def test_an_unmatched_request_leaves_its_blocks_to_all(start: Start, here: World) -> None:
-    sim = start()
+def test_an_unmatched_request_leaves_its_blocks_to_all(simulate: Simulate, here: World) -> None:
+    sim = simulate()
     prompt = chat(other(9), before=40, after=21)
     for name, options in (("cold", None), ("off", {"memoir": "off"}), ("warm", None)):
         sim.add(name, prompt, options)
@@ -125,8 +61,8 @@ def test_an_unmatched_request_leaves_its_blocks_to_all(start: Start, here: World
     assert set(map(tuple, sim.answers.values())) == {tuple(right(here, prompt, None))}
 
 
-def test_two_edits_behind_one_preamble_share_it_and_nothing_else(start: Start, here: World) -> None:
-    sim = start()
+def test_two_edits_behind_one_preamble_share_it_and_nothing_else(simulate: Simulate, here: World) -> None:
+    sim = simulate()
     prompts = {n: chat(here.questions[n], before=48, after=40) for n in (0, 1)}
     for name, n in (("a", 0), ("b", 1), ("a again", 0), ("b again", 1)):
         sim.add(name, prompts[n])
@@ -135,9 +71,9 @@ def test_two_edits_behind_one_preamble_share_it_and_nothing_else(start: Start, h
     assert sim.hits == {"a": 0, "b": 48, "a again": 80, "b again": 96}
 
 
-def test_nothing_of_a_question_is_published_before_its_decision(start: Start, here: World) -> None:
+def test_nothing_of_a_question_is_published_before_its_decision(simulate: Simulate, here: World) -> None:
     """Twins of one step and of the steps before the decision is back, in both orders."""
-    sim = start(budget=200)
+    sim = simulate(budget=200)
     prompt = chat(here.questions[1], before=40, after=21)
     for at in range(6):
         sim.add(f"edited {at}", prompt)
@@ -148,8 +84,8 @@ def test_nothing_of_a_question_is_published_before_its_decision(start: Start, he
         assert answer == right(here, prompt, 1 if "edited" in name else None), name
 
 
-def test_a_long_question_is_computed_twice_where_it_matches(start: Start, here: World) -> None:
-    sim = start(budget=60)
+def test_a_long_question_is_computed_twice_where_it_matches(simulate: Simulate, here: World) -> None:
+    sim = simulate(budget=60)
     prompt = chat(here.questions[2], before=40)
     sim.add("a", prompt)
     sim.run()
@@ -165,8 +101,8 @@ def test_a_long_question_is_computed_twice_where_it_matches(start: Start, here: 
     assert (sim.answers["twin"], sim.answers["off"]) == (right(here, prompt, 2), right(here, prompt, None))
 
 
-def test_a_long_question_that_matches_nothing_is_computed_once(start: Start, here: World) -> None:
-    sim = start(budget=60)
+def test_a_long_question_that_matches_nothing_is_computed_once(simulate: Simulate, here: World) -> None:
+    sim = simulate(budget=60)
     prompt = chat(other(30), before=40)
     sim.add("a", prompt)
     sim.run()
@@ -175,9 +111,9 @@ def test_a_long_question_that_matches_nothing_is_computed_once(start: Start, her
 
 
 @pytest.mark.parametrize(("budget", "passes"), [(80, 1), (44, 2)])
-def test_the_rule_all_looks_the_whole_prompt_up(budget: int, passes: int, start: Start, here: World) -> None:
+def test_the_rule_all_looks_the_whole_prompt_up(budget: int, passes: int, simulate: Simulate, here: World) -> None:
     """A prompt that is known is taken from the cache as ever."""
-    sim = start(rule=ALL, budget=budget)
+    sim = simulate(rule=ALL, budget=budget)
     prompts = {"edit": here.questions[2], "other": other(40)}
     for name, options in (("cold", None), ("off", {"memoir": "off"}), ("warm", None)):
         for kind, prompt in prompts.items():
@@ -194,12 +130,9 @@ def test_the_rule_all_looks_the_whole_prompt_up(budget: int, passes: int, start:
     assert sim.layer.stats()["replayed"] == passes - 1
 
 
-ALL = SpanRule(rule="all")
-
-
-def test_the_rule_all_finds_unmatched_prompts_in_the_cache(start: Start, here: World) -> None:
+def test_the_rule_all_finds_unmatched_prompts_in_the_cache(simulate: Simulate, here: World) -> None:
     """What was computed before is not computed again, though the decision needs its activations."""
-    sim = start(rule=ALL)
+    sim = simulate(rule=ALL)
     first = other(50)
     second, third = first[:40] + other(20, 1), first[:33]
     for name, prompt in (("first", first), ("second", second), ("third", third)):
@@ -212,9 +145,11 @@ def test_the_rule_all_finds_unmatched_prompts_in_the_cache(start: Start, here: W
 
 
 @pytest.mark.parametrize("together", [False, True])
-def test_the_rule_all_computes_a_match_from_the_cache_once_more(together: bool, start: Start, here: World) -> None:
+def test_the_rule_all_computes_a_match_from_the_cache_once_more(
+    together: bool, simulate: Simulate, here: World
+) -> None:
     """Its first 16 tokens are the base model's, computed before or in the same step."""
-    sim = start(rule=ALL, budget=200)
+    sim = simulate(rule=ALL, budget=200)
     question = here.questions[2]
     sim.add("off", question, {"memoir": "off"}, max_tokens=9)
     if not together:
@@ -229,11 +164,11 @@ def test_the_rule_all_computes_a_match_from_the_cache_once_more(together: bool, 
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_any_mix_under_the_rule_all(seed: int, start: Start) -> None:
+def test_any_mix_under_the_rule_all(seed: int, simulate: Simulate) -> None:
     dice = random.Random(seed)
     served = world((20, 40, 70))
     budget, seqs, blocks = dice.choice((17, 40, 64, 256)), dice.choice((3, 8)), dice.choice((14, 20, 200))
-    sim = start(kv_blocks=blocks, budget=budget, seqs=seqs, rule=ALL, served=served)
+    sim = simulate(kv_blocks=blocks, budget=budget, seqs=seqs, rule=ALL, served=served)
     router = sim.layer.now.router
     wanted: dict[str, list[int]] = {}
     aborted: set[str] = set()
@@ -259,8 +194,8 @@ def test_any_mix_under_the_rule_all(seed: int, start: Start) -> None:
     assert sim.layer.stats()["live"] == 0
 
 
-def test_salts_are_kept_apart(start: Start, here: World) -> None:
-    sim = start()
+def test_salts_are_kept_apart(simulate: Simulate, here: World) -> None:
+    sim = simulate()
     prompt = chat(here.questions[1], before=40, after=21)
     for name, salt in (("x", "x"), ("y", "y"), ("x again", "x")):
         sim.add(name, prompt, salt=salt)
@@ -269,8 +204,8 @@ def test_salts_are_kept_apart(start: Start, here: World) -> None:
     assert set(map(tuple, sim.answers.values())) == {tuple(right(here, prompt, 1))}
 
 
-def test_a_reset_forgets_decisions_and_blocks(start: Start, here: World) -> None:
-    sim = start()
+def test_a_reset_forgets_decisions_and_blocks(simulate: Simulate, here: World) -> None:
+    sim = simulate()
     prompt = chat(here.questions[1], before=40, after=21)
     sim.add("a", prompt)
     sim.run()
@@ -281,8 +216,8 @@ def test_a_reset_forgets_decisions_and_blocks(start: Start, here: World) -> None
     assert sim.answers["a"] == sim.answers["b"]
 
 
-def test_a_reset_in_the_middle_starts_running_requests_again(start: Start, here: World) -> None:
-    sim = start()
+def test_a_reset_in_the_middle_starts_running_requests_again(simulate: Simulate, here: World) -> None:
+    sim = simulate()
     prompt = chat(here.questions[1], before=40, after=21)
     for steps in (1, 2, 3):
         name = f"after {steps}"
@@ -294,9 +229,9 @@ def test_a_reset_in_the_middle_starts_running_requests_again(start: Start, here:
         assert sim.answers[name] == right(here, prompt, 1, 5), name
 
 
-def test_an_abort_leaves_nothing(start: Start, here: World) -> None:
+def test_an_abort_leaves_nothing(simulate: Simulate, here: World) -> None:
     for steps in range(6):
-        sim = start(budget=60)
+        sim = simulate(budget=60)
         sim.add("a", chat(here.questions[1], before=58), max_tokens=9)
         sim.add("b", chat(here.questions[2], before=58), max_tokens=9)
         for _ in range(steps):
@@ -310,19 +245,19 @@ def test_an_abort_leaves_nothing(start: Start, here: World) -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_any_mix_of_requests(seed: int, start: Start, here: World) -> None:
+def test_any_mix_of_requests(seed: int, simulate: Simulate, here: World) -> None:
     dice = random.Random(seed)
     budget, seqs = dice.choice((17, 24, 40, 64, 256)), dice.choice((3, 8))
     block = dice.choice((16, 16, 32, 128))
-    sim = start(kv_blocks=dice.choice((14, 20, 200)) * 16 // block + 2, budget=budget, seqs=seqs, block=block)
+    sim = simulate(kv_blocks=dice.choice((14, 20, 200)) * 16 // block + 2, budget=budget, seqs=seqs, block=block)
     check_mix(sim, here, dice, requests=30)
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_every_answer_is_that_of_the_generation_it_reports(seed: int, start: Start, here: World) -> None:
+def test_every_answer_is_that_of_the_generation_it_reports(seed: int, simulate: Simulate, here: World) -> None:
     """New generations at any moment, over twins that wait, run, are preempted or are known on arrival."""
     dice = random.Random(seed)
-    sim = start(kv_blocks=dice.choice((16, 22, 200)), budget=dice.choice((24, 40, 64)), seqs=dice.choice((3, 8)))
+    sim = simulate(kv_blocks=dice.choice((16, 22, 200)), budget=dice.choice((24, 40, 64)), seqs=dice.choice((3, 8)))
     worlds = {7: here}
     asked: dict[str, tuple[list[int], int | None, int]] = {}
     for n in range(40):
@@ -344,9 +279,11 @@ def test_every_answer_is_that_of_the_generation_it_reports(seed: int, start: Sta
     assert sim.layer.stats()["older_generations"] == 0
 
 
-def test_a_decision_of_an_older_generation_is_made_again_for_a_request_that_waits(start: Start, here: World) -> None:
+def test_a_decision_of_an_older_generation_is_made_again_for_a_request_that_waits(
+    simulate: Simulate, here: World
+) -> None:
     """The first twin runs on with its generation; the second, known on arrival, had not begun; the third is new."""
-    sim = start(seqs=1)
+    sim = simulate(seqs=1)
     prompt = chat(here.questions[1], before=40, after=21)
     sim.add("remembered", prompt)
     sim.run()
@@ -372,8 +309,8 @@ def test_a_decision_of_an_older_generation_is_made_again_for_a_request_that_wait
 
 
 @pytest.mark.slow
-def test_nothing_is_kept_of_ten_thousand_requests(start: Start, here: World) -> None:
-    sim = start(kv_blocks=60, budget=32, seqs=8)
+def test_nothing_is_kept_of_ten_thousand_requests(simulate: Simulate, here: World) -> None:
+    sim = simulate(kv_blocks=60, budget=32, seqs=8)
     check_mix(sim, here, random.Random(0), requests=10_000)
     stats = sim.layer.stats()
     assert stats["live"] == 0 and stats["routed"] > 1000 and stats["replayed"] > 10 and stats["recalled"] > 100
@@ -405,9 +342,9 @@ def check_mix(sim: Simulation, here: World, dice: random.Random, requests: int) 
     assert sim.layer.stats()["live"] == 0
 
 
-def test_sums_of_a_block_that_did_not_pass_are_refused(start: Start) -> None:
+def test_sums_of_a_block_that_did_not_pass_are_refused(simulate: Simulate) -> None:
     """A row that is missing, as one that another engine has computed would be."""
-    sim = start(rule=ALL)
+    sim = simulate(rule=ALL)
     first = other(50)
     sim.add("first", first)
     sim.run()
@@ -431,19 +368,19 @@ def wrong_rows(sim: Simulation, here: World) -> list[str]:
     return [name for name, answer in sim.answers.items() if answer != right(here, prompt, 1 if "on" in name else None)]
 
 
-def test_with_all_protections_no_row_is_wrong(start: Start, here: World) -> None:
-    assert wrong_rows(start(), here) == []
+def test_with_all_protections_no_row_is_wrong(simulate: Simulate, here: World) -> None:
+    assert wrong_rows(simulate(), here) == []
 
 
 def test_without_their_own_name_edited_blocks_reach_others(
-    start: Start, here: World, monkeypatch: pytest.MonkeyPatch
+    simulate: Simulate, here: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(blocks, "own", lambda *args: None)
-    assert wrong_rows(start(), here)
+    assert wrong_rows(simulate(), here)
 
 
 def test_without_late_publication_edited_blocks_reach_others(
-    start: Start, here: World, monkeypatch: pytest.MonkeyPatch
+    simulate: Simulate, here: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     guard = blocks.guard
 
@@ -453,13 +390,13 @@ def test_without_late_publication_edited_blocks_reach_others(
         manager.coordinator.cache_blocks = publish
 
     monkeypatch.setattr(blocks, "guard", hits_only)
-    assert wrong_rows(start(), here)
+    assert wrong_rows(simulate(), here)
 
 
 def test_with_decisions_of_an_older_generation_the_worker_refuses(
-    start: Start, here: World, monkeypatch: pytest.MonkeyPatch
+    simulate: Simulate, here: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sim = start()
+    sim = simulate()
     prompt = chat(here.questions[1], before=40, after=21)
     sim.add("remembered", prompt)
     sim.run()
@@ -470,9 +407,11 @@ def test_with_decisions_of_an_older_generation_the_worker_refuses(
         sim.run()
 
 
-def test_without_capped_hits_the_worker_refuses(start: Start, here: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_capped_hits_the_worker_refuses(
+    simulate: Simulate, here: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(blocks, "guard", lambda *args: None)
-    sim = start()
+    sim = simulate()
     prompt = chat(other(9), before=40, after=21)
     sim.add("off", prompt, {"memoir": "off"})
     sim.run()

@@ -14,7 +14,7 @@ from typing import Any
 
 from memoir_retrieval.errors import StoreError
 from memoir_vllm.admin.audit import AuditLog
-from memoir_vllm.admin.schema import Job
+from memoir_vllm.admin.schema import Job, JobProgress
 from memoir_vllm.admin.tokens import TOKEN_VARIABLE
 
 __all__ = ["QUEUE", "Jobs", "QueueFull", "Trainer"]
@@ -35,8 +35,8 @@ class Trainer:
         self._setting = setting
         self._process: asyncio.subprocess.Process | None = None
 
-    async def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        """One change. Raises StoreError, with one line, where it is not made."""
+    async def ask(self, request: dict[str, Any], progress: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+        """One change. progress: told how far it is. Raises StoreError, with one line, where it is not made."""
         if self._process is None or self._process.returncode is not None:
             self._process = await self._start()
         process = self._process
@@ -44,13 +44,16 @@ class Trainer:
         try:
             process.stdin.write(json.dumps(request).encode() + b"\n")
             await process.stdin.drain()
-            line = await process.stdout.readline()
+            while line := await process.stdout.readline():
+                answer = json.loads(line)
+                if "progress" not in answer:
+                    break
+                progress(answer["progress"])
         except OSError:
             line = b""
         if not line:
             code = await process.wait()
             raise StoreError(f"the process that changes the store ended with status {code}: see the server's log")
-        answer = json.loads(line)
         if "error" in answer:
             raise StoreError(answer["error"])
         return answer
@@ -129,11 +132,17 @@ class Jobs:
 
     async def _make(self, job: Job, request: dict[str, Any]) -> None:
         job.state = "running"
+
+        def progress(told: dict[str, Any]) -> None:
+            job.progress = JobProgress.model_validate(told)
+
         try:
-            answer = await self._trainer.ask(request)
+            answer = await self._trainer.ask(request, progress)
         except StoreError as error:
             await self._finish(job, "failed", str(error))
             return
+        finally:
+            job.progress = None
         job.edit, job.generation = answer["edit"], answer["generation"]
         job.loss, job.steps = answer.get("loss"), answer.get("steps")
         job.state = "activating"

@@ -15,6 +15,7 @@ __all__ = [
     "EditPage",
     "Job",
     "JobPage",
+    "JobProgress",
     "LookupMessages",
     "LookupPrompt",
     "LookupResult",
@@ -90,12 +91,26 @@ class EditPage(BaseModel):
     edits: list[StoredEditOut]
 
 
+class JobProgress(BaseModel):
+    """What a job that is `running` is at: loading the model (the first edit does), opening the store (earlier edits are
+    run again), or training. Of that `step` of at most `limit` steps are done; it ends as soon as `loss`, in nats a
+    target token, is below `goal`. An edit that is not learnt is trained again, from step 0."""
+
+    stage: Literal["loading", "opening", "training"]
+    step: int | None = None
+    limit: int | None = None
+    loss: float | None = None
+    goal: float | None = None
+
+
 class Job(BaseModel):
-    """A change of the store. `stored`: on disk, but not activated, for the reason in `error`."""
+    """A change of the store. `stored`: on disk, but not activated, for the reason in `error`. `loss` and `steps`: of
+    training that is done; `progress`: of what is under way."""
 
     id: str
     kind: Literal["add", "remove"]
     state: Literal["queued", "running", "activating", "done", "stored", "failed"]
+    progress: JobProgress | None = None
     by: str
     created: str
     finished: str | None = None

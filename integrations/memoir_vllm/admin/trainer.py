@@ -3,8 +3,9 @@
     python -m memoir_vllm.admin.trainer '{"store": DIR, "model": DIR, "device": "cpu"}'
 
 reads one JSON object a line, `{"add": {EDIT}, "on_conflict": "refuse" | "last"}` or `{"remove": ID}`, and answers each
-with one line, `{"generation": N, "edit": ID, ...}` or `{"error": TEXT}`. It keeps the model for the next edit, takes
-the store's lock for each change alone, and ends with its input: a server that dies takes it along.
+with one line, `{"generation": N, "edit": ID, ...}` or `{"error": TEXT}`. Before that come lines `{"progress": {...}}`
+(see `schema.JobProgress`). It keeps the model for the next edit, takes the store's lock for each change alone, and ends
+with its input: a server that dies takes it along.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ import queue
 import signal
 import sys
 import threading
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import msgspec
 
 if TYPE_CHECKING:
-    from memoir_retrieval.outcome import Outcome
+    from memoir_retrieval.outcome import Outcome, Step
 
 __all__ = ["main"]
 
@@ -34,12 +37,16 @@ def main() -> None:
     os.nice(10)
     setting = json.loads(sys.argv[1])
     asked: queue.SimpleQueue[str] = queue.SimpleQueue()
-    trainer = _Trainer(Path(setting["store"]), setting["model"], setting["device"])
+
+    def say(told: dict[str, Any]) -> None:
+        answers.write(json.dumps(told) + "\n")
+        answers.flush()
+
+    trainer = _Trainer(Path(setting["store"]), setting["model"], setting["device"], lambda p: say({"progress": p}))
     try:
         threading.Thread(target=_listen, args=(sys.stdin, asked), daemon=True).start()
         while True:
-            answers.write(json.dumps(trainer.answer(json.loads(asked.get()))) + "\n")
-            answers.flush()
+            say(trainer.answer(json.loads(asked.get())))
     except KeyboardInterrupt:
         pass
 
@@ -52,8 +59,9 @@ def _listen(lines: IO[str], asked: queue.SimpleQueue[str]) -> None:
 
 
 class _Trainer:
-    def __init__(self, store: Path, model: str, device: str):
+    def __init__(self, store: Path, model: str, device: str, progress: Callable[[dict[str, Any]], None]):
         self._store, self._model, self._device = store, model, device
+        self._progress = progress
         self._base: Any = None
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -74,10 +82,12 @@ class _Trainer:
         from memoir_retrieval.store import EditStore
 
         if self._base is None:
+            self._progress({"stage": "loading"})
             made = EditStore.open(self._store).manifest
             self._base = load_model(self._model, layer=made.layer, dtype=made.dtype, device=self._device)
         edit = msgspec.convert(request["add"], Edit)
-        with Editor(self._base, self._store) as editor:
+        self._progress({"stage": "opening"})
+        with Editor(self._base, self._store, watch=self._step) as editor:
             new = editor.add([edit], on_conflict=request["on_conflict"])
             same = [e for e in editor.edits if (e.prompt.split(), e.target) == (edit.prompt.split(), edit.target)]
             if not new and not same:
@@ -89,6 +99,9 @@ class _Trainer:
                 "loss": stored.loss,
                 "steps": stored.steps,
             }
+
+    def _step(self, step: Step) -> None:
+        self._progress({"stage": "training", **asdict(step)})
 
     def _remove(self, edit_id: int) -> dict[str, Any]:
         from memoir_retrieval.remove import remove_edits

@@ -23,7 +23,8 @@ import torch
 
 from memoir_index import pack
 from memoir_retrieval.edit import StoredEdit
-from memoir_retrieval.store import EditStore, write_generation
+from memoir_retrieval.store import EditStore
+from memoir_retrieval.write_store import write_generation
 from memoir_vllm.bench.engine import BenchEngine, EngineFlags, Turn
 from memoir_vllm.routing import Router
 

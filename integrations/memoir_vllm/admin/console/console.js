@@ -149,7 +149,10 @@ async function list() {
   $("edits").replaceChildren(...page.edits.map((edit) => {
     const remove = make("button", "Remove", { type: "button", class: "danger", "aria-label": `Remove edit ${edit.id}` });
     remove.addEventListener("click", guarded("change-error", () => ask_to_remove(edit)));
-    return row(edit.id, edit.prompt, edit.target, hits.get(edit.id) ?? "", remove);
+    const asked = make("div", edit.prompt);
+    const origin = edit.source && `, source: ${edit.source}`;
+    asked.append(make("p", `${edit.created.slice(0, 10)}${origin}`, { class: "hint" }));
+    return row(edit.id, asked, edit.target, hits.get(edit.id) ?? "", remove);
   }));
   const last = Math.min(offset + PAGE, page.total);
   $("page").textContent = page.total ? `${offset + 1} to ${last} of ${page.total}` : "no edits";
@@ -189,11 +192,20 @@ async function ask_to_remove(edit) {
   if (dialog.returnValue === "yes") await follow(await call(`edits/${edit.id}`, { method: "DELETE" }));
 }
 
+/** How far a job is, in words. */
+function far({ state, progress }) {
+  if (!progress) return state;
+  const { stage, step, limit, loss, goal } = progress;
+  if (stage === "loading") return "loading the model";
+  if (stage === "opening") return "opening the store";
+  return `training, step ${step} of at most ${limit}, loss ${loss.toFixed(3)} (done below ${goal})`;
+}
+
 /** Poll a job until it is done. */
 async function follow(job) {
   const what = job.kind === "add" ? "Adding" : "Removing";
   while (job.finished === null) {
-    $("change").textContent = `${what} “${job.prompt}”: ${job.state}`;
+    $("change").textContent = `${what} “${job.prompt}”: ${far(job)}`;
     await new Promise((resolve) => setTimeout(resolve, 500));
     job = await call(`jobs/${job.id}`);
   }
@@ -233,6 +245,7 @@ function show(now) {
 
 async function audit() {
   const { entries } = await call("audit?limit=10");
+  $("no-audit").hidden = entries.length > 0;
   $("audit").replaceChildren(...entries.map((entry) => {
     const change = entry.change?.add ? `add “${entry.change.add.prompt}” → “${entry.change.add.target}”`
       : entry.change ? `remove edit ${entry.change.remove}` : `edit ${entry.edit ?? ""}`;

@@ -1,0 +1,50 @@
+"""Decisions on their way through a pipeline of stages (vllm/sequence.py, `IntermediateTensors`).
+
+The stage that holds the edited layer decides and applies; only the last stage's output reaches the scheduler. So a
+decision travels with the activations of its step, as one more tensor, which each stage takes out before its model runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import torch
+
+from memoir_vllm.requests import Routed
+
+if TYPE_CHECKING:
+    from vllm.sequence import IntermediateTensors
+
+__all__ = ["load", "told_by_stages", "unload"]
+
+_KEY = "memoir_routed"
+
+
+def load(tensors: IntermediateTensors, routed: Mapping[str, Routed], ranks: int) -> None:
+    """Put what is known of requests, by id, among the tensors for the next stage. ranks: of tensor parallelism."""
+    if not routed:
+        return
+    text = bytearray(msgspec.json.encode(routed))
+    # vLLM splits what it can between the ranks and gathers it again on the device: this one stays whole, on the CPU.
+    while ranks > 1 and len(text) % ranks == 0:
+        text += b" "
+    tensors.tensors[_KEY] = torch.frombuffer(text, dtype=torch.uint8)
+
+
+def unload(tensors: IntermediateTensors | None) -> dict[str, Routed]:
+    """Take out what the stages before have put there."""
+    held = None if tensors is None else tensors.tensors.pop(_KEY, None)
+    return {} if held is None else msgspec.json.decode(held.numpy().tobytes(), type=dict[str, Routed])
+
+
+def told_by_stages(value: Any) -> list[Any]:
+    """What this rank's counterpart in every stage tells, in order of stages; a call of all of them."""
+    from vllm.distributed import get_pp_group
+
+    stages = get_pp_group()
+    told = [value] * stages.world_size
+    if len(told) > 1:
+        torch.distributed.all_gather_object(told, value, group=stages.cpu_group)
+    return told

@@ -1,0 +1,126 @@
+"""Writing the next generation of a store, and removing the files of earlier ones.
+
+New files are made beside the old ones and the manifest is replaced last, so a reader sees the old generation or the new
+one. The caller holds `files.store_lock` throughout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from memoir_retrieval.edit import StoredEdit
+from memoir_retrieval.errors import StoreError
+from memoir_retrieval.files import Written, remove_unused, write_new
+from memoir_retrieval.manifest import KINDS, MANIFEST, FileEntry, Manifest, read_manifest, write_manifest
+from memoir_retrieval.store import EditStore
+from memoir_retrieval.stored_edits import edit_chunks
+from memoir_retrieval.tensors import tensor_chunks
+
+__all__ = ["fields_of", "leftovers", "sweep", "write_again", "write_generation"]
+
+
+def write_generation(
+    folder: Path,
+    manifest: dict[str, Any],
+    *,
+    memories: np.ndarray,
+    background: np.ndarray,
+    permutation: np.ndarray,
+    codes: np.ndarray,
+    ids: np.ndarray,
+    memory_of: np.ndarray,
+    edits: Iterable[StoredEdit],
+    rows: np.ndarray | None = None,
+    unchanged: dict[str, FileEntry] | None = None,
+) -> Manifest:
+    """Publish a new generation; the caller holds `store_lock`. Returns its manifest.
+
+    manifest: the fields of `Manifest` except `format`, `library`, `sha256` and the three files, with `generation` being
+    the one to write. rows: int64, which rows of codes, ids and memory_of are written; by default all. unchanged: the
+    files, by kind, that an earlier generation has already written and that stay as they are.
+    Raises StoreError where the disk refuses; the store is then what it was before. The files of other generations are
+    removed unless a reader holds them: see `leftovers`.
+    """
+    generation = manifest["generation"]
+    if (folder / MANIFEST).exists() and (now := read_manifest(folder).generation) >= generation:
+        raise StoreError(f"store {folder} is at generation {now} already, {generation} is old: open it again")
+    contents = {
+        "memory": tensor_chunks({"memory": memories, "background": background, "permutation": permutation}),
+        "codes": tensor_chunks({"codes": codes, "ids": ids, "memory_of": memory_of}, rows),
+        "edits": edit_chunks(edits),
+    }
+    written = {kind: (entry.name, Written(entry.size, entry.sha256)) for kind, entry in (unchanged or {}).items()}
+    try:
+        for kind, chunks in contents.items():
+            if kind not in written:
+                name = f"{kind}-{generation}.{KINDS[kind]}"
+                written[kind] = (name, write_new(folder / name, chunks))
+        made = write_manifest(folder, manifest, written)
+    except StoreError:
+        published = (folder / MANIFEST).exists()
+        ours = [folder / name for kind, (name, _) in written.items() if kind not in (unchanged or {})]
+        remove_unused(leftovers(folder, read_manifest(folder)) if published else ours)
+        raise
+    remove_unused(leftovers(folder, made))
+    return made
+
+
+def write_again(
+    folder: Path,
+    store: EditStore,
+    *,
+    edits: Iterable[StoredEdit] | None = None,
+    rows: np.ndarray | None = None,
+    **changes: Any,
+) -> Manifest:
+    """Publish the content of `store` in `folder` as it is, but for some fields of its manifest.
+
+    edits, rows: given together, only these edits and these rows of `codes` are kept. changes: fields of `Manifest`,
+    `generation` among them. The caller holds `store_lock`. Raises as `write_generation`.
+    """
+    kept = KINDS if edits is None else ("memory",)
+    here = Path(folder).resolve() == store.path.resolve()
+    return write_generation(
+        folder,
+        fields_of(store.manifest) | changes,
+        memories=store.memories,
+        background=store.background,
+        permutation=store.permutation,
+        codes=store.codes,
+        ids=store.ids,
+        memory_of=store.memory_of,
+        edits=store.edits if edits is None else edits,
+        rows=rows,
+        unchanged={kind: getattr(store.manifest, kind) for kind in kept} if here else None,
+    )
+
+
+def fields_of(manifest: Manifest) -> dict[str, Any]:
+    """What `write_generation` takes as `manifest`."""
+    written = ("format", "library", "sha256", *KINDS)
+    return {name: getattr(manifest, name) for name in manifest.__struct_fields__ if name not in written}
+
+
+def leftovers(folder: Path, manifest: Manifest) -> list[Path]:
+    """Files of other generations: a reader holds them, or a crash left them. The next write removes them."""
+    ours = {getattr(manifest, kind).name for kind in KINDS}
+    shape = {f"{kind}-": f".{extension}" for kind, extension in KINDS.items()}
+    return sorted(
+        path
+        for path in folder.iterdir()
+        for start, end in shape.items()
+        if path.name.startswith(start) and path.name.endswith(end) and path.name not in ours
+        and path.name[len(start) : -len(end)].isdigit()
+    )  # fmt: skip
+
+
+def sweep(folder: Path) -> list[str]:
+    """Remove the files of other generations that no reader holds; the caller holds `store_lock`. Names what stays.
+
+    Writers do so themselves, but cannot let go of a mapped file that they are still writing from.
+    """
+    return [path.name for path in remove_unused(leftovers(folder, read_manifest(folder)))]

@@ -1,0 +1,48 @@
+"""The tests that need no engine, over the Python of another vLLM than the installed one.
+
+    pip download --no-deps vllm==0.33.0
+    python tests/vllm/another_version.py vllm-0.33.0-*.whl [pytest's options]
+
+The wheel's Python files are unpacked beside the compiled kernels of the installed vLLM, of which these tests call none
+that has changed, and are put in front of it. So a version that has no build for this machine is run as far as it goes.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from seams import installed
+
+HERE = Path(__file__).parent
+TESTS = ("seams", "scheduling", "chunks", "isolation", "config", "requests", "residual", "attach", "admin_parts")
+
+
+def unpack(wheel: Path, folder: Path) -> None:
+    """Everything of the wheel but its kernels, and the installed ones."""
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder, [name for name in archive.namelist() if not name.endswith(".so")])
+    for kernels in installed().glob("*.so"):
+        shutil.copy(kernels, folder / "vllm" / kernels.name)
+
+
+def main(wheel: str, *options: str) -> int:
+    """The exit code of pytest."""
+    files = [str(HERE / f"test_{name}.py") for name in TESTS]
+    with tempfile.TemporaryDirectory() as folder:
+        unpack(Path(wheel), Path(folder))
+        paths = [folder, os.environ.get("PYTHONPATH", "")]
+        environment = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "MEMOIR_ALLOW_UNTESTED": "1"}
+        command = [sys.executable, "-m", "pytest", "-m", "not slow and not engine", *files, *options]
+        return subprocess.run(command, env={**os.environ, **environment}).returncode
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,40 @@
+"""Every server that the documentation starts, and its container guides, given to vLLM's own parser of flags."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from doc_pages import ALL, ROOT, blocks
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from memoir_vllm import config
+
+
+def servers() -> dict[str, list[str]]:
+    """Where it is said -> model and flags."""
+    found = {str(line): line.arguments[1:] for line in ALL if line.words and line.arguments[:1] == ["serve"]}
+    for line in ALL:
+        if line.words[:2] == ["docker", "run"]:
+            found[str(line)] = line.words[line.words.index("memoir") + 1 :]
+    ((_, manifest),) = blocks(ROOT / "docs/how-to/kubernetes.md", "yaml")
+    deployment = next(yaml.safe_load_all("\n".join(manifest)))
+    found["kubernetes.md"] = deployment["spec"]["template"]["spec"]["containers"][0]["args"]
+    return found
+
+
+@pytest.mark.parametrize(("where", "given"), servers().items(), ids=list(servers()))
+def test_vllm_knows_the_flags(where: str, given: list[str]) -> None:
+    model, *flags = given
+    if "--store" in flags:  # `memoir serve`: this one flag is ours
+        at = flags.index("--store")
+        section = {"store": flags[at + 1]}
+        flags = flags[:at] + flags[at + 2 :]
+    else:
+        section = json.loads(flags[flags.index("--additional-config") + 1])["memoir"]
+    parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(["--model", model, *flags])
+    assert parsed.model == model
+    assert Path(config.read(section).store).name == Path(section["store"]).name

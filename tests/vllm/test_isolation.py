@@ -1,0 +1,83 @@
+"""Who may find whose blocks: edited and opted-out twins, tenants and edits over every size of block and of cache, under
+both schedulers driven by hand. Every row is compared, and the lengths of cache hits."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+from simulation import Simulate, World, chat, other, right
+
+EDITED, OFF = None, {"memoir": "off"}
+BLOCKS = (16, 32, 128)
+BEFORE, AFTER = 150, 140  # tokens around the question: blocks of every size lie before it, in it and behind it
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("first", ["edited", "off"])
+def test_edited_and_opted_out_twins_never_meet(first: str, block: int, simulate: Simulate, here: World) -> None:
+    """Cold, then each from what the ones before have published; at last both cold again after a reset."""
+    sim = simulate(model_len=512, block=block)
+    prompt = chat(here.questions[1], BEFORE, AFTER)
+    order = [EDITED, OFF] * 2 if first == "edited" else [OFF, EDITED] * 2
+    for turn, options in enumerate((*order, "reset", *order[:2])):
+        if options == "reset":
+            assert sim.scheduler.reset_prefix_cache()
+            continue
+        sim.add(f"{turn}", prompt, options, max_tokens=20)
+        sim.run()
+        assert sim.answers[f"{turn}"] == right(here, prompt, 1 if options is EDITED else None, 20), turn
+    shared, full = BEFORE // block * block, (len(prompt) - 1) // block * block
+    assert shared < full
+    assert list(sim.hits.values()) == [0, shared, full, full, 0, shared]
+    assert sim.layer.stats()["routed"] == 2, "known on arrival, until the cache is reset"
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_tenants_share_nothing_of_any_kind(block: int, simulate: Simulate, here: World) -> None:
+    """Each has the two twins and an unmatched prompt, all behind one preamble; a request without a salt is a third."""
+    sim = simulate(model_len=512, block=block)
+    kinds = {"edited": (here.questions[1], EDITED), "off": (here.questions[1], OFF), "other": (other(9), EDITED)}
+    for turn, salt in product(("cold", "warm"), ("x", "y", None)):
+        for kind, (question, options) in kinds.items():
+            name, prompt = f"{turn} {salt} {kind}", chat(question, BEFORE, AFTER)
+            sim.add(name, prompt, options, salt=salt)
+            sim.run()
+            assert sim.answers[name] == right(here, prompt, 1 if kind == "edited" else None), name
+            shared, full = BEFORE // block * block, (len(prompt) - 1) // block * block
+            wanted = full if turn == "warm" else 0 if kind == "edited" else shared
+            assert sim.hits[name] == wanted, name
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("reverse", [False, True])
+def test_twins_of_one_step(reverse: bool, block: int, simulate: Simulate, here: World) -> None:
+    """All in one step, so that each could hit blocks of which nothing is computed yet."""
+    sim = simulate(model_len=512, block=block, budget=2048, seqs=8)
+    prompt = chat(here.questions[1], BEFORE, AFTER)
+    for n in range(8):
+        edited = (n % 2 == 0) != reverse
+        sim.add(f"{'on' if edited else 'off'} {n}", prompt, EDITED if edited else OFF, max_tokens=5)
+    sim.run()
+    assert sim.chunks["on 0" if not reverse else "off 0"][0] == (0, len(prompt))
+    for name, answer in sim.answers.items():
+        assert answer == right(here, prompt, 1 if "on" in name else None, 5), name
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_blocks_that_were_given_to_others_are_not_found(block: int, simulate: Simulate, here: World) -> None:
+    """Three preambles take turns in a cache that holds one and a half of them."""
+    per_request = -(-(BEFORE + AFTER + 30) // block)
+    sim = simulate(model_len=512, block=block, kv_blocks=per_request * 3 // 2 + 2, budget=256, seqs=8)
+    for turn in range(4):
+        for shift in range(3):
+            for edit, options in ((1, EDITED), (None, OFF), (0, EDITED)):
+                question = here.questions[1 if edit is None else edit]
+                prompt = [1 + (i + shift) % 7 for i in range(20)] + chat(question, BEFORE - 20, AFTER)
+                name = f"{turn} {shift} {edit}"
+                sim.add(name, prompt, options, max_tokens=9)
+                assert right(here, prompt, edit, 9) != right(here, prompt, None if edit is not None else 1, 9)
+                sim.run()
+                assert sim.answers[name] == right(here, prompt, edit, 9), name
+    assert 0 in list(sim.hits.values())[9:], "some of what was published is gone"
+    assert any(list(sim.hits.values())[9:]), "and some is not"
