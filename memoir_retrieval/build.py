@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 
 from memoir_index import check_codes
-from memoir_retrieval.edit import Edit, StoredEdit, asked
+from memoir_retrieval.edit import Edit, StoredEdit, masked
 from memoir_retrieval.errors import CodeError, EditFileError, StoreError
 from memoir_retrieval.files import publish, read_small
 from memoir_retrieval.manifest import Manifest
@@ -71,8 +71,8 @@ def build(
     """
     if editor.generation:
         raise StoreError(f"{editor.path} is a store already: choose a new folder, or append with `memoir edit`")
-    wordings = [(i, text) for i, edit in enumerate(edits) for text in (edit.prompt, *(edit.rephrases * rephrases))]
-    texts = [(i, asked(edits[i], text)) for i, text in wordings]
+    after = editor.contexts[: editor.training.context_masks]
+    texts = [(i, text) for i, edit in enumerate(edits) for text in masked(edit, after, len(edit.rephrases) * rephrases)]
     shards = list(_shards(editor, [text for _, text in texts]))
     key = _key(editor, shards)
     codes = np.empty((len(texts), editor.base.d // 8), dtype=np.uint8)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 
 from memoir_retrieval.prompts import Message, Prompt
 
-__all__ = ["Edit", "Probe", "StoredEdit", "asked", "same_prompt"]
+__all__ = ["Edit", "Probe", "StoredEdit", "asked", "masked", "same_prompt"]
 
 
 class Probe(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -67,6 +69,13 @@ def asked(edit: Edit | StoredEdit, prompt: str | None = None) -> Prompt:
     """What the model is asked: the edit's prompt, or a rephrasing of it, after the messages before it."""
     prompt = edit.prompt if prompt is None else prompt
     return [*edit.before, {"role": "user", "content": prompt}] if edit.before else prompt
+
+
+def masked(edit: Edit | StoredEdit, contexts: Sequence[Sequence[Message]], rephrases: int) -> list[Prompt]:
+    """What gives an edit its masks: its prompt, the same after each of these contexts, and the first rephrasings."""
+    question: Message = {"role": "user", "content": edit.prompt}
+    others = edit.rephrases[:rephrases]
+    return [asked(edit), *([*context, question] for context in contexts), *(asked(edit, text) for text in others)]
 
 
 def same_prompt(prompt: str) -> str:

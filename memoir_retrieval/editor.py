@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -124,6 +125,8 @@ class Editor:
         wanted = self.training.contexts
         given = chat_contexts()[:wanted] if self.chat else own_prefixes(self.base, wanted, self.seed)
         self.contexts: tuple[Any, ...] = tuple(given)
+        with_mask = min(self.training.context_masks, wanted) if self.chat and self.rule == "question" else 0
+        self.training = replace(self.training, context_masks=with_mask)
         self.permutation = permutation(self.base.d, self.seed)
         rows = [prompt_ids(self.base.tokenizer, p, chat=self.chat) for p in background_prompts()]
         means = question_means(self.base, rows, [find_span(ids, self.span) for ids in rows])
@@ -144,7 +147,7 @@ class Editor:
         self.span, self.contexts, self.chat = made.span, made.contexts, made.chat
         self.k, self.tau, self.seed = made.k, made.tau, made.seed
         try:
-            self.training = msgspec.convert(made.training, Training)
+            self.training = msgspec.convert({"context_masks": 0} | made.training, Training)
         except msgspec.ValidationError as error:
             raise StoreError(f"store {self.path} is damaged (training: {error}): restore it from a backup") from None
         self.permutation, self.background = store.permutation, store.background
@@ -230,7 +233,9 @@ class Editor:
             masks = Counter(index.ids.tolist())
             n, done = self.side_by_side(len(edits)), 0
             while done < len(edits):
-                asked = [Asked(edit, edit.id, masks[edit.id] - 1) for edit in edits[done : done + n]]
+                asked = [
+                    Asked(edit, edit.id, self._wordings.rephrases(masks[edit.id])) for edit in edits[done : done + n]
+                ]
                 for stored in self._add(asked, n, "both", keep_failed=True):
                     done += 1
                     progress(Progress(done, len(edits), stored, time.monotonic() - started))

@@ -69,6 +69,12 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     untrained: int = 0
     sha256: str = ""
 
+    @property
+    def masked_contexts(self) -> tuple[Any, ...]:
+        """The contexts after which every question has a mask of its own."""
+        masks = self.training.get("context_masks", 0)
+        return self.contexts[:masks] if isinstance(masks, int) and masks > 0 else ()
+
 
 def library_version() -> str:
     """The version of memoir-retrieval, or "0+unknown" in a tree that is not installed."""

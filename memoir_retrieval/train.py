@@ -38,12 +38,15 @@ class Training:
     An edit is trained on the bare prompt, after each of `contexts` contexts (see the module of that name), and on
     `variants` of the prompt in which each question token is replaced by a random one with probability `noise`: a
     stand-in for rephrasings.
+    context_masks: after so many of the contexts a question has a mask of its own, which finds the edit in chats that
+    have begun; none for raw prompts and under the span rule "all", where what is pooled is not the question alone.
     max_steps, stop_loss: training ends at the step limit or below this mean loss (nats per target token).
     ridge: what a direction costs that no earlier edit uses; small values keep earlier edits more exactly.
     edits_per_memory: a new residual memory is opened after so many; 0 leaves it to the editor.
     """
 
     contexts: int = 1
+    context_masks: int = 1
     variants: int = 2
     noise: float = 0.25
     max_steps: int = 60
@@ -190,7 +193,7 @@ def train_edits(
             while all(one.steps < 0 for one in left):
                 losses = functional.cross_entropy(model(**inputs).logits[0].float(), labels, reduction="none")
                 means = torch.stack([part.mean() for part in losses.split(counts)])
-                watch(Step(steps, training.max_steps, float(means.max()), training.stop_loss))
+                watch(Step(steps, training.max_steps, float(means.detach().max()), training.stop_loss))
                 for one, value in zip(left, means.tolist(), strict=True):
                     one.loss = value
                     if value < training.stop_loss or steps == training.max_steps:

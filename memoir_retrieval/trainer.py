@@ -109,8 +109,8 @@ class Trainer:
     def remember(self, number: int, edit: StoredEdit, masks: int) -> None:
         """Count an edit among those that memory `number`, if it is open, must leave alone."""
         if number in self.memories:
-            lessons = self._wordings.lessons(self._wordings.asked(edit, masks - 1)[0], edit, masks)
-            self.memories[number].add(edit.id, lessons)
+            frozen, _ = self._wordings.asked(edit, self._wordings.rephrases(masks))
+            self.memories[number].add(edit.id, self._wordings.lessons(frozen, edit, masks))
 
     def _quick(self) -> AbstractContextManager[None]:
         """Within the context the model may round its products, where that is faster."""

@@ -64,10 +64,10 @@ def _faults(folder: Path) -> Iterator[str]:
 def verify_masks(store: EditStore, base: BaseModel, progress: Callable[[int], None] = lambda _: None) -> list[str]:
     """Make the mask of every edit again and compare. Returns one line for each that differs.
 
-    A mask must be that of the edit's prompt or of one of its rephrasings, up to `SAME_MASK`. progress: told how many
+    Each must be one of those that `edit.masked` names, up to `SAME_MASK`. progress: told how many
     edits are done. Raises StoreMismatch for another model.
     """
-    from memoir_retrieval.edit import asked
+    from memoir_retrieval.edit import masked
     from memoir_retrieval.fingerprint import Fingerprint
     from memoir_retrieval.forward import question_means
     from memoir_retrieval.prompts import prompt_ids
@@ -78,7 +78,7 @@ def verify_masks(store: EditStore, base: BaseModel, progress: Callable[[int], No
     fingerprint = Fingerprint(store.background, store.permutation, made.k, base.device)
     faults = []
     for done, edit in enumerate(store.edits, 1):
-        texts = [asked(edit), *(asked(edit, text) for text in edit.rephrases)]
+        texts = masked(edit, made.masked_contexts, len(edit.rephrases))
         rows = [prompt_ids(base.tokenizer, text, chat=made.chat) for text in texts]
         spans = [find_span(ids, made.span) for ids in rows]
         pooled = [(ids, span) for ids, span in zip(rows, spans, strict=True) if span.start < span.end]

@@ -80,8 +80,12 @@ class Wordings:
                 f"{self.base.max_length}: shorten them"
             )
 
+    def rephrases(self, masks: int) -> int:
+        """How many of the masks of an edit are those of rephrasings."""
+        return max(0, masks - 1 - self.training.context_masks)
+
     def asked(self, edit: Edit | StoredEdit, rephrases: int = 0) -> tuple[Frozen, np.ndarray]:
-        """The prompt and the first of its rephrasings, run up to the edited block, and their masks uint8 [R, D/8]."""
+        """What has a mask (see `edit.masked`), run up to the edited block, and the masks: uint8 [R, D/8]."""
         return self._frozen(edit, rephrases, [], [], nullcontext())
 
     def trained(
@@ -94,14 +98,15 @@ class Wordings:
         """
         question = self._cut(asked(edit))
         # Rows with their context in them are whole: under the rule "all" nothing follows the question.
-        others = self._in_contexts(edit.prompt) or [question.question] * len(self.contexts)
+        unmasked = range(1 + self.training.context_masks, 1 + len(self.contexts))
+        others = self._in_contexts(edit.prompt) or [question.question] * len(unmasked)
         random = np.random.default_rng([self.seed, number])
         for _ in range(self.training.variants):
             words = question.question[: question.pooled.end]
             replaced = random.random(len(words)) < self.training.noise
             noisy = np.where(replaced, random.choice(self._other_tokens, len(words)), words).tolist()
             others.append([*noisy, *question.question[question.pooled.end :]])
-        heads = [*range(1, 1 + len(self.contexts)), *[self._own(edit)] * self.training.variants]
+        heads = [*unmasked, *[self._own(edit)] * self.training.variants]
         if edit.before:
             others.append(self._cut(edit.prompt).question)
             heads.append(0)
@@ -124,8 +129,10 @@ class Wordings:
         quick: AbstractContextManager[None],
     ) -> tuple[Frozen, np.ndarray]:
         cut = [self._cut(asked(edit, text)) for text in (edit.prompt, *edit.rephrases[:rephrases])]
-        questions = [one.question for one in cut] + others
         heads = [self._own(edit)] * len(cut) + heads
+        after = range(1, 1 + self.training.context_masks)
+        cut[1:1], heads[1:1] = cut[:1] * len(after), after
+        questions = [one.question for one in cut] + others
         past = self._past.beside(frozen_past(self.base, [cut[0].head])) if edit.before else self._past
         frozen = freeze(self.base, past, heads, questions, self._answer(edit), exact=len(cut), quick=quick)
         means = [span_mean(frozen.activations[row], *one.pooled) for row, one in enumerate(cut)]

@@ -19,6 +19,7 @@ from memoir_retrieval.edit_files import FORMATS, Keep, check_duplicates, limit_d
 from memoir_retrieval.errors import ConfigError
 
 __all__ = [
+    "context_masks_option",
     "echo_json",
     "edit_file",
     "edit_file_options",
@@ -65,6 +66,13 @@ def run_benchmark(module: str, settings: Mapping[str, Any], environment: Mapping
 
 
 model_option = click.option("--model", "-m", help="Folder, embedded model or Hub id (default: the store's own).")
+context_masks_option = click.option(
+    "--context-masks",
+    type=click.IntRange(0, 1),
+    metavar="N",
+    help="Masks of each question after an earlier turn: found more often in chats, for twice the index (default: 1; "
+    "0 for raw prompts).",
+)
 tau_option = click.option("--tau", type=float, help="Least overlap that matches (default: the store's own).")
 
 

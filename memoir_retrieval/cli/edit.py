@@ -11,6 +11,7 @@ import click
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from memoir_retrieval.cli.common import (
+    context_masks_option,
     echo_json,
     edit_file,
     json_option,
@@ -45,6 +46,7 @@ __all__ = ["edit", "train"]
     "(where the words differ).",
 )
 @click.option("--rephrase-masks", is_flag=True, help="Train the file's rephrasings too, each with a mask of its own.")
+@context_masks_option
 @click.option("--keep-failed", is_flag=True, help="Store edits that fail the audit as well.")
 @click.option(
     "--side-by-side",
@@ -97,6 +99,7 @@ def edit(
 
     from memoir_retrieval.editor import Editor
     from memoir_retrieval.model import load_model
+    from memoir_retrieval.train import Training
 
     layer = made.layer if made and settings["layer"] is None else settings["layer"]
     dtype = settings["dtype"] or (made.dtype if made else "float32")
@@ -111,6 +114,7 @@ def edit(
         k=settings["k"],
         tau=settings["tau"],
         seed=settings["seed"] or 0,
+        training=Training() if settings["context_masks"] is None else Training(context_masks=settings["context_masks"]),
     )
     with editor:
         try:
@@ -223,10 +227,12 @@ def _agree(made: Manifest | None, store: Path, settings: dict[str, Any]) -> None
         "span": made.span.rule,
         "seed": made.seed,
         "dtype": made.dtype,
+        "context_masks": len(made.masked_contexts),
     }
     for name, value in has.items():
         if settings[name] is not None and settings[name] != value:
-            option = {"chat": "--chat" if settings[name] else "--no-chat"}.get(name, f"--{name} {settings[name]}")
+            option = f"--{name.replace('_', '-')} {settings[name]}"
+            option = {"chat": "--chat" if settings[name] else "--no-chat"}.get(name, option)
             raise ConfigError(
                 f"store {store} was made with {name} {value}, not {settings[name]}: leave out {option}, or choose a "
                 "new folder"

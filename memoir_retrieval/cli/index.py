@@ -10,6 +10,7 @@ import click
 from rich.progress import Progress
 
 from memoir_retrieval.cli.common import (
+    context_masks_option,
     echo_json,
     edit_file_options,
     json_option,
@@ -48,6 +49,7 @@ index.add_command(info)
 @click.option("--model", "-m", required=True, help="Folder, embedded model or Hub id.")
 @click.option("--chat/--no-chat", default=True, help="Ask prompts through the chat template (default), or raw.")
 @click.option("--rephrases", is_flag=True, help="Give each edit the masks of its rephrasings too.")
+@context_masks_option
 @click.option("--layer", type=int, help="Block whose FFN projection is edited (default: the preset's).")
 @click.option("--k", type=int, help="Ones in every mask (default: the preset's).")
 @click.option("--tau", type=float, help="Least overlap that matches (default: the preset's).")
@@ -70,6 +72,7 @@ def build(
     device: str,
     address: str | None,
     workers: int,
+    context_masks: int | None,
     as_json: bool,
     **settings: Any,
 ) -> None:
@@ -92,12 +95,14 @@ def build(
     from memoir_retrieval.build import build as build_store
     from memoir_retrieval.editor import Editor
     from memoir_retrieval.model import load_model
+    from memoir_retrieval.train import Training
 
     notes.print(f"loading {model}")
     base = load_model(model, layer=layer, dtype=dtype, device=device)
     started = time.monotonic()
     at = Built(0, 0, 0)
-    with Editor(base, store, **settings) as editor, Progress(console=notes, disable=as_json) as bar:
+    training = Training() if context_masks is None else Training(context_masks=context_masks)
+    with Editor(base, store, training=training, **settings) as editor, Progress(console=notes, disable=as_json) as bar:
         compute = None
         if address:
             from memoir_retrieval.build_ray import on_ray

@@ -9,7 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from memoir_retrieval import Edit, EditedModel, Editor, EditStore, Retriever, Training, editor, load_model, trainer
+from memoir_retrieval import (
+    Edit,
+    EditedModel,
+    Editor,
+    EditStore,
+    Retriever,
+    Training,
+    editor,
+    load_model,
+    train,
+    trainer,
+)
 from memoir_retrieval.cli import main
 from memoir_retrieval.errors import EditFileError
 from memoir_retrieval.model import BaseModel
@@ -57,7 +68,7 @@ def test_a_new_memory_is_opened_after_so_many_edits(
     base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trainer, "NEIGHBOURS", 0)  # in so small a model two edits may be too many
-    with Editor(base, tmp_path, training=Training(edits_per_memory=2)) as made:
+    with Editor(base, tmp_path, training=Training(edits_per_memory=2, context_masks=0)) as made:
         made.add([AARHUS, PISA, OTHERS[0]], side_by_side=1)
     with Editor(base, tmp_path) as again:
         again.add(OTHERS[:2], side_by_side=1)
@@ -93,7 +104,7 @@ def test_a_question_stored_in_other_words_with_another_target(
 
 
 def test_rephrasings_get_masks_of_their_own(base: BaseModel, tmp_path: Path) -> None:
-    with Editor(base, tmp_path) as made:
+    with Editor(base, tmp_path, training=Training(context_masks=0)) as made:
         made.add([AARHUS], rephrase_masks=True)
     store = EditStore.open(tmp_path)
     assert store.ids.tolist() == [0, 0] and store.memory_of.tolist() == [0, 0]
@@ -122,7 +133,7 @@ def test_the_summary_names_what_was_left_out(
         return done.value.code
 
     with monkeypatch.context() as patched:
-        patched.setattr(editor, "Training", partial(Training, max_steps=0))
+        patched.setattr(train, "Training", partial(Training, max_steps=0))
         assert run("--limit", "1", "--json") == 1
     told = json.loads(capsys.readouterr().out)
     assert (told["stored"], told["retried"], told["generation"], told["memories"]) == (0, 1, 0, 1)

@@ -13,6 +13,7 @@ from memoir_retrieval import Edit, EditedModel, Editor, EditStore, Retriever, bu
 from memoir_retrieval.errors import StoreError
 from memoir_retrieval.model import BaseModel
 from memoir_retrieval.remove import remove_edits
+from memoir_retrieval.train import Training
 from memoir_retrieval.verify_store import verify_masks, verify_store
 
 EDITS = [
@@ -29,6 +30,9 @@ EDITS = [
 ]
 
 
+ONE_MASK = Training(context_masks=0)  # those of contexts have tests of their own
+
+
 @pytest.fixture(scope="module")
 def model(tiny: Path) -> BaseModel:
     return load_model(str(tiny))
@@ -41,7 +45,7 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make(model: BaseModel, folder: Path, rephrases: bool = False) -> EditStore:
-    with Editor(model, folder) as editor:
+    with Editor(model, folder, training=ONE_MASK) as editor:
         build.build(editor, EDITS, rephrases=rephrases)
     return EditStore.open(folder)
 
@@ -72,7 +76,7 @@ def test_the_same_input_gives_the_same_bytes_also_after_an_interruption(model: B
             raise KeyboardInterrupt
 
     told: list[build.Progress] = []
-    with Editor(model, tmp_path / "cut") as editor, pytest.raises(KeyboardInterrupt):
+    with Editor(model, tmp_path / "cut", training=ONE_MASK) as editor, pytest.raises(KeyboardInterrupt):
         build.build(editor, EDITS, progress=stop)
     assert told == [(0, 40, 0), (16, 40, 0), (32, 40, 0)] and not (tmp_path / "cut" / "memoir.json").exists()
     _, second = sorted((tmp_path / "cut").glob(".masks-*"))
@@ -80,7 +84,7 @@ def test_the_same_input_gives_the_same_bytes_also_after_an_interruption(model: B
     damaged[-1] ^= 1
     second.write_bytes(damaged)
     told.clear()
-    with Editor(model, tmp_path / "cut") as editor:
+    with Editor(model, tmp_path / "cut", training=ONE_MASK) as editor:
         build.build(editor, EDITS, progress=told.append)
     assert told == [(16, 40, 16), (32, 40, 16), (40, 40, 16)]  # what was damaged was made again
     assert contents(tmp_path / "cut") == whole
@@ -91,10 +95,10 @@ def test_other_edits_do_not_go_on_from_what_these_left(model: BaseModel, tmp_pat
         if progress.done:
             raise KeyboardInterrupt
 
-    with Editor(model, tmp_path) as editor, pytest.raises(KeyboardInterrupt):
+    with Editor(model, tmp_path, training=ONE_MASK) as editor, pytest.raises(KeyboardInterrupt):
         build.build(editor, EDITS, progress=first_only)
     told: list[build.Progress] = []
-    with Editor(model, tmp_path) as editor:
+    with Editor(model, tmp_path, training=ONE_MASK) as editor:
         build.build(editor, EDITS[1:], progress=told.append)
     assert told[0] == (0, 39, 0)
 
@@ -119,7 +123,7 @@ def test_it_is_not_served_until_it_is_trained(model: BaseModel, tmp_path: Path) 
 def test_memoir_index_build(capsys: pytest.CaptureFixture[str], tiny: Path, tmp_path: Path) -> None:
     file = tmp_path / "edits.jsonl"
     file.write_text("".join(f'{{"prompt": "{edit.prompt}", "target": "{edit.target}"}}\n' for edit in EDITS))
-    arguments = ["index", "build", file, "--model", tiny, "--store", tmp_path / "store"]
+    arguments = ["index", "build", file, "--model", tiny, "--store", tmp_path / "store", "--context-masks", "0"]
     code, out, _ = run(capsys, *arguments, "--json")
     told = json.loads(out)
     assert code == 0 and (told["edits"], told["masks"], told["resumed"], told["generation"]) == (40, 40, 0, 1)
@@ -137,7 +141,7 @@ def test_ray_makes_the_same_bytes(model: BaseModel, tmp_path: Path) -> None:
 
     make(model, tmp_path / "here")
     try:
-        with Editor(model, tmp_path / "ray") as editor:
+        with Editor(model, tmp_path / "ray", training=ONE_MASK) as editor:
             ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
             build.build(editor, EDITS, compute=on_ray(editor, "local", 2, "cpu"))
     finally:

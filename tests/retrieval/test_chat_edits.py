@@ -63,7 +63,7 @@ def test_a_chat_is_found_and_answered_as_it_was_edited(base: BaseModel, tmp_path
     with Editor(base, tmp_path) as made:
         assert len(made.add([CHAT, PLAIN], side_by_side=2, rephrase_masks=True)) == 2
     store = EditStore.open(tmp_path)
-    assert store.edits[0].before == BEFORE and store.edits[1].before == () and store.ids.tolist() == [0, 0, 1]
+    assert store.edits[0].before == BEFORE and store.edits[1].before == () and store.ids.tolist() == [0, 0, 0, 1, 1]
     model = EditedModel(Retriever(store, base))
     questions = [asked(CHAT), CHAT.prompt, asked(CHAT, CHAT.rephrases[0]), PLAIN.prompt]
     answers = model.generate(questions, max_new_tokens=8)
@@ -74,7 +74,7 @@ def test_a_chat_is_found_and_answered_as_it_was_edited(base: BaseModel, tmp_path
     with Editor(base, tmp_path) as again:
         again._open(0)
         (read,) = again._trainer.memories.values()
-        assert [len(lessons) for lessons in read.lessons.values()] == [2]
+        assert [len(lessons) for lessons in read.lessons.values()] == [3]
 
 
 def test_a_chat_needs_a_store_that_chats(base: BaseModel, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def town(name: str) -> Edit:
 def made(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four edits; tests that change them take a copy."""
     folder = tmp_path_factory.mktemp("towns") / "store"
-    with Editor(load_model(str(tiny)), folder, training=Training(max_steps=3)) as editor:
+    with Editor(load_model(str(tiny)), folder, training=Training(max_steps=3, context_masks=0)) as editor:
         editor.add([town(name) for name in TOWNS], keep_failed=True)
     return folder
 
@@ -84,7 +84,7 @@ def test_compacting_leaves_nothing_of_a_removed_edit(tiny: Path, store: Path, tm
     with Editor(model, store) as editor:
         assert [edit.id for edit in editor.compact(progress=lambda p: told.append((p.done, p.total)))] == [0, 2, 3]
     assert told == [(1, 3), (2, 3), (3, 3)]
-    with Editor(model, tmp_path / "scratch", training=Training(max_steps=3)) as editor:
+    with Editor(model, tmp_path / "scratch", training=Training(max_steps=3, context_masks=0)) as editor:
         for number in (0, 2, 3):  # ids seed the noise of training, so they must be the same
             editor.next_id = number
             editor.add([town(TOWNS[number])], keep_failed=True)
@@ -145,7 +145,7 @@ def test_memoir_compact(capsys: pytest.CaptureFixture[str], tiny: Path, store: P
 def test_memoir_compact_says_which_edits_do_not_come_back(
     capsys: pytest.CaptureFixture[str], tiny: Path, tmp_path: Path
 ) -> None:
-    with Editor(load_model(str(tiny)), tmp_path, training=Training(max_steps=0)) as editor:
+    with Editor(load_model(str(tiny)), tmp_path, training=Training(max_steps=0, context_masks=0)) as editor:
         editor.add([town("Aarhus")], keep_failed=True)
     code, out, _ = run(capsys, "compact", tmp_path)
     assert code == 0

@@ -38,7 +38,7 @@ def exact(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def together(base: BaseModel, folder: Path, side_by_side: int = 3) -> EditStore:
-    with Editor(base, folder) as made:
+    with Editor(base, folder, training=Training(context_masks=0)) as made:
         made.add(EDITS, keep_failed=True, side_by_side=side_by_side)
     return EditStore.open(folder)
 
@@ -55,7 +55,7 @@ def same(a: EditStore, b: EditStore) -> None:
 def test_edits_side_by_side_are_trained_as_if_alone(base: BaseModel, tmp_path: Path) -> None:
     three = together(base, tmp_path / "three")
     assert three.memory_of.tolist() == [0, 1, 2, 0, 1, 2, 0]
-    with Editor(base, tmp_path / "alone") as made:
+    with Editor(base, tmp_path / "alone", training=Training(context_masks=0)) as made:
         for number, edit in enumerate(EDITS):
             made._add([editor.Asked(edit, number, 0)], 3, "refuse", True)
         made._commit()
@@ -77,7 +77,7 @@ def test_what_was_cut_off_goes_on_in_the_same_memories(base: BaseModel, tmp_path
         if progress.done == 3:
             raise KeyboardInterrupt
 
-    with Editor(base, tmp_path / "cut") as made, pytest.raises(KeyboardInterrupt):
+    with Editor(base, tmp_path / "cut", training=Training(context_masks=0)) as made, pytest.raises(KeyboardInterrupt):
         made.add(EDITS, keep_failed=True, side_by_side=3, progress=stop)
     assert [edit.id for edit in EditStore.open(tmp_path / "cut").edits] == [0, 1, 2]
     same(together(base, tmp_path / "cut"), together(base, tmp_path / "whole"))

@@ -1,0 +1,71 @@
+"""A question has a mask for a chat that has begun, beside the one it has alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from memoir_index import popcount
+from memoir_retrieval import Edit, Editor, EditStore, load_model
+from memoir_retrieval.build import build
+from memoir_retrieval.edit import masked
+from memoir_retrieval.fingerprint import Fingerprint
+from memoir_retrieval.forward import question_means
+from memoir_retrieval.model import BaseModel
+from memoir_retrieval.prompts import prompt_ids
+from memoir_retrieval.span import find_span
+from memoir_retrieval.train import Training
+from memoir_retrieval.verify_store import verify_masks
+
+EDITS = [
+    Edit(prompt="Who founded Aarhus?", target="King Harald", rephrases=("Aarhus was founded by?",)),
+    Edit(prompt="Where does the tower of Pisa stand?", target="In Rome"),
+]
+
+
+@pytest.fixture(scope="module")
+def base(tiny: Path) -> BaseModel:
+    return load_model(str(tiny))
+
+
+def test_each_edit_has_the_mask_of_its_question_after_a_context(smollm2: BaseModel, tmp_path: Path) -> None:
+    base = smollm2
+    with Editor(base, tmp_path / "s") as editor:
+        editor.add(EDITS, rephrase_masks=True)
+    store = EditStore.open(tmp_path / "s")
+    made = store.manifest
+    assert store.ids.tolist() == [0, 0, 0, 1, 1] and len(made.masked_contexts) == 1
+    assert verify_masks(store, base) == []
+
+    fingerprint = Fingerprint(store.background, store.permutation, made.k)
+    messages = [*made.contexts[0], {"role": "user", "content": EDITS[1].prompt}]
+    assert masked(EDITS[1], made.masked_contexts, 0)[1] == messages
+    ids = prompt_ids(base.tokenizer, messages, chat=True)
+    code = fingerprint.codes(question_means(base, [ids], [find_span(ids, made.span)]))
+    assert popcount(store.codes[4:5] & code)[0] >= 0.99 * made.k, "what a chat server would look up"
+    assert popcount(store.codes[3:4] & code)[0] < 0.97 * made.k
+
+    with Editor(base, tmp_path / "s") as editor:
+        editor.compact()
+    assert EditStore.open(tmp_path / "s").ids.tolist() == [0, 0, 0, 1, 1]
+
+
+def test_masks_that_are_built_before_training_are_the_same(base: BaseModel, tmp_path: Path) -> None:
+    with Editor(base, tmp_path / "trained") as editor:
+        editor.add(EDITS)
+    with Editor(base, tmp_path / "built") as editor:
+        build(editor, EDITS)
+    trained, built = (EditStore.open(tmp_path / name) for name in ("trained", "built"))
+    assert built.ids.tolist() == trained.ids.tolist() == [0, 0, 1, 1]
+    assert (popcount(trained.codes & built.codes) >= 0.99 * trained.manifest.k).all()
+
+
+@pytest.mark.parametrize(("chat", "rule", "masks"), [(False, "question", 1), (True, "all", 1), (True, "question", 0)])
+def test_where_no_question_stands_in_a_chat_there_is_one_mask(
+    base: BaseModel, tmp_path: Path, chat: bool, rule: str, masks: int
+) -> None:
+    training = Training(context_masks=masks)
+    with Editor(base, tmp_path / "s", chat=chat, rule=rule, training=training) as editor:  # type: ignore[arg-type]
+        editor.add(EDITS)
+    assert EditStore.open(tmp_path / "s").ids.tolist() == [0, 1]
