@@ -92,6 +92,7 @@ class Editor:
         self.training = training or Training()
         self._make_trainer = trainer or (lambda editor: Trainer(base, editor._wordings, editor.training, watch))
         self.outcome = Outcome()
+        self._trainer: Any = None
         if not 0 < self.k <= base.d:
             raise ConfigError(f"k is {self.k}, but {base.module} has D={base.d} inputs: choose 0 < k <= {base.d}")
         if not 0 < self.tau <= 1:
@@ -116,6 +117,7 @@ class Editor:
         return self
 
     def __exit__(self, *exception: Any) -> None:
+        self._trainer.stop()
         self._lock.__exit__(None, None, None)
 
     def _begin(self) -> None:
@@ -161,6 +163,8 @@ class Editor:
         self._wordings = Wordings(
             self.base, self.span, self.contexts, fingerprint, self.training, chat=self.chat, seed=self.seed
         )
+        if self._trainer:
+            self._trainer.stop()
         self._trainer = self._make_trainer(self)
         self._changed = False
 

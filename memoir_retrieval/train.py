@@ -193,7 +193,7 @@ def train_edits(
             while all(one.steps < 0 for one in left):
                 losses = functional.cross_entropy(model(**inputs).logits[0].float(), labels, reduction="none")
                 means = torch.stack([part.mean() for part in losses.split(counts)])
-                watch(Step(steps, training.max_steps, float(means.detach().max()), training.stop_loss))
+                watch(Step(steps, training.max_steps, means.max().item(), training.stop_loss))
                 for one, value in zip(left, means.tolist(), strict=True):
                     one.loss = value
                     if value < training.stop_loss or steps == training.max_steps:

@@ -112,6 +112,9 @@ class Trainer:
             frozen, _ = self._wordings.asked(edit, self._wordings.rephrases(masks))
             self.memories[number].add(edit.id, self._wordings.lessons(frozen, edit, masks))
 
+    def stop(self) -> None:
+        """Let go of what is held elsewhere: of nothing, here."""
+
     def _quick(self) -> AbstractContextManager[None]:
         """Within the context the model may round its products, where that is faster."""
         return self._products.used() if self._products else nullcontext()

@@ -54,6 +54,8 @@ __all__ = ["edit", "train"]
     metavar="N",
     help="Memories that are trained at a time (default: as many as the file fills, at most 4).",
 )
+@click.option("--ray", "address", help="Ray cluster that trains the memories: its address, `auto` or `local`.")
+@click.option("--workers", type=click.IntRange(min=1), default=2, show_default=True, help="Processes on the cluster.")
 @click.option("--layer", type=int, help="Block whose FFN projection is edited (default: the preset's).")
 @click.option("--k", type=int, help="Ones in every mask (default: the preset's).")
 @click.option("--tau", type=float, help="Least overlap that matches, in (0, 1] (default: the preset's).")
@@ -73,6 +75,8 @@ def edit(
     rephrase_masks: bool,
     keep_failed: bool,
     side_by_side: int | None,
+    address: str | None,
+    workers: int,
     device: str,
     as_json: bool,
     **settings: Any,
@@ -86,9 +90,13 @@ def edit(
     Edits that the store has already are skipped: an interrupted run goes on where it stopped, and a longer file
     is appended.
 
+    With --ray the memories are divided among the workers of a cluster, which train at the same time; the store is the
+    one that the same --side-by-side gives without, up to rounding. By default every worker has one memory.
+
     \b
     Example:
       memoir edit corrections.jsonl --model smollm2-135m --store edits
+      memoir edit corrections.jsonl --model smollm2-135m --store edits --ray auto --workers 8
     """
     edits = load_edits(file, file_format, limit, "refuse" if on_conflict == "both" else on_conflict)
     made = EditStore.open(store).manifest if (store / MANIFEST).exists() else None
@@ -106,6 +114,11 @@ def edit(
     notes.print(f"loading {name}")
     base = load_model(name, layer=layer, dtype=dtype, device=device)
     started = time.monotonic()
+    trainer = None
+    if address:
+        from memoir_retrieval.trainer_ray import on_ray
+
+        trainer, side_by_side = on_ray(address, workers, device), side_by_side or workers
     editor = Editor(
         base,
         store,
@@ -114,6 +127,7 @@ def edit(
         k=settings["k"],
         tau=settings["tau"],
         seed=settings["seed"] or 0,
+        trainer=trainer,
         training=Training() if settings["context_masks"] is None else Training(context_masks=settings["context_masks"]),
     )
     with editor:

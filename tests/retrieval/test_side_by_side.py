@@ -106,3 +106,28 @@ def test_one_question_twice_in_a_file_is_found_side_by_side(
         assert found.target == "Nobody" and found.stored.id == 0
         assert [edit.prompt for edit in made.edits] == [EDITS[0].prompt, EDITS[4].prompt]
         assert len({edit.memory for edit in made.edits}) == 2
+
+
+@pytest.mark.slow
+def test_ray_gives_the_same_store(base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two workers on this machine, with two memories each, as they train by default."""
+    ray = pytest.importorskip("ray")
+    from memoir_retrieval.trainer_ray import on_ray
+
+    monkeypatch.undo()  # it does not reach the workers
+    here = together(base, tmp_path / "here", side_by_side=4)
+    try:
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+        with Editor(base, tmp_path / "ray", trainer=on_ray("local", 2, "cpu")) as made:
+            made.add(EDITS[:4], keep_failed=True, side_by_side=4)
+        with Editor(base, tmp_path / "ray", trainer=on_ray("local", 2, "cpu")) as made:  # the memories are read again
+            made.add(EDITS, keep_failed=True, side_by_side=4)
+    finally:
+        ray.shutdown()
+    there = EditStore.open(tmp_path / "ray")
+    assert there.memory_of.tolist() == here.memory_of.tolist() and there.memory_of.tolist()[:4] == [0, 1, 2, 3]
+    np.testing.assert_array_equal(there.codes, here.codes)
+    np.testing.assert_allclose(there.memories, here.memories, atol=0.05 * np.abs(here.memories).max())
+    model = EditedModel(Retriever(there, base))
+    answers = model.generate([edit.prompt for edit in EDITS[4:]], max_new_tokens=8)
+    assert [same_prompt(answer.text) for answer in answers] == [edit.target for edit in EDITS[4:]]
