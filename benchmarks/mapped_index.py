@@ -56,6 +56,7 @@ def main(folder: str | None = None) -> None:
         step("one lookup", lambda: index.search(unrelated, 0.55))
         step("one edit added", lambda: index.add([N], unrelated))
         step("one edit removed", lambda: index.remove([5]))
+        step("another removed", lambda: index.remove([N // 2]))
 
 
 if __name__ == "__main__":

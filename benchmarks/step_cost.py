@@ -1,17 +1,17 @@
 """What a decode step costs in Python and in arithmetic, without an engine: microseconds, medians.
 
-    python benchmarks/step_cost.py [REQUESTS ...]
+    python benchmarks/step_cost.py [--threads N] [--dtype bfloat16] [REQUESTS ...]
 
-Layer of SmolLM2-135M (D 1536, H 576), float32, one thread, random masks. `rows` is what is done to find the rows of
-each request and the edits that act on them; `arithmetic` is the masked product alone; `sums` is what the span rule
-`all` adds.
+Layer of SmolLM2-135M (D 1536, H 576), random masks; one thread and float32 unless said otherwise. `rows` is what is
+done to find the rows of each request and the edits that act on them; `arithmetic` is the masked product alone; `sums`
+is what the span rule `all` adds.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -60,34 +60,40 @@ def median_us(run: Callable[[int], Any]) -> float:
     return 1e6 * statistics.median(taken)
 
 
-def decode(n: int, matched: bool) -> dict[str, float]:
+def decode(n: int, matched: bool, dtype: torch.dtype) -> dict[str, float]:
     store, asked = served()
-    layer = ResidualLayer(Router(store, None, "cpu"), torch.from_numpy(store.memories))
+    layer = ResidualLayer(Router(store, None, "cpu"), torch.from_numpy(store.memories), dtype=dtype)
     ids = [f"request-{i}" for i in range(n)]
     for name in ids:
         layer.admit(name, [5] * 4, None)
     x = torch.stack([asked[i % EDITS] for i in range(n)]) if matched else torch.randn(n, 4, D)
     layer.begin_step(Step(ids, np.arange(n + 1) * 4, np.zeros(n, dtype=np.int64)))
-    layer.run(x.reshape(-1, D), torch.zeros(4 * n, H))
+    layer.run(x.reshape(-1, D).to(dtype), torch.zeros(4 * n, H, dtype=dtype))
     assert layer.stats()["matched"] == (n if matched else 0)
-    x, y, edges = torch.randn(n, D), torch.zeros(n, H), np.arange(n + 1)
+    x, y, edges = torch.randn(n, D).to(dtype), torch.zeros(n, H, dtype=dtype), np.arange(n + 1)
     rows = median_us(lambda step: layer.begin_step(Step(list(ids), edges.copy(), np.full(n, 4 + step))))
     run = median_us(lambda _: layer.run(x, y))
     found = {"rows": rows + run}
     if matched:
-        mask, index, memory = torch.rand(n, D).round(), torch.arange(n), layer.now.memories[0]
+        mask, index, memory = torch.rand(n, D).round().to(dtype), torch.arange(n), layer.now.memories[0]
         found["arithmetic"] = median_us(lambda _: y.index_add_(0, index, memory(x[index] * mask)))
         found["rows"] -= found["arithmetic"]
     return found
 
 
 def main() -> None:
-    torch.set_num_threads(1)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("requests", nargs="*", type=int, default=[32, 256])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    dtype = getattr(torch, given.dtype)
     result = {}
-    for n in [int(given) for given in sys.argv[1:]] or [32, 256]:
+    for n in given.requests:
         sums, slots = BlockSums(1000, 16, D, "cpu"), torch.arange(n) * 16 + 3
-        x = torch.randn(n, D)
-        made = {"unmatched": decode(n, False), "matched": decode(n, True)}
+        x = torch.randn(n, D).to(dtype)
+        made = {"unmatched": decode(n, False, dtype), "matched": decode(n, True, dtype)}
         made["all"] = {"sums": median_us(lambda _, s=sums, x=x, at=slots: s.add(x, at))}
         result[n] = {kind: {part: round(us, 1) for part, us in parts.items()} for kind, parts in made.items()}
     print(json.dumps(result, indent=1))

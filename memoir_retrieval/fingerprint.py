@@ -11,8 +11,8 @@ __all__ = ["Fingerprint", "permutation", "top_mask"]
 
 _NAN = "activations hold NaN, so no fingerprint can be made: check the model and its dtype"
 _SAMPLE = 512  # entries of a row, at most, from which its k-th largest is guessed
-_ROWS = 8  # done together: what they take stays in the cache, and one byte holds a bit of each
-_BIT_OF_ROW = np.array([1 << row for row in range(_ROWS)], np.uint8)[:, None]
+_ROWS = 16  # done together, so that what they take stays in the cache
+_BITS = np.array([1 << bit for bit in range(8)], np.uint8)[:, None]
 
 
 def permutation(d: int, seed: int) -> np.ndarray:
@@ -109,26 +109,25 @@ class Fingerprint:
 
     def codes(self, means: torch.Tensor) -> np.ndarray:
         """means: float32 [N, D] on the device of this object. Returns uint8 [N, D/8], little bit order."""
-        out = np.empty((len(means), self.d // 8), np.uint8)
-        chunks = [slice(at, at + _ROWS) for at in range(0, len(means), _ROWS)]
         if means.device.type != "cpu":
-            masks = top_mask((means - self._background).abs(), self.k).cpu().numpy()
-            for chunk in chunks:
-                out[chunk] = self._packed(masks[chunk])
-            return out
+            return self._packed(top_mask((means - self._background).abs(), self.k).cpu().numpy())
         rows, background = means.detach().float().numpy(), self._background.numpy()
-        room = np.empty((_ROWS, self.d), np.float32)
-        for chunk in chunks:
-            part = rows[chunk]
+        out = np.empty((len(rows), self.d // 8), np.uint8)
+        room = np.empty((min(_ROWS, len(rows)), self.d), np.float32)
+        for at in range(0, len(rows), _ROWS):
+            part = rows[at : at + _ROWS]
             values = np.subtract(part, background, out=room[: len(part)])
-            out[chunk] = self._packed(_top_of_rows(np.abs(values, out=values), self.k))
+            out[at : at + _ROWS] = self._packed(_top_of_rows(np.abs(values, out=values), self.k))
         return out
 
     def _packed(self, masks: np.ndarray) -> np.ndarray:
-        """Permute and pack bool [n, D], n <= _ROWS: uint8 [n, D/8]."""
-        # Bit r of each byte is row r's, so that the permutation, the slowest step, is done once for all rows.
-        shared = np.zeros(self.d, np.uint8)
-        for mask in masks[::-1]:
-            shared += shared
-            shared += mask.view(np.uint8)
-        return np.packbits(shared[self._position] & _BIT_OF_ROW[: len(masks)], axis=1, bitorder="little")
+        """Permute and pack bool [N, D]: uint8 [N, D/8]."""
+        out = np.empty((len(masks), self.d // 8), np.uint8)
+        for at in range(0, len(masks), 8):
+            # Bit r of each byte is row r's, so that the permutation, the slowest step, is done once for eight rows.
+            rows, shared = masks[at : at + 8], np.zeros(self.d, np.uint8)
+            for mask in rows[::-1]:
+                shared += shared
+                shared += mask.view(np.uint8)
+            out[at : at + 8] = np.packbits(shared[self._position] & _BITS[: len(rows)], axis=1, bitorder="little")
+        return out

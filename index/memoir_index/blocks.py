@@ -97,6 +97,15 @@ class Block:
         return _read_only(self.room.ids[: self.rows])
 
     @cached_property
+    def _span(self) -> tuple[int, int]:
+        return int(self.ids.min()), int(self.ids.max())
+
+    def may_hold(self, ids: Ids) -> bool:
+        """Whether some of the ids, int64 [N], lie between the least and the largest of this block's."""
+        least, largest = self._span
+        return bool(((ids >= least) & (ids <= largest)).any())
+
+    @cached_property
     def there(self) -> Ids:
         """Positions of the rows that are there, int64, ascending."""
         return np.arange(self.rows) if self.gone is None else np.flatnonzero(~self.gone)
@@ -149,6 +158,10 @@ def remove(blocks: tuple[Block, ...], ids: Ids) -> tuple[Block, ...]:
     out: list[Block] = []
     renewed = False
     for block in blocks:
+        if not block.may_hold(ids):
+            out.append(block)
+            renewed = False
+            continue
         hit = block.ids == ids[0] if len(ids) == 1 else np.isin(block.ids, ids)
         if block.gone is not None:
             hit |= block.gone

@@ -7,8 +7,6 @@ assignment; FAISS itself may crash when an index is extended while it is searche
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
-from functools import cached_property
 from operator import index as as_int
 from typing import NamedTuple
 
@@ -16,12 +14,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from memoir_index import blocks as storage
-from memoir_index.blocks import Block, Ids
+from memoir_index.blocks import Ids
 from memoir_index.codes import Codes, check_codes, check_layout, check_shape, hamming_radius, overlap_from_hamming
 from memoir_index.errors import CodeError
 from memoir_index.plan import Plan, check_bits, choose_plan, sketch_bits
-from memoir_index.scan import Distances, Rows, first, nearest_there, threads_for
+from memoir_index.scan import Rows, threads_for
 from memoir_index.sketch import search_sketch
+from memoir_index.snapshot import Snapshot
 
 
 class Hits(NamedTuple):
@@ -54,7 +53,7 @@ class HammingIndex:
         self.d, self.k = check_shape(d, k)
         self.sketch = sketch_bits(self.d) if sketch is None else check_bits(as_int(sketch), self.d)
         self._write = threading.Lock()
-        self._now = _Snapshot(())
+        self._now = Snapshot(())
         self._recheck = False
 
     @classmethod
@@ -87,7 +86,7 @@ class HammingIndex:
             for at in range(0, len(codes), storage.BLOCK):
                 check_codes(codes[at : at + storage.BLOCK], index.d, index.k, first_row=at)
         _check_lengths(new_ids, codes)
-        index._now = _Snapshot(storage.append((), new_ids, codes) if copy else storage.lend(new_ids, codes))
+        index._now = Snapshot(storage.append((), new_ids, codes) if copy else storage.lend(new_ids, codes))
         return index
 
     def __len__(self) -> int:
@@ -147,7 +146,7 @@ class HammingIndex:
         """
         new_ids, codes = self._check_rows(ids, codes)
         with self._write:
-            self._now = _Snapshot(storage.append(self._now.blocks, new_ids, codes))
+            self._now = Snapshot(storage.append(self._now.blocks, new_ids, codes))
 
     def remove(self, ids: ArrayLike) -> int:
         """Drop every row of the given edit ids, integers >= 0 [N]; return how many rows went.
@@ -227,83 +226,16 @@ class HammingIndex:
         _check_lengths(new_ids, codes)
         return new_ids, codes
 
-    def _check_returned(self, now: _Snapshot, rows: Rows) -> None:
+    def _check_returned(self, now: Snapshot, rows: Rows) -> None:
         for row in np.unique(rows[rows >= 0]).tolist():
             check_codes(now.code(row)[None], self.d, self.k, first_row=row)
 
     def _replace(self, gone: Ids, new_ids: Ids, codes: Codes) -> int:
-        left = _Snapshot(storage.remove(self._now.blocks, gone) if len(gone) else self._now.blocks)
+        left = Snapshot(storage.remove(self._now.blocks, gone) if len(gone) else self._now.blocks)
         removed = self._now.alive - left.alive
         if removed or len(new_ids):
-            self._now = _Snapshot(storage.append(left.blocks, new_ids, codes))
+            self._now = Snapshot(storage.append(left.blocks, new_ids, codes))
         return removed
-
-
-@dataclass(frozen=True, eq=False)
-class _Snapshot:
-    """What one reader works on. A place is a position counted over all blocks, with the rows that are gone; a row is
-    one counted without them."""
-
-    blocks: tuple[Block, ...]
-
-    @cached_property
-    def places(self) -> Ids:
-        """The first place of each block, and the end."""
-        return np.cumsum([0, *(block.rows for block in self.blocks)])
-
-    @cached_property
-    def starts(self) -> Ids:
-        """The first row of each block, and the end."""
-        return np.cumsum([0, *(block.alive for block in self.blocks)])
-
-    @property
-    def alive(self) -> int:
-        return int(self.starts[-1])
-
-    @cached_property
-    def ids(self) -> Ids:
-        parts = [block.ids if block.gone is None else block.ids[block.there] for block in self.blocks]
-        ids = np.concatenate(parts) if parts else np.empty(0, np.int64)
-        ids.flags.writeable = False
-        return ids
-
-    @cached_property
-    def _rows_per_edit(self) -> Ids:
-        return np.unique(self.ids, return_counts=True)[1].astype(np.int64)
-
-    @property
-    def edits(self) -> int:
-        return len(self._rows_per_edit)
-
-    @property
-    def most_rows(self) -> int:
-        return int(self._rows_per_edit.max())
-
-    def code(self, row: int) -> Codes:
-        number = int(np.searchsorted(self.starts, row, side="right")) - 1
-        block = self.blocks[number]
-        return block.codes[block.there[row - self.starts[number]]]
-
-    def resolve(self, places: Rows) -> tuple[Rows, Ids]:
-        """Rows and edit ids of places, -1 for -1."""
-        rows, ids = np.full(len(places), -1, np.int64), np.full(len(places), -1, np.int64)
-        numbers = np.searchsorted(self.places, places, side="right") - 1
-        for number in np.unique(numbers[places >= 0]).tolist():
-            block, here = self.blocks[number], numbers == number
-            at = places[here] - self.places[number]
-            rows[here] = self.starts[number] + block.rank[at]
-            ids[here] = block.ids[at]
-        return rows, ids
-
-    def nearest(self, codes: Codes, n: int) -> tuple[Distances, Rows]:
-        """Hamming distances int32 [Q, n] and places int64 [Q, n] of the n <= N nearest rows, nearest first and the
-        earlier row first among equals."""
-        distances, places = [], []
-        for start, block in zip(self.places.tolist(), self.blocks, strict=False):
-            dist, at = nearest_there(block, codes, min(n, block.alive))
-            distances.append(dist)
-            places.append(at + start)
-        return first(np.concatenate(distances, axis=1), np.concatenate(places, axis=1), n)
 
 
 def _check_lengths(ids: Ids, codes: Codes) -> None:

@@ -208,6 +208,15 @@ def _checks(config: MemoirConfig, vllm_config: VllmConfig) -> list[tuple[bool, s
             model.revision is not None and not Path(model.model).is_dir(),
             f"revision {model.revision} of a Hub model (download that revision and serve its folder)",
         ),
+        (
+            model.quantization is not None and not model.is_quantized,
+            f"weights that are quantised while they are loaded, as {model.quantization} (leave out --quantization, or "
+            "make edits on a quantised checkpoint)",
+        ),
+        (
+            bool(model.hf_overrides),
+            "another model configuration (leave out --hf-overrides: change config.json and make edits on that model)",
+        ),
         (scheduler.scheduler_cls is not None, f"scheduler {scheduler.scheduler_cls} (leave out --scheduler-cls)"),
         (
             parallel.worker_cls not in WORKERS,

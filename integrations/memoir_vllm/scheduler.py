@@ -113,6 +113,22 @@ class _Decisions:
             self._passing.pop(question.prompt, None)
         return question
 
+    def _handle_blocked_waiting_request(self, request: Request) -> bool:
+        """Whether a request that waits may be scheduled; the others do not wait for it."""
+        ready: bool = super()._handle_blocked_waiting_request(request)  # type: ignore[misc]
+        return ready and not self._twin_passes(request)
+
+    def _twin_passes(self, request: Request) -> bool:
+        """Whether a request does better to begin later: its long question is being passed by another already."""
+        question = self._questions.get(request.request_id)
+        if question is None or question.prompt is None or not question.long or request.status != RequestStatus.WAITING:
+            return False
+        first = self.requests.get(self._passing.get(question.prompt, ""))
+        if first is not None and first is not request and first.status == RequestStatus.RUNNING:
+            return True
+        self._passing[question.prompt] = request.request_id
+        return False
+
     def _boundary(self, request: Request) -> int | None:
         question = self._questions.get(request.request_id)
         return None if question is None else question.span.start
@@ -141,20 +157,10 @@ class _Decisions:
         if long != question.long:
             question = self._questions[request.request_id] = question._replace(long=long)
         if long:
-            return 0 if self._twin_passes(request, question) else tokens
+            return tokens
         if num_computed_tokens <= start < num_computed_tokens + tokens < end:
             return start - num_computed_tokens
         return tokens
-
-    def _twin_passes(self, request: Request, question: _Question) -> bool:
-        """Whether a request that has not begun does better to wait: its long question is being passed already."""
-        if question.prompt is None or request.status != RequestStatus.WAITING:
-            return False
-        first = self.requests.get(self._passing.get(question.prompt, ""))
-        if first is not None and first is not request and first.status == RequestStatus.RUNNING:
-            return True
-        self._passing[question.prompt] = request.request_id
-        return False
 
     # ---- the decision ----------------------------------------------------------------------------------------------
 

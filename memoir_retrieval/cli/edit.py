@@ -207,17 +207,17 @@ def train(
         TextColumn("editing"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]:.2f} edits/s  loss {task.fields[loss]:.3f}"),
+        TextColumn("{task.fields[told]}"),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=notes, disable=quiet) as bar:
-        task = bar.add_task("", total=None, rate=0.0, loss=float("nan"))
+        task = bar.add_task("", total=len(edits), told="")
 
         def tell(p: EditProgress) -> None:
-            loss = p.edit.loss if p.edit else float("nan")
-            bar.update(task, completed=p.done, total=p.total, rate=p.done / p.seconds, loss=loss)
+            loss = f"  loss {p.edit.loss:.3f}" if p.edit else ""
+            bar.update(task, completed=p.done, total=p.total, told=f"{p.done / p.seconds:.2f} edits/s{loss}")
 
-        return editor.add(
+        new = editor.add(
             edits,
             on_conflict=on_conflict,
             rephrase_masks=rephrase_masks,
@@ -225,6 +225,8 @@ def train(
             side_by_side=side_by_side,
             progress=tell,
         )
+        bar.update(task, completed=len(edits), total=len(edits))  # those that were there already included
+        return new
 
 
 def _agree(made: Manifest | None, store: Path, settings: dict[str, Any]) -> None:

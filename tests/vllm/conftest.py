@@ -14,7 +14,18 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from engines import LAYER, MAX_MODEL_LEN, NEW_TOKENS, PROMPTS, Engine, Expected, flags, make_store
+from engines import (
+    LAYER,
+    MAX_MODEL_LEN,
+    NEW_TOKENS,
+    PROMPTS,
+    Engine,
+    Expected,
+    flags,
+    make_store,
+    small_model,
+    small_store,
+)
 from simulation import RULE, Simulate, Simulation, World, world
 from vllm.engine.arg_utils import EngineArgs
 
@@ -53,9 +64,29 @@ def store(store_folder: Path) -> EditStore:
 
 
 @pytest.fixture(scope="session")
+def small(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("small") / "model"
+    small_model(folder, model_folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_edits(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_store(small, tmp_path_factory.mktemp("store") / "small")
+
+
+@pytest.fixture(scope="session")
+def small_expected(small_edits: Path, small: Path) -> dict[str, Expected]:
+    return answers(EditedModel.open(small_edits, str(small)))
+
+
+@pytest.fixture(scope="session")
 def expected(store_folder: Path, model_folder: Path) -> dict[str, Expected]:
+    return answers(EditedModel.open(store_folder, str(model_folder)))
+
+
+def answers(model: EditedModel) -> dict[str, Expected]:
     """One prompt at a time, in float32: what every engine here must reproduce token for token."""
-    model = EditedModel.open(store_folder, str(model_folder))
     found = {}
     for name, prompt in PROMPTS.items():
         ids = model.prompt_ids(prompt)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,12 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 import numpy as np
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from memoir_retrieval.edit import StoredEdit
 from memoir_retrieval.fingerprint import Fingerprint, permutation
 from memoir_retrieval.forward import question_means
-from memoir_retrieval.model import BaseModel
+from memoir_retrieval.model import BaseModel, load_model
 from memoir_retrieval.prompts import Prompt, prompt_ids
 from memoir_retrieval.span import SpanRule, derive_span_rule, find_span
 from memoir_retrieval.store import EditStore
@@ -151,6 +153,38 @@ def make_store(
         ],
     )
     return folder
+
+
+def small_model(folder: Path, tokenizer_from: Path) -> LlamaForCausalLM:
+    """Save a random model of four layers, an even number of heads and the tokenizer of another, and return it.
+
+    A stand-in for the embedded model where its thirty layers would only take longer: to be compiled, to be interpreted.
+    """
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        vocab_size=49152,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        initializer_range=0.3,
+    )
+    model = LlamaForCausalLM(config).eval()
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(tokenizer_from / name, folder / name)
+    return model
+
+
+def small_store(model: Path, folder: Path, layer: int = 1, dtype: str = "float32") -> Path:
+    """A store of such a model, whose activations are more alike than those of a real one."""
+    base = load_model(str(model), layer=layer, dtype=dtype)
+    return make_store(base, folder, k=72, tau=0.9, dtype=dtype)
 
 
 def flags(

@@ -50,6 +50,7 @@ SEAMS = {
         "Scheduler.update_from_output",
         "Scheduler.reset_prefix_cache",
         "Scheduler._reserve_prefill_lookahead",
+        "Scheduler._handle_blocked_waiting_request",
         "Scheduler._preempt_request",
         "Scheduler._free_request",
     ),
@@ -87,6 +88,7 @@ SEAMS = {
     ),
     "v1/worker/gpu_worker.py": (
         "Worker.load_model",
+        "Worker.execute_model",
         "Worker.determine_available_memory",
         "Worker.initialize_from_config",
         "Worker.compile_or_warm_up_model",
@@ -99,6 +101,11 @@ SEAMS = {
     "model_executor/layers/utils.py": ("dispatch_cpu_unquantized_gemm", "dispatch_unquantized_gemm"),
     "model_executor/layers/fusion/quant_activation.py": ("get_input_quant_key",),
     "sequence.py": ("IntermediateTensors",),
+    "distributed/parallel_state.py": (
+        "GroupCoordinator.isend_tensor_dict",
+        "GroupCoordinator.irecv_tensor_dict",
+        "GroupCoordinator._should_use_all_gather",
+    ),
     "utils/torch_utils.py": ("direct_register_custom_op",),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import shutil
 import time
 from argparse import Namespace
 from hashlib import sha256
@@ -19,10 +20,12 @@ from memoir_retrieval import Edit, Editor
 from memoir_retrieval.cli.serve import server_command
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.model import BaseModel
-from memoir_vllm.admin import guard
+from memoir_vllm import config
+from memoir_vllm.admin import guard, service
 from memoir_vllm.admin.audit import AUDIT, AuditLog
+from memoir_vllm.admin.engines import Engines
 from memoir_vllm.admin.guard import Guard
-from memoir_vllm.admin.jobs import Jobs, Trainer
+from memoir_vllm.admin.jobs import QUEUE, Jobs, QueueFull, Trainer
 from memoir_vllm.admin.plugin import MemoirEndpoints
 from memoir_vllm.admin.tokens import Tokens
 from memoir_vllm.metrics import LOOKUP_ID, TOP, EngineCollector, Traffic
@@ -167,6 +170,45 @@ async def test_a_job_tells_how_far_its_training_is(base: BaseModel, model_folder
     assert [told.step for told in trained] == sorted({told.step for told in trained}) and trained[-1].step == job.steps
     assert trained[-1].limit == 60 and trained[-1].loss == pytest.approx(job.loss, abs=1e-5)
     assert trained[-1].loss < trained[-1].goal < trained[0].loss
+
+
+@pytest.mark.anyio
+async def test_only_so_many_changes_wait_and_none_that_is_not_logged(tmp_path: Path) -> None:
+    async def activate() -> int:
+        return 1
+
+    jobs = Jobs(Trainer({}), AuditLog(tmp_path, "here:1"), activate)  # nobody works on them
+    for _ in range(QUEUE):
+        await jobs.submit("ann", {"remove": 1}, kind="remove")
+    with pytest.raises(QueueFull):
+        await jobs.submit("ann", {"remove": 1}, kind="remove")
+    assert len(jobs.open()) == len(AuditLog(tmp_path, "here:1").lines()) == QUEUE
+    unlogged = Jobs(Trainer({}), AuditLog(tmp_path / "gone", "here:1"), activate)
+    with pytest.raises(OSError, match="No such file"):
+        await unlogged.submit("ann", {"remove": 1}, kind="remove")
+    assert unlogged.open() == []
+
+
+@pytest.mark.anyio
+async def test_a_replica_whose_store_is_read_only_can_reload(
+    store_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class EnginesThatAgree(Engines):
+        """A stand-in: those behind a server are asked in test_server_admin.py."""
+
+        def __init__(self) -> None:
+            pass
+
+        async def reload(self) -> int:
+            return 7
+
+    folder = shutil.copytree(store_folder, tmp_path / "edits")
+    (folder / AUDIT).mkdir()  # as little to be written as on a read-only volume, also for root
+    said: list[str] = []
+    monkeypatch.setattr(service.logger, "warning", lambda text, *more: said.append(text % more))
+    replica = service.Service(config.read({"store": str(folder)}), "m", "here:1", EnginesThatAgree(), None)
+    assert await replica.reload("ann") == 7
+    assert said == ["memoir: ann had generation 7 served; the audit log cannot be written (Is a directory)"]
 
 
 def test_counts_and_their_bounds() -> None:

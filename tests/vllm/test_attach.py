@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 from types import SimpleNamespace
 from typing import Any
 
@@ -85,26 +87,49 @@ def test_a_quant_method_keeps_its_class_and_its_product(monkeypatch: pytest.Monk
     assert len(seen) == 1 and torch.equal(seen[0][0], x) and seen[0][1] == {"layer": "slots"}
 
 
-def test_a_fused_kernel_no_longer_quantises_what_goes_into_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("key", ["kFp8StaticTensorSym", "kFp8Dynamic128Sym", "kNvfp4Dynamic"])
+def test_a_fused_kernel_no_longer_quantises_what_goes_into_the_layer(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM's own choice between SiLU alone and SiLU fused with the quantisation of its output; the kernel is a stand-in
     for those of a GPU. Other layers keep theirs."""
     from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.model_executor.layers.activation import SiluAndMul
     from vllm.model_executor.layers.fusion import fused_act_quant
-    from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8StaticTensorSym
+    from vllm.model_executor.layers.quantization.utils import quant_utils
 
-    monkeypatch.setitem(fused_act_quant._FUSED_ACT_QUANT, (SiluAndMul, kFp8StaticTensorSym), lambda x, linear: "packed")
+    quant_key = getattr(quant_utils, key)
+    monkeypatch.setitem(fused_act_quant._FUSED_ACT_QUANT, (SiluAndMul, quant_key), lambda x, linear: "packed")
     with set_current_vllm_config(VllmConfig()):
         silu = SiluAndMul()
     edited, other = Linear(), Linear()
     for layer in (edited, other):
-        layer.quant_method, layer._input_quant_key = Doubled(), kFp8StaticTensorSym
+        layer.quant_method, layer._input_quant_key = Doubled(), quant_key
     attach._hook(edited, "name")
     x = torch.randn(3, 2 * D)
     assert fused_act_quant.maybe_fused_act_quant(silu, x, other) == "packed"
     torch.testing.assert_close(
         fused_act_quant.maybe_fused_act_quant(silu, x, edited), torch.nn.functional.silu(x[:, :D]) * x[:, D:]
     )
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("fp8", "Fp8LinearMethod"),
+        ("auto_awq", "AutoAWQLinearMethod"),
+        ("auto_awq", "AutoAWQMarlinLinearMethod"),
+        ("auto_gptq", "AutoGPTQLinearMethod"),
+        ("modelopt", "ModelOptLinearMethod"),
+        ("compressed_tensors.compressed_tensors", "CompressedTensorsLinearMethod"),
+    ],
+)
+def test_the_op_goes_behind_every_kind_of_quantised_product(module: str, name: str) -> None:
+    """None of these but the last has a kernel for a CPU: what is called, and with what, is vLLM's interface of all."""
+    method = getattr(importlib.import_module(f"vllm.model_executor.layers.quantization.{module}"), name)
+    plain = method.__new__(method)
+    assert list(inspect.signature(method.apply).parameters) == ["self", "layer", "x", "bias"]
+    with_op = attach._with_op(plain, "name")
+    assert isinstance(with_op, method) and type(plain) is method
+    assert type(with_op).apply is not method.apply
 
 
 class Worker:

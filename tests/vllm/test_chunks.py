@@ -114,11 +114,15 @@ def test_every_moment_of_a_request(how: str, steps: int, simulate: Simulate, her
 def test_siblings_of_a_long_question_pass_it_once(edit: int | None, simulate: Simulate, here: World) -> None:
     """As `n` of one request asks for: four of one prompt in one step. The others wait and take over the decision."""
     sim = simulate(budget=60)
-    prompt = chat(other(40) if edit is None else here.questions[2], before=40)
+    prompt = chat(other(30) if edit is None else here.questions[2], before=20)
     for n in range(4):
         sim.add(f"{n}", prompt, max_tokens=5)
+    sim.add("behind them", [5], OFF, max_tokens=1)
+    sim.step()
+    assert sim.chunks["behind them"] == [(0, 1)], "who stands behind them does not wait"
     sim.run()
-    assert set(map(tuple, sim.answers.values())) == {tuple(right(here, prompt, edit, 5))}
+    siblings = [sim.answers[f"{n}"] for n in range(4)]
+    assert siblings == [right(here, prompt, edit, 5)] * 4
     stats = sim.layer.stats()
     assert (stats["routed"], stats["recalled"], stats["replayed"]) == (1, 3, int(edit is not None))
 

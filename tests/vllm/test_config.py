@@ -153,6 +153,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}},
         "--speculative-config",
     ),
+    "quantisation while loading": ({"quantization": "fp8", "dtype": "bfloat16"}, "--quantization"),
+    "another configuration": ({"hf_overrides": {"rms_norm_eps": 1e-3}}, "--hf-overrides"),
     "prompt embeddings": ({"enable_prompt_embeds": True}, "--enable-prompt-embeds"),
     "scheduler": ({"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "--scheduler-cls"),
     "worker": ({"worker_cls": "vllm.v1.worker.xpu_worker.XPUWorker"}, "--worker-cls"),

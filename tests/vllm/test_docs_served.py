@@ -87,7 +87,7 @@ def test_the_commands_of_administration_run(server: Server, folder: Path) -> Non
         told = json.loads(said)
         assert "detail" not in told, line
         routes.add(f"{method(line)} {re.search(r'memoir(/[a-z.]+)', line.text)[1]}")
-        if "Who founded Exampleton?" in text:
+        if "Exampleton bridge" in text:
             job = told["id"]
         elif job is not None and "DELETE" not in text and "/jobs/" in text:
             finish(server, job)

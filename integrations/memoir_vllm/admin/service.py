@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from vllm.logger import init_logger
 
 from memoir_retrieval.edit import StoredEdit
 from memoir_retrieval.errors import MemoirError, StoreError
@@ -21,6 +22,8 @@ from memoir_vllm.config import MemoirConfig
 from memoir_vllm.metrics import LOOKUP_ID, TOP, TRAFFIC
 
 __all__ = ["Conflict", "Missing", "Refused", "Service"]
+
+logger = init_logger("vllm.memoir")
 
 DEVICE_VARIABLE = "MEMOIR_EDIT_DEVICE"
 
@@ -202,7 +205,15 @@ class Service:
     async def reload(self, who: str) -> int:
         """Have the engines adopt the store's present generation. Raises StoreError."""
         generation = await self.engines.reload()
-        await asyncio.to_thread(self.audit.write, "reloaded", who, "", generation=generation)
+        try:
+            await asyncio.to_thread(self.audit.write, "reloaded", who, "", generation=generation)
+        except OSError as error:  # a replica may have its store mounted read-only; nothing in it has changed
+            logger.warning(
+                "memoir: %s had generation %d served; the audit log cannot be written (%s)",
+                who,
+                generation,
+                error.strerror,
+            )
         return generation
 
     def _find(self, prompt: str) -> StoredEdit | None:
