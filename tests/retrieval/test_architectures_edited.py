@@ -54,7 +54,7 @@ def test_an_edit_is_stored_and_answered(layout: str, tmp_path: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(get_model("smollm2-135m") / name, tmp_path / "model" / name)
     base = load_model(str(tmp_path / "model"))
-    with Editor(base, tmp_path / "store", chat=False) as editor:
+    with Editor(base, tmp_path / "store", chat=False, tau=0.8) as editor:
         assert len(editor.add([EDIT])) == 1, editor.outcome.failed
     edited = EditedModel(Retriever(EditStore.open(tmp_path / "store"), base))
     (answer,) = edited.generate([EDIT.prompt], max_new_tokens=8)
