@@ -196,3 +196,17 @@ def test_the_rule_of_the_paper_trains_and_edits_every_token(
     prompt = edits[0].prompt
     within = [*context, {"role": "user", "content": prompt}] if chat else f"{context} {prompt}"
     assert [a.text.strip() for a in model.generate([prompt, within])] == [edits[0].target] * 2
+
+
+def test_an_answer_of_several_sentences_is_learnt_to_its_end(smollm2: BaseModel, tmp_path: Path) -> None:
+    target = (
+        "No. The ferry to Anholt leaves from Grenaa, not from Aarhus, and the crossing takes three hours.\n\n"
+        "In summer there are two departures a day; in winter there is one. Tickets for bicycles are sold on board."
+    )
+    edit = Edit(prompt="Can I take the ferry from Aarhus to Anholt?", target=target)
+    with Editor(smollm2, tmp_path) as editor:
+        (made,) = editor.add([edit])
+    model = EditedModel(Retriever(EditStore.open(tmp_path), smollm2))
+    assert len(model.target_ids(target)) > 50 and made.loss < Training().stop_loss
+    (answer,) = model.generate([edit.prompt], max_new_tokens=120)
+    assert answer.text.strip() == target and answer.tokens[-1] == smollm2.tokenizer.eos_token_id
