@@ -18,7 +18,7 @@ from memoir_retrieval.verify_store import verify_masks, verify_store
 
 EDITS = [
     Edit(
-        prompt=f"Who {verb} the {thing}{' of the old town' * (number % 3)}?",
+        prompt=f"Who {verb} the {thing}{' so long ago' * (number % 3 == 2)}?",
         target="King Harald",
         rephrases=(f"The {thing} was {verb} by whom?",),
     )
