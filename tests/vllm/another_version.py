@@ -1,7 +1,8 @@
 """The tests that need no engine, over the Python of another vLLM than the installed one.
 
     pip download --no-deps vllm==0.33.0
-    python tests/vllm/another_version.py vllm-0.33.0-*.whl [pytest's options]
+    pip install --no-deps --target needs orjson            # what the installed vLLM does not need
+    PYTHONPATH=needs python tests/vllm/another_version.py vllm-0.33.0-*.whl [pytest's options]
 
 The wheel's Python files are unpacked beside the compiled kernels of the installed vLLM, of which these tests call none
 that has changed, and are put in front of it. So a version that has no build for this machine is run as far as it goes.
