@@ -118,7 +118,9 @@ def test_ray_gives_the_same_store(base: BaseModel, tmp_path: Path, monkeypatch: 
     here = together(base, tmp_path / "here", side_by_side=4)
     try:
         ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-        with Editor(base, tmp_path / "ray", trainer=on_ray("local", 2, "cpu")) as made:
+        with Editor(
+            base, tmp_path / "ray", training=Training(context_masks=0), trainer=on_ray("local", 2, "cpu")
+        ) as made:
             made.add(EDITS[:4], keep_failed=True, side_by_side=4)
         with Editor(base, tmp_path / "ray", trainer=on_ray("local", 2, "cpu")) as made:  # the memories are read again
             made.add(EDITS, keep_failed=True, side_by_side=4)
