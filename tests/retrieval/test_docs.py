@@ -33,6 +33,7 @@ TUTORIAL = ROOT / "docs/tutorial.md"
 # Programs that no test runs, and what is looked at instead. What `memoir` does on these pages is run by
 # test_docs_run.py, what needs a server by tests/vllm/test_docs_served.py, both slow; here it is parsed.
 NOT_RUN = {
+    "cat": "joins published files that are not shipped",
     "make": "its targets run these tests; that the target exists",
     "source": "a shell's own; the tests run inside the environment",
     "pip": "changes the environment that the tests run in; that the extras exist",
