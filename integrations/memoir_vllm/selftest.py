@@ -19,8 +19,8 @@ __all__ = ["dummy_step", "self_test"]
 
 
 # A dummy step has no attention, and vLLM leaves what attention would write as it was: memory of any content. Where that
-# makes hidden states huge, a small probe is rounded away.
-PROBES = (1.0, 1e4, 1e12)
+# makes hidden states huge, a small probe is rounded away; NaN, the last resort, never is.
+PROBES = (1.0, 1e4, 1e12, float("nan"))
 
 
 def self_test(runner: Any, layer: ResidualLayer) -> None:

@@ -331,7 +331,7 @@ def test_self_test_passes_a_sound_model(layer: ResidualLayer) -> None:
     assert layer.stats()["steps"] == 0
 
 
-@pytest.mark.parametrize("stale", [1e6, 1e9, 1e18])
+@pytest.mark.parametrize("stale", [1e6, 1e9, 1e18, 1e30])
 def test_self_test_is_felt_in_hidden_states_of_any_size(layer: ResidualLayer, stale: float) -> None:
     self_test(FakeRunner(layer, stale=stale), layer)
 
