@@ -28,7 +28,7 @@ from memoir_retrieval.outcome import Step
 IGNORED = -100  # what cross entropy leaves out
 NEAR = 5.0  # nats below which longer steps were measured to do no harm (docs)
 
-__all__ = ["Frozen", "Lesson", "Trained", "Training", "answered", "freeze", "train_edit", "train_edits"]
+__all__ = ["Frozen", "Lesson", "Trained", "Training", "answered", "freeze", "train_edits"]
 
 
 @dataclass(frozen=True)
@@ -152,21 +152,6 @@ def freeze(
     return Frozen(ids, lengths, past, list(heads), hidden, activations, labels, masks)
 
 
-def train_edit(
-    base: BaseModel,
-    frozen: Frozen,
-    weight: torch.Tensor,
-    used: torch.Tensor,
-    training: Training,
-    watch: Callable[[Step], None] = lambda _: None,
-) -> Trained:
-    """Train one edit on all rows of `frozen`.
-
-    weight: float32 [H, D], the memory. used: float32 [D, D], C. watch: told of each step.
-    """
-    return train_edits(base, [(frozen, weight, used)], training, watch)[0]
-
-
 def train_edits(
     base: BaseModel,
     edits: Sequence[tuple[Frozen, torch.Tensor, torch.Tensor]],
@@ -175,8 +160,8 @@ def train_edits(
 ) -> list[Trained]:
     """Train edits of as many memories side by side: each as if alone but for rounding, in fewer, larger products.
 
-    edits: of each what `train_edit` takes. One that has learnt enough leaves the others. watch: told of each
-    step, with the largest loss.
+    edits: of each the rows it is trained on, its memory, float32 [H, D], and that memory's C, float32 [D, D]. One that
+    has learnt enough leaves the others. watch: told of each step, with the largest loss.
     """
     searches = [_Search(*edit, training.ridge) for edit in edits]
     left, steps = searches, 0

@@ -33,7 +33,7 @@ from memoir_retrieval.forward import (
 from memoir_retrieval.memory import Memory, forgotten
 from memoir_retrieval.model import BaseModel, _blocks, _projection
 from memoir_retrieval.products import HalfProducts
-from memoir_retrieval.train import Training, answered, freeze, train_edit
+from memoir_retrieval.train import Training, answered, freeze, train_edits
 
 WIDE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 99}
 LLAMA_LIKE = WIDE | {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128}
@@ -144,7 +144,7 @@ def test_an_edit_is_trained_in_rows_of_different_length_as_if_each_stood_alone(b
     masks[2, ::4] = True  # a row with a mask of its own, as a rephrasing may have
     past = FrozenPast(None, torch.zeros(3, dtype=torch.int64))
     frozen = freeze(base, past, [0, 1, 2], questions, answer).masked(masks)
-    trained = train_edit(base, frozen, torch.zeros(32, 64), torch.zeros(64, 64), Training(max_steps=3))
+    (trained,) = train_edits(base, [(frozen, torch.zeros(32, 64), torch.zeros(64, 64))], Training(max_steps=3))
     assert trained.steps == 3 and trained.columns.tolist() == masks.any(0).nonzero()[:, 0].tolist()
     weight = torch.zeros(32, 64)
     weight[:, trained.columns] = trained.weights
