@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from memoir_index import HammingIndex, pack
+from memoir_index import pack
 from memoir_retrieval.edit import StoredEdit
 from memoir_retrieval.model import Identity
 from memoir_retrieval.span import SpanRule
@@ -103,12 +103,11 @@ def measure(folder: Path) -> dict[str, float]:
     lap("check_s", started)
     started = time.perf_counter()
     made = store.manifest
-    index = HammingIndex.from_codes(made.d, made.k, store.ids, store.codes, copy=False, checked=True)
+    index = store.index()
     hits = index.search(store.codes[[0, count // 2, count - 1]], made.tau)
     lap("index_and_first_search_s", started)
     assert (hits.overlaps == 1).all()
-    files = sum(entry.size for entry in (made.memory, made.codes, made.edits))
-    return found | {"files_mb": round(files / 1e6), "memory_added_mb": round((anonymous() - before) / 1e6)}
+    return found | {"files_mb": round(store.size / 1e6), "memory_added_mb": round((anonymous() - before) / 1e6)}
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ import torch
 
 from memoir_retrieval.fingerprint import Fingerprint
 from memoir_retrieval.span import SpanRule
-from memoir_retrieval.store import EditStore
+from memoir_retrieval.store import EditStore, Masks
 from memoir_vllm.residual import ResidualLayer
 from memoir_vllm.routing import Router
 from memoir_vllm.rows import Step
@@ -43,9 +43,11 @@ def served() -> tuple[EditStore, torch.Tensor]:
         memories=np.random.default_rng(1).standard_normal((1, H, D), dtype=np.float32),
         background=background,
         permutation=permutation,
-        codes=Fingerprint(background, permutation, K).codes(asked.mean(1)),
-        ids=np.arange(EDITS),
-        memory_of=np.zeros(EDITS, dtype=np.int32),
+        masks=Masks(
+            Fingerprint(background, permutation, K).codes(asked.mean(1)),
+            np.arange(EDITS),
+            np.zeros(EDITS, dtype=np.int32),
+        ),
         edits=(),
     )
     return store, asked

@@ -150,8 +150,9 @@ def edit(
 def _tell(editor: Editor, store: Path, seconds: float, as_json: bool) -> None:
     """Print what became of the edits. Exits with code 1 where one is not in the store that should be."""
     outcome, new = editor.outcome, len(editor.outcome.stored)
-    found = EditStore.open(store).manifest if (store / MANIFEST).exists() else None
-    size = sum(entry.size for entry in (found.memory, found.codes, found.edits)) if found else 0
+    opened = EditStore.open(store) if (store / MANIFEST).exists() else None
+    found = opened.manifest if opened else None
+    size = opened.size if opened else 0
     kept = {(edit.prompt, edit.target) for edit in outcome.stored}
     refused = [(one.prompt, one.target) for one in outcome.failed]
     refused += [(one.prompt, one.target) for one in outcome.conflicting]

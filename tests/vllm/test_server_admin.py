@@ -250,10 +250,10 @@ def test_counters(server: Server) -> None:
         assert after[name] - before.get(name, 0) == 1, name
     generation = server.http.get("/memoir/stats").json()["generation"]
     until = time.monotonic() + 20
-    while (now := read())['memoir_lookups_total{engine="0"}'] < 3:  # engines are asked every few seconds
+    told = 'memoir_generation{engine="0"}', 'memoir_lookups_total{engine="0"}'
+    while (now := read())[told[0]] != generation or now[told[1]] < 3:  # engines are asked every few seconds
         assert time.monotonic() < until
         time.sleep(0.5)
-    assert now['memoir_generation{engine="0"}'] == generation
     assert now['memoir_routing_seconds_total{engine="0"}'] > 0
     stats = server.http.get("/memoir/stats").json()
     assert stats["recent"][0]["edit"] == 1
