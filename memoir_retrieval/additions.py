@@ -136,7 +136,7 @@ def append(
     }
     unsigned = b"".join(tensor_chunks(tensors))[:-_DIGEST]
     digest = hashlib.sha256(unsigned)
-    publish(path, unsigned + digest.digest())
+    publish(path, unsigned + digest.digest(), names_files=False)
     made = msgspec.structs.replace(manifest, generation=generation, next_id=next_id, untrained=untrained)
     return made, Tail(digest.hexdigest(), tail.additions + 1, tail.size + len(unsigned) + _DIGEST)
 
