@@ -298,8 +298,10 @@ class ResidualLayer:
 
     def _weights(self, parts: Sequence[_Part]) -> list[torch.Tensor]:
         """What each row of each part counts by in the mean of its question: float32 [n] each."""
+        if not any(part.request.span.weighted for part in parts):
+            return [torch.ones(len(part.rows), device=part.rows.device) for part in parts]
         weights = [squared_norms(part.rows) for part in parts]
-        if self._ranks > 1 and parts:
+        if self._ranks > 1:
             from vllm.distributed import tensor_model_parallel_all_reduce
 
             # Each rank has a share of every activation, and of its squared norm.

@@ -147,6 +147,10 @@ def edit(
     _tell(editor, store, time.monotonic() - started, as_json)
 
 
+# From about here on the presets' thresholds were seen to let unrelated prompts through (docs/measurements.md).
+MANY = 500
+
+
 def _tell(editor: Editor, store: Path, seconds: float, as_json: bool) -> None:
     """Print what became of the edits. Exits with code 1 where one is not in the store that should be."""
     outcome, new = editor.outcome, len(editor.outcome.stored)
@@ -189,6 +193,11 @@ def _tell(editor: Editor, store: Path, seconds: float, as_json: bool) -> None:
             f"{len(outcome.failed)} failed, {len(outcome.conflicting)} conflicting ({seconds:.0f} s{speed}); "
             f"generation {summary['generation']}, {size / 1e6:.2f} MB"
         )
+        if len(editor.edits) >= MANY:
+            notes.print(
+                f"{len(editor.edits)} edits: the more there are, the likelier an unrelated prompt matches one; measure "
+                f"whether tau {editor.tau:g} still holds with `memoir calibrate {store}`"
+            )
     if not kept.issuperset(refused):
         raise SystemExit(1)
 
