@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from memoir_index import HammingIndex, hamming_radius, popcount
 from memoir_retrieval.background import background_prompts, unrelated_prompts
-from memoir_retrieval.edit import Edit, asked
+from memoir_retrieval.edit import Edit, asked, same_prompt
 from memoir_retrieval.errors import ConfigError, StoreError
 from memoir_retrieval.files import store_lock
 from memoir_retrieval.fingerprint import Fingerprint, permutation
@@ -205,9 +205,13 @@ def suggest_tau(unrelated: NDArray[np.int64], k: int) -> float:
 
 
 def unrelated_to(edits: Sequence[Edit]) -> list[str]:
-    """The prompts that no edit should match: those that come with the library, and what the edits must leave alone."""
+    """The prompts that no edit should match: those that come with the library, and what the edits must leave alone.
+
+    What one of them must leave alone may be the prompt of another, as in CounterFact; such a prompt is left out.
+    """
+    own = {same_prompt(text) for edit in edits for text in (edit.prompt, *edit.rephrases)}
     probes = (probe.prompt for edit in edits for probe in (*edit.locality, *edit.neighbourhood))
-    return list(dict.fromkeys([*unrelated_prompts(), *probes]))
+    return [text for text in dict.fromkeys([*unrelated_prompts(), *probes]) if same_prompt(text) not in own]
 
 
 def write_tau(measured: EditStore, tau: float) -> Manifest:

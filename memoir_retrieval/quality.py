@@ -128,10 +128,21 @@ def run_quality(
         checkpoints=passed,
         report=report,
         per_edit=per_edit,
-        calibration=calibrate_store(model.retriever, rephrases, unrelated_to(edits)) if rephrases else None,
+        calibration=_calibration(model.retriever, rephrases, edits, tell),
     )
     publish(folder / RESULT, msgspec.json.format(msgspec.json.encode(run), indent=1) + b"\n")
     return run
+
+
+def _calibration(
+    retriever: Retriever, rephrases: Sequence[tuple[int, str]], edits: Sequence[Edit], tell: Callable[[str], None]
+) -> Calibration | None:
+    """Overlaps for the report. What cannot be measured costs the run nothing else."""
+    try:
+        return calibrate_store(retriever, rephrases, unrelated_to(edits)) if rephrases else None
+    except ConfigError as error:
+        tell(f"no threshold was measured: {error}")
+        return None
 
 
 def read_run(folder: Path) -> Run:

@@ -2,35 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from small_models import save_llama
 
 from memoir_retrieval.embedded import get_model
 
 
 def save_tiny(folder: Path, seed: int) -> Path:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        vocab_size=49152,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    model = LlamaForCausalLM(config)
-    model.model.embed_tokens.weight.data *= 50  # drawn as they are, the logits are too alike for anything to be learnt
-    model.save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(get_model("smollm2-135m") / name, folder / name)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
+    save_llama(folder, get_model("smollm2-135m"), seed, scale=50, **shape)
     return folder
 
 

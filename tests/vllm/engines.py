@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,8 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from small_models import save_llama
+from transformers import LlamaForCausalLM
 
 from memoir_retrieval.edit import StoredEdit
 from memoir_retrieval.fingerprint import Fingerprint, permutation
@@ -156,29 +156,9 @@ def make_store(
 
 
 def small_model(folder: Path, tokenizer_from: Path) -> LlamaForCausalLM:
-    """Save a random model of four layers, an even number of heads and the tokenizer of another, and return it.
-
-    A stand-in for the embedded model where its thirty layers would only take longer: to be compiled, to be interpreted.
-    """
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        vocab_size=49152,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        bos_token_id=1,
-        eos_token_id=2,
-        initializer_range=0.3,
-    )
-    model = LlamaForCausalLM(config).eval()
-    model.save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(tokenizer_from / name, folder / name)
-    return model
+    """A random model of four layers, where thirty would only take longer: to be compiled, to be interpreted."""
+    shape = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 4}
+    return save_llama(folder, tokenizer_from, initializer_range=0.3, **shape)
 
 
 def small_store(model: Path, folder: Path, layer: int = 1, dtype: str = "float32") -> Path:
