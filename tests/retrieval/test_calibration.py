@@ -16,6 +16,7 @@ from memoir_index import hamming_radius
 from memoir_retrieval import Edit, Editor, EditStore, Retriever, files, read_edits
 from memoir_retrieval.background import unrelated_prompts
 from memoir_retrieval.calibration import MARGIN, calibrate_model, calibrate_store, suggest_tau, unrelated_to, write_tau
+from memoir_retrieval.edit import Probe
 from memoir_retrieval.errors import ConfigError, ModelError, StoreError
 from memoir_retrieval.files import store_lock
 from memoir_retrieval.model import BaseModel
@@ -96,6 +97,19 @@ def test_a_model_is_measured_as_its_store_would_be(smollm2: BaseModel, made: Pat
     assert own.gap == pytest.approx(np.quantile(of_store.overlaps.rephrases, 0.05) - own.tau, abs=1e-3)
     assert by_name[15, 438].gap < own.gap
     assert settings == sorted(settings, key=lambda s: (s.rephrases_found, s.gap), reverse=True)
+
+
+def test_what_one_edit_leaves_alone_and_another_asks_is_not_unrelated() -> None:
+    edits = [
+        Edit(prompt="Bordeaux is a twin city of", target="Seoul", rephrases=("Bordeaux has the twin",)),
+        Edit(
+            prompt="Porto is a twin city of",
+            target="Tehran",
+            locality=(Probe(prompt="Bordeaux  is a twin city of"), Probe(prompt="Bordeaux has the twin")),
+            neighbourhood=(Probe(prompt="Nantes is a twin city of"),),
+        ),
+    ]
+    assert unrelated_to(edits)[len(unrelated_to(edits[:1])) :] == ["Nantes is a twin city of"]
 
 
 def test_what_cannot_be_measured_is_refused(smollm2: BaseModel, made: Path, edits: list[Edit]) -> None:

@@ -11,6 +11,7 @@ import pytest
 from test_cli import EDITS, refused, run, write
 from test_edit_files import SETS, needs_sets
 
+from memoir_retrieval import quality
 from memoir_retrieval.cli import main
 from memoir_retrieval.datasets import DATA_SETS, data_file
 from memoir_retrieval.edit_files import read_edits
@@ -91,6 +92,22 @@ def test_a_run_has_every_figure(folder: Path) -> None:
     assert generated["prompts"] == 5 and generated["identical"] >= 1 - generated["matched"]
     assert told["edit_seconds"] > 0
     assert read_run(folder).report.match.edits_right == told["report"]["match"]["edits_right"] == 1.0
+
+
+def test_a_run_keeps_its_figures_where_no_threshold_can_be_measured(
+    capsys: pytest.CaptureFixture[str], tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise ConfigError("an unrelated prompt has the very mask of an edit")
+
+    monkeypatch.setattr(quality, "calibrate_store", refuse)
+    file = write(tmp_path / "edits.jsonl", EDITS)
+    code, _, err = run(capsys, "bench", "quality", file, "--model", tiny, "--out", tmp_path / "run", "--controls", "0",
+                       "--data", tmp_path)  # fmt: skip
+    assert code == 0 and "no threshold was measured: an unrelated prompt has the very mask" in err
+    found = read_run(tmp_path / "run")
+    assert found.calibration is None and found.report.edits == found.stored == 2
+    assert (tmp_path / "run" / "report.html").exists()
 
 
 def test_the_report_shows_the_pictures_and_loads_nothing(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
