@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +187,44 @@ def test_an_addition_that_claims_to_be_huge_is_not_read(grown: Path) -> None:
         file.truncate(10 << 30)
     with pytest.raises(StoreError, match="may be forged"):
         EditStore.open(grown)
+
+
+@pytest.mark.parametrize("grown", [64 << 20, 1], ids=["read", "mapped"], indirect=True)
+def test_readers_that_come_and_go_while_edits_are_added(grown: Path) -> None:
+    """Each sees a whole generation, and none that is older than one it has seen; some write takes all additions up."""
+    wrong: list[object] = []
+    seen: list[int] = []
+    done = threading.Event()
+
+    def read() -> None:
+        last = 0
+        while not done.is_set():
+            try:
+                store = EditStore.open(grown)
+                now = store.manifest.generation
+                if now < last or store.memories[0, 0, 0] != max(now - 3, 0) or len(store.edits) != len(set(store.ids)):
+                    wrong.append((now, last, store.memories[0, 0, 0], len(store.edits)))
+                last = now
+                seen.append(now)
+            except Exception as error:  # collected, since a thread's exception fails no test
+                wrong.append(error)
+
+    readers = [threading.Thread(target=read) for _ in range(3)]
+    for reader in readers:
+        reader.start()
+    for generation in range(4, 84):
+        if generation % 8:
+            add(grown, columns={0: columns(0, value=generation - 3.0)})
+        else:
+            store = EditStore.open(grown)
+            store.memories[0, :, 0] = generation - 3
+            write_again(grown, store, generation=generation)
+    done.set()
+    for reader in readers:
+        reader.join()
+    assert wrong == [] and len(set(seen)) > 10
+    store = EditStore.open(grown)
+    assert store.manifest.generation == 83 and len(store.additions) == 3 and verify_store(grown) == []
 
 
 # ---- what an editor makes of it --------------------------------------------------------------------------------
