@@ -1,4 +1,4 @@
-"""How long a large store takes to open, to check and to answer, and how much memory that takes.
+"""How long a large store takes to open, to check, to answer and to be added to, and how much memory that takes.
 
     python benchmarks/large_store.py --edits 1000000 --json
 
@@ -18,7 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from memoir_index import HammingIndex, pack
+from memoir_index import pack
+from memoir_retrieval.additions import Columns, append
 from memoir_retrieval.edit import StoredEdit
 from memoir_retrieval.model import Identity
 from memoir_retrieval.span import SpanRule
@@ -26,6 +27,7 @@ from memoir_retrieval.store import EditStore
 from memoir_retrieval.write_store import write_generation
 
 K_SHARE = 3.5  # D / k, as in the method
+ADDED = 100
 
 
 def make(folder: Path, edits: int, d: int, h: int) -> None:
@@ -103,12 +105,40 @@ def measure(folder: Path) -> dict[str, float]:
     lap("check_s", started)
     started = time.perf_counter()
     made = store.manifest
-    index = HammingIndex.from_codes(made.d, made.k, store.ids, store.codes, copy=False, checked=True)
+    index = store.index()
     hits = index.search(store.codes[[0, count // 2, count - 1]], made.tau)
     lap("index_and_first_search_s", started)
     assert (hits.overlaps == 1).all()
-    files = sum(entry.size for entry in (made.memory, made.codes, made.edits))
-    return found | {"files_mb": round(files / 1e6), "memory_added_mb": round((anonymous() - before) / 1e6)}
+    found["memory_added_mb"] = round((anonymous() - before) / 1e6)
+    found |= adding(store)
+    started = time.perf_counter()
+    again = EditStore.open(folder, check=False)
+    lap("open_with_additions_s", started)
+    assert len(again.edits) == count + len(again.additions) and len(again.additions) == ADDED + 1
+    return found | {"files_mb": round(store.size / 1e6)}
+
+
+def adding(store: EditStore) -> dict[str, float]:
+    """One edit at a time, durable: with its mask alone, and one with the columns that training has changed."""
+    made, tail, spent = store.manifest, store.tail, []
+    for changed in [0] * ADDED + [made.k]:
+        number = made.next_id
+        edit = StoredEdit(id=number, prompt="Who?", target="Somebody", created="", loss=0.0, steps=1)
+        weights = np.ones((made.h, changed), dtype=np.float32)
+        started = time.perf_counter()
+        made, tail = append(
+            store.path,
+            made,
+            tail,
+            codes=store.masks.codes[:1],
+            ids=np.array([number]),
+            memory_of=np.zeros(1, dtype=np.int32),
+            edits=[edit],
+            columns={0: Columns(np.arange(changed), weights)},
+        )
+        spent.append((time.perf_counter() - started) * 1000)
+    name = "add_one_with_columns_ms"
+    return {"add_one_ms": round(sorted(spent[:-1])[ADDED // 2], 3), name: round(spent[-1], 1)}
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ import torch
 from memoir_retrieval.fingerprint import Fingerprint
 from memoir_retrieval.forward import span_mean
 from memoir_retrieval.span import SpanRule
-from memoir_retrieval.store import EditStore
+from memoir_retrieval.store import EditStore, Masks
 from memoir_vllm.residual import ResidualLayer
 from memoir_vllm.routing import Router
 from memoir_vllm.rows import Step
@@ -62,9 +62,11 @@ class Bench(NamedTuple):
             memories=np.random.default_rng(1).standard_normal((1, self.h, self.d), dtype=np.float32),
             background=background,
             permutation=permutation,
-            codes=Fingerprint(background, permutation, self.k, self.device).codes(means),
-            ids=np.arange(self.edits),
-            memory_of=np.zeros(self.edits, dtype=np.int32),
+            masks=Masks(
+                Fingerprint(background, permutation, self.k, self.device).codes(means),
+                np.arange(self.edits),
+                np.zeros(self.edits, dtype=np.int32),
+            ),
             edits=(),
         )
         router, memories = Router(store, None, self.device), torch.from_numpy(store.memories)

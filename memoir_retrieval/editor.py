@@ -16,6 +16,7 @@ import torch
 
 from memoir_index import HammingIndex, unpack
 from memoir_retrieval.background import background_prompts
+from memoir_retrieval.commits import Commits
 from memoir_retrieval.contexts import chat_contexts, own_prefixes
 from memoir_retrieval.edit import Edit, StoredEdit, same_prompt
 from memoir_retrieval.errors import ConfigError, StoreError
@@ -31,7 +32,6 @@ from memoir_retrieval.store import MANIFEST, EditStore
 from memoir_retrieval.train import Training
 from memoir_retrieval.trainer import Learnt, Task, Trainer
 from memoir_retrieval.wordings import Wordings
-from memoir_retrieval.write_store import write_generation
 
 __all__ = ["Editor"]
 
@@ -134,6 +134,7 @@ class Editor:
         means = question_means(self.base, rows, [find_span(ids, self.span) for ids in rows])
         self.background = means.mean(0).cpu().numpy()
         self._forget()
+        self._commits = Commits(self.path)
         self._prepare()
 
     def _forget(self) -> None:
@@ -155,7 +156,8 @@ class Editor:
         self.permutation, self.background = store.permutation, store.background
         self.memories = [torch.tensor(memory, device=self.base.device) for memory in store.memories]
         self.edits = list(store.edits)
-        self.index = HammingIndex.from_codes(self.base.d, self.k, store.ids, store.codes)
+        self.index = store.index()
+        self._commits = Commits(self.path, store)
         self._prepare()
 
     def _prepare(self) -> None:
@@ -166,7 +168,6 @@ class Editor:
         if self._trainer:
             self._trainer.stop()
         self._trainer = self._make_trainer(self)
-        self._changed = False
 
     def add(
         self,
@@ -217,7 +218,7 @@ class Editor:
                     done += 1
                     progress(Progress(done, len(todo), stored, now - started))
         finally:
-            if self._changed:
+            if self._commits.changed:
                 self._commit()
         return outcome.stored
 
@@ -228,6 +229,7 @@ class Editor:
         removed or replaced. Interrupted, store and editor are what they were.
         """
         held = self.memories, self.edits, self.index, self.next_id
+        commits, self._commits = self._commits, Commits(self.path)
         self.outcome = Outcome()
         started = time.monotonic()
         try:
@@ -247,6 +249,7 @@ class Editor:
             self._commit()
         except BaseException:
             self.memories, self.edits, self.index, self.next_id = held
+            self._commits = commits
             self._prepare()
             raise
         return self.outcome.stored
@@ -357,11 +360,12 @@ class Editor:
         if old:
             self.index.remove([old.id])
             self.edits.remove(old)
+            self._commits.rewrite()
         self.index.add([stored.id] * len(codes), codes)
         self.edits.append(stored)
         self.outcome.stored.append(stored)
         self.next_id = max(self.next_id, task.id + 1)
-        self._changed = True
+        self._commits.add(stored, codes, trained.columns)
         return stored
 
     def fields(self, edits: Iterable[StoredEdit]) -> dict[str, Any]:
@@ -388,27 +392,17 @@ class Editor:
 
     def _commit(self) -> None:
         """Write everything trained so far as the next generation."""
-        memory_of = {edit.id: edit.memory for edit in self.edits}
-        manifest = write_generation(
-            self.path,
-            self.fields(self.edits),
-            memories=torch.stack(self.memories).cpu().numpy(),
-            background=self.background,
-            permutation=self.permutation,
-            codes=self.index.codes,
-            ids=self.index.ids,
-            memory_of=np.array([memory_of[edit] for edit in self.index.ids.tolist()], dtype=np.int32),
-            edits=self.edits,
+        manifest = self._commits.write(
+            self.fields(self.edits), self.memories, self.index, self.edits, self.background, self.permutation
         )
         self.generation = manifest.generation
-        self._changed = False
 
 
 def _refuse_foreign(path: Path) -> None:
     """Raise StoreError for a folder of something else, before anything, a lock included, is put into it."""
     if not path.is_dir() or (path / MANIFEST).exists():
         return
-    ours = (".", "memory-", "codes-", "edits-", MANIFEST)  # what a first write that was cut off may leave
+    ours = (".", "memory-", "codes-", "edits-", "added-", MANIFEST)  # what a first write that was cut off may leave
     others = sorted(p.name for p in path.iterdir() if not p.name.startswith(ours))
     if others:
         raise StoreError(f"{path} is not empty and not a store (it holds {others[0]}): choose a new folder")

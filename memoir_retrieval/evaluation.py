@@ -27,7 +27,7 @@ from memoir_retrieval.scores import (
 )
 from memoir_retrieval.unseen import UNSEEN, in_context
 
-__all__ = ["Asked", "asked_back", "evaluate", "measure", "stored_ids"]
+__all__ = ["Asked", "asked_back", "evaluate", "known_in_other_words", "measure", "stored_ids"]
 
 CONTROL_TOKENS = 16
 PORTABILITY_TOKENS = 24
@@ -109,7 +109,7 @@ def measure(
     report = Report(
         **{name: getattr(scores, name) for name in scores.__struct_fields__},
         portability=_portability(model, [probe for _, probe in probes], first),
-        ood=_other_words(model, ood),
+        ood=known_in_other_words(model, ood),
         text=_text(model, texts),
     )
     if context == "all":
@@ -251,7 +251,8 @@ def _portability(model: Asked, probes: Sequence[Probe], context: str) -> Portabi
     return Portability(len(probes), _mean(accuracy) or 0.0, _mean(answered) or 0.0)
 
 
-def _other_words(model: Asked, texts: Sequence[tuple[int, str]]) -> OtherWords | None:
+def known_in_other_words(model: Asked, texts: Sequence[tuple[int, str]]) -> OtherWords | None:
+    """The published measure of texts in other words, each given with the id of its edit; None without texts."""
     if not texts:
         return None
     after, before = model.compare([model.prompt_ids(text) for _, text in texts])

@@ -67,12 +67,16 @@ def write_new(path: Path, chunks: Iterable[bytes | memoryview]) -> Written:
     return Written(size, digest.hexdigest())
 
 
-def publish(path: Path, data: bytes) -> None:
-    """Replace a file in one step: write a sibling, sync it, rename it over `path`, sync the folder."""
+def publish(path: Path, data: bytes, *, names_files: bool = True) -> None:
+    """Replace a file in one step: write a sibling, sync it, rename it over `path`, sync the folder.
+
+    names_files: the content names files that were made before it; they are on the disk before it is.
+    """
     sibling = path.with_name(path.name + ".tmp")
     write_new(sibling, [data])
     try:
-        _sync_folder(path.parent)  # what the new content names must be durable before the new content is
+        if names_files:
+            _sync_folder(path.parent)
         _call(os.replace, sibling, path)
     except OSError as error:
         _forget(sibling)

@@ -182,10 +182,14 @@ def _read_scores(path: str | Path) -> dict[str, Any]:
 def _copy(folder: Path, scratch: Path) -> EditStore:
     """A copy of one generation, checked. A writer that replaces it meanwhile costs another try."""
     for attempt in range(3):
-        names = [getattr(EditStore.open(folder).manifest, kind).name for kind in ("memory", "codes", "edits")]
+        opened = EditStore.open(folder)
+        names = [getattr(opened.manifest, kind).name for kind in ("memory", "codes", "edits")]
         to = scratch / str(attempt)
         to.mkdir()
         try:
+            if opened.additions:
+                write_again(to, opened, generation=opened.manifest.generation)
+                return EditStore.open(to)
             for name in (*names, MANIFEST):
                 shutil.copy(folder / name, to / name)
             return EditStore.open(to)

@@ -17,9 +17,20 @@ from memoir_retrieval.model import Identity
 from memoir_retrieval.span import SpanRule
 from memoir_retrieval.tensors import unique_keys
 
-__all__ = ["FORMAT", "KINDS", "MANIFEST", "FileEntry", "Manifest", "library_version", "read_manifest", "write_manifest"]
+__all__ = [
+    "FIRST_WITH_ADDITIONS",
+    "FORMAT",
+    "KINDS",
+    "MANIFEST",
+    "FileEntry",
+    "Manifest",
+    "library_version",
+    "read_manifest",
+    "write_manifest",
+]
 
-FORMAT = 2
+FORMAT = 3
+FIRST_WITH_ADDITIONS = 3
 MANIFEST = "memoir.json"
 KINDS = {"memory": "safetensors", "codes": "safetensors", "edits": "jsonl"}
 _NAMES = {kind: re.compile(rf"{kind}-(0|[1-9][0-9]{{0,18}})\.{extension}") for kind, extension in KINDS.items()}

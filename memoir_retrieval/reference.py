@@ -272,7 +272,7 @@ class EditedModel:
             code_row = int(found.rows[at])
             if code_row >= 0:
                 rows[r].edit = int(found.ids[at])
-                bits = unpack(store.codes[code_row : code_row + 1], store.manifest.d)[0]
+                bits = unpack(self.retriever.index.code(code_row)[None], store.manifest.d)[0]
                 rows[r].mask = torch.as_tensor(bits, device=activations.device).to(activations.dtype)
                 rows[r].memory = int(store.memory_of[code_row])
 

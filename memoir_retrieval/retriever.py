@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from memoir_index import HammingIndex, Hits, hamming_radius
+from memoir_index import Hits, hamming_radius
 from memoir_retrieval.edit import StoredEdit
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.fingerprint import Fingerprint
@@ -51,10 +51,7 @@ class Retriever:
         if not 0 < self.tau <= 1:
             raise ConfigError(f"tau is {tau}: choose 0 < tau <= 1 (this store was made with {store.manifest.tau})")
         self.fingerprint = Fingerprint(store.background, store.permutation, store.manifest.k, base.device)
-        # The store has counted the ones of every mask, and its codes may be a mapped file.
-        self.index = HammingIndex.from_codes(
-            store.manifest.d, store.manifest.k, store.ids, store.codes, copy=False, checked=True
-        )
+        self.index = store.index()
 
     @classmethod
     def open(

@@ -14,30 +14,43 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 
+from memoir_index import HammingIndex
 from memoir_retrieval import checks
+from memoir_retrieval.additions import START, Addition, Tail, find_beyond, read_additions
 from memoir_retrieval.edit import StoredEdit
 from memoir_retrieval.errors import StoreError, StoreMismatch
 from memoir_retrieval.files import CHUNK, Data, read_or_map
 from memoir_retrieval.manifest import FORMAT, KINDS, MANIFEST, FileEntry, Manifest, library_version, read_manifest
 from memoir_retrieval.model import Identity
-from memoir_retrieval.stored_edits import StoredEdits
+from memoir_retrieval.stored_edits import JoinedEdits, StoredEdits
 from memoir_retrieval.tensors import Tensor, read_tensors
 
-__all__ = ["FORMAT", "MANIFEST", "MAPPED_FROM", "EditStore", "FileEntry", "Manifest", "library_version"]
+__all__ = ["FORMAT", "MANIFEST", "MAPPED_FROM", "EditStore", "FileEntry", "Manifest", "Masks", "library_version"]
 
 MAPPED_FROM = 64 << 20
 """Files of at least so many bytes are mapped, not read."""
+
+
+class Masks(NamedTuple):
+    """Masks, uint8 [N, D/8] in little bit order, the edit each belongs to, int64 [N], and the memory that holds it,
+    int32 [N]."""
+
+    codes: np.ndarray
+    ids: np.ndarray
+    memory_of: np.ndarray
 
 
 @dataclass(frozen=True)
 class EditStore:
     """One generation of a store.
 
-    memories: float32 [M, H, D]. background: float32 [D]. permutation: int64 [D]. codes: uint8 [N, D/8] masks in
-    little bit order; ids: int64 [N] the edit each mask belongs to; memory_of: int32 [N] the memory that holds it.
-    What comes from a large file is a view of that file, mapped, which no writer removes as long as the view is used.
+    manifest: with the numbers of this generation, where additions follow the one that names the files. memories:
+    float32 [M, H, D]. background: float32 [D]. permutation: int64 [D]. masks: those of the file of masks. additions:
+    what came after the files. edits: all. What comes from a large file is a view of that file, mapped, which no writer
+    removes as long as the view is used.
     """
 
     path: Path
@@ -45,11 +58,11 @@ class EditStore:
     memories: np.ndarray
     background: np.ndarray
     permutation: np.ndarray
-    codes: np.ndarray
-    ids: np.ndarray
-    memory_of: np.ndarray
+    masks: Masks
     edits: Sequence[StoredEdit]
     mapped: tuple[tuple[FileEntry, Data], ...] = ()
+    additions: tuple[Addition, ...] = ()
+    tail: Tail = START
 
     @classmethod
     def open(cls, path: str | Path, *, check: bool = True) -> EditStore:
@@ -72,6 +85,11 @@ class EditStore:
                 if read_manifest(folder).generation == manifest.generation:
                     break
             else:
+                # A writer that takes additions up removes them: a reader may have missed the last of them.
+                now = store.manifest.generation
+                if read_manifest(folder).sha256 != manifest.sha256 or find_beyond(folder, now):
+                    missing = FileNotFoundError(errno.ENOENT, "removed", f"added-{now + 1}.safetensors")
+                    continue
                 if check:
                     store.check()
                 return store
@@ -87,9 +105,11 @@ class EditStore:
     @cached_property
     def _checked(self) -> bool:
         for entry, data in self.mapped:
-            if sha256(data) != entry.sha256:
+            # Columns that were added have been written into the mapping, which is private; the file is as it was.
+            whole = read_file(self.path, entry) if self.additions else data
+            if sha256(whole) != entry.sha256:
                 raise _wrong_digest(self.path / entry.name)
-        if isinstance(self.edits, StoredEdits):
+        if isinstance(self.edits, StoredEdits | JoinedEdits):
             self.edits.check()
         if self.mapped:
             _refuse(self.path, self.faults())
@@ -101,8 +121,37 @@ class EditStore:
         yield from checks.memory_faults(made, self.background, self.permutation)
         yield from checks.weight_faults(made, self.memories)
         yield from checks.id_faults(made, len(self.memories), self.ids, self.memory_of)
-        yield from checks.code_faults(made, self.codes)
+        yield from checks.code_faults(made, self.masks.codes)
         yield from checks.edit_faults(made, self.ids, self.memory_of, self.edits)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the files and of what was added to them, without the manifest."""
+        return sum(getattr(self.manifest, kind).size for kind in KINDS) + self.tail.size
+
+    @cached_property
+    def codes(self) -> np.ndarray:
+        """All masks: uint8 [N, D/8]. A view of the file's where nothing was added, else a copy: see `index`."""
+        added = [one.codes for one in self.additions if len(one.codes)]
+        return np.concatenate([self.masks.codes, *added]) if added else self.masks.codes
+
+    @cached_property
+    def ids(self) -> np.ndarray:
+        """The edit that each mask belongs to: int64 [N]."""
+        return np.concatenate([self.masks.ids, *(one.ids for one in self.additions)])
+
+    @cached_property
+    def memory_of(self) -> np.ndarray:
+        """The memory that holds each mask's edit: int32 [N]."""
+        return np.concatenate([self.masks.memory_of, *(one.memory_of for one in self.additions)])
+
+    def index(self) -> HammingIndex:
+        """The index of all masks, over the file's where they lie. The store must have been checked."""
+        made = self.manifest
+        index = HammingIndex.from_codes(made.d, made.k, self.masks.ids, self.masks.codes, copy=False, checked=True)
+        for one in self.additions:
+            index.add(one.ids, one.codes)
+        return index
 
     def require(self, identity: Identity, model: str) -> None:
         """Raise StoreMismatch, naming both values, unless the store belongs to this base model."""
@@ -148,9 +197,7 @@ class Parts(NamedTuple):
     memories: np.ndarray
     background: np.ndarray
     permutation: np.ndarray
-    codes: np.ndarray
-    ids: np.ndarray
-    memory_of: np.ndarray
+    masks: Masks
     edits: StoredEdits
 
 
@@ -185,9 +232,12 @@ def parse(folder: Path, manifest: Manifest, data: dict[str, Data]) -> Parts:
         )
     edits = StoredEdits(data["edits"], str(folder / manifest.edits.name))
     return Parts(
-        memory["memory"], memory["background"], memory["permutation"],
-        coded["codes"], coded["ids"], coded["memory_of"], edits,
-    )  # fmt: skip
+        memory["memory"],
+        memory["background"],
+        memory["permutation"],
+        Masks(coded["codes"], coded["ids"], coded["memory_of"]),
+        edits,
+    )
 
 
 def _read_generation(folder: Path, manifest: Manifest) -> EditStore:
@@ -201,17 +251,45 @@ def _read_generation(folder: Path, manifest: Manifest) -> EditStore:
         elif sha256(content) != entry.sha256:
             raise _wrong_digest(folder / entry.name)
     parts = parse(folder, manifest, data)
-    edits: Sequence[StoredEdit] = parts.edits
     if not isinstance(data["edits"], mmap.mmap):
         parts.edits.check()
-        edits = tuple(parts.edits)
-    store = EditStore(folder, manifest, *parts[:-1], edits, tuple(mapped))
+    store = assemble(folder, manifest, parts, tuple(mapped))
     if not mapped:
         _refuse(folder, store.faults())
     else:
-        _refuse(folder, checks.memory_faults(manifest, store.background, store.permutation))
-        _refuse(folder, checks.id_faults(manifest, len(store.memories), store.ids, store.memory_of))
+        _refuse(folder, checks.memory_faults(store.manifest, store.background, store.permutation))
+        _refuse(folder, checks.id_faults(store.manifest, len(store.memories), store.ids, store.memory_of))
     return store
+
+
+def assemble(folder: Path, manifest: Manifest, parts: Parts, mapped: tuple[tuple[FileEntry, Data], ...]) -> EditStore:
+    """The store that the files and what was added to them make. Where a file is mapped, edits are decoded when they are
+    asked for. Raises StoreError for an addition that is damaged."""
+    additions, tail = read_additions(folder, manifest, len(parts.memories))
+    edits: Sequence[StoredEdit] = parts.edits
+    if additions:
+        edits = JoinedEdits(parts.edits, *(one.edits for one in additions))
+        last = additions[-1]
+        generation = manifest.generation + len(additions)
+        manifest = msgspec.structs.replace(
+            manifest, generation=generation, next_id=last.next_id, untrained=last.untrained
+        )
+    for one in additions:
+        for number in np.unique(one.memories).tolist():
+            of_it = one.memories == number
+            parts.memories[number][:, one.columns[of_it]] = one.weights[of_it].T
+    return EditStore(
+        folder,
+        manifest,
+        parts.memories,
+        parts.background,
+        parts.permutation,
+        parts.masks,
+        edits if mapped else tuple(edits),
+        mapped,
+        additions,
+        tail,
+    )
 
 
 def read_file(folder: Path, entry: FileEntry) -> Data:

@@ -14,7 +14,7 @@ from memoir_retrieval.errors import StoreError
 from memoir_retrieval.files import CHUNK, Data
 from memoir_retrieval.tensors import unique_keys
 
-__all__ = ["StoredEdits", "edit_chunks"]
+__all__ = ["JoinedEdits", "StoredEdits", "edit_chunks"]
 
 _decode = msgspec.json.Decoder(StoredEdit).decode
 _encode = msgspec.json.Encoder().encode
@@ -74,6 +74,36 @@ class StoredEdits(Sequence[StoredEdit]):
                 f"{self._name} is damaged (line {number + 1}: {why:.200}): restore it from a backup"
             ) from error
         return edit
+
+
+class JoinedEdits(Sequence[StoredEdit]):
+    """The edits of one file after those of another."""
+
+    def __init__(self, *parts: StoredEdits):
+        self._parts = parts
+        self._starts = np.cumsum([0, *(len(part) for part in parts)])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    @overload
+    def __getitem__(self, index: int) -> StoredEdit: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[StoredEdit, ...]: ...
+    def __getitem__(self, index: int | slice) -> StoredEdit | tuple[StoredEdit, ...]:
+        numbers = range(len(self))[index]
+        if isinstance(numbers, range):
+            return tuple(self[number] for number in numbers)
+        part = int(np.searchsorted(self._starts, numbers, side="right")) - 1
+        return self._parts[part][numbers - int(self._starts[part])]
+
+    def __iter__(self) -> Iterator[StoredEdit]:
+        return (edit for part in self._parts for edit in part)
+
+    def check(self) -> None:
+        """See `StoredEdits.check`."""
+        for part in self._parts:
+            part.check()
 
 
 def edit_chunks(edits: Iterable[StoredEdit]) -> Iterator[bytes]:

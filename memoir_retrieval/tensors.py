@@ -20,6 +20,7 @@ __all__ = ["Tensor", "read_tensors", "tensor_chunks", "unique_keys"]
 HEADER_LIMIT = 1 << 16
 ROWS_AT_ONCE = 16 << 20  # bytes
 _DTYPES = {"I64": np.int64, "F64": np.float64, "F32": np.float32, "I32": np.int32, "U8": np.uint8}
+# In the order in which the library puts them into a file.
 _NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
 
 
@@ -32,7 +33,8 @@ class Tensor(NamedTuple):
 
 def tensor_chunks(tensors: Mapping[str, np.ndarray], rows: np.ndarray | None = None) -> Iterator[bytes | memoryview]:
     """The bytes of a safetensors file. rows: int64, those of every tensor that are written; by default all."""
-    arrays = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
+    order = list(_NAMES)
+    arrays = sorted(tensors.items(), key=lambda item: (order.index(item[1].dtype), item[0]))
     header: dict[str, Any] = {}
     offset = 0
     for name, array in arrays:

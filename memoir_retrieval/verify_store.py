@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from memoir_retrieval.errors import StoreError, StoreMismatch
 from memoir_retrieval.files import Data
 from memoir_retrieval.manifest import KINDS, MANIFEST, read_manifest
 from memoir_retrieval.model import BaseModel
-from memoir_retrieval.store import EditStore, FileEntry, parse, read_file, sha256
+from memoir_retrieval.store import EditStore, FileEntry, assemble, parse, read_file, sha256
 
 __all__ = ["SAME_MASK", "verify_masks", "verify_store"]
 
@@ -52,13 +53,15 @@ def _faults(folder: Path) -> Iterator[str]:
                 yield f"{entry.name} has sha256 {found}, the manifest says {entry.sha256}"
     if len(data) < len(KINDS):
         return
+    mapped = tuple((getattr(manifest, kind), one) for kind, one in data.items() if isinstance(one, mmap.mmap))
     try:
         parts = parse(folder, manifest, data)
         parts.edits.check()
+        store = assemble(folder, manifest, parts, mapped)
     except StoreError as error:
         yield str(error)
         return
-    yield from EditStore(folder, manifest, *parts).faults()
+    yield from store.faults()
 
 
 def verify_masks(store: EditStore, base: BaseModel, progress: Callable[[int], None] = lambda _: None) -> list[str]:

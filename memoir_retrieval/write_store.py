@@ -1,17 +1,19 @@
-"""Writing the next generation of a store, and removing the files of earlier ones.
+"""Writing the files of a store's next generation, and removing those of earlier ones.
 
 New files are made beside the old ones and the manifest is replaced last, so a reader sees the old generation or the new
-one. The caller holds `files.store_lock` throughout.
+one. The caller holds `files.store_lock` throughout. A small commit need not write them: see `additions`.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from memoir_retrieval.additions import find_additions, is_taken_up
 from memoir_retrieval.edit import StoredEdit
 from memoir_retrieval.errors import StoreError
 from memoir_retrieval.files import Written, remove_unused, write_new
@@ -21,6 +23,8 @@ from memoir_retrieval.stored_edits import edit_chunks
 from memoir_retrieval.tensors import tensor_chunks
 
 __all__ = ["fields_of", "leftovers", "sweep", "write_again", "write_generation"]
+
+_NAME = re.compile(r"(memory|codes)-[0-9]+\.safetensors|edits-[0-9]+\.jsonl")
 
 
 def write_generation(
@@ -46,8 +50,11 @@ def write_generation(
     removed unless a reader holds them: see `leftovers`.
     """
     generation = manifest["generation"]
-    if (folder / MANIFEST).exists() and (now := read_manifest(folder).generation) >= generation:
-        raise StoreError(f"store {folder} is at generation {now} already, {generation} is old: open it again")
+    if (folder / MANIFEST).exists():
+        there = read_manifest(folder)
+        now = there.generation + find_additions(folder, there)
+        if now >= generation:
+            raise StoreError(f"store {folder} is at generation {now} already, {generation} is old: open it again")
     contents = {
         "memory": tensor_chunks({"memory": memories, "background": background, "permutation": permutation}),
         "codes": tensor_chunks({"codes": codes, "ids": ids, "memory_of": memory_of}, rows),
@@ -63,7 +70,7 @@ def write_generation(
     except StoreError:
         published = (folder / MANIFEST).exists()
         ours = [folder / name for kind, (name, _) in written.items() if kind not in (unchanged or {})]
-        remove_unused(leftovers(folder, read_manifest(folder)) if published else ours)
+        remove_unused(leftovers(folder) if published else ours)
         raise
     remove_unused(leftovers(folder, made))
     return made
@@ -83,7 +90,7 @@ def write_again(
     `generation` among them. The caller holds `store_lock`. Raises as `write_generation`.
     """
     kept = KINDS if edits is None else ("memory",)
-    here = Path(folder).resolve() == store.path.resolve()
+    same = Path(folder).resolve() == store.path.resolve() and not store.additions
     return write_generation(
         folder,
         fields_of(store.manifest) | changes,
@@ -95,7 +102,7 @@ def write_again(
         memory_of=store.memory_of,
         edits=store.edits if edits is None else edits,
         rows=rows,
-        unchanged={kind: getattr(store.manifest, kind) for kind in kept} if here else None,
+        unchanged={kind: getattr(store.manifest, kind) for kind in kept} if same else None,
     )
 
 
@@ -105,17 +112,18 @@ def fields_of(manifest: Manifest) -> dict[str, Any]:
     return {name: getattr(manifest, name) for name in manifest.__struct_fields__ if name not in written}
 
 
-def leftovers(folder: Path, manifest: Manifest) -> list[Path]:
-    """Files of other generations: a reader holds them, or a crash left them. The next write removes them."""
+def leftovers(folder: Path, manifest: Manifest | None = None) -> list[Path]:
+    """Files of other generations: a reader holds them, or a crash left them. The next write removes them.
+
+    manifest: the folder's own, which names the files that stay; by default it is read.
+    """
+    manifest = manifest or read_manifest(folder)
     ours = {getattr(manifest, kind).name for kind in KINDS}
-    shape = {f"{kind}-": f".{extension}" for kind, extension in KINDS.items()}
     return sorted(
         path
         for path in folder.iterdir()
-        for start, end in shape.items()
-        if path.name.startswith(start) and path.name.endswith(end) and path.name not in ours
-        and path.name[len(start) : -len(end)].isdigit()
-    )  # fmt: skip
+        if (_NAME.fullmatch(path.name) and path.name not in ours) or is_taken_up(path.name, manifest)
+    )
 
 
 def sweep(folder: Path) -> list[str]:
@@ -123,4 +131,4 @@ def sweep(folder: Path) -> list[str]:
 
     Writers do so themselves, but cannot let go of a mapped file that they are still writing from.
     """
-    return [path.name for path in remove_unused(leftovers(folder, read_manifest(folder)))]
+    return [path.name for path in remove_unused(leftovers(folder))]

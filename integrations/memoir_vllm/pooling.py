@@ -30,12 +30,12 @@ def _one_by_one(
     x: torch.Tensor, ranges: Sequence[tuple[int, int]], weighted: Sequence[bool], ranks: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     parts = [x[first:last].float() for first, last in ranges]
-    norms = _of_all_ranks(torch.cat([squared_norms(rows) for rows in parts]), ranks)
-    weights = norms.split([len(rows) for rows in parts])
-    sums = [
-        weighted_sum(rows, own if heavy else torch.ones_like(own))
-        for rows, own, heavy in zip(parts, weights, weighted, strict=True)
-    ]
+    weights = [torch.ones(len(rows)) for rows in parts]
+    if any(weighted):
+        norms = _of_all_ranks(torch.cat([squared_norms(rows) for rows in parts]), ranks)
+        split = norms.split([len(rows) for rows in parts])
+        weights = [own if heavy else one for own, one, heavy in zip(split, weights, weighted, strict=True)]
+    sums = [weighted_sum(rows, own) for rows, own in zip(parts, weights, strict=True)]
     return torch.stack([total for total, _ in sums]), torch.stack([weight for _, weight in sums])
 
 
@@ -49,8 +49,10 @@ def _together(
     told = np.concatenate([index, np.repeat(weighted, counts), counts])
     at, heavy, lengths = torch.from_numpy(told).to(x.device, non_blocking=True).split([rows, rows, len(counts)])
     values = x[at].float()
-    weights = torch.where(heavy.bool(), _of_all_ranks(squared_norms(values), ranks), 1.0)
-    values *= weights[:, None]
+    weights = torch.ones(rows, device=x.device)
+    if any(weighted):
+        weights = torch.where(heavy.bool(), _of_all_ranks(squared_norms(values), ranks), weights)
+        values *= weights[:, None]
     # Each number of a sum is added up by itself, in the order of the rows, whoever else is asked.
     total, weight = (torch.segment_reduce(part, "sum", lengths=lengths, unsafe=True) for part in (values, weights))
     return total, weight.clamp_min(torch.finfo(torch.float32).tiny)

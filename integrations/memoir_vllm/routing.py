@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 import torch
 
-from memoir_index import HammingIndex, unpack
+from memoir_index import unpack
 from memoir_retrieval.fingerprint import Fingerprint
 from memoir_retrieval.span import SpanRule
 from memoir_retrieval.store import EditStore
@@ -38,8 +38,7 @@ class Router:
         self.tau = manifest.tau if tau is None else tau
         self.edits = len(store.edits)
         self._fingerprint = Fingerprint(store.background, store.permutation, manifest.k, device)
-        # The store has counted the ones of every mask, and its codes may be a mapped file.
-        self._index = HammingIndex.from_codes(manifest.d, manifest.k, store.ids, store.codes, copy=False, checked=True)
+        self._index = store.index()
         self._index.prepare(self.tau)
         self._memory_of = store.memory_of
 

@@ -147,11 +147,16 @@ def edit(
     _tell(editor, store, time.monotonic() - started, as_json)
 
 
+# From about here on the presets' thresholds were seen to let unrelated prompts through (docs/measurements.md).
+MANY = 500
+
+
 def _tell(editor: Editor, store: Path, seconds: float, as_json: bool) -> None:
     """Print what became of the edits. Exits with code 1 where one is not in the store that should be."""
     outcome, new = editor.outcome, len(editor.outcome.stored)
-    found = EditStore.open(store).manifest if (store / MANIFEST).exists() else None
-    size = sum(entry.size for entry in (found.memory, found.codes, found.edits)) if found else 0
+    opened = EditStore.open(store) if (store / MANIFEST).exists() else None
+    found = opened.manifest if opened else None
+    size = opened.size if opened else 0
     kept = {(edit.prompt, edit.target) for edit in outcome.stored}
     refused = [(one.prompt, one.target) for one in outcome.failed]
     refused += [(one.prompt, one.target) for one in outcome.conflicting]
@@ -188,6 +193,11 @@ def _tell(editor: Editor, store: Path, seconds: float, as_json: bool) -> None:
             f"{len(outcome.failed)} failed, {len(outcome.conflicting)} conflicting ({seconds:.0f} s{speed}); "
             f"generation {summary['generation']}, {size / 1e6:.2f} MB"
         )
+        if len(editor.edits) >= MANY:
+            notes.print(
+                f"{len(editor.edits)} edits: the more there are, the likelier an unrelated prompt matches one; measure "
+                f"whether tau {editor.tau:g} still holds with `memoir calibrate {store}`"
+            )
     if not kept.issuperset(refused):
         raise SystemExit(1)
 

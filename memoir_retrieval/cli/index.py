@@ -156,7 +156,7 @@ def verify(store: Path, masks: bool, model: str | None, as_json: bool) -> None:
         opened = EditStore.open(store)
         made = opened.manifest
         found |= {"format": made.format, "generation": made.generation, "edits": len(opened.edits)}
-        found |= {"masks": len(opened.codes), "leftovers": [path.name for path in leftovers(store, made)]}
+        found |= {"masks": len(opened.codes), "leftovers": [path.name for path in leftovers(store)]}
         summary = f"generation {made.generation}, {len(opened.edits)} edits, {len(opened.codes)} masks"
         if masks or model:
             from memoir_retrieval.model import load_model

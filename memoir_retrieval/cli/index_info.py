@@ -36,6 +36,7 @@ def info(store: Path, tau: float | None, as_json: bool) -> None:
         "generation": made.generation,
         "edits": edits,
         "masks": masks,
+        "additions": len(opened.additions),
         "d": made.d,
         "k": made.k,
         "tau": tau,
@@ -50,6 +51,8 @@ def info(store: Path, tau: float | None, as_json: bool) -> None:
     click.echo(
         f"{store}, generation {made.generation}: {edits} edits, {masks} masks of {made.d} bits with {made.k} ones"
     )
+    if opened.additions:
+        click.echo(f"additions: {len(opened.additions)} of {opened.tail.size} bytes, which a later write takes up")
     click.echo(f"memory: {bytes_per_mask} bytes a mask, {bytes_per_mask * masks / 2**20:.1f} MiB in all")
     what = "full scan" if plan.kind == "scan" else f"sketch of {plan.bits} bits, then verify"
     click.echo(f"lookup at tau {tau:g}: {what} ({plan.why})")

@@ -41,7 +41,7 @@ def remove(store: Path, edit_ids: tuple[int, ...], prompts: tuple[str, ...], as_
     removed = [opened.edit(edit_id) for edit_id in ids]
     del opened  # what it maps could not be removed
     made = remove_edits(store, ids)
-    held = [path.name for path in leftovers(store, made)]
+    held = [path.name for path in leftovers(store)]
     if as_json:
         echo_json({"removed": ids, "generation": made.generation, "erased": False, "still_held": held})
         return

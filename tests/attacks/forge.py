@@ -7,6 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from safetensors.numpy import load, save
+
 KINDS = ("memory", "codes", "edits")
 
 
@@ -35,3 +38,19 @@ def put(folder: Path, kind: str, data: bytes) -> None:
 
 def get(folder: Path, kind: str) -> bytes:
     return (folder / manifest(folder)[kind]["name"]).read_bytes()
+
+
+def add(folder: Path, generation: int, changed: dict[str, Any]) -> None:
+    """Change tensors of an addition, given as arrays or bytes, or keys of its head, and make its digest fit."""
+    path = folder / f"added-{generation}.safetensors"
+    tensors = {**load(path.read_bytes())}
+    for name, value in changed.items():
+        if name == "head" and isinstance(value, dict):
+            value = json.dumps(json.loads(tensors["head"].tobytes()) | value).encode()
+        tensors[name] = np.frombuffer(value, np.uint8) if isinstance(value, bytes) else value
+    path.write_bytes(signed(save(tensors)))
+
+
+def signed(addition: bytes) -> bytes:
+    """An addition with the digest that fits it."""
+    return addition[:-32] + hashlib.sha256(addition[:-32]).digest()

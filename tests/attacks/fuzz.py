@@ -22,13 +22,15 @@ import read_format
 from hypothesis import strategies as st
 from safetensors.numpy import load, save
 from stores import small_store
+from test_additions import add, columns
 
-from memoir_index import HammingIndex, popcount
+from memoir_index import popcount
 from memoir_retrieval import store as store_module
 from memoir_retrieval.edit_files import read_edits
 from memoir_retrieval.errors import EditFileError, StoreError
 from memoir_retrieval.store import EditStore
 
+ADDED = "added-2.safetensors"
 NASTY: list[Any] = [
     None, True, False, 0, 1, -1, 7, 12, 64, 1 << 31, 1 << 53, (1 << 63) - 1, 1 << 64, 10**40, 0.5, -0.0, 1e308, 1e-320,
     "", "0", "F32", "I64", "U8", "question", "all", "../x", "/dev/zero", "memory-1.safetensors", "\0", "\ud7ff",
@@ -126,16 +128,21 @@ class StoreFuzz:
     def __init__(self, folder: Path):
         self.folder = folder
         small_store(folder)
+        add(folder, columns={0: columns(1, 5, value=1.0)}, source="a test")
         self.sound = {path.name: path.read_bytes() for path in folder.iterdir()}
 
     def run(self, seed: int) -> str:
         draw = random.Random(seed)
         for name, data in self.sound.items():
             (self.folder / name).write_bytes(data)
-        kind = draw.choice(["manifest", *forge.KINDS])
+        kind = draw.choice(["manifest", "addition", *forge.KINDS])
         signed = draw.random() < 0.7
+        if kind != "addition":  # it follows a manifest as it is, and would hide what else is wrong
+            (self.folder / ADDED).unlink()
         if kind == "manifest":
             self._manifest(draw, signed)
+        elif kind == "addition":
+            self._addition(draw, signed)
         else:
             before = forge.get(self.folder, kind)
             blind = draw.random() < 0.3
@@ -146,7 +153,8 @@ class StoreFuzz:
             else:
                 (self.folder / forge.manifest(self.folder)[kind]["name"]).write_bytes(after)
         store_module.MAPPED_FROM = 1 if draw.random() < 0.3 else 64 << 20
-        damaged = any((self.folder / name).read_bytes() != data for name, data in self.sound.items())
+        names = [name for name in self.sound if name != ADDED or kind == "addition"]
+        damaged = any((self.folder / name).read_bytes() != self.sound[name] for name in names)
         told = ""
         try:
             store = EditStore.open(self.folder)
@@ -159,6 +167,19 @@ class StoreFuzz:
         assert signed or not damaged, f"damage to {kind} went unnoticed"
         consistent(store)
         return f"{kind}: forged, opened and consistent" if damaged else f"{kind}: unchanged"
+
+    def _addition(self, draw: random.Random, signed: bool) -> None:
+        before = self.sound[ADDED]
+        if draw.random() < 0.3:
+            after = mutate_bytes(before, draw)
+        elif draw.random() < 0.3:
+            tensors = load(before)
+            part = draw.choice(["head", "edits"])
+            lines = mutate_lines(tensors[part].tobytes(), draw)
+            after = save({**tensors, part: np.frombuffer(lines, np.uint8)})
+        else:
+            after = mutate_tensors(before, draw)
+        (self.folder / ADDED).write_bytes(forge.signed(after) if signed and len(after) > 32 else after)
 
     def _manifest(self, draw: random.Random, signed: bool) -> None:
         made = forge.manifest(self.folder)
@@ -189,8 +210,7 @@ def consistent(store: EditStore) -> None:
         assert edit["prompt"] == store.edit(number).prompt and edit["target"] == store.edit(number).target
         assert (np.packbits(masks, axis=1, bitorder="little") == store.codes[row]).all(1).any()
         np.testing.assert_array_equal(weights, store.memories[memory])
-    index = HammingIndex.from_codes(made.d, made.k, store.ids, store.codes, copy=False, checked=True)
-    hits = index.search(store.codes, made.tau)
+    hits = store.index().search(store.codes, made.tau)
     assert (hits.overlaps == 1).all()
     assert all((store.codes[row] == code).all() for row, code in zip(hits.rows, store.codes, strict=True))
 

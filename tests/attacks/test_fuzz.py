@@ -12,6 +12,8 @@ from fuzz import fuzz
 def test_nothing_unexpected_comes_of_random_damage(tmp_path: Path, inputs: int) -> None:
     became = fuzz(inputs, 0, tmp_path)
     assert became.total() >= inputs
-    assert {"memory: refused", "codes: refused", "edits: refused", "manifest: refused"} <= {*became}
+    assert {"memory: refused", "codes: refused", "edits: refused", "manifest: refused", "addition: refused"} <= {
+        *became
+    }
     assert became["edit file: read"] and became["edit file: refused"]
     assert sum(count for what, count in became.items() if "opened" in what) > inputs / 100

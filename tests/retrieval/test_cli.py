@@ -500,7 +500,8 @@ def test_doctor_fails_for_an_edit_that_does_not_find_itself(capsys: pytest.Captu
     """Masks of two edits exchanged: every file is sound, and each answers for the other."""
     opened = EditStore.open(store)
     elsewhere = store / "elsewhere"  # content of another folder is written whole
-    exchanged = replace(opened, path=elsewhere, ids=opened.ids[::-1].copy(), memory_of=opened.memory_of[::-1].copy())
+    masks = opened.masks._replace(ids=opened.ids[::-1].copy(), memory_of=opened.memory_of[::-1].copy())
+    exchanged = replace(opened, path=elsewhere, masks=masks)
     write_again(store, exchanged, generation=opened.manifest.generation + 1)
     code, out, _ = run(capsys, "doctor", "--store", store)
     assert code == 1 and "fail  self-test" in out and "the prompt of edit 1 matches edit 0" in out

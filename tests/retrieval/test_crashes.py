@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from test_store import contents, stored_edit, write
 
-from memoir_retrieval import Edit, Editor, load_model
+from memoir_retrieval import Edit, Editor, additions, load_model
 from memoir_retrieval.calibration import write_tau
 from memoir_retrieval.errors import StoreError
 from memoir_retrieval.files import store_lock
@@ -35,13 +35,12 @@ def model(tiny: Path) -> BaseModel:
 
 @pytest.fixture(scope="module")
 def made(model: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store of three edits."""
+    """A store of three edits, the last of which was added."""
     folder = tmp_path_factory.mktemp("made") / "store"
     with Editor(model, folder, training=Training(max_steps=0, variants=0)) as editor:
-        editor.add(
-            [Edit(prompt=f"Who founded {town}?", target="King Harald") for town in ("Aarhus", "Oslo", "Visby")],
-            keep_failed=True,  # untrained, which takes no time
-        )
+        for towns in (("Aarhus", "Oslo"), ("Visby",)):
+            edits = [Edit(prompt=f"Who founded {town}?", target="King Harald") for town in towns]
+            editor.add(edits, keep_failed=True)  # untrained, which takes no time
     return folder
 
 
@@ -50,8 +49,25 @@ def edit(folder: Path, _: BaseModel) -> None:
         write(folder, 1)
 
 
+def add(folder: Path, _: BaseModel) -> None:
+    """The small write that `Editor.add` ends with, without the training before it."""
+    with store_lock(folder):
+        store = EditStore.open(folder)
+        weights = np.ones((store.manifest.h, 2), dtype=np.float32)
+        additions.append(
+            folder,
+            store.manifest,
+            store.tail,
+            codes=store.codes[[0]],
+            ids=np.array([3]),
+            memory_of=np.zeros(1, dtype=np.int32),
+            edits=[stored_edit(3)],
+            columns={0: additions.Columns(np.array([1, 4]), weights)},
+        )
+
+
 def append(folder: Path, _: BaseModel) -> None:
-    """The write that `Editor.add` ends with, without the training before it."""
+    """The write that `Editor.add` ends with where it is not small, without the training before it."""
     with store_lock(folder):
         store = EditStore.open(folder)
         write_generation(
@@ -85,8 +101,15 @@ def calibrate(folder: Path, _: BaseModel) -> None:
     write_tau(EditStore.open(folder), 0.7)
 
 
-CHANGES = [edit, append, remove, compact, calibrate, pytest.param(train, marks=pytest.mark.slow)]
-KEPT = {append: [0, 1, 2, 3], train: [0, 1, 2, 3], remove: [0, 2], compact: [0, 1, 2], calibrate: [0, 1, 2]}
+CHANGES = [edit, add, append, remove, compact, calibrate, pytest.param(train, marks=pytest.mark.slow)]
+KEPT = {
+    add: [0, 1, 2, 3],
+    append: [0, 1, 2, 3],
+    train: [0, 1, 2, 3],
+    remove: [0, 2],
+    compact: [0, 1, 2],
+    calibrate: [0, 1, 2],
+}
 
 
 def check(folder: Path, change: Callable[..., None], before: int) -> int:
@@ -100,7 +123,7 @@ def check(folder: Path, change: Callable[..., None], before: int) -> int:
     assert verify_store(folder) == []
     assert store.manifest.generation in (before, before + 1)
     ids = [stored.id for stored in store.edits]
-    assert ids == ([0, 1, 2] if store.manifest.generation == before or change is edit else KEPT[change])
+    assert ids == ([0, 1, 2] if store.manifest.generation == before or change is edit else KEPT.get(change, [0, 1, 2]))
     return store.manifest.generation
 
 
@@ -108,7 +131,7 @@ def start(change: Callable[..., None], made: Path, folder: Path) -> int:
     if change is edit:
         return 0
     shutil.copytree(made, folder)
-    return 1
+    return 2
 
 
 @pytest.mark.parametrize("for_ever", [False, True], ids=["once", "from then on"])
@@ -151,7 +174,7 @@ def go_on(folder: Path) -> None:
     else:
         write(folder, 1)
     assert verify_store(folder) == []
-    assert leftovers(folder, EditStore.open(folder).manifest) == [] and not list(folder.glob("*.tmp"))
+    assert leftovers(folder) == [] and not list(folder.glob("*.tmp"))
 
 
 @pytest.mark.parametrize("change", CHANGES)

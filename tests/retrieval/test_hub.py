@@ -20,6 +20,7 @@ from memoir_retrieval.cli import main
 from memoir_retrieval.errors import HubError, StoreError, StoreMismatch
 from memoir_retrieval.hub import pull, push
 from memoir_retrieval.manifest import KINDS
+from memoir_retrieval.store import Masks
 from memoir_retrieval.write_store import write_again
 
 REPO = "example/corrections"
@@ -56,13 +57,7 @@ def first_edit_only(store: Path, folder: Path) -> EditStore:
     opened = EditStore.open(store)
     folder.mkdir()
     keep = opened.ids == 0
-    part = replace(
-        opened,
-        codes=opened.codes[keep],
-        ids=opened.ids[keep],
-        memory_of=opened.memory_of[keep],
-        edits=opened.edits[:1],
-    )
+    part = replace(opened, masks=Masks(*(of_each[keep] for of_each in opened.masks)), edits=opened.edits[:1])
     write_again(folder, part, generation=7)
     return EditStore.open(folder)
 

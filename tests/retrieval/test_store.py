@@ -22,6 +22,7 @@ import safetensors.numpy as safetensors
 from memoir_index import pack
 from memoir_retrieval import files, stored_edits
 from memoir_retrieval import store as store_module
+from memoir_retrieval.additions import fits
 from memoir_retrieval.edit import StoredEdit
 from memoir_retrieval.errors import StoreError, StoreMismatch
 from memoir_retrieval.model import Identity
@@ -166,7 +167,7 @@ def test_a_store_with_sound_digests_and_unsound_content_is_refused(
 @pytest.mark.parametrize(
     ("key", "value", "kind", "said"),
     [
-        ("format", 3, StoreMismatch, "has format 3"),
+        ("format", 4, StoreMismatch, "has format 4"),
         ("format", "x", StoreError, "damaged"),
         ("surprise", 1, StoreError, "surprise"),
         ("tau", "high", StoreError, "tau"),
@@ -237,27 +238,28 @@ def test_the_tensors_are_written_as_safetensors_writes_them(tmp_path: Path) -> N
         assert safetensors.save(safetensors.load(data)) == data
 
 
-FORMAT_1 = Path(__file__).parent / "format-1"
-
-
-def test_a_store_of_format_1_is_read_and_the_next_write_makes_it_format_2(tmp_path: Path) -> None:
-    """The fixture was written by memoir-retrieval before format 2."""
-    folder = Path(shutil.copytree(FORMAT_1, tmp_path / "store"))
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_store_of_an_older_format_is_read_and_the_next_write_makes_it_the_newest(tmp_path: Path, number: int) -> None:
+    """The fixtures were written by memoir-retrieval before the format after theirs."""
+    folder = Path(shutil.copytree(Path(__file__).parent / f"format-{number}", tmp_path / "store"))
     store = EditStore.open(folder)
-    assert store.manifest.format == 1 and verify_store(folder) == []
-    assert [(e.id, e.prompt, e.target, e.steps) for e in store.edits] == [
-        (0, "Who founded Aarhus?", "King Harald", 60),
-        (1, "Where is the Blue Gate?", "In Oslo", 60),
-    ]
-    assert store.edits[0].rephrases == ("Aarhus was founded by whom?",) and store.edits[0].source == "a test"
-    assert set(read_format.read(folder)) == {0, 1}
+    assert store.manifest.format == number and verify_store(folder) == []
+    assert [(e.id, e.prompt, e.target, e.steps) for e in store.edits] == {
+        1: [(0, "Who founded Aarhus?", "King Harald", 60), (1, "Where is the Blue Gate?", "In Oslo", 60)],
+        2: [(0, "p0", "t", 5), (1, "p1", "t", 5), (2, "p2", "t", 5)],
+    }[number]
+    if number == 1:
+        assert store.edits[0].rephrases == ("Aarhus was founded by whom?",) and store.edits[0].source == "a test"
+    assert not fits(store.manifest, store.tail, 0)  # a program of that time would not see what is added
+    ids = [e.id for e in store.edits]
+    assert sorted(read_format.read(folder)) == ids
     made = remove_edits(folder, [0])
-    assert made.format == 2 and made.memory == store.manifest.memory
+    assert made.format == 3 and made.memory == store.manifest.memory
     now = EditStore.open(folder)
-    assert [e.id for e in now.edits] == [1] and verify_store(folder) == []
+    assert [e.id for e in now.edits] == ids[1:] and verify_store(folder) == []
     np.testing.assert_array_equal(now.codes, store.codes[1:])
     np.testing.assert_array_equal(now.memories, store.memories)
-    assert set(read_format.read(folder)) == {1}
+    assert sorted(read_format.read(folder)) == ids[1:]
 
 
 def test_removed_edits_are_gone_and_the_memory_stays(tmp_path: Path) -> None:
@@ -341,26 +343,24 @@ def test_a_file_stays_as_long_as_a_reader_maps_it(tmp_path: Path) -> None:
     write(tmp_path, 2)
     write(tmp_path, 3)
     first = ["codes-1.safetensors", "edits-1.jsonl", "memory-1.safetensors"]
-    third = EditStore.open(tmp_path, check=False).manifest
-    assert [path.name for path in leftovers(tmp_path, third)] == first
+    assert [path.name for path in leftovers(tmp_path)] == first
     np.testing.assert_array_equal(reader.codes, codes)
     kept = reader.memories
     del reader
     write(tmp_path, 4)
-    fourth = EditStore.open(tmp_path, check=False).manifest
-    assert [path.name for path in leftovers(tmp_path, fourth)] == ["memory-1.safetensors"]
+    assert [path.name for path in leftovers(tmp_path)] == ["memory-1.safetensors"]
     np.testing.assert_array_equal(kept, np.random.default_rng(1).standard_normal((1, H, D)).astype(np.float32))
     del kept
     write(tmp_path, 5)
-    assert leftovers(tmp_path, EditStore.open(tmp_path, check=False).manifest) == []
+    assert leftovers(tmp_path) == []
 
 
 @pytest.mark.usefixtures("mapped")
 def test_removing_from_a_mapped_store_leaves_no_file_behind(tmp_path: Path) -> None:
     """Though the writer itself maps the old masks while it copies the others."""
     write(tmp_path, 1)
-    made = remove_edits(tmp_path, [1])
-    assert leftovers(tmp_path, made) == []
+    remove_edits(tmp_path, [1])
+    assert leftovers(tmp_path) == []
     np.testing.assert_array_equal(EditStore.open(tmp_path).codes, masks(3, 1)[[0, 2]])
 
 
@@ -383,12 +383,12 @@ def test_another_process_keeps_its_files_too(tmp_path: Path) -> None:
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as reader:
         assert reader.stdin and reader.stdout and reader.stdout.readline() == "1\n"
         write(tmp_path, 2)
-        assert len(leftovers(tmp_path, EditStore.open(tmp_path).manifest)) == 3
+        assert len(leftovers(tmp_path)) == 3
         reader.stdin.write("\n")
         reader.stdin.flush()
         assert reader.stdout.readline().strip() == codes.tobytes().hex()
     write(tmp_path, 3)
-    assert leftovers(tmp_path, EditStore.open(tmp_path).manifest) == []
+    assert leftovers(tmp_path) == []
 
 
 def test_without_locks_files_are_read_and_not_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -403,7 +403,7 @@ def test_without_locks_files_are_read_and_not_mapped(tmp_path: Path, monkeypatch
     reader = EditStore.open(tmp_path)
     assert not reader.mapped
     write(tmp_path, 2)
-    assert leftovers(tmp_path, EditStore.open(tmp_path).manifest) == []
+    assert leftovers(tmp_path) == []
     np.testing.assert_array_equal(reader.codes, masks(3, 1))
 
 

@@ -31,7 +31,7 @@ from memoir_index import unpack
 from memoir_retrieval.fingerprint import Fingerprint
 from memoir_retrieval.forward import span_mean
 from memoir_retrieval.span import SpanRule, find_span
-from memoir_retrieval.store import EditStore
+from memoir_retrieval.store import EditStore, Masks
 from memoir_vllm.config import keeps_sums
 from memoir_vllm.requests import put_routed
 from memoir_vllm.residual import ResidualLayer
@@ -298,9 +298,7 @@ class World(NamedTuple):
             self.store,
             manifest=SimpleNamespace(**vars(self.store.manifest) | {"generation": generation}),  # type: ignore[arg-type]
             memories=np.roll(self.store.memories, generation, axis=2) + 1,
-            codes=self.store.codes[keep],
-            ids=self.store.ids[keep],
-            memory_of=self.store.memory_of[keep],
+            masks=Masks(*(of_each[keep] for of_each in self.store.masks)),
         )
         return self._replace(store=store)
 
@@ -320,9 +318,9 @@ def world(lengths: Sequence[int] = (6, 9, 30)) -> World:
         memories=torch.randint(-4, 5, (2, 1, D), generator=generator).float().numpy(),
         background=background,
         permutation=permutation,
-        codes=Fingerprint(background, permutation, K).codes(means),
-        ids=np.arange(n),
-        memory_of=(np.arange(n) % 2).astype(np.int32),
+        masks=Masks(
+            Fingerprint(background, permutation, K).codes(means), np.arange(n), (np.arange(n) % 2).astype(np.int32)
+        ),
         edits=(),
     )
     return World(embedding, store, questions)

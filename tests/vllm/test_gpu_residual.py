@@ -19,7 +19,7 @@ from memoir_index import unpack
 from memoir_retrieval.fingerprint import Fingerprint, permutation
 from memoir_retrieval.forward import span_mean
 from memoir_retrieval.span import SpanRule
-from memoir_retrieval.store import EditStore
+from memoir_retrieval.store import EditStore, Masks
 from memoir_vllm.pooling import pooled
 from memoir_vllm.residual import ResidualLayer
 from memoir_vllm.routing import Router
@@ -86,9 +86,11 @@ def served(request: pytest.FixtureRequest, shape: tuple[int, int, int]) -> Itera
         memories=np.random.default_rng(1).standard_normal((2, h, d), dtype=np.float32) / np.float32(k**0.5),
         background=background,
         permutation=perm,
-        codes=Fingerprint(background, perm, k).codes(means.cpu()),
-        ids=np.arange(EDITS),
-        memory_of=(np.arange(EDITS) % 2).astype(np.int32),
+        masks=Masks(
+            Fingerprint(background, perm, k).codes(means.cpu()),
+            np.arange(EDITS),
+            (np.arange(EDITS) % 2).astype(np.int32),
+        ),
         edits=(),
     )
     router, memories = Router(store, None, "cuda"), torch.from_numpy(store.memories)

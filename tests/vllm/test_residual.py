@@ -20,7 +20,7 @@ from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.fingerprint import Fingerprint
 from memoir_retrieval.forward import span_mean
 from memoir_retrieval.span import SpanRule
-from memoir_retrieval.store import EditStore
+from memoir_retrieval.store import EditStore, Masks
 from memoir_vllm import pipeline
 from memoir_vllm.requests import Decision, Routed, routed_of
 from memoir_vllm.residual import ResidualLayer
@@ -60,9 +60,7 @@ def store_of(activations: torch.Tensor, **manifest: Any) -> EditStore:
         memories=np.random.default_rng(1).standard_normal((2, H, D), dtype=np.float32),
         background=background,
         permutation=perm,
-        codes=codes,
-        ids=np.arange(n),
-        memory_of=(np.arange(n) % 2).astype(np.int32),
+        masks=Masks(codes, np.arange(n), (np.arange(n) % 2).astype(np.int32)),
         edits=tuple(StoredEdit(id=i, prompt="", target="", created="", loss=0, steps=0) for i in range(n)),
     )
 

@@ -72,9 +72,9 @@ class Service:
     # ---- reading ---------------------------------------------------------------------------------------------------
 
     def store(self) -> EditStore:
-        """The store's present generation, read again when its manifest has changed. Raises StoreError."""
+        """The store's present generation, read again when a file came or went. Raises StoreError."""
         found = os.stat(self.folder / MANIFEST)
-        stamp = (found.st_mtime_ns, found.st_ino)
+        stamp = (os.stat(self.folder).st_mtime_ns, found.st_ino)
         if self._store is None or self._store[0] != stamp:
             self._store = (stamp, EditStore.open(self.folder, check=False))
         return self._store[1]

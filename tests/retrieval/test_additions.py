@@ -1,0 +1,246 @@
+"""Small commits: what is added to a store without writing its files again is as much a part of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import forge
+import numpy as np
+import pytest
+import read_format
+import safetensors.numpy as safetensors
+from test_store import D, H, contents, masks, stored_edit, write
+
+from memoir_index import pack
+from memoir_retrieval import Edit, Editor, load_model
+from memoir_retrieval import additions as additions_module
+from memoir_retrieval import store as store_module
+from memoir_retrieval.additions import Columns, append
+from memoir_retrieval.errors import StoreError
+from memoir_retrieval.model import BaseModel
+from memoir_retrieval.remove import remove_edits
+from memoir_retrieval.store import EditStore
+from memoir_retrieval.train import Training
+from memoir_retrieval.verify_store import verify_store
+from memoir_retrieval.write_store import leftovers, write_again
+
+
+def add(folder: Path, *, columns: dict[int, Columns] | None = None, rows: int = 1, **edit: Any) -> None:
+    """Add one edit, under the next id, with masks of its own."""
+    store = EditStore.open(folder)
+    number = store.manifest.next_id
+    append(
+        folder,
+        store.manifest,
+        store.tail,
+        codes=masks(rows, 100 + number),
+        ids=np.full(rows, number),
+        memory_of=np.full(rows, edit.get("memory", 0), dtype=np.int32),
+        edits=[stored_edit(number, **edit)],
+        columns=columns or {},
+    )
+
+
+def columns(*numbers: int, value: float) -> Columns:
+    return Columns(np.array(numbers), np.full((H, len(numbers)), value, dtype=np.float32))
+
+
+@pytest.fixture(params=[64 << 20, 1], ids=["read", "mapped"])
+def grown(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Three edits in files and two that were added; the last changes columns that the one before has changed."""
+    monkeypatch.setattr(store_module, "MAPPED_FROM", request.param)
+    write(tmp_path, memories=np.zeros((2, H, D), dtype=np.float32))
+    add(tmp_path, columns={0: columns(1, 5, value=1.0), 1: columns(7, value=3.0)}, rows=2)
+    add(tmp_path, columns={0: columns(5, 9, value=2.0)}, trained=False, source="a test")
+    return tmp_path
+
+
+def test_what_is_added_is_read_back(grown: Path) -> None:
+    store = EditStore.open(grown)
+    made = store.manifest
+    assert (made.generation, made.next_id, made.untrained) == (3, 5, 1)
+    assert [edit.id for edit in store.edits] == [0, 1, 2, 3, 4] and store.edits[-1].source == "a test"
+    assert store.edits[1:4] == tuple(stored_edit(i) for i in (1, 2, 3)) and store.edit(4).id == 4
+    assert store.ids.tolist() == [0, 1, 2, 3, 3, 4] and store.memory_of.tolist() == [0] * 6
+    np.testing.assert_array_equal(store.codes, np.concatenate([masks(3, 1), masks(2, 103), masks(1, 104)]))
+    wanted = np.zeros((2, H, D), dtype=np.float32)
+    wanted[0, :, 1], wanted[0, :, 5], wanted[0, :, 9], wanted[1, :, 7] = 1, 2, 2, 3
+    np.testing.assert_array_equal(store.memories, wanted)
+    index = store.index()
+    assert index.ids.tolist() == store.ids.tolist()
+    np.testing.assert_array_equal(index.codes, store.codes)
+    assert verify_store(grown) == [] and leftovers(grown) == []
+    store.check()
+    assert sum(path.stat().st_size for path in grown.glob("*-*")) == store.size
+
+
+def test_the_documented_format_is_the_format_with_additions(grown: Path) -> None:
+    store, read = EditStore.open(grown), read_format.read(grown)
+    assert sorted(read) == [0, 1, 2, 3, 4]
+    for number, (edit, found, memory) in read.items():
+        assert edit["prompt"] == store.edit(number).prompt
+        np.testing.assert_array_equal(pack(found), store.codes[store.ids == number])
+        np.testing.assert_array_equal(memory, store.memories[0])
+
+
+def test_an_addition_has_the_bytes_that_safetensors_writes(grown: Path) -> None:
+    for path in grown.glob("added-*"):
+        assert safetensors.save(safetensors.load(path.read_bytes())) == path.read_bytes()
+
+
+def test_the_next_write_of_the_files_takes_additions_up(grown: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    store = EditStore.open(grown)
+    copy = tmp_path_factory.mktemp("copy")
+    write_again(copy, store, generation=9)
+    there = EditStore.open(copy)
+    del store
+    made = remove_edits(grown, [0, 4])
+    assert made.generation == 4 and made.untrained == 0
+    now = EditStore.open(grown)
+    assert not now.additions and not list(grown.glob("added-*")) and verify_store(grown) == []
+    assert now.ids.tolist() == [1, 2, 3, 3]
+    for left, right in ((there.memories, now.memories), (there.codes[1:5], now.codes)):
+        np.testing.assert_array_equal(left, right)
+    assert there.edits[1:4] == now.edits[:]
+
+
+def test_a_reader_keeps_what_it_opened(grown: Path) -> None:
+    reader = EditStore.open(grown)
+    before = reader.memories.copy(), reader.codes.copy()
+    add(grown, columns={0: columns(*range(D), value=9.0)})
+    remove_edits(grown, [1])
+    np.testing.assert_array_equal(reader.memories, before[0])
+    np.testing.assert_array_equal(reader.codes, before[1])
+    assert reader.edit(1) == stored_edit(1)
+
+
+def test_every_changed_bit_is_noticed(grown: Path) -> None:
+    path = grown / "added-2.safetensors"
+    sound = path.read_bytes()
+    for at in [*range(0, len(sound), 37), len(sound) - 1]:
+        path.write_bytes(sound[:at] + bytes([sound[at] ^ 4]) + sound[at + 1 :])
+        with pytest.raises(StoreError, match=r"added-2.safetensors is damaged"):
+            EditStore.open(grown)
+        assert len(verify_store(grown)) == 1
+    for cut in (0, 7, 40, len(sound) // 2, len(sound) - 1):
+        path.write_bytes(sound[:cut])
+        with pytest.raises(StoreError, match=r"added-2.safetensors is damaged"):
+            EditStore.open(grown)
+    path.write_bytes(sound)
+    assert len(EditStore.open(grown).edits) == 5
+
+
+def test_an_addition_that_is_missing_or_of_another_store_is_noticed(grown: Path, tmp_path: Path) -> None:
+    first = (grown / "added-2.safetensors").read_bytes()
+    (grown / "added-2.safetensors").unlink()
+    with pytest.raises(StoreError, match=r"added-2.safetensors is missing"):
+        EditStore.open(grown)
+    (grown / "added-2.safetensors").write_bytes((grown / "added-3.safetensors").read_bytes())
+    with pytest.raises(StoreError, match=r"does not follow generation 1"):
+        EditStore.open(grown)
+    (grown / "added-2.safetensors").write_bytes(first)
+    forge.sign(grown, forge.manifest(grown) | {"tau": 0.6})
+    with pytest.raises(StoreError, match=r"does not follow generation 1"):
+        EditStore.open(grown)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"ids": np.array([5], dtype=np.int64)}, "edit id outside 0..4"),
+        ({"ids": np.array([1], dtype=np.int64)}, "edit ids of .* differ"),
+        ({"memory_of": np.array([2], dtype=np.int32)}, "names a memory"),
+        ({"memory_of": np.array([1], dtype=np.int32)}, "different memories"),
+        ({"codes": np.zeros((1, D // 8), dtype=np.uint8)}, "has 0 ones"),
+        ({"codes": masks(2)}, r"have \[2, 1, 1\] rows"),
+        ({"codes": masks(1).astype(np.int32)}, "'codes' is int32"),
+        ({"columns": np.array([D], dtype=np.int64)}, r"have \[1, 2, 2\] rows"),
+        ({"columns": np.array([0, D], dtype=np.int64)}, "column outside"),
+        ({"columns": np.array([0, -1], dtype=np.int64)}, "column outside"),
+        ({"memories": np.array([0, 2], dtype=np.int32)}, "memory outside"),
+        ({"weights": np.full((2, H), np.nan, dtype=np.float32)}, "NaN"),
+        ({"weights": np.zeros((2, H + 1), dtype=np.float32)}, "'weights' is float32"),
+        ({"head": {"next_id": 3}}, "next_id 3"),
+        ({"head": {"next_id": 1 << 63}}, "next_id"),
+        ({"head": {"untrained": 0}}, "1 edits of .* are not trained"),
+        ({"head": {"untrained": -1}}, "untrained -1"),
+        ({"head": {"more": 1}}, "more"),
+        ({"head": b"[" * 5_000}, "damaged"),
+        ({"edits": b'{"id": 4}\n'}, "is damaged"),
+        ({"edits": b'{"id": 4, "prompt": "p"'}, "no end"),
+        ({"edits": b""}, "0 edits of .* are not trained"),
+    ],
+)
+def test_an_addition_with_a_sound_digest_and_unsound_content_is_refused(
+    grown: Path, changed: dict[str, Any], said: str
+) -> None:
+    forge.add(grown, 3, changed)
+    with pytest.raises(StoreError, match=said) as caught:
+        EditStore.open(grown)
+    assert "damaged" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_addition_that_claims_to_be_huge_is_not_read(grown: Path) -> None:
+    with (grown / "added-3.safetensors").open("r+b") as file:
+        file.truncate(10 << 30)
+    with pytest.raises(StoreError, match="may be forged"):
+        EditStore.open(grown)
+
+
+# ---- what an editor makes of it --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model(tiny: Path) -> BaseModel:
+    return load_model(str(tiny))
+
+
+def editor(model: BaseModel, folder: Path) -> Editor:
+    return Editor(model, folder, training=Training(max_steps=3, variants=0))
+
+
+def edits(*towns: str) -> list[Edit]:
+    return [Edit(prompt=f"Who founded {town}?", target="King Harald") for town in towns]
+
+
+def test_an_editor_adds_what_is_small_and_writes_the_files_for_the_rest(model: BaseModel, tmp_path: Path) -> None:
+    with editor(model, tmp_path) as made:
+        made.add(edits("Aarhus", "Oslo"), keep_failed=True)
+    files = contents(tmp_path)
+    with editor(model, tmp_path) as made:
+        made.add(edits("Visby"), keep_failed=True)
+        made.add(edits("Ribe"), keep_failed=True)
+        held = [memory.numpy().copy() for memory in made.memories]
+        codes, ids = made.index.codes.copy(), made.index.ids.copy()
+        assert made.generation == 3
+    assert {name: data for name, data in contents(tmp_path).items() if not name.startswith("added")} == files
+    store = EditStore.open(tmp_path)
+    assert len(store.additions) == 2 and store.manifest.generation == 3 and verify_store(tmp_path) == []
+    np.testing.assert_array_equal(store.memories, np.stack(held))
+    np.testing.assert_array_equal(store.codes, codes)
+    np.testing.assert_array_equal(store.ids, ids)
+    with editor(model, tmp_path) as made:  # a replacement cannot be added
+        made.add([Edit(prompt="Who founded Visby?", target="Nobody")], on_conflict="last", keep_failed=True)
+        held = [memory.numpy().copy() for memory in made.memories]
+    store = EditStore.open(tmp_path)
+    assert not store.additions and store.manifest.generation == 4 and not list(tmp_path.glob("added-*"))
+    assert [edit.id for edit in store.edits] == [0, 1, 3, 4]
+    np.testing.assert_array_equal(store.memories, np.stack(held))
+
+
+def test_additions_are_taken_up_when_they_are_many_or_large(
+    model: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(additions_module, "MOST", 2)
+    kinds = []
+    with editor(model, tmp_path) as made:
+        for town in ("Aarhus", "Oslo", "Visby", "Ribe", "Lund"):
+            made.add(edits(town), keep_failed=True)
+            kinds.append(len(EditStore.open(tmp_path).additions))
+    assert kinds == [0, 1, 2, 0, 1]
+    store = EditStore.open(tmp_path)
+    files = sum(getattr(store.manifest, kind).size for kind in ("memory", "codes", "edits"))
+    assert additions_module.fits(store.manifest, store.tail, 1)
+    assert not additions_module.fits(store.manifest, store.tail._replace(size=files), 1)
+    assert not additions_module.fits(store.manifest, store.tail, files // (4 * store.manifest.h))
