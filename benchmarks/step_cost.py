@@ -1,10 +1,12 @@
-"""What a decode step costs in Python and in arithmetic, without an engine: microseconds, medians.
+"""What a step costs in Python and in arithmetic, without an engine: microseconds, medians.
 
-    python benchmarks/step_cost.py [--threads N] [--dtype bfloat16] [REQUESTS ...]
+    python benchmarks/step_cost.py [--device cuda] [--layer llama-3-8b] [--dtype bfloat16] [--edits N] [REQUESTS ...]
 
-Layer of SmolLM2-135M (D 1536, H 576), random masks; one thread and float32 unless said otherwise. `rows` is what is
-done to find the rows of each request and the edits that act on them; `arithmetic` is the masked product alone; `sums`
-is what the span rule `all` adds.
+Random masks and activations; the layer of SmolLM2-135M, one CPU thread and float32 unless said otherwise. `routing` is
+the step in which all requests ask their question of 12 tokens: pooled, looked up, and, where it matches, edited. The
+others are of a decode step: `rows` is what is done to find the rows of each request and the edits that act on them,
+`arithmetic` the masked product alone, `sums` what the span rule `all` adds. A GPU is waited for at the end of each,
+which is counted; `device` is the time that the decode step takes on its own clock, where it never waits for the host.
 """
 
 from __future__ import annotations
@@ -16,12 +18,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from memoir_retrieval.fingerprint import Fingerprint
+from memoir_retrieval.forward import span_mean
 from memoir_retrieval.span import SpanRule
 from memoir_retrieval.store import EditStore, Masks
 from memoir_vllm.residual import ResidualLayer
@@ -29,57 +32,114 @@ from memoir_vllm.routing import Router
 from memoir_vllm.rows import Step
 from memoir_vllm.sums import BlockSums
 
-D, H, K, EDITS, STEPS = 1536, 576, 438, 100, 300
+LAYERS = {"smollm2-135m": (1536, 576, 438), "llama-3-8b": (14336, 4096, 4096)}  # D, H, k
+TOKENS, STEPS = 12, 300
 
 
-def served() -> tuple[EditStore, torch.Tensor]:
-    """A store, and for each of its edits the activations of a question of four tokens: float32 [EDITS, 4, D]."""
-    asked = torch.randn(EDITS, 4, D, generator=torch.Generator().manual_seed(0))
-    background, permutation = np.zeros(D, dtype=np.float32), np.random.default_rng(0).permutation(D)
-    fields: dict[str, Any] = {"generation": 1, "span": SpanRule(rule="all"), "d": D, "h": H, "k": K, "tau": 0.9}
-    store = EditStore(
-        path=Path(),
-        manifest=SimpleNamespace(**fields),  # type: ignore[arg-type]
-        memories=np.random.default_rng(1).standard_normal((1, H, D), dtype=np.float32),
-        background=background,
-        permutation=permutation,
-        masks=Masks(
-            Fingerprint(background, permutation, K).codes(asked.mean(1)),
-            np.arange(EDITS),
-            np.zeros(EDITS, dtype=np.int32),
-        ),
-        edits=(),
-    )
-    return store, asked
+class Bench(NamedTuple):
+    """What is measured: a layer of `LAYERS`, on a device, with so many edits."""
+
+    d: int
+    h: int
+    k: int
+    edits: int
+    device: str
+    dtype: torch.dtype
+
+    def random(self, *shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=self.device).to(self.dtype)
+
+    def layer(self) -> tuple[ResidualLayer, torch.Tensor]:
+        """A layer with a store, and for each of its edits the activations of a question: [edits, TOKENS, D]."""
+        asked = self.random(self.edits, TOKENS, self.d)
+        background, permutation = np.zeros(self.d, dtype=np.float32), np.random.default_rng(0).permutation(self.d)
+        rule = SpanRule(weighted=True)
+        means = torch.stack([span_mean(question, 0, TOKENS, rule.weighted) for question in asked])
+        fields: dict[str, Any] = {"generation": 1, "span": rule, "d": self.d, "h": self.h, "k": self.k, "tau": 0.9}
+        store = EditStore(
+            path=Path(),
+            manifest=SimpleNamespace(**fields),  # type: ignore[arg-type]
+            memories=np.random.default_rng(1).standard_normal((1, self.h, self.d), dtype=np.float32),
+            background=background,
+            permutation=permutation,
+            masks=Masks(
+                Fingerprint(background, permutation, self.k, self.device).codes(means),
+                np.arange(self.edits),
+                np.zeros(self.edits, dtype=np.int32),
+            ),
+            edits=(),
+        )
+        router, memories = Router(store, None, self.device), torch.from_numpy(store.memories)
+        return ResidualLayer(router, memories, dtype=self.dtype, device=self.device), asked
+
+    def wait(self) -> None:
+        if self.device != "cpu":
+            torch.cuda.synchronize()
+
+    def median_us(self, run: Callable[[int], Any], before: Callable[[], Any] = lambda: None) -> float:
+        """before: done before each run and not counted."""
+        taken = []
+        for step in range(STEPS):
+            before()
+            self.wait()
+            began = time.perf_counter()
+            run(step)
+            self.wait()
+            taken.append(time.perf_counter() - began)
+        return 1e6 * statistics.median(taken)
+
+    def device_us(self, run: Callable[[int], Any]) -> float:
+        """Time of the device itself: steps that are queued behind a long product, so that it never waits for us."""
+        if self.device == "cpu":
+            return float("nan")
+        busy = torch.randn(8192, 8192, device=self.device)
+        taken = []
+        for step in range(STEPS // 10):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.mm(busy, busy)
+            start.record()
+            run(step)
+            end.record()
+            self.wait()
+            taken.append(start.elapsed_time(end))
+        return 1e3 * statistics.median(taken)
 
 
-def median_us(run: Callable[[int], Any]) -> float:
-    taken = []
-    for step in range(STEPS):
-        began = time.perf_counter()
-        run(step)
-        taken.append(time.perf_counter() - began)
-    return 1e6 * statistics.median(taken)
-
-
-def decode(n: int, matched: bool, dtype: torch.dtype) -> dict[str, float]:
-    store, asked = served()
-    layer = ResidualLayer(Router(store, None, "cpu"), torch.from_numpy(store.memories), dtype=dtype)
+def steps(bench: Bench, n: int, kind: str) -> dict[str, float]:
+    """kind: what the n requests match: "nothing", "one edit", or "different edits"."""
+    layer, asked = bench.layer()
     ids = [f"request-{i}" for i in range(n)]
-    for name in ids:
-        layer.admit(name, [5] * 4, None)
-    x = torch.stack([asked[i % EDITS] for i in range(n)]) if matched else torch.randn(n, 4, D)
-    layer.begin_step(Step(ids, np.arange(n + 1) * 4, np.zeros(n, dtype=np.int64)))
-    layer.run(x.reshape(-1, D).to(dtype), torch.zeros(4 * n, H, dtype=dtype))
-    assert layer.stats()["matched"] == (n if matched else 0)
-    x, y, edges = torch.randn(n, D).to(dtype), torch.zeros(n, H, dtype=dtype), np.arange(n + 1)
-    rows = median_us(lambda step: layer.begin_step(Step(list(ids), edges.copy(), np.full(n, 4 + step))))
-    run = median_us(lambda _: layer.run(x, y))
-    found = {"rows": rows + run}
-    if matched:
-        mask, index, memory = torch.rand(n, D).round().to(dtype), torch.arange(n), layer.now.memories[0]
-        found["arithmetic"] = median_us(lambda _: y.index_add_(0, index, memory(x[index] * mask)))
+    chosen = [0 if kind == "one edit" else i % bench.edits for i in range(n)]
+    x = bench.random(n, TOKENS, bench.d) if kind == "nothing" else asked[chosen]
+    x, y = x.reshape(-1, bench.d), bench.random(n * TOKENS, bench.h)
+    asking = Step(ids, np.arange(n + 1) * TOKENS, np.zeros(n, dtype=np.int64))
+
+    def ask_again() -> None:
+        layer.drop(ids)
+        for name in ids:
+            layer.admit(name, [5] * TOKENS, None)
+
+    def ask(_: int) -> None:
+        layer.begin_step(asking)
+        layer.run(x, y)
+
+    found = {"routing": bench.median_us(ask, ask_again)}
+    stats = layer.stats()
+    assert stats["matched"] == (0 if kind == "nothing" else stats["routed"])
+    edges = np.arange(n + 1)
+    x, y = bench.random(n, bench.d), bench.random(n, bench.h)
+    rows = bench.median_us(lambda step: layer.begin_step(Step(list(ids), edges.copy(), np.full(n, TOKENS + step))))
+    run = bench.median_us(lambda _: layer.run(x, y))
+    found["rows"] = rows + run
+    if kind != "nothing":
+        mask, index, memory = (
+            bench.random(n, bench.d).sign(),
+            torch.arange(n, device=bench.device),
+            layer.now.memories[0],
+        )
+        found["arithmetic"] = bench.median_us(lambda _: y.index_add_(0, index, memory(x[index] * mask)))
         found["rows"] -= found["arithmetic"]
+        found["device"] = bench.device_us(lambda _: layer.run(x, y))
     return found
 
 
@@ -88,16 +148,24 @@ def main() -> None:
     parser.add_argument("requests", nargs="*", type=int, default=[32, 256])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--layer", choices=list(LAYERS), default="smollm2-135m")
+    parser.add_argument("--edits", type=int, default=100)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    dtype = getattr(torch, given.dtype)
-    result = {}
-    for n in given.requests:
-        sums, slots = BlockSums(1000, 16, D, "cpu"), torch.arange(n) * 16 + 3
-        x = torch.randn(n, D).to(dtype)
-        made = {"unmatched": decode(n, False, dtype), "matched": decode(n, True, dtype)}
-        made["all"] = {"sums": median_us(lambda _, s=sums, x=x, at=slots: s.add(x, at))}
-        result[n] = {kind: {part: round(us, 1) for part, us in parts.items()} for kind, parts in made.items()}
+    bench = Bench(*LAYERS[given.layer], given.edits, given.device, getattr(torch, given.dtype))
+    result: dict[str, Any] = {"torch": torch.__version__}
+    if given.device != "cpu":
+        result["device"] = torch.cuda.get_device_name(given.device)
+    with torch.inference_mode():
+        for n in given.requests:
+            made = {kind: steps(bench, n, kind) for kind in ("nothing", "one edit", "different edits")}
+            sums, slots = BlockSums(1000, 16, bench.d, bench.device), torch.arange(n, device=bench.device) * 16 + 3
+            x = bench.random(n, bench.d)
+            made["all"] = {"sums": bench.median_us(lambda _, s=sums, x=x, at=slots: s.add(x, at))}
+            result[str(n)] = {
+                kind: {part: round(us, 1) for part, us in parts.items() if us == us} for kind, parts in made.items()
+            }
     print(json.dumps(result, indent=1))
 
 

@@ -83,5 +83,8 @@ def _convert(gguf: Path, out: Path) -> None:
         quantization_config=GgufConfig(dequantize=True),
     )
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # transformers 5.17 takes another token of the file for the end, with which edits then learn to end; 5.19 does not.
+    for name in ("bos", "eos", "pad"):
+        setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(getattr(model.config, f"{name}_token_id")))
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)

@@ -64,9 +64,11 @@ class EditedModel:
         self._memories = torch.as_tensor(retriever.store.memories, device=self.base.device).to(dtype)
 
     @classmethod
-    def open(cls, store: str | Path, model: str | None = None, *, tau: float | None = None) -> EditedModel:
+    def open(
+        cls, store: str | Path, model: str | None = None, *, tau: float | None = None, device: str = "cpu"
+    ) -> EditedModel:
         """Like `Retriever.open`, and with the same errors."""
-        return cls(Retriever.open(store, model, tau=tau))
+        return cls(Retriever.open(store, model, tau=tau, device=device))
 
     @torch.no_grad()
     def generate(

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from memoir_retrieval.errors import ConfigError
-from memoir_retrieval.forward import squared_norms, weighted_sum
 from memoir_retrieval.span import Span, find_span
+from memoir_vllm.pooling import pooled
 from memoir_vllm.product import Memory
 from memoir_vllm.requests import Routed, parse_options
 from memoir_vllm.routing import Route, Router
@@ -59,11 +59,12 @@ class _Request:
 
 
 class _Part(NamedTuple):
-    """What a step holds of an undecided question. rows: float32 [n, D/ranks], the tokens from `position` on."""
+    """What a step holds of an undecided question: rows [first, last), its tokens from `position` on."""
 
     request_id: str
     request: _Request
-    rows: torch.Tensor
+    first: int
+    last: int
     position: int
 
 
@@ -159,7 +160,8 @@ class ResidualLayer:
         request = self._requests[request_id]
         starts_over = request.route is not None and request.mask is not None and not request.acts
         if request.route is None:
-            self._decide(request_id, request, self.now.router.recall(routed))
+            route = self.now.router.recall(routed)
+            self._decide(request_id, request, route, *self._on_device([route]))
             self._stats["recalled"] += 1
         self._let_act(request_id, request)
         self._stats["replayed"] += starts_over
@@ -266,63 +268,68 @@ class ResidualLayer:
             shift = row - position
             first, last = max(request.span.start + shift, row), min(request.span.end + shift, end)
             if first < last:
-                parts.append(_Part(request_id, request, x[first:last].float(), first - shift))
-        asked: dict[str, torch.Tensor] = {}
-        for (request_id, request, rows, position), weights in zip(parts, self._weights(parts), strict=True):
+                parts.append(_Part(request_id, request, first, last, first - shift))
+        if not parts:
+            return
+        sums, weights = pooled(
+            x,
+            [(part.first, part.last) for part in parts],
+            [part.request.span.weighted for part in parts],
+            self._ranks,
+        )
+        ended: list[int] = []
+        for at, (_, request, first, last, position) in enumerate(parts):
             if request.cached:
                 assert self._sums is not None
                 request.total, request.cached = (self._sums.of(request.cached), position), ()
-            total, weight = weighted_sum(rows, weights)
             if position > request.span.start:
                 assert request.total is not None
-                total, weight = total + request.total[0], weight + request.total[1]
-            request.seen = position + len(rows)
+                sums[at] += request.total[0]
+                weights[at] += request.total[1]
+            request.seen = position + last - first
             if request.seen == request.span.end:
-                asked[request_id] = total / weight
+                ended.append(at)
                 request.total = None
             else:
-                request.total = total, weight
-        if not asked:
+                request.total = sums[at], weights[at]
+        if not ended:
             return
-        means = torch.stack(list(asked.values()))
+        means = sums / weights[:, None]
+        if len(ended) < len(parts):
+            means = means[ended]
         if self._ranks > 1:
             from vllm.distributed import tensor_model_parallel_all_gather
 
             # Every rank now holds the same numbers in the same order, so every rank decides alike.
             means = tensor_model_parallel_all_gather(means, dim=-1)
-        nearest = [self._requests[request_id].nearest for request_id in asked]
-        for request_id, route in zip(asked, self.now.router.route(means, nearest), strict=True):
-            self._settle(request_id, route)
+        asked = [parts[at] for at in ended]
+        routes = self.now.router.route(means, [part.request.nearest for part in asked])
+        for part, route, mask in zip(asked, routes, self._on_device(routes), strict=True):
+            self._settle(part.request_id, route, mask)
             self._stats["routed"] += 1
-            self._stats["matched"] += route.mask is not None
+            self._stats["matched"] += mask is not None
 
-    def _weights(self, parts: Sequence[_Part]) -> list[torch.Tensor]:
-        """What each row of each part counts by in the mean of its question: float32 [n] each."""
-        if not any(part.request.span.weighted for part in parts):
-            return [torch.ones(len(part.rows), device=part.rows.device) for part in parts]
-        weights = [squared_norms(part.rows) for part in parts]
-        if self._ranks > 1:
-            from vllm.distributed import tensor_model_parallel_all_reduce
+    def _on_device(self, routes: Sequence[Route]) -> list[torch.Tensor | None]:
+        """This rank's share of the mask of each route, in the dtype that it acts in. All are brought over together."""
+        masks = [route.mask[self._shard] for route in routes if route.mask is not None]
+        if not masks:
+            return [None] * len(routes)
+        there = iter(torch.from_numpy(np.stack(masks)).to(self._device, non_blocking=True).to(self._dtype))
+        return [None if route.mask is None else next(there) for route in routes]
 
-            # Each rank has a share of every activation, and of its squared norm.
-            weights = list(tensor_model_parallel_all_reduce(torch.cat(weights)).split([len(one) for one in weights]))
-        return [w if part.request.span.weighted else torch.ones_like(w) for w, part in zip(weights, parts, strict=True)]
-
-    def _settle(self, request_id: str, route: Route) -> None:
-        """A decision of this worker, which the scheduler does not know yet."""
+    def _settle(self, request_id: str, route: Route, mask: torch.Tensor | None = None) -> None:
+        """A decision of this worker, which the scheduler does not know yet. mask: that of a match, on the device."""
         request = self._requests.setdefault(request_id, _Request(Span(0, 0)))
-        self._decide(request_id, request, route)
+        self._decide(request_id, request, route, mask)
         if not request.long:
             self._let_act(request_id, request)
         self._routed[request_id] = route.routed
 
-    def _decide(self, request_id: str, request: _Request, route: Route) -> None:
+    def _decide(self, request_id: str, request: _Request, route: Route, mask: torch.Tensor | None) -> None:
         request.route = route
         self._undecided.pop(request_id, None)
-        if route.mask is not None:
-            mask = torch.from_numpy(route.mask[self._shard])
-            request.mask = mask.to(device=self._device, dtype=self._dtype)
-            request.of = self.now
+        if mask is not None:
+            request.mask, request.of = mask, self.now
 
     def _let_act(self, request_id: str, request: _Request) -> None:
         request.acts = True

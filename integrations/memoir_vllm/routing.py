@@ -63,7 +63,7 @@ class Router:
         sound = torch.isfinite(means).all(dim=1).nonzero().flatten().tolist()
         if not sound:
             return routes
-        codes = self._fingerprint.codes(means[sound])
+        codes = self._fingerprint.codes(means if len(sound) == len(means) else means[sound])
         hits = self._index.search(codes, self.tau)
         for at, edit, overlap, row in zip(
             sound, hits.ids.tolist(), hits.overlaps.tolist(), hits.rows.tolist(), strict=True

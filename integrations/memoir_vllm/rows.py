@@ -67,6 +67,7 @@ def acting_rows(step: Step, acting: Acting) -> list[Batch]:
         owner = np.repeat(np.arange(len(chosen)), rows)
         index = np.arange(len(owner)) + np.repeat(first[chosen] - (np.cumsum(rows) - rows), rows)
         masks = torch.stack([acting.masks[i] for i in chosen.tolist()])
-        on_device = [torch.from_numpy(array).to(masks.device) for array in (index, owner)]
-        made.append(Batch(memory, on_device[0], masks, on_device[1]))
+        # The host runs ahead of the device. Memory that is not pinned has been read when this returns.
+        told = torch.from_numpy(np.stack([index, owner])).to(masks.device, non_blocking=True)
+        made.append(Batch(memory, told[0], masks, told[1]))
     return made

@@ -53,6 +53,7 @@ from memoir_retrieval.unseen import CONTEXTS
 @click.option("--server", metavar="URL", help="Ask a running server, such as http://127.0.0.1:8000.")
 @model_option
 @tau_option
+@click.option("--device", default="cpu", show_default=True, help="Where the model runs, such as cuda.")
 @click.option("--out", type=click.Path(path_type=Path), help="Where to write the JSON (default: DIR.eval.json).")
 @json_option
 @threads_option
@@ -67,6 +68,7 @@ def eval_command(
     server: str | None,
     model: str | None,
     tau: float | None,
+    device: str,
     out: Path | None,
     as_json: bool,
 ) -> None:
@@ -97,7 +99,7 @@ def eval_command(
     else:
         from memoir_retrieval.reference import EditedModel
 
-        asked = EditedModel.open(store, model, tau=tau)
+        asked = EditedModel.open(store, model, tau=tau, device=device)
         threshold = asked.retriever.tau
     notes.print(f"asking {len(edits)} edits, their rephrasings and unrelated prompts ({context})")
     report = evaluate(

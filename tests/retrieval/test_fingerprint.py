@@ -87,7 +87,9 @@ def test_codes_are_the_permuted_top_k_of_the_distance_from_the_background() -> N
     rng = np.random.default_rng(1)
     background, perm = rng.standard_normal(d).astype("f4"), permutation(d, 3)
     means = torch.from_numpy(rng.standard_normal((19, d)).astype("f4"))
-    codes = Fingerprint(background, perm, k).codes(means)
+    fingerprint = Fingerprint(background, perm, k)
+    codes = fingerprint.codes(means)
+    np.testing.assert_array_equal(fingerprint._codes_there(means), codes)  # what a GPU runs
     assert codes.dtype == np.uint8 and codes.shape == (19, d // 8) and (popcount(codes) == k).all()
     for row, bits in zip(means.numpy(), unpack(codes, d), strict=True):
         assert set(np.flatnonzero(bits)) == {int(perm[i]) for i in oracle(np.abs(row - background), k)}
@@ -106,5 +108,9 @@ def test_the_permutation_is_fixed_by_its_seed() -> None:
 def test_bad_input_is_refused() -> None:
     with pytest.raises(ConfigError, match="k is 17, but the layer has D=16"):
         Fingerprint(np.zeros(16, "f4"), np.arange(16), 17)
-    with pytest.raises(ConfigError, match="NaN"):
-        Fingerprint(np.zeros(16, "f4"), np.arange(16), 5).codes(torch.full((1, 16), torch.nan))
+    fingerprint = Fingerprint(np.zeros(16, "f4"), np.arange(16), 5)
+    for codes in (fingerprint.codes, fingerprint._codes_there):
+        means = torch.randn(3, 16)
+        means[1, 4] = torch.nan
+        with pytest.raises(ConfigError, match="NaN"):
+            codes(means)

@@ -10,6 +10,7 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoTokenizer,
     GPT2Config,
     GPTJConfig,
     LlamaConfig,
@@ -62,6 +63,11 @@ def test_the_embedded_model_has_a_preset() -> None:
     preset = preset_for(AutoConfig.from_pretrained(get_model("smollm2-135m")))
     assert preset.source == "measured, SmolLM2-135M-Instruct" and (preset.layer, preset.k) == (24, 438)
     assert len(PRESETS) == len(PUBLISHED) + 1  # a preset that is added needs its own line here
+
+
+def test_answers_of_the_embedded_model_end_as_its_configuration_says() -> None:
+    folder = get_model("smollm2-135m")
+    assert AutoTokenizer.from_pretrained(folder).eos_token_id == AutoConfig.from_pretrained(folder).eos_token_id == 2
 
 
 @pytest.mark.parametrize(
