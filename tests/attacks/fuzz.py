@@ -1,6 +1,6 @@
 """Random damage to stores and edit files: refused with one line, or what is read is consistent. Never anything else.
 
-    python tests/attacks/fuzz.py --inputs 100000 --seed 0
+    PYTHONPATH=tests/retrieval python tests/attacks/fuzz.py --inputs 100000 --seed 0
 
 runs that many inputs, one after another, and prints what became of them. The same seed gives the same inputs.
 """
