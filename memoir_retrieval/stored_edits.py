@@ -20,7 +20,27 @@ _decode = msgspec.json.Decoder(StoredEdit).decode
 _encode = msgspec.json.Encoder().encode
 
 
-class StoredEdits(Sequence[StoredEdit]):
+class _Edits(Sequence[StoredEdit]):
+    """A sequence of edits that are decoded when they are asked for."""
+
+    def _edit(self, number: int) -> StoredEdit:
+        raise NotImplementedError
+
+    @overload
+    def __getitem__(self, index: int) -> StoredEdit: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[StoredEdit, ...]: ...
+    def __getitem__(self, index: int | slice) -> StoredEdit | tuple[StoredEdit, ...]:
+        numbers = range(len(self))[index]
+        if isinstance(numbers, range):
+            return tuple(self._edit(number) for number in numbers)
+        return self._edit(numbers)
+
+    def __iter__(self) -> Iterator[StoredEdit]:
+        return (self._edit(number) for number in range(len(self)))
+
+
+class StoredEdits(_Edits):
     """Lines of a file, in file order. A line that is no edit raises StoreError, naming the file, when it is read."""
 
     def __init__(self, data: Data, name: str):
@@ -39,19 +59,6 @@ class StoredEdits(Sequence[StoredEdit]):
 
     def __len__(self) -> int:
         return len(self._ends)
-
-    @overload
-    def __getitem__(self, index: int) -> StoredEdit: ...
-    @overload
-    def __getitem__(self, index: slice) -> tuple[StoredEdit, ...]: ...
-    def __getitem__(self, index: int | slice) -> StoredEdit | tuple[StoredEdit, ...]:
-        numbers = range(len(self))[index]
-        if isinstance(numbers, range):
-            return tuple(self._edit(number) for number in numbers)
-        return self._edit(numbers)
-
-    def __iter__(self) -> Iterator[StoredEdit]:
-        return (self._edit(number) for number in range(len(self)))
 
     def check(self) -> None:
         """Decode every line. Raises StoreError for one that is no edit, and for bytes behind the last newline."""
@@ -76,7 +83,7 @@ class StoredEdits(Sequence[StoredEdit]):
         return edit
 
 
-class JoinedEdits(Sequence[StoredEdit]):
+class JoinedEdits(_Edits):
     """The edits of one file after those of another."""
 
     def __init__(self, *parts: StoredEdits):
@@ -86,24 +93,14 @@ class JoinedEdits(Sequence[StoredEdit]):
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    @overload
-    def __getitem__(self, index: int) -> StoredEdit: ...
-    @overload
-    def __getitem__(self, index: slice) -> tuple[StoredEdit, ...]: ...
-    def __getitem__(self, index: int | slice) -> StoredEdit | tuple[StoredEdit, ...]:
-        numbers = range(len(self))[index]
-        if isinstance(numbers, range):
-            return tuple(self[number] for number in numbers)
-        part = int(np.searchsorted(self._starts, numbers, side="right")) - 1
-        return self._parts[part][numbers - int(self._starts[part])]
-
-    def __iter__(self) -> Iterator[StoredEdit]:
-        return (edit for part in self._parts for edit in part)
-
     def check(self) -> None:
         """See `StoredEdits.check`."""
         for part in self._parts:
             part.check()
+
+    def _edit(self, number: int) -> StoredEdit:
+        part = int(np.searchsorted(self._starts, number, side="right")) - 1
+        return self._parts[part][number - int(self._starts[part])]
 
 
 def edit_chunks(edits: Iterable[StoredEdit]) -> Iterator[bytes]:
