@@ -44,7 +44,7 @@ def _memoir(record: Record) -> list[Edit]:
     fields = Edit.__struct_fields__
     if unknown := [key for key in record if key not in fields]:
         raise EditFileError(f"key {show(unknown[0])} is unknown; the keys are {', '.join(fields)}")
-    if isinstance(record["prompt"], list):
+    if isinstance(record.get("prompt"), list):
         record = record | _chat(record["prompt"])
     prompt, target = _text(record, "prompt"), _text(record, "target")
     try:

@@ -402,6 +402,7 @@ BAD = {
         "line 2: key 'answr' is unknown; the keys are prompt, target, subject, rephrases, locality, source, ",
         "neighbourhood, portability, ood, before (file read as",
     ),
+    "no keys later": ('{"prompt": "a", "target": "b"}\n{}', "line 2: 'prompt' is missing"),
     "missing target": ('{"prompt": "a", "target": null}', "line 1: 'target' is missing; write text in double"),
     "empty prompt": (OK + '{"prompt": "", "target": "b"}', "line 2: 'prompt' is ''; write some text, or drop the"),
     "blank target": (OK + '{"prompt": "a", "target": " \\n"}', "line 2: 'target' is ' \\n'; write some text"),
