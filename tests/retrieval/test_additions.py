@@ -27,15 +27,22 @@ from memoir_retrieval.verify_store import verify_store
 from memoir_retrieval.write_store import leftovers, write_again
 
 
-def add(folder: Path, *, columns: dict[int, Columns] | None = None, rows: int = 1, **edit: Any) -> None:
-    """Add one edit, under the next id, with masks of its own."""
+def add(
+    folder: Path,
+    *,
+    codes: np.ndarray | None = None,
+    columns: dict[int, Columns] | None = None,
+    rows: int = 1,
+    **edit: Any,
+) -> None:
+    """Add one edit, under the next id, with masks of its own or these."""
     store = EditStore.open(folder)
     number = store.manifest.next_id
     append(
         folder,
         store.manifest,
         store.tail,
-        codes=masks(rows, 100 + number),
+        codes=masks(rows, 100 + number) if codes is None else codes,
         ids=np.full(rows, number),
         memory_of=np.full(rows, edit.get("memory", 0), dtype=np.int32),
         edits=[stored_edit(number, **edit)],

@@ -9,10 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 import yaml
 from http_stand_in import running
 from hub_stand_in import StandInHub, commit_id
+from test_additions import add
 
 from memoir_retrieval import Edit, Editor, EditStore, load_model
 from memoir_retrieval.card import model_card
@@ -70,6 +72,20 @@ def test_what_is_pushed_is_what_is_pulled(hub: StandInHub, store: Path, tmp_path
     ours, theirs = contents(store), contents(tmp_path / "new")
     assert theirs == ours
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".memoir-pull")]
+
+
+def test_what_was_added_is_pushed_as_part_of_the_files(hub: StandInHub, store: Path, tmp_path: Path) -> None:
+    add(store, codes=EditStore.open(store).codes[:1])
+    opened = EditStore.open(store)
+    assert len(opened.additions) == 1
+    done = push(store, REPO)
+    assert (done.generation, done.edits) == (3, 3)
+    assert not any(name.startswith("added-") for name in hub.repos[REPO][-1])
+    pull(REPO, tmp_path / "new", sha256=done.sha256)
+    there = EditStore.open(tmp_path / "new")
+    assert list(there.edits) == list(opened.edits) and there.manifest.next_id == 3
+    np.testing.assert_array_equal(there.codes, opened.codes)
+    np.testing.assert_array_equal(there.memories, opened.memories)
 
 
 def test_a_pinned_revision_stays_what_it_was(hub: StandInHub, store: Path, tmp_path: Path) -> None:
