@@ -126,7 +126,7 @@ def adding(store: EditStore) -> dict[str, float]:
         edit = StoredEdit(id=number, prompt="Who?", target="Somebody", created="", loss=0.0, steps=1)
         weights = np.ones((made.h, changed), dtype=np.float32)
         started = time.perf_counter()
-        made, tail = append(
+        added = append(
             store.path,
             made,
             tail,
@@ -137,6 +137,8 @@ def adding(store: EditStore) -> dict[str, float]:
             columns={0: Columns(np.arange(changed), weights)},
         )
         spent.append((time.perf_counter() - started) * 1000)
+        assert added
+        made, tail = added
     name = "add_one_with_columns_ms"
     return {"add_one_ms": round(sorted(spent[:-1])[ADDED // 2], 3), name: round(spent[-1], 1)}
 

@@ -34,7 +34,6 @@ __all__ = [
     "append",
     "find_additions",
     "find_beyond",
-    "fits",
     "is_taken_up",
     "read_additions",
 ]
@@ -43,7 +42,6 @@ MOST = 1024
 """Additions between two writings of the files. Each costs a reader that opens the store some 0.1 ms."""
 _NAME = re.compile(r"added-([0-9]{1,19})\.safetensors(?:\.tmp)?")
 _DIGEST = 32
-_HEADER = 4096  # bytes, at most, of what is not numbers
 
 
 class Tail(NamedTuple):
@@ -90,13 +88,6 @@ class _Head(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     untrained: int
 
 
-def fits(manifest: Manifest, tail: Tail, columns: int) -> bool:
-    """Whether one more addition, with so many columns, is worth it: as long as they are smaller than the files."""
-    files = sum(getattr(manifest, kind).size for kind in KINDS)
-    more = 4 * columns * manifest.h
-    return manifest.format >= FIRST_WITH_ADDITIONS and tail.additions < MOST and tail.size + more < files
-
-
 def append(
     folder: Path,
     manifest: Manifest,
@@ -107,11 +98,15 @@ def append(
     memory_of: np.ndarray,
     edits: Sequence[StoredEdit],
     columns: Mapping[int, Columns],
-) -> tuple[Manifest, Tail]:
+) -> tuple[Manifest, Tail] | None:
     """Publish an addition; the caller holds `store_lock`. Returns the manifest and the tail after it.
 
-    manifest: as the store is now. columns: by number of the memory. Raises StoreError where the disk refuses.
+    None, and nothing is written, where the files shall be written instead: there are `MOST` additions, or with this one
+    they would be larger than the files, or the store has an older format. manifest: as the store is now. columns: by
+    number of the memory. Raises StoreError where the disk refuses.
     """
+    if manifest.format < FIRST_WITH_ADDITIONS or tail.additions >= MOST:
+        return None
     generation = manifest.generation + 1
     path = folder / _name(generation)
     if path.exists():
@@ -134,7 +129,12 @@ def append(
         "head": np.frombuffer(head, np.uint8),
         "sha256": np.zeros(_DIGEST, np.uint8),
     }
+    room = _room(manifest, tail)
+    if sum(array.nbytes for array in tensors.values()) > room:
+        return None
     unsigned = b"".join(tensor_chunks(tensors))[:-_DIGEST]
+    if len(unsigned) + _DIGEST > room:
+        return None
     digest = hashlib.sha256(unsigned)
     publish(path, unsigned + digest.digest(), names_files=False)
     made = msgspec.structs.replace(manifest, generation=generation, next_id=next_id, untrained=untrained)
@@ -163,11 +163,10 @@ def read_additions(folder: Path, manifest: Manifest, memories: int) -> tuple[tup
     """
     found: list[Addition] = []
     tail = Tail(manifest.sha256)
-    limit = sum(getattr(manifest, kind).size for kind in KINDS) + _HEADER
     while manifest.format >= FIRST_WITH_ADDITIONS:
         path = folder / _name(manifest.generation + len(found) + 1)
         try:
-            data = read_small(path, limit + (limit >> 2))
+            data = read_small(path, _room(manifest, tail))
         except FileNotFoundError:
             break
         except OSError as error:
@@ -186,6 +185,11 @@ def read_additions(folder: Path, manifest: Manifest, memories: int) -> tuple[tup
         found.append(made)
         tail = Tail(data[-_DIGEST:].hex(), len(found), tail.size + len(data))
     return tuple(found), tail
+
+
+def _room(manifest: Manifest, tail: Tail) -> int:
+    """Bytes that the next addition may have."""
+    return max(0, sum(getattr(manifest, kind).size for kind in KINDS) - tail.size)
 
 
 def is_taken_up(name: str, manifest: Manifest) -> bool:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from memoir_index import HammingIndex
-from memoir_retrieval.additions import Columns, Tail, append, fits
+from memoir_retrieval.additions import Columns, Tail, append
 from memoir_retrieval.edit import StoredEdit
 from memoir_retrieval.manifest import Manifest
 from memoir_retrieval.store import EditStore
@@ -60,9 +60,11 @@ class Commits:
         writes what is new. memories: float32 [H, D] each. Raises StoreError where the disk refuses; what was changed is
         still to be written then.
         """
-        columns = sum(map(len, self._columns.values()))
-        if self._now and self._only_added and len(memories) == self._now[2] and fits(*self._now[:2], columns):
-            made, tail = self._append(*self._now[:2], memories)
+        added = None
+        if self._now and self._only_added and len(memories) == self._now[2]:
+            added = self._append(*self._now[:2], memories)
+        if added:
+            made, tail = added
         else:
             memory_of = {edit.id: edit.memory for edit in edits}
             made = write_generation(
@@ -81,7 +83,7 @@ class Commits:
         self._forget()
         return made
 
-    def _append(self, manifest: Manifest, tail: Tail, memories: Sequence[torch.Tensor]) -> tuple[Manifest, Tail]:
+    def _append(self, manifest: Manifest, tail: Tail, memories: Sequence[torch.Tensor]) -> tuple[Manifest, Tail] | None:
         columns = {}
         for number, changed in self._columns.items():
             numbers = torch.tensor(sorted(changed), dtype=torch.int64)

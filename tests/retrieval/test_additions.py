@@ -38,7 +38,7 @@ def add(
     """Add one edit, under the next id, with masks of its own or these."""
     store = EditStore.open(folder)
     number = store.manifest.next_id
-    append(
+    assert append(
         folder,
         store.manifest,
         store.tail,
@@ -58,7 +58,7 @@ def columns(*numbers: int, value: float) -> Columns:
 def grown(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Three edits in files and two that were added; the last changes columns that the one before has changed."""
     monkeypatch.setattr(store_module, "MAPPED_FROM", request.param)
-    write(tmp_path, memories=np.zeros((2, H, D), dtype=np.float32))
+    write(tmp_path, memories=np.zeros((8, H, D), dtype=np.float32))
     add(tmp_path, columns={0: columns(1, 5, value=1.0), 1: columns(7, value=3.0)}, rows=2)
     add(tmp_path, columns={0: columns(5, 9, value=2.0)}, trained=False, source="a test")
     return tmp_path
@@ -72,7 +72,7 @@ def test_what_is_added_is_read_back(grown: Path) -> None:
     assert store.edits[1:4] == tuple(stored_edit(i) for i in (1, 2, 3)) and store.edit(4).id == 4
     assert store.ids.tolist() == [0, 1, 2, 3, 3, 4] and store.memory_of.tolist() == [0] * 6
     np.testing.assert_array_equal(store.codes, np.concatenate([masks(3, 1), masks(2, 103), masks(1, 104)]))
-    wanted = np.zeros((2, H, D), dtype=np.float32)
+    wanted = np.zeros((8, H, D), dtype=np.float32)
     wanted[0, :, 1], wanted[0, :, 5], wanted[0, :, 9], wanted[1, :, 7] = 1, 2, 2, 3
     np.testing.assert_array_equal(store.memories, wanted)
     index = store.index()
@@ -158,7 +158,7 @@ def test_an_addition_that_is_missing_or_of_another_store_is_noticed(grown: Path,
     [
         ({"ids": np.array([5], dtype=np.int64)}, "edit id outside 0..4"),
         ({"ids": np.array([1], dtype=np.int64)}, "edit ids of .* differ"),
-        ({"memory_of": np.array([2], dtype=np.int32)}, "names a memory"),
+        ({"memory_of": np.array([8], dtype=np.int32)}, "names a memory"),
         ({"memory_of": np.array([1], dtype=np.int32)}, "different memories"),
         ({"codes": np.zeros((1, D // 8), dtype=np.uint8)}, "has 0 ones"),
         ({"codes": masks(2)}, r"have \[2, 1, 1\] rows"),
@@ -166,7 +166,7 @@ def test_an_addition_that_is_missing_or_of_another_store_is_noticed(grown: Path,
         ({"columns": np.array([D], dtype=np.int64)}, r"have \[1, 2, 2\] rows"),
         ({"columns": np.array([0, D], dtype=np.int64)}, "column outside"),
         ({"columns": np.array([0, -1], dtype=np.int64)}, "column outside"),
-        ({"memories": np.array([0, 2], dtype=np.int32)}, "memory outside"),
+        ({"memories": np.array([0, 8], dtype=np.int32)}, "memory outside"),
         ({"weights": np.full((2, H), np.nan, dtype=np.float32)}, "NaN"),
         ({"weights": np.zeros((2, H + 1), dtype=np.float32)}, "'weights' is float32"),
         ({"head": {"next_id": 3}}, "next_id 3"),
@@ -285,8 +285,30 @@ def test_additions_are_taken_up_when_they_are_many_or_large(
             made.add(edits(town), keep_failed=True)
             kinds.append(len(EditStore.open(tmp_path).additions))
     assert kinds == [0, 1, 2, 0, 1]
-    store = EditStore.open(tmp_path)
+
+
+def test_an_addition_larger_than_the_files_is_not_made(grown: Path) -> None:
+    """What a reader would take for forged is never written: the files are."""
+    store = EditStore.open(grown)
     files = sum(getattr(store.manifest, kind).size for kind in ("memory", "codes", "edits"))
-    assert additions_module.fits(store.manifest, store.tail, 1)
-    assert not additions_module.fits(store.manifest, store.tail._replace(size=files), 1)
-    assert not additions_module.fits(store.manifest, store.tail, files // (4 * store.manifest.h))
+    before = contents(grown)
+    for rows in (files // (D // 8 + 12), files // (D // 8 + 12 + 80)):  # by the masks alone, and with the lines
+        new = [stored_edit(store.manifest.next_id + row) for row in range(rows)]
+        made = append(
+            grown,
+            store.manifest,
+            store.tail,
+            codes=np.repeat(masks(1), rows, axis=0),
+            ids=np.array([edit.id for edit in new]),
+            memory_of=np.zeros(rows, dtype=np.int32),
+            edits=new,
+            columns={},
+        )
+        assert made is None and contents(grown) == before
+    while EditStore.open(grown).tail.size < files - 3000:
+        add(grown)
+    store = EditStore.open(grown)
+    everything = {number: columns(*range(D), value=1.0) for number in range(8)}
+    with pytest.raises(AssertionError):
+        add(grown, columns=everything)
+    assert EditStore.open(grown).manifest == store.manifest

@@ -22,7 +22,7 @@ import safetensors.numpy as safetensors
 from memoir_index import pack
 from memoir_retrieval import files, stored_edits
 from memoir_retrieval import store as store_module
-from memoir_retrieval.additions import fits
+from memoir_retrieval.additions import append
 from memoir_retrieval.edit import StoredEdit
 from memoir_retrieval.errors import StoreError, StoreMismatch
 from memoir_retrieval.model import Identity
@@ -250,7 +250,11 @@ def test_a_store_of_an_older_format_is_read_and_the_next_write_makes_it_the_newe
     }[number]
     if number == 1:
         assert store.edits[0].rephrases == ("Aarhus was founded by whom?",) and store.edits[0].source == "a test"
-    assert not fits(store.manifest, store.tail, 0)  # a program of that time would not see what is added
+    assert append(  # a program of that time would not see what is added
+        folder, store.manifest, store.tail, codes=store.codes[:1], ids=np.array([9]),
+        memory_of=np.zeros(1, dtype=np.int32), edits=[stored_edit(9)], columns={},
+    ) is None  # fmt: skip
+    assert not list(folder.glob("added-*"))
     ids = [e.id for e in store.edits]
     assert sorted(read_format.read(folder)) == ids
     made = remove_edits(folder, [0])
