@@ -33,14 +33,14 @@ __all__ = [
     "Tail",
     "append",
     "find_additions",
-    "find_beyond",
+    "is_missing",
     "is_taken_up",
     "read_additions",
 ]
 
 MOST = 1024
 """Additions between two writings of the files. Each costs a reader that opens the store some 0.1 ms."""
-_NAME = re.compile(r"added-([0-9]{1,19})\.safetensors(?:\.tmp)?")
+_NAME = re.compile(r"added-([0-9]{1,19})\.safetensors(\.tmp)?")
 _DIGEST = 32
 
 
@@ -150,10 +150,10 @@ def find_additions(folder: Path, manifest: Manifest) -> int:
     return count
 
 
-def find_beyond(folder: Path, generation: int) -> str:
-    """The name of an addition behind one that is missing, or "". generation: that the store is at."""
-    numbers = [int(found[1]) for name in os.listdir(folder) if (found := _NAME.fullmatch(name)) and name[-1] != "p"]
-    return _name(min(beyond)) if (beyond := [number for number in numbers if number > generation]) else ""
+def is_missing(folder: Path, generation: int) -> bool:
+    """Whether an addition is missing before another, behind those that make this generation."""
+    numbers = [int(found[1]) for name in os.listdir(folder) if (found := _NAME.fullmatch(name)) and not found[2]]
+    return any(number > generation for number in numbers) and generation + 1 not in numbers
 
 
 def read_additions(folder: Path, manifest: Manifest, memories: int) -> tuple[tuple[Addition, ...], Tail]:

@@ -238,14 +238,16 @@ def _forget(path: Path) -> None:
 
 
 def _said(path: Path, size: int, error: OSError) -> StoreError:
+    path = path.with_name(path.name.removesuffix(".tmp"))
+    much = f"{size / 1e6:.2f} MB" if size > 1e5 else f"{size / 1e3:.1f} kB"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return StoreError(
-            f"no space left to write {path.name} ({size / 1e6:.2f} MB) in {path.parent}: free some and run the same "
+            f"no space left to write {path.name} ({much}) in {path.parent}: free some and run the same "
             "command again; the store is unchanged"
         )
     if error.errno == errno.EFBIG:
         return StoreError(
-            f"{path} would have {size / 1e6:.2f} MB, more than a file may have here: raise the limit (`ulimit -f`) or "
+            f"{path} would have {much}, more than a file may have here: raise the limit (`ulimit -f`) or "
             "choose a folder on another file system, and run the same command again; the store is unchanged"
         )
     return StoreError(f"{path} cannot be written: {error.strerror}; the store is unchanged")

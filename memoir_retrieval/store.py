@@ -19,7 +19,7 @@ import numpy as np
 
 from memoir_index import HammingIndex
 from memoir_retrieval import checks
-from memoir_retrieval.additions import START, Addition, Tail, find_beyond, read_additions
+from memoir_retrieval.additions import START, Addition, Tail, is_missing, read_additions
 from memoir_retrieval.edit import StoredEdit
 from memoir_retrieval.errors import StoreError, StoreMismatch
 from memoir_retrieval.files import CHUNK, Data, read_or_map
@@ -87,7 +87,7 @@ class EditStore:
             else:
                 # A writer that takes additions up removes them: a reader may have missed the last of them.
                 now = store.manifest.generation
-                if read_manifest(folder).sha256 != manifest.sha256 or find_beyond(folder, now):
+                if read_manifest(folder).sha256 != manifest.sha256 or is_missing(folder, now):
                     missing = FileNotFoundError(errno.ENOENT, "removed", f"added-{now + 1}.safetensors")
                     continue
                 if check:

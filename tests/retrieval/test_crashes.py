@@ -212,7 +212,7 @@ def test_a_process_that_is_killed_anywhere(
         ended.add(now - before)
         go_on(folder)
         if done >= 0:
-            assert 5 < done < n and now == before + 1
+            assert 4 < done < n and now == before + 1
             break
         assert done == -signal.SIGKILL
     assert ended == {0, 1}
