@@ -7,6 +7,7 @@ has changed. It is a generation of its own, and follows the manifest or the addi
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -23,7 +24,7 @@ from memoir_retrieval.errors import StoreError
 from memoir_retrieval.files import publish, read_small
 from memoir_retrieval.manifest import FIRST_WITH_ADDITIONS, KINDS, Manifest
 from memoir_retrieval.stored_edits import StoredEdits, edit_chunks
-from memoir_retrieval.tensors import Tensor, read_tensors, tensor_chunks
+from memoir_retrieval.tensors import Tensor, read_tensors, tensor_chunks, unique_keys
 
 __all__ = [
     "MOST",
@@ -32,15 +33,18 @@ __all__ = [
     "Columns",
     "Tail",
     "append",
+    "fetch_additions",
     "find_additions",
-    "is_missing",
     "is_taken_up",
-    "read_additions",
+    "numbers_of",
+    "parse_additions",
 ]
 
 MOST = 1024
 """Additions between two writings of the files. Each costs a reader that opens the store some 0.1 ms."""
-_NAME = re.compile(r"added-([0-9]{1,19})\.safetensors(\.tmp)?")
+LARGEST = 1 << 28
+"""Bytes of one addition; what would have more is written into the files."""
+_NAME = re.compile(r"added-(0|[1-9][0-9]{0,18})\.safetensors(\.tmp)?")
 _DIGEST = 32
 
 
@@ -137,7 +141,9 @@ def append(
         return None
     digest = hashlib.sha256(unsigned)
     publish(path, unsigned + digest.digest(), names_files=False)
-    made = msgspec.structs.replace(manifest, generation=generation, next_id=next_id, untrained=untrained)
+    made = msgspec.structs.replace(
+        manifest, generation=generation, next_id=next_id, untrained=untrained, sha256=digest.hexdigest()
+    )
     return made, Tail(digest.hexdigest(), tail.additions + 1, tail.size + len(unsigned) + _DIGEST)
 
 
@@ -150,29 +156,52 @@ def find_additions(folder: Path, manifest: Manifest) -> int:
     return count
 
 
-def is_missing(folder: Path, generation: int) -> bool:
-    """Whether an addition is missing before another, behind those that make this generation."""
-    numbers = [int(found[1]) for name in os.listdir(folder) if (found := _NAME.fullmatch(name)) and not found[2]]
-    return any(number > generation for number in numbers) and generation + 1 not in numbers
+def numbers_of(folder: Path) -> list[int]:
+    """The generations of all additions that lie in a folder, whatever they follow."""
+    return [int(found[1]) for name in os.listdir(folder) if (found := _NAME.fullmatch(name)) and not found[2]]
 
 
-def read_additions(folder: Path, manifest: Manifest, memories: int) -> tuple[tuple[Addition, ...], Tail]:
-    """The additions that follow a manifest, checked, and where the next one goes.
+def fetch_additions(folder: Path, manifest: Manifest) -> list[bytes]:
+    """The bytes of the additions that follow a manifest, as they are.
 
-    memories: how many there are. Raises StoreError for one that is damaged or follows something else.
+    Raises FileNotFoundError where one is missing before another, being removed or locked by another program, and
+    StoreError for one that cannot be read.
+    """
+    found: list[bytes] = []
+    size, missed = 0, 0
+    while manifest.format >= FIRST_WITH_ADDITIONS:
+        generation = manifest.generation + len(found) + 1
+        path = folder / _name(generation)
+        try:
+            found.append(read_small(path, _room(manifest, Tail("", len(found), size))))
+            size, missed = size + len(found[-1]), 0
+        except OSError as error:
+            if error.errno == errno.ENOENT:
+                if not os.path.lexists(path) and max(numbers_of(folder), default=0) <= generation:
+                    break
+                # It may have come just now, and a list of names is not made at one moment: look again.
+                missed += 1
+                if missed < 3:
+                    continue
+            if error.errno in (errno.ENOENT, errno.ESTALE):
+                raise FileNotFoundError(errno.ENOENT, "missing", str(path)) from error
+            raise StoreError(f"{path} cannot be read: {error.strerror}") from error
+    return found
+
+
+def parse_additions(
+    folder: Path, manifest: Manifest, fetched: Sequence[bytes], memories: int
+) -> tuple[tuple[Addition, ...], Tail]:
+    """What `fetch_additions` found, checked, and where the next addition goes.
+
+    memories: how many there are. Raises StoreError for an addition that is damaged or follows something else.
     """
     found: list[Addition] = []
     tail = Tail(manifest.sha256)
-    while manifest.format >= FIRST_WITH_ADDITIONS:
+    for data in fetched:
         path = folder / _name(manifest.generation + len(found) + 1)
         try:
-            data = read_small(path, _room(manifest, tail))
-        except FileNotFoundError:
-            break
-        except OSError as error:
-            raise StoreError(f"{path} cannot be read: {error.strerror}") from error
-        try:
-            if hashlib.sha256(data[:-_DIGEST]).digest() != data[-_DIGEST:]:
+            if hashlib.sha256(memoryview(data)[:-_DIGEST]).digest() != data[-_DIGEST:]:
                 raise ValueError("its sha256 is not that of its content")
             head, made = _parse(path, bytearray(data), manifest)
             if head.after != tail.sha256:
@@ -189,7 +218,7 @@ def read_additions(folder: Path, manifest: Manifest, memories: int) -> tuple[tup
 
 def _room(manifest: Manifest, tail: Tail) -> int:
     """Bytes that the next addition may have."""
-    return max(0, sum(getattr(manifest, kind).size for kind in KINDS) - tail.size)
+    return max(0, min(LARGEST, sum(getattr(manifest, kind).size for kind in KINDS) - tail.size))
 
 
 def is_taken_up(name: str, manifest: Manifest) -> bool:
@@ -216,7 +245,7 @@ def _parse(path: Path, data: bytearray, manifest: Manifest) -> tuple[_Head, Addi
     }
     held = read_tensors(data, wanted)
     del held["sha256"]
-    head = msgspec.json.decode(held.pop("head").tobytes(), type=_Head)
+    head = msgspec.convert(unique_keys(held.pop("head").tobytes()), _Head)
     edits = StoredEdits(bytearray(held.pop("edits").tobytes()), str(path))
     edits.check()
     return head, Addition(path.name, head.next_id, head.untrained, edits=edits, **held)

@@ -222,7 +222,7 @@ def write_tau(measured: EditStore, tau: float) -> Manifest:
     """
     with store_lock(Path(measured.path)):
         now = EditStore.open(measured.path)
-        if now.manifest.generation != measured.manifest.generation:
+        if now.manifest != measured.manifest:
             raise StoreError(
                 f"store {measured.path} went from generation {measured.manifest.generation} to "
                 f"{now.manifest.generation} while it was measured: run the same command again"

@@ -358,14 +358,14 @@ class Editor:
         )
         self._trainer.take(task, trained)
         if old:
+            self._commits.rewrite()
             self.index.remove([old.id])
             self.edits.remove(old)
-            self._commits.rewrite()
+        self._commits.add(stored, codes, trained.columns)
         self.index.add([stored.id] * len(codes), codes)
         self.edits.append(stored)
         self.outcome.stored.append(stored)
         self.next_id = max(self.next_id, task.id + 1)
-        self._commits.add(stored, codes, trained.columns)
         return stored
 
     def fields(self, edits: Iterable[StoredEdit]) -> dict[str, Any]:
@@ -402,7 +402,7 @@ def _refuse_foreign(path: Path) -> None:
     """Raise StoreError for a folder of something else, before anything, a lock included, is put into it."""
     if not path.is_dir() or (path / MANIFEST).exists():
         return
-    ours = (".", "memory-", "codes-", "edits-", "added-", MANIFEST)  # what a first write that was cut off may leave
+    ours = (".", "memory-", "codes-", "edits-", MANIFEST)  # what a first write that was cut off may leave
     others = sorted(p.name for p in path.iterdir() if not p.name.startswith(ours))
     if others:
         raise StoreError(f"{path} is not empty and not a store (it holds {others[0]}): choose a new folder")

@@ -87,8 +87,8 @@ def push(
                 raise HubError(
                     f"{repo} holds something else than a store ({min(there - {'.gitattributes'})}): choose another name"
                 )
-            stale = {name for name in there if re.fullmatch(r"(memory|codes|edits)-\d+\.(safetensors|jsonl)", name)}
-            stale |= {SCORES} & there
+            ours = re.compile(r"(memory|codes|edits|added)-\d+\.(safetensors|jsonl)")
+            stale = {name for name in there if ours.fullmatch(name)} | ({SCORES} & there)
             commit = api.create_commit(
                 repo,
                 [CommitOperationAdd(path_in_repo=name, path_or_fileobj=data) for name, data in add.items()]
@@ -186,10 +186,10 @@ def _copy(folder: Path, scratch: Path) -> EditStore:
         names = [getattr(opened.manifest, kind).name for kind in ("memory", "codes", "edits")]
         to = scratch / str(attempt)
         to.mkdir()
+        if opened.additions:
+            write_again(to, opened, generation=opened.manifest.generation)
+            return EditStore.open(to)
         try:
-            if opened.additions:
-                write_again(to, opened, generation=opened.manifest.generation)
-                return EditStore.open(to)
             for name in (*names, MANIFEST):
                 shutil.copy(folder / name, to / name)
             return EditStore.open(to)

@@ -19,7 +19,7 @@ import numpy as np
 
 from memoir_index import HammingIndex
 from memoir_retrieval import checks
-from memoir_retrieval.additions import START, Addition, Tail, is_missing, read_additions
+from memoir_retrieval.additions import START, Addition, Tail, fetch_additions, parse_additions
 from memoir_retrieval.edit import StoredEdit
 from memoir_retrieval.errors import StoreError, StoreMismatch
 from memoir_retrieval.files import CHUNK, Data, read_or_map
@@ -30,6 +30,7 @@ from memoir_retrieval.tensors import Tensor, read_tensors
 
 __all__ = ["FORMAT", "MANIFEST", "MAPPED_FROM", "EditStore", "FileEntry", "Manifest", "Masks", "library_version"]
 
+TRIES = 10  # of reading a store that is replaced meanwhile
 MAPPED_FROM = 64 << 20
 """Files of at least so many bytes are mapped, not read."""
 
@@ -47,7 +48,8 @@ class Masks(NamedTuple):
 class EditStore:
     """One generation of a store.
 
-    manifest: with the numbers of this generation, where additions follow the one that names the files. memories:
+    manifest: with the numbers of this generation, where additions follow the one that names the files; its sha256 is
+    then that of the last addition. memories:
     float32 [M, H, D]. background: float32 [D]. permutation: int64 [D]. masks: those of the file of masks. additions:
     what came after the files. edits: all. What comes from a large file is a view of that file, mapped, which no writer
     removes as long as the view is used.
@@ -76,23 +78,20 @@ class EditStore:
         a newer format. A writer that replaces the generation meanwhile is no error: the new one is read.
         """
         folder = Path(path)
-        for _ in range(3):
+        for _ in range(TRIES):
             manifest = read_manifest(folder)
             try:
                 store = _read_generation(folder, manifest)
             except FileNotFoundError as error:
                 missing = error
-                if read_manifest(folder).generation == manifest.generation:
+                if read_manifest(folder) == manifest:
                     break
             else:
-                # A writer that takes additions up removes them: a reader may have missed the last of them.
-                now = store.manifest.generation
-                if read_manifest(folder).sha256 != manifest.sha256 or is_missing(folder, now):
-                    missing = FileNotFoundError(errno.ENOENT, "removed", f"added-{now + 1}.safetensors")
-                    continue
                 if check:
                     store.check()
                 return store
+        else:
+            raise StoreError(f"store {folder} changes faster than it can be read: try again when its writer is done")
         raise StoreError(
             f"store {folder} is incomplete: {Path(str(missing.filename)).name} is missing or locked by another "
             "program; restore it from a backup or edit again into a new folder"
@@ -106,7 +105,7 @@ class EditStore:
     def _checked(self) -> bool:
         for entry, data in self.mapped:
             # Columns that were added have been written into the mapping, which is private; the file is as it was.
-            whole = read_file(self.path, entry) if self.additions else data
+            whole = self._again(entry) if self.additions else data
             if sha256(whole) != entry.sha256:
                 raise _wrong_digest(self.path / entry.name)
         if isinstance(self.edits, StoredEdits | JoinedEdits):
@@ -114,6 +113,12 @@ class EditStore:
         if self.mapped:
             _refuse(self.path, self.faults())
         return True
+
+    def _again(self, entry: FileEntry) -> Data:
+        try:
+            return read_file(self.path, entry)
+        except FileNotFoundError:
+            raise StoreError(f"{self.path / entry.name} is gone since the store was opened: open it again") from None
 
     def faults(self) -> Iterator[str]:
         """What of the content cannot be, one line each. Raises StoreError for a line that is no edit."""
@@ -241,11 +246,15 @@ def parse(folder: Path, manifest: Manifest, data: dict[str, Data]) -> Parts:
 
 
 def _read_generation(folder: Path, manifest: Manifest) -> EditStore:
-    data: dict[str, Data] = {}
+    data: dict[str, Data] = {kind: read_file(folder, getattr(manifest, kind)) for kind in KINDS}
+    fetched = fetch_additions(folder, manifest)
+    now = read_manifest(folder)
+    if now.sha256 != manifest.sha256 and now.generation != manifest.generation + len(fetched) + 1:
+        # More than the next generation has come: additions may have been taken up and removed before they were read.
+        raise FileNotFoundError(errno.ENOENT, "replaced", str(folder / MANIFEST))
     mapped: list[tuple[FileEntry, Data]] = []
-    for kind in KINDS:
+    for kind, content in data.items():
         entry: FileEntry = getattr(manifest, kind)
-        data[kind] = content = read_file(folder, entry)
         if isinstance(content, mmap.mmap):
             mapped.append((entry, content))
         elif sha256(content) != entry.sha256:
@@ -253,7 +262,7 @@ def _read_generation(folder: Path, manifest: Manifest) -> EditStore:
     parts = parse(folder, manifest, data)
     if not isinstance(data["edits"], mmap.mmap):
         parts.edits.check()
-    store = assemble(folder, manifest, parts, tuple(mapped))
+    store = assemble(folder, manifest, parts, fetched, tuple(mapped))
     if not mapped:
         _refuse(folder, store.faults())
     else:
@@ -262,17 +271,19 @@ def _read_generation(folder: Path, manifest: Manifest) -> EditStore:
     return store
 
 
-def assemble(folder: Path, manifest: Manifest, parts: Parts, mapped: tuple[tuple[FileEntry, Data], ...]) -> EditStore:
-    """The store that the files and what was added to them make. Where a file is mapped, edits are decoded when they are
-    asked for. Raises StoreError for an addition that is damaged."""
-    additions, tail = read_additions(folder, manifest, len(parts.memories))
+def assemble(
+    folder: Path, manifest: Manifest, parts: Parts, fetched: Sequence[bytes], mapped: tuple[tuple[FileEntry, Data], ...]
+) -> EditStore:
+    """The store that the files and the additions make. Where a file is mapped, edits are decoded when they are asked
+    for. Raises StoreError for an addition that is damaged."""
+    additions, tail = parse_additions(folder, manifest, fetched, len(parts.memories))
     edits: Sequence[StoredEdit] = parts.edits
     if additions:
         edits = JoinedEdits(parts.edits, *(one.edits for one in additions))
         last = additions[-1]
         generation = manifest.generation + len(additions)
         manifest = msgspec.structs.replace(
-            manifest, generation=generation, next_id=last.next_id, untrained=last.untrained
+            manifest, generation=generation, next_id=last.next_id, untrained=last.untrained, sha256=tail.sha256
         )
     for one in additions:
         for number in np.unique(one.memories).tolist():

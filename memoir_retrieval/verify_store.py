@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from memoir_index import popcount
+from memoir_retrieval.additions import fetch_additions
 from memoir_retrieval.errors import StoreError, StoreMismatch
 from memoir_retrieval.files import Data
 from memoir_retrieval.manifest import KINDS, MANIFEST, read_manifest
@@ -39,6 +40,14 @@ def _faults(folder: Path) -> Iterator[str]:
             raise
         yield str(error)
         return
+    try:
+        fetched = fetch_additions(folder, manifest)
+    except FileNotFoundError as error:
+        yield f"{Path(str(error.filename)).name} is missing"
+        return
+    except StoreError as error:
+        yield str(error)
+        return
     data: dict[str, Data] = {}
     for kind in KINDS:
         entry: FileEntry = getattr(manifest, kind)
@@ -57,7 +66,7 @@ def _faults(folder: Path) -> Iterator[str]:
     try:
         parts = parse(folder, manifest, data)
         parts.edits.check()
-        store = assemble(folder, manifest, parts, mapped)
+        store = assemble(folder, manifest, parts, fetched, mapped)
     except StoreError as error:
         yield str(error)
         return

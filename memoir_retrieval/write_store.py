@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from memoir_retrieval.additions import find_additions, is_taken_up
+from memoir_retrieval.additions import find_additions, is_taken_up, numbers_of
 from memoir_retrieval.edit import StoredEdit
 from memoir_retrieval.errors import StoreError
 from memoir_retrieval.files import Written, remove_unused, write_new
@@ -55,6 +55,8 @@ def write_generation(
         now = there.generation + find_additions(folder, there)
         if now >= generation:
             raise StoreError(f"store {folder} is at generation {now} already, {generation} is old: open it again")
+    if strays := [number for number in numbers_of(folder) if number > generation]:
+        raise StoreError(f"{folder} holds added-{min(strays)}.safetensors of another store: choose a new folder")
     contents = {
         "memory": tensor_chunks({"memory": memories, "background": background, "permutation": permutation}),
         "codes": tensor_chunks({"codes": codes, "ids": ids, "memory_of": memory_of}, rows),
@@ -68,9 +70,11 @@ def write_generation(
                 written[kind] = (name, write_new(folder / name, chunks))
         made = write_manifest(folder, manifest, written)
     except StoreError:
-        published = (folder / MANIFEST).exists()
-        ours = [folder / name for kind, (name, _) in written.items() if kind not in (unchanged or {})]
-        remove_unused(leftovers(folder) if published else ours)
+        # Where the manifest was replaced and its folder not synced, a power cut may bring the old one back.
+        now_there = read_manifest(folder) if (folder / MANIFEST).exists() else None
+        kept = {getattr(now_there, kind).name for kind in KINDS} if now_there else set()
+        ours = [name for kind, (name, _) in written.items() if kind not in (unchanged or {})]
+        remove_unused(folder / name for name in ours if name not in kept)
         raise
     remove_unused(leftovers(folder, made))
     return made

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -174,6 +176,7 @@ def test_an_addition_that_is_missing_or_of_another_store_is_noticed(grown: Path,
         ({"head": {"untrained": 0}}, "1 edits of .* are not trained"),
         ({"head": {"untrained": -1}}, "untrained -1"),
         ({"head": {"more": 1}}, "more"),
+        ({"head": b'{"after": "", "next_id": 5, "next_id": 5, "untrained": 1}'}, "is there twice"),
         ({"head": b"[" * 5_000}, "damaged"),
         ({"edits": b'{"id": 4}\n'}, "is damaged"),
         ({"edits": b'{"id": 4, "prompt": "p"'}, "no end"),
@@ -187,6 +190,56 @@ def test_an_addition_with_a_sound_digest_and_unsound_content_is_refused(
     with pytest.raises(StoreError, match=said) as caught:
         EditStore.open(grown)
     assert "damaged" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_two_stores_of_one_generation_are_told_apart(grown: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """As after a restore from a backup and another edit: what reloads compares manifests."""
+    other = shutil.copytree(grown, tmp_path_factory.mktemp("other") / "store")
+    (other / "added-3.safetensors").unlink()
+    add(other, trained=False, source="another test")
+    one, two = EditStore.open(grown).manifest, EditStore.open(other).manifest
+    assert (one.generation, one.next_id) == (two.generation, two.next_id) and one != two
+    assert one == EditStore.open(grown).manifest
+
+
+def test_an_addition_that_is_locked_is_not_passed_over(grown: Path) -> None:
+    with (grown / "added-2.safetensors").open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(StoreError, match=r"added-2.safetensors is missing or locked by another program"):
+            EditStore.open(grown)
+    assert len(EditStore.open(grown).edits) == 5
+
+
+def test_additions_of_another_store_are_not_taken_for_ones_own(tmp_path: Path) -> None:
+    (tmp_path / "added-2.safetensors").write_bytes(b"of another store")
+    with pytest.raises(StoreError, match=r"holds added-2.safetensors of another store: choose a new folder"):
+        write(tmp_path)
+    assert contents(tmp_path) == {"added-2.safetensors": b"of another store"}
+
+
+def test_a_store_that_is_gone_before_it_is_checked(grown: Path) -> None:
+    store = EditStore.open(grown, check=False)
+    if store.mapped:
+        shutil.rmtree(grown)
+        with pytest.raises(StoreError, match="gone since the store was opened"):
+            store.check()
+
+
+def test_a_reader_beside_a_writer_of_files_takes_the_generation_it_has_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next generation is published while this one is being checked: it is whole all the same."""
+    write(tmp_path, 1)
+    real = store_module.parse
+
+    def parse(*given: Any) -> Any:
+        if not (tmp_path / "codes-2.safetensors").exists():
+            write(tmp_path, 2)
+        return real(*given)
+
+    monkeypatch.setattr(store_module, "parse", parse)
+    assert EditStore.open(tmp_path).manifest.generation == 1
+    assert EditStore.open(tmp_path).manifest.generation == 2
 
 
 def test_an_addition_that_claims_to_be_huge_is_not_read(grown: Path) -> None:
