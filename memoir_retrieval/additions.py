@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 MOST = 1024
-"""Additions between two writings of the files. Each costs a reader that opens the store some 0.1 ms."""
+"""Additions between two writings of the files. A reader that opens the store reads and applies each of them."""
 LARGEST = 1 << 28
 """Bytes of one addition; what would have more is written into the files."""
 _NAME = re.compile(r"added-(0|[1-9][0-9]{0,18})\.safetensors(\.tmp)?")
