@@ -22,7 +22,7 @@ from memoir_retrieval.checks import code_faults, id_faults
 from memoir_retrieval.edit import StoredEdit
 from memoir_retrieval.errors import StoreError
 from memoir_retrieval.files import publish, read_small
-from memoir_retrieval.manifest import FIRST_WITH_ADDITIONS, KINDS, Manifest
+from memoir_retrieval.manifest import FIRST_WITH_ADDITIONS, Manifest
 from memoir_retrieval.stored_edits import StoredEdits, edit_chunks
 from memoir_retrieval.tensors import Tensor, read_tensors, tensor_chunks, unique_keys
 
@@ -68,13 +68,12 @@ class Columns(NamedTuple):
 
 
 class Addition(NamedTuple):
-    """What one small commit adds. name: of its file. next_id, untrained: the manifest's from then on.
+    """What one small commit adds. next_id, untrained: the manifest's from then on.
 
     codes: uint8 [n, D/8], ids: int64 [n], memory_of: int32 [n], as in a store. columns: int64 [C], the inputs, of
     memories int32 [C], that have other weights from then on: float32 [C, H].
     """
 
-    name: str
     next_id: int
     untrained: int
     codes: np.ndarray
@@ -218,7 +217,7 @@ def parse_additions(
 
 def _room(manifest: Manifest, tail: Tail) -> int:
     """Bytes that the next addition may have."""
-    return max(0, min(LARGEST, sum(getattr(manifest, kind).size for kind in KINDS) - tail.size))
+    return max(0, min(LARGEST, manifest.size - tail.size))
 
 
 def is_taken_up(name: str, manifest: Manifest) -> bool:
@@ -248,7 +247,7 @@ def _parse(path: Path, data: bytearray, manifest: Manifest) -> tuple[_Head, Addi
     head = msgspec.convert(unique_keys(held.pop("head").tobytes()), _Head)
     edits = StoredEdits(bytearray(held.pop("edits").tobytes()), str(path))
     edits.check()
-    return head, Addition(path.name, head.next_id, head.untrained, edits=edits, **held)
+    return head, Addition(head.next_id, head.untrained, edits=edits, **held)
 
 
 def _faults(manifest: Manifest, made: Addition, memories: int, next_id: int) -> Iterator[str]:

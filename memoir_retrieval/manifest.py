@@ -22,6 +22,7 @@ __all__ = [
     "FORMAT",
     "KINDS",
     "MANIFEST",
+    "NAMES",
     "FileEntry",
     "Manifest",
     "library_version",
@@ -33,7 +34,7 @@ FORMAT = 3
 FIRST_WITH_ADDITIONS = 3
 MANIFEST = "memoir.json"
 KINDS = {"memory": "safetensors", "codes": "safetensors", "edits": "jsonl"}
-_NAMES = {kind: re.compile(rf"{kind}-(0|[1-9][0-9]{{0,18}})\.{extension}") for kind, extension in KINDS.items()}
+NAMES = {kind: re.compile(rf"{kind}-(0|[1-9][0-9]{{0,18}})\.{extension}") for kind, extension in KINDS.items()}
 _LARGEST = 1 << 24  # bytes; the manifests of real stores have a few thousand
 _UNSIGNED = "0" * 64
 
@@ -79,6 +80,11 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     edits: FileEntry
     untrained: int = 0
     sha256: str = ""
+
+    @property
+    def size(self) -> int:
+        """Bytes of the three files."""
+        return sum(getattr(self, kind).size for kind in KINDS)
 
     @property
     def masked_contexts(self) -> tuple[Any, ...]:
@@ -133,7 +139,7 @@ def read_manifest(folder: Path) -> Manifest:
             raise damaged("its sha256 is not that of its content")
     if wrong := _out_of_range(manifest):
         raise damaged(wrong)
-    for kind, pattern in _NAMES.items():
+    for kind, pattern in NAMES.items():
         entry: FileEntry = getattr(manifest, kind)
         if not pattern.fullmatch(entry.name):
             raise StoreError(

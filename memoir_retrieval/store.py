@@ -49,10 +49,9 @@ class EditStore:
     """One generation of a store.
 
     manifest: with the numbers of this generation, where additions follow the one that names the files; its sha256 is
-    then that of the last addition. memories:
-    float32 [M, H, D]. background: float32 [D]. permutation: int64 [D]. masks: those of the file of masks. additions:
-    what came after the files. edits: all. What comes from a large file is a view of that file, mapped, which no writer
-    removes as long as the view is used.
+    then that of the last addition. memories: float32 [M, H, D]. background: float32 [D]. permutation: int64 [D]. masks:
+    those of the file of masks. additions: what came after the files. edits: all. What comes from a large file is a view
+    of that file, mapped, which no writer removes as long as the view is used.
     """
 
     path: Path
@@ -132,23 +131,27 @@ class EditStore:
     @property
     def size(self) -> int:
         """Bytes of the files and of what was added to them, without the manifest."""
-        return sum(getattr(self.manifest, kind).size for kind in KINDS) + self.tail.size
+        return self.manifest.size + self.tail.size
 
     @cached_property
     def codes(self) -> np.ndarray:
         """All masks: uint8 [N, D/8]. A view of the file's where nothing was added, else a copy: see `index`."""
-        added = [one.codes for one in self.additions if len(one.codes)]
-        return np.concatenate([self.masks.codes, *added]) if added else self.masks.codes
+        return self._joined("codes")
 
     @cached_property
     def ids(self) -> np.ndarray:
         """The edit that each mask belongs to: int64 [N]."""
-        return np.concatenate([self.masks.ids, *(one.ids for one in self.additions)])
+        return self._joined("ids")
 
     @cached_property
     def memory_of(self) -> np.ndarray:
         """The memory that holds each mask's edit: int32 [N]."""
-        return np.concatenate([self.masks.memory_of, *(one.memory_of for one in self.additions)])
+        return self._joined("memory_of")
+
+    def _joined(self, name: str) -> np.ndarray:
+        added = [getattr(one, name) for one in self.additions]
+        own: np.ndarray = getattr(self.masks, name)
+        return np.concatenate([own, *added]) if added else own
 
     def index(self) -> HammingIndex:
         """The index of all masks, over the file's where they lie. The store must have been checked."""

@@ -6,7 +6,6 @@ one. The caller holds `files.store_lock` throughout. A small commit need not wri
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,12 @@ from memoir_retrieval.additions import find_additions, is_taken_up, numbers_of
 from memoir_retrieval.edit import StoredEdit
 from memoir_retrieval.errors import StoreError
 from memoir_retrieval.files import Written, remove_unused, write_new
-from memoir_retrieval.manifest import KINDS, MANIFEST, FileEntry, Manifest, read_manifest, write_manifest
+from memoir_retrieval.manifest import KINDS, MANIFEST, NAMES, FileEntry, Manifest, read_manifest, write_manifest
 from memoir_retrieval.store import EditStore
 from memoir_retrieval.stored_edits import edit_chunks
 from memoir_retrieval.tensors import tensor_chunks
 
 __all__ = ["fields_of", "leftovers", "sweep", "write_again", "write_generation"]
-
-_NAME = re.compile(r"(memory|codes)-[0-9]+\.safetensors|edits-[0-9]+\.jsonl")
 
 
 def write_generation(
@@ -126,7 +123,8 @@ def leftovers(folder: Path, manifest: Manifest | None = None) -> list[Path]:
     return sorted(
         path
         for path in folder.iterdir()
-        if (_NAME.fullmatch(path.name) and path.name not in ours) or is_taken_up(path.name, manifest)
+        if (path.name not in ours and any(pattern.fullmatch(path.name) for pattern in NAMES.values()))
+        or is_taken_up(path.name, manifest)
     )
 
 
