@@ -204,13 +204,16 @@ def suggest_tau(unrelated: NDArray[np.int64], k: int) -> float:
     return min(1.0, round(least + MARGIN, 2))
 
 
-def unrelated_to(edits: Sequence[Edit]) -> list[str]:
+def unrelated_to(edits: Sequence[Edit], asked: Sequence[Edit] | None = None) -> list[str]:
     """The prompts that no edit should match: those that come with the library, and what the edits must leave alone.
 
     What one of them must leave alone may be the prompt of another, as in CounterFact; such a prompt is left out.
+    asked: the edits whose probes are taken (default: all).
     """
     own = {same_prompt(text) for edit in edits for text in (edit.prompt, *edit.rephrases)}
-    probes = (probe.prompt for edit in edits for probe in (*edit.locality, *edit.neighbourhood))
+    probes = (
+        probe.prompt for edit in (edits if asked is None else asked) for probe in (*edit.locality, *edit.neighbourhood)
+    )
     return [text for text in dict.fromkeys([*unrelated_prompts(), *probes]) if same_prompt(text) not in own]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from itertools import groupby
@@ -25,20 +26,31 @@ from memoir_retrieval.store import EditStore, library_version
 __all__ = ["RESULT", "Checkpoint", "Run", "checkpoints", "read_run", "run_quality"]
 
 RESULT = "run.json"
+PASSED = "passed.json"  # of a run that is not finished
 
 
 class Checkpoint(msgspec.Struct, frozen=True):
-    """All edits so far, asked after `edits` of them: mean reliability, and the share whose prompt finds them."""
+    """The edits so far, asked after `edits` of them: mean reliability, and the share whose prompt finds them."""
 
     edits: int
     reliability: float
     found: float
 
 
-class Run(msgspec.Struct, frozen=True, kw_only=True):
-    """`run.json`. seconds: what each edit took, by its id, of those trained in this run. settings: of the store.
+class Passed(msgspec.Struct):
+    """`passed.json`, what an interrupted run knows when it goes on. See `Run`."""
 
-    stored: how many of the edits training took up; the others are asked all the same.
+    data: str
+    every: int
+    checkpoints: list[Checkpoint] = []
+    seconds: dict[int, float] = {}
+
+
+class Run(msgspec.Struct, frozen=True, kw_only=True):
+    """`run.json`. settings: of the store. seconds: what each edit took, by its id; not of those that were trained
+    between a checkpoint and an interruption.
+
+    stored: how many of the edits training took up; the others are asked all the same. every: one of so many is asked.
     """
 
     command: str
@@ -49,6 +61,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     settings: dict[str, Any]
     edits: int
     stored: int
+    every: int = 1
     seconds: dict[int, float]
     edit_seconds: float | None
     checkpoints: list[Checkpoint]
@@ -74,34 +87,42 @@ def run_quality(
     controls: int = 256,
     texts: Sequence[str] = (),
     side_by_side: int | None = None,
+    every: int = 1,
     tell: Callable[[str], None] = lambda _: None,
     progress: Callable[[Progress], None] = lambda _: None,
 ) -> Run:
     """Train the edits into the editor's store, measure, and write `folder`/run.json.
 
     editor: not yet entered. side_by_side: see `Editor.add`; by default what it takes for all edits at once.
-    Run again after an interruption it goes on: edits that the store has are not trained again.
-    Raises ConfigError where the folder holds a finished run.
+    every: of the edits every so many-th is asked, with its rephrasings and probes; all are trained.
+    Run again after an interruption it goes on: edits that the store has are not trained again, and checkpoints that
+    were passed are kept. Raises ConfigError where the folder holds a finished run, or one of other data.
     """
     if (folder / RESULT).exists():
         raise ConfigError(f"{folder} holds a finished run: choose another --out, or look at it with `memoir report`")
     started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    seconds: dict[int, float] = {}
-    passed: list[Checkpoint] = []
+    passed = _passed(folder, data, every)
     with editor:
         n, done = side_by_side or editor.side_by_side(len(edits)), 0
         for reached in checkpoints(len(edits)):
-            seconds |= _train(editor, edits[done:reached], n, progress)
+            trained = _train(editor, edits[done:reached], n, progress)
             done = reached
             model = EditedModel(Retriever(EditStore.open(editor.path), editor.base))
             stored = model.retriever.store.edits
-            passed.append(Checkpoint(reached, *asked_back(model, stored, edits[:reached])))
-            tell(f"{reached} edits: reliability {passed[-1].reliability:.4f}, found {passed[-1].found:.4f}")
-    tell(f"asking {len(edits)} edits, their rephrasings and unrelated prompts ({context})")
+            later = edits[reached:]
+            if later and max(stored_ids(stored, later, partly=True)) >= 0:
+                continue  # an interrupted run got further: what it did not ask then cannot be asked any more
+            passed.seconds |= trained
+            at = Checkpoint(reached, *asked_back(model, stored, edits[:reached:every]))
+            passed.checkpoints = [*(one for one in passed.checkpoints if one.edits < reached), at]
+            publish(folder / PASSED, msgspec.json.encode(passed))
+            tell(f"{reached} edits: reliability {at.reliability:.4f}, found {at.found:.4f}")
+    asked = edits[::every]
+    tell(f"asking {len(asked)} edits, their rephrasings and unrelated prompts ({context})")
     report, per_edit = measure(
         model,
         stored,
-        edits,
+        asked,
         tau=model.retriever.tau,
         context=context,
         controls=control_prompts()[:controls],
@@ -109,7 +130,8 @@ def run_quality(
         partly=True,
     )
     own = stored_ids(stored, edits, partly=True)
-    rephrases = [(i, text) for i, edit in zip(own, edits, strict=True) if i >= 0 for text in edit.rephrases]
+    pairs = zip(own[::every], asked, strict=True)
+    rephrases = [(i, text) for i, edit in pairs if i >= 0 for text in edit.rephrases]
     made = model.retriever.store.manifest
     run = Run(
         command=command,
@@ -123,23 +145,25 @@ def run_quality(
         },
         edits=len(edits),
         stored=sum(i >= 0 for i in own),
-        seconds=seconds,
-        edit_seconds=round(sorted(seconds.values())[len(seconds) // 2], 4) if seconds else None,
-        checkpoints=passed,
+        every=every,
+        seconds=passed.seconds,
+        edit_seconds=round(statistics.median(passed.seconds.values()), 4) if passed.seconds else None,
+        checkpoints=passed.checkpoints,
         report=report,
         per_edit=per_edit,
-        calibration=_calibration(model.retriever, rephrases, edits, tell),
+        calibration=_calibration(model.retriever, rephrases, unrelated_to(edits, asked), tell),
     )
     publish(folder / RESULT, msgspec.json.format(msgspec.json.encode(run), indent=1) + b"\n")
+    (folder / PASSED).unlink()
     return run
 
 
 def _calibration(
-    retriever: Retriever, rephrases: Sequence[tuple[int, str]], edits: Sequence[Edit], tell: Callable[[str], None]
+    retriever: Retriever, rephrases: Sequence[tuple[int, str]], unrelated: Sequence[str], tell: Callable[[str], None]
 ) -> Calibration | None:
     """Overlaps for the report. What cannot be measured costs the run nothing else."""
     try:
-        return calibrate_store(retriever, rephrases, unrelated_to(edits)) if rephrases else None
+        return calibrate_store(retriever, rephrases, unrelated) if rephrases else None
     except ConfigError as error:
         tell(f"no threshold was measured: {error}")
         return None
@@ -153,6 +177,19 @@ def read_run(folder: Path) -> Run:
         raise ConfigError(f"{folder} holds no run ({error.strerror}): make one with `memoir bench quality`") from None
     except msgspec.DecodeError as error:
         raise ConfigError(f"{folder / RESULT} is no run of this version ({error}): run it again") from None
+
+
+def _passed(folder: Path, data: str, every: int) -> Passed:
+    """What an interrupted run of the folder left, or nothing. Raises ConfigError where it was of other data."""
+    try:
+        left = msgspec.json.decode((folder / PASSED).read_bytes(), type=Passed)
+    except FileNotFoundError:
+        return Passed(data, every)
+    except msgspec.DecodeError as error:
+        raise ConfigError(f"{folder / PASSED} is damaged ({error}): choose another --out, or remove it") from None
+    if left.data != data:
+        raise ConfigError(f"{folder} holds an interrupted run of {left.data}: choose another --out for {data}")
+    return left if left.every == every else Passed(data, every, seconds=left.seconds)
 
 
 def _train(

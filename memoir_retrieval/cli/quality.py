@@ -69,6 +69,9 @@ COLUMNS = (
 @click.option(
     "--side-by-side", type=click.IntRange(min=1), metavar="N", help="Memories trained at a time; see `memoir edit`."
 )
+@click.option(
+    "--every", type=click.IntRange(min=1), default=1, show_default=True, help="Train all edits, but ask every Nth only."
+)
 @click.option("--controls", type=click.IntRange(0, 256), default=256, show_default=True, help="See `memoir eval`.")
 @click.option(
     "--text", "text_file", type=click.Path(path_type=Path), help="Unrelated text (default: WikiText in --data)."
@@ -93,6 +96,7 @@ def bench_quality(
     seed: int,
     training: tuple[str, ...],
     side_by_side: int | None,
+    every: int,
     controls: int,
     text_file: Path | None,
     device: str,
@@ -141,6 +145,7 @@ def bench_quality(
             controls=controls,
             texts=texts,
             side_by_side=side_by_side,
+            every=every,
             tell=notes.print,
             progress=lambda told: bar.update(task, advance=1, loss=told.edit.loss if told.edit else float("nan")),
         )

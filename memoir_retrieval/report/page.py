@@ -41,9 +41,10 @@ svg{width:100%;height:auto}svg text{font:12px system-ui,sans-serif;fill:var(--di
 def run_page(run: Run) -> str:
     """The report of a quality run."""
     report = run.report
+    asked = "all" if run.every == 1 else f"one of {run.every}"
     parts = [
         f"<h1>{run.edits} edits of {escape(Path(run.data).name)} on {escape(Path(run.model).name)}</h1>",
-        f"<p>Trained one after another, {run.stored} taken up, all asked after the last. {escape(run.started)}, "
+        f"<p>Trained one after another, {run.stored} taken up, {asked} asked after the last. {escape(run.started)}, "
         "memoir-retrieval "
         f"{escape(run.library)}.<br><code>{escape(run.command)}</code></p>",
         _section("Scores", _scores([report, *report.contexts.values()])),
@@ -180,7 +181,7 @@ def _ages(run: Run) -> str:
     bins = min(AGES, len(newest))
     edges = [len(newest) * i // bins for i in range(bins + 1)]
     groups = [newest[a:b] for a, b in pairwise(edges)]
-    middle = [(a + b - 1) / 2 for a, b in pairwise(edges)]
+    middle = [run.every * (a + b - 1) / 2 for a, b in pairwise(edges)]
     series = [
         Series("reliability", [(x, fmean(o.reliability for o in g)) for x, g in zip(middle, groups, strict=True)], 1),
         Series("exact answers", [(x, fmean(o.exact for o in g)) for x, g in zip(middle, groups, strict=True)], 4),

@@ -146,6 +146,37 @@ def test_an_interrupted_run_goes_on(capsys: pytest.CaptureFixture[str], tiny: Pa
     checked(tmp_path / "run" / "report.html")
 
 
+def test_a_run_that_was_cut_off_keeps_its_checkpoints(
+    capsys: pytest.CaptureFixture[str], tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write(tmp_path / "edits.jsonl", [e | {"rephrases": [e["prompt"] + "?"]} for e in MORE])
+    command = ["bench", "quality", file, "--model", tiny, "--out", tmp_path / "run", "--controls", "0", "--json",
+               "--data", tmp_path, "--every", "3"]  # fmt: skip
+
+    def cut_off(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(quality, "measure", cut_off)
+        assert run(capsys, *command)[0] == 130
+    left = json.loads((tmp_path / "run" / "passed.json").read_text())
+    assert [c["edits"] for c in left["checkpoints"]] == [10, 12] and len(left["seconds"]) == 12
+    left["checkpoints"][0]["reliability"] = 0.125  # what is known is not asked again of a store that has grown since
+    (tmp_path / "run" / "passed.json").write_text(json.dumps(left))
+    other = write(tmp_path / "other.jsonl", MORE)
+    refused(capsys, tmp_path / "run" / "store", "holds an interrupted run of", "bench", "quality", other,
+            "--model", tiny, "--out", tmp_path / "run", "--data", tmp_path)  # fmt: skip
+    code, out, _ = run(capsys, *command)
+    told = json.loads(out)
+    assert code == 0 and [c["edits"] for c in told["checkpoints"]] == [10, 12]
+    assert told["checkpoints"][0]["reliability"] == 0.125 and len(told["seconds"]) == 12
+    assert (told["edits"], told["stored"], told["every"], told["report"]["edits"]) == (12, 12, 3, 4)
+    assert [one["id"] for one in told["per_edit"]] == [0, 3, 6, 9]
+    assert not (tmp_path / "run" / "passed.json").exists()
+    page = checked(tmp_path / "run" / "report.html")
+    assert any("one of 3 asked" in text for text in page.text["p"])
+
+
 def test_what_a_run_cannot_do_is_said_before_it_starts(
     capsys: pytest.CaptureFixture[str], made: Path, tmp_path: Path
 ) -> None:
