@@ -69,7 +69,7 @@ class Bench(NamedTuple):
             ),
             edits=(),
         )
-        router, memories = Router(store, None, self.device), torch.from_numpy(store.memories)
+        router, memories = Router(store, None, self.device, lambda ids: ""), torch.from_numpy(store.memories)
         return ResidualLayer(router, memories, dtype=self.dtype, device=self.device), asked
 
     def wait(self) -> None:

@@ -22,7 +22,7 @@ from memoir_retrieval.checks import code_faults, id_faults
 from memoir_retrieval.edit import StoredEdit
 from memoir_retrieval.errors import StoreError
 from memoir_retrieval.files import publish, read_small
-from memoir_retrieval.manifest import FIRST_WITH_ADDITIONS, Manifest
+from memoir_retrieval.manifest import FIRST_WITH_ADDITIONS, FORMAT, Manifest
 from memoir_retrieval.stored_edits import StoredEdits, edit_chunks
 from memoir_retrieval.tensors import Tensor, read_tensors, tensor_chunks, unique_keys
 
@@ -108,7 +108,7 @@ def append(
     they would be larger than the files, or the store has an older format. manifest: as the store is now. columns: by
     number of the memory. Raises StoreError where the disk refuses.
     """
-    if manifest.format < FIRST_WITH_ADDITIONS or tail.additions >= MOST:
+    if manifest.format < FORMAT or tail.additions >= MOST:
         return None
     generation = manifest.generation + 1
     path = folder / _name(generation)

@@ -128,7 +128,8 @@ class AdminClient:
                 "a running server is taught plain prompts: train a chat with `memoir edit`, or drop `before`"
             )
         body: dict[str, Any] = {"prompt": edit.prompt, "target": edit.target, "rephrases": list(edit.rephrases)}
-        body |= {"subject": edit.subject, "source": edit.source, "on_conflict": "last" if replace else "refuse"}
+        body |= {"subject": edit.subject, "source": edit.source, "requires": list(edit.requires)}
+        body |= {"on_conflict": "last" if replace else "refuse"}
         reply = await self._ask("POST", "/edits", json=body)
         if reply.status_code == 200:
             return self._read(reply, StoredEdit)

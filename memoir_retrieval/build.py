@@ -20,6 +20,7 @@ from memoir_retrieval.edit import Edit, StoredEdit, masked
 from memoir_retrieval.errors import CodeError, EditFileError, StoreError
 from memoir_retrieval.files import publish, read_small
 from memoir_retrieval.manifest import Manifest
+from memoir_retrieval.names import check_requires
 from memoir_retrieval.prompts import Prompt, prompt_ids
 from memoir_retrieval.span import SpanRule, find_span
 from memoir_retrieval.write_store import write_generation
@@ -71,6 +72,8 @@ def build(
     """
     if editor.generation:
         raise StoreError(f"{editor.path} is a store already: choose a new folder, or append with `memoir edit`")
+    for edit in edits:
+        check_requires(edit)
     after = editor.contexts[: editor.training.context_masks]
     texts = [(i, text) for i, edit in enumerate(edits) for text in masked(edit, after, len(edit.rephrases) * rephrases)]
     shards = list(_shards(editor, [text for _, text in texts]))
@@ -180,6 +183,7 @@ def _stored(edits: Sequence[Edit]) -> list[StoredEdit]:
             rephrases=edit.rephrases,
             source=edit.source,
             before=edit.before,
+            requires=edit.requires,
             trained=False,
         )
         for i, edit in enumerate(edits)

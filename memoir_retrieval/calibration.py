@@ -101,7 +101,7 @@ class Setting(msgspec.Struct, frozen=True):
 class _Shared:
     """Bits in common with a mask, of k. edits int64 [N], rephrases int64 [R]: with the own edit's best mask;
     unrelated int64 [U]: with the nearest mask, which is that of edit `nearest` [U]. found bool [R]: whether the own
-    edit is the nearest one."""
+    edit is the nearest of those that may act."""
 
     k: int
     edits: NDArray[np.int64]
@@ -133,13 +133,19 @@ def calibrate_store(
     if not rephrases:
         raise ConfigError(f"no edit of {store.path} has a rephrasing: name a FILE of its edits with `rephrases`")
     k = store.manifest.k
+    edited, _ = _codes(retriever, [asked(edit) for edit in store.edits])
+    rephrased, questions = _codes(retriever, [text for _, text in rephrases])
+    # Other questions about a name are not among the unrelated prompts, yet tau must tell them apart too: so these are
+    # compared with all edits, whatever an edit requires.
+    others, _ = _codes(retriever, unrelated)
     shared = _share(
         retriever.index,
-        _codes(retriever, [asked(edit) for edit in store.edits]),
+        edited,
         [edit.id for edit in store.edits],
-        _codes(retriever, [text for _, text in rephrases]),
+        rephrased,
         [own for own, _ in rephrases],
-        _codes(retriever, unrelated),
+        retriever.nearest_acting(rephrased, questions),
+        others,
     )
     _refuse_same_mask(shared, unrelated)
     tau = suggest_tau(shared.unrelated, k)
@@ -186,7 +192,8 @@ def calibrate_model(
             make = Fingerprint(background.mean(0).cpu().numpy(), permutation(at.d, 0), k, at.device)
             edited, rephrased, others = (make.codes(part) for part in asked)
             index = HammingIndex.from_codes(at.d, k, np.arange(len(edits)), edited)
-            shared = _share(index, edited, range(len(edits)), rephrased, own, others)
+            nearest = index.nearest(rephrased, 1)[0][:, 0]
+            shared = _share(index, edited, range(len(edits)), rephrased, own, nearest, others)
             _refuse_same_mask(shared, unrelated)
             point = shared.at(suggest_tau(shared.unrelated, k))
             gap = float(np.quantile(shared.rephrases / k, 0.05)) - point.tau
@@ -233,10 +240,12 @@ def write_tau(measured: EditStore, tau: float) -> Manifest:
         return write_again(now.path, now, generation=now.manifest.generation + 1, tau=tau)
 
 
-def _codes(retriever: Retriever, prompts: Sequence[Prompt]) -> NDArray[np.uint8]:
+def _codes(retriever: Retriever, prompts: Sequence[Prompt]) -> tuple[NDArray[np.uint8], list[list[int]]]:
+    """The mask of each prompt and the tokens of its question."""
     rows = [retriever.prompt_ids(prompt) for prompt in prompts]
     spans = _spans(prompts, rows, retriever.store.manifest.span)
-    return retriever.fingerprint.codes(question_means(retriever.base, rows, spans))
+    codes = retriever.fingerprint.codes(question_means(retriever.base, rows, spans))
+    return codes, [row[span.start : span.end] for row, span in zip(rows, spans, strict=True)]
 
 
 def _spans(prompts: Sequence[Prompt], rows: Sequence[Sequence[int]], rule: SpanRule) -> list[Span]:
@@ -253,6 +262,7 @@ def _share(
     edits: Sequence[int],
     rephrases: NDArray[np.uint8],
     own: Sequence[int],
+    nearest: NDArray[np.int64],
     unrelated: NDArray[np.uint8],
 ) -> _Shared:
     def with_own(codes: NDArray[np.uint8], numbers: Sequence[int]) -> NDArray[np.int64]:
@@ -260,14 +270,14 @@ def _share(
         best = [popcount(index.codes[index.ids == i] & code).max() for i, code in zip(numbers, codes, strict=True)]
         return np.array(best, dtype=np.int64)
 
-    nearest, overlaps = index.nearest(unrelated, 1)
+    to_unrelated, overlaps = index.nearest(unrelated, 1)
     return _Shared(
         k=index.k,
         edits=with_own(prompts, edits),
         rephrases=with_own(rephrases, own),
-        found=index.nearest(rephrases, 1)[0][:, 0] == np.asarray(own),
+        found=nearest == np.asarray(own),
         unrelated=np.rint(overlaps[:, 0] * index.k).astype(np.int64),
-        nearest=nearest[:, 0],
+        nearest=to_unrelated[:, 0],
     )
 
 

@@ -25,11 +25,12 @@ class Probe(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbi
 class Edit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
     """One correction: asked `prompt`, the model shall answer `target`.
 
-    Training sees the prompt and the target; the rest is only read by evaluation. `locality`: unrelated questions.
-    `neighbourhood`: questions about like things, such as the same relation of another subject; they must be left alone
-    too. `portability`: questions whose answer follows from the edit, such as two hops. `ood`: the same knowledge in
-    other words, whole texts. `source` says where the edit comes from, in the user's words. `before`: the messages of a
-    chat before the one that asks `prompt`, which the edit is trained after too.
+    Training sees the prompt and the target; most of the rest is only read by evaluation. `locality`: unrelated
+    questions. `neighbourhood`: questions about like things, such as the same relation of another subject; they must
+    be left alone too. `portability`: questions whose answer follows from the edit, such as two hops. `ood`: the
+    same knowledge in other words, whole texts. `requires`: the edit acts only on questions in which one of these
+    texts stands (see `names`). `source` says where the edit comes from, in the user's words. `before`: the messages
+    of a chat before the one that asks `prompt`, which the edit is trained after too.
     """
 
     prompt: str
@@ -42,6 +43,7 @@ class Edit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid
     portability: tuple[Probe, ...] = ()
     ood: tuple[str, ...] = ()
     before: tuple[Message, ...] = ()
+    requires: tuple[str, ...] = ()
 
 
 class StoredEdit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -62,6 +64,7 @@ class StoredEdit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     rephrases: tuple[str, ...] = ()
     source: str = ""
     before: tuple[Message, ...] = ()
+    requires: tuple[str, ...] = ()
     trained: bool = True
 
 

@@ -10,6 +10,7 @@ import msgspec
 
 from memoir_retrieval.edit import Edit, Probe
 from memoir_retrieval.errors import EditFileError
+from memoir_retrieval.names import check_requires
 from memoir_retrieval.prompts import Message
 
 __all__ = ["FORMATS", "Format", "detect_format", "show"]
@@ -64,6 +65,7 @@ def _memoir(record: Record) -> list[Edit]:
         portability=edit.portability,
         ood=edit.ood,
         before=_messages("before", edit.before),
+        requires=edit.requires,
     )
 
 
@@ -158,6 +160,7 @@ def _edit(
     portability: Iterable[Probe] = (),
     ood: Texts = (),
     before: tuple[Message, ...] = (),
+    requires: Texts = (),
 ) -> list[Edit]:
     def asked(probes: Iterable[Probe]) -> tuple[Probe, ...]:
         return tuple(probe for probe in probes if probe.prompt.strip())
@@ -173,12 +176,14 @@ def _edit(
         portability=tuple(probe for probe in asked(portability) if probe.answer.strip()),
         ood=tuple(text for text in ood if text.strip()),
         before=before,
+        requires=tuple(requires),
     )
     try:
         msgspec.json.encode(edit)
     except UnicodeEncodeError as error:
         half = show(error.object[error.start])
         raise EditFileError(f"{show(error.object)} has half a surrogate pair, {half}; remove it") from None
+    check_requires(edit)
     return [edit]
 
 

@@ -24,6 +24,7 @@ from memoir_retrieval.files import store_lock
 from memoir_retrieval.fingerprint import Fingerprint, permutation
 from memoir_retrieval.forward import question_means
 from memoir_retrieval.model import BaseModel
+from memoir_retrieval.names import one_question
 from memoir_retrieval.outcome import SAME_QUESTION, Conflict, Conflicting, Failed, Outcome, Progress, Step, plan
 from memoir_retrieval.presets import preset_for
 from memoir_retrieval.prompts import prompt_ids
@@ -41,6 +42,8 @@ CHECKPOINT_EVERY = 30.0
 EDITS_PER_MEMORY = 5
 # Memories that are trained side by side, at most, unless told otherwise: what more of them gain is little (docs).
 SIDE_BY_SIDE = 4
+# Stored edits with nearly the mask of a new one that are looked at, for one that answers the same question.
+RIVALS = 16
 
 
 class Asked(NamedTuple):
@@ -297,13 +300,18 @@ class Editor:
 
     def _contradicted(self, edit: Edit | StoredEdit, code: np.ndarray) -> Conflicting | None:
         """The stored edit that answers the same question, going by the masks, otherwise."""
-        hit = self.index.search(code, SAME_QUESTION)
-        if hit.ids[0] < 0:
+        if self.index.search(code, SAME_QUESTION).ids[0] < 0:
             return None
-        stored = next(one for one in self.edits if one.id == hit.ids[0])
-        if not stored.trained or same_prompt(stored.target) == same_prompt(edit.target):
-            return None
-        return Conflicting(edit.prompt, edit.target, stored, round(float(hit.overlaps[0]), 4))
+        # Like questions about other names are no rivals: the nearest that may answer this one is, or would be.
+        ids, overlaps = self.index.nearest(code, RIVALS)
+        for number, overlap in zip(ids[0].tolist(), overlaps[0].tolist(), strict=True):
+            if number < 0 or overlap < SAME_QUESTION:
+                break
+            stored = next(one for one in self.edits if one.id == number)
+            if one_question(stored, edit):
+                same = not stored.trained or same_prompt(stored.target) == same_prompt(edit.target)
+                return None if same else Conflicting(edit.prompt, edit.target, stored, round(overlap, 4))
+        return None
 
     def _memories(self, n: int, side_by_side: int) -> list[int]:
         """Numbers of n open memories, the emptiest first. The last `side_by_side` of the store are open; while one of
@@ -355,6 +363,7 @@ class Editor:
             rephrases=edit.rephrases,
             source=edit.source,
             before=edit.before,
+            requires=edit.requires,
         )
         self._trainer.take(task, trained)
         if old:

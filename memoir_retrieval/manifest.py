@@ -30,7 +30,7 @@ __all__ = [
     "write_manifest",
 ]
 
-FORMAT = 3
+FORMAT = 4  # 3 brought additions, 4 what edits require
 FIRST_WITH_ADDITIONS = 3
 MANIFEST = "memoir.json"
 KINDS = {"memory": "safetensors", "codes": "safetensors", "edits": "jsonl"}

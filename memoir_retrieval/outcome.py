@@ -86,15 +86,26 @@ def plan(
         elif not old.trained:
             todo.append(edit)
             replaced[same_prompt(edit.prompt)] = old
-        elif old.target == edit.target or on_conflict == "first":
+        elif same_edit(old, edit) or on_conflict == "first":
             continue
         elif on_conflict == "last":
             todo.append(edit)
             replaced[same_prompt(edit.prompt)] = old
         else:
             why = " (one question cannot keep both)" if on_conflict == "both" else ""
+            what = "target" if old.target != edit.target else "requires"
             raise EditFileError(
-                f"prompt {edit.prompt!r} is stored with target {old.target!r} (edit {old.id}), the file says "
-                f"{edit.target!r}: choose with --on-conflict first (keep the stored one) or last (replace it){why}"
+                f"prompt {edit.prompt!r} is stored with {what} {_told(old, what)} (edit {old.id}), the file says "
+                f"{_told(edit, what)}: choose with --on-conflict first (keep the stored one) or last (replace it){why}"
             )
     return todo, replaced
+
+
+def same_edit(stored: StoredEdit, edit: Edit) -> bool:
+    """Whether a stored edit of the same prompt is the given one."""
+    return stored.target == edit.target and stored.requires == edit.requires
+
+
+def _told(edit: Edit | StoredEdit, what: str) -> str:
+    value = getattr(edit, what)
+    return repr(value if isinstance(value, str) else list(value))

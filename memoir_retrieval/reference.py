@@ -39,13 +39,14 @@ class Answer:
 
 @dataclass
 class _Row:
-    """One request of a batch: where its question is, and once looked up what acts on it.
+    """One request of a batch: where its question is, its tokens, and once looked up what acts on it.
 
     `offset`: what is to be added to a position in the prompt to get the position in the first pass.
     """
 
     span: Span
     offset: int
+    question: list[int]
     edit: int | None = None
     overlap: float = 0.0
     mask: torch.Tensor | None = None
@@ -169,7 +170,7 @@ class EditedModel:
                 if len(edited) > 1:
                     below.enter_context(run_from_block(self.base, frozen_run(self.base, given)[0]))
                 for on, found in zip(edited, answers, strict=True):
-                    states = [_Row(spans[i], -past.width) for i in batch]
+                    states = [_Row(spans[i], -past.width, _question(rows[i], spans[i])) for i in batch]
                     with self._edits_on(states, on):  # no logits are needed before the first of those asked for
                         logits = self.base.model(**given, logits_to_keep=kept).logits
                     for r, i in enumerate(batch):
@@ -207,7 +208,7 @@ class EditedModel:
             ids[r, :shared] = torch.tensor(row[:shared])
             ids[r, width - len(row) + shared :] = torch.tensor(row[shared:])
             attention[r, width - len(row) + shared :] = 1
-            states.append(_Row(spans[r], width - len(row) - shared))
+            states.append(_Row(spans[r], width - len(row) - shared, _question(row, spans[r])))
         options: dict[str, Any] = {"past_key_values": past.repeated(len(rows)).growing()} if shared else {}
         if wanted is not None:
             options["stopping_criteria"] = StoppingCriteriaList([_GivenUp(self.base.tokenizer, wanted, width)])
@@ -265,7 +266,7 @@ class EditedModel:
         # The offset is below 0 where what all rows share was run before, so it belongs to each edge.
         spans = {r: (rows[r].offset + rows[r].span.start, rows[r].offset + rows[r].span.end) for r in asked}
         means = torch.stack([span_mean(activations[r], *spans[r], rows[r].span.weighted) for r in asked])
-        found = self.retriever.route(means)
+        found = self.retriever.route(means, [rows[r].question for r in asked])
         store = self.retriever.store
         for at, r in enumerate(asked):
             rows[r].overlap = float(found.overlaps[at])
@@ -275,6 +276,10 @@ class EditedModel:
                 bits = unpack(self.retriever.index.code(code_row)[None], store.manifest.d)[0]
                 rows[r].mask = torch.as_tensor(bits, device=activations.device).to(activations.dtype)
                 rows[r].memory = int(store.memory_of[code_row])
+
+
+def _question(ids: list[int], span: Span) -> list[int]:
+    return ids[span.start : span.end]
 
 
 class _GivenUp(StoppingCriteria):

@@ -6,13 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from memoir_index import Hits, hamming_radius
+from memoir_index import Hits
 from memoir_retrieval.edit import StoredEdit
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.fingerprint import Fingerprint
 from memoir_retrieval.forward import question_means
+from memoir_retrieval.lookup import Lookup
 from memoir_retrieval.model import BaseModel, load_model
 from memoir_retrieval.prompts import Prompt, prompt_ids
 from memoir_retrieval.span import find_span
@@ -51,7 +54,8 @@ class Retriever:
         if not 0 < self.tau <= 1:
             raise ConfigError(f"tau is {tau}: choose 0 < tau <= 1 (this store was made with {store.manifest.tau})")
         self.fingerprint = Fingerprint(store.background, store.permutation, store.manifest.k, base.device)
-        self.index = store.index()
+        self._lookup = Lookup(store, base.tokenizer.decode)
+        self.index = self._lookup.index
 
     @classmethod
     def open(
@@ -87,28 +91,38 @@ class Retriever:
 
     def lookup_batch(self, prompts: Sequence[Prompt]) -> list[Match | None]:
         """`lookup` for many prompts at once."""
-        return [match if match and self.reaches_tau(match) else None for match in self.nearest_batch(prompts)]
+        return [match for match, _ in self.decide_batch(prompts)]
 
     def nearest_batch(self, prompts: Sequence[Prompt]) -> list[Match | None]:
         """The nearest edit of each prompt, whether it matches or not; None for an empty store or question."""
+        return [nearest for _, nearest in self.decide_batch(prompts)]
+
+    def decide_batch(self, prompts: Sequence[Prompt]) -> list[tuple[Match | None, Match | None]]:
+        """`lookup` of each prompt, and the edit that is nearest to it, whether it may act on the prompt or not."""
         rows = [self.prompt_ids(p) for p in prompts]
         spans = [find_span(ids, self.store.manifest.span) for ids in rows]
         asked = [i for i, span in enumerate(spans) if span.start < span.end]
-        found: list[Match | None] = [None] * len(rows)
+        found: list[tuple[Match | None, Match | None]] = [(None, None)] * len(rows)
         if not asked or not len(self.index):
             return found
         means = question_means(self.base, [rows[i] for i in asked], [spans[i] for i in asked])
-        ids, overlaps = self.index.nearest(self.fingerprint.codes(means), 2)
+        hits = self.route(means, [rows[i][spans[i].start : spans[i].end] for i in asked])
+        near, overlaps = self.index.nearest(self.fingerprint.codes(means), 2)
         for at, i in enumerate(asked):
-            second = (int(ids[at, 1]), float(overlaps[at, 1])) if ids[at, 1] >= 0 else None
-            found[i] = Match(self.store.edit(int(ids[at, 0])), float(overlaps[at, 0]), second)
+            ranked = [(int(n), float(o)) for n, o in zip(near[at], overlaps[at], strict=True) if n >= 0]
+
+            def told(number: int, overlap: float, ranked: list[tuple[int, float]] = ranked) -> Match:
+                others = [one for one in ranked if one[0] != number]
+                return Match(self.store.edit(number), overlap, others[0] if others else None)
+
+            match = told(int(hits.ids[at]), float(hits.overlaps[at])) if hits.ids[at] >= 0 else None
+            found[i] = match, told(*ranked[0])
         return found
 
-    def reaches_tau(self, match: Match) -> bool:
-        """Whether a nearest edit matches: the same comparison of whole bits that `route` makes."""
-        k = self.store.manifest.k
-        return round(2 * k * (1 - match.overlap)) <= hamming_radius(self.tau, k)
+    def nearest_acting(self, codes: NDArray[np.uint8], questions: Sequence[Sequence[int]]) -> NDArray[np.int64]:
+        """Of each question, given its mask and its tokens, the nearest edit that may act at any overlap; else -1."""
+        return self._lookup.search(codes, 1 / self.store.manifest.k, questions, exact=True).ids
 
-    def route(self, means: torch.Tensor) -> Hits:
-        """means: float32 [Q, D], the mean activation of each question. What a server decides from them."""
-        return self.index.search(self.fingerprint.codes(means), self.tau)
+    def route(self, means: torch.Tensor, questions: Sequence[Sequence[int]]) -> Hits:
+        """What a server decides. means: float32 [Q, D], the mean activation of each question; questions: their ids."""
+        return self._lookup.search(self.fingerprint.codes(means), self.tau, questions)

@@ -16,6 +16,7 @@ from memoir_retrieval.errors import EditFileError
 from memoir_retrieval.fingerprint import Fingerprint
 from memoir_retrieval.forward import FrozenPast, frozen_past, span_mean
 from memoir_retrieval.model import BaseModel
+from memoir_retrieval.names import check_requires
 from memoir_retrieval.prompts import Prompt, end_token, prompt_ids, target_ids
 from memoir_retrieval.span import Span, SpanRule, find_span
 from memoir_retrieval.train import Frozen, Lesson, Training, freeze
@@ -57,7 +58,8 @@ class Wordings:
         self._past = self._frozen_contexts()
 
     def check(self, edit: Edit) -> None:
-        """Raise EditFileError where the model cannot be trained on an edit."""
+        """Raise EditFileError where the model cannot be trained on an edit, or the edit could never act."""
+        check_requires(edit)
         if edit.before and not self.chat:
             raise EditFileError(
                 f"prompt {edit.prompt!r} is part of a chat, but the store asks raw prompts: drop --no-chat"

@@ -124,6 +124,20 @@ class HammingIndex:
             raise CodeError(f"row {row} is not stored: the index has rows 0..{now.alive - 1}")
         return now.code(row)
 
+    def take(self, rows: ArrayLike) -> Codes:
+        """The codes stored at many rows, integers [N]: uint8 [N, d/8], a copy.
+
+        Raises CodeError unless each is a row, and for a row that is damaged where codes were taken unchecked.
+        """
+        at, now = np.asarray(rows, dtype=np.int64), self._now
+        wrong = at[(at < 0) | (at >= now.alive)]
+        if wrong.size:
+            raise CodeError(f"row {wrong[0]} is not stored: the index has rows 0..{now.alive - 1}")
+        if not at.size:
+            return np.empty((0, self.d // 8), np.uint8)
+        codes = now.take(at)
+        return check_codes(codes, self.d, self.k) if self._recheck else codes
+
     def plan(self, tau: float) -> Plan:
         """How `search` would look for matches at this tau now. Raises CodeError for tau outside (0, 1]."""
         return choose_plan(len(self), self.d, self.k, tau, self.sketch)

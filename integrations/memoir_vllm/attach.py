@@ -14,7 +14,7 @@ import torch
 
 from memoir_retrieval.errors import ConfigError, StoreError
 from memoir_retrieval.store import EditStore
-from memoir_vllm.config import MemoirConfig, longest_question
+from memoir_vllm.config import MemoirConfig, longest_question, reader
 from memoir_vllm.op import context_key, register_op
 from memoir_vllm.pipeline import told_by_stages
 from memoir_vllm.reload import Reloader, told_by_all
@@ -35,7 +35,7 @@ def attach(
 
     Raises ConfigError where the module is not one that we know how to edit.
     """
-    manifest = store.manifest
+    manifest, read = store.manifest, reader(vllm_config.model_config)
     held = told_by_stages(manifest.module in dict(model.named_modules()))
     linear = _find(model, manifest.module, manifest.d, manifest.h, elsewhere=any(held))
     if linear is None:
@@ -43,7 +43,7 @@ def attach(
     _agree(manifest.generation, linear.tp_size)
     register_op()
     layer = ResidualLayer(
-        Router(store, ours.tau, device),
+        Router(store, ours.tau, device, read),
         torch.from_numpy(store.memories),
         longest=None if ours.mode == "single" else longest_question(vllm_config),
         rank=linear.tp_rank,
@@ -54,7 +54,7 @@ def attach(
     name = context_key(manifest.module)
     vllm_config.compilation_config.static_forward_context[name] = layer
     _hook(linear, name)
-    return layer, Reloader(ours, manifest, layer, linear.tp_size, device)
+    return layer, Reloader(ours, manifest, layer, linear.tp_size, device, read)
 
 
 def _find(model: torch.nn.Module, module: str, d: int, h: int, *, elsewhere: bool = False) -> RowParallelLinear | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -10,6 +12,7 @@ import msgspec
 from vllm.logger import init_logger
 
 from memoir_retrieval.errors import ConfigError
+from memoir_retrieval.lookup import Read
 from memoir_retrieval.model import identify, resolve
 from memoir_retrieval.span import SpanRule
 from memoir_retrieval.store import EditStore, Manifest, library_version
@@ -29,6 +32,7 @@ __all__ = [
     "open_store",
     "prefer",
     "read",
+    "reader",
     "refuse",
     "span_rule",
 ]
@@ -129,6 +133,22 @@ def open_store(config: MemoirConfig, model: ModelConfig) -> EditStore:
     store.require_trained()
     store.require(identify(resolve(model.model), store.manifest.module), model.model)
     return store
+
+
+def reader(model: ModelConfig) -> Read:
+    """How text is read back from token ids: by the tokenizer as the library loads it, once a question needs it."""
+
+    @functools.cache
+    def tokenizer() -> Any:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(resolve(model.model))
+
+    def read(ids: Sequence[int]) -> str:
+        text: str = tokenizer().decode(ids)
+        return text
+
+    return read
 
 
 def prefer(config: MemoirConfig, args: EngineArgs) -> None:

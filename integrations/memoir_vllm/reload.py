@@ -16,6 +16,7 @@ from memoir_retrieval.store import EditStore, Manifest
 from memoir_vllm.routing import Router
 
 if TYPE_CHECKING:
+    from memoir_retrieval.lookup import Read
     from memoir_vllm.config import MemoirConfig
     from memoir_vllm.residual import Generation, ResidualLayer
 
@@ -32,8 +33,11 @@ _Read = tuple[Manifest, "Generation"]
 class Reloader:
     """The store of one worker. manifest: of the generation that acts."""
 
-    def __init__(self, ours: MemoirConfig, manifest: Manifest, layer: ResidualLayer, ranks: int, device: Any):
+    def __init__(
+        self, ours: MemoirConfig, manifest: Manifest, layer: ResidualLayer, ranks: int, device: Any, read: Read
+    ):
         self.manifest = manifest
+        self._text_of = read
         self._ours, self._layer, self._ranks, self._device = ours, layer, ranks, device
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="memoir-reload")
         self._staged: Future[_Read | None] | None = None
@@ -92,7 +96,8 @@ class Reloader:
             raise StoreError(
                 f"{OLDER} older generations of store {store.path} still answer requests: reload when those are done"
             )
-        return theirs, self._layer.load(Router(store, self._ours.tau, self._device), torch.from_numpy(store.memories))
+        router = Router(store, self._ours.tau, self._device, self._text_of)
+        return theirs, self._layer.load(router, torch.from_numpy(store.memories))
 
 
 def told_by_all(value: Any, ranks: int) -> list[Any]:

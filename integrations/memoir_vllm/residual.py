@@ -37,8 +37,9 @@ class Generation:
 
 @dataclass
 class _Request:
-    """span: the question. route: None until it is decided. mask: of the matched edit, this rank's share, on device.
-    of: the generation that matched it; it acts until the request is done. nearest: how many edits its decision names.
+    """span: the question. question: its tokens. route: None until it is decided. mask: of the matched edit, this rank's
+    share, on device. of: the generation that matched it; it acts until the request is done. nearest: how many edits its
+    decision names.
 
     long: the question takes several steps, or begins in the prefix cache. Each step adds its rows to `total`
     (their sum, float32 [D/ranks], and what to divide it by) and moves `seen`, the position after them; `cached` are the
@@ -47,6 +48,7 @@ class _Request:
     """
 
     span: Span
+    question: Sequence[int] = ()
     long: bool = False
     nearest: int = 0
     route: Route | None = None
@@ -146,7 +148,7 @@ class ResidualLayer:
             self._settle(request_id, self.now.router.unroutable())
         else:
             self._requests[request_id] = self._undecided[request_id] = _Request(
-                span, self._too_long(span), options.nearest
+                span, list(prompt_ids[span.start : span.end]), self._too_long(span), options.nearest
             )
 
     def _too_long(self, span: Span) -> bool:
@@ -303,7 +305,8 @@ class ResidualLayer:
             # Every rank now holds the same numbers in the same order, so every rank decides alike.
             means = tensor_model_parallel_all_gather(means, dim=-1)
         asked = [parts[at] for at in ended]
-        routes = self.now.router.route(means, [part.request.nearest for part in asked])
+        questions = [part.request.question for part in asked]
+        routes = self.now.router.route(means, questions, [part.request.nearest for part in asked])
         for part, route, mask in zip(asked, routes, self._on_device(routes), strict=True):
             self._settle(part.request_id, route, mask)
             self._stats["routed"] += 1

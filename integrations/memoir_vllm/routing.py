@@ -11,6 +11,7 @@ import torch
 
 from memoir_index import unpack
 from memoir_retrieval.fingerprint import Fingerprint
+from memoir_retrieval.lookup import Lookup, Read
 from memoir_retrieval.span import SpanRule
 from memoir_retrieval.store import EditStore
 from memoir_vllm.requests import Decision, Result, Routed
@@ -30,7 +31,8 @@ class Route:
 class Router:
     """The lookup side of one generation of a store."""
 
-    def __init__(self, store: EditStore, tau: float | None, device: torch.device | str):
+    def __init__(self, store: EditStore, tau: float | None, device: torch.device | str, read: Read):
+        """read: the text of a question's token ids; see `Lookup`."""
         manifest = store.manifest
         self.generation = manifest.generation
         self.rule: SpanRule = manifest.span
@@ -38,8 +40,8 @@ class Router:
         self.tau = manifest.tau if tau is None else tau
         self.edits = len(store.edits)
         self._fingerprint = Fingerprint(store.background, store.permutation, manifest.k, device)
-        self._index = store.index()
-        self._index.prepare(self.tau)
+        self._lookup = Lookup(store, read)
+        self._lookup.prepare(self.tau)
         self._memory_of = store.memory_of
 
     def _unedited(self, result: Result, overlap: float = 0.0) -> Route:
@@ -53,10 +55,13 @@ class Router:
         """Of a request that holds no question, or one without a fingerprint."""
         return self._unedited("unroutable")
 
-    def route(self, means: torch.Tensor, nearest: Sequence[int] = ()) -> list[Route]:
-        """means: float32 [Q, D], the mean activation of each question, on this router's device.
+    def route(
+        self, means: torch.Tensor, questions: Sequence[Sequence[int]], nearest: Sequence[int] = ()
+    ) -> list[Route]:
+        """means: float32 [Q, D], the mean activation of each question, on this router's device. questions: its tokens.
 
-        nearest: for each question, how many of the nearest edits the decision names, matched or not.
+        nearest: for each question, how many of the nearest edits the decision names, matched or not, whatever they
+        require.
         """
         routes = [self.unroutable()] * len(means)
         # A model may overflow on a strange prompt; that must not stop the engine for everyone else.
@@ -64,7 +69,7 @@ class Router:
         if not sound:
             return routes
         codes = self._fingerprint.codes(means if len(sound) == len(means) else means[sound])
-        hits = self._index.search(codes, self.tau)
+        hits = self._lookup.search(codes, self.tau, [questions[at] for at in sound])
         for at, edit, overlap, row in zip(
             sound, hits.ids.tolist(), hits.overlaps.tolist(), hits.rows.tolist(), strict=True
         ):
@@ -81,7 +86,7 @@ class Router:
 
     def _named(self, codes: np.ndarray, n: int) -> Iterator[tuple[tuple[int, float], ...]]:
         """Id and overlap of the n nearest edits of each question, best first; fewer where the store holds fewer."""
-        ids, overlaps = self._index.nearest(codes, n)
+        ids, overlaps = self._lookup.index.nearest(codes, n)
         for row, found in zip(ids.tolist(), overlaps.tolist(), strict=True):
             yield tuple((edit, round(overlap, 4)) for edit, overlap in zip(row, found, strict=True) if edit >= 0)
 
@@ -94,5 +99,5 @@ class Router:
             )
         if routed.row < 0:
             return Route(routed)
-        mask = unpack(self._index.code(routed.row)[None], self.d)[0]
+        mask = unpack(self._lookup.index.code(routed.row)[None], self.d)[0]
         return Route(routed, mask, int(self._memory_of[routed.row]))

@@ -27,6 +27,7 @@ __all__ = [
     "load_edits",
     "model_option",
     "notes",
+    "require_subject_option",
     "run_benchmark",
     "store_argument",
     "tables",
@@ -72,6 +73,9 @@ context_masks_option = click.option(
     metavar="N",
     help="Masks of each question after an earlier turn: found more often in chats, for twice the index (default: 1; "
     "0 for raw prompts).",
+)
+require_subject_option = click.option(
+    "--require-subject", is_flag=True, help="Edits with a subject act only on questions in which it stands."
 )
 tau_option = click.option("--tau", type=float, help="Least overlap that matches (default: the store's own).")
 

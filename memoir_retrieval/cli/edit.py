@@ -18,9 +18,11 @@ from memoir_retrieval.cli.common import (
     load_edits,
     model_option,
     notes,
+    require_subject_option,
     threads_option,
 )
 from memoir_retrieval.errors import ConfigError
+from memoir_retrieval.names import require_subjects
 from memoir_retrieval.store import MANIFEST, EditStore, Manifest
 
 if TYPE_CHECKING:
@@ -60,6 +62,7 @@ __all__ = ["edit", "train"]
 @click.option("--k", type=int, help="Ones in every mask (default: the preset's).")
 @click.option("--tau", type=float, help="Least overlap that matches, in (0, 1] (default: the preset's).")
 @click.option("--span", type=click.Choice(["question", "all"]), help="Which tokens are pooled (default: question).")
+@require_subject_option
 @click.option("--seed", type=int, help="Seed of the permutation and of training (default: 0).")
 @click.option("--device", default="cpu", show_default=True, help="Where the model runs, such as cuda.")
 @click.option("--dtype", help="float32, bfloat16 or float16 (default: the store's own, or float32).")
@@ -78,6 +81,7 @@ def edit(
     address: str | None,
     workers: int,
     device: str,
+    require_subject: bool,
     as_json: bool,
     **settings: Any,
 ) -> None:
@@ -99,6 +103,7 @@ def edit(
       memoir edit corrections.jsonl --model smollm2-135m --store edits --ray auto --workers 8
     """
     edits = load_edits(file, file_format, limit, "refuse" if on_conflict == "both" else on_conflict)
+    edits = require_subjects(edits) if require_subject else edits
     made = EditStore.open(store).manifest if (store / MANIFEST).exists() else None
     _agree(made, store, settings)
     name = model or (made.model if made else None)

@@ -17,12 +17,14 @@ from memoir_retrieval.cli.common import (
     load_edits,
     model_option,
     notes,
+    require_subject_option,
     store_argument,
     threads_option,
 )
 from memoir_retrieval.cli.index_info import info
 from memoir_retrieval.edit_files import check_duplicates
 from memoir_retrieval.errors import ConfigError
+from memoir_retrieval.names import require_subjects
 from memoir_retrieval.store import MANIFEST, EditStore
 from memoir_retrieval.write_store import leftovers
 
@@ -58,6 +60,7 @@ index.add_command(info)
 @click.option("--device", default="cpu", show_default=True, help="Where the model runs, such as cuda.")
 @click.option("--ray", "address", help="Ray cluster that makes the masks: its address, `auto` or `local`.")
 @click.option("--workers", type=click.IntRange(min=1), default=2, show_default=True, help="Processes on the cluster.")
+@require_subject_option
 @json_option
 @threads_option
 def build(
@@ -73,6 +76,7 @@ def build(
     address: str | None,
     workers: int,
     context_masks: int | None,
+    require_subject: bool,
     as_json: bool,
     **settings: Any,
 ) -> None:
@@ -88,6 +92,7 @@ def build(
       memoir index build a.jsonl b.jsonl --model smollm2-135m --store masks --ray auto --workers 8
     """
     edits = check_duplicates([edit for file in files for edit in load_edits(file, file_format, limit, "refuse")])
+    edits = require_subjects(edits) if require_subject else edits
     if (store / MANIFEST).exists():
         raise ConfigError(f"{store} is a store already: choose a new folder, or append with `memoir edit`")
 

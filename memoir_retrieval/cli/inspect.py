@@ -88,14 +88,14 @@ def lookup(
 
     retriever = Retriever.open(store, model, tau=tau)
     # How far the nearest edit was is what one wants to know of a prompt that matches none.
-    nearest = retriever.nearest_batch([asked])[0]
-    match = nearest if nearest and retriever.reaches_tau(nearest) else None
-    second = nearest.runner_up if nearest else None
+    match, nearest = retriever.decide_batch([asked])[0]
+    told = match or nearest
+    second = told.runner_up if told else None
     if as_json:
         answer = {
             "edit": match.id if match else None,
             "nearest": nearest.id if nearest else None,
-            "overlap": round(nearest.overlap, 4) if nearest else 0.0,
+            "overlap": round(told.overlap, 4) if told else 0.0,
             "tau": retriever.tau,
             "prompt": match.edit.prompt if match else None,
             "target": match.edit.target if match else None,
@@ -110,6 +110,8 @@ def lookup(
         click.echo(f"no edit matches (tau {retriever.tau}): the base model answers")
         if nearest:
             click.echo(f"  nearest: edit {nearest.id}, overlap {nearest.overlap:.3f}: {nearest.edit.prompt}")
+            if nearest.edit.requires and nearest.overlap >= retriever.tau:
+                click.echo(f"  which acts on questions with {' or '.join(map(repr, nearest.edit.requires))}")
     if second:
         click.echo(f"  next best: edit {second[0]}, overlap {second[1]:.3f}")
 

@@ -13,12 +13,20 @@ import msgspec
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from memoir_retrieval.cli.common import echo_json, json_option, notes, tables, threads_option
+from memoir_retrieval.cli.common import (
+    echo_json,
+    json_option,
+    notes,
+    require_subject_option,
+    tables,
+    threads_option,
+)
 from memoir_retrieval.cli.evaluate import flat
 from memoir_retrieval.datasets import TEXT, data_file
 from memoir_retrieval.edit_files import FORMATS, check_duplicates, limit_distinct_subjects, read_edits
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.files import publish
+from memoir_retrieval.names import require_subjects
 from memoir_retrieval.texts import read_texts
 from memoir_retrieval.unseen import CONTEXTS
 
@@ -61,6 +69,7 @@ COLUMNS = (
 @click.option(
     "--format", "file_format", type=click.Choice(list(FORMATS)), help="Format of the file (default: detected)."
 )
+@require_subject_option
 @click.option("--layer", type=int, help="Block whose FFN projection is edited (default: the preset's).")
 @click.option("--k", type=int, help="Ones in every mask (default: the preset's).")
 @click.option("--tau", type=float, help="Least overlap that matches, in (0, 1] (default: the preset's).")
@@ -90,6 +99,7 @@ def bench_quality(
     context: str | None,
     folder: Path,
     file_format: str | None,
+    require_subject: bool,
     layer: int | None,
     k: int | None,
     tau: float | None,
@@ -119,6 +129,7 @@ def bench_quality(
     """
     edits = check_duplicates(read_edits(data_file(data, folder), file_format), "first")
     edits = limit_distinct_subjects(edits, len(edits))[:count] if distinct else edits[:count]
+    edits = require_subjects(edits) if require_subject else edits
     if text_file is None and (folder / TEXT).is_file():
         text_file = folder / TEXT
     texts = read_texts(text_file) if text_file else []

@@ -400,7 +400,7 @@ BAD = {
     "unknown own key": (
         OK + '{"prompt": "a", "target": "b", "answr": 1}',
         "line 2: key 'answr' is unknown; the keys are prompt, target, subject, rephrases, locality, source, ",
-        "neighbourhood, portability, ood, before (file read as",
+        "neighbourhood, portability, ood, before, requires (file read as",
     ),
     "no keys later": ('{"prompt": "a", "target": "b"}\n{}', "line 2: 'prompt' is missing"),
     "missing target": ('{"prompt": "a", "target": null}', "line 1: 'target' is missing; write text in double"),

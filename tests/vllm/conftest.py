@@ -142,7 +142,7 @@ def simulate(request: pytest.FixtureRequest, here: World, model_folder: Path, st
         config.additional_config["memoir_span"] = msgspec.to_builtins(rule)
         manifest = SimpleNamespace(**vars(served.store.manifest) | {"span": rule})
         layer = ResidualLayer(
-            Router(dataclasses.replace(served.store, manifest=manifest), None, "cpu"),
+            Router(dataclasses.replace(served.store, manifest=manifest), None, "cpu", str),
             torch.from_numpy(served.store.memories),
             longest=longest_question(config),
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
+import msgspec
 import numpy as np
 import torch
 from small_models import save_llama
@@ -243,8 +245,11 @@ class Engine:
         self.llm.llm_engine.engine_core.shutdown()
 
 
-def next_generation(folder: Path, *, without: tuple[int, ...] = ()) -> int:
-    """Write a generation with other memories, less some edits; returns its number."""
+def next_generation(
+    folder: Path, *, without: tuple[int, ...] = (), requires: Mapping[int, tuple[str, ...]] | None = None
+) -> int:
+    """Write a generation with other memories, less some edits; returns its number. requires: what edits require now."""
+    requires = requires or {}
     old = EditStore.open(folder)
     keep = ~np.isin(old.ids, without)
     written = write_generation(
@@ -256,6 +261,10 @@ def next_generation(folder: Path, *, without: tuple[int, ...] = ()) -> int:
         codes=old.codes[keep],
         ids=old.ids[keep],
         memory_of=old.memory_of[keep],
-        edits=[edit for edit in old.edits if edit.id not in without],
+        edits=[
+            msgspec.structs.replace(edit, requires=requires.get(edit.id, edit.requires))
+            for edit in old.edits
+            if edit.id not in without
+        ],
     )
     return written.generation

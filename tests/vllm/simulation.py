@@ -167,7 +167,7 @@ class Simulation:
 
     def adopt(self, store: EditStore) -> None:
         """What `collective_rpc("memoir_reload")` does between two steps."""
-        self.layer.adopt(self.layer.load(Router(store, None, "cpu"), torch.from_numpy(store.memories)))
+        self.layer.adopt(self.layer.load(Router(store, None, "cpu", str), torch.from_numpy(store.memories)))
         self.scheduler.memoir_adopted(store.manifest.generation)
 
     # ---- the worker ------------------------------------------------------------------------------------------------

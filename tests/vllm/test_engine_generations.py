@@ -6,9 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from engines import NEW_TOKENS, Engine, flags, make_store, next_generation
+from engines import EDITS, NEW_TOKENS, Engine, flags, make_store, next_generation
 
 from memoir_retrieval.model import BaseModel
+from memoir_retrieval.prompts import prompt_ids
 from memoir_retrieval.reference import EditedModel
 from memoir_retrieval.store import EditStore
 
@@ -109,6 +110,26 @@ def test_a_bad_generation_changes_nothing(engine: Engine, answers: dict, folder:
     assert (after.tokens, after.memoir) == (before.tokens, before.memoir)
     memory.write_bytes(sound)
     assert engine.llm.collective_rpc("memoir_reload") == [generation]
+
+
+def test_an_edit_acts_where_what_it_requires_stands(
+    engine: Engine, answers: dict, folder: Path, model_folder: Path, base: BaseModel
+) -> None:
+    """Like questions about other names: matched while nothing is required, and the base model's bits after that."""
+    prompts = [EDITS[0], EDITS[0].replace("Zubrovia", "Zubrowka"), EDITS[0].replace("The", "the").replace("Z", "z")]
+    asked = [prompt_ids(base.tokenizer, prompt, chat=False) for prompt in prompts]
+    for requires, edits in (({}, [0, 0, 0]), ({0: ("Zembla", "ZUBROVIA")}, [0, None, 0])):
+        generation = next_generation(folder, requires=requires)
+        assert engine.llm.collective_rpc("memoir_reload") == [generation]
+        model = EditedModel.open(folder, str(model_folder))
+        wanted = model.generate(asked, max_new_tokens=NEW_TOKENS, batch_size=1)
+        assert [answer.edit for answer in wanted] == edits
+        for batch in (asked, asked, [asked[1]]):  # decided, remembered, alone
+            for reply, answer in zip(engine.ask(batch), wanted if len(batch) == 3 else wanted[1:2], strict=True):
+                assert (list(reply.tokens), reply.memoir["edit"]) == (list(answer.tokens), answer.edit)
+    (matched_not,) = engine.ask([asked[1]])
+    (opted_out,) = engine.ask([asked[1]], [{"memoir": "off"}])
+    assert matched_not.tokens == opted_out.tokens and matched_not.memoir["result"] == "unmatched"
 
 
 def test_a_store_that_went_back_is_refused(

@@ -93,7 +93,7 @@ def served(request: pytest.FixtureRequest, shape: tuple[int, int, int]) -> Itera
         ),
         edits=(),
     )
-    router, memories = Router(store, None, "cuda"), torch.from_numpy(store.memories)
+    router, memories = Router(store, None, "cuda", str), torch.from_numpy(store.memories)
     yield Served(ResidualLayer(router, memories, dtype=dtype, device="cuda"), store, asked)
     torch.cuda.empty_cache()
 

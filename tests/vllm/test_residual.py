@@ -66,7 +66,7 @@ def store_of(activations: torch.Tensor, **manifest: Any) -> EditStore:
 
 
 def layer_of(store: EditStore, tau: float | None = None, **kwargs: Any) -> ResidualLayer:
-    return ResidualLayer(Router(store, tau, "cpu"), torch.from_numpy(store.memories), **kwargs)
+    return ResidualLayer(Router(store, tau, "cpu", str), torch.from_numpy(store.memories), **kwargs)
 
 
 @pytest.fixture

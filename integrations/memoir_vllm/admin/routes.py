@@ -164,4 +164,5 @@ def _add_changes(app: FastAPI, service: Callable[[], Service]) -> None:
 
 
 def _out(edit: StoredEdit) -> StoredEditOut:
-    return StoredEditOut.model_validate(msgspec.structs.asdict(edit) | {"rephrases": list(edit.rephrases)})
+    lists = {"rephrases": list(edit.rephrases), "requires": list(edit.requires)}
+    return StoredEditOut.model_validate(msgspec.structs.asdict(edit) | lists)

@@ -48,6 +48,9 @@ class AddEdit(_Given):
     rephrases: list[Text] = Field(default=[], max_length=32, description="Kept with the edit for evaluation.")
     subject: Short = ""
     source: Short = Field(default="", description="Where the edit comes from, such as a ticket.")
+    requires: list[Short] = Field(
+        default=[], max_length=32, description="The edit acts only on questions in which one of these stands."
+    )
     on_conflict: Literal["refuse", "last"] = Field(
         default="refuse", description='"last" replaces an edit of the same prompt that has another target.'
     )
@@ -87,6 +90,7 @@ class StoredEditOut(BaseModel):
     subject: str
     rephrases: list[str]
     source: str
+    requires: list[str]
 
 
 class EditPage(BaseModel):

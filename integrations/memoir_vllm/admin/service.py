@@ -184,13 +184,16 @@ class Service:
             if job.prompt is not None and _words(job.prompt) == _words(given.prompt):
                 raise Conflict(f"job {job.id} is about the same prompt: wait until it is done")
         there = await asyncio.to_thread(self._find, given.prompt)
-        if there is not None and there.target == given.target:
+        same_target = there is not None and there.target == given.target
+        if there is not None and same_target and list(there.requires) == given.requires:
             return there
         if there is not None and given.on_conflict == "refuse":
-            raise Conflict(
-                f"edit {there.id} answers this prompt with {there.target!r}: remove it first, or send on_conflict "
-                '"last" to replace it'
+            what = (
+                f"has this prompt and requires {list(there.requires)}"
+                if same_target
+                else (f"answers this prompt with {there.target!r}")
             )
+            raise Conflict(f'edit {there.id} {what}: remove it first, or send on_conflict "last" to replace it')
         request = {"add": edit, "on_conflict": given.on_conflict}
         return await self.jobs.submit(who, request, kind="add", prompt=given.prompt, target=given.target)
 
@@ -226,7 +229,10 @@ def _words(text: str) -> str:
 
 
 def _same(edit: StoredEdit, change: dict[str, Any] | None) -> bool:
-    return change is not None and (_words(edit.prompt), edit.target) == (_words(change["prompt"]), change["target"])
+    if change is None:
+        return False
+    has, given = (_words(edit.prompt), edit.target), (_words(change["prompt"]), change["target"])
+    return has == given and list(edit.requires) == list(change.get("requires", ()))
 
 
 def _has(edit: StoredEdit, words: Iterable[str]) -> bool:

@@ -142,15 +142,15 @@ def measure(settings: LatencySettings, say: Say = lambda _: None) -> dict[str, A
 
 def lookups(store: EditStore, concurrent: Sequence[int]) -> list[Row]:
     """From pooled activations to decisions, as many as end in one step; without engine and model."""
-    router = Router(store, None, "cpu")
+    router = Router(store, None, "cpu", lambda ids: "")
     means = torch.randn(max(concurrent), router.d, generator=torch.Generator().manual_seed(0))
     rows = []
     for n in concurrent:
-        router.route(means[:n])
+        router.route(means[:n], [()] * n)
         taken = []
         for _ in range(LOOKUPS):
             began = time.perf_counter()
-            router.route(means[:n])
+            router.route(means[:n], [()] * n)
             taken.append(time.perf_counter() - began)
         rows.append(_row("lookup", "unmatched", len(store.edits), n, taken))
     return rows

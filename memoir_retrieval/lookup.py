@@ -1,0 +1,96 @@
+"""From the masks of questions to the edits that act on them: the nearest of those that may.
+
+Masks hardly tell apart two questions that differ in a name. An edit whose `requires` is given acts only on questions in
+which one of these texts stands, word by word, whatever the case and what is between the words. Of the edits that may
+act on a question the nearest one matches, so another edit in its way, however near, does not hide it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from memoir_index import Hits, hamming_radius, popcount
+from memoir_retrieval.names import Phrases
+from memoir_retrieval.store import EditStore
+
+__all__ = ["Lookup", "Read"]
+
+Read = Callable[[Sequence[int]], str]
+"""The text of token ids, as the tokenizer of the store's model decodes them."""
+
+_MOST = 1 << 14  # rows that are compared at a time
+
+
+class Lookup:
+    """The masks of a store and what its edits require.
+
+    index: all masks, in the order of the store's rows. read: called for the text of a question where the store has
+    edits that require one. Safe to use from several threads.
+    """
+
+    def __init__(self, store: EditStore, read: Read) -> None:
+        self.index = store.index()
+        self._read = read
+        bound = [edit for edit in store.edits if edit.requires]
+        self._phrases = Phrases((edit.id, text) for edit in bound for text in edit.requires)
+        self._free = self.index
+        if not bound:
+            return
+        read(())  # whatever it has to load is loaded now, not in the first lookup
+        numbers = np.unique(np.array([edit.id for edit in bound], dtype=np.int64))
+        tied = np.isin(store.ids, numbers)
+        self._free = store.index()
+        self._free.remove(numbers)
+        self._free_rows = np.flatnonzero(~tied)
+        rows = np.flatnonzero(tied)
+        self._rows = rows[np.argsort(store.ids[rows], kind="stable")]
+        self._ids = store.ids[self._rows]
+
+    def prepare(self, tau: float) -> None:
+        """See `HammingIndex.prepare`."""
+        self._free.prepare(tau)
+
+    def search(
+        self, codes: NDArray[np.uint8], tau: float, questions: Sequence[Sequence[int]], *, exact: bool = False
+    ) -> Hits:
+        """The edit that acts on each question, as `HammingIndex.search` tells it, among those that may.
+
+        codes: uint8 [Q, D/8]. questions: of each the token ids of its span. Overlaps of questions that match nothing
+        are those of the nearest edit that may act. exact, and errors: as `HammingIndex.search`.
+        """
+        hits = self._free.search(codes, tau, exact=exact)
+        if not self._phrases:
+            return hits
+        ids, overlaps, rows = hits.ids, hits.overlaps, hits.rows
+        there = rows >= 0
+        rows[there] = self._free_rows[rows[there]]
+        k, radius = self.index.k, hamming_radius(tau, self.index.k)
+        for at, question in enumerate(questions):
+            row, bits = self._nearest_tied(codes[at], self._phrases.found_in(self._read(question)))
+            overlap = bits / k
+            if row < 0 or overlap < overlaps[at] or (overlap == overlaps[at] and 0 <= rows[at] < row):
+                continue
+            overlaps[at] = overlap
+            if 2 * (k - bits) <= radius:
+                ids[at], rows[at] = self.index.ids[row], row
+        return Hits(ids, overlaps, rows)
+
+    def _nearest_tied(self, code: NDArray[np.uint8], edits: set[int]) -> tuple[int, int]:
+        """Row and common bits of the nearest mask of these edits, the earliest among equals; (-1, 0) without edits."""
+        if not edits:
+            return -1, 0
+        numbers = np.fromiter(edits, np.int64, len(edits))
+        first = np.searchsorted(self._ids, numbers)
+        last = np.searchsorted(self._ids, numbers, side="right")
+        rows = np.sort(np.concatenate([self._rows[a:b] for a, b in zip(first, last, strict=True)]))
+        best, most = -1, 0
+        for start in range(0, len(rows), _MOST):
+            part = rows[start : start + _MOST]
+            bits = popcount(self.index.take(part) & code)
+            at = int(bits.argmax())
+            if best < 0 or bits[at] > most:
+                best, most = int(part[at]), int(bits[at])
+        return best, most

@@ -1,0 +1,239 @@
+"""An edit that requires a name acts on questions that have it, and on no others, however near."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_cli import refused, run, write
+from test_store import D, K, masks, stored_edit
+from test_store import write as write_store
+
+from memoir_index import hamming_radius, popcount
+from memoir_retrieval import Edit, EditedModel, Editor, EditStore, Retriever, load_model
+from memoir_retrieval import editor as editor_module
+from memoir_retrieval.additions import append
+from memoir_retrieval.calibration import calibrate_store
+from memoir_retrieval.errors import EditFileError
+from memoir_retrieval.lookup import Lookup
+from memoir_retrieval.model import BaseModel
+from memoir_retrieval.names import Phrases, check_requires, words
+
+LYON = Edit(prompt="Who is the mayor of Lyon?", target="Ada", requires=("Lyon",))
+TURIN = Edit(prompt="Who is the mayor of Turin?", target="Bob", requires=("Turin", "Torino"))
+
+
+@pytest.mark.parametrize(
+    ("text", "required", "found"),
+    [
+        ("Who runs Acme Corp.?", "acme corp", True),
+        ("Who runs ACME-Corp's shop?", "Acme Corp", True),
+        ("Who runs Acme’s films?", "Acme", True),
+        ("Who runs Acmeville?", "Acme", False),
+        ("Who runs Corp Acme?", "Acme Corp", False),
+        ("Acme", "Acme Corp", False),
+        ("Is the ﬁlm good?", "film", True),
+        ("Wie alt ist die Straße?", "STRASSE", True),
+        ("Wann war Zürichs Fest?", "Zürich", False),
+        ("東京の市長は誰ですか", "東京", True),
+        ("京都の市長は誰ですか", "東京", False),
+        ("서울은 어디입니까", "서울", True),
+        ("ใครเป็นนายกเทศมนตรีกรุงเทพ", "กรุงเทพ", True),
+        ("Who won in 1998?", "1998", True),
+        ("Who won in 19980?", "1998", False),
+        ("", "Acme", False),
+    ],
+)
+def test_a_text_stands_in_a_question_word_by_word(text: str, required: str, found: bool) -> None:
+    assert Phrases([(7, required)]).found_in(text) == ({7} if found else set())
+
+
+def test_one_look_finds_all_that_is_required() -> None:
+    phrases = Phrases([(0, "New York"), (1, "York"), (2, "new york city"), (1, "Boston"), (3, "York City hall")])
+    assert phrases.found_in("Where is New York City?") == {0, 1, 2}
+    assert words(" New-York,\tcity ") == ("new", "york", "city")
+
+
+def text_of(ids: list[int]) -> str:
+    return " ".join(f"name{i}" for i in ids)
+
+
+def oracle(store: EditStore, code: np.ndarray, tau: float, text: str) -> tuple[int, float, int]:
+    """Edit, overlap and row, by looking at every row."""
+    there = words(text)
+    may = [edit.id for edit in store.edits if not edit.requires or any(words(r)[0] in there for r in edit.requires)]
+    rows = np.flatnonzero(np.isin(store.ids, may))
+    if not len(rows):
+        return -1, 0.0, -1
+    bits = popcount(store.codes[rows] & code)
+    at = int(bits.argmax())
+    row = int(rows[at]) if 2 * (K - bits[at]) <= hamming_radius(tau, K) else -1
+    return (int(store.ids[row]) if row >= 0 else -1), float(bits[at] / K), row
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_the_nearest_of_those_that_may_act_is_found(tmp_path: Path, share: float) -> None:
+    """Against every row looked at: edits of several rows, equal masks, rows that were added to the files."""
+    rng = np.random.default_rng(int(10 * share))
+    edits = [
+        stored_edit(i, requires=tuple(f"name{n}" for n in rng.integers(6, size=2)) if rng.random() < share else ())
+        for i in range(60)
+    ]
+    ids = np.repeat(np.arange(60), 2)
+    codes = masks(120, seed=3)[rng.integers(80, size=120)]  # some of them are equal
+    write_store(tmp_path, n=60, ids=ids, codes=codes, memory_of=np.zeros(120, dtype=np.int32), edits=edits)
+    store = EditStore.open(tmp_path)
+    assert append(
+        tmp_path, store.manifest, store.tail, codes=codes[:1], ids=np.array([60]),
+        memory_of=np.zeros(1, dtype=np.int32), edits=[stored_edit(60, requires=("name1",))], columns={},
+    )  # fmt: skip
+    store = EditStore.open(tmp_path)
+    assert store.edits[60].requires == ("name1",) and len(store.additions) == 1
+    lookup = Lookup(store, text_of)
+    asked = np.concatenate([codes, masks(80, seed=9)])
+    questions = [rng.integers(8, size=3).tolist() for _ in asked]
+    seen = set()
+    for tau in (0.2, 0.5, 1.0):
+        hits = lookup.search(asked, tau, questions)
+        for at, (code, question) in enumerate(zip(asked, questions, strict=True)):
+            expected = oracle(store, code, tau, text_of(question))
+            assert (hits.ids[at], hits.overlaps[at], hits.rows[at]) == expected, (tau, at)
+            seen.add((expected[0] >= 0, bool(len(store.edits[max(0, expected[0])].requires))))
+    if share:
+        assert (True, True) in seen
+    assert store.manifest.d == D
+
+
+def test_text_is_only_read_where_an_edit_requires_some(tmp_path: Path) -> None:
+    write_store(tmp_path)
+
+    def read(ids: object) -> str:
+        raise AssertionError
+
+    store = EditStore.open(tmp_path)
+    assert Lookup(store, read).search(store.codes, 0.5, [[1]] * 3).ids.tolist() == [0, 1, 2]
+
+
+@pytest.fixture(scope="module")
+def base(tiny: Path) -> BaseModel:
+    return load_model(str(tiny))
+
+
+@pytest.fixture(scope="module")
+def store(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two questions that only differ in a name, whose masks are nearly the same, at a tau that all questions reach."""
+    folder = tmp_path_factory.mktemp("requires") / "store"
+    with Editor(base, folder, tau=0.05) as editor:
+        editor.add([LYON, TURIN])
+        assert not editor.outcome.conflicting and not editor.outcome.failed
+    return folder
+
+
+def test_the_reference_answers_by_name(base: BaseModel, store: Path) -> None:
+    model = EditedModel(Retriever(EditStore.open(store), base))
+    prompts = [LYON.prompt, TURIN.prompt, "Tell me, who is mayor in torino?", "Who is the mayor of Genoa?",
+               [{"role": "system", "content": "Lyon"}, {"role": "user", "content": "Who is the mayor?"}]]  # fmt: skip
+    found = model.generate(prompts, max_new_tokens=6)
+    assert [answer.edit for answer in found] == [0, 1, 1, None, None]
+    assert [answer.text.strip() for answer in found[:2]] == ["Ada", "Bob"]
+    plain = model.generate(prompts[3:], max_new_tokens=6, edited=False)
+    assert [answer.tokens for answer in found[3:]] == [answer.tokens for answer in plain]
+    assert [match and match.id for match in model.retriever.lookup_batch(prompts)] == [0, 1, 1, None, None]
+    nearest = model.retriever.nearest_batch(prompts)
+    assert all(match is not None for match in nearest)
+    assert all(match.runner_up and match.runner_up[0] == 1 - match.id for match in nearest if match)
+
+
+def test_a_rephrasing_finds_its_edit_past_a_nearer_one(base: BaseModel, store: Path) -> None:
+    """Where names are ignored, a question may be nearer to the edit of another name."""
+    retriever = Retriever(EditStore.open(store), base)
+    found = calibrate_store(retriever, [(0, "Lyon: who is the mayor?"), (1, "Mayor of Turin: who?")], ["Who are you?"])
+    assert found.now.rephrases_found == 1.0
+    assert found.now.unrelated_matched == 1.0  # tau must be chosen as if nothing were required
+
+
+def test_lookup_tells_what_the_nearest_edit_requires(capsys: pytest.CaptureFixture[str], store: Path) -> None:
+    code, out, _ = run(capsys, "lookup", store, "Who is the mayor of Genoa?")
+    assert code == 0 and "no edit matches" in out
+    assert "which acts on questions with 'Lyon'" in out or "which acts on questions with 'Turin' or 'Torino'" in out
+    code, out, _ = run(capsys, "lookup", store, LYON.prompt, "--json")
+    assert json.loads(out)["edit"] == 0 and json.loads(out)["overlap"] == 1.0
+    code, out, _ = run(capsys, "show", store, "1", "--json")
+    assert json.loads(out)["requires"] == ["Turin", "Torino"]
+
+
+def test_what_is_required_survives_another_editor(base: BaseModel, store: Path) -> None:
+    with Editor(base, store) as editor:
+        assert editor.add([LYON]) == [] and editor.outcome.skipped == 1
+        editor.compact()
+    assert [edit.requires for edit in EditStore.open(store).edits] == [LYON.requires, TURIN.requires]
+
+
+def test_the_same_prompt_with_another_requirement_is_another_edit(base: BaseModel, tmp_path: Path) -> None:
+    free = Edit(prompt=LYON.prompt, target=LYON.target)
+    with Editor(base, tmp_path / "store") as editor:
+        editor.add([free])
+        with pytest.raises(EditFileError, match=r"stored with requires \[\] \(edit 0\), the file says \['Lyon'\]"):
+            editor.add([LYON])
+        assert editor.add([LYON], on_conflict="first") == []
+        (new,) = editor.add([LYON], on_conflict="last")
+        assert new.requires == ("Lyon",) and editor.edits == [new]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "rivals"),
+    [
+        (LYON, TURIN, False),
+        (LYON, Edit(prompt=TURIN.prompt, target="Bob", requires=("mayor",)), True),
+        (LYON, Edit(prompt=TURIN.prompt, target="Bob"), True),
+        (Edit(prompt=LYON.prompt, target="Ada"), TURIN, True),
+        (LYON, Edit(prompt=TURIN.prompt, target="Ada"), False),
+    ],
+)
+def test_like_questions_are_rivals_unless_names_keep_them_apart(
+    base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: Edit, second: Edit, rivals: bool
+) -> None:
+    monkeypatch.setattr(editor_module, "SAME_QUESTION", 0.4)  # the masks of this small model are less alike
+    with Editor(base, tmp_path / "store") as editor:
+        editor.add([first])
+        editor.add([second])
+        assert [rival.stored.id for rival in editor.outcome.conflicting] == [0] * rivals
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        (Edit(prompt="Who runs Acme?", target="Ada", requires=("Acme", "?!")), r"'\?!' in 'requires' .* has no word"),
+        (Edit(prompt="Who runs Acme?", target="Ada", requires=("Bolt",)), "has none of what it requires, 'Bolt'"),
+    ],
+)
+def test_what_could_never_act_is_refused(base: BaseModel, tmp_path: Path, edit: Edit, said: str) -> None:
+    with pytest.raises(EditFileError, match=said):
+        check_requires(edit)
+    with Editor(base, tmp_path / "store") as editor, pytest.raises(EditFileError, match=said):
+        editor.add([edit])
+
+
+def test_the_command_line(capsys: pytest.CaptureFixture[str], store: Path, tiny: Path, tmp_path: Path) -> None:
+    bad = write(
+        tmp_path / "bad.jsonl", [{"prompt": "a", "target": "b"}, {"prompt": "Who?", "target": "I", "requires": ["Al"]}]
+    )
+    begin = ("--model", tiny, "--store", tmp_path / "new")
+    refused(capsys, store, "line 2: prompt 'Who.' has none of what it requires", "edit", bad, *begin)
+    other = write(tmp_path / "other.jsonl", [{"prompt": "Who runs it?", "target": "I", "subject": "Acme"}])
+    refused(capsys, store, "has none of what it requires, 'Acme'", "edit", other, *begin, "--require-subject")
+    assert not (tmp_path / "new").exists()
+    records = [{"prompt": f"Who runs {name}?", "target": name[::-1], "subject": name} for name in ("Acme", "Bolt")]
+    records.append({"prompt": "Who is it?", "target": "no one"})
+    file = write(tmp_path / "edits.jsonl", records)
+    for command in (["edit"], ["index", "build"]):
+        folder = tmp_path / command[-1]
+        code, _, err = run(capsys, *command, file, "--model", tiny, "--store", folder, "--require-subject", "--json")
+        assert code == 0, err
+        assert [edit.requires for edit in EditStore.open(folder).edits] == [("Acme",), ("Bolt",), ()]
+    code, out, err = run(capsys, "bench", "quality", file, "--model", tiny, "--out", tmp_path / "run", "--controls",
+                         "0", "--data", tmp_path, "--require-subject", "--json")  # fmt: skip
+    assert code == 0 and json.loads(out)["stored"] == 3, err
+    assert EditStore.open(tmp_path / "run" / "store").edits[0].requires == ("Acme",)
