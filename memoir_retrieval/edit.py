@@ -8,7 +8,11 @@ import msgspec
 
 from memoir_retrieval.prompts import Message, Prompt
 
-__all__ = ["Edit", "Probe", "StoredEdit", "asked", "masked", "same_prompt"]
+__all__ = ["Edit", "Probe", "Requires", "StoredEdit", "asked", "masked", "same_prompt"]
+
+
+Requires = tuple[str | tuple[str, ...], ...]
+"""Texts that must all stand in a question; of those given together as one entry, one is enough."""
 
 
 class Probe(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -28,8 +32,8 @@ class Edit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid
     Training sees the prompt and the target; most of the rest is only read by evaluation. `locality`: unrelated
     questions. `neighbourhood`: questions about like things, such as the same relation of another subject; they must
     be left alone too. `portability`: questions whose answer follows from the edit, such as two hops. `ood`: the
-    same knowledge in other words, whole texts. `requires`: the edit acts only on questions in which one of these
-    texts stands (see `names`). `source` says where the edit comes from, in the user's words. `before`: the messages
+    same knowledge in other words, whole texts. `requires`: the edit acts only on questions in which these
+    texts stand (see `names`). `source` says where the edit comes from, in the user's words. `before`: the messages
     of a chat before the one that asks `prompt`, which the edit is trained after too.
     """
 
@@ -43,7 +47,7 @@ class Edit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid
     portability: tuple[Probe, ...] = ()
     ood: tuple[str, ...] = ()
     before: tuple[Message, ...] = ()
-    requires: tuple[str, ...] = ()
+    requires: Requires = ()
 
 
 class StoredEdit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -64,7 +68,7 @@ class StoredEdit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     rephrases: tuple[str, ...] = ()
     source: str = ""
     before: tuple[Message, ...] = ()
-    requires: tuple[str, ...] = ()
+    requires: Requires = ()
     trained: bool = True
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from memoir_retrieval.edit import Edit, Probe
+from memoir_retrieval.edit import Edit, Probe, Requires
 from memoir_retrieval.errors import EditFileError
 from memoir_retrieval.names import check_requires
 from memoir_retrieval.prompts import Message
@@ -160,7 +160,7 @@ def _edit(
     portability: Iterable[Probe] = (),
     ood: Texts = (),
     before: tuple[Message, ...] = (),
-    requires: Texts = (),
+    requires: Requires = (),
 ) -> list[Edit]:
     def asked(probes: Iterable[Probe]) -> tuple[Probe, ...]:
         return tuple(probe for probe in probes if probe.prompt.strip())
@@ -176,7 +176,7 @@ def _edit(
         portability=tuple(probe for probe in asked(portability) if probe.answer.strip()),
         ood=tuple(text for text in ood if text.strip()),
         before=before,
-        requires=tuple(requires),
+        requires=requires,
     )
     try:
         msgspec.json.encode(edit)

@@ -1,8 +1,8 @@
 """From the masks of questions to the edits that act on them: the nearest of those that may.
 
-Masks hardly tell apart two questions that differ in a name. An edit whose `requires` is given acts only on questions in
-which one of these texts stands, word by word, whatever the case and what is between the words. Of the edits that may
-act on a question the nearest one matches, so another edit in its way, however near, does not hide it.
+Masks may be alike for questions that differ in a name, or ask something else about the same one. An edit that
+`requires` texts acts only on questions in which they stand (`names`). Of the edits that may act on a question the
+nearest one matches, so another edit in its way, however near, does not hide it.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ class Lookup:
     """The masks of a store and what its edits require.
 
     index: all masks, in the order of the store's rows. read: called for the text of a question where the store has
-    edits that require one. Safe to use from several threads.
+    edits that require some. Safe to use from several threads.
     """
 
     def __init__(self, store: EditStore, read: Read) -> None:
         self.index = store.index()
         self._read = read
         bound = [edit for edit in store.edits if edit.requires]
-        self._phrases = Phrases((edit.id, text) for edit in bound for text in edit.requires)
+        self._phrases = Phrases((edit.id, edit.requires) for edit in bound)
         self._free = self.index
         if not bound:
             return

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable
 
 import msgspec
 
-from memoir_retrieval.edit import Edit, StoredEdit
+from memoir_retrieval.edit import Edit, Requires, StoredEdit
 from memoir_retrieval.errors import EditFileError
 
 __all__ = ["Phrases", "check_requires", "one_question", "require_subjects", "words"]
@@ -27,24 +28,32 @@ def words(text: str) -> tuple[str, ...]:
 
 
 class Phrases:
-    """Texts that are looked for all at once, each with the id of the edit that requires it."""
+    """What edits require, looked for all at once. required: by the id of each edit."""
 
-    def __init__(self, texts: Iterable[tuple[int, str]]) -> None:
-        self._ids: dict[tuple[str, ...], list[int]] = {}
-        for edit, text in texts:
-            self._ids.setdefault(words(text), []).append(edit)
-        self._lengths = sorted({len(phrase) for phrase in self._ids})
+    def __init__(self, required: Iterable[tuple[int, Requires]]) -> None:
+        self._entries: dict[tuple[str, ...], list[tuple[int, int]]] = {}
+        self._needed: dict[int, int] = {}
+        for edit, entries in required:
+            self._needed[edit] = len(entries)
+            for entry, texts in enumerate(map(_texts, entries)):
+                for text in texts:
+                    self._entries.setdefault(words(text), []).append((edit, entry))
+        self._lengths = sorted({len(phrase) for phrase in self._entries})
 
     def __len__(self) -> int:
-        return len(self._ids)
+        return len(self._needed)
 
     def found_in(self, text: str) -> set[int]:
-        """The edits that require what stands in the text."""
-        there, found = words(text), set[int]()
+        """The edits of which every entry stands in the text."""
+        there, found = words(text), set[tuple[int, int]]()
         for n in self._lengths:
             for at in range(len(there) - n + 1):
-                found.update(self._ids.get(there[at : at + n], ()))
-        return found
+                found.update(self._entries.get(there[at : at + n], ()))
+        return {edit for edit, n in Counter(edit for edit, _ in found).items() if n == self._needed[edit]}
+
+
+def _texts(entry: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (entry,) if isinstance(entry, str) else entry
 
 
 def one_question(a: Edit | StoredEdit, b: Edit | StoredEdit) -> bool:
@@ -53,21 +62,22 @@ def one_question(a: Edit | StoredEdit, b: Edit | StoredEdit) -> bool:
 
 
 def _may_act(edit: Edit | StoredEdit, prompt: str) -> bool:
-    return not edit.requires or bool(Phrases((0, text) for text in edit.requires).found_in(prompt))
+    return not edit.requires or bool(Phrases([(0, edit.requires)]).found_in(prompt))
 
 
 def check_requires(edit: Edit) -> None:
     """Raise EditFileError where an edit requires what can stand in no question, or does not stand in its own."""
-    for text in edit.requires:
-        if not words(text):
+    for entry in edit.requires:
+        texts = _texts(entry)
+        if not texts or not all(words(text) for text in texts):
             raise EditFileError(
-                f"{text!r} in 'requires' of prompt {edit.prompt!r} has no word: name what a question must have"
+                f"{entry!r} in 'requires' of prompt {edit.prompt!r} has no word: name what a question must have"
             )
-    if not _may_act(edit, edit.prompt):
-        raise EditFileError(
-            f"prompt {edit.prompt!r} has none of what it requires, {', '.join(map(repr, edit.requires))}, so its edit "
-            "would never act: write it as the prompt does, or leave it out"
-        )
+        if not Phrases([(0, (entry,))]).found_in(edit.prompt):
+            raise EditFileError(
+                f"prompt {edit.prompt!r} has not what it requires, {' or '.join(map(repr, texts))}, so its edit would "
+                "never act: write it as the prompt does, or leave it out"
+            )
 
 
 def require_subjects(edits: Iterable[Edit]) -> list[Edit]:

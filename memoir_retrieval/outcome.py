@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import msgspec
+
 from memoir_retrieval.edit import Edit, StoredEdit, same_prompt
 from memoir_retrieval.errors import EditFileError
 
@@ -108,4 +110,4 @@ def same_edit(stored: StoredEdit, edit: Edit) -> bool:
 
 def _told(edit: Edit | StoredEdit, what: str) -> str:
     value = getattr(edit, what)
-    return repr(value if isinstance(value, str) else list(value))
+    return repr(value) if isinstance(value, str) else msgspec.json.encode(value).decode()

@@ -111,7 +111,7 @@ def lookup(
         if nearest:
             click.echo(f"  nearest: edit {nearest.id}, overlap {nearest.overlap:.3f}: {nearest.edit.prompt}")
             if nearest.edit.requires and nearest.overlap >= retriever.tau:
-                click.echo(f"  which acts on questions with {' or '.join(map(repr, nearest.edit.requires))}")
+                click.echo(f"  which requires {json.dumps(nearest.edit.requires, ensure_ascii=False)} in a question")
     if second:
         click.echo(f"  next best: edit {second[0]}, overlap {second[1]:.3f}")
 

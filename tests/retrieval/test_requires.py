@@ -22,7 +22,7 @@ from memoir_retrieval.model import BaseModel
 from memoir_retrieval.names import Phrases, check_requires, words
 
 LYON = Edit(prompt="Who is the mayor of Lyon?", target="Ada", requires=("Lyon",))
-TURIN = Edit(prompt="Who is the mayor of Turin?", target="Bob", requires=("Turin", "Torino"))
+TURIN = Edit(prompt="Who is the mayor of Turin?", target="Bob", requires=("mayor", ("Turin", "Torino")))
 
 
 @pytest.mark.parametrize(
@@ -47,12 +47,23 @@ TURIN = Edit(prompt="Who is the mayor of Turin?", target="Bob", requires=("Turin
     ],
 )
 def test_a_text_stands_in_a_question_word_by_word(text: str, required: str, found: bool) -> None:
-    assert Phrases([(7, required)]).found_in(text) == ({7} if found else set())
+    assert Phrases([(7, (required,))]).found_in(text) == ({7} if found else set())
 
 
 def test_one_look_finds_all_that_is_required() -> None:
-    phrases = Phrases([(0, "New York"), (1, "York"), (2, "new york city"), (1, "Boston"), (3, "York City hall")])
-    assert phrases.found_in("Where is New York City?") == {0, 1, 2}
+    phrases = Phrases(
+        [
+            (0, ("New York",)),
+            (1, (("York", "Boston"),)),
+            (2, ("new york city", "york")),
+            (3, ("York City hall",)),
+            (4, ("York", "Boston")),
+            (5, (("where", "which place"), ("Boston", "York"), "is")),
+            (6, (("when",), "York")),
+        ]
+    )
+    assert phrases.found_in("Where is New York City?") == {0, 1, 2, 5}
+    assert phrases.found_in("When Boston met York") == {1, 4, 6}
     assert words(" New-York,\tcity ") == ("new", "york", "city")
 
 
@@ -63,7 +74,11 @@ def text_of(ids: list[int]) -> str:
 def oracle(store: EditStore, code: np.ndarray, tau: float, text: str) -> tuple[int, float, int]:
     """Edit, overlap and row, by looking at every row."""
     there = words(text)
-    may = [edit.id for edit in store.edits if not edit.requires or any(words(r)[0] in there for r in edit.requires)]
+    may = [
+        edit.id
+        for edit in store.edits
+        if all(any(words(text)[0] in there for text in entry) for entry in edit.requires)
+    ]
     rows = np.flatnonzero(np.isin(store.ids, may))
     if not len(rows):
         return -1, 0.0, -1
@@ -73,24 +88,25 @@ def oracle(store: EditStore, code: np.ndarray, tau: float, text: str) -> tuple[i
     return (int(store.ids[row]) if row >= 0 else -1), float(bits[at] / K), row
 
 
+def requirement(rng: np.random.Generator) -> tuple[tuple[str, ...], ...]:
+    return tuple(tuple(f"name{n}" for n in rng.integers(6, size=2)) for _ in range(rng.integers(1, 3)))
+
+
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_the_nearest_of_those_that_may_act_is_found(tmp_path: Path, share: float) -> None:
     """Against every row looked at: edits of several rows, equal masks, rows that were added to the files."""
     rng = np.random.default_rng(int(10 * share))
-    edits = [
-        stored_edit(i, requires=tuple(f"name{n}" for n in rng.integers(6, size=2)) if rng.random() < share else ())
-        for i in range(60)
-    ]
+    edits = [stored_edit(i, requires=requirement(rng) if rng.random() < share else ()) for i in range(60)]
     ids = np.repeat(np.arange(60), 2)
     codes = masks(120, seed=3)[rng.integers(80, size=120)]  # some of them are equal
     write_store(tmp_path, n=60, ids=ids, codes=codes, memory_of=np.zeros(120, dtype=np.int32), edits=edits)
     store = EditStore.open(tmp_path)
     assert append(
         tmp_path, store.manifest, store.tail, codes=codes[:1], ids=np.array([60]),
-        memory_of=np.zeros(1, dtype=np.int32), edits=[stored_edit(60, requires=("name1",))], columns={},
+        memory_of=np.zeros(1, dtype=np.int32), edits=[stored_edit(60, requires=(("name1",),))], columns={},
     )  # fmt: skip
     store = EditStore.open(tmp_path)
-    assert store.edits[60].requires == ("name1",) and len(store.additions) == 1
+    assert store.edits[60].requires == (("name1",),) and len(store.additions) == 1
     lookup = Lookup(store, text_of)
     asked = np.concatenate([codes, masks(80, seed=9)])
     questions = [rng.integers(8, size=3).tolist() for _ in asked]
@@ -157,11 +173,11 @@ def test_a_rephrasing_finds_its_edit_past_a_nearer_one(base: BaseModel, store: P
 def test_lookup_tells_what_the_nearest_edit_requires(capsys: pytest.CaptureFixture[str], store: Path) -> None:
     code, out, _ = run(capsys, "lookup", store, "Who is the mayor of Genoa?")
     assert code == 0 and "no edit matches" in out
-    assert "which acts on questions with 'Lyon'" in out or "which acts on questions with 'Turin' or 'Torino'" in out
+    assert 'which requires ["Lyon"]' in out or 'which requires ["mayor", ["Turin", "Torino"]]' in out
     code, out, _ = run(capsys, "lookup", store, LYON.prompt, "--json")
     assert json.loads(out)["edit"] == 0 and json.loads(out)["overlap"] == 1.0
     code, out, _ = run(capsys, "show", store, "1", "--json")
-    assert json.loads(out)["requires"] == ["Turin", "Torino"]
+    assert json.loads(out)["requires"] == ["mayor", ["Turin", "Torino"]]
 
 
 def test_what_is_required_survives_another_editor(base: BaseModel, store: Path) -> None:
@@ -175,7 +191,7 @@ def test_the_same_prompt_with_another_requirement_is_another_edit(base: BaseMode
     free = Edit(prompt=LYON.prompt, target=LYON.target)
     with Editor(base, tmp_path / "store") as editor:
         editor.add([free])
-        with pytest.raises(EditFileError, match=r"stored with requires \[\] \(edit 0\), the file says \['Lyon'\]"):
+        with pytest.raises(EditFileError, match=r'with requires \[\] \(edit 0\), the file says \["Lyon"\]'):
             editor.add([LYON])
         assert editor.add([LYON], on_conflict="first") == []
         (new,) = editor.add([LYON], on_conflict="last")
@@ -206,7 +222,9 @@ def test_like_questions_are_rivals_unless_names_keep_them_apart(
     ("edit", "said"),
     [
         (Edit(prompt="Who runs Acme?", target="Ada", requires=("Acme", "?!")), r"'\?!' in 'requires' .* has no word"),
-        (Edit(prompt="Who runs Acme?", target="Ada", requires=("Bolt",)), "has none of what it requires, 'Bolt'"),
+        (Edit(prompt="Who runs Acme?", target="Ada", requires=("Acme", "Bolt")), "has not what it requires, 'Bolt'"),
+        (Edit(prompt="Who runs Acme?", target="Ada", requires=(("A", "B"),)), "has not what it requires, 'A' or 'B'"),
+        (Edit(prompt="Who runs Acme?", target="Ada", requires=((),)), r"\(\) in 'requires' .* has no word"),
     ],
 )
 def test_what_could_never_act_is_refused(base: BaseModel, tmp_path: Path, edit: Edit, said: str) -> None:
@@ -221,9 +239,9 @@ def test_the_command_line(capsys: pytest.CaptureFixture[str], store: Path, tiny:
         tmp_path / "bad.jsonl", [{"prompt": "a", "target": "b"}, {"prompt": "Who?", "target": "I", "requires": ["Al"]}]
     )
     begin = ("--model", tiny, "--store", tmp_path / "new")
-    refused(capsys, store, "line 2: prompt 'Who.' has none of what it requires", "edit", bad, *begin)
+    refused(capsys, store, "line 2: prompt 'Who.' has not what it requires", "edit", bad, *begin)
     other = write(tmp_path / "other.jsonl", [{"prompt": "Who runs it?", "target": "I", "subject": "Acme"}])
-    refused(capsys, store, "has none of what it requires, 'Acme'", "edit", other, *begin, "--require-subject")
+    refused(capsys, store, "has not what it requires, 'Acme'", "edit", other, *begin, "--require-subject")
     assert not (tmp_path / "new").exists()
     records = [{"prompt": f"Who runs {name}?", "target": name[::-1], "subject": name} for name in ("Acme", "Bolt")]
     records.append({"prompt": "Who is it?", "target": "no one"})

@@ -25,7 +25,7 @@ import torch
 from small_models import save_llama
 from transformers import LlamaForCausalLM
 
-from memoir_retrieval.edit import StoredEdit
+from memoir_retrieval.edit import Requires, StoredEdit
 from memoir_retrieval.fingerprint import Fingerprint, permutation
 from memoir_retrieval.forward import question_means
 from memoir_retrieval.model import BaseModel, load_model
@@ -246,7 +246,7 @@ class Engine:
 
 
 def next_generation(
-    folder: Path, *, without: tuple[int, ...] = (), requires: Mapping[int, tuple[str, ...]] | None = None
+    folder: Path, *, without: tuple[int, ...] = (), requires: Mapping[int, Requires] | None = None
 ) -> int:
     """Write a generation with other memories, less some edits; returns its number. requires: what edits require now."""
     requires = requires or {}

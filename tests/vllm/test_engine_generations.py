@@ -118,7 +118,7 @@ def test_an_edit_acts_where_what_it_requires_stands(
     """Like questions about other names: matched while nothing is required, and the base model's bits after that."""
     prompts = [EDITS[0], EDITS[0].replace("Zubrovia", "Zubrowka"), EDITS[0].replace("The", "the").replace("Z", "z")]
     asked = [prompt_ids(base.tokenizer, prompt, chat=False) for prompt in prompts]
-    for requires, edits in (({}, [0, 0, 0]), ({0: ("Zembla", "ZUBROVIA")}, [0, None, 0])):
+    for requires, edits in (({}, [0, 0, 0]), ({0: ("president", ("Zembla", "ZUBROVIA"))}, [0, None, 0])):
         generation = next_generation(folder, requires=requires)
         assert engine.llm.collective_rpc("memoir_reload") == [generation]
         model = EditedModel.open(folder, str(model_folder))

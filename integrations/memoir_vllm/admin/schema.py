@@ -48,8 +48,10 @@ class AddEdit(_Given):
     rephrases: list[Text] = Field(default=[], max_length=32, description="Kept with the edit for evaluation.")
     subject: Short = ""
     source: Short = Field(default="", description="Where the edit comes from, such as a ticket.")
-    requires: list[Short] = Field(
-        default=[], max_length=32, description="The edit acts only on questions in which one of these stands."
+    requires: list[Short | list[Short]] = Field(
+        default=[],
+        max_length=32,
+        description="Texts that must all stand in a question, or the edit does not act; of a list, one is enough.",
     )
     on_conflict: Literal["refuse", "last"] = Field(
         default="refuse", description='"last" replaces an edit of the same prompt that has another target.'
@@ -90,7 +92,7 @@ class StoredEditOut(BaseModel):
     subject: str
     rephrases: list[str]
     source: str
-    requires: list[str]
+    requires: list[str | list[str]]
 
 
 class EditPage(BaseModel):

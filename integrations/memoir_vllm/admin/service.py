@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 from vllm.logger import init_logger
 
-from memoir_retrieval.edit import StoredEdit
+from memoir_retrieval.edit import Requires, StoredEdit
 from memoir_retrieval.errors import MemoirError, StoreError
 from memoir_retrieval.store import MANIFEST, EditStore
 from memoir_vllm.admin.audit import AuditLog
@@ -185,11 +185,11 @@ class Service:
                 raise Conflict(f"job {job.id} is about the same prompt: wait until it is done")
         there = await asyncio.to_thread(self._find, given.prompt)
         same_target = there is not None and there.target == given.target
-        if there is not None and same_target and list(there.requires) == given.requires:
+        if there is not None and same_target and _plain(there.requires) == given.requires:
             return there
         if there is not None and given.on_conflict == "refuse":
             what = (
-                f"has this prompt and requires {list(there.requires)}"
+                f"has this prompt and requires {_plain(there.requires)}"
                 if same_target
                 else (f"answers this prompt with {there.target!r}")
             )
@@ -228,11 +228,15 @@ def _words(text: str) -> str:
     return " ".join(text.split())
 
 
+def _plain(requires: Requires) -> list[str | list[str]]:
+    return [entry if isinstance(entry, str) else list(entry) for entry in requires]
+
+
 def _same(edit: StoredEdit, change: dict[str, Any] | None) -> bool:
     if change is None:
         return False
     has, given = (_words(edit.prompt), edit.target), (_words(change["prompt"]), change["target"])
-    return has == given and list(edit.requires) == list(change.get("requires", ()))
+    return has == given and _plain(edit.requires) == change.get("requires", [])
 
 
 def _has(edit: StoredEdit, words: Iterable[str]) -> bool:
