@@ -18,18 +18,20 @@ __all__ = [
 
 
 class ExactMatch(msgspec.Struct, frozen=True):
-    """Greedy generation with natural stop equals the target: the share of the edits, and of their rephrasings."""
+    """Greedy generation with natural stop equals the target: the share of the edits, and of their rephrasings,
+    None where there are none."""
 
     edits: float
-    rephrases: float
+    rephrases: float | None
 
 
 class Matching(msgspec.Struct, frozen=True):
-    """Share of prompts and of rephrasings that match their own edit; share of unrelated prompts that match any."""
+    """Share of prompts and of rephrasings that match their own edit; share of unrelated prompts that match any; None
+    where there are none to ask."""
 
     edits_right: float
-    rephrases_right: float
-    false_rate: float
+    rephrases_right: float | None
+    false_rate: float | None
 
 
 class Generated(msgspec.Struct, frozen=True):

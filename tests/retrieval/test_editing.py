@@ -92,7 +92,7 @@ def test_evaluation_reads_off_what_the_edits_did(edited: EditedModel, edits: lis
         EditedModel(Retriever(edited.retriever.store, edited.base, tau=1.0)), edited.retriever.store.edits,
         [Edit(prompt=e.prompt, target=e.target, rephrases=e.rephrases) for e in edits], tau=1.0,
     )  # fmt: skip
-    assert nothing.match.rephrases_right == 0.0 and nothing.locality is None
+    assert nothing.match.rephrases_right == 0.0 and nothing.locality is nothing.match.false_rate is None
     with pytest.raises(ConfigError, match="1 of 1 edits of the file are not stored"):
         evaluate(edited, edited.retriever.store.edits, [Edit(prompt="Who?", target="Me")], tau=0.5)
 
