@@ -73,7 +73,7 @@ def build(
     if editor.generation:
         raise StoreError(f"{editor.path} is a store already: choose a new folder, or append with `memoir edit`")
     for edit in edits:
-        check_requires(edit)
+        check_requires(edit, whole=editor.span.rule == "all")
     after = editor.contexts[: editor.training.context_masks]
     texts = [(i, text) for i, edit in enumerate(edits) for text in masked(edit, after, len(edit.rephrases) * rephrases)]
     shards = list(_shards(editor, [text for _, text in texts]))

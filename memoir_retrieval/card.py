@@ -56,8 +56,10 @@ def model_card(store: EditStore, repo: str, scores: dict[str, Any] | None = None
         lines += [f"## Scores ({SCORES})", "", "| | |", "|---|---|"]
         lines += [f"| {_cell(name)} | {_cell(value)} |" for name, value in _flat(scores)]
         lines += [""]
-    lines += ["## Edits", "", "| id | prompt | target |", "|---|---|---|"]
-    lines += [f"| {edit.id} | {_cell(edit.prompt)} | {_cell(edit.target)} |" for edit in store.edits[:SHOWN]]
+    lines += ["## Edits", "", "| id | prompt | target | requires |", "|---|---|---|---|"]
+    for edit in store.edits[:SHOWN]:
+        required = msgspec.json.encode(edit.requires).decode() if edit.requires else ""
+        lines += [f"| {edit.id} | {_cell(edit.prompt)} | {_cell(edit.target)} | {_cell(required)} |"]
     if len(store.edits) > SHOWN:
         lines += ["", f"and {len(store.edits) - SHOWN} more in `{made.edits.name}`."]
     return "\n".join(lines) + "\n"

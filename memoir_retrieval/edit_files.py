@@ -57,12 +57,15 @@ def check_duplicates(edits: Iterable[Edit], keep: Keep = "refuse") -> list[Edit]
     kept: dict[str, tuple[int, Edit]] = {}
     for number, edit in enumerate(edits, 1):
         known_number, known = kept.setdefault(_collapse(edit.prompt), (number, edit))
-        if _collapse(known.target) == _collapse(edit.target):
+        same_target = _collapse(known.target) == _collapse(edit.target)
+        if same_target and known.requires == edit.requires:
             continue
         if keep == "refuse":
+            what = "requires" if same_target else "targets"
+            values = (known.requires, edit.requires) if same_target else (known.target, edit.target)
             raise EditFileError(
-                f"edits {known_number} and {number} give the prompt {show(edit.prompt)} two targets, "
-                f"{show(known.target)} and {show(edit.target)}; drop one, or use --on-conflict first|last"
+                f"edits {known_number} and {number} give the prompt {show(edit.prompt)} two {what}, "
+                f"{show(values[0])} and {show(values[1])}; drop one, or use --on-conflict first|last"
             )
         if keep == "last":
             kept[_collapse(edit.prompt)] = (number, edit)

@@ -42,8 +42,6 @@ CHECKPOINT_EVERY = 30.0
 EDITS_PER_MEMORY = 5
 # Memories that are trained side by side, at most, unless told otherwise: what more of them gain is little (docs).
 SIDE_BY_SIDE = 4
-# Stored edits with nearly the mask of a new one that are looked at, for one that answers the same question.
-RIVALS = 16
 
 
 class Asked(NamedTuple):
@@ -303,15 +301,22 @@ class Editor:
         if self.index.search(code, SAME_QUESTION).ids[0] < 0:
             return None
         # Like questions about other names are no rivals: the nearest that may answer this one is, or would be.
-        ids, overlaps = self.index.nearest(code, RIVALS)
-        for number, overlap in zip(ids[0].tolist(), overlaps[0].tolist(), strict=True):
-            if number < 0 or overlap < SAME_QUESTION:
-                break
+        for number, overlap in self._like(code):
             stored = next(one for one in self.edits if one.id == number)
             if one_question(stored, edit):
                 same = not stored.trained or same_prompt(stored.target) == same_prompt(edit.target)
                 return None if same else Conflicting(edit.prompt, edit.target, stored, round(overlap, 4))
         return None
+
+    def _like(self, code: np.ndarray) -> list[tuple[int, float]]:
+        """Ids and overlaps of all stored edits with nearly this mask, the nearest first."""
+        n = 16
+        while True:
+            ids, overlaps = self.index.nearest(code, n)
+            like = [(i, o) for i, o in zip(ids[0].tolist(), overlaps[0].tolist(), strict=True) if o >= SAME_QUESTION]
+            if len(like) < n:
+                return like
+            n *= 4
 
     def _memories(self, n: int, side_by_side: int) -> list[int]:
         """Numbers of n open memories, the emptiest first. The last `side_by_side` of the store are open; while one of

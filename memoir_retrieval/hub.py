@@ -158,10 +158,11 @@ def _adopt(fetched: EditStore, folder: Path, repo: str, replace: bool) -> tuple[
             digests[::2] == digests[1::2]
         ):
             return ours.generation, False
-        lost = {(e.prompt, e.target) for e in here.edits} - {(e.prompt, e.target) for e in fetched.edits}
+        has = [{(e.prompt, e.target, e.requires) for e in store.edits} for store in (here, fetched)]
+        lost = {prompt for prompt, *_ in has[0] - has[1]}
         if lost and not replace:
             raise StoreMismatch(
-                f"store {folder} has {len(lost)} edits that {repo} has not, such as {min(lost)[0]!r}: choose a new "
+                f"store {folder} has {len(lost)} edits that {repo} has not, such as {min(lost)!r}: choose a new "
                 "folder, or --replace to drop them"
             )
         next_id = max(ours.next_id, theirs.next_id)  # ids are never used twice, here either

@@ -82,10 +82,11 @@ class Lookup:
         """Row and common bits of the nearest mask of these edits, the earliest among equals; (-1, 0) without edits."""
         if not edits:
             return -1, 0
-        numbers = np.fromiter(edits, np.int64, len(edits))
+        numbers = np.sort(np.fromiter(edits, np.int64, len(edits)))
         first = np.searchsorted(self._ids, numbers)
-        last = np.searchsorted(self._ids, numbers, side="right")
-        rows = np.sort(np.concatenate([self._rows[a:b] for a, b in zip(first, last, strict=True)]))
+        counts = np.searchsorted(self._ids, numbers, side="right") - first
+        behind = np.repeat(first - np.cumsum(counts) + counts, counts)  # what to add to a position in what follows
+        rows = np.sort(self._rows[behind + np.arange(len(behind))])
         best, most = -1, 0
         for start in range(0, len(rows), _MOST):
             part = rows[start : start + _MOST]

@@ -2,58 +2,68 @@
 
 from __future__ import annotations
 
-import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 
 import msgspec
+import regex
 
 from memoir_retrieval.edit import Edit, Requires, StoredEdit
 from memoir_retrieval.errors import EditFileError
 
 __all__ = ["Phrases", "check_requires", "one_question", "require_subjects", "words"]
 
-# Scripts that put no space between words, or, like Hangul, particles behind them: each character counts as a word.
-_UNSPACED = (
-    "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff"
-    "\U00020000-\U0003ffff"
+# Scripts that put no space between words, or, like Hangul, particles behind them: each letter counts as a word.
+_UNSPACED = "".join(
+    rf"\p{{Script={name}}}"
+    for name in ("Thai", "Lao", "Tibetan", "Myanmar", "Khmer", "Han", "Hiragana", "Katakana", "Hangul")
 )
-_WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
+_WORD = regex.compile(rf"(?V1)[[\p{{L}}\p{{N}}]&&[{_UNSPACED}]]\p{{M}}*|[\p{{L}}\p{{M}}\p{{N}}_--[{_UNSPACED}]]+")
 
 
 def words(text: str) -> tuple[str, ...]:
-    """The words of a text as they are compared: NFKC, case folded, without what stands between them."""
+    """The words of a text as they are compared: NFKC, case folded, without the spaces and signs between them."""
     return tuple(_WORD.findall(unicodedata.normalize("NFKC", text).casefold()))
 
 
 class Phrases:
-    """What edits require, looked for all at once. required: by the id of each edit."""
+    """What edits require, looked for all at once. required: by the id of each edit.
+
+    An edit is filed under the entry that the fewest edits share, such as its name, and its other entries are only
+    looked at where that one is found: so a text takes no longer for a word that many edits require.
+    """
 
     def __init__(self, required: Iterable[tuple[int, Requires]]) -> None:
-        self._entries: dict[tuple[str, ...], list[tuple[int, int]]] = {}
-        self._needed: dict[int, int] = {}
-        for edit, entries in required:
-            self._needed[edit] = len(entries)
-            for entry, texts in enumerate(map(_texts, entries)):
-                for text in texts:
-                    self._entries.setdefault(words(text), []).append((edit, entry))
-        self._lengths = sorted({len(phrase) for phrase in self._entries})
+        self._entries = {edit: [_phrases(entry) for entry in entries] for edit, entries in required}
+        shared = Counter(phrase for entries in self._entries.values() for entry in entries for phrase in entry)
+        self._lengths = sorted({len(phrase) for phrase in shared})
+        self._edits: dict[tuple[str, ...], list[int]] = {}
+        for edit, entries in self._entries.items():
+            for phrase in min(entries, key=lambda entry: sum(shared[phrase] for phrase in entry)):
+                self._edits.setdefault(phrase, []).append(edit)
 
     def __len__(self) -> int:
-        return len(self._needed)
+        return len(self._entries)
 
     def found_in(self, text: str) -> set[int]:
         """The edits of which every entry stands in the text."""
-        there, found = words(text), set[tuple[int, int]]()
-        for n in self._lengths:
-            for at in range(len(there) - n + 1):
-                found.update(self._entries.get(there[at : at + n], ()))
-        return {edit for edit, n in Counter(edit for edit, _ in found).items() if n == self._needed[edit]}
+        there = words(text)
+        runs = {there[at : at + n] for n in self._lengths for at in range(len(there) - n + 1)}
+        return {
+            edit
+            for run in runs
+            for edit in self._edits.get(run, ())
+            if all(any(phrase in runs for phrase in entry) for entry in self._entries[edit])
+        }
 
 
 def _texts(entry: str | tuple[str, ...]) -> tuple[str, ...]:
     return (entry,) if isinstance(entry, str) else entry
+
+
+def _phrases(entry: str | tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
+    return tuple({words(text): None for text in _texts(entry)})
 
 
 def one_question(a: Edit | StoredEdit, b: Edit | StoredEdit) -> bool:
@@ -65,8 +75,16 @@ def _may_act(edit: Edit | StoredEdit, prompt: str) -> bool:
     return not edit.requires or bool(Phrases([(0, edit.requires)]).found_in(prompt))
 
 
-def check_requires(edit: Edit) -> None:
-    """Raise EditFileError where an edit requires what can stand in no question, or does not stand in its own."""
+def check_requires(edit: Edit, *, whole: bool = False) -> None:
+    """Raise EditFileError where an edit requires what can stand in no question, or does not stand in its own.
+
+    whole: what is pooled is the whole prompt, not its question (the span rule "all"), in which anything may stand.
+    """
+    if edit.requires and whole:
+        raise EditFileError(
+            f"prompt {edit.prompt!r} requires words of a question, but the store pools whole prompts: leave out "
+            "--span all, or 'requires'"
+        )
     for entry in edit.requires:
         texts = _texts(entry)
         if not texts or not all(words(text) for text in texts):

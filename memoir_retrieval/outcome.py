@@ -11,7 +11,7 @@ import msgspec
 from memoir_retrieval.edit import Edit, StoredEdit, same_prompt
 from memoir_retrieval.errors import EditFileError
 
-__all__ = ["SAME_QUESTION", "Conflict", "Conflicting", "Failed", "Outcome", "Progress", "Step", "plan"]
+__all__ = ["SAME_QUESTION", "Conflict", "Conflicting", "Failed", "Outcome", "Progress", "Step", "plan", "same_edit"]
 
 Conflict = Literal["refuse", "first", "last", "both"]
 
@@ -86,7 +86,9 @@ def plan(
         if old is None:
             todo.append(edit)
         elif not old.trained:
-            todo.append(edit)
+            # Built with requirements, and trained from a file that says nothing of them: they still hold.
+            kept = edit if edit.requires else msgspec.structs.replace(edit, requires=old.requires)
+            todo.append(kept)
             replaced[same_prompt(edit.prompt)] = old
         elif same_edit(old, edit) or on_conflict == "first":
             continue

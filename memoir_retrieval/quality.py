@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -38,10 +39,14 @@ class Checkpoint(msgspec.Struct, frozen=True):
 
 
 class Passed(msgspec.Struct):
-    """`passed.json`, what an interrupted run knows when it goes on. See `Run`."""
+    """`passed.json`, what an interrupted run knows when it goes on. See `Run`.
+
+    asked: a digest of the edits up to the last checkpoint.
+    """
 
     data: str
     every: int
+    asked: str = ""
     checkpoints: list[Checkpoint] = []
     seconds: dict[int, float] = {}
 
@@ -101,7 +106,7 @@ def run_quality(
     if (folder / RESULT).exists():
         raise ConfigError(f"{folder} holds a finished run: choose another --out, or look at it with `memoir report`")
     started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    passed = _passed(folder, data, every)
+    passed = _passed(folder, data, every, edits)
     with editor:
         n, done = side_by_side or editor.side_by_side(len(edits)), 0
         for reached in checkpoints(len(edits)):
@@ -115,6 +120,7 @@ def run_quality(
             passed.seconds |= trained
             at = Checkpoint(reached, *asked_back(model, stored, edits[:reached:every]))
             passed.checkpoints = [*(one for one in passed.checkpoints if one.edits < reached), at]
+            passed.asked = _digest(edits[:reached])
             publish(folder / PASSED, msgspec.json.encode(passed))
             tell(f"{reached} edits: reliability {at.reliability:.4f}, found {at.found:.4f}")
     asked = edits[::every]
@@ -179,16 +185,25 @@ def read_run(folder: Path) -> Run:
         raise ConfigError(f"{folder / RESULT} is no run of this version ({error}): run it again") from None
 
 
-def _passed(folder: Path, data: str, every: int) -> Passed:
-    """What an interrupted run of the folder left, or nothing. Raises ConfigError where it was of other data."""
+def _digest(edits: Sequence[Edit]) -> str:
+    told = [(edit.prompt, edit.target, edit.requires) for edit in edits]
+    return hashlib.sha256(msgspec.json.encode(told)).hexdigest()
+
+
+def _passed(folder: Path, data: str, every: int, edits: Sequence[Edit]) -> Passed:
+    """What an interrupted run of the folder left, or nothing. Raises ConfigError where it was of other edits."""
     try:
         left = msgspec.json.decode((folder / PASSED).read_bytes(), type=Passed)
     except FileNotFoundError:
         return Passed(data, every)
     except msgspec.DecodeError as error:
         raise ConfigError(f"{folder / PASSED} is damaged ({error}): choose another --out, or remove it") from None
-    if left.data != data:
-        raise ConfigError(f"{folder} holds an interrupted run of {left.data}: choose another --out for {data}")
+    known = left.checkpoints[-1].edits if left.checkpoints else 0
+    if known and left.asked != _digest(edits[:known]):
+        raise ConfigError(
+            f"{folder} holds an interrupted run of other edits (of {left.data}): go on with the same command, or "
+            "choose another --out"
+        )
     return left if left.every == every else Passed(data, every, seconds=left.seconds)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from memoir_index import Hits
+from memoir_index import Hits, hamming_radius
 from memoir_retrieval.edit import StoredEdit
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.fingerprint import Fingerprint
@@ -26,7 +26,8 @@ __all__ = ["Match", "Retriever"]
 
 @dataclass(frozen=True)
 class Match:
-    """The edit nearest to a prompt. `overlap` is |M(q) & M(edit)| / k; what `lookup` gives has at least tau.
+    """The edit nearest to a prompt. `overlap` is |M(q) & M(edit)| / k; what `lookup` gives has at least tau, and is the
+    nearest of those that may act.
 
     `runner_up`: id and overlap of the best other edit, or None in a store of one edit.
     """
@@ -122,6 +123,13 @@ class Retriever:
     def nearest_acting(self, codes: NDArray[np.uint8], questions: Sequence[Sequence[int]]) -> NDArray[np.int64]:
         """Of each question, given its mask and its tokens, the nearest edit that may act at any overlap; else -1."""
         return self._lookup.search(codes, 1 / self.store.manifest.k, questions, exact=True).ids
+
+    def passed_over(self, match: Match | None, nearest: Match | None) -> bool:
+        """Whether the nearest edit was near enough to match, and required what the prompt lacks."""
+        if match or not nearest:
+            return bool(match and nearest and match.id != nearest.id)
+        k = self.store.manifest.k
+        return round(2 * k * (1 - nearest.overlap)) <= hamming_radius(self.tau, k)
 
     def route(self, means: torch.Tensor, questions: Sequence[Sequence[int]]) -> Hits:
         """What a server decides. means: float32 [Q, D], the mean activation of each question; questions: their ids."""

@@ -59,7 +59,7 @@ class Wordings:
 
     def check(self, edit: Edit) -> None:
         """Raise EditFileError where the model cannot be trained on an edit, or the edit could never act."""
-        check_requires(edit)
+        check_requires(edit, whole=self.span.rule == "all")
         if edit.before and not self.chat:
             raise EditFileError(
                 f"prompt {edit.prompt!r} is part of a chat, but the store asks raw prompts: drop --no-chat"

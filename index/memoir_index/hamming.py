@@ -127,7 +127,7 @@ class HammingIndex:
     def take(self, rows: ArrayLike) -> Codes:
         """The codes stored at many rows, integers [N]: uint8 [N, d/8], a copy.
 
-        Raises CodeError unless each is a row, and for a row that is damaged where codes were taken unchecked.
+        Raises CodeError unless each is a row, and for one that is damaged where codes were taken unchecked.
         """
         at, now = np.asarray(rows, dtype=np.int64), self._now
         wrong = at[(at < 0) | (at >= now.alive)]
@@ -136,7 +136,9 @@ class HammingIndex:
         if not at.size:
             return np.empty((0, self.d // 8), np.uint8)
         codes = now.take(at)
-        return check_codes(codes, self.d, self.k) if self._recheck else codes
+        if self._recheck:
+            self._check_returned(now, at)
+        return codes
 
     def plan(self, tau: float) -> Plan:
         """How `search` would look for matches at this tau now. Raises CodeError for tau outside (0, 1]."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import msgspec
 from vllm.logger import init_logger
 
-from memoir_retrieval.errors import ConfigError
+from memoir_retrieval.errors import ConfigError, ModelError
 from memoir_retrieval.lookup import Read
 from memoir_retrieval.model import identify, resolve
 from memoir_retrieval.span import SpanRule
@@ -142,7 +142,12 @@ def reader(model: ModelConfig) -> Read:
     def tokenizer() -> Any:
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(resolve(model.model))
+        folder = resolve(model.model)
+        try:
+            return AutoTokenizer.from_pretrained(folder)
+        except Exception as error:  # a reload tells the other ranks of ours, and only of ours
+            why = " ".join(str(error).split())
+            raise ModelError(f"the tokenizer of {folder} cannot be loaded ({why:.200}): repair the folder") from error
 
     def read(ids: Sequence[int]) -> str:
         text: str = tokenizer().decode(ids)

@@ -91,6 +91,7 @@ def lookup(
     match, nearest = retriever.decide_batch([asked])[0]
     told = match or nearest
     second = told.runner_up if told else None
+    passed = nearest if nearest and retriever.passed_over(match, nearest) else None
     if as_json:
         answer = {
             "edit": match.id if match else None,
@@ -99,6 +100,9 @@ def lookup(
             "tau": retriever.tau,
             "prompt": match.edit.prompt if match else None,
             "target": match.edit.target if match else None,
+            "passed_over": {"edit": passed.id, "overlap": round(passed.overlap, 4), "requires": passed.edit.requires}
+            if passed
+            else None,
             "runner_up": {"edit": second[0], "overlap": round(second[1], 4)} if second else None,
         }
         echo_json(answer)
@@ -110,8 +114,9 @@ def lookup(
         click.echo(f"no edit matches (tau {retriever.tau}): the base model answers")
         if nearest:
             click.echo(f"  nearest: edit {nearest.id}, overlap {nearest.overlap:.3f}: {nearest.edit.prompt}")
-            if nearest.edit.requires and nearest.overlap >= retriever.tau:
-                click.echo(f"  which requires {json.dumps(nearest.edit.requires, ensure_ascii=False)} in a question")
+    if passed:
+        required = json.dumps(passed.edit.requires, ensure_ascii=False)
+        click.echo(f"  passed over: edit {passed.id}, overlap {passed.overlap:.3f}, which requires {required}")
     if second:
         click.echo(f"  next best: edit {second[0]}, overlap {second[1]:.3f}")
 

@@ -194,3 +194,27 @@ def test_a_write_moves_no_row_that_was_there():
     index.replace([8], codes[41:])
     assert len(index) == 40 and index.ids[-2:].tolist() == [40, 8]
     assert np.shares_memory(first, index.code(0))
+
+
+def test_many_rows_are_taken_at_once(monkeypatch):
+    monkeypatch.setattr(blocks, "BLOCK", 4)
+    rng = np.random.default_rng(5)
+    codes = random_codes(rng, 23, D, K)
+    index = HammingIndex.from_codes(D, K, np.arange(23), codes)
+    assert index.remove([2, 9]) == 2  # one row of a block is marked, and one block is written anew
+    left = np.delete(codes, [2, 9], axis=0)
+    rows = rng.integers(21, size=50)
+    np.testing.assert_array_equal(index.take(rows), left[rows])
+    assert index.take([]).shape == (0, D // 8)
+    for wrong in (-1, 21):
+        with pytest.raises(CodeError, match=rf"row {wrong} is not stored: the index has rows 0\.\.20"):
+            index.take([0, wrong])
+
+
+def test_a_damaged_row_is_not_taken(codes):
+    damaged = codes.copy()
+    damaged[6] = 0
+    index = HammingIndex.from_codes(D, K, np.arange(10), damaged, copy=False, checked=True)
+    np.testing.assert_array_equal(index.take([5, 7]), codes[[5, 7]])
+    with pytest.raises(CodeError, match="code at row 6 has 0 ones"):
+        index.take([5, 6])

@@ -8,14 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 from test_cli import refused, run, write
-from test_store import D, K, masks, stored_edit
+from test_store import K, masks, stored_edit
 from test_store import write as write_store
 
 from memoir_index import hamming_radius, popcount
 from memoir_retrieval import Edit, EditedModel, Editor, EditStore, Retriever, load_model
 from memoir_retrieval import editor as editor_module
+from memoir_retrieval import lookup as lookup_module
 from memoir_retrieval.additions import append
+from memoir_retrieval.build import build
 from memoir_retrieval.calibration import calibrate_store
+from memoir_retrieval.edit_files import check_duplicates
 from memoir_retrieval.errors import EditFileError
 from memoir_retrieval.lookup import Lookup
 from memoir_retrieval.model import BaseModel
@@ -41,6 +44,11 @@ TURIN = Edit(prompt="Who is the mayor of Turin?", target="Bob", requires=("mayor
         ("京都の市長は誰ですか", "東京", False),
         ("서울은 어디입니까", "서울", True),
         ("ใครเป็นนายกเทศมนตรีกรุงเทพ", "กรุงเทพ", True),
+        ("रोम कहाँ है?", "रोम", True),
+        ("राम कौन है?", "रोम", False),
+        ("मुंबई का महापौर", "मुंबई", True),
+        ("ジョン スミスは誰", "ジョン・スミス", True),
+        ("İstanbul nerede?", "İSTANBUL", True),
         ("Who won in 1998?", "1998", True),
         ("Who won in 19980?", "1998", False),
         ("", "Acme", False),
@@ -93,7 +101,9 @@ def requirement(rng: np.random.Generator) -> tuple[tuple[str, ...], ...]:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_the_nearest_of_those_that_may_act_is_found(tmp_path: Path, share: float) -> None:
+def test_the_nearest_of_those_that_may_act_is_found(
+    tmp_path: Path, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Against every row looked at: edits of several rows, equal masks, rows that were added to the files."""
     rng = np.random.default_rng(int(10 * share))
     edits = [stored_edit(i, requires=requirement(rng) if rng.random() < share else ()) for i in range(60)]
@@ -107,6 +117,7 @@ def test_the_nearest_of_those_that_may_act_is_found(tmp_path: Path, share: float
     )  # fmt: skip
     store = EditStore.open(tmp_path)
     assert store.edits[60].requires == (("name1",),) and len(store.additions) == 1
+    monkeypatch.setattr(lookup_module, "_MOST", 7)
     lookup = Lookup(store, text_of)
     asked = np.concatenate([codes, masks(80, seed=9)])
     questions = [rng.integers(8, size=3).tolist() for _ in asked]
@@ -119,7 +130,6 @@ def test_the_nearest_of_those_that_may_act_is_found(tmp_path: Path, share: float
             seen.add((expected[0] >= 0, bool(len(store.edits[max(0, expected[0])].requires))))
     if share:
         assert (True, True) in seen
-    assert store.manifest.d == D
 
 
 def test_text_is_only_read_where_an_edit_requires_some(tmp_path: Path) -> None:
@@ -174,6 +184,8 @@ def test_lookup_tells_what_the_nearest_edit_requires(capsys: pytest.CaptureFixtu
     code, out, _ = run(capsys, "lookup", store, "Who is the mayor of Genoa?")
     assert code == 0 and "no edit matches" in out
     assert 'which requires ["Lyon"]' in out or 'which requires ["mayor", ["Turin", "Torino"]]' in out
+    code, out, _ = run(capsys, "lookup", store, "Who is the mayor of Genoa?", "--json")
+    assert json.loads(out)["edit"] is None and json.loads(out)["passed_over"]["overlap"] >= 0.05
     code, out, _ = run(capsys, "lookup", store, LYON.prompt, "--json")
     assert json.loads(out)["edit"] == 0 and json.loads(out)["overlap"] == 1.0
     code, out, _ = run(capsys, "show", store, "1", "--json")
@@ -218,12 +230,34 @@ def test_like_questions_are_rivals_unless_names_keep_them_apart(
         assert [rival.stored.id for rival in editor.outcome.conflicting] == [0] * rivals
 
 
+def test_what_a_built_store_requires_holds_when_it_is_trained(base: BaseModel, tmp_path: Path) -> None:
+    with Editor(base, tmp_path / "store") as editor:
+        build(editor, [LYON])
+    with Editor(base, tmp_path / "store") as editor:
+        (new,) = editor.add([Edit(prompt=LYON.prompt, target=LYON.target)])
+        assert new.requires == LYON.requires and new.trained
+
+
+def test_a_file_that_requires_two_things_of_a_prompt_is_refused() -> None:
+    free = Edit(prompt=LYON.prompt, target=LYON.target)
+    with pytest.raises(EditFileError, match=r"edits 1 and 2 give the prompt .* two requires"):
+        check_duplicates([free, LYON])
+    assert check_duplicates([free, LYON], "last") == [LYON]
+    assert check_duplicates([LYON, LYON]) == [LYON]
+
+
+def test_whole_prompts_require_nothing(base: BaseModel, tmp_path: Path) -> None:
+    with Editor(base, tmp_path / "store", rule="all") as editor, pytest.raises(EditFileError, match="leave out --span"):
+        editor.add([LYON])
+
+
 @pytest.mark.parametrize(
     ("edit", "said"),
     [
         (Edit(prompt="Who runs Acme?", target="Ada", requires=("Acme", "?!")), r"'\?!' in 'requires' .* has no word"),
         (Edit(prompt="Who runs Acme?", target="Ada", requires=("Acme", "Bolt")), "has not what it requires, 'Bolt'"),
         (Edit(prompt="Who runs Acme?", target="Ada", requires=(("A", "B"),)), "has not what it requires, 'A' or 'B'"),
+        (Edit(prompt="Who runs Acme?", target="Ada", requires=("・",)), r"'・' in 'requires' .* has no word"),
         (Edit(prompt="Who runs Acme?", target="Ada", requires=((),)), r"\(\) in 'requires' .* has no word"),
     ],
 )

@@ -139,6 +139,9 @@ def test_an_edit_is_added_served_and_removed(server: Server, folder: Path, base:
     plain, edit, generation = told(ask(server, NEW))
     assert (edit, generation) == (None, before)
     given = {"prompt": NEW, "target": ANSWER, "source": "a test", "rephrases": ["The moon gate is of which metal?"]}
+    given["requires"] = ["gate", ["moon", "lunar"]]
+    never = server.http.post("/memoir/edits", json=given | {"requires": ["gate", "sun"]})
+    assert never.status_code == 400 and "has not what it requires, 'sun'" in never.json()["detail"]
     reply = server.http.post("/memoir/edits", json=given)
     assert reply.status_code == 202 and ANSWER not in plain
     twin = server.http.post("/memoir/edits", json=given)
@@ -156,12 +159,20 @@ def test_an_edit_is_added_served_and_removed(server: Server, folder: Path, base:
     for question in (NEW, *QUESTIONS):
         (wanted,) = model.generate([question], max_new_tokens=TOKENS)
         assert ask(server, question)["choices"][0]["token_ids"] == list(wanted.tokens), question
-    assert server.http.get("/memoir/edits/2").json()["rephrases"] == given["rephrases"]
+    stored = server.http.get("/memoir/edits/2").json()
+    assert (stored["rephrases"], stored["requires"]) == (given["rephrases"], given["requires"])
+    like = NEW.replace("gate", "door")
+    assert told(ask(server, like))[1] is None, "the gate is required"
+    found = server.http.post("/memoir/lookup", json={"messages": [{"role": "user", "content": like}]}).json()
+    assert (found["result"], found["matches"][0]["edit"]) == ("unmatched", 2)
+    assert found["matches"][0]["overlap"] >= found["tau"] and found["matches"][0]["requires"] == given["requires"]
 
     same = server.http.post("/memoir/edits", json=given)
     assert (same.status_code, same.json()["id"]) == (200, 2)
     other = server.http.post("/memoir/edits", json=given | {"target": "Tin"})
     assert other.status_code == 409 and "'Copper'" in other.json()["detail"]
+    freer = server.http.post("/memoir/edits", json=given | {"requires": ["gate"]})
+    assert freer.status_code == 409 and "requires ['gate', ['moon', 'lunar']]" in freer.json()["detail"]
 
     job = finish(server, server.http.delete("/memoir/edits/2").json())
     assert (job["state"], job["generation"]) == ("done", before + 2), job

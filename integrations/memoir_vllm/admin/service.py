@@ -11,8 +11,9 @@ from typing import Any
 import msgspec
 from vllm.logger import init_logger
 
-from memoir_retrieval.edit import Requires, StoredEdit
-from memoir_retrieval.errors import MemoirError, StoreError
+from memoir_retrieval.edit import Edit, Requires, StoredEdit
+from memoir_retrieval.errors import EditFileError, MemoirError, StoreError
+from memoir_retrieval.names import check_requires
 from memoir_retrieval.store import MANIFEST, EditStore
 from memoir_vllm.admin.audit import AuditLog
 from memoir_vllm.admin.engines import Engines
@@ -157,7 +158,14 @@ class Service:
             edit = store.edit(number)
         except StoreError:
             return Match(edit=number, overlap=overlap, matched=matched)
-        return Match(edit=number, overlap=overlap, matched=matched, prompt=edit.prompt, target=edit.target)
+        return Match(
+            edit=number,
+            overlap=overlap,
+            matched=matched,
+            prompt=edit.prompt,
+            target=edit.target,
+            requires=_plain(edit.requires),
+        )
 
     @staticmethod
     async def _ask(handler: Any, request: Any) -> Any:
@@ -177,9 +185,14 @@ class Service:
     async def add(self, who: str, given: AddEdit) -> Job | StoredEdit:
         """Queue an edit; one that the store has already is returned as it is.
 
-        Raises Conflict for a prompt that the store, or a change that waits, answers otherwise; QueueFull.
+        Raises Refused for an edit that could never act; Conflict for a prompt that the store, or a change that waits,
+        answers otherwise; QueueFull.
         """
         edit = given.model_dump(exclude={"on_conflict"})
+        try:
+            check_requires(msgspec.convert(edit, Edit))
+        except EditFileError as error:
+            raise Refused(str(error)) from None
         for job in self.jobs.open():
             if job.prompt is not None and _words(job.prompt) == _words(given.prompt):
                 raise Conflict(f"job {job.id} is about the same prompt: wait until it is done")

@@ -79,6 +79,7 @@ class _Trainer:
         from memoir_retrieval.edit import Edit
         from memoir_retrieval.editor import Editor
         from memoir_retrieval.model import load_model
+        from memoir_retrieval.outcome import same_edit
         from memoir_retrieval.store import EditStore
 
         if self._base is None:
@@ -89,7 +90,7 @@ class _Trainer:
         self._progress({"stage": "opening"})
         with Editor(self._base, self._store, watch=self._step) as editor:
             new = editor.add([edit], on_conflict=request["on_conflict"])
-            same = [e for e in editor.edits if (e.prompt.split(), e.target) == (edit.prompt.split(), edit.target)]
+            same = [e for e in editor.edits if e.prompt.split() == edit.prompt.split() and same_edit(e, edit)]
             if not new and not same:
                 return {"error": _refusal(editor.outcome)}
             (stored,) = new or same

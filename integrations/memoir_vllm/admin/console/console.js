@@ -129,7 +129,8 @@ async function attempt() {
 
 function near(match, tau) {
   const item = make("li", `${match.prompt} → ${match.target} (edit ${match.edit})`);
-  const text = `overlap ${match.overlap.toFixed(3)}, threshold ${tau}: ${match.matched ? "matches" : "does not match"}`;
+  const text = `overlap ${match.overlap.toFixed(3)}, threshold ${tau}: ${match.matched ? "matches" : "does not match"}`
+    + (match.requires.length ? `; requires ${JSON.stringify(match.requires)}` : "");
   const bar = make("div", "", { class: match.matched ? "bar matched" : "bar", role: "img", "aria-label": text });
   const fill = make("div", "", { class: "fill" });
   fill.style.width = `${100 * match.overlap}%`;
