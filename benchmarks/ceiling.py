@@ -1,0 +1,60 @@
+"""What rephrasings and texts in other words would score if each acted with its own edit, found or not.
+
+    memoir bench quality temporal --edits 75 --out run
+    python benchmarks/ceiling.py run/store temporal-edit.jsonl
+
+Generality, and what `memoir eval` measures under `ood`, depend on two things: whether a text finds its edit, and what
+that then does to it. Here each is asked of a store that holds nothing but its own edit, at a tau that everything
+reaches, so that only the second is left: no threshold and no fingerprint can give more.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from memoir_retrieval.edit_files import read_edits
+from memoir_retrieval.evaluation import known_in_other_words
+from memoir_retrieval.reference import EditedModel
+from memoir_retrieval.retriever import Retriever
+from memoir_retrieval.store import Masks
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("store", type=Path)
+    parser.add_argument("file", type=Path, help="the edits with their texts, as the store was made from")
+    parser.add_argument("--every", type=int, default=1, help="ask every n-th edit")
+    given = parser.parse_args()
+    whole = Retriever.open(given.store)
+    store = whole.store
+    stored = {(edit.prompt, edit.target): edit for edit in store.edits}
+    known = [edit for edit in read_edits(given.file) if (edit.prompt, edit.target) in stored][:: given.every]
+    scores: dict[str, list[float]] = {}
+    for edit in known:
+        own = msgspec.structs.replace(stored[edit.prompt, edit.target], requires=())
+        rows = store.ids == own.id
+        masks = Masks(store.codes[rows], store.ids[rows], store.memory_of[rows])
+        alone = replace(store, masks=masks, additions=(), edits=(own,))
+        model = EditedModel(Retriever(alone, whole.base, tau=0.01))
+        target = model.target_ids(edit.target)
+        prompts, targets = [model.prompt_ids(text) for text in edit.rephrases], [target] * len(edit.rephrases)
+        for name, edited in (("generality", True), ("generality before", False)):
+            answers = model.predict(prompts, targets, edited=edited) if prompts else []
+            right = [float(np.mean([a == b for a, b in zip(x.tokens, target, strict=True)])) for x in answers]
+            scores.setdefault(name, []).extend(right)
+        if texts := known_in_other_words(model, [(own.id, text) for text in edit.ood]):
+            for field in ("known", "known_before"):
+                scores.setdefault(f"ood {field}", []).append(getattr(texts, field))
+    print(f"{len(known)} edits asked")
+    for name, values in scores.items():
+        if values:
+            print(f"{name:18s} {np.mean(values):.4f}")
+
+
+if __name__ == "__main__":
+    main()
