@@ -7,11 +7,13 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+import msgspec
 from rich.console import Console
 
 from memoir_retrieval.edit import Edit
@@ -33,6 +35,8 @@ __all__ = [
     "tables",
     "tau_option",
     "threads_option",
+    "training_option",
+    "training_settings",
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -77,7 +81,32 @@ context_masks_option = click.option(
 require_subject_option = click.option(
     "--require-subject", is_flag=True, help="Edits with a subject act only on questions in which it stands."
 )
+training_option = click.option(
+    "--training",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="A setting of training, such as variants=16: more wordings are made up, so that rephrasings are answered "
+    "better, in more time.",
+)
 tau_option = click.option("--tau", type=float, help="Least overlap that matches (default: the store's own).")
+
+
+def training_settings(given: Sequence[str]) -> dict[str, Any]:
+    """The fields of `Training` that --training gives, as NAME=VALUE each. Raises ConfigError."""
+    from memoir_retrieval.train import Training
+
+    known: dict[str, Any] = asdict(Training())
+    chosen: dict[str, Any] = {}
+    for setting in given:
+        name, _, value = setting.partition("=")
+        if name not in known:
+            raise ConfigError(f"--training {setting}: no setting has that name; choose one of {', '.join(known)}")
+        chosen[name] = f"0{value}" if value.startswith(".") else value
+    try:
+        made = msgspec.convert(known | chosen, Training, strict=False)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"--training {' '.join(given)}: {error}; write NAME=VALUE such as contexts=3") from None
+    return {name: getattr(made, name) for name in chosen}
 
 
 def edit_file(command: F) -> F:

@@ -20,6 +20,8 @@ from memoir_retrieval.cli.common import (
     notes,
     require_subject_option,
     threads_option,
+    training_option,
+    training_settings,
 )
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.names import require_subjects
@@ -49,6 +51,7 @@ __all__ = ["edit", "train"]
 )
 @click.option("--rephrase-masks", is_flag=True, help="Train the file's rephrasings too, each with a mask of its own.")
 @context_masks_option
+@training_option
 @click.option("--keep-failed", is_flag=True, help="Store edits that fail the audit as well.")
 @click.option(
     "--side-by-side",
@@ -82,6 +85,7 @@ def edit(
     workers: int,
     device: str,
     require_subject: bool,
+    training: tuple[str, ...],
     as_json: bool,
     **settings: Any,
 ) -> None:
@@ -105,7 +109,10 @@ def edit(
     edits = load_edits(file, file_format, limit, "refuse" if on_conflict == "both" else on_conflict)
     edits = require_subjects(edits) if require_subject else edits
     made = EditStore.open(store).manifest if (store / MANIFEST).exists() else None
-    _agree(made, store, settings)
+    chosen = training_settings(training)
+    if settings["context_masks"] is not None:
+        chosen["context_masks"] = settings["context_masks"]
+    _agree(made, store, settings, chosen)
     name = model or (made.model if made else None)
     if name is None:
         raise ConfigError(f"store {store} is new, so it needs a model: add --model NAME, such as smollm2-135m")
@@ -133,7 +140,7 @@ def edit(
         tau=settings["tau"],
         seed=settings["seed"] or 0,
         trainer=trainer,
-        training=Training() if settings["context_masks"] is None else Training(context_masks=settings["context_masks"]),
+        training=Training(**chosen),
     )
     with editor:
         try:
@@ -244,7 +251,7 @@ def train(
         return new
 
 
-def _agree(made: Manifest | None, store: Path, settings: dict[str, Any]) -> None:
+def _agree(made: Manifest | None, store: Path, settings: dict[str, Any], training: dict[str, Any]) -> None:
     """Refuse a setting that contradicts the store it is given for: it could only be ignored."""
     if made is None:
         return
@@ -265,4 +272,10 @@ def _agree(made: Manifest | None, store: Path, settings: dict[str, Any]) -> None
             raise ConfigError(
                 f"store {store} was made with {name} {value}, not {settings[name]}: leave out {option}, or choose a "
                 "new folder"
+            )
+    for name, value in training.items():
+        if name in made.training and made.training[name] != value:
+            raise ConfigError(
+                f"store {store} was made with training {name}={made.training[name]}, not {value}: leave out --training "
+                f"{name}={value}, or choose a new folder"
             )

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
@@ -20,18 +18,16 @@ from memoir_retrieval.cli.common import (
     require_subject_option,
     tables,
     threads_option,
+    training_option,
+    training_settings,
 )
 from memoir_retrieval.cli.evaluate import flat
 from memoir_retrieval.datasets import TEXT, data_file
 from memoir_retrieval.edit_files import FORMATS, check_duplicates, limit_distinct_subjects, read_edits
-from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.files import publish
 from memoir_retrieval.names import require_subjects
 from memoir_retrieval.texts import read_texts
 from memoir_retrieval.unseen import CONTEXTS
-
-if TYPE_CHECKING:
-    from memoir_retrieval.train import Training
 
 __all__ = ["bench_quality", "report"]
 
@@ -74,7 +70,7 @@ COLUMNS = (
 @click.option("--k", type=int, help="Ones in every mask (default: the preset's).")
 @click.option("--tau", type=float, help="Least overlap that matches, in (0, 1] (default: the preset's).")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the permutation and of training.")
-@click.option("--training", multiple=True, metavar="NAME=VALUE", help="A setting of training, such as contexts=3.")
+@training_option
 @click.option(
     "--side-by-side", type=click.IntRange(min=1), metavar="N", help="Memories trained at a time; see `memoir edit`."
 )
@@ -138,8 +134,9 @@ def bench_quality(
     from memoir_retrieval.model import load_model
     from memoir_retrieval.quality import run_quality
     from memoir_retrieval.report import run_page
+    from memoir_retrieval.train import Training
 
-    settings = _training(training)
+    settings = Training(**training_settings(training))
     notes.print(f"loading {model}")
     base = load_model(model, layer=layer, dtype=dtype, device=device)
     editor = Editor(base, out / "store", chat=chat, k=k, tau=tau, seed=seed, training=settings)
@@ -169,22 +166,6 @@ def bench_quality(
     for name, score in flat(msgspec.to_builtins(run.report)).items():
         table.add_row(name, f"{score:.4f}" if isinstance(score, float) else str(score))
     tables.print(table)
-
-
-def _training(given: tuple[str, ...]) -> Training:
-    from memoir_retrieval.train import Training
-
-    known: dict[str, Any] = asdict(Training())
-    chosen: dict[str, Any] = {}
-    for setting in given:
-        name, _, value = setting.partition("=")
-        if name not in known:
-            raise ConfigError(f"--training {setting}: no setting has that name; choose one of {', '.join(known)}")
-        chosen[name] = value
-    try:
-        return msgspec.convert(known | chosen, Training, strict=False)
-    except msgspec.ValidationError as error:
-        raise ConfigError(f"--training {' '.join(given)}: {error}; write NAME=VALUE such as contexts=3") from None
 
 
 @click.command()

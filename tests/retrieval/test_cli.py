@@ -557,3 +557,18 @@ def test_bench_edit_trains_both_ways_on_the_same_edits(
     told = json.loads(run(capsys, "bench", "edit", file, "--model", tiny, "--json")[1])
     assert told["edits"] == 2 and told["ours_reliability"] == 1.0 > told["published_reliability"]
     assert min(told["ours_s"], told["published_s"], told["ratio"]) > 0
+
+
+def test_settings_of_training_are_the_stores(capsys: pytest.CaptureFixture[str], tiny: Path, tmp_path: Path) -> None:
+    file, store = write(tmp_path / "edits.jsonl", EDITS), tmp_path / "store"
+    command = ("edit", file, "--model", tiny, "--store", store)
+    refused(capsys, tmp_path, "no setting has that name; choose one of contexts", *command, "--training", "steps=3")
+    assert not store.exists()
+    code, _, err = run(capsys, *command, "--training", "variants=5", "--training", "noise=.5")
+    assert code == 0, err
+    made = EditStore.open(store).manifest.training
+    assert (made["variants"], made["noise"], made["context_masks"]) == (5, 0.5, 1)
+    code, _, err = run(capsys, *command, "--training", "variants=5")
+    assert code == 0, err
+    refused(capsys, store, "made with training variants=5, not 2: leave out --training variants=2", *command,
+            "--training", "variants=2")  # fmt: skip

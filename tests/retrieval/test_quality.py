@@ -163,7 +163,7 @@ def test_a_run_that_was_cut_off_keeps_its_checkpoints(
     assert [c["edits"] for c in left["checkpoints"]] == [10, 12] and len(left["seconds"]) == 12
     left["checkpoints"][0]["reliability"] = 0.125  # what is known is not asked again of a store that has grown since
     (tmp_path / "run" / "passed.json").write_text(json.dumps(left))
-    other = write(tmp_path / "other.jsonl", MORE)
+    other = write(tmp_path / "other.jsonl", MORE[1:])
     refused(capsys, tmp_path / "run" / "store", "holds an interrupted run of other edits", "bench", "quality", other,
             "--model", tiny, "--out", tmp_path / "run", "--data", tmp_path)  # fmt: skip
     code, out, _ = run(capsys, *command)
