@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -293,7 +293,7 @@ class Editor:
         learnt = dict(zip(trained, self._trainer.learn([tasks[i] for i in trained]), strict=True)) if trained else {}
         done: list[StoredEdit | None] = [None for _ in together]
         for i in trained:
-            done[i] = self._take_up(tasks[i], learnt[i], codes[i], old.get(i), keep_failed)
+            done[i] = self._take_up(tasks[i], learnt[i], codes[i], old.get(i), keep_failed, memories)
         return done
 
     def _contradicted(self, edit: Edit | StoredEdit, code: np.ndarray) -> Conflicting | None:
@@ -319,20 +319,34 @@ class Editor:
             n *= 4
 
     def _memories(self, n: int, side_by_side: int) -> list[int]:
-        """Numbers of n open memories, the emptiest first. The last `side_by_side` of the store are open; while one of
-        them is full or missing, another is added. So a run that goes on chooses as if it had never stopped."""
-        held = Counter(edit.memory for edit in self.edits if edit.trained)
-        while True:
-            last = range(max(0, len(self.memories) - side_by_side), len(self.memories))
-            with_room = sorted((number for number in last if held[number] < self._room), key=lambda m: held[m])
-            if len(with_room) == side_by_side:
-                break
-            self.memories.append(torch.zeros(self.base.h, self.base.d, device=self.base.device))
-        for number in set(self._trainer.memories) - set(last):
+        """Numbers of n open memories, the emptiest first. Of those that have room the first `side_by_side` are open;
+        missing ones are added. So a run that goes on chooses as if it had never stopped."""
+        held = self._held()
+        with_room = [number for number in range(len(self.memories)) if held[number] < self._room]
+        while len(with_room) < side_by_side:
+            with_room.append(self._new_memory())
+        chosen = sorted(with_room[:side_by_side], key=lambda m: held[m])
+        for number in set(self._trainer.memories) - set(chosen):
             self._trainer.close(number)
-        for number in with_room[:n]:
+        for number in chosen[:n]:
             self._open(number)
-        return with_room[:n]
+        return chosen[:n]
+
+    def _held(self) -> Counter[int]:
+        """How many edits each memory holds."""
+        return Counter(edit.memory for edit in self.edits if edit.trained)
+
+    def _new_memory(self) -> int:
+        self.memories.append(torch.zeros(self.base.h, self.base.d, device=self.base.device))
+        return len(self.memories) - 1
+
+    def _spare(self, busy: Collection[int]) -> Iterator[int]:
+        """Where an edit is tried that would overwrite others: in the newest memory, unless it is busy or full, which
+        takes all of them in this way; then in one of its own."""
+        newest = len(self.memories) - 1
+        if newest not in busy and self._held()[newest] < self._room:
+            yield newest
+        yield self._new_memory()
 
     def _open(self, number: int) -> None:
         if number not in self._trainer.memories:
@@ -341,14 +355,23 @@ class Editor:
             self._trainer.open(number, self.memories[number], own)
 
     def _take_up(
-        self, task: Task, learnt: Learnt, codes: np.ndarray, old: StoredEdit | None, keep_failed: bool
+        self,
+        task: Task,
+        learnt: Learnt,
+        codes: np.ndarray,
+        old: StoredEdit | None,
+        keep_failed: bool,
+        busy: Collection[int],
     ) -> StoredEdit | None:
+        """busy: the memories that others of the batch were trained in, which may not be taken up yet."""
         self.outcome.retried += learnt.retried
-        if learnt.lost:  # in a memory of its own it costs no other edit its answer
-            self.memories.append(torch.zeros(self.base.h, self.base.d, device=self.base.device))
-            task = task._replace(memory=len(self.memories) - 1)
-            self._open(task.memory)
-            (learnt,) = self._trainer.learn([task])
+        if learnt.lost:
+            for number in self._spare(busy):
+                task = task._replace(memory=number)
+                self._open(number)
+                (learnt,) = self._trainer.learn([task])
+                if not learnt.lost:
+                    break
         if learnt.reason:
             self.outcome.failed.append(Failed(task.edit.prompt, task.edit.target, learnt.reason))
             if not keep_failed:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,6 @@ from memoir_retrieval import (
     Training,
     editor,
     load_model,
-    train,
     trainer,
 )
 from memoir_retrieval.cli import main
@@ -60,6 +58,13 @@ def test_an_edit_that_would_overwrite_another_goes_to_a_new_memory(base: BaseMod
         (stored,) = made._add([editor.Asked(other, 1, 0)], 1, "both", False)
         assert stored is not None and stored.memory == 1 and made.outcome.retried == 1
         assert (made.memories[0] == before).all() and before.any()
+        # The next one that finds no place either goes there too, unless it would overwrite that one.
+        (stored,) = made._add([editor.Asked(Edit(prompt=AARHUS.prompt, target="Me"), 2, 0)], 1, "both", False)
+        assert stored is not None and stored.memory == 2
+        assert made._memories(1, 1) == [0]  # the first that has room
+        assert list(made._spare({0})) == [2, 3]  # the newest, then a new one
+        assert list(made._spare({0, 3})) == [4]
+        del made.memories[3:]
         made._commit()
     assert answers(tmp_path, base, [AARHUS]) == [AARHUS.target]
 
@@ -132,9 +137,7 @@ def test_the_summary_names_what_was_left_out(
             main([*command, *options])
         return done.value.code
 
-    with monkeypatch.context() as patched:
-        patched.setattr(train, "Training", partial(Training, max_steps=0))
-        assert run("--limit", "1", "--json") == 1
+    assert run("--limit", "1", "--json", "--training", "max_steps=0") == 1  # nothing is learnt in no step
     told = json.loads(capsys.readouterr().out)
     assert (told["stored"], told["retried"], told["generation"], told["memories"]) == (0, 1, 0, 1)
     assert [one["prompt"] for one in told["failed"]] == [AARHUS.prompt] and told["conflicting"] == []

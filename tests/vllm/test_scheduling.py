@@ -176,7 +176,7 @@ def test_any_mix_under_the_rule_all(seed: int, simulate: Simulate) -> None:
         whole = dice.choice([*served.questions, other(50, dice.randrange(2))])
         prompt = whole[: dice.choice((len(whole), len(whole), 16, 33))] + other(dice.choice((0, 0, 5, 30)), 9)
         off, tokens, name = dice.random() < 0.3, dice.choice((1, 3, 20)), f"{n}"
-        route = router.route(span_mean(served.embedding[prompt], 0, len(prompt))[None])[0].routed
+        route = router.route(span_mean(served.embedding[prompt], 0, len(prompt))[None], [prompt])[0].routed
         edit = None if off or route.row < 0 else served.edit(route.row)
         wanted[name] = oracle(served.embedding, prompt, 0, edit, tokens)
         sim.add(name, prompt, {"memoir": "off"} if off else None, max_tokens=tokens)
