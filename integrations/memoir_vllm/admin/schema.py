@@ -54,7 +54,7 @@ class AddEdit(_Given):
         description="Texts that must all stand in a question, or the edit does not act; of a list, one is enough.",
     )
     on_conflict: Literal["refuse", "last"] = Field(
-        default="refuse", description='"last" replaces an edit of the same prompt that has another target.'
+        default="refuse", description='"last" replaces an edit of the same prompt with another target or `requires`.'
     )
 
 
