@@ -120,8 +120,9 @@ class AdminClient:
     ) -> StoredEdit:
         """Train an edit and wait until every worker serves it. Returns it as stored; at once if it is there already.
 
-        replace: an edit of the same prompt with another target or `requires` gives way; else that is refused (409). patience: how
-        long to wait, seconds; AdminError then, and the server goes on. watch: told of the change meanwhile.
+        replace: an edit of the same prompt with another target or `requires` gives way; else that is refused (409).
+        patience: how long to wait, seconds; AdminError then, and the server goes on. watch: told of the change
+        meanwhile.
         """
         if edit.before:
             raise ConfigError(

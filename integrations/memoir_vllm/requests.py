@@ -33,10 +33,10 @@ _SPAN = re.compile(r"(\d{1,9}):(\d{1,9})")
 class Decision(msgspec.Struct, frozen=True, omit_defaults=True):
     """What became of one request; `kv_transfer_params["memoir"]` of its response.
 
-    `edit`: id of the edit that acts on it, or None. `overlap`: with the nearest edit that may act, matched or not (where
-    nothing matches in a store of thousands, with the nearest one looked at: `memoir_index.Hits`); 0 where none
-    was looked up. `result`: "off" where the request opted out, "unroutable" where it holds no question.
-    `generation`: of the store that answered. `nearest`: id and overlap of as many edits as were asked for, best first.
+    `edit`: id of the edit that acts on it, or None. `overlap`: with the nearest edit that may act, matched or not
+    (where nothing matches in a store of thousands, with the nearest one looked at: `memoir_index.Hits`); 0 where none
+    was looked up. `result`: "off" where the request opted out, "unroutable" where it holds no question. `generation`:
+    of the store that answered. `nearest`: id and overlap of as many edits as were asked for, best first.
     """
 
     edit: int | None
