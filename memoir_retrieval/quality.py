@@ -112,11 +112,11 @@ def run_quality(
         for reached in checkpoints(len(edits)):
             trained = _train(editor, edits[done:reached], n, progress)
             done = reached
+            later = edits[reached:]
+            if later and max(stored_ids(editor.edits, later, partly=True)) >= 0:
+                continue  # an interrupted run got further: what it did not ask then cannot be asked any more
             model = EditedModel(Retriever(EditStore.open(editor.path), editor.base))
             stored = model.retriever.store.edits
-            later = edits[reached:]
-            if later and max(stored_ids(stored, later, partly=True)) >= 0:
-                continue  # an interrupted run got further: what it did not ask then cannot be asked any more
             passed.seconds |= trained
             at = Checkpoint(reached, *asked_back(model, stored, edits[:reached:every]))
             passed.checkpoints = [*(one for one in passed.checkpoints if one.edits < reached), at]

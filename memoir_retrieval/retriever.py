@@ -107,8 +107,9 @@ class Retriever:
         if not asked or not len(self.index):
             return found
         means = question_means(self.base, [rows[i] for i in asked], [spans[i] for i in asked])
-        hits = self.route(means, [rows[i][spans[i].start : spans[i].end] for i in asked])
-        near, overlaps = self.index.nearest(self.fingerprint.codes(means), 2)
+        codes = self.fingerprint.codes(means)
+        hits = self._lookup.search(codes, self.tau, [rows[i][spans[i].start : spans[i].end] for i in asked])
+        near, overlaps = self.index.nearest(codes, 2)
         for at, i in enumerate(asked):
             ranked = [(int(n), float(o)) for n, o in zip(near[at], overlaps[at], strict=True) if n >= 0]
 

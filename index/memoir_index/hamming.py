@@ -15,7 +15,15 @@ from numpy.typing import ArrayLike, NDArray
 
 from memoir_index import blocks as storage
 from memoir_index.blocks import Ids
-from memoir_index.codes import Codes, check_codes, check_layout, check_shape, hamming_radius, overlap_from_hamming
+from memoir_index.codes import (
+    Codes,
+    check_codes,
+    check_layout,
+    check_shape,
+    hamming_radius,
+    overlap_from_hamming,
+    popcount,
+)
 from memoir_index.errors import CodeError
 from memoir_index.plan import Plan, check_bits, choose_plan, sketch_bits
 from memoir_index.scan import Rows, threads_for
@@ -137,7 +145,7 @@ class HammingIndex:
             return np.empty((0, self.d // 8), np.uint8)
         codes = now.take(at)
         if self._recheck:
-            self._check_returned(now, at)
+            self._check_taken(codes, at)
         return codes
 
     def plan(self, tau: float) -> Plan:
@@ -245,6 +253,11 @@ class HammingIndex:
     def _check_returned(self, now: Snapshot, rows: Rows) -> None:
         for row in np.unique(rows[rows >= 0]).tolist():
             check_codes(now.code(row)[None], self.d, self.k, first_row=row)
+
+    def _check_taken(self, codes: Codes, rows: Rows) -> None:
+        wrong = np.flatnonzero(popcount(codes) != self.k)[:1]
+        if wrong.size:
+            check_codes(codes[wrong], self.d, self.k, first_row=int(rows[wrong[0]]))
 
     def _replace(self, gone: Ids, new_ids: Ids, codes: Codes) -> int:
         left = Snapshot(storage.remove(self._now.blocks, gone) if len(gone) else self._now.blocks)
