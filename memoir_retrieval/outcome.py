@@ -106,8 +106,9 @@ def plan(
 
 
 def same_edit(stored: StoredEdit, edit: Edit) -> bool:
-    """Whether a stored edit of the same prompt is the given one."""
-    return stored.target == edit.target and stored.requires == edit.requires
+    """Whether a stored edit is the given one: it has the same prompt, target and requirements."""
+    same = same_prompt(stored.prompt) == same_prompt(edit.prompt)
+    return same and stored.target == edit.target and stored.requires == edit.requires
 
 
 def _told(edit: Edit | StoredEdit, what: str) -> str:

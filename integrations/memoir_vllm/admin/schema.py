@@ -142,8 +142,8 @@ class JobPage(BaseModel):
 
 
 class Match(BaseModel):
-    """An edit near a prompt. `matched`: it would answer. `requires`: what must stand in a
-    question, however near. `prompt`, `target`: null where the store has it no more."""
+    """An edit near a prompt. `matched`: it would answer. `requires`: what must stand in a question, however near.
+    `prompt`, `target`: null where the store has it no more."""
 
     edit: int
     overlap: float

@@ -11,9 +11,10 @@ from typing import Any
 import msgspec
 from vllm.logger import init_logger
 
-from memoir_retrieval.edit import Edit, Requires, StoredEdit
+from memoir_retrieval.edit import Edit, Requires, StoredEdit, same_prompt
 from memoir_retrieval.errors import EditFileError, MemoirError, StoreError
 from memoir_retrieval.names import check_requires
+from memoir_retrieval.outcome import same_edit
 from memoir_retrieval.store import MANIFEST, EditStore
 from memoir_vllm.admin.audit import AuditLog
 from memoir_vllm.admin.engines import Engines
@@ -189,23 +190,21 @@ class Service:
         answers otherwise; QueueFull.
         """
         edit = given.model_dump(exclude={"on_conflict"})
+        asked = msgspec.convert(edit, Edit)
         try:
-            check_requires(msgspec.convert(edit, Edit))
+            check_requires(asked)
         except EditFileError as error:
             raise Refused(str(error)) from None
         for job in self.jobs.open():
-            if job.prompt is not None and _words(job.prompt) == _words(given.prompt):
+            if job.prompt is not None and same_prompt(job.prompt) == same_prompt(given.prompt):
                 raise Conflict(f"job {job.id} is about the same prompt: wait until it is done")
         there = await asyncio.to_thread(self._find, given.prompt)
-        same_target = there is not None and there.target == given.target
-        if there is not None and same_target and _plain(there.requires) == given.requires:
+        if there is not None and same_edit(there, asked):
             return there
         if there is not None and given.on_conflict == "refuse":
-            what = (
-                f"has this prompt and requires {_plain(there.requires)}"
-                if same_target
-                else (f"answers this prompt with {there.target!r}")
-            )
+            what = f"answers this prompt with {there.target!r}"
+            if there.target == given.target:
+                what = f"has this prompt and requires {_plain(there.requires)}"
             raise Conflict(f'edit {there.id} {what}: remove it first, or send on_conflict "last" to replace it')
         request = {"add": edit, "on_conflict": given.on_conflict}
         return await self.jobs.submit(who, request, kind="add", prompt=given.prompt, target=given.target)
@@ -233,12 +232,8 @@ class Service:
         return generation
 
     def _find(self, prompt: str) -> StoredEdit | None:
-        wanted = _words(prompt)
-        return next((edit for edit in self.store().edits if _words(edit.prompt) == wanted), None)
-
-
-def _words(text: str) -> str:
-    return " ".join(text.split())
+        wanted = same_prompt(prompt)
+        return next((edit for edit in self.store().edits if same_prompt(edit.prompt) == wanted), None)
 
 
 def _plain(requires: Requires) -> list[str | list[str]]:
@@ -246,10 +241,7 @@ def _plain(requires: Requires) -> list[str | list[str]]:
 
 
 def _same(edit: StoredEdit, change: dict[str, Any] | None) -> bool:
-    if change is None:
-        return False
-    has, given = (_words(edit.prompt), edit.target), (_words(change["prompt"]), change["target"])
-    return has == given and _plain(edit.requires) == change.get("requires", [])
+    return change is not None and same_edit(edit, msgspec.convert(change, Edit))
 
 
 def _has(edit: StoredEdit, words: Iterable[str]) -> bool:

@@ -90,7 +90,7 @@ class _Trainer:
         self._progress({"stage": "opening"})
         with Editor(self._base, self._store, watch=self._step) as editor:
             new = editor.add([edit], on_conflict=request["on_conflict"])
-            same = [e for e in editor.edits if e.prompt.split() == edit.prompt.split() and same_edit(e, edit)]
+            same = [e for e in editor.edits if same_edit(e, edit)]
             if not new and not same:
                 return {"error": _refusal(editor.outcome)}
             (stored,) = new or same
