@@ -12,7 +12,7 @@ import regex
 from memoir_retrieval.edit import Edit, Requires, StoredEdit
 from memoir_retrieval.errors import EditFileError
 
-__all__ = ["Phrases", "check_requires", "one_question", "require_subjects", "words"]
+__all__ = ["Phrases", "check_requires", "one_question", "require_subjects", "required_spans", "words"]
 
 # Scripts that put no space between words, or, like Hangul, particles behind them: each letter counts as a word.
 _UNSPACED = "".join(
@@ -25,6 +25,18 @@ _WORD = regex.compile(rf"(?V1)[[\p{{L}}\p{{N}}]&&[{_UNSPACED}]]\p{{M}}*|[\p{{L}}
 def words(text: str) -> tuple[str, ...]:
     """The words of a text as they are compared: NFKC, case folded, without the spaces and signs between them."""
     return tuple(_WORD.findall(unicodedata.normalize("NFKC", text).casefold()))
+
+
+def required_spans(requires: Requires, text: str) -> list[tuple[int, int]]:
+    """Where in a text the texts of `requires` stand: characters [start, end), each as often as it is there."""
+    there = [(word, *found.span()) for found in _WORD.finditer(text) for word in words(found[0])]
+    spans = []
+    for phrase in {phrase for entry in requires for phrase in _phrases(entry)}:
+        for at in range(len(there) - len(phrase) + 1):
+            run = there[at : at + len(phrase)]
+            if tuple(word for word, *_ in run) == phrase:
+                spans.append((run[0][1], run[-1][2]))
+    return sorted(spans)
 
 
 class Phrases:

@@ -37,7 +37,7 @@ class Training:
 
     An edit is trained on the bare prompt, after each of `contexts` contexts (see the module of that name), and on
     `variants` of the prompt in which each question token is replaced by a random one with probability `noise`: a
-    stand-in for rephrasings.
+    stand-in for rephrasings. What the edit requires (see `names`) stands in all of them.
     context_masks: after so many of the contexts a question has a mask of its own, which finds the edit in chats that
     have begun; none for raw prompts and under the span rule "all", where what is pooled is not the question alone.
     max_steps, stop_loss: training ends at the step limit or below this mean loss (nats per target token).

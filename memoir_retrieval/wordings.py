@@ -16,7 +16,7 @@ from memoir_retrieval.errors import EditFileError
 from memoir_retrieval.fingerprint import Fingerprint
 from memoir_retrieval.forward import FrozenPast, frozen_past, span_mean
 from memoir_retrieval.model import BaseModel
-from memoir_retrieval.names import check_requires
+from memoir_retrieval.names import check_requires, required_spans
 from memoir_retrieval.prompts import Prompt, end_token, prompt_ids, target_ids
 from memoir_retrieval.span import Span, SpanRule, find_span
 from memoir_retrieval.train import Frozen, Lesson, Training, freeze
@@ -103,9 +103,10 @@ class Wordings:
         unmasked = range(1 + self.training.context_masks, 1 + len(self.contexts))
         others = self._in_contexts(edit.prompt) or [question.question] * len(unmasked)
         random = np.random.default_rng([self.seed, number])
+        words = question.question[: question.pooled.end]
+        replaceable = ~self._required(edit, words)
         for _ in range(self.training.variants):
-            words = question.question[: question.pooled.end]
-            replaced = random.random(len(words)) < self.training.noise
+            replaced = (random.random(len(words)) < self.training.noise) & replaceable
             noisy = np.where(replaced, random.choice(self._other_tokens, len(words)), words).tolist()
             others.append([*noisy, *question.question[question.pooled.end :]])
         heads = [*unmasked, *[self._own(edit)] * self.training.variants]
@@ -113,6 +114,16 @@ class Wordings:
             others.append(self._cut(edit.prompt).question)
             heads.append(0)
         return self._frozen(edit, rephrases, others, heads, quick)
+
+    def _required(self, edit: Edit | StoredEdit, ids: list[int]) -> np.ndarray:
+        """Which tokens of a question are of what its edit requires, without which it never acts: bool [T]."""
+        required = np.zeros(len(ids), dtype=np.bool_)
+        if edit.requires:
+            # A character may be of several tokens, so that only the text of all tokens up to one says where it ends.
+            ends = [len(self.base.tokenizer.decode(ids[: n + 1])) for n in range(len(ids))]
+            for start, end in required_spans(edit.requires, self.base.tokenizer.decode(ids)):
+                required[np.searchsorted(ends, start, "right") : np.searchsorted(ends, end) + 1] = True
+        return required
 
     def _own(self, edit: Edit | StoredEdit) -> int:
         """Which context an edit has before it: the bare one, or the chat's own, which is put behind the others."""

@@ -22,7 +22,7 @@ from memoir_retrieval.edit_files import check_duplicates
 from memoir_retrieval.errors import EditFileError
 from memoir_retrieval.lookup import Lookup
 from memoir_retrieval.model import BaseModel
-from memoir_retrieval.names import Phrases, check_requires, words
+from memoir_retrieval.names import Phrases, check_requires, required_spans, words
 
 LYON = Edit(prompt="Who is the mayor of Lyon?", target="Ada", requires=("Lyon",))
 TURIN = Edit(prompt="Who is the mayor of Turin?", target="Bob", requires=("mayor", ("Turin", "Torino")))
@@ -56,6 +56,7 @@ TURIN = Edit(prompt="Who is the mayor of Turin?", target="Bob", requires=("mayor
 )
 def test_a_text_stands_in_a_question_word_by_word(text: str, required: str, found: bool) -> None:
     assert Phrases([(7, (required,))]).found_in(text) == ({7} if found else set())
+    assert bool(required_spans((required,), text)) == found
 
 
 def test_one_look_finds_all_that_is_required() -> None:
