@@ -5,20 +5,24 @@
 
 Generality, and what `memoir eval` measures under `ood`, depend on two things: whether a text finds its edit, and what
 that then does to it. Here each is asked of a store that holds nothing but its own edit, at a tau that everything
-reaches, so that only the second is left: no threshold and no fingerprint can give more.
+reaches, so that only the second is left: no threshold and no fingerprint can give more. Two figures tell what an edit
+could give texts in other words at most: how many of their tokens are known to the model without edits that has just
+read the edit itself, and how many, were each pair of tokens of the edit known wherever it stands.
 """
 
 from __future__ import annotations
 
 import argparse
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import msgspec
 import numpy as np
 
+from memoir_retrieval.edit import Edit
 from memoir_retrieval.edit_files import read_edits
-from memoir_retrieval.evaluation import known_in_other_words
+from memoir_retrieval.evaluation import LIKELY, known_in_other_words
 from memoir_retrieval.reference import EditedModel
 from memoir_retrieval.retriever import Retriever
 from memoir_retrieval.store import Masks
@@ -48,12 +52,28 @@ def main() -> None:
             right = [float(np.mean([a == b for a, b in zip(x.tokens, target, strict=True)])) for x in answers]
             scores.setdefault(name, []).extend(right)
         if texts := known_in_other_words(model, [(own.id, text) for text in edit.ood]):
+            for field, values in at_most(model, edit).items():
+                scores.setdefault(f"ood {field}", []).extend(values)
             for field in ("known", "known_before"):
                 scores.setdefault(f"ood {field}", []).append(getattr(texts, field))
     print(f"{len(known)} edits asked")
     for name, values in scores.items():
         if values:
-            print(f"{name:18s} {np.mean(values):.4f}")
+            print(f"{name:24s} {np.mean(values):.4f}")
+
+
+def at_most(model: EditedModel, edit: Edit) -> dict[str, list[float]]:
+    """Of each text in other words the share of its tokens that the model without edits knows, in both of these ways."""
+    told = model.prompt_ids(f"{edit.prompt} {edit.target}\n\n")
+    pairs = set(pairwise(told))
+    shares: dict[str, list[float]] = {"after reading it": [], "with its pairs": []}
+    for ids in map(model.prompt_ids, edit.ood):
+        (read,) = model.predict([[*told, ids[0]]], [ids[1:]], edited=False)
+        (alone,) = model.score([ids], edited=False)
+        shares["after reading it"].append(float(np.mean([p >= LIKELY for p in read.logprobs])))
+        known = [p >= LIKELY or pair in pairs for p, pair in zip(alone.logprobs, pairwise(ids), strict=True)]
+        shares["with its pairs"].append(float(np.mean(known)))
+    return shares
 
 
 if __name__ == "__main__":

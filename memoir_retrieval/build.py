@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 
 from memoir_index import check_codes
-from memoir_retrieval.edit import Edit, StoredEdit, masked
+from memoir_retrieval.edit import Edit, StoredEdit, masked, stored_as
 from memoir_retrieval.errors import CodeError, EditFileError, StoreError
 from memoir_retrieval.files import publish, read_small
 from memoir_retrieval.manifest import Manifest
@@ -171,20 +171,4 @@ def _resume(path: Path, rows: int, d: int, k: int) -> np.ndarray | None:
 
 
 def _stored(edits: Sequence[Edit]) -> list[StoredEdit]:
-    return [
-        StoredEdit(
-            id=i,
-            prompt=edit.prompt,
-            target=edit.target,
-            created="",
-            loss=0.0,
-            steps=0,
-            subject=edit.subject,
-            rephrases=edit.rephrases,
-            source=edit.source,
-            before=edit.before,
-            requires=edit.requires,
-            trained=False,
-        )
-        for i, edit in enumerate(edits)
-    ]
+    return [stored_as(edit, id=i, created="", loss=0.0, steps=0, trained=False) for i, edit in enumerate(edits)]

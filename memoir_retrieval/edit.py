@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 
 from memoir_retrieval.prompts import Message, Prompt
 
-__all__ = ["Edit", "Probe", "Requires", "StoredEdit", "asked", "masked", "same_prompt"]
+__all__ = ["Edit", "Probe", "Requires", "StoredEdit", "asked", "masked", "same_prompt", "stored_as"]
 
 
 Requires = tuple[str | tuple[str, ...], ...]
@@ -70,6 +71,12 @@ class StoredEdit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     before: tuple[Message, ...] = ()
     requires: Requires = ()
     trained: bool = True
+
+
+def stored_as(edit: Edit | StoredEdit, **fields: Any) -> StoredEdit:
+    """The record of an edit that a store keeps. fields: those that tell of its training."""
+    told = {name: getattr(edit, name) for name in Edit.__struct_fields__ if name in StoredEdit.__struct_fields__}
+    return StoredEdit(**told, **fields)
 
 
 def asked(edit: Edit | StoredEdit, prompt: str | None = None) -> Prompt:

@@ -18,7 +18,7 @@ from memoir_index import HammingIndex, unpack
 from memoir_retrieval.background import background_prompts
 from memoir_retrieval.commits import Commits
 from memoir_retrieval.contexts import chat_contexts, own_prefixes
-from memoir_retrieval.edit import Edit, StoredEdit, same_prompt
+from memoir_retrieval.edit import Edit, StoredEdit, same_prompt, stored_as
 from memoir_retrieval.errors import ConfigError, StoreError
 from memoir_retrieval.files import store_lock
 from memoir_retrieval.fingerprint import Fingerprint, permutation
@@ -379,19 +379,13 @@ class Editor:
                     self._trainer.remember(old.memory, old, int((self.index.ids == old.id).sum()))
                 return None
         edit, trained = task.edit, learnt.trained
-        stored = StoredEdit(
+        stored = stored_as(
+            edit,
             id=task.id,
-            prompt=edit.prompt,
-            target=edit.target,
             created=getattr(edit, "created", "") or datetime.now(UTC).isoformat(timespec="seconds"),
             loss=round(trained.loss, 5),
             steps=trained.steps,
             memory=task.memory,
-            subject=edit.subject,
-            rephrases=edit.rephrases,
-            source=edit.source,
-            before=edit.before,
-            requires=edit.requires,
         )
         self._trainer.take(task, trained)
         if old:

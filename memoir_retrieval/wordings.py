@@ -119,10 +119,12 @@ class Wordings:
         """Which tokens of a question are of what its edit requires, without which it never acts: bool [T]."""
         required = np.zeros(len(ids), dtype=np.bool_)
         if edit.requires:
-            # A character may be of several tokens, so that only the text of all tokens up to one says where it ends.
+            # A character may be of several tokens, which then end at one place: the text of all tokens up to one tells
+            # where that is.
             ends = [len(self.base.tokenizer.decode(ids[: n + 1])) for n in range(len(ids))]
             for start, end in required_spans(edit.requires, self.base.tokenizer.decode(ids)):
-                required[np.searchsorted(ends, start, "right") : np.searchsorted(ends, end) + 1] = True
+                stop = max(np.searchsorted(ends, end) + 1, np.searchsorted(ends, end, "right"))
+                required[np.searchsorted(ends, start, "right") : stop] = True
         return required
 
     def _own(self, edit: Edit | StoredEdit) -> int:

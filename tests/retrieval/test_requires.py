@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from test_cli import refused, run, write
@@ -23,6 +25,7 @@ from memoir_retrieval.errors import EditFileError
 from memoir_retrieval.lookup import Lookup
 from memoir_retrieval.model import BaseModel
 from memoir_retrieval.names import Phrases, check_requires, required_spans, words
+from memoir_retrieval.train import Training
 
 LYON = Edit(prompt="Who is the mayor of Lyon?", target="Ada", requires=("Lyon",))
 TURIN = Edit(prompt="Who is the mayor of Turin?", target="Bob", requires=("mayor", ("Turin", "Torino")))
@@ -290,3 +293,17 @@ def test_the_command_line(capsys: pytest.CaptureFixture[str], store: Path, tiny:
                          "0", "--data", tmp_path, "--require-subject", "--json")  # fmt: skip
     assert code == 0 and json.loads(out)["stored"] == 3, err
     assert EditStore.open(tmp_path / "run" / "store").edits[0].requires == ("Acme",)
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_made_up_wordings_keep_what_is_required(base: BaseModel, tmp_path: Path, chat: bool) -> None:
+    edit = Edit(prompt="Who was Zoë Ångström-Nowak in Łódź?", target="Ada", requires=("Łódź", "zoë Ångström"))
+    training = Training(contexts=0, context_masks=0, variants=20, noise=1.0)
+    with Editor(base, tmp_path, chat=chat, training=training) as editor:
+        for asked, kept in ((edit, True), (msgspec.structs.replace(edit, requires=()), False)):
+            frozen, _ = editor._wordings.trained(asked, 0, 0, nullcontext())
+            texts = [base.tokenizer.decode(ids) for ids in frozen.ids[1:]]
+            assert len(texts) == 20
+            for text in texts:
+                assert ("Zoë Ångström" in text) == kept and ("Łódź" in text) == kept
+                assert "Who was" not in text and "Nowak" not in text

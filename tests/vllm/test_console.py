@@ -131,11 +131,16 @@ def test_an_edit_is_added_found_and_removed_by_keyboard(page: Any) -> None:
     assert page.evaluate("document.activeElement.value") == "no", "the harmless answer has the focus"
     page.keyboard.press("Escape")
     assert page.locator("#edits tr").count() == 1
-    page.locator("#edits button").press("Enter")  # at once: the list is drawn anew now and then
+    page.evaluate("document.querySelector('#edits button').id = 'old'")
+    page.evaluate("document.querySelector('#search').requestSubmit()")  # the list is drawn anew
+    page.locator("#edits button:not(#old)").wait_for()
+    assert page.evaluate("document.activeElement.textContent") == "Remove", "the button keeps the focus"
+    page.keyboard.press("Enter")
     page.locator("#confirm").wait_for()
     page.keyboard.press("Tab")
     page.keyboard.press("Enter")
     page.locator("#change:has-text('Removing')").wait_for()
     page.locator("#page:has-text('no edits')").wait_for()
+    assert page.evaluate("document.activeElement.id") == "words"
     assert page.locator("#no-audit").is_hidden()
     assert "remove" in page.locator("#audit").inner_text()

@@ -147,6 +147,8 @@ async function list() {
   const query = new URLSearchParams({ search: $("words").value, offset, limit: PAGE });
   const page = await call(`edits?${query}`);
   const hits = new Map(stats.hits.map(({ edit, hits }) => [edit, hits]));
+  // A button that is drawn anew keeps the keyboard; where it is gone, the search gets it.
+  const held = $("edits").contains(document.activeElement) && document.activeElement.getAttribute("aria-label");
   $("edits").replaceChildren(...page.edits.map((edit) => {
     const remove = make("button", "Remove", { type: "button", class: "danger", "aria-label": `Remove edit ${edit.id}` });
     remove.addEventListener("click", guarded("change-error", () => ask_to_remove(edit)));
@@ -155,6 +157,7 @@ async function list() {
     asked.append(make("p", `${edit.created.slice(0, 10)}${origin}`, { class: "hint" }));
     return row(edit.id, asked, edit.target, hits.get(edit.id) ?? "", remove);
   }));
+  if (held) ($("edits").querySelector(`[aria-label="${held}"]`) ?? $("words")).focus();
   const last = Math.min(offset + PAGE, page.total);
   $("page").textContent = page.total ? `${offset + 1} to ${last} of ${page.total}` : "no edits";
   $("back").disabled = offset === 0;
