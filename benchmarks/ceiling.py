@@ -63,8 +63,8 @@ def main() -> None:
 
 
 def at_most(model: EditedModel, edit: Edit) -> dict[str, list[float]]:
-    """The share of the tokens of each text in other words that the model without edits knows: where it has read the edit
-    before, and where each pair of tokens that stands in the edit counts as known."""
+    """The share of the tokens of each text in other words that the model without edits knows: where it has read the
+    edit before, and where each pair of tokens that stands in the edit counts as known."""
     told = model.prompt_ids(f"{edit.prompt} {edit.target}\n\n")
     pairs = set(pairwise(told))
     shares: dict[str, list[float]] = {"after reading it": [], "with its pairs": []}
