@@ -5,9 +5,9 @@
 
 Generality, and what `memoir eval` measures under `ood`, depend on two things: whether a text finds its edit, and what
 that then does to it. Here each is asked of a store that holds nothing but its own edit, at a tau that everything
-reaches, so that only the second is left: no threshold and no fingerprint can give more. Two figures tell what an edit
-could give texts in other words at most: how many of their tokens are known to the model without edits that has just
-read the edit itself, and how many, were each pair of tokens of the edit known wherever it stands.
+reaches, so that only the second is left: no threshold and no fingerprint can give more. Of texts in other words two
+figures say how much there is to learn: how many of their tokens are known to the model without edits that has just read
+the edit itself, and how many would be, were each pair of tokens of the edit known wherever it stands.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def main() -> None:
             right = [float(np.mean([a == b for a, b in zip(x.tokens, target, strict=True)])) for x in answers]
             scores.setdefault(name, []).extend(right)
         if texts := known_in_other_words(model, [(own.id, text) for text in edit.ood]):
-            for field, values in at_most(model, edit).items():
+            for field, values in known_otherwise(model, edit).items():
                 scores.setdefault(f"ood {field}", []).extend(values)
             for field in ("known", "known_before"):
                 scores.setdefault(f"ood {field}", []).append(getattr(texts, field))
@@ -62,7 +62,7 @@ def main() -> None:
             print(f"{name:24s} {np.mean(values):.4f}")
 
 
-def at_most(model: EditedModel, edit: Edit) -> dict[str, list[float]]:
+def known_otherwise(model: EditedModel, edit: Edit) -> dict[str, list[float]]:
     """The share of the tokens of each text in other words that the model without edits knows: where it has read the
     edit before, and where each pair of tokens that stands in the edit counts as known."""
     told = model.prompt_ids(f"{edit.prompt} {edit.target}\n\n")
