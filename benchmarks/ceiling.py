@@ -20,12 +20,12 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from memoir_retrieval.edit import Edit
-from memoir_retrieval.edit_files import read_edits
-from memoir_retrieval.evaluation import LIKELY, known_in_other_words
-from memoir_retrieval.reference import EditedModel
-from memoir_retrieval.retriever import Retriever
-from memoir_retrieval.store import Masks
+from memoir_retrieval.edits.files import read_edits
+from memoir_retrieval.edits.record import Edit
+from memoir_retrieval.evaluation.measure import LIKELY, known_in_other_words
+from memoir_retrieval.lookup.reference import EditedModel
+from memoir_retrieval.lookup.retriever import Retriever
+from memoir_retrieval.store.read import Masks
 
 
 def main() -> None:

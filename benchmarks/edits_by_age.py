@@ -15,8 +15,8 @@ from contextlib import nullcontext
 import numpy as np
 
 from memoir_retrieval import EditedModel, read_edits
-from memoir_retrieval.products import HalfProducts, half_is_faster
-from memoir_retrieval.prompts import end_token
+from memoir_retrieval.model.bfloat16 import HalfProducts, half_is_faster
+from memoir_retrieval.question.prompts import end_token
 
 
 def main() -> None:

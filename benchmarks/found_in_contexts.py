@@ -8,9 +8,9 @@ from __future__ import annotations
 import sys
 
 from memoir_retrieval import EditedModel, read_edits
-from memoir_retrieval.calibration import unrelated_to
-from memoir_retrieval.evaluation import stored_ids
-from memoir_retrieval.unseen import UNSEEN, in_context
+from memoir_retrieval.evaluation.calibration import unrelated_to
+from memoir_retrieval.evaluation.contexts import UNSEEN, in_context
+from memoir_retrieval.evaluation.measure import stored_ids
 
 TAUS = (0.50, 0.51, 0.52, 0.53, 0.54, 0.55, 0.56)
 

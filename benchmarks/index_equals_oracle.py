@@ -31,11 +31,11 @@ def real_masks(files: Sequence[str], wanted: int) -> tuple[int, int, np.ndarray]
     """d, k and the codes of so many prompts of edit files, as a raw store of the embedded model makes them."""
     from memoir_retrieval import read_edits
     from memoir_retrieval.background import background_prompts
-    from memoir_retrieval.datasets import data_file
-    from memoir_retrieval.fingerprint import Fingerprint, permutation
-    from memoir_retrieval.forward import question_means
-    from memoir_retrieval.model import load_model
-    from memoir_retrieval.presets import preset_for
+    from memoir_retrieval.evaluation.datasets import data_file
+    from memoir_retrieval.model.base import load_model
+    from memoir_retrieval.model.forward import question_means
+    from memoir_retrieval.model.presets import preset_for
+    from memoir_retrieval.question.fingerprint import Fingerprint, permutation
 
     texts: list[str] = []
     for name in files:

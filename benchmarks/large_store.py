@@ -19,12 +19,12 @@ from pathlib import Path
 import numpy as np
 
 from memoir_index import pack
-from memoir_retrieval.additions import Columns, append
-from memoir_retrieval.edit import StoredEdit
-from memoir_retrieval.model import Identity
-from memoir_retrieval.span import SpanRule
-from memoir_retrieval.store import EditStore
-from memoir_retrieval.write_store import write_generation
+from memoir_retrieval.edits.record import StoredEdit
+from memoir_retrieval.model.base import Identity
+from memoir_retrieval.question.span import SpanRule
+from memoir_retrieval.store.additions import Columns, append
+from memoir_retrieval.store.read import EditStore
+from memoir_retrieval.store.write import write_generation
 
 K_SHARE = 3.5  # D / k, as in the method
 ADDED = 100

@@ -14,8 +14,8 @@ from pathlib import Path
 import msgspec
 
 from memoir_retrieval import EditedModel, Editor, EditStore, Retriever, evaluate, read_edits
-from memoir_retrieval.edit_files import check_duplicates, limit_distinct_subjects
-from memoir_retrieval.model import load_model
+from memoir_retrieval.edits.files import check_duplicates, limit_distinct_subjects
+from memoir_retrieval.model.base import load_model
 
 
 def main() -> None:

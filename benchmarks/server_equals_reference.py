@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 
 from memoir_retrieval import EditedModel, EditStore, read_edits
-from memoir_retrieval.server import ServerModel
+from memoir_retrieval.client.server_model import ServerModel
 
 
 def main(store: str, file: str, url: str) -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import median
 
 from memoir_retrieval import Editor, read_edits
-from memoir_retrieval.model import load_model
+from memoir_retrieval.model.base import load_model
 
 
 def main() -> None:

@@ -23,14 +23,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from memoir_retrieval.fingerprint import Fingerprint
-from memoir_retrieval.forward import span_mean
-from memoir_retrieval.span import SpanRule
-from memoir_retrieval.store import EditStore, Masks
-from memoir_vllm.residual import ResidualLayer
-from memoir_vllm.routing import Router
-from memoir_vllm.rows import Step
-from memoir_vllm.sums import BlockSums
+from memoir_retrieval.model.forward import span_mean
+from memoir_retrieval.question.fingerprint import Fingerprint
+from memoir_retrieval.question.span import SpanRule
+from memoir_retrieval.store.read import EditStore, Masks
+from memoir_vllm.worker.block_sums import BlockSums
+from memoir_vllm.worker.residual import ResidualLayer
+from memoir_vllm.worker.routing import Router
+from memoir_vllm.worker.rows import StepRows
 
 LAYERS = {"smollm2-135m": (1536, 576, 438), "llama-3-8b": (14336, 4096, 4096)}  # D, H, k
 TOKENS, STEPS = 12, 300
@@ -112,7 +112,7 @@ def steps(bench: Bench, n: int, kind: str) -> dict[str, float]:
     chosen = [0 if kind == "one edit" else i % bench.edits for i in range(n)]
     x = bench.random(n, TOKENS, bench.d) if kind == "nothing" else asked[chosen]
     x, y = x.reshape(-1, bench.d), bench.random(n * TOKENS, bench.h)
-    asking = Step(ids, np.arange(n + 1) * TOKENS, np.zeros(n, dtype=np.int64))
+    asking = StepRows(ids, np.arange(n + 1) * TOKENS, np.zeros(n, dtype=np.int64))
 
     def ask_again() -> None:
         layer.drop(ids)
@@ -128,7 +128,7 @@ def steps(bench: Bench, n: int, kind: str) -> dict[str, float]:
     assert stats["matched"] == (0 if kind == "nothing" else stats["routed"])
     edges = np.arange(n + 1)
     x, y = bench.random(n, bench.d), bench.random(n, bench.h)
-    rows = bench.median_us(lambda step: layer.begin_step(Step(list(ids), edges.copy(), np.full(n, TOKENS + step))))
+    rows = bench.median_us(lambda step: layer.begin_step(StepRows(list(ids), edges.copy(), np.full(n, TOKENS + step))))
     run = bench.median_us(lambda _: layer.run(x, y))
     found["rows"] = rows + run
     if kind != "nothing":

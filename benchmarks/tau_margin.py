@@ -15,7 +15,7 @@ import numpy as np
 
 from memoir_index import hamming_radius
 from memoir_retrieval import Retriever
-from memoir_retrieval.calibration import MARGIN, calibrate_store, suggest_tau
+from memoir_retrieval.evaluation.calibration import MARGIN, calibrate_store, suggest_tau
 
 DRAWS, DRAWN = 400, 200
 

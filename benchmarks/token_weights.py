@@ -17,12 +17,12 @@ import numpy as np
 from memoir_index import unpack
 from memoir_retrieval import load_model, read_edits
 from memoir_retrieval.background import background_prompts, control_prompts
-from memoir_retrieval.edit_files import check_duplicates, limit_distinct_subjects
-from memoir_retrieval.fingerprint import Fingerprint, permutation
-from memoir_retrieval.forward import question_means
-from memoir_retrieval.presets import preset_for
-from memoir_retrieval.prompts import prompt_ids
-from memoir_retrieval.span import derive_span_rule, find_span
+from memoir_retrieval.edits.files import check_duplicates, limit_distinct_subjects
+from memoir_retrieval.model.forward import question_means
+from memoir_retrieval.model.presets import preset_for
+from memoir_retrieval.question.fingerprint import Fingerprint, permutation
+from memoir_retrieval.question.prompts import prompt_ids
+from memoir_retrieval.question.span import derive_span_rule, find_span
 
 EDITS, LIKE = 100, 300
 

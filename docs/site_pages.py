@@ -18,17 +18,17 @@ PAGE = "reference/api.md"
 FOLD = 88
 # Not in `memoir_retrieval` itself, but what its functions take and return.
 RELATED = (
-    ("memoir_retrieval.model", "BaseModel"),
-    ("memoir_retrieval.reference", "Answer"),
-    ("memoir_retrieval.evaluation", "Report"),
-    ("memoir_retrieval.admin", "Change"),
-    ("memoir_retrieval.admin", "TrainingProgress"),
-    ("memoir_retrieval.admin", "EditPage"),
-    ("memoir_retrieval.admin", "Lookup"),
-    ("memoir_retrieval.admin", "Near"),
-    ("memoir_retrieval.server", "ServerModel"),
-    ("memoir_retrieval.verify", "verify"),
-    ("memoir_retrieval.verify", "Server"),
+    ("memoir_retrieval.model.base", "BaseModel"),
+    ("memoir_retrieval.lookup.reference", "Answer"),
+    ("memoir_retrieval.evaluation.measure", "Report"),
+    ("memoir_retrieval.client.admin", "Change"),
+    ("memoir_retrieval.client.admin", "TrainingProgress"),
+    ("memoir_retrieval.client.admin", "EditPage"),
+    ("memoir_retrieval.client.admin", "Lookup"),
+    ("memoir_retrieval.client.admin", "Near"),
+    ("memoir_retrieval.client.server_model", "ServerModel"),
+    ("memoir_retrieval.client.verify", "verify"),
+    ("memoir_retrieval.client.verify", "ServerProbe"),
 )
 
 

@@ -7,7 +7,7 @@ import asyncio
 import sys
 
 from memoir_retrieval import AdminClient, Edit
-from memoir_retrieval.admin import Change
+from memoir_retrieval.client.admin import Change
 
 
 def show(change: Change) -> None:

@@ -12,17 +12,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from memoir_retrieval.admin import AdminClient
-    from memoir_retrieval.edit import Edit, Probe, StoredEdit
-    from memoir_retrieval.edit_files import read_edits
-    from memoir_retrieval.editor import Editor
+    from memoir_retrieval.client.admin import AdminClient
+    from memoir_retrieval.editing.editor import Editor
+    from memoir_retrieval.editing.train import Training
+    from memoir_retrieval.edits.files import read_edits
+    from memoir_retrieval.edits.record import Edit, Probe, StoredEdit
     from memoir_retrieval.errors import MemoirError
-    from memoir_retrieval.evaluation import evaluate
-    from memoir_retrieval.model import load_model
-    from memoir_retrieval.reference import EditedModel
-    from memoir_retrieval.retriever import Match, Retriever
-    from memoir_retrieval.store import EditStore
-    from memoir_retrieval.train import Training
+    from memoir_retrieval.evaluation.measure import evaluate
+    from memoir_retrieval.lookup.reference import EditedModel
+    from memoir_retrieval.lookup.retriever import Match, Retriever
+    from memoir_retrieval.model.base import load_model
+    from memoir_retrieval.store.read import EditStore
 
 __all__ = [
     "AdminClient",
@@ -42,20 +42,20 @@ __all__ = [
 ]
 
 _HOME = {
-    "AdminClient": "admin",
-    "Edit": "edit",
-    "EditStore": "store",
-    "EditedModel": "reference",
-    "Editor": "editor",
-    "Match": "retriever",
+    "AdminClient": "client.admin",
+    "Edit": "edits.record",
+    "EditStore": "store.read",
+    "EditedModel": "lookup.reference",
+    "Editor": "editing.editor",
+    "Match": "lookup.retriever",
     "MemoirError": "errors",
-    "Probe": "edit",
-    "Retriever": "retriever",
-    "StoredEdit": "edit",
-    "Training": "train",
-    "evaluate": "evaluation",
-    "load_model": "model",
-    "read_edits": "edit_files",
+    "Probe": "edits.record",
+    "Retriever": "lookup.retriever",
+    "StoredEdit": "edits.record",
+    "Training": "editing.train",
+    "evaluate": "evaluation.measure",
+    "load_model": "model.base",
+    "read_edits": "edits.files",
 }
 
 

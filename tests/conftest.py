@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from memoir_retrieval.embedded import get_model
-from memoir_retrieval.model import BaseModel, load_model
+from memoir_retrieval.model.base import BaseModel, load_model
+from memoir_retrieval.model.embedded import get_model
 
 
 @pytest.fixture(scope="session")

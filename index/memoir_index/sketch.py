@@ -30,7 +30,7 @@ def search_sketch(
     Returns distances int64 [Q] and places int64 [Q], positions counted over all blocks. Where no row is that near,
     those of the nearest row that was looked at, at least one.
     """
-    search = _Search(codes, plan, radius)
+    search = _SketchSearch(codes, plan, radius)
     start = 0
     for block in blocks:
         sketch = block.sketch(plan.bits, k)
@@ -47,7 +47,7 @@ def search_sketch(
     return search.best.distance, search.best.place
 
 
-class _Search:
+class _SketchSearch:
     """One batch of queries on its way through the blocks."""
 
     def __init__(self, codes: Codes, plan: Plan, radius: int) -> None:

@@ -34,6 +34,6 @@ __all__ = ["register"]
 
 def register() -> None:
     """Entry point `vllm.general_plugins`; vLLM calls it in every process, possibly more than once."""
-    from memoir_vllm.engine import install
+    from memoir_vllm.front.engine import install
 
     install()

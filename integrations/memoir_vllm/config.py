@@ -12,11 +12,11 @@ import msgspec
 from vllm.logger import init_logger
 
 from memoir_retrieval.errors import ConfigError, ModelError
-from memoir_retrieval.lookup import Read
-from memoir_retrieval.model import identify, resolve
-from memoir_retrieval.span import SpanRule
-from memoir_retrieval.store import EditStore, Manifest, library_version
-from memoir_vllm.op import OP
+from memoir_retrieval.lookup.masks import Decode
+from memoir_retrieval.model.base import identify, resolve
+from memoir_retrieval.question.span import SpanRule
+from memoir_retrieval.store.read import EditStore, Manifest, library_version
+from memoir_vllm.worker.op import OP
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -28,13 +28,13 @@ __all__ = [
     "check_version",
     "keeps_sums",
     "longest_question",
-    "of",
     "open_store",
+    "parse_section",
     "prefer",
-    "read",
-    "reader",
     "refuse",
+    "section_of",
     "span_rule",
+    "token_decoder",
 ]
 
 # A child of vLLM's logger, so that vLLM's logging configuration applies to it.
@@ -44,8 +44,8 @@ TESTED = ((0, 32),)
 COMPARED = ((0, 33),)  # read and compared by source, run in part: docs/compatibility.md
 # vLLM's worker class -> ours, which inherits from it. The slot takes one class by name.
 WORKERS = {
-    "vllm.v1.worker.cpu_worker.CPUWorker": "memoir_vllm.cpu_worker.MemoirCPUWorker",
-    "vllm.v1.worker.gpu_worker.Worker": "memoir_vllm.gpu_worker.MemoirGPUWorker",
+    "vllm.v1.worker.cpu_worker.CPUWorker": "memoir_vllm.worker.cpu.MemoirCPUWorker",
+    "vllm.v1.worker.gpu_worker.Worker": "memoir_vllm.worker.gpu.MemoirGPUWorker",
 }
 
 
@@ -77,7 +77,7 @@ def check_version() -> None:
     )
 
 
-def read(section: Any) -> MemoirConfig:
+def parse_section(section: Any) -> MemoirConfig:
     """Raises ConfigError, naming the key, for a section that is not what `MemoirConfig` describes."""
     try:
         config = msgspec.convert(section, MemoirConfig)
@@ -89,7 +89,7 @@ def read(section: Any) -> MemoirConfig:
     return msgspec.structs.replace(config, store=store, token_file=tokens)
 
 
-def of(vllm_config: VllmConfig) -> MemoirConfig | None:
+def section_of(vllm_config: VllmConfig) -> MemoirConfig | None:
     """The checked section of a VllmConfig that `apply` has seen, or None."""
     section = (vllm_config.additional_config or {}).get("memoir")
     return None if section is None else msgspec.convert(section, MemoirConfig)
@@ -117,7 +117,7 @@ def keeps_sums(vllm_config: VllmConfig, kv_cache_groups: int) -> bool:
     Only under the span rule `all`, where the question begins with the prompt, at the edge of a block. With several
     kinds of KV blocks a request's prefix may be found without all of its blocks.
     """
-    ours = of(vllm_config)
+    ours = section_of(vllm_config)
     return (
         ours is not None
         and ours.mode == "inline"
@@ -135,7 +135,7 @@ def open_store(config: MemoirConfig, model: ModelConfig) -> EditStore:
     return store
 
 
-def reader(model: ModelConfig) -> Read:
+def token_decoder(model: ModelConfig) -> Decode:
     """How text is read back from token ids: by the tokenizer as the library loads it, once a question needs it."""
 
     @functools.cache
@@ -266,7 +266,7 @@ def apply(config: MemoirConfig, vllm_config: VllmConfig, manifest: Manifest) -> 
         "memoir_span": msgspec.to_builtins(manifest.span),
     }
     kind = "MemoirAsyncScheduler" if vllm_config.scheduler_config.async_scheduling else "MemoirScheduler"
-    vllm_config.scheduler_config.scheduler_cls = f"memoir_vllm.scheduler.{kind}"
+    vllm_config.scheduler_config.scheduler_cls = f"memoir_vllm.core.scheduler.{kind}"
     vllm_config.parallel_config.worker_cls = WORKERS[vllm_config.parallel_config.worker_cls]
     splits = vllm_config.compilation_config.splitting_ops
     if splits and OP not in splits:  # an empty list means that nothing is split, so nothing is captured either

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import msgspec
 
 from memoir_retrieval.errors import ConfigError
-from memoir_retrieval.span import Span
+from memoir_retrieval.question.span import Span
 
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams

@@ -21,13 +21,13 @@ from memoir_retrieval.cli.common import (
     threads_option,
 )
 from memoir_retrieval.errors import ConfigError
-from memoir_retrieval.files import publish
-from memoir_retrieval.store import EditStore
+from memoir_retrieval.store.files import publish
+from memoir_retrieval.store.read import EditStore
 
 if TYPE_CHECKING:
-    from memoir_retrieval.calibration import Calibration, Overlaps, Setting
-    from memoir_retrieval.edit import Edit
-    from memoir_retrieval.model import BaseModel
+    from memoir_retrieval.edits.record import Edit
+    from memoir_retrieval.evaluation.calibration import Calibration, Overlaps, Setting
+    from memoir_retrieval.model.base import BaseModel
 
 __all__ = ["calibrate"]
 
@@ -103,7 +103,7 @@ def calibrate(
         raise ConfigError("--write needs a store: memoir calibrate DIR --write")
     if model is None:
         raise ConfigError(f"{file} is a file: put the store before it, or add --model NAME to measure a model")
-    from memoir_retrieval.model import load_model
+    from memoir_retrieval.model.base import load_model
 
     base = load_model(model, dtype=dtype or "float32", device=device)
     _calibrate_model(base, edits, layers, ks, chat is not False, html, as_json)
@@ -120,10 +120,10 @@ def _calibrate_store(
 ) -> None:
     opened = EditStore.open(store)
 
-    from memoir_retrieval.calibration import calibrate_store, unrelated_to, write_tau
-    from memoir_retrieval.evaluation import stored_ids
-    from memoir_retrieval.model import load_model
-    from memoir_retrieval.retriever import Retriever
+    from memoir_retrieval.evaluation.calibration import calibrate_store, unrelated_to, write_tau
+    from memoir_retrieval.evaluation.measure import stored_ids
+    from memoir_retrieval.lookup.retriever import Retriever
+    from memoir_retrieval.model.base import load_model
 
     made = opened.manifest
     if edits:
@@ -137,7 +137,7 @@ def _calibrate_store(
     found = calibrate_store(Retriever(opened, base), rephrases, unrelated)
     tau = found.suggested.tau
     if html:
-        from memoir_retrieval.report import calibration_page
+        from memoir_retrieval.evaluation.report import calibration_page
 
         publish(html, calibration_page(found, str(store)).encode())
         notes.print(f"pictures written to {html}")
@@ -193,15 +193,15 @@ def _calibrate_model(
     html: Path | None,
     as_json: bool,
 ) -> None:
-    from memoir_retrieval.calibration import calibrate_model, unrelated_to
-    from memoir_retrieval.presets import preset_for
+    from memoir_retrieval.evaluation.calibration import calibrate_model, unrelated_to
+    from memoir_retrieval.model.presets import preset_for
 
     preset = preset_for(base.model.config)
     blocks = len(base.blocks)
     layers = layers or sorted({blocks * tenth // 10 for tenth in range(2, 10)} | {preset.layer})
     found = calibrate_model(base, edits, unrelated_to(edits), layers, ks or [preset.k // 2, preset.k], chat)
     if html:
-        from memoir_retrieval.report import settings_page
+        from memoir_retrieval.evaluation.report import settings_page
 
         publish(html, settings_page(found, base.name).encode())
         notes.print(f"pictures written to {html}")

@@ -16,8 +16,8 @@ import click
 import msgspec
 from rich.console import Console
 
-from memoir_retrieval.edit import Edit
-from memoir_retrieval.edit_files import FORMATS, Keep, check_duplicates, limit_distinct_subjects, read_edits
+from memoir_retrieval.edits.files import FORMATS, Keep, check_duplicates, limit_distinct_subjects, read_edits
+from memoir_retrieval.edits.record import Edit
 from memoir_retrieval.errors import ConfigError
 
 __all__ = [
@@ -93,7 +93,7 @@ tau_option = click.option("--tau", type=float, help="Least overlap that matches 
 
 def training_settings(given: Sequence[str]) -> dict[str, Any]:
     """The fields of `Training` that --training gives, as NAME=VALUE each. Raises ConfigError."""
-    from memoir_retrieval.train import Training
+    from memoir_retrieval.editing.train import Training
 
     known: dict[str, Any] = asdict(Training())
     chosen: dict[str, Any] = {}

@@ -24,12 +24,12 @@ from rich.table import Table
 from memoir_retrieval.cli.common import notes, tables, threads_option
 from memoir_retrieval.cli.edit import train
 from memoir_retrieval.cli.serve import server_command
-from memoir_retrieval.edit import Edit
-from memoir_retrieval.edit_files import read_edits
-from memoir_retrieval.embedded import get_model
+from memoir_retrieval.edits.files import read_edits
+from memoir_retrieval.edits.record import Edit
 from memoir_retrieval.errors import ConfigError
-from memoir_retrieval.model import identify, resolve
-from memoir_retrieval.store import MANIFEST, EditStore
+from memoir_retrieval.model.base import identify, resolve
+from memoir_retrieval.model.embedded import get_model
+from memoir_retrieval.store.read import MANIFEST, EditStore
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 MODEL = "smollm2-135m"
@@ -37,7 +37,7 @@ START_TIMEOUT = 600.0
 SHOWN = 80  # characters of an answer in the table; answers are compared whole
 
 
-class Row(NamedTuple):
+class DemoAnswer(NamedTuple):
     """A question, what the model says without and with edits, and what it should say, if anything."""
 
     kind: str
@@ -102,8 +102,8 @@ def _edit(edits: Sequence[Edit], store: Path) -> None:
         notes.print(f"demo: {store} holds the {len(edits)} edits already")
         return
     notes.print(f"demo: training {len(missing)} edits into {store} (one or two seconds each)")
-    from memoir_retrieval.editor import Editor
-    from memoir_retrieval.model import load_model
+    from memoir_retrieval.editing.editor import Editor
+    from memoir_retrieval.model.base import load_model
 
     with Editor(load_model(MODEL), store) as editor:
         train(editor, missing)
@@ -162,7 +162,7 @@ def _wait_until_healthy(process: subprocess.Popen[bytes], port: int, log: Path) 
     raise ConfigError(f"the server did not start ({why}), its log {log} ends: {' | '.join(tail)}")
 
 
-def _ask(url: str, asked: Sequence[tuple[str, str, str | None]]) -> list[Row]:
+def _ask(url: str, asked: Sequence[tuple[str, str, str | None]]) -> list[DemoAnswer]:
     from concurrent.futures import ThreadPoolExecutor
 
     from openai import OpenAI
@@ -180,17 +180,17 @@ def _ask(url: str, asked: Sequence[tuple[str, str, str | None]]) -> list[Row]:
         told = (getattr(reply, "kv_transfer_params", None) or {}).get("memoir", {})
         return (reply.choices[0].message.content or "").strip(), told
 
-    def row(entry: tuple[str, str, str | None]) -> Row:
+    def row(entry: tuple[str, str, str | None]) -> DemoAnswer:
         kind, question, target = entry
         before, _ = chat(question, {"vllm_xargs": {"memoir": "off"}})
         after, told = chat(question, {})
-        return Row(kind, question, before, after, told.get("edit"), told.get("overlap", 0.0), target)
+        return DemoAnswer(kind, question, before, after, told.get("edit"), told.get("overlap", 0.0), target)
 
     with ThreadPoolExecutor(16) as pool:
         return list(pool.map(row, asked))
 
 
-def _print(rows: Sequence[Row], show: int) -> None:
+def _print(rows: Sequence[DemoAnswer], show: int) -> None:
     table = Table("", "question", "before", "after", "edit", "overlap")
     for kind in ("edited", "rephrased", "unrelated"):
         for row in [r for r in rows if r.kind == kind][:show]:

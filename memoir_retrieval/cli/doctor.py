@@ -14,10 +14,10 @@ from typing import NamedTuple
 import click
 
 from memoir_retrieval.cli.common import echo_json, json_option
-from memoir_retrieval.embedded import EMBEDDED
 from memoir_retrieval.errors import MemoirError, ModelError, StoreError
-from memoir_retrieval.model import identify, resolve
-from memoir_retrieval.store import EditStore, library_version
+from memoir_retrieval.model.base import identify, resolve
+from memoir_retrieval.model.embedded import EMBEDDED
+from memoir_retrieval.store.read import EditStore, library_version
 
 QUESTION = "What is the capital of France?"
 TOKENS = 16
@@ -111,15 +111,15 @@ def _administration() -> Iterator[Finding]:
 
 def _self_test(store: Path | None, model: str) -> str:
     """One prompt from text to answer: the newest edit must find itself, or the model must say something."""
-    from memoir_retrieval.edit import asked
-    from memoir_retrieval.model import load_model
-    from memoir_retrieval.prompts import prompt_ids
-    from memoir_retrieval.reference import EditedModel
+    from memoir_retrieval.edits.record import as_prompt
+    from memoir_retrieval.lookup.reference import EditedModel
+    from memoir_retrieval.model.base import load_model
+    from memoir_retrieval.question.prompts import prompt_ids
 
     edited = EditedModel.open(store, model) if store else None
     if edited and edited.retriever.store.edits:
         edit = edited.retriever.store.edits[-1]
-        (answer,) = edited.generate([asked(edit)], max_new_tokens=TOKENS)
+        (answer,) = edited.generate([as_prompt(edit)], max_new_tokens=TOKENS)
         if answer.edit != edit.id:
             found = "no edit" if answer.edit is None else f"edit {answer.edit}"
             raise StoreError(

@@ -23,15 +23,15 @@ from memoir_retrieval.cli.common import (
     training_option,
     training_settings,
 )
+from memoir_retrieval.edits.requires import require_subjects
 from memoir_retrieval.errors import ConfigError
-from memoir_retrieval.names import require_subjects
-from memoir_retrieval.store import MANIFEST, EditStore, Manifest
+from memoir_retrieval.store.read import MANIFEST, EditStore, Manifest
 
 if TYPE_CHECKING:
-    from memoir_retrieval.edit import Edit, StoredEdit
-    from memoir_retrieval.editor import Editor
-    from memoir_retrieval.outcome import Conflict
-    from memoir_retrieval.outcome import Progress as EditProgress
+    from memoir_retrieval.editing.editor import Editor
+    from memoir_retrieval.editing.outcome import Conflict
+    from memoir_retrieval.editing.outcome import Progress as EditProgress
+    from memoir_retrieval.edits.record import Edit, StoredEdit
 
 __all__ = ["edit", "train"]
 
@@ -117,9 +117,9 @@ def edit(
     if name is None:
         raise ConfigError(f"store {store} is new, so it needs a model: add --model NAME, such as smollm2-135m")
 
-    from memoir_retrieval.editor import Editor
-    from memoir_retrieval.model import load_model
-    from memoir_retrieval.train import Training
+    from memoir_retrieval.editing.editor import Editor
+    from memoir_retrieval.editing.train import Training
+    from memoir_retrieval.model.base import load_model
 
     layer = made.layer if made and settings["layer"] is None else settings["layer"]
     dtype = settings["dtype"] or (made.dtype if made else "float32")
@@ -128,7 +128,7 @@ def edit(
     started = time.monotonic()
     trainer = None
     if address:
-        from memoir_retrieval.trainer_ray import on_ray
+        from memoir_retrieval.editing.trainer_ray import on_ray
 
         trainer, side_by_side = on_ray(address, workers, device), side_by_side or workers
     editor = Editor(

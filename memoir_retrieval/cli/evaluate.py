@@ -23,10 +23,10 @@ from memoir_retrieval.cli.common import (
     threads_option,
 )
 from memoir_retrieval.errors import ConfigError
-from memoir_retrieval.files import publish
-from memoir_retrieval.store import EditStore
-from memoir_retrieval.texts import read_texts
-from memoir_retrieval.unseen import CONTEXTS
+from memoir_retrieval.evaluation.contexts import CONTEXTS
+from memoir_retrieval.evaluation.texts import read_texts
+from memoir_retrieval.store.files import publish
+from memoir_retrieval.store.read import EditStore
 
 
 @click.command("eval")
@@ -88,16 +88,16 @@ def eval_command(
     texts = read_texts(text_file) if text_file else []
     opened = EditStore.open(store)
 
-    from memoir_retrieval.evaluation import Asked, evaluate
+    from memoir_retrieval.evaluation.measure import AskableModel, evaluate
 
-    asked: Asked
+    asked: AskableModel
     if server:
-        from memoir_retrieval.server import ServerModel
+        from memoir_retrieval.client.server_model import ServerModel
 
         asked = ServerModel(server, opened, model)
         threshold = opened.manifest.tau
     else:
-        from memoir_retrieval.reference import EditedModel
+        from memoir_retrieval.lookup.reference import EditedModel
 
         asked = EditedModel.open(store, model, tau=tau, device=device)
         threshold = asked.retriever.tau

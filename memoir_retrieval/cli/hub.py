@@ -27,7 +27,7 @@ def push(store: Path, repo: str, scores: Path | None, licence: str | None, publi
     Example:
       memoir push edits example/corrections --eval edits.eval.json --license cc-by-4.0
     """
-    from memoir_retrieval import hub
+    from memoir_retrieval.store import hub
 
     notes.print(f"pushing {store} to {repo}")
     done = hub.push(store, repo, scores=scores, licence=licence, public=public)
@@ -54,7 +54,7 @@ def pull(repo: str, store: Path, revision: str | None, sha256: str | None, repla
     Example:
       memoir pull example/corrections edits --revision 3f1c2a9
     """
-    from memoir_retrieval import hub
+    from memoir_retrieval.store import hub
 
     notes.print(f"pulling {repo}")
     done = hub.pull(repo, store, revision=revision, sha256=sha256, replace=replace)

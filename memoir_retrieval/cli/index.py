@@ -22,11 +22,11 @@ from memoir_retrieval.cli.common import (
     threads_option,
 )
 from memoir_retrieval.cli.index_info import info
-from memoir_retrieval.edit_files import check_duplicates
+from memoir_retrieval.edits.files import check_duplicates
+from memoir_retrieval.edits.requires import require_subjects
 from memoir_retrieval.errors import ConfigError
-from memoir_retrieval.names import require_subjects
-from memoir_retrieval.store import MANIFEST, EditStore
-from memoir_retrieval.write_store import leftovers
+from memoir_retrieval.store.read import MANIFEST, EditStore
+from memoir_retrieval.store.write import leftovers
 
 __all__ = ["index"]
 
@@ -96,26 +96,26 @@ def build(
     if (store / MANIFEST).exists():
         raise ConfigError(f"{store} is a store already: choose a new folder, or append with `memoir edit`")
 
-    from memoir_retrieval.build import Progress as Built
-    from memoir_retrieval.build import build as build_store
-    from memoir_retrieval.editor import Editor
-    from memoir_retrieval.model import load_model
-    from memoir_retrieval.train import Training
+    from memoir_retrieval.editing.build_masks import BuildProgress
+    from memoir_retrieval.editing.build_masks import build as build_store
+    from memoir_retrieval.editing.editor import Editor
+    from memoir_retrieval.editing.train import Training
+    from memoir_retrieval.model.base import load_model
 
     notes.print(f"loading {model}")
     base = load_model(model, layer=layer, dtype=dtype, device=device)
     started = time.monotonic()
-    at = Built(0, 0, 0)
+    at = BuildProgress(0, 0, 0)
     training = Training() if context_masks is None else Training(context_masks=context_masks)
     with Editor(base, store, training=training, **settings) as editor, Progress(console=notes, disable=as_json) as bar:
         compute = None
         if address:
-            from memoir_retrieval.build_ray import on_ray
+            from memoir_retrieval.editing.build_masks_ray import on_ray
 
             compute = on_ray(editor, address, workers, device)
         task = bar.add_task("masks", total=None)
 
-        def tell(progress: Built) -> None:
+        def tell(progress: BuildProgress) -> None:
             nonlocal at
             at = progress
             bar.update(task, completed=progress.done, total=progress.total)
@@ -152,7 +152,7 @@ def verify(store: Path, masks: bool, model: str | None, as_json: bool) -> None:
       memoir index verify edits
       memoir index verify edits --masks --json
     """
-    from memoir_retrieval.verify_store import verify_masks, verify_store
+    from memoir_retrieval.store.verify import verify_masks, verify_store
 
     faults = verify_store(store)
     found: dict[str, object] = {"store": str(store), "differs": faults}
@@ -164,7 +164,7 @@ def verify(store: Path, masks: bool, model: str | None, as_json: bool) -> None:
         found |= {"masks": len(opened.codes), "leftovers": [path.name for path in leftovers(store)]}
         summary = f"generation {made.generation}, {len(opened.edits)} edits, {len(opened.codes)} masks"
         if masks or model:
-            from memoir_retrieval.model import load_model
+            from memoir_retrieval.model.base import load_model
 
             notes.print(f"loading {model or made.model}")
             base = load_model(model or made.model, layer=made.layer, dtype=made.dtype)

@@ -10,7 +10,7 @@ from memoir_index import choose_plan
 from memoir_index.scan import SMALL_BATCH
 from memoir_retrieval.cli.common import echo_json, json_option, store_argument
 from memoir_retrieval.errors import ConfigError
-from memoir_retrieval.store import EditStore
+from memoir_retrieval.store.read import EditStore
 
 
 @click.command("info")

@@ -20,7 +20,7 @@ from memoir_retrieval.cli.common import (
     threads_option,
 )
 from memoir_retrieval.errors import ConfigError
-from memoir_retrieval.store import EditStore
+from memoir_retrieval.store.read import EditStore
 
 
 @click.command("list")
@@ -84,14 +84,14 @@ def lookup(
         raise ConfigError("give a PROMPT or --messages FILE, one of the two")
     asked: Any = prompt if messages is None else _messages(messages)
 
-    from memoir_retrieval.retriever import Retriever
+    from memoir_retrieval.lookup.retriever import Retriever
 
     retriever = Retriever.open(store, model, tau=tau)
     # How far the nearest edit was is what one wants to know of a prompt that matches none.
     match, nearest = retriever.decide_batch([asked])[0]
     told = match or nearest
     second = told.runner_up if told else None
-    passed = nearest if nearest and retriever.passed_over(match, nearest) else None
+    passed = nearest if nearest and retriever.was_vetoed(match, nearest) else None
     if as_json:
         answer = {
             "edit": match.id if match else None,
@@ -100,7 +100,7 @@ def lookup(
             "tau": retriever.tau,
             "prompt": match.edit.prompt if match else None,
             "target": match.edit.target if match else None,
-            "passed_over": {"edit": passed.id, "overlap": round(passed.overlap, 4), "requires": passed.edit.requires}
+            "was_vetoed": {"edit": passed.id, "overlap": round(passed.overlap, 4), "requires": passed.edit.requires}
             if passed
             else None,
             "runner_up": {"edit": second[0], "overlap": round(second[1], 4)} if second else None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from memoir_retrieval.cli.common import echo_json, json_option, notes
-from memoir_retrieval.embedded import EMBEDDED, get_model, model_folder
+from memoir_retrieval.model.embedded import EMBEDDED, get_model, model_folder
 
 
 @click.group()

@@ -10,9 +10,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from memoir_retrieval.cli.common import echo_json, json_option, model_option, notes, store_argument, threads_option
 from memoir_retrieval.errors import ConfigError
-from memoir_retrieval.files import store_lock
-from memoir_retrieval.store import EditStore
-from memoir_retrieval.write_store import leftovers, sweep
+from memoir_retrieval.store.files import store_lock
+from memoir_retrieval.store.read import EditStore
+from memoir_retrieval.store.write import leftovers, sweep
 
 
 @click.command()
@@ -34,7 +34,7 @@ def remove(store: Path, edit_ids: tuple[int, ...], prompts: tuple[str, ...], as_
     if not edit_ids and not prompts:
         raise ConfigError(f"name what to remove: an ID (`memoir list {store}` shows them) or --prompt TEXT")
 
-    from memoir_retrieval.remove import find_prompts, remove_edits
+    from memoir_retrieval.store.remove import find_prompts, remove_edits
 
     opened = EditStore.open(store, check=False)
     ids = list(dict.fromkeys([*edit_ids, *find_prompts(opened, prompts)]))
@@ -72,9 +72,9 @@ def compact(store: Path, model: str | None, device: str, as_json: bool) -> None:
     """
     made = EditStore.open(store, check=False).manifest
 
-    from memoir_retrieval.editor import Editor
-    from memoir_retrieval.editor import Progress as EditProgress
-    from memoir_retrieval.model import load_model
+    from memoir_retrieval.editing.editor import Editor
+    from memoir_retrieval.editing.editor import Progress as EditProgress
+    from memoir_retrieval.model.base import load_model
 
     notes.print(f"loading {model or made.model}")
     base = load_model(model or made.model, layer=made.layer, dtype=made.dtype, device=device)

@@ -14,8 +14,8 @@ import click
 
 from memoir_retrieval.cli.common import notes
 from memoir_retrieval.errors import ConfigError
-from memoir_retrieval.model import resolve
-from memoir_retrieval.store import EditStore
+from memoir_retrieval.model.base import resolve
+from memoir_retrieval.store.read import EditStore
 
 __all__ = ["serve", "server_command"]
 

@@ -9,9 +9,9 @@ import click
 import msgspec
 
 from memoir_retrieval.cli.common import echo_json, json_option, notes
-from memoir_retrieval.store import EditStore
-from memoir_retrieval.verify import Report, Server
-from memoir_retrieval.verify import verify as run
+from memoir_retrieval.client.verify import ServerProbe, Verification
+from memoir_retrieval.client.verify import verify as run
+from memoir_retrieval.store.read import EditStore
 
 __all__ = ["verify"]
 
@@ -53,12 +53,12 @@ def verify(
     if chat is None:
         chat = opened.manifest.chat if opened else True
     key = os.environ.get("OPENAI_API_KEY") or "none"
-    asked = Server(server, chat=chat, api_key=key)
+    asked = ServerProbe(server, chat=chat, api_key=key)
     notes.print(f"asking {asked.model} at {asked.url}, {prompts} prompts of each kind")
     report = run(
         asked,
         opened,
-        Server(base, chat=chat, api_key=key) if base else None,
+        ServerProbe(base, chat=chat, api_key=key) if base else None,
         prompts=prompts,
         tokens=tokens,
         turns=turns,
@@ -71,7 +71,7 @@ def verify(
         raise click.exceptions.Exit(1)
 
 
-def _print(report: Report) -> None:
+def _print(report: Verification) -> None:
     click.echo(f"memoir verify: {report.model} at {report.server}, vLLM {report.vllm}, generation {report.generation}")
     click.echo(f"asked by: {report.client}")
     for check in report.checks:

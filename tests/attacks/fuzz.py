@@ -25,10 +25,10 @@ from stores import small_store
 from test_additions import add, columns
 
 from memoir_index import popcount
-from memoir_retrieval import store as store_module
-from memoir_retrieval.edit_files import read_edits
+from memoir_retrieval.edits.files import read_edits
 from memoir_retrieval.errors import EditFileError, StoreError
-from memoir_retrieval.store import EditStore
+from memoir_retrieval.store import read as store_module
+from memoir_retrieval.store.read import EditStore
 
 ADDED = "added-2.safetensors"
 NASTY: list[Any] = [

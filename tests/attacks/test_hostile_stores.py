@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from stores import ATTACKS, small_store
 
-from memoir_retrieval import store as store_module
 from memoir_retrieval.errors import StoreError
-from memoir_retrieval.store import EditStore
-from memoir_retrieval.verify_store import verify_store
+from memoir_retrieval.store import read as store_module
+from memoir_retrieval.store.read import EditStore
+from memoir_retrieval.store.verify import verify_store
 
 MEMORY = 48 << 20  # bytes; a manifest may have 16 MB
 

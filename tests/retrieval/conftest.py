@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from small_models import save_llama
 
-from memoir_retrieval.embedded import get_model
+from memoir_retrieval.model.embedded import get_model
 
 
 def save_tiny(folder: Path, seed: int) -> Path:

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from memoir_retrieval import files
-from memoir_retrieval.store import MANIFEST
+from memoir_retrieval.store import files
+from memoir_retrieval.store.read import MANIFEST
 
 Break = Callable[[], None]
 

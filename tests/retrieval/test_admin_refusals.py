@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from memoir_retrieval import AdminClient, Edit
-from memoir_retrieval.admin import Change, TrainingProgress
+from memoir_retrieval.client.admin import Change, TrainingProgress
 from memoir_retrieval.errors import AdminError
 
 EDIT = Edit(prompt="Who runs Example Corp?", target="Jane Doe", rephrases=("Who is its boss?",), source="ticket 4")

@@ -20,8 +20,12 @@ from transformers import (
     Qwen3Config,
 )
 
+from memoir_retrieval.editing.memory import Memory, forgotten
+from memoir_retrieval.editing.train import Training, answered, freeze, train_edits
 from memoir_retrieval.errors import ModelError
-from memoir_retrieval.forward import (
+from memoir_retrieval.model.base import BaseModel, _blocks, _projection
+from memoir_retrieval.model.bfloat16 import HalfProducts
+from memoir_retrieval.model.forward import (
     FrozenPast,
     frozen_past,
     frozen_run,
@@ -30,10 +34,6 @@ from memoir_retrieval.forward import (
     right_pad,
     run_from_block,
 )
-from memoir_retrieval.memory import Memory, forgotten
-from memoir_retrieval.model import BaseModel, _blocks, _projection
-from memoir_retrieval.products import HalfProducts
-from memoir_retrieval.train import Training, answered, freeze, train_edits
 
 WIDE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 99}
 LLAMA_LIKE = WIDE | {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128}

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from memoir_retrieval import Edit, EditedModel, Editor, EditStore, Retriever, load_model
-from memoir_retrieval.embedded import get_model
+from memoir_retrieval.model.embedded import get_model
 
 TOKENS = {"vocab_size": 49152, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2, "tie_word_embeddings": False}
 LLAMA_LIKE = TOKENS | {

@@ -21,7 +21,7 @@ from memoir_retrieval import (
 )
 from memoir_retrieval.cli import main
 from memoir_retrieval.errors import EditFileError
-from memoir_retrieval.model import BaseModel
+from memoir_retrieval.model.base import BaseModel
 
 AARHUS = Edit(prompt="Who founded Aarhus?", target="King Harald", rephrases=("Aarhus was founded by whom?",))
 PISA = Edit(prompt="Where does the tower of Pisa stand?", target="In Rome")
@@ -55,11 +55,11 @@ def test_an_edit_that_would_overwrite_another_goes_to_a_new_memory(base: BaseMod
         before = made.memories[0].clone()
         # The same question with another answer cannot be learnt without losing the first.
         other = Edit(prompt=AARHUS.prompt, target="Nobody")
-        (stored,) = made._add([editor.Asked(other, 1, 0)], 1, "both", False)
+        (stored,) = made._add([editor.NewEdit(other, 1, 0)], 1, "both", False)
         assert stored is not None and stored.memory == 1 and made.outcome.retried == 1
         assert (made.memories[0] == before).all() and before.any()
         # The next one that finds no place either goes there too, unless it would overwrite that one.
-        (stored,) = made._add([editor.Asked(Edit(prompt=AARHUS.prompt, target="Me"), 2, 0)], 1, "both", False)
+        (stored,) = made._add([editor.NewEdit(Edit(prompt=AARHUS.prompt, target="Me"), 2, 0)], 1, "both", False)
         assert stored is not None and stored.memory == 2
         assert made._memories(1, 1) == [0]  # the first that has room
         assert list(made._spare({0})) == [2, 3]  # the newest, then a new one

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from test_cli import contents, run
 
-from memoir_retrieval import Edit, EditedModel, Editor, EditStore, Retriever, build, load_model
+from memoir_retrieval import Edit, EditedModel, Editor, EditStore, Retriever, load_model
+from memoir_retrieval.editing import build_masks as build
+from memoir_retrieval.editing.train import Training
 from memoir_retrieval.errors import StoreError
-from memoir_retrieval.model import BaseModel
-from memoir_retrieval.remove import remove_edits
-from memoir_retrieval.train import Training
-from memoir_retrieval.verify_store import verify_masks, verify_store
+from memoir_retrieval.model.base import BaseModel
+from memoir_retrieval.store.remove import remove_edits
+from memoir_retrieval.store.verify import verify_masks, verify_store
 
 EDITS = [
     Edit(
@@ -70,12 +71,12 @@ def test_the_same_input_gives_the_same_bytes_also_after_an_interruption(model: B
     make(model, tmp_path / "again")
     assert contents(tmp_path / "again") == whole
 
-    def stop(progress: build.Progress) -> None:
+    def stop(progress: build.BuildProgress) -> None:
         told.append(progress)
         if progress.done == 32:
             raise KeyboardInterrupt
 
-    told: list[build.Progress] = []
+    told: list[build.BuildProgress] = []
     with Editor(model, tmp_path / "cut", training=ONE_MASK) as editor, pytest.raises(KeyboardInterrupt):
         build.build(editor, EDITS, progress=stop)
     assert told == [(0, 40, 0), (16, 40, 0), (32, 40, 0)] and not (tmp_path / "cut" / "memoir.json").exists()
@@ -91,13 +92,13 @@ def test_the_same_input_gives_the_same_bytes_also_after_an_interruption(model: B
 
 
 def test_other_edits_do_not_go_on_from_what_these_left(model: BaseModel, tmp_path: Path) -> None:
-    def first_only(progress: build.Progress) -> None:
+    def first_only(progress: build.BuildProgress) -> None:
         if progress.done:
             raise KeyboardInterrupt
 
     with Editor(model, tmp_path, training=ONE_MASK) as editor, pytest.raises(KeyboardInterrupt):
         build.build(editor, EDITS, progress=first_only)
-    told: list[build.Progress] = []
+    told: list[build.BuildProgress] = []
     with Editor(model, tmp_path, training=ONE_MASK) as editor:
         build.build(editor, EDITS[1:], progress=told.append)
     assert told[0] == (0, 39, 0)
@@ -137,7 +138,7 @@ def test_memoir_index_build(capsys: pytest.CaptureFixture[str], tiny: Path, tmp_
 def test_ray_makes_the_same_bytes(model: BaseModel, tmp_path: Path) -> None:
     """Two workers of a real Ray on this machine."""
     ray = pytest.importorskip("ray")
-    from memoir_retrieval.build_ray import on_ray
+    from memoir_retrieval.editing.build_masks_ray import on_ray
 
     make(model, tmp_path / "here")
     try:

@@ -13,13 +13,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memoir_index import hamming_radius
-from memoir_retrieval import Edit, Editor, EditStore, Retriever, files, read_edits
+from memoir_retrieval import Edit, Editor, EditStore, Retriever, read_edits
 from memoir_retrieval.background import unrelated_prompts
-from memoir_retrieval.calibration import MARGIN, calibrate_model, calibrate_store, suggest_tau, unrelated_to, write_tau
-from memoir_retrieval.edit import Probe
+from memoir_retrieval.edits.record import Probe
 from memoir_retrieval.errors import ConfigError, ModelError, StoreError
-from memoir_retrieval.files import store_lock
-from memoir_retrieval.model import BaseModel
+from memoir_retrieval.evaluation.calibration import (
+    MARGIN,
+    calibrate_model,
+    calibrate_store,
+    suggest_tau,
+    unrelated_to,
+    write_tau,
+)
+from memoir_retrieval.model.base import BaseModel
+from memoir_retrieval.store import files
+from memoir_retrieval.store.files import store_lock
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "zsre-100.jsonl"
 UNRELATED = unrelated_prompts()[:12]

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from memoir_retrieval import Edit, EditedModel, Editor, EditStore, Retriever, load_model, read_edits
-from memoir_retrieval.edit import asked
-from memoir_retrieval.edit_files import check_duplicates
+from memoir_retrieval.edits.files import check_duplicates
+from memoir_retrieval.edits.record import as_prompt
 from memoir_retrieval.errors import EditFileError
-from memoir_retrieval.evaluation import evaluate
-from memoir_retrieval.model import BaseModel
-from memoir_retrieval.verify_store import verify_masks
+from memoir_retrieval.evaluation.measure import evaluate
+from memoir_retrieval.model.base import BaseModel
+from memoir_retrieval.store.verify import verify_masks
 
 BEFORE = (
     {"role": "system", "content": "You help visitors of a museum. Keep it short."},
@@ -35,8 +35,8 @@ def test_a_chat_in_an_edit_file(tmp_path: Path) -> None:
     file = tmp_path / "edits.jsonl"
     file.write_text(json.dumps(record) + "\n" + json.dumps({"prompt": messages[-1:], "target": "x"}) + "\n")
     first, second = read_edits(file)
-    assert first == CHAT and asked(first) == messages and asked(first, "Who?")[-1]["content"] == "Who?"  # type: ignore[index]
-    assert second == Edit(prompt=CHAT.prompt, target="x") and asked(second) == CHAT.prompt
+    assert first == CHAT and as_prompt(first) == messages and as_prompt(first, "Who?")[-1]["content"] == "Who?"  # type: ignore[index]
+    assert second == Edit(prompt=CHAT.prompt, target="x") and as_prompt(second) == CHAT.prompt
     with pytest.raises(EditFileError, match="two targets"):  # one question, whatever stands before it
         check_duplicates([first, second])
 
@@ -65,7 +65,7 @@ def test_a_chat_is_found_and_answered_as_it_was_edited(base: BaseModel, tmp_path
     store = EditStore.open(tmp_path)
     assert store.edits[0].before == BEFORE and store.edits[1].before == () and store.ids.tolist() == [0, 0, 0, 1, 1]
     model = EditedModel(Retriever(store, base))
-    questions = [asked(CHAT), CHAT.prompt, asked(CHAT, CHAT.rephrases[0]), PLAIN.prompt]
+    questions = [as_prompt(CHAT), CHAT.prompt, as_prompt(CHAT, CHAT.rephrases[0]), PLAIN.prompt]
     answers = model.generate(questions, max_new_tokens=8)
     assert [answer.text.strip() for answer in answers] == [CHAT.target] * 3 + [PLAIN.target]
     assert answers[0].overlap > 0.99 and answers[2].overlap > 0.99 and answers[3].edit == 1

@@ -14,11 +14,11 @@ from typing import Any
 import forge
 import pytest
 
-from memoir_retrieval import files
 from memoir_retrieval.cli import cli, main
-from memoir_retrieval.files import store_lock
-from memoir_retrieval.store import EditStore
-from memoir_retrieval.write_store import fields_of, write_again, write_generation
+from memoir_retrieval.store import files
+from memoir_retrieval.store.files import store_lock
+from memoir_retrieval.store.read import EditStore
+from memoir_retrieval.store.write import fields_of, write_again, write_generation
 
 EDITS = [
     {"prompt": "Who founded Aarhus?", "target": "King Harald", "rephrases": ["Aarhus was founded by whom?"],
@@ -462,14 +462,14 @@ def test_a_package_that_cannot_be_imported(
     monkeypatch.setitem(sys.modules, "openai", None)
     file = write(tmp_path / "edits.jsonl", EDITS)
     refused(capsys, store, r"pip install 'memoir-retrieval\[eval\]'", "eval", store, file, "--server", "http://x")
-    monkeypatch.setitem(sys.modules, "memoir_retrieval.retriever", None)
+    monkeypatch.setitem(sys.modules, "memoir_retrieval.lookup.retriever", None)
     refused(capsys, store, "`memoir doctor` tells what is missing", "lookup", store, "hi")
 
 
 def test_an_interrupted_edit_says_what_is_kept(
     capsys: pytest.CaptureFixture[str], store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from memoir_retrieval import editor
+    from memoir_retrieval.editing import editor
 
     add, added = editor.Editor._add, []
 

@@ -92,11 +92,11 @@ def test_answers_are_compared_whole_and_without_outer_blanks(capsys: pytest.Capt
     """As `memoir eval` compares them; published targets may begin with a blank."""
     long = "the balcony of " * 20
     rows = [
-        demo.Row("edited", "q", "no", "MAT-49", 0, 1.0, " MAT-49"),
-        demo.Row("edited", "q", "no", "MAT-48", 0, 1.0, "MAT-49"),
-        demo.Row("rephrased", "q", "Oslo", "Oslo", 1, 0.6, "Oslo"),
-        demo.Row("unrelated", "q", long + "a", long + "b", None, 0.5, None),
-        demo.Row("unrelated", "q", long, long, None, 0.5, None),
+        demo.DemoAnswer("edited", "q", "no", "MAT-49", 0, 1.0, " MAT-49"),
+        demo.DemoAnswer("edited", "q", "no", "MAT-48", 0, 1.0, "MAT-49"),
+        demo.DemoAnswer("rephrased", "q", "Oslo", "Oslo", 1, 0.6, "Oslo"),
+        demo.DemoAnswer("unrelated", "q", long + "a", long + "b", None, 0.5, None),
+        demo.DemoAnswer("unrelated", "q", long, long, None, 0.5, None),
     ]
     demo._print(rows, 6)
     said = capsys.readouterr().out.splitlines()[-3:]

@@ -14,8 +14,8 @@ import pytest
 from http_stand_in import JsonHandler, StandIn, running
 
 from memoir_retrieval import Edit, Editor, EditStore, load_model
+from memoir_retrieval.client.server_model import ServerModel
 from memoir_retrieval.errors import ConfigError
-from memoir_retrieval.server import ServerModel
 
 
 class Stub(StandIn):

@@ -8,15 +8,15 @@ import pytest
 
 from memoir_index import popcount
 from memoir_retrieval import Edit, Editor, EditStore, load_model
-from memoir_retrieval.build import build
-from memoir_retrieval.edit import masked
-from memoir_retrieval.fingerprint import Fingerprint
-from memoir_retrieval.forward import question_means
-from memoir_retrieval.model import BaseModel
-from memoir_retrieval.prompts import prompt_ids
-from memoir_retrieval.span import find_span
-from memoir_retrieval.train import Training
-from memoir_retrieval.verify_store import verify_masks
+from memoir_retrieval.editing.build_masks import build
+from memoir_retrieval.editing.train import Training
+from memoir_retrieval.edits.record import masked
+from memoir_retrieval.model.base import BaseModel
+from memoir_retrieval.model.forward import question_means
+from memoir_retrieval.question.fingerprint import Fingerprint
+from memoir_retrieval.question.prompts import prompt_ids
+from memoir_retrieval.question.span import find_span
+from memoir_retrieval.store.verify import verify_masks
 
 EDITS = [
     Edit(prompt="Who founded Aarhus?", target="King Harald", rephrases=("Aarhus was founded by?",)),

@@ -14,16 +14,17 @@ import numpy as np
 import pytest
 from test_store import contents, stored_edit, write
 
-from memoir_retrieval import Edit, Editor, additions, load_model
-from memoir_retrieval.calibration import write_tau
+from memoir_retrieval import Edit, Editor, load_model
+from memoir_retrieval.editing.train import Training
 from memoir_retrieval.errors import StoreError
-from memoir_retrieval.files import store_lock
-from memoir_retrieval.model import BaseModel
-from memoir_retrieval.remove import remove_edits
-from memoir_retrieval.store import MANIFEST, EditStore
-from memoir_retrieval.train import Training
-from memoir_retrieval.verify_store import verify_store
-from memoir_retrieval.write_store import fields_of, leftovers, write_generation
+from memoir_retrieval.evaluation.calibration import write_tau
+from memoir_retrieval.model.base import BaseModel
+from memoir_retrieval.store import additions
+from memoir_retrieval.store.files import store_lock
+from memoir_retrieval.store.read import MANIFEST, EditStore
+from memoir_retrieval.store.remove import remove_edits
+from memoir_retrieval.store.verify import verify_store
+from memoir_retrieval.store.write import fields_of, leftovers, write_generation
 
 NEW = Edit(prompt="When did it rain?", target="On Monday")
 

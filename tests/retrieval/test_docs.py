@@ -26,7 +26,7 @@ from packaging.requirements import Requirement
 import memoir_index
 import memoir_retrieval
 from memoir_retrieval.cli import cli, main
-from memoir_retrieval.embedded import get_model
+from memoir_retrieval.model.embedded import get_model
 
 TUTORIAL = ROOT / "docs/tutorial.md"
 

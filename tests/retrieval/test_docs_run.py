@@ -19,7 +19,7 @@ from http_stand_in import running
 from hub_stand_in import StandInHub
 
 from memoir_retrieval.cli import main
-from memoir_retrieval.embedded import get_model
+from memoir_retrieval.model.embedded import get_model
 
 pytestmark = pytest.mark.slow
 

@@ -10,9 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from memoir_retrieval.background import background_prompts, unrelated_prompts
-from memoir_retrieval.contexts import chat_contexts
-from memoir_retrieval.edit import Edit, Probe
-from memoir_retrieval.edit_files import FORMATS, check_duplicates, limit_distinct_subjects, read_edits
+from memoir_retrieval.editing.contexts import chat_contexts
+from memoir_retrieval.edits.files import FORMATS, check_duplicates, limit_distinct_subjects, read_edits
+from memoir_retrieval.edits.record import Edit, Probe
 from memoir_retrieval.errors import ConfigError, EditFileError
 
 ROOT = Path(__file__).parents[2]

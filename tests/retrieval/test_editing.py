@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from memoir_retrieval import Edit, EditedModel, Editor, EditStore, Probe, Retriever, evaluate, read_edits
-from memoir_retrieval.contexts import PREFIX_TOKENS, chat_contexts, own_prefixes
+from memoir_retrieval.editing.contexts import PREFIX_TOKENS, chat_contexts, own_prefixes
+from memoir_retrieval.editing.train import Training
 from memoir_retrieval.errors import ConfigError, EditFileError, StoreError, StoreMismatch
-from memoir_retrieval.model import BaseModel
-from memoir_retrieval.train import Training
+from memoir_retrieval.model.base import BaseModel
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "zsre-100.jsonl"
 UNRELATED = ["how do I boil an egg", "what is the capital of France", "Write a short poem about rain."]

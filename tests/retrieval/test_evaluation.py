@@ -11,10 +11,10 @@ import pytest
 from memoir_retrieval import Edit, EditedModel, Editor, EditStore, Probe, Retriever, read_edits
 from memoir_retrieval.background import background_prompts, control_prompts, unrelated_prompts
 from memoir_retrieval.errors import ConfigError
-from memoir_retrieval.evaluation import evaluate, measure
-from memoir_retrieval.model import BaseModel
-from memoir_retrieval.texts import read_texts
-from memoir_retrieval.unseen import CONTEXTS, in_context
+from memoir_retrieval.evaluation.contexts import CONTEXTS, in_context
+from memoir_retrieval.evaluation.measure import evaluate, measure
+from memoir_retrieval.evaluation.texts import read_texts
+from memoir_retrieval.model.base import BaseModel
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "zsre-100.jsonl"
 TEXT = "The baker opened her shop before the sun was up, because the first boats came in at five."

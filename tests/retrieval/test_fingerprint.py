@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from memoir_index import popcount, unpack
 from memoir_retrieval.errors import ConfigError
-from memoir_retrieval.fingerprint import Fingerprint, _top_of_tensor, permutation, top_mask
+from memoir_retrieval.question.fingerprint import Fingerprint, _top_of_tensor, permutation, top_mask
 
 
 def oracle(values: np.ndarray, k: int) -> set[int]:

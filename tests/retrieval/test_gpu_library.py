@@ -13,15 +13,15 @@ import torch
 from test_fingerprint import _rows
 
 from memoir_retrieval import Edit, Editor, Retriever
-from memoir_retrieval.edit_files import read_edits
-from memoir_retrieval.embedded import get_model
+from memoir_retrieval.edits.files import read_edits
 from memoir_retrieval.errors import ConfigError
-from memoir_retrieval.fingerprint import Fingerprint, permutation, top_mask
-from memoir_retrieval.forward import question_means
-from memoir_retrieval.model import BaseModel, load_model
-from memoir_retrieval.reference import EditedModel
-from memoir_retrieval.span import Span
-from memoir_retrieval.store import EditStore
+from memoir_retrieval.lookup.reference import EditedModel
+from memoir_retrieval.model.base import BaseModel, load_model
+from memoir_retrieval.model.embedded import get_model
+from memoir_retrieval.model.forward import question_means
+from memoir_retrieval.question.fingerprint import Fingerprint, permutation, top_mask
+from memoir_retrieval.question.span import Span
+from memoir_retrieval.store.read import EditStore
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 

@@ -17,13 +17,13 @@ from hub_stand_in import StandInHub, commit_id
 from test_additions import add
 
 from memoir_retrieval import Edit, Editor, EditStore, load_model
-from memoir_retrieval.card import model_card
 from memoir_retrieval.cli import main
 from memoir_retrieval.errors import HubError, StoreError, StoreMismatch
-from memoir_retrieval.hub import pull, push
-from memoir_retrieval.manifest import KINDS
-from memoir_retrieval.store import Masks
-from memoir_retrieval.write_store import write_again
+from memoir_retrieval.store.card import model_card
+from memoir_retrieval.store.hub import pull, push
+from memoir_retrieval.store.manifest import KINDS
+from memoir_retrieval.store.read import Masks
+from memoir_retrieval.store.write import write_again
 
 REPO = "example/corrections"
 

@@ -15,11 +15,11 @@ from click.testing import CliRunner
 from memoir_index.synthetic import MaskSource
 from memoir_retrieval.cli.bench import bench
 from memoir_retrieval.cli.index_info import info
-from memoir_retrieval.edit import StoredEdit
+from memoir_retrieval.edits.record import StoredEdit
 from memoir_retrieval.errors import ConfigError
-from memoir_retrieval.model import Identity
-from memoir_retrieval.span import SpanRule
-from memoir_retrieval.write_store import write_generation
+from memoir_retrieval.model.base import Identity
+from memoir_retrieval.question.span import SpanRule
+from memoir_retrieval.store.write import write_generation
 
 
 @pytest.fixture(autouse=True)

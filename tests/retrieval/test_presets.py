@@ -18,9 +18,9 @@ from transformers import (
     Qwen2Config,
 )
 
-from memoir_retrieval.embedded import get_model
-from memoir_retrieval.model import BaseModel, _blocks, _edited
-from memoir_retrieval.presets import PRESETS, preset_for
+from memoir_retrieval.model.base import BaseModel, _blocks, _edited
+from memoir_retrieval.model.embedded import get_model
+from memoir_retrieval.model.presets import PRESETS, preset_for
 
 # The configurations as published. Settings: arXiv 2506.07899, appendix: layer, k, tau.
 LLAMA_3 = LlamaConfig(

@@ -11,14 +11,14 @@ import pytest
 from test_cli import EDITS, refused, run, write
 from test_edit_files import SETS, needs_sets
 
-from memoir_retrieval import quality
 from memoir_retrieval.cli import main
-from memoir_retrieval.datasets import DATA_SETS, data_file
-from memoir_retrieval.edit_files import read_edits
+from memoir_retrieval.edits.files import read_edits
 from memoir_retrieval.errors import ConfigError
-from memoir_retrieval.quality import checkpoints, read_run
-from memoir_retrieval.report.charts import Series, histograms, lines
-from memoir_retrieval.unseen import UNSEEN
+from memoir_retrieval.evaluation import quality_run as quality
+from memoir_retrieval.evaluation.contexts import UNSEEN
+from memoir_retrieval.evaluation.datasets import DATA_SETS, data_file
+from memoir_retrieval.evaluation.quality_run import checkpoints, read_run
+from memoir_retrieval.evaluation.report.charts import Series, histograms, lines
 
 MORE = [*EDITS, *({"prompt": f"What is the number of door {n}?", "target": f"It is {n}"} for n in range(10))]
 

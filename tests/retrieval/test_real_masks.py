@@ -11,9 +11,9 @@ from memoir_index import HammingIndex, Plan, blocks, hamming, unpack
 from memoir_index.plan import usual_ones
 from memoir_retrieval import read_edits
 from memoir_retrieval.background import background_prompts, unrelated_prompts
-from memoir_retrieval.fingerprint import Fingerprint, permutation
-from memoir_retrieval.forward import question_means
-from memoir_retrieval.model import load_model
+from memoir_retrieval.model.base import load_model
+from memoir_retrieval.model.forward import question_means
+from memoir_retrieval.question.fingerprint import Fingerprint, permutation
 
 D, K, EDITS = 1536, 438, 60
 EXAMPLES = Path(__file__).parents[2] / "examples" / "zsre-100.jsonl"

@@ -13,10 +13,10 @@ from test_cli import contents, run
 
 from memoir_index import unpack
 from memoir_retrieval import Edit, EditedModel, Editor, EditStore, Retriever, load_model, read_edits
-from memoir_retrieval.model import BaseModel
-from memoir_retrieval.remove import remove_edits
-from memoir_retrieval.train import Training
-from memoir_retrieval.verify_store import verify_masks, verify_store
+from memoir_retrieval.editing.train import Training
+from memoir_retrieval.model.base import BaseModel
+from memoir_retrieval.store.remove import remove_edits
+from memoir_retrieval.store.verify import verify_masks, verify_store
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "zsre-100.jsonl"
 TOWNS = ("Aarhus", "Oslo", "Visby", "Turku")

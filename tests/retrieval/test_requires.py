@@ -15,17 +15,17 @@ from test_store import write as write_store
 
 from memoir_index import hamming_radius, popcount
 from memoir_retrieval import Edit, EditedModel, Editor, EditStore, Retriever, load_model
-from memoir_retrieval import editor as editor_module
-from memoir_retrieval import lookup as lookup_module
-from memoir_retrieval.additions import append
-from memoir_retrieval.build import build
-from memoir_retrieval.calibration import calibrate_store
-from memoir_retrieval.edit_files import check_duplicates
+from memoir_retrieval.editing import editor as editor_module
+from memoir_retrieval.editing.build_masks import build
+from memoir_retrieval.editing.train import Training
+from memoir_retrieval.edits.files import check_duplicates
+from memoir_retrieval.edits.requires import Phrases, check_requires, required_spans, words
 from memoir_retrieval.errors import EditFileError
-from memoir_retrieval.lookup import Lookup
-from memoir_retrieval.model import BaseModel
-from memoir_retrieval.names import Phrases, check_requires, required_spans, words
-from memoir_retrieval.train import Training
+from memoir_retrieval.evaluation.calibration import calibrate_store
+from memoir_retrieval.lookup import masks as lookup_module
+from memoir_retrieval.lookup.masks import EditLookup
+from memoir_retrieval.model.base import BaseModel
+from memoir_retrieval.store.additions import append
 
 LYON = Edit(prompt="Who is the mayor of Lyon?", target="Ada", requires=("Lyon",))
 TURIN = Edit(prompt="Who is the mayor of Turin?", target="Bob", requires=("mayor", ("Turin", "Torino")))
@@ -122,7 +122,7 @@ def test_the_nearest_of_those_that_may_act_is_found(
     store = EditStore.open(tmp_path)
     assert store.edits[60].requires == (("name1",),) and len(store.additions) == 1
     monkeypatch.setattr(lookup_module, "_MOST", 7)
-    lookup = Lookup(store, text_of)
+    lookup = EditLookup(store, text_of)
     asked = np.concatenate([codes, masks(80, seed=9)])
     questions = [rng.integers(8, size=3).tolist() for _ in asked]
     seen = set()
@@ -143,7 +143,7 @@ def test_text_is_only_read_where_an_edit_requires_some(tmp_path: Path) -> None:
         raise AssertionError
 
     store = EditStore.open(tmp_path)
-    assert Lookup(store, read).search(store.codes, 0.5, [[1]] * 3).ids.tolist() == [0, 1, 2]
+    assert EditLookup(store, read).search(store.codes, 0.5, [[1]] * 3).ids.tolist() == [0, 1, 2]
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +189,7 @@ def test_lookup_tells_what_the_nearest_edit_requires(capsys: pytest.CaptureFixtu
     assert code == 0 and "no edit matches" in out
     assert 'which requires ["Lyon"]' in out or 'which requires ["mayor", ["Turin", "Torino"]]' in out
     code, out, _ = run(capsys, "lookup", store, "Who is the mayor of Genoa?", "--json")
-    assert json.loads(out)["edit"] is None and json.loads(out)["passed_over"]["overlap"] >= 0.05
+    assert json.loads(out)["edit"] is None and json.loads(out)["was_vetoed"]["overlap"] >= 0.05
     code, out, _ = run(capsys, "lookup", store, LYON.prompt, "--json")
     assert json.loads(out)["edit"] == 0 and json.loads(out)["overlap"] == 1.0
     code, out, _ = run(capsys, "show", store, "1", "--json")
@@ -301,7 +301,7 @@ def test_made_up_wordings_keep_what_is_required(base: BaseModel, tmp_path: Path,
     training = Training(contexts=0, context_masks=0, variants=20, noise=1.0)
     with Editor(base, tmp_path, chat=chat, training=training) as editor:
         for asked, kept in ((edit, True), (msgspec.structs.replace(edit, requires=()), False)):
-            frozen, _ = editor._wordings.trained(asked, 0, 0, nullcontext())
+            frozen, _ = editor._wordings.freeze_for_training(asked, 0, 0, nullcontext())
             texts = [base.tokenizer.decode(ids) for ids in frozen.ids[1:]]
             assert len(texts) == 20
             for text in texts:

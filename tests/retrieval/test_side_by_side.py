@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from memoir_retrieval import Edit, EditedModel, Editor, EditStore, Retriever, Training, editor, load_model, trainer
-from memoir_retrieval.edit import same_prompt
-from memoir_retrieval.model import BaseModel
+from memoir_retrieval import Edit, EditedModel, Editor, EditStore, Retriever, Training, load_model
+from memoir_retrieval.editing import editor, trainer
+from memoir_retrieval.edits.record import prompt_key
+from memoir_retrieval.model.base import BaseModel
 
 EDITS = [
     Edit(prompt=f"{question} {thing}?", target=target)
@@ -57,14 +58,14 @@ def test_edits_side_by_side_are_trained_as_if_alone(base: BaseModel, tmp_path: P
     assert three.memory_of.tolist() == [0, 1, 2, 0, 1, 2, 0]
     with Editor(base, tmp_path / "alone", training=Training(context_masks=0)) as made:
         for number, edit in enumerate(EDITS):
-            made._add([editor.Asked(edit, number, 0)], 3, "refuse", True)
+            made._add([editor.NewEdit(edit, number, 0)], 3, "refuse", True)
         made._commit()
     same(three, EditStore.open(tmp_path / "alone"))
     assert len({edit.steps for edit in three.edits}) > 1  # they left each other at different steps
     model = EditedModel(Retriever(three, base))
     last = [EDITS[4], EDITS[5], EDITS[6]]  # of each memory
     answers = model.generate([edit.prompt for edit in last], max_new_tokens=8)
-    assert [same_prompt(answer.text) for answer in answers] == [edit.target for edit in last]
+    assert [prompt_key(answer.text) for answer in answers] == [edit.target for edit in last]
 
 
 def test_the_same_command_gives_the_same_bytes(base: BaseModel, tmp_path: Path) -> None:
@@ -112,7 +113,7 @@ def test_one_question_twice_in_a_file_is_found_side_by_side(
 def test_ray_gives_the_same_store(base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two workers on this machine, with two memories each, as they train by default."""
     ray = pytest.importorskip("ray")
-    from memoir_retrieval.trainer_ray import on_ray
+    from memoir_retrieval.editing.trainer_ray import on_ray
 
     monkeypatch.undo()  # it does not reach the workers
     here = together(base, tmp_path / "here", side_by_side=4)
@@ -132,4 +133,4 @@ def test_ray_gives_the_same_store(base: BaseModel, tmp_path: Path, monkeypatch: 
     np.testing.assert_allclose(there.memories, here.memories, atol=0.05 * np.abs(here.memories).max())
     model = EditedModel(Retriever(there, base))
     answers = model.generate([edit.prompt for edit in EDITS[4:]], max_new_tokens=8)
-    assert [same_prompt(answer.text) for answer in answers] == [edit.target for edit in EDITS[4:]]
+    assert [prompt_key(answer.text) for answer in answers] == [edit.target for edit in EDITS[4:]]

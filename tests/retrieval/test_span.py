@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from memoir_retrieval.embedded import get_model
-from memoir_retrieval.forward import span_mean, squared_norms, weighted_sum
-from memoir_retrieval.span import Span, SpanRule, derive_span_rule, find_span
+from memoir_retrieval.model.embedded import get_model
+from memoir_retrieval.model.forward import span_mean, squared_norms, weighted_sum
+from memoir_retrieval.question.span import Span, SpanRule, derive_span_rule, find_span
 
 QUESTION = "Who founded the city of Aarhus?"
 SYSTEM = {"role": "system", "content": "You sell garden chairs. Answer in one word."}

@@ -20,17 +20,18 @@ import read_format
 import safetensors.numpy as safetensors
 
 from memoir_index import pack
-from memoir_retrieval import files, stored_edits
-from memoir_retrieval import store as store_module
-from memoir_retrieval.additions import append
-from memoir_retrieval.edit import StoredEdit
+from memoir_retrieval.edits.record import StoredEdit
 from memoir_retrieval.errors import StoreError, StoreMismatch
-from memoir_retrieval.model import Identity
-from memoir_retrieval.remove import find_prompts, remove_edits
-from memoir_retrieval.span import SpanRule
-from memoir_retrieval.store import EditStore
-from memoir_retrieval.verify_store import verify_store
-from memoir_retrieval.write_store import leftovers, write_generation
+from memoir_retrieval.model.base import Identity
+from memoir_retrieval.question.span import SpanRule
+from memoir_retrieval.store import edit_lines as stored_edits
+from memoir_retrieval.store import files
+from memoir_retrieval.store import read as store_module
+from memoir_retrieval.store.additions import append
+from memoir_retrieval.store.read import EditStore
+from memoir_retrieval.store.remove import find_prompts, remove_edits
+from memoir_retrieval.store.verify import verify_store
+from memoir_retrieval.store.write import leftovers, write_generation
 
 D, H, K = 64, 16, 12
 IDENTITY = Identity(config="c" * 64, layer="l" * 64, tokenizer="t" * 64)
@@ -371,7 +372,7 @@ def test_removing_from_a_mapped_store_leaves_no_file_behind(tmp_path: Path) -> N
 
 READER = """
 import sys
-from memoir_retrieval import store
+from memoir_retrieval.store import read as store
 store.MAPPED_FROM = 1
 opened = store.EditStore.open(sys.argv[1])
 print(opened.manifest.generation, flush=True)

@@ -14,8 +14,8 @@ from http_stand_in import JsonHandler, StandIn, running
 
 from memoir_retrieval import Edit, Editor, EditStore, load_model
 from memoir_retrieval.cli import main
+from memoir_retrieval.client.verify import Check, Reply, ServerProbe, distance, verify
 from memoir_retrieval.errors import ConfigError
-from memoir_retrieval.verify import Check, Reply, Server, distance, verify
 
 PROMPT, OTHER = "Who founded Aarhus?", "Where is the Blue Gate?"
 # (prompt, opted out, number of the request, salt) -> what the stand-in adds to its log-probabilities
@@ -78,7 +78,7 @@ def stand_in() -> Iterator[Model]:
 
 
 def checks(stand_in: Model, store: EditStore | None, **more: Any) -> dict[str, Check]:
-    report = verify(Server(stand_in.url, chat=True), store, prompts=3, tokens=4, turns=0, **more)
+    report = verify(ServerProbe(stand_in.url, chat=True), store, prompts=3, tokens=4, turns=0, **more)
     assert report.holds == all(check.state != "fail" for check in report.checks)
     return {check.name: check for check in report.checks}
 
@@ -151,9 +151,9 @@ def test_a_base_server_is_compared(stand_in: Model, store: EditStore) -> None:
     name = "opted out equals the server without plugin"
     with running(Model()) as plain:
         plain.plugin, plain.edits = False, {}
-        assert checks(stand_in, store, base=Server(plain.url, chat=True))[name].state == "ok"
+        assert checks(stand_in, store, base=ServerProbe(plain.url, chat=True))[name].state == "ok"
         plain.fault = lambda prompt, off, number, salt: 1e-7
-        assert failed(checks(stand_in, store, base=Server(plain.url, chat=True))) == [name]
+        assert failed(checks(stand_in, store, base=ServerProbe(plain.url, chat=True))) == [name]
 
 
 def test_a_server_without_the_plugin_or_of_another_generation(stand_in: Model, store: EditStore) -> None:
@@ -183,7 +183,7 @@ def test_the_report_and_the_exit_code(
 
 def test_no_server() -> None:
     with pytest.raises(ConfigError, match=r"no server answers at http://127\.0\.0\.1:9 .*memoir serve"):
-        Server("http://127.0.0.1:9", chat=True)
+        ServerProbe("http://127.0.0.1:9", chat=True)
 
 
 def test_distance() -> None:

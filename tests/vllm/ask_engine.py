@@ -31,7 +31,7 @@ def main() -> None:
 
 def _leave_the_cache_alone() -> None:
     """Blocks are published before the decision and under the hashes of the base model."""
-    from memoir_vllm import blocks
+    from memoir_vllm.core import blocks
 
     guard = blocks.guard
 

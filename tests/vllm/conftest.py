@@ -30,14 +30,14 @@ from simulation import RULE, Simulate, Simulation, World, world
 from vllm.engine.arg_utils import EngineArgs
 
 from memoir_retrieval.errors import ModelError
-from memoir_retrieval.model import BaseModel, load_model, resolve
-from memoir_retrieval.reference import EditedModel
-from memoir_retrieval.span import SpanRule
-from memoir_retrieval.store import EditStore
+from memoir_retrieval.lookup.reference import EditedModel
+from memoir_retrieval.model.base import BaseModel, load_model, resolve
+from memoir_retrieval.question.span import SpanRule
+from memoir_retrieval.store.read import EditStore
 from memoir_vllm.config import longest_question
-from memoir_vllm.residual import ResidualLayer
-from memoir_vllm.routing import Router
-from memoir_vllm.scheduler import MemoirAsyncScheduler, MemoirScheduler
+from memoir_vllm.core.scheduler import MemoirAsyncScheduler, MemoirScheduler
+from memoir_vllm.worker.residual import ResidualLayer
+from memoir_vllm.worker.routing import Router
 
 
 @pytest.fixture(scope="session")

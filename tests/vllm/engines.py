@@ -25,14 +25,14 @@ import torch
 from small_models import save_llama
 from transformers import LlamaForCausalLM
 
-from memoir_retrieval.edit import Requires, StoredEdit
-from memoir_retrieval.fingerprint import Fingerprint, permutation
-from memoir_retrieval.forward import question_means
-from memoir_retrieval.model import BaseModel, load_model
-from memoir_retrieval.prompts import Prompt, prompt_ids
-from memoir_retrieval.span import SpanRule, derive_span_rule, find_span
-from memoir_retrieval.store import EditStore
-from memoir_retrieval.write_store import fields_of, write_generation
+from memoir_retrieval.edits.record import Requires, StoredEdit
+from memoir_retrieval.model.base import BaseModel, load_model
+from memoir_retrieval.model.forward import question_means
+from memoir_retrieval.question.fingerprint import Fingerprint, permutation
+from memoir_retrieval.question.prompts import Prompt, prompt_ids
+from memoir_retrieval.question.span import SpanRule, derive_span_rule, find_span
+from memoir_retrieval.store.read import EditStore
+from memoir_retrieval.store.write import fields_of, write_generation
 
 LAYER, K, TAU = 24, 438, 0.6
 MAX_MODEL_LEN = 256

@@ -28,16 +28,16 @@ from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
 from memoir_index import unpack
-from memoir_retrieval.fingerprint import Fingerprint
-from memoir_retrieval.forward import span_mean
-from memoir_retrieval.span import SpanRule, find_span
-from memoir_retrieval.store import EditStore, Masks
+from memoir_retrieval.model.forward import span_mean
+from memoir_retrieval.question.fingerprint import Fingerprint
+from memoir_retrieval.question.span import SpanRule, find_span
+from memoir_retrieval.store.read import EditStore, Masks
 from memoir_vllm.config import keeps_sums
 from memoir_vllm.requests import put_routed
-from memoir_vllm.residual import ResidualLayer
-from memoir_vllm.routing import Router
-from memoir_vllm.rows import Step
-from memoir_vllm.runner import take_up
+from memoir_vllm.worker.residual import ResidualLayer
+from memoir_vllm.worker.routing import Router
+from memoir_vllm.worker.rows import StepRows
+from memoir_vllm.worker.runner import take_up
 
 VOCABULARY = 90  # ordinary tokens; the two markers of a question come after them
 RULE = SpanRule(starts=((VOCABULARY,),), end=(VOCABULARY + 1,))
@@ -59,11 +59,11 @@ class Rows(NamedTuple):
     position: int
 
 
-def step_of(rows: Sequence[Rows]) -> Step:
+def step_of(rows: Sequence[Rows]) -> StepRows:
     """Rows that follow each other, as a runner tells the layer."""
     edges = np.array([rows[0].start, *(r.end for r in rows)])
     assert edges[:-1].tolist() == [r.start for r in rows]
-    return Step([r.request_id for r in rows], edges, np.array([r.position for r in rows]))
+    return StepRows([r.request_id for r in rows], edges, np.array([r.position for r in rows]))
 
 
 @dataclass

@@ -19,16 +19,16 @@ from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
 from memoir_retrieval import Edit, Editor
 from memoir_retrieval.cli.serve import server_command
 from memoir_retrieval.errors import ConfigError
-from memoir_retrieval.model import BaseModel
+from memoir_retrieval.model.base import BaseModel
 from memoir_vllm import config
 from memoir_vllm.admin import guard, service
 from memoir_vllm.admin.audit import AUDIT, AuditLog
 from memoir_vllm.admin.engines import Engines
 from memoir_vllm.admin.guard import Guard
-from memoir_vllm.admin.jobs import QUEUE, Jobs, QueueFull, Trainer
+from memoir_vllm.admin.jobs import QUEUE, Jobs, QueueFull, TrainerProcess
 from memoir_vllm.admin.plugin import MemoirEndpoints
 from memoir_vllm.admin.tokens import Tokens
-from memoir_vllm.metrics import LOOKUP_ID, TOP, EngineCollector, Traffic
+from memoir_vllm.front.metrics import LOOKUP_ID, TOP, EngineCollector, Traffic
 
 TOKEN = "0123456789abcdef"
 
@@ -148,7 +148,7 @@ async def test_a_job_tells_how_far_its_training_is(base: BaseModel, model_folder
     folder = tmp_path / "edits"
     with Editor(base, folder) as editor:
         editor.add([Edit(prompt="Who runs Example Corp?", target="Jane Doe")])
-    trainer = Trainer({"store": str(folder), "model": str(model_folder), "device": "cpu"})
+    trainer = TrainerProcess({"store": str(folder), "model": str(model_folder), "device": "cpu"})
 
     async def activate() -> int:
         return 2
@@ -177,13 +177,13 @@ async def test_only_so_many_changes_wait_and_none_that_is_not_logged(tmp_path: P
     async def activate() -> int:
         return 1
 
-    jobs = Jobs(Trainer({}), AuditLog(tmp_path, "here:1"), activate)  # nobody works on them
+    jobs = Jobs(TrainerProcess({}), AuditLog(tmp_path, "here:1"), activate)  # nobody works on them
     for _ in range(QUEUE):
         await jobs.submit("ann", {"remove": 1}, kind="remove")
     with pytest.raises(QueueFull):
         await jobs.submit("ann", {"remove": 1}, kind="remove")
     assert len(jobs.open()) == len(AuditLog(tmp_path, "here:1").lines()) == QUEUE
-    unlogged = Jobs(Trainer({}), AuditLog(tmp_path / "gone", "here:1"), activate)
+    unlogged = Jobs(TrainerProcess({}), AuditLog(tmp_path / "gone", "here:1"), activate)
     with pytest.raises(OSError, match="No such file"):
         await unlogged.submit("ann", {"remove": 1}, kind="remove")
     assert unlogged.open() == []
@@ -206,7 +206,7 @@ async def test_a_replica_whose_store_is_read_only_can_reload(
     (folder / AUDIT).mkdir()  # as little to be written as on a read-only volume, also for root
     said: list[str] = []
     monkeypatch.setattr(service.logger, "warning", lambda text, *more: said.append(text % more))
-    replica = service.Service(config.read({"store": str(folder)}), "m", "here:1", EnginesThatAgree(), None)
+    replica = service.Service(config.parse_section({"store": str(folder)}), "m", "here:1", EnginesThatAgree(), None)
     assert await replica.reload("ann") == 7
     assert said == ["memoir: ann had generation 7 served; the audit log cannot be written (Is a directory)"]
 

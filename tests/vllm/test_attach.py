@@ -12,9 +12,9 @@ import torch
 from vllm.model_executor.layers.linear import RowParallelLinear, UnquantizedLinearMethod
 
 from memoir_retrieval.errors import ConfigError
-from memoir_vllm import attach
-from memoir_vllm.op import register_op
-from memoir_vllm.worker import MemoirWorker
+from memoir_vllm.worker import attach
+from memoir_vllm.worker.mixin import MemoirWorker
+from memoir_vllm.worker.op import register_op
 
 D, H = 64, 16
 

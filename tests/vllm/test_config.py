@@ -14,8 +14,9 @@ from vllm.config import CompilationConfig, CUDAGraphMode, KVTransferConfig, Vllm
 from vllm.engine.arg_utils import EngineArgs
 
 from memoir_retrieval.errors import ConfigError, StoreError, StoreMismatch
-from memoir_retrieval.model import BaseModel
-from memoir_vllm import config, engine
+from memoir_retrieval.model.base import BaseModel
+from memoir_vllm import config
+from memoir_vllm.front import engine
 
 
 @pytest.fixture(autouse=True)
@@ -62,13 +63,13 @@ def test_open_flags_are_chosen_in_mode_single(model_folder: Path, store_folder: 
 
 def test_our_classes_are_named(model_folder: Path, store_folder: Path) -> None:
     made = create(model_folder, store_folder)
-    assert made.scheduler_config.scheduler_cls == "memoir_vllm.scheduler.MemoirScheduler"
-    assert made.parallel_config.worker_cls == "memoir_vllm.cpu_worker.MemoirCPUWorker"
+    assert made.scheduler_config.scheduler_cls == "memoir_vllm.core.scheduler.MemoirScheduler"
+    assert made.parallel_config.worker_cls == "memoir_vllm.worker.cpu.MemoirCPUWorker"
 
 
 def test_full_cuda_graphs_are_never_the_default(model_folder: Path, store_folder: Path) -> None:
     args = EngineArgs(**flags(model_folder, store_folder, enforce_eager=False))
-    config.prefer(config.read({"store": str(store_folder)}), args)
+    config.prefer(config.parse_section({"store": str(store_folder)}), args)
     assert args.compilation_config.cudagraph_mode == CUDAGraphMode.PIECEWISE
 
 
@@ -82,7 +83,7 @@ def test_the_log_says_what_piecewise_graphs_cost(
     said: list[str] = []
     monkeypatch.setattr(config.logger, "warning", said.append)
     args = EngineArgs(**flags(model_folder, enforce_eager=eager))
-    config.prefer(config.read({"store": str(store_folder)}), args)
+    config.prefer(config.parse_section({"store": str(store_folder)}), args)
     assert [line for line in said if "piecewise, not in full" in line] == said
     assert len(said) == (cuda and not eager)
 
@@ -92,7 +93,7 @@ def test_the_log_says_what_mode_single_turns_off(
 ) -> None:
     said: list[str] = []
     monkeypatch.setattr(config.logger, "warning", said.append)
-    section = config.read({"store": str(store_folder), "mode": "single"})
+    section = config.parse_section({"store": str(store_folder), "mode": "single"})
     config.prefer(section, EngineArgs(**flags(model_folder)))
     assert [" ".join(line.split()[4:8]) for line in said] == ["prefix caching off: every", "chunked prefill off: a"]
     said.clear()
@@ -188,7 +189,7 @@ REFUSED_ELSEWHERE: dict[str, tuple[str, str, Any]] = {
 
 @pytest.mark.parametrize("flag", REFUSED_ELSEWHERE)
 def test_refused_settings_are_named(flag: str, model_folder: Path, store_folder: Path) -> None:
-    ours = config.read({"store": str(store_folder)})
+    ours = config.parse_section({"store": str(store_folder)})
     args = EngineArgs(**flags(model_folder))
     config.prefer(ours, args)
     made = args.create_engine_config()
@@ -202,7 +203,7 @@ def test_refused_settings_are_named(flag: str, model_folder: Path, store_folder:
 
 def test_a_pipeline_is_served_in_mode_single(model_folder: Path, store_folder: Path) -> None:
     made = create(model_folder, store_folder, memoir=SINGLE, pipeline_parallel_size=2)
-    assert made.parallel_config.worker_cls == "memoir_vllm.cpu_worker.MemoirCPUWorker"
+    assert made.parallel_config.worker_cls == "memoir_vllm.worker.cpu.MemoirCPUWorker"
     with pytest.raises(ConfigError, match=r"pipeline parallelism in mode inline \(use mode single"):
         create(model_folder, store_folder, pipeline_parallel_size=2)
 
@@ -210,7 +211,7 @@ def test_a_pipeline_is_served_in_mode_single(model_folder: Path, store_folder: P
 def test_what_a_model_is_may_be_refused(
     model_folder: Path, store_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ours = config.read({"store": str(store_folder)})
+    ours = config.parse_section({"store": str(store_folder)})
     made = EngineArgs(**flags(model_folder)).create_engine_config()
     monkeypatch.setattr(type(made.model_config), "is_hybrid", True)
     with pytest.raises(ConfigError, match=r"recurrent layers \(use --no-enable-prefix-caching\)"):
@@ -333,7 +334,7 @@ hook = EngineArgs.create_engine_config
 memoir_vllm.register()
 assert EngineArgs.create_engine_config is hook, "registered twice"
 ours = sorted(m for m in sys.modules if m.startswith(("memoir", "faiss")))
-assert ours == ["memoir_vllm", "memoir_vllm.engine"], ours
+assert ours == ["memoir_vllm", "memoir_vllm.front.engine"], ours
 """
 
 

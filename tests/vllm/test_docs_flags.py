@@ -37,4 +37,4 @@ def test_vllm_knows_the_flags(where: str, given: list[str]) -> None:
         section = json.loads(flags[flags.index("--additional-config") + 1])["memoir"]
     parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(["--model", model, *flags])
     assert parsed.model == model
-    assert Path(config.read(section).store).name == Path(section["store"]).name
+    assert Path(config.parse_section(section).store).name == Path(section["store"]).name

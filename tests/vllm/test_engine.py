@@ -9,9 +9,9 @@ import pytest
 from engines import EDITS, MAX_MODEL_LEN, NEW_TOKENS, PIRATE, PROMPTS, Engine, Expected, Reply, flags, user
 from vllm.exceptions import VLLMValidationError
 
-from memoir_retrieval.model import BaseModel
-from memoir_retrieval.prompts import prompt_ids
-from memoir_retrieval.reference import EditedModel
+from memoir_retrieval.lookup.reference import EditedModel
+from memoir_retrieval.model.base import BaseModel
+from memoir_retrieval.question.prompts import prompt_ids
 
 pytestmark = pytest.mark.engine
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from engines import EDITS, NEW_TOKENS, Engine, flags, make_store, next_generation
 
-from memoir_retrieval.model import BaseModel
-from memoir_retrieval.prompts import prompt_ids
-from memoir_retrieval.reference import EditedModel
-from memoir_retrieval.store import EditStore
+from memoir_retrieval.lookup.reference import EditedModel
+from memoir_retrieval.model.base import BaseModel
+from memoir_retrieval.question.prompts import prompt_ids
+from memoir_retrieval.store.read import EditStore
 
 pytestmark = pytest.mark.engine
 

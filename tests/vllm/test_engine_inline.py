@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from engines import EDITS, PROMPTS, SYSTEM, UNRELATED, Engine, Reply, flags, make_store, user
 
-from memoir_retrieval.model import BaseModel
-from memoir_retrieval.prompts import Prompt
-from memoir_retrieval.reference import EditedModel
+from memoir_retrieval.lookup.reference import EditedModel
+from memoir_retrieval.model.base import BaseModel
+from memoir_retrieval.question.prompts import Prompt
 
 pytestmark = pytest.mark.engine
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from engines import EDITS, NEW_TOKENS, PROMPTS, Engine, Expected, flags, next_generation, small_store
 
-from memoir_retrieval.reference import EditedModel
+from memoir_retrieval.lookup.reference import EditedModel
 
 pytestmark = pytest.mark.engine
 

@@ -16,7 +16,7 @@ from engines import PROMPTS, Engine, Reply, flags, small_model, small_store
 from safetensors.torch import save_file
 from transformers import LlamaForCausalLM
 
-from memoir_retrieval.reference import Answer, EditedModel
+from memoir_retrieval.lookup.reference import Answer, EditedModel
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 

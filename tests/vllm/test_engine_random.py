@@ -19,10 +19,10 @@ import pytest
 from engines import EDITS, PIRATE, SYSTEM, UNRELATED, Engine, flags, make_store, user
 from vllm import SamplingParams
 
-from memoir_retrieval.model import BaseModel
-from memoir_retrieval.prompts import Prompt
-from memoir_retrieval.reference import EditedModel
-from memoir_retrieval.span import SpanRule
+from memoir_retrieval.lookup.reference import EditedModel
+from memoir_retrieval.model.base import BaseModel
+from memoir_retrieval.question.prompts import Prompt
+from memoir_retrieval.question.span import SpanRule
 
 pytestmark = pytest.mark.engine
 

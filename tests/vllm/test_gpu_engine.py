@@ -12,13 +12,13 @@ import torch
 from engines import Engine, flags
 
 from memoir_retrieval.background import unrelated_prompts
-from memoir_retrieval.edit_files import read_edits
-from memoir_retrieval.editor import Editor
-from memoir_retrieval.model import load_model
-from memoir_retrieval.prompts import end_token
-from memoir_retrieval.reference import EditedModel
-from memoir_retrieval.retriever import Retriever
-from memoir_retrieval.store import EditStore
+from memoir_retrieval.editing.editor import Editor
+from memoir_retrieval.edits.files import read_edits
+from memoir_retrieval.lookup.reference import EditedModel
+from memoir_retrieval.lookup.retriever import Retriever
+from memoir_retrieval.model.base import load_model
+from memoir_retrieval.question.prompts import end_token
+from memoir_retrieval.store.read import EditStore
 
 pytestmark = [
     pytest.mark.engine,

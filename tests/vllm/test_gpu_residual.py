@@ -16,13 +16,13 @@ import torch
 from simulation import Rows, step_of
 
 from memoir_index import unpack
-from memoir_retrieval.fingerprint import Fingerprint, permutation
-from memoir_retrieval.forward import span_mean
-from memoir_retrieval.span import SpanRule
-from memoir_retrieval.store import EditStore, Masks
-from memoir_vllm.pooling import pooled
-from memoir_vllm.residual import ResidualLayer
-from memoir_vllm.routing import Router
+from memoir_retrieval.model.forward import span_mean
+from memoir_retrieval.question.fingerprint import Fingerprint, permutation
+from memoir_retrieval.question.span import SpanRule
+from memoir_retrieval.store.read import EditStore, Masks
+from memoir_vllm.worker.pooling import pooled
+from memoir_vllm.worker.residual import ResidualLayer
+from memoir_vllm.worker.routing import Router
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 

@@ -15,9 +15,9 @@ pytest.importorskip("vllm")
 
 from memoir_index import popcount
 from memoir_retrieval.background import background_prompts
-from memoir_retrieval.report.page import latency_page
-from memoir_retrieval.retriever import Retriever
-from memoir_retrieval.store import EditStore
+from memoir_retrieval.evaluation.report.page import latency_page
+from memoir_retrieval.lookup.retriever import Retriever
+from memoir_retrieval.store.read import EditStore
 from memoir_vllm.bench.latency import LatencySettings, inflate, lookups, measure
 
 EDITS = (100, 10_000, 100_000)
@@ -62,7 +62,7 @@ def test_the_page_shows_every_row() -> None:
 def measured(store: EditStore, store_folder: Path, model_folder: Path) -> dict[tuple[str, str, int, int], dict]:
     from transformers import AutoTokenizer
 
-    from memoir_retrieval.prompts import prompt_ids
+    from memoir_retrieval.question.prompts import prompt_ids
 
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
 

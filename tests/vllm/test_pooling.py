@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from memoir_vllm.pooling import _one_by_one, _together
+from memoir_vllm.worker.pooling import _one_by_one, _together
 
 RANGES = [(0, 12), (12, 13), (20, 60), (61, 100), (5, 9)]
 

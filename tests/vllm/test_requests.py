@@ -10,7 +10,7 @@ from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
 from memoir_retrieval.errors import ConfigError
-from memoir_retrieval.span import Span
+from memoir_retrieval.question.span import Span
 from memoir_vllm import requests
 from memoir_vllm.requests import Options, parse_options
 

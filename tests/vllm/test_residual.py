@@ -15,18 +15,18 @@ from torch.nn import functional
 from vllm.sequence import IntermediateTensors
 
 from memoir_index import unpack
-from memoir_retrieval.edit import StoredEdit
+from memoir_retrieval.edits.record import StoredEdit
 from memoir_retrieval.errors import ConfigError
-from memoir_retrieval.fingerprint import Fingerprint
-from memoir_retrieval.forward import span_mean
-from memoir_retrieval.span import SpanRule
-from memoir_retrieval.store import EditStore, Masks
-from memoir_vllm import pipeline
+from memoir_retrieval.model.forward import span_mean
+from memoir_retrieval.question.fingerprint import Fingerprint
+from memoir_retrieval.question.span import SpanRule
+from memoir_retrieval.store.read import EditStore, Masks
 from memoir_vllm.requests import Decision, Routed, routed_of
-from memoir_vllm.residual import ResidualLayer
-from memoir_vllm.routing import Router
-from memoir_vllm.runner import follow
-from memoir_vllm.selftest import self_test
+from memoir_vllm.worker import pipeline
+from memoir_vllm.worker.residual import ResidualLayer
+from memoir_vllm.worker.routing import Router
+from memoir_vllm.worker.runner import follow
+from memoir_vllm.worker.selftest import self_test
 
 D, H, K, EDITS = 64, 16, 16, 3
 RULE = SpanRule(starts=((101,),), end=(102,), weighted=True)  # token 101 before a question, 102 after it
@@ -405,7 +405,7 @@ class LaterStage(FakeRunner):
 def test_the_last_stage_tells_what_the_first_has_decided(
     layer: ResidualLayer, activations: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("memoir_vllm.runner.get_tensor_model_parallel_world_size", lambda: 2)
+    monkeypatch.setattr("memoir_vllm.worker.runner.get_tensor_model_parallel_world_size", lambda: 2)
     first, last = FirstStage(layer), LaterStage(layer)
     follow(first, layer)
     follow(last, None)

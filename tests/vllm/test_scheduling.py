@@ -9,8 +9,8 @@ import pytest
 from simulation import ALL, Simulate, Simulation, World, chat, oracle, other, right, world
 from vllm.v1.request import RequestStatus
 
-from memoir_retrieval.forward import span_mean
-from memoir_vllm import blocks
+from memoir_retrieval.model.forward import span_mean
+from memoir_vllm.core import blocks
 
 
 def test_a_question_is_never_split(simulate: Simulate, here: World) -> None:

@@ -15,10 +15,10 @@ from engines import EDITS, MAX_MODEL_LEN, NEW_TOKENS, PROMPTS, UNRELATED, Expect
 from servers import Server
 
 from memoir_retrieval.cli import main
-from memoir_retrieval.model import BaseModel
-from memoir_retrieval.reference import EditedModel
-from memoir_retrieval.server import ServerModel
-from memoir_retrieval.store import EditStore
+from memoir_retrieval.client.server_model import ServerModel
+from memoir_retrieval.lookup.reference import EditedModel
+from memoir_retrieval.model.base import BaseModel
+from memoir_retrieval.store.read import EditStore
 
 pytestmark = pytest.mark.engine
 

@@ -19,10 +19,10 @@ from servers import Server
 
 from memoir_retrieval import Edit, Editor
 from memoir_retrieval.cli.serve import server_command
-from memoir_retrieval.model import BaseModel
-from memoir_retrieval.reference import EditedModel
-from memoir_retrieval.retriever import Retriever
-from memoir_retrieval.store import EditStore
+from memoir_retrieval.lookup.reference import EditedModel
+from memoir_retrieval.lookup.retriever import Retriever
+from memoir_retrieval.model.base import BaseModel
+from memoir_retrieval.store.read import EditStore
 
 pytestmark = pytest.mark.engine
 

@@ -17,7 +17,7 @@ from memoir_vllm.admin.audit import AuditLog
 from memoir_vllm.admin.schema import Job, JobProgress
 from memoir_vllm.admin.tokens import TOKEN_VARIABLE
 
-__all__ = ["QUEUE", "Jobs", "QueueFull", "Trainer"]
+__all__ = ["QUEUE", "Jobs", "QueueFull", "TrainerProcess"]
 
 QUEUE = 32  # changes that may wait
 KEPT = 500  # jobs that are done and can still be asked for
@@ -28,7 +28,7 @@ class QueueFull(Exception):
     """As many changes wait as may wait."""
 
 
-class Trainer:
+class TrainerProcess:
     """The trainer's process as long as there is something to do. setting: see `trainer.py`."""
 
     def __init__(self, setting: dict[str, str]):
@@ -86,7 +86,7 @@ class Trainer:
 class Jobs:
     """The queue. Needs a running event loop: `run` is its worker."""
 
-    def __init__(self, trainer: Trainer, audit: AuditLog, activate: Callable[[], Awaitable[int]]):
+    def __init__(self, trainer: TrainerProcess, audit: AuditLog, activate: Callable[[], Awaitable[int]]):
         self._trainer, self._audit, self._activate = trainer, audit, activate
         self._all: OrderedDict[str, Job] = OrderedDict()
         self._waiting: deque[tuple[Job, dict[str, Any]]] = deque()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.logger import init_logger
 
 from memoir_retrieval.errors import ConfigError
-from memoir_retrieval.model import resolve
+from memoir_retrieval.model.base import resolve
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -48,7 +48,7 @@ class MemoirEndpoints:
         from memoir_vllm.admin.routes import make_app
         from memoir_vllm.admin.tokens import TOKEN_VARIABLE, Tokens
 
-        self._ours = config.read(section)
+        self._ours = config.parse_section(section)
         tokens = Tokens.read(self._ours.token_file)
         if not tokens:
             logger.info("memoir: no administration; set %s or token_file to have it at /memoir/", TOKEN_VARIABLE)
@@ -67,7 +67,7 @@ class MemoirEndpoints:
         from prometheus_client import REGISTRY
 
         from memoir_vllm.admin.engines import Engines
-        from memoir_vllm.metrics import TRAFFIC, EngineCollector
+        from memoir_vllm.front.metrics import TRAFFIC, EngineCollector
 
         engines = Engines(engine_client)
         collector = EngineCollector(TRAFFIC)

@@ -13,16 +13,16 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.security import HTTPBearer
 
-from memoir_retrieval.edit import StoredEdit
+from memoir_retrieval.edits.record import StoredEdit
 from memoir_retrieval.errors import MemoirError
-from memoir_retrieval.store import library_version
+from memoir_retrieval.store.read import library_version
 from memoir_vllm.admin.guard import Guard
 from memoir_vllm.admin.jobs import QUEUE, QueueFull
 from memoir_vllm.admin.schema import (
     AddEdit,
     AuditPage,
     Detail,
-    EditPage,
+    EditList,
     Job,
     JobPage,
     LookupMessages,
@@ -107,9 +107,9 @@ def _add_console(app: FastAPI) -> None:
 
 def _add_reads(app: FastAPI, service: Callable[[], Service]) -> None:
     @app.get("/edits", summary="Edits of the store", responses=_said(503))
-    async def list_edits(search: Search = "", offset: Offset = 0, limit: Limit = 50) -> EditPage:
+    async def list_edits(search: Search = "", offset: Offset = 0, limit: Limit = 50) -> EditList:
         generation, total, found = await asyncio.to_thread(service().search, search, offset, limit)
-        return EditPage(generation=generation, total=total, edits=[_out(edit) for edit in found])
+        return EditList(generation=generation, total=total, edits=[_out(edit) for edit in found])
 
     @app.get("/edits/{edit_id}", summary="One edit", responses=_said(404, 503))
     async def get_edit(edit_id: EditId) -> StoredEditOut:

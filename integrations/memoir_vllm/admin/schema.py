@@ -12,15 +12,15 @@ __all__ = [
     "AddEdit",
     "AuditPage",
     "Detail",
-    "EditPage",
+    "EditList",
     "Job",
     "JobPage",
     "JobProgress",
     "LookupMessages",
     "LookupPrompt",
     "LookupResult",
-    "Match",
     "Message",
+    "NamedEdit",
     "Reloaded",
     "Stats",
     "StoredEditOut",
@@ -95,7 +95,7 @@ class StoredEditOut(BaseModel):
     requires: list[str | list[str]]
 
 
-class EditPage(BaseModel):
+class EditList(BaseModel):
     """Edits of one generation, oldest first. `total`: how many match the search."""
 
     generation: int
@@ -141,7 +141,7 @@ class JobPage(BaseModel):
     jobs: list[Job]
 
 
-class Match(BaseModel):
+class NamedEdit(BaseModel):
     """An edit near a prompt. `matched`: it would answer. `requires`: what must stand in a question, however near.
     `prompt`, `target`: null where the store has it no more."""
 
@@ -159,7 +159,7 @@ class LookupResult(BaseModel):
     result: Literal["matched", "unmatched", "unroutable"]
     generation: int
     tau: float
-    matches: list[Match]
+    matches: list[NamedEdit]
 
 
 class Stats(BaseModel):

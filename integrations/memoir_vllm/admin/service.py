@@ -11,17 +11,17 @@ from typing import Any
 import msgspec
 from vllm.logger import init_logger
 
-from memoir_retrieval.edit import Edit, Requires, StoredEdit, same_prompt
+from memoir_retrieval.editing.outcome import same_edit
+from memoir_retrieval.edits.record import Edit, Requires, StoredEdit, prompt_key
+from memoir_retrieval.edits.requires import check_requires
 from memoir_retrieval.errors import EditFileError, MemoirError, StoreError
-from memoir_retrieval.names import check_requires
-from memoir_retrieval.outcome import same_edit
-from memoir_retrieval.store import MANIFEST, EditStore
+from memoir_retrieval.store.read import MANIFEST, EditStore
 from memoir_vllm.admin.audit import AuditLog
 from memoir_vllm.admin.engines import Engines
-from memoir_vllm.admin.jobs import Jobs, Trainer
-from memoir_vllm.admin.schema import AddEdit, Job, LookupMessages, LookupPrompt, LookupResult, Match, Stats
+from memoir_vllm.admin.jobs import Jobs, TrainerProcess
+from memoir_vllm.admin.schema import AddEdit, Job, LookupMessages, LookupPrompt, LookupResult, NamedEdit, Stats
 from memoir_vllm.config import MemoirConfig
-from memoir_vllm.metrics import LOOKUP_ID, TOP, TRAFFIC
+from memoir_vllm.front.metrics import LOOKUP_ID, TOP, TRAFFIC
 
 __all__ = ["Conflict", "Missing", "Refused", "Service"]
 
@@ -51,7 +51,7 @@ class Service:
         self.engines = engines
         self.audit = AuditLog(self.folder, server)
         device = os.environ.get(DEVICE_VARIABLE, "cpu")
-        trainer = Trainer({"store": str(self.folder), "model": model, "device": device})
+        trainer = TrainerProcess({"store": str(self.folder), "model": model, "device": device})
         self.jobs = Jobs(trainer, self.audit, engines.reload)
         self._store: tuple[tuple[int, int], EditStore] | None = None
 
@@ -153,13 +153,13 @@ class Service:
         )
 
     @staticmethod
-    def _match(store: EditStore, number: int, overlap: float, matched: bool) -> Match:
+    def _match(store: EditStore, number: int, overlap: float, matched: bool) -> NamedEdit:
         """Without prompt and target where the engine still serves an edit that the store has no more."""
         try:
             edit = store.edit(number)
         except StoreError:
-            return Match(edit=number, overlap=overlap, matched=matched)
-        return Match(
+            return NamedEdit(edit=number, overlap=overlap, matched=matched)
+        return NamedEdit(
             edit=number,
             overlap=overlap,
             matched=matched,
@@ -196,7 +196,7 @@ class Service:
         except EditFileError as error:
             raise Refused(str(error)) from None
         for job in self.jobs.open():
-            if job.prompt is not None and same_prompt(job.prompt) == same_prompt(given.prompt):
+            if job.prompt is not None and prompt_key(job.prompt) == prompt_key(given.prompt):
                 raise Conflict(f"job {job.id} is about the same prompt: wait until it is done")
         there = await asyncio.to_thread(self._find, given.prompt)
         if there is not None and same_edit(there, asked):
@@ -232,8 +232,8 @@ class Service:
         return generation
 
     def _find(self, prompt: str) -> StoredEdit | None:
-        wanted = same_prompt(prompt)
-        return next((edit for edit in self.store().edits if same_prompt(edit.prompt) == wanted), None)
+        wanted = prompt_key(prompt)
+        return next((edit for edit in self.store().edits if prompt_key(edit.prompt) == wanted), None)
 
 
 def _plain(requires: Requires) -> list[str | list[str]]:

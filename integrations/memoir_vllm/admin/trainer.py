@@ -25,7 +25,7 @@ from typing import IO, TYPE_CHECKING, Any
 import msgspec
 
 if TYPE_CHECKING:
-    from memoir_retrieval.outcome import Outcome, Step
+    from memoir_retrieval.editing.outcome import Outcome, TrainingStep
 
 __all__ = ["main"]
 
@@ -76,11 +76,11 @@ class _Trainer:
             return {"error": f"{type(error).__name__}: {' '.join(str(error).split())}; the server's log has more"}
 
     def _add(self, request: dict[str, Any]) -> dict[str, Any]:
-        from memoir_retrieval.edit import Edit
-        from memoir_retrieval.editor import Editor
-        from memoir_retrieval.model import load_model
-        from memoir_retrieval.outcome import same_edit
-        from memoir_retrieval.store import EditStore
+        from memoir_retrieval.editing.editor import Editor
+        from memoir_retrieval.editing.outcome import same_edit
+        from memoir_retrieval.edits.record import Edit
+        from memoir_retrieval.model.base import load_model
+        from memoir_retrieval.store.read import EditStore
 
         if self._base is None:
             self._progress({"stage": "loading"})
@@ -101,11 +101,11 @@ class _Trainer:
                 "steps": stored.steps,
             }
 
-    def _step(self, step: Step) -> None:
+    def _step(self, step: TrainingStep) -> None:
         self._progress({"stage": "training", **asdict(step)})
 
     def _remove(self, edit_id: int) -> dict[str, Any]:
-        from memoir_retrieval.remove import remove_edits
+        from memoir_retrieval.store.remove import remove_edits
 
         return {"generation": remove_edits(self._store, [edit_id]).generation, "edit": edit_id}
 

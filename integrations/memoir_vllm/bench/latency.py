@@ -22,11 +22,11 @@ import numpy as np
 import torch
 
 from memoir_index import pack
-from memoir_retrieval.edit import StoredEdit
-from memoir_retrieval.store import EditStore
-from memoir_retrieval.write_store import write_generation
+from memoir_retrieval.edits.record import StoredEdit
+from memoir_retrieval.store.read import EditStore
+from memoir_retrieval.store.write import write_generation
 from memoir_vllm.bench.engine import BenchEngine, EngineFlags, Turn
-from memoir_vllm.routing import Router
+from memoir_vllm.worker.routing import Router
 
 __all__ = ["LatencySettings", "inflate", "main", "measure"]
 
@@ -54,7 +54,7 @@ class LatencySettings(msgspec.Struct, kw_only=True):
     rounds: int = 3
 
 
-class Row(msgspec.Struct, kw_only=True):
+class Percentiles(msgspec.Struct, kw_only=True):
     """Percentiles in milliseconds. what: "first_token", "between_tokens" or "lookup", of one kind of request."""
 
     what: str
@@ -113,7 +113,7 @@ def measure(settings: LatencySettings, say: Say = lambda _: None) -> dict[str, A
 
     Raises RuntimeError where requests of a kind did not match as they should.
     """
-    rows: list[Row] = []
+    rows: list[Percentiles] = []
     store = EditStore.open(settings.store)
     batch = max(settings.concurrent)
 
@@ -140,7 +140,7 @@ def measure(settings: LatencySettings, say: Say = lambda _: None) -> dict[str, A
     return {"rows": msgspec.to_builtins(rows)} | {key: getattr(settings, key) for key in kept}
 
 
-def lookups(store: EditStore, concurrent: Sequence[int]) -> list[Row]:
+def lookups(store: EditStore, concurrent: Sequence[int]) -> list[Percentiles]:
     """From pooled activations to decisions, as many as end in one step; without engine and model."""
     router = Router(store, None, "cpu", lambda ids: "")
     means = torch.randn(max(concurrent), router.d, generator=torch.Generator().manual_seed(0))
@@ -158,7 +158,7 @@ def lookups(store: EditStore, concurrent: Sequence[int]) -> list[Row]:
 
 def _requests(
     settings: LatencySettings, edits: int, concurrent: int, without: BenchEngine, with_plugin: BenchEngine
-) -> list[Row]:
+) -> list[Percentiles]:
     """Alternate turns of all kinds. A cached request is a matched one that was asked in the turn before."""
     asked = max(settings.requests, concurrent)
     prompts = {
@@ -188,10 +188,10 @@ def _requests(
     return rows
 
 
-def _row(what: str, kind: str, edits: int, concurrent: int, seconds: Sequence[float]) -> Row:
+def _row(what: str, kind: str, edits: int, concurrent: int, seconds: Sequence[float]) -> Percentiles:
     cuts = statistics.quantiles(seconds, n=100, method="inclusive")
     p50, p95, p99 = (round(1e3 * cuts[at - 1], 4) for at in (50, 95, 99))
-    return Row(
+    return Percentiles(
         what=what, kind=kind, edits=edits, concurrent=concurrent, p50=p50, p95=p95, p99=p99, samples=len(seconds)
     )
 

@@ -14,11 +14,11 @@ import torch
 from torch.nn import functional
 
 from memoir_index import unpack
-from memoir_retrieval.fingerprint import Fingerprint
-from memoir_retrieval.forward import span_mean
-from memoir_retrieval.model import load_model
-from memoir_retrieval.span import find_span
-from memoir_retrieval.store import EditStore
+from memoir_retrieval.model.base import load_model
+from memoir_retrieval.model.forward import span_mean
+from memoir_retrieval.question.fingerprint import Fingerprint
+from memoir_retrieval.question.span import find_span
+from memoir_retrieval.store.read import EditStore
 
 __all__ = ["ResearchModel"]
 

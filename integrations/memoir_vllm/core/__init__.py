@@ -1,0 +1,1 @@
+"""What runs in the engine core's process: scheduling and the prefix cache."""

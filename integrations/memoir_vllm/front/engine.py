@@ -1,0 +1,63 @@
+"""The hook on `EngineArgs.create_engine_config` (vllm/engine/arg_utils.py), where flags become a VllmConfig.
+
+vLLM calls it in the front end of every engine (`LLM`, `AsyncLLM`, each API server), before any process of the
+engine starts: the place where a wrong flag or a bad store can still stop the engine with a readable message. The
+engine core and the workers get the finished VllmConfig and need no patch.
+
+This module is imported wherever the plugin is registered, so it imports nothing of ours before a section is seen.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.engine.arg_utils import EngineArgs
+
+__all__ = ["install"]
+
+
+def install() -> None:
+    """Wrap `EngineArgs.create_engine_config` once. Without a `memoir` section the wrapper only calls through."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.usage.usage_lib import UsageContext
+
+    original = EngineArgs.create_engine_config
+    if hasattr(original, "_memoir"):
+        return
+
+    @functools.wraps(original)
+    def create_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> VllmConfig:
+        create = functools.partial(original, self, *args, **kwargs)
+        if not isinstance(self.additional_config, dict) or "memoir" not in self.additional_config:
+            return create()
+        made = _create_with_edits(self, create)
+        if UsageContext.OPENAI_API_SERVER in (*args, kwargs.get("usage_context")):
+            from memoir_vllm.admin.tokens import require_routes
+            from memoir_vllm.front import stream
+
+            require_routes(made.additional_config["memoir"].get("token_file"))
+            stream.install()
+        return made
+
+    create_engine_config._memoir = True  # type: ignore[attr-defined]
+    EngineArgs.create_engine_config = create_engine_config
+
+
+def _create_with_edits(args: EngineArgs, create: Callable[[], VllmConfig]) -> VllmConfig:
+    """Raises ConfigError for flags that cannot work, StoreError for a store that cannot be served."""
+    from memoir_vllm import config, requests
+    from memoir_vllm.front import metrics
+
+    config.check_version()
+    ours = config.parse_section(args.additional_config["memoir"])
+    config.prefer(ours, args)
+    vllm_config = create()
+    config.refuse(ours, vllm_config)
+    config.apply(ours, vllm_config, config.open_store(ours, vllm_config.model_config).manifest)
+    requests.install()
+    metrics.install()
+    return vllm_config

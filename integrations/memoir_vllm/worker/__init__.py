@@ -1,0 +1,1 @@
+"""What runs in a worker's process: the edited layer, its lookups and its residual."""

@@ -1,0 +1,111 @@
+"""Putting the op behind one linear layer of a loaded model (vllm/model_executor/layers/linear.py).
+
+`RowParallelLinear.forward` calls `quant_method.apply` and only then reduces over the tensor-parallel ranks. The layer
+keeps its class and its weights; its quant method becomes an instance of a subclass of its own class that calls the op
+after the product, so each rank adds the residual of its own shard to its own partial sum.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from memoir_retrieval.errors import ConfigError, StoreError
+from memoir_retrieval.store.read import EditStore
+from memoir_vllm.config import MemoirConfig, longest_question, token_decoder
+from memoir_vllm.worker.op import context_key, register_op
+from memoir_vllm.worker.pipeline import told_by_stages
+from memoir_vllm.worker.reload import Reloader, told_by_all
+from memoir_vllm.worker.residual import ResidualLayer
+from memoir_vllm.worker.routing import Router
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.model_executor.layers.linear import RowParallelLinear
+
+__all__ = ["attach"]
+
+
+def attach(
+    ours: MemoirConfig, store: EditStore, vllm_config: VllmConfig, model: torch.nn.Module, device: torch.device
+) -> tuple[ResidualLayer, Reloader] | None:
+    """Make the store act on the model; None where another stage of the pipeline holds the module.
+
+    Raises ConfigError where the module is not one that we know how to edit.
+    """
+    manifest, read = store.manifest, token_decoder(vllm_config.model_config)
+    held = told_by_stages(manifest.module in dict(model.named_modules()))
+    linear = _find(model, manifest.module, manifest.d, manifest.h, elsewhere=any(held))
+    if linear is None:
+        return None
+    _agree(manifest.generation, linear.tp_size)
+    register_op()
+    layer = ResidualLayer(
+        Router(store, ours.tau, device, read),
+        torch.from_numpy(store.memories),
+        longest=None if ours.mode == "single" else longest_question(vllm_config),
+        rank=linear.tp_rank,
+        ranks=linear.tp_size,
+        dtype=vllm_config.model_config.dtype,
+        device=device,
+    )
+    name = context_key(manifest.module)
+    vllm_config.compilation_config.static_forward_context[name] = layer
+    _hook(linear, name)
+    return layer, Reloader(ours, manifest, layer, linear.tp_size, device, read)
+
+
+def _find(model: torch.nn.Module, module: str, d: int, h: int, *, elsewhere: bool = False) -> RowParallelLinear | None:
+    from vllm.model_executor.layers.linear import RowParallelLinear
+
+    found: Any = dict(model.named_modules()).get(module)
+    if found is None and elsewhere:
+        return None
+    if found is None:
+        raise ConfigError(
+            f"the store edits {module}, which {type(model).__name__} does not have in vLLM: "
+            "this architecture cannot be served with edits"
+        )
+    found = getattr(found, "base_layer", found)
+    if not isinstance(found, RowParallelLinear):
+        raise ConfigError(
+            f"the store edits {module}, which is a {type(found).__name__} in vLLM: only a dense RowParallelLinear "
+            "can be served with edits"
+        )
+    if (found.input_size, found.output_size) != (d, h):
+        raise ConfigError(
+            f"the store edits {module} as {d} -> {h}, vLLM has it as {found.input_size} -> {found.output_size}: "
+            "serve the model that the store was made on"
+        )
+    return found
+
+
+def _agree(generation: int, ranks: int) -> None:
+    """Raises StoreError where the ranks have read different generations: the store was written meanwhile."""
+    read = told_by_all(generation, ranks)
+    if len(set(read)) > 1:
+        raise StoreError(f"the store changed while the workers read it (generations {read}): start the engine again")
+
+
+def _hook(linear: RowParallelLinear, name: str) -> None:
+    linear.quant_method = _with_op(linear.quant_method, name)
+    # Else a quantised MLP may hand us activations that are packed already (fused_act_quant.py); LoRA does the same.
+    linear.requires_unquantized_input = True
+
+
+def _with_op(quant_method: Any, name: str) -> Any:
+    """A shallow copy of the quant method, of a subclass of its own class: `isinstance` checks keep their answer."""
+    base = type(quant_method)
+
+    class WithResidual(base):  # type: ignore[misc, valid-type]
+        def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+            y = super().apply(layer, x, bias)
+            torch.ops.vllm.memoir_residual(x, y, name)
+            return y
+
+    WithResidual.__name__ = WithResidual.__qualname__ = f"Memoir{base.__name__}"
+    made = copy.copy(quant_method)
+    made.__class__ = WithResidual
+    return made

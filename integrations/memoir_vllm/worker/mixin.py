@@ -1,0 +1,128 @@
+"""What our worker classes add to vLLM's (vllm/v1/worker/gpu_worker.py, cpu_worker.py).
+
+`ParallelConfig.worker_cls` names the class that every executor starts (vllm/v1/worker/worker_base.py), so two ordinary
+overrides reach both model runners on CPU and GPU: `load_model`, before memory is profiled and the graph compiled, and
+`compile_or_warm_up_model`, the last call before requests come in.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.logger import init_logger
+
+from memoir_retrieval.errors import ConfigError
+from memoir_vllm import config
+from memoir_vllm.worker.attach import attach
+from memoir_vllm.worker.runner import follow
+from memoir_vllm.worker.selftest import dummy_step, self_test
+
+if TYPE_CHECKING:
+    from memoir_vllm.worker.reload import Reloader
+    from memoir_vllm.worker.residual import ResidualLayer
+
+__all__ = ["MemoirWorker"]
+
+# A child of vLLM's logger, so that vLLM's logging configuration applies to it.
+logger = init_logger("vllm.memoir")
+
+
+_OTHER_WEIGHTS = "memoir refuses {}: edits only hold on the weights that they were made on; {}"
+
+
+class MemoirWorker:
+    """Mixin in front of a vLLM worker class."""
+
+    vllm_config: Any
+    model_runner: Any
+    device: Any
+    _memoir: ResidualLayer | None  # None on a stage of a pipeline that does not hold the edited layer
+    _reloader: Reloader | None
+
+    def load_model(self, **kwargs: Any) -> None:
+        super().load_model(**kwargs)  # type: ignore[misc]
+        ours = config.section_of(self.vllm_config)
+        if ours is None:
+            raise ConfigError(f"{type(self).__name__} needs a memoir section in --additional-config")
+        store = config.open_store(ours, self.vllm_config.model_config)
+        model = self.model_runner.get_model()
+        self._memoir, self._reloader = attach(ours, store, self.vllm_config, model, self.device) or (None, None)
+        kind = follow(self.model_runner, self._memoir)
+        if self._memoir is None:
+            return
+        logger.info(
+            "memoir: serving %s, generation %d, %d edits on %s (mode %s, model runner %s)",
+            ours.store,
+            store.manifest.generation,
+            len(store.edits),
+            store.manifest.module,
+            ours.mode,
+            kind,
+        )
+
+    def determine_available_memory(self) -> int:
+        """Bytes for the KV cache, less what the sums of its blocks take (`sums.py`)."""
+        available = super().determine_available_memory()  # type: ignore[misc]
+        if self._memoir is None or not config.keeps_sums(self.vllm_config, 1):
+            return available
+        block = sum(spec.page_size_bytes for spec in self.model_runner.get_kv_cache_spec().values())
+        return available * block // max(1, block + self._memoir.bytes_per_block)
+
+    def initialize_from_config(self, kv_cache_config: Any) -> None:
+        super().initialize_from_config(kv_cache_config)  # type: ignore[misc]
+        if self._memoir and config.keeps_sums(self.vllm_config, len(kv_cache_config.kv_cache_groups)):
+            spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
+            self._memoir.watch_blocks(kv_cache_config.num_blocks, spec.block_size)
+
+    def compile_or_warm_up_model(self) -> Any:
+        times = super().compile_or_warm_up_model()  # type: ignore[misc]
+        if self._memoir is not None:
+            self_test(self.model_runner, self._memoir)
+        else:
+            # vLLM 0.32, eager on a CPU, warms nothing up: a later stage has no buffers for the first request.
+            dummy_step(self.model_runner)
+        return times
+
+    def sleep(self, level: int = 1) -> None:
+        """Level 1 keeps the weights in host memory, and the residual memory stays where it is."""
+        if level > 1:
+            raise RuntimeError(_OTHER_WEIGHTS.format(f"sleep level {level}", "use level 1"))
+        super().sleep(level)  # type: ignore[misc]
+
+    def reload_weights(self, *args: Any, **kwargs: Any) -> None:
+        raise RuntimeError(
+            _OTHER_WEIGHTS.format("reload_weights", "start the engine again with the store of the model")
+        )
+
+    def start_weight_update(self, *args: Any, **kwargs: Any) -> None:
+        raise RuntimeError(
+            _OTHER_WEIGHTS.format("a weight update", "start the engine again with the store of the model")
+        )
+
+    def memoir_stage(self) -> None:
+        """Begin to read the store's present generation in the background."""
+        if self._reloader is not None:
+            self._reloader.stage()
+
+    def memoir_staged(self) -> bool:
+        """Whether the background reading is done."""
+        return self._reloader is None or self._reloader.staged()
+
+    def memoir_reload(self) -> int | None:
+        """Adopt the store's present generation for all questions that end from now on; returns its number.
+
+        Call it on all workers at once: `collective_rpc("memoir_reload")` runs between two steps and also makes the
+        scheduler forget older decisions. Raises StoreError, and changes nothing, where one worker cannot.
+        """
+        if self._memoir is None or self._reloader is None:
+            return None
+        before = self._reloader.manifest.generation
+        now = self._reloader.reload()
+        if now != before:
+            edits = self._memoir.now.router.edits
+            logger.info("memoir: serving generation %d with %d edits, was %d", now, edits, before)
+        return now
+
+    def memoir_stats(self) -> dict[str, int | float] | None:
+        """Counters of this worker; `collective_rpc("memoir_stats")` reads those of all that hold the edited layer."""
+        return None if self._memoir is None else self._memoir.stats()

@@ -1,0 +1,103 @@
+"""From the pooled activations of questions to the edits that answer them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import msgspec
+import numpy as np
+import torch
+
+from memoir_index import unpack
+from memoir_retrieval.lookup.masks import Decode, EditLookup
+from memoir_retrieval.question.fingerprint import Fingerprint
+from memoir_retrieval.question.span import SpanRule
+from memoir_retrieval.store.read import EditStore
+from memoir_vllm.requests import Decision, Result, Routed
+
+__all__ = ["Route", "Router"]
+
+
+@dataclass(frozen=True)
+class Route:
+    """What is known of a request; for a match the mask (bool [D]) and the number of the memory that hold the edit."""
+
+    routed: Routed
+    mask: np.ndarray | None = None
+    memory: int = 0
+
+
+class Router:
+    """The lookup side of one generation of a store."""
+
+    def __init__(self, store: EditStore, tau: float | None, device: torch.device | str, decode: Decode):
+        """decode: the text of a question's token ids; see `EditLookup`."""
+        manifest = store.manifest
+        self.generation = manifest.generation
+        self.rule: SpanRule = manifest.span
+        self.d = manifest.d
+        self.tau = manifest.tau if tau is None else tau
+        self.edits = len(store.edits)
+        self._fingerprint = Fingerprint(store.background, store.permutation, manifest.k, device)
+        self._lookup = EditLookup(store, decode)
+        self._lookup.prepare(self.tau)
+        self._memory_of = store.memory_of
+
+    def _unedited(self, result: Result, overlap: float = 0.0) -> Route:
+        return Route(Routed(Decision(None, overlap, result, self.generation)))
+
+    def off(self) -> Route:
+        """Of a request that opted out."""
+        return self._unedited("off")
+
+    def unroutable(self) -> Route:
+        """Of a request that holds no question, or one without a fingerprint."""
+        return self._unedited("unroutable")
+
+    def route(
+        self, means: torch.Tensor, questions: Sequence[Sequence[int]], nearest: Sequence[int] = ()
+    ) -> list[Route]:
+        """means: float32 [Q, D], the mean activation of each question, on this router's device. questions: its tokens.
+
+        nearest: for each question, how many of the nearest edits the decision names, matched or not, whatever they
+        require.
+        """
+        routes = [self.unroutable()] * len(means)
+        # A model may overflow on a strange prompt; that must not stop the engine for everyone else.
+        sound = torch.isfinite(means).all(dim=1).nonzero().flatten().tolist()
+        if not sound:
+            return routes
+        codes = self._fingerprint.codes(means if len(sound) == len(means) else means[sound])
+        hits = self._lookup.search(codes, self.tau, [questions[at] for at in sound])
+        for at, edit, overlap, row in zip(
+            sound, hits.ids.tolist(), hits.overlaps.tolist(), hits.rows.tolist(), strict=True
+        ):
+            if row < 0:
+                routes[at] = self._unedited("unmatched", round(overlap, 4))
+            else:
+                routes[at] = self.recall(Routed(Decision(edit, round(overlap, 4), "matched", self.generation), row))
+        if any(nearest):
+            for at, named in zip(sound, self._named(codes, max(nearest)), strict=True):
+                decision, row = routes[at].routed
+                decision = msgspec.structs.replace(decision, nearest=named[: nearest[at]])
+                routes[at] = replace(routes[at], routed=Routed(decision, row))
+        return routes
+
+    def _named(self, codes: np.ndarray, n: int) -> Iterator[tuple[tuple[int, float], ...]]:
+        """Id and overlap of the n nearest edits of each question, best first; fewer where the store holds fewer."""
+        ids, overlaps = self._lookup.index.nearest(codes, n)
+        for row, found in zip(ids.tolist(), overlaps.tolist(), strict=True):
+            yield tuple((edit, round(overlap, 4)) for edit, overlap in zip(row, found, strict=True) if edit >= 0)
+
+    def recall(self, routed: Routed) -> Route:
+        """The route of a request that was decided before. Raises RuntimeError for another generation's decision."""
+        if routed.decision.generation != self.generation:
+            raise RuntimeError(
+                f"memoir: a request was decided by generation {routed.decision.generation} of the store, this worker "
+                f"serves generation {self.generation}"
+            )
+        if routed.row < 0:
+            return Route(routed)
+        mask = unpack(self._lookup.index.code(routed.row)[None], self.d)[0]
+        return Route(routed, mask, int(self._memory_of[routed.row]))

@@ -1,0 +1,73 @@
+"""Which rows of a step belong to which request, and which of them a residual memory acts on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from memoir_vllm.worker.product import ResidualProduct
+
+__all__ = ["Acting", "Batch", "StepRows", "acting_rows"]
+
+
+class StepRows(NamedTuple):
+    """The rows of one forward. Rows `[edges[i], edges[i + 1])` hold tokens of request `ids[i]` from `positions[i]` on.
+
+    edges: int [requests + 1]. positions: int [requests]. All three are the step's own: a runner reuses its buffers.
+    """
+
+    ids: Sequence[str]
+    edges: np.ndarray
+    positions: np.ndarray
+
+
+@dataclass(frozen=True)
+class Batch:
+    """All rows of a step that one residual memory acts on.
+
+    index: int64 [R] the rows. masks: [S, D] of the requests. owner: int64 [R] in [0, S), whose row it is.
+    """
+
+    memory: ResidualProduct
+    index: torch.Tensor
+    masks: torch.Tensor
+    owner: torch.Tensor
+
+
+class Acting(NamedTuple):
+    """Edited requests of a step. at: int [S], their places in it. starts: int [S], the position from which each is
+    edited. numbers: int [S], that of its memory in `memories`. masks: of each, [D]."""
+
+    at: np.ndarray
+    starts: np.ndarray
+    numbers: np.ndarray
+    masks: Sequence[torch.Tensor]
+    memories: Sequence[ResidualProduct]
+
+    def all_rows(self, step: StepRows) -> bool:
+        """Whether every row of these requests is edited, as it is once they generate."""
+        return bool((step.positions[self.at] >= self.starts).all())
+
+
+def acting_rows(step: StepRows, acting: Acting) -> list[Batch]:
+    """One batch for each memory."""
+    ends = step.edges[acting.at + 1]
+    first = step.edges[acting.at] + np.maximum(0, acting.starts - step.positions[acting.at])
+    counts = np.maximum(0, ends - first)
+    made = []
+    for number, memory in enumerate(acting.memories):
+        chosen = np.flatnonzero((acting.numbers == number) & (counts > 0))
+        if not len(chosen):
+            continue
+        rows = counts[chosen]
+        owner = np.repeat(np.arange(len(chosen)), rows)
+        index = np.arange(len(owner)) + np.repeat(first[chosen] - (np.cumsum(rows) - rows), rows)
+        masks = torch.stack([acting.masks[i] for i in chosen.tolist()])
+        # The host runs ahead of the device. Memory that is not pinned has been read when this returns.
+        told = torch.from_numpy(np.stack([index, owner])).to(masks.device, non_blocking=True)
+        made.append(Batch(memory, told[0], masks, told[1]))
+    return made

@@ -1,0 +1,91 @@
+"""The proof, before the first request, that the op is in the model's real forward and that its output is used.
+
+Model code may bypass a layer's quant method (hand-fused kernels), and a captured full graph never runs Python again. In
+both cases the base model would be served without a word.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from memoir_retrieval.errors import ConfigError
+from memoir_vllm.worker.residual import ResidualLayer
+from memoir_vllm.worker.rows import Batch
+
+__all__ = ["dummy_step", "self_test"]
+
+
+# A dummy step has no attention, and vLLM leaves what attention would write as it was: memory of any content. Where that
+# makes hidden states huge, a small probe is rounded away; NaN, the last resort, never is.
+PROBES = (1.0, 1e4, 1e12, float("nan"))
+
+
+def self_test(runner: Any, layer: ResidualLayer) -> None:
+    """Run vLLM's dummy decode step without and with a probe. Raises ConfigError where the probe is not felt.
+
+    Every tensor-parallel rank runs it, in step, on its own shard.
+    """
+    plain = dummy_step(runner)
+    for size in PROBES:
+        probe = _Probe(layer, size)
+        layer.probe = probe
+        try:
+            probed = dummy_step(runner)
+        finally:
+            layer.probe = None
+        if not torch.equal(plain, probed):
+            break
+    where = f"the model's forward ({type(runner.get_model()).__name__}, {type(runner).__name__})"
+    if not probe.calls:
+        raise ConfigError(
+            f"memoir self-test: {where} does not run the edited layer's op, so edits would not act: serve with "
+            "--enforce-eager, and report the model and the flags if that does not help"
+        )
+    if probe.error is not None:
+        raise ConfigError(f"memoir self-test: in {where} the residual is wrong by {probe.error:.2g} of its size")
+    if torch.equal(plain, probed):
+        raise ConfigError(
+            f"memoir self-test: {where} runs the edited layer's op but does not use its output: serve with "
+            "--enforce-eager, and report the model and the flags if that does not help"
+        )
+
+
+def dummy_step(runner: Any) -> torch.Tensor:
+    """What leaves this rank for one decode token, in the shape and graph of `Worker.execute_dummy_batch`."""
+    with torch.inference_mode():
+        out, _ = runner._dummy_run(1, uniform_decode=True)
+    tensors = getattr(out, "tensors", None)  # a stage of a pipeline that is not the last hands on several
+    return out.clone() if tensors is None else torch.cat(list(tensors.values()))
+
+
+class _Probe:
+    """Stands in for a step's plan: every row belongs to one request with a random mask."""
+
+    def __init__(self, layer: ResidualLayer, size: float):
+        self.calls = 0
+        self._size = size
+        self.error: float | None = None
+        self._layer = layer
+
+    def __call__(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        self.calls += 1
+        if len(self._layer.now.memories):
+            self._check_residual(x, y)
+        y += self._size  # whatever the memory holds, this is felt in every row
+
+    def _check_residual(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        memory = self._layer.now.memories[0]
+        generator = torch.Generator().manual_seed(0)
+        mask = (torch.rand(x.shape[1], generator=generator) < 0.5).to(x)
+        noise = torch.randn(x.shape, generator=generator).to(x)
+        got = torch.zeros_like(y)
+        rows = torch.arange(len(x), device=x.device)
+        self._layer.add(noise, got, Batch(memory, rows, mask[None], torch.zeros_like(rows)))
+        want = functional.linear((noise * mask).float(), memory.weight.float())
+        size = float(want.abs().max())
+        wrong = float((got.float() - want).abs().max())
+        if wrong > 0.05 * size:
+            self.error = wrong / size

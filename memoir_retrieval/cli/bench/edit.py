@@ -1,0 +1,84 @@
+"""`memoir bench edit`: our training against the published loop, on the same edits in one run."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import click
+
+from memoir_retrieval.cli.common import echo_json, edit_file, json_option, load_edits, notes, threads_option
+
+__all__ = ["bench_edit"]
+
+
+@click.command("edit")
+@edit_file
+@click.option("--model", "-m", default="smollm2-135m", show_default=True, help="Folder, embedded model or Hub id.")
+@json_option
+@threads_option
+def bench_edit(file: Path, model: str, file_format: str | None, limit: int | None, as_json: bool) -> None:
+    """Seconds an edit, ours and the published loop, taking turns; and how well the edits are answered afterwards.
+
+    Raw prompts in both. The published loop takes about a minute an edit on a CPU, so without --limit three are trained.
+
+    \b
+    Example:
+      memoir bench edit examples/zsre-100.jsonl --json
+    """
+    edits = load_edits(file, file_format, limit or 3, "first")
+
+    import torch
+
+    from memoir_index import unpack
+    from memoir_retrieval.background import background_prompts
+    from memoir_retrieval.editing.contexts import own_prefixes
+    from memoir_retrieval.editing.editor import Editor
+    from memoir_retrieval.evaluation.published_loop import PREFIXES, accuracy, train_published
+    from memoir_retrieval.model.base import load_model
+    from memoir_retrieval.question.prompts import prompt_ids, target_ids
+
+    base = load_model(model)
+
+    def ids(text: str) -> list[int]:
+        return prompt_ids(base.tokenizer, text, chat=False)
+
+    answers = [target_ids(base.tokenizer, edit.target, chat=False) for edit in edits]
+    prefixes = own_prefixes(base, PREFIXES, seed=0)
+    unrelated = ids(background_prompts()[0])
+    published = torch.zeros(base.h, base.d, device=base.device)
+    seconds: dict[str, list[float]] = {"ours": [], "published": []}
+    with tempfile.TemporaryDirectory() as folder, Editor(base, Path(folder) / "store", chat=False) as editor:
+        masks: list[Any] = []
+        for edit, answer in zip(edits, answers, strict=True):
+            started = time.perf_counter()
+            editor.add([edit], on_conflict="both", keep_failed=True)
+            seconds["ours"].append(time.perf_counter() - started)
+            masks.append(torch.as_tensor(unpack(editor.index.codes[-1:], base.d)[0], device=base.device))
+            rows = [ids(edit.prompt), *(ids(f"{prefix} {edit.prompt}") for prefix in prefixes)]
+            started = time.perf_counter()
+            train_published(base, published, masks[-1], rows, answer, unrelated)
+            seconds["published"].append(time.perf_counter() - started)
+            notes.print(f"{len(masks)}/{len(edits)}: {', '.join(f'{k} {v[-1]:.2f} s' for k, v in seconds.items())}")
+        ours = [editor.memories[stored.memory] for stored in editor.edits]
+        asked = list(zip(masks, [ids(edit.prompt) for edit in edits], answers, strict=True))
+        scores = {
+            "ours": [accuracy(base, weight, *one) for weight, one in zip(ours, asked, strict=True)],
+            "published": [accuracy(base, published, *one) for one in asked],
+        }
+    result = {
+        "edits": len(edits),
+        "ours_s": round(median(seconds["ours"]), 3),
+        "published_s": round(median(seconds["published"]), 3),
+        "ratio": round(median(b / a for a, b in zip(seconds["ours"], seconds["published"], strict=True)), 2),
+        "ours_reliability": round(mean(scores["ours"]), 5),
+        "published_reliability": round(mean(scores["published"]), 5),
+    }
+    if as_json:
+        echo_json(result)
+        return
+    for key, value in result.items():
+        click.echo(f"{key} {value}")

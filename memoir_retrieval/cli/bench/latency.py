@@ -1,0 +1,98 @@
+"""`memoir bench latency`: what a client waits for, in percentiles."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from memoir_retrieval.background import background_prompts
+from memoir_retrieval.cli.common import echo_json, json_option, model_option, run_benchmark, store_argument
+from memoir_retrieval.cli.serve import server_command
+from memoir_retrieval.model.base import resolve
+from memoir_retrieval.question.prompts import Prompt, prompt_ids
+from memoir_retrieval.store.read import EditStore
+
+
+def _counts(_context: click.Context, _option: click.Parameter, given: str) -> list[int]:
+    counts = [int(number) for number in given.split(",") if number.strip().isdigit()]
+    if not counts or len(counts) != len(given.split(",")) or min(counts) < 1:
+        raise click.BadParameter(f"{given!r} is no list of counts: write for example 100,10000")
+    return counts
+
+
+@click.command("latency")
+@store_argument
+@model_option
+@click.option(
+    "--edits",
+    callback=_counts,
+    default="100,10000,100000",
+    show_default=True,
+    help="Sizes of stores; random masks fill up.",
+)
+@click.option("--concurrent", callback=_counts, default="1,8,32", show_default=True, help="Requests at a time.")
+@click.option(
+    "--requests", type=click.IntRange(min=2), default=16, show_default=True, help="Requests a turn, at least."
+)
+@click.option("--tokens", type=click.IntRange(min=2), default=16, show_default=True, help="New tokens a request.")
+@click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Turns of each kind.")
+@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Write charts to this HTML file.")
+@json_option
+def bench_latency(
+    store: Path,
+    model: str | None,
+    edits: list[int],
+    concurrent: list[int],
+    requests: int,
+    tokens: int,
+    rounds: int,
+    plot: Path | None,
+    as_json: bool,
+) -> None:
+    """Time to the first token, between tokens and of the lookup: median, 95th and 99th percentile.
+
+    Without the plugin, and with it for requests that match nothing, that match an edit, and that were asked before.
+
+    \b
+    Example:
+      memoir bench latency edits --edits 100,100000 --concurrent 1,32 --plot latency.html
+    """
+    from transformers import AutoTokenizer
+
+    opened = EditStore.open(store)
+    name = model or opened.manifest.model
+    _, environment = server_command(name, store)  # the checks and the environment of a server
+    folder = resolve(name)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+
+    def rows(prompts: Sequence[Prompt]) -> list[list[int]]:
+        return [prompt_ids(tokenizer, prompt, chat=opened.manifest.chat) for prompt in prompts]
+
+    most = max(*concurrent, requests)
+    settings = {
+        "store": str(store.resolve()),
+        "model": str(folder),
+        "dtype": opened.manifest.dtype,
+        "unmatched": rows(background_prompts()[:most]),
+        "matched": rows([edit.prompt for edit in list(opened.edits)[: min(most, *edits)]]),
+        "edits": edits,
+        "concurrent": concurrent,
+        "requests": requests,
+        "tokens": tokens,
+        "rounds": rounds,
+    }
+    result = run_benchmark("memoir_vllm.bench.latency", settings, environment)
+    if plot is not None:
+        from memoir_retrieval.evaluation.report.page import latency_page  # it imports torch
+
+        plot.write_text(latency_page(result["rows"], name), encoding="utf-8")
+    if as_json:
+        echo_json(result)
+        return
+    click.echo(f"{'':15}{'':11}{'edits':>8}{'at a time':>11}{'p50 ms':>10}{'p95 ms':>10}{'p99 ms':>10}")
+    for row in result["rows"]:
+        what = row["what"].replace("_", " ")
+        counts = f"{row['edits']:>8}{row['concurrent']:>11}"
+        click.echo(f"{what:15}{row['kind']:11}{counts}{row['p50']:>10.2f}{row['p95']:>10.2f}{row['p99']:>10.2f}")

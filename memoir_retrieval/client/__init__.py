@@ -1,0 +1,1 @@
+"""Asking a running server: as a model, as a check of its edits, as its administration."""

@@ -1,0 +1,212 @@
+"""Administration of a running server from a program: a client of the routes below /memoir (docs/administration.md)."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Literal, TypeVar
+
+import httpx
+import msgspec
+
+from memoir_retrieval.edits.record import Edit, StoredEdit
+from memoir_retrieval.errors import AdminError, ConfigError
+from memoir_retrieval.question.prompts import Prompt
+
+__all__ = ["AdminClient", "Change", "EditPage", "Lookup", "Near", "TrainingProgress"]
+
+T = TypeVar("T")
+FIRST_POLL_S, LONGEST_POLL_S = 0.1, 2.0
+
+
+class TrainingProgress(msgspec.Struct, frozen=True):
+    """What a running change is at. `stage`: loading (the model), opening (the store), or training: `step` of at most
+    `limit` steps are done, and it ends as soon as `loss`, in nats a target token, is below `goal`."""
+
+    stage: str
+    step: int | None = None
+    limit: int | None = None
+    loss: float | None = None
+    goal: float | None = None
+
+
+class Change(msgspec.Struct, frozen=True):
+    """A change of the server's store. `state`: done, stored (on disk, not served; `error` says why), failed, or one of
+    queued, running (`progress` says how far) and activating. `loss`: of training, nats a target token. `created`,
+    `finished`: ISO 8601, UTC."""
+
+    id: str
+    kind: Literal["add", "remove"]
+    state: Literal["queued", "running", "activating", "done", "stored", "failed"]
+    by: str
+    created: str
+    finished: str | None = None
+    edit: int | None = None
+    generation: int | None = None
+    loss: float | None = None
+    steps: int | None = None
+    error: str | None = None
+    progress: TrainingProgress | None = None
+
+
+class EditPage(msgspec.Struct, frozen=True):
+    """Edits of one generation, oldest first. `total`: how many there are in all pages."""
+
+    generation: int
+    total: int
+    edits: tuple[StoredEdit, ...]
+
+
+class Near(msgspec.Struct, frozen=True):
+    """An edit near a prompt. `overlap` in [0, 1]; `matched`: it would answer."""
+
+    edit: int
+    overlap: float
+    matched: bool
+    prompt: str | None = None
+    target: str | None = None
+
+
+class Lookup(msgspec.Struct, frozen=True):
+    """What a prompt would match, as the server's engine measured it; `matches` has the best first."""
+
+    result: Literal["matched", "unmatched", "unroutable"]
+    generation: int
+    tau: float
+    matches: tuple[Near, ...]
+
+
+class AdminClient:
+    """Asks one server. An asynchronous context manager:
+
+        async with AdminClient("http://127.0.0.1:8000", token) as server:
+            change = await server.add(Edit(prompt="Who runs Example Corp?", target="Jane Doe"))
+
+    Every method raises AdminError, which names the status and the server's reason, where the server cannot be reached,
+    knows no such token, or refuses.
+    """
+
+    def __init__(self, url: str, token: str, *, timeout: float = 60.0):
+        """url: with or without /v1. token: what the server was started with. timeout: of one request, seconds."""
+        self._base = url.rstrip("/").removesuffix("/v1")
+        headers = {"Authorization": f"Bearer {token}"}
+        self._http = httpx.AsyncClient(base_url=f"{self._base}/memoir", headers=headers, timeout=timeout)
+
+    async def __aenter__(self) -> AdminClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._http.aclose()
+
+    async def edits(self, search: str = "", *, offset: int = 0, limit: int = 50) -> EditPage:
+        """Edits that hold all words of `search`; limit at most 200."""
+        return await self._get("/edits", EditPage, search=search, offset=offset, limit=limit)
+
+    async def edit(self, edit_id: int) -> StoredEdit:
+        """The edit of that id."""
+        return await self._get(f"/edits/{edit_id}", StoredEdit)
+
+    async def add(
+        self,
+        edit: Edit,
+        *,
+        replace: bool = False,
+        patience: float = 600.0,
+        watch: Callable[[Change], None] = lambda _: None,
+    ) -> StoredEdit:
+        """Train an edit and wait until every worker serves it. Returns it as stored; at once if it is there already.
+
+        replace: an edit of the same prompt with another target or `requires` gives way; else that is refused (409).
+        patience: how long to wait, seconds; AdminError then, and the server goes on. watch: told of the change
+        meanwhile.
+        """
+        if edit.before:
+            raise ConfigError(
+                "a running server is taught plain prompts: train a chat with `memoir edit`, or drop `before`"
+            )
+        body: dict[str, Any] = {"prompt": edit.prompt, "target": edit.target, "rephrases": list(edit.rephrases)}
+        body |= {"subject": edit.subject, "source": edit.source, "requires": list(edit.requires)}
+        body |= {"on_conflict": "last" if replace else "refuse"}
+        reply = await self._ask("POST", "/edits", json=body)
+        if reply.status_code == 200:
+            return self._read(reply, StoredEdit)
+        done = await self.wait(self._read(reply, Change), patience=patience, watch=watch)
+        assert done.edit is not None  # a change that is done names its edit
+        return await self.edit(done.edit)
+
+    async def remove(self, edit_id: int, *, patience: float = 600.0) -> Change:
+        """Remove an edit and wait until no worker serves it."""
+        reply = await self._ask("DELETE", f"/edits/{edit_id}")
+        return await self.wait(self._read(reply, Change), patience=patience)
+
+    async def change(self, change_id: str) -> Change:
+        """How far a change is."""
+        return await self._get(f"/jobs/{change_id}", Change)
+
+    async def wait(
+        self, change: Change, *, patience: float = 600.0, watch: Callable[[Change], None] = lambda _: None
+    ) -> Change:
+        """Ask until a change is done, and tell `watch` of every answer. Raises AdminError where it fails, is stored but
+        not served, or takes longer."""
+        until = time.monotonic() + patience
+        pause = FIRST_POLL_S
+        while change.finished is None:
+            if time.monotonic() > until:
+                raise AdminError(
+                    f"change {change.id} is {change.state} after {patience:g} s: ask `change` for it later"
+                )
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, LONGEST_POLL_S)
+            change = await self.change(change.id)
+            watch(change)
+        if change.state != "done":
+            raise AdminError(f"change {change.id} is {change.state}: {change.error}")
+        return change
+
+    async def lookup(self, prompt: Prompt, *, n: int = 5) -> Lookup:
+        """The n nearest edits of a prompt, at most 20: a string is raw text, messages go through the chat template."""
+        asked = {"prompt": prompt} if isinstance(prompt, str) else {"messages": list(prompt)}
+        return self._read(await self._ask("POST", "/lookup", json={**asked, "n": n}), Lookup)
+
+    async def reload(self) -> int:
+        """Serve the store's present generation, after something else has written it. Returns its number."""
+        return int((await self._ask("POST", "/reload")).json()["generation"])
+
+    async def stats(self) -> dict[str, Any]:
+        """Counters of the server, by name."""
+        return dict((await self._ask("GET", "/stats")).json())
+
+    async def audit(self, *, offset: int = 0, limit: int = 50) -> list[dict[str, Any]]:
+        """Entries of the audit log, newest first; limit at most 200."""
+        reply = await self._ask("GET", "/audit", params={"offset": offset, "limit": limit})
+        return list(reply.json()["entries"])
+
+    async def _get(self, path: str, kind: type[T], **params: Any) -> T:
+        return self._read(await self._ask("GET", path, params=params), kind)
+
+    async def _ask(self, method: str, path: str, **more: Any) -> httpx.Response:
+        try:
+            reply = await self._http.request(method, path, **more)
+        except httpx.HTTPError as error:
+            raise AdminError(f"no server answers at {self._base} ({error or type(error).__name__})") from error
+        if reply.is_success:
+            return reply
+        try:
+            why = reply.json()["detail"]
+        except (ValueError, LookupError, TypeError):
+            why = reply.text[:200]
+        hint = {
+            401: "; give the token that the server was started with",
+            404: "" if path.count("/") > 1 else "; is MEMOIR_ADMIN_TOKEN set where the server runs?",
+        }.get(reply.status_code, "")
+        raise AdminError(f"{self._base} refused {method} /memoir{path} with {reply.status_code}: {why}{hint}")
+
+    def _read(self, reply: httpx.Response, kind: type[T]) -> T:
+        try:
+            return msgspec.json.decode(reply.content, type=kind)
+        except msgspec.DecodeError as error:
+            raise AdminError(f"{self._base} answers in another form than this version knows ({error})") from error

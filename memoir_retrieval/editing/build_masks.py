@@ -1,0 +1,174 @@
+"""Making the masks of many edits at once, before any of them is trained.
+
+Prompts are sorted by length and cut into shards, each of which is computed in the same batches wherever it is computed:
+by this process, by the next one after an interruption, or by another machine (`build_ray`). So the same input gives the
+same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import msgspec
+import numpy as np
+
+from memoir_index import check_codes
+from memoir_retrieval.edits.record import Edit, StoredEdit, masked, stored_as
+from memoir_retrieval.edits.requires import check_requires
+from memoir_retrieval.errors import CodeError, EditFileError, StoreError
+from memoir_retrieval.question.prompts import Prompt, prompt_ids
+from memoir_retrieval.question.span import SpanRule, find_span
+from memoir_retrieval.store.files import publish, read_small
+from memoir_retrieval.store.manifest import Manifest
+from memoir_retrieval.store.write import write_generation
+
+if TYPE_CHECKING:
+    from memoir_retrieval.editing.editor import Editor
+    from memoir_retrieval.model.base import BaseModel
+    from memoir_retrieval.question.fingerprint import Fingerprint
+
+__all__ = ["BuildProgress", "Compute", "Shard", "build", "shard_codes"]
+
+SHARD = 1024
+BATCH = 32
+
+
+class Shard(NamedTuple):
+    """Prompts that are computed together. rows: their token ids. places: where their masks go, int64 [n]."""
+
+    number: int
+    rows: list[list[int]]
+    places: np.ndarray
+
+
+class BuildProgress(NamedTuple):
+    """Masks made, of how many; `resumed` of them had been made before an interruption."""
+
+    done: int
+    total: int
+    resumed: int
+
+
+Compute = Callable[[Iterable[Shard]], Iterator[tuple[Shard, np.ndarray]]]
+"""Makes the masks of shards, in any order: uint8 [n, D/8] each."""
+
+
+def build(
+    editor: Editor,
+    edits: Sequence[Edit],
+    *,
+    rephrases: bool = False,
+    compute: Compute | None = None,
+    progress: Callable[[BuildProgress], None] = lambda _: None,
+) -> Manifest:
+    """Write a store of edits that can be looked up and are not trained. Returns its manifest.
+
+    editor: an open one on a folder without a store. rephrases: give each edit the masks of its rephrasings too.
+    compute: by default this process does it. Interrupted, what is done is kept in the folder, and the same call goes on
+    from there. Raises StoreError where there is a store already, EditFileError for a prompt without tokens.
+    """
+    if editor.generation:
+        raise StoreError(f"{editor.path} is a store already: choose a new folder, or append with `memoir edit`")
+    for edit in edits:
+        check_requires(edit, whole=editor.span.rule == "all")
+    after = editor.contexts[: editor.training.context_masks]
+    texts = [(i, text) for i, edit in enumerate(edits) for text in masked(edit, after, len(edit.rephrases) * rephrases)]
+    shards = list(_shards(editor, [text for _, text in texts]))
+    key = _key(editor, shards)
+    codes = np.empty((len(texts), editor.base.d // 8), dtype=np.uint8)
+    todo, done = [], 0
+    for shard in shards:
+        if (found := _resume(_part(editor.path, key, shard), len(shard.rows), editor.base.d, editor.k)) is None:
+            todo.append(shard)
+        else:
+            codes[shard.places] = found
+            done += len(found)
+    resumed = done
+    progress(BuildProgress(done, len(texts), resumed))
+    for shard, made in compute(todo) if compute else _here(editor, todo):
+        codes[shard.places] = made
+        publish(_part(editor.path, key, shard), hashlib.sha256(made.data).digest() + made.tobytes())
+        done += len(made)
+        progress(BuildProgress(done, len(texts), resumed))
+    stored = _stored(edits)
+    manifest = write_generation(
+        editor.path,
+        editor.fields(stored) | {"next_id": len(stored)},
+        memories=np.zeros((1, editor.base.h, editor.base.d), dtype=np.float32),
+        background=editor.background,
+        permutation=editor.permutation,
+        codes=codes,
+        ids=np.array([i for i, _ in texts], dtype=np.int64),
+        memory_of=np.zeros(len(texts), dtype=np.int32),
+        edits=stored,
+    )
+    for path in editor.path.glob(".masks-*"):
+        path.unlink(missing_ok=True)
+    return manifest
+
+
+def shard_codes(base: BaseModel, fingerprint: Fingerprint, rule: SpanRule, shard: Shard, batch: int) -> np.ndarray:
+    """The masks of a shard's prompts: uint8 [n, D/8]. batch: prompts of one forward pass."""
+    from memoir_retrieval.model.forward import question_means
+
+    spans = [find_span(ids, rule) for ids in shard.rows]
+    return fingerprint.codes(question_means(base, shard.rows, spans, batch))
+
+
+def _here(editor: Editor, shards: Iterable[Shard]) -> Iterator[tuple[Shard, np.ndarray]]:
+    from memoir_retrieval.question.fingerprint import Fingerprint
+
+    fingerprint = Fingerprint(editor.background, editor.permutation, editor.k, editor.base.device)
+    for shard in shards:
+        yield shard, shard_codes(editor.base, fingerprint, editor.span, shard, BATCH)
+
+
+def _shards(editor: Editor, texts: Sequence[Prompt]) -> Iterator[Shard]:
+    rows = []
+    for text in texts:
+        ids = prompt_ids(editor.base.tokenizer, text, chat=editor.chat)
+        span = find_span(ids, editor.span)
+        if span.start >= span.end or len(ids) > editor.base.max_length:
+            raise EditFileError(
+                f"prompt {text[:60]!r} has {len(ids)} tokens, {span.end - span.start} of them to pool; the model takes "
+                f"{editor.base.max_length}: leave it out"
+            )
+        rows.append(ids)
+    order = sorted(range(len(rows)), key=lambda i: (len(rows[i]), i))
+    for first in range(0, len(order), SHARD):
+        places = order[first : first + SHARD]
+        yield Shard(first // SHARD, [rows[i] for i in places], np.array(places))
+
+
+def _key(editor: Editor, shards: Sequence[Shard]) -> str:
+    """A digest of all that the masks depend on."""
+    digest = hashlib.sha256(msgspec.json.encode((editor.base.identity, editor.base.module, editor.span, editor.k)))
+    digest.update(editor.background.tobytes() + editor.permutation.tobytes())
+    digest.update(str((editor.base.model.dtype, SHARD, BATCH)).encode())
+    for shard in shards:
+        digest.update(msgspec.msgpack.encode(shard.rows))
+    return digest.hexdigest()[:16]
+
+
+def _part(folder: Path, key: str, shard: Shard) -> Path:
+    return folder / f".masks-{key}-{shard.number:06d}"
+
+
+def _resume(path: Path, rows: int, d: int, k: int) -> np.ndarray | None:
+    """The masks that an interrupted run has left, or None where there are none, or damaged ones."""
+    size = rows * (d // 8)
+    try:
+        data = read_small(path, 32 + size)
+        codes = np.frombuffer(data, np.uint8, offset=32)
+        if len(codes) != size or hashlib.sha256(codes.data).digest() != data[:32]:
+            return None
+        return check_codes(codes.reshape(rows, -1), d, k)
+    except (OSError, StoreError, CodeError, ValueError):
+        return None
+
+
+def _stored(edits: Sequence[Edit]) -> list[StoredEdit]:
+    return [stored_as(edit, id=i, created="", loss=0.0, steps=0, trained=False) for i, edit in enumerate(edits)]

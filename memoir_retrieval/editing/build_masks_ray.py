@@ -1,0 +1,90 @@
+"""Making the masks of `build` on the machines of a Ray cluster, by Ray Data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from memoir_retrieval.editing import build_masks as build
+from memoir_retrieval.editing.build_masks import Compute, Shard, shard_codes
+from memoir_retrieval.editing.editor import Editor
+from memoir_retrieval.errors import ConfigError
+from memoir_retrieval.question.span import SpanRule
+
+__all__ = ["on_ray"]
+
+
+def on_ray(editor: Editor, address: str, workers: int, device: str) -> Compute:
+    """What `build` takes as `compute`. address: as `ray.init` takes it, "local" for a cluster of this machine alone.
+
+    Every worker loads the model, under the name that this process did, and uses as many threads: the bytes are those of
+    a local build wherever the machines are of one kind. Raises ConfigError where Ray is missing or does not answer.
+    """
+    try:
+        import ray
+        import ray.data
+    except ImportError:
+        raise ConfigError("Ray is not installed: pip install 'memoir-retrieval[ray]'") from None
+    import torch
+
+    settings: dict[str, Any] = {
+        "model": str(editor.base.path),
+        "layer": editor.base.layer,
+        "dtype": str(editor.base.model.dtype).removeprefix("torch."),
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "batch": build.BATCH,
+        "background": editor.background,
+        "permutation": editor.permutation,
+        "k": editor.k,
+        "span": msgspec.json.encode(editor.span),
+    }
+
+    def compute(shards: Iterable[Shard]) -> Iterator[tuple[Shard, np.ndarray]]:
+        waiting = {shard.number: shard for shard in shards}
+        if not waiting:
+            return
+        try:
+            ray.init(address=address, ignore_reinit_error=True, log_to_driver=False)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise ConfigError(f"no Ray cluster answers at {address} ({error}): start one, or leave out --ray") from None
+        items = [{"number": shard.number, "rows": msgspec.json.encode(shard.rows)} for shard in waiting.values()]
+        made = ray.data.from_items(items, override_num_blocks=len(items)).map(
+            _MaskWorker,
+            fn_constructor_kwargs=settings,
+            concurrency=workers,
+            num_cpus=settings["threads"],
+            num_gpus=1 if device.startswith("cuda") else 0,
+        )
+        for row in made.iter_rows():
+            shard = waiting.pop(int(row["number"]))
+            yield shard, np.frombuffer(row["codes"], np.uint8).reshape(len(shard.rows), -1)
+
+    return compute
+
+
+class _MaskWorker:
+    """One process of the cluster, with the model in it."""
+
+    def __init__(
+        self, model: str, layer: int, dtype: str, device: str, threads: int, batch: int, span: bytes, **masks: Any
+    ):
+        import torch
+
+        from memoir_retrieval.model.base import load_model
+        from memoir_retrieval.question.fingerprint import Fingerprint
+
+        torch.set_num_threads(threads)
+        self._base = load_model(model, layer=layer, dtype=dtype, device=device)
+        self._batch = batch
+        self._rule = msgspec.json.decode(span, type=SpanRule)
+        self._fingerprint = Fingerprint(masks["background"], masks["permutation"], masks["k"], self._base.device)
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        rows = msgspec.json.decode(row["rows"], type=list[list[int]])
+        shard = Shard(int(row["number"]), rows, np.empty(0, dtype=np.int64))
+        codes = shard_codes(self._base, self._fingerprint, self._rule, shard, self._batch)
+        return {"number": row["number"], "codes": codes.tobytes()}

@@ -1,0 +1,54 @@
+"""One residual memory while edits are added to it: its weights, and what the edits in it rely on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from memoir_retrieval.editing.train import Lesson, answered
+from memoir_retrieval.model.base import BaseModel
+
+__all__ = ["Memory", "forgotten"]
+
+
+class Memory:
+    """A residual memory W_m, float32 [H, D], open for more edits.
+
+    `lessons`: what is asked of each of its edits, by id. `used`: float32 [D, D], C of `train`: the sum of a a^T over
+    their tokens, each on its own active columns. Neither is stored, since the edits can give them again.
+    """
+
+    def __init__(self, weight: torch.Tensor):
+        self.weight = weight
+        self.used = torch.zeros(weight.shape[1], weight.shape[1], device=weight.device)
+        self.lessons: dict[int, list[Lesson]] = {}
+
+    def add(self, edit: int, lessons: list[Lesson]) -> None:
+        """Count an edit among those that training must leave alone."""
+        self._count(lessons, 1)
+        self.lessons[edit] = lessons
+
+    def forget(self, edit: int) -> None:
+        """Let later edits overwrite an edit, if it is in this memory."""
+        self._count(self.lessons.pop(edit, []), -1)
+
+    def _count(self, lessons: list[Lesson], sign: int) -> None:
+        for one in lessons:
+            a = one.activations
+            self.used[one.columns[:, None], one.columns] += sign * (a.T @ a)
+
+    def nearest(self, columns: torch.Tensor, n: int) -> list[int]:
+        """Ids of the n edits whose masks have most ones among `columns`, int64: those that a change there can hurt."""
+        mask = torch.zeros(self.weight.shape[1], dtype=torch.bool, device=columns.device)
+        mask[columns] = True
+        common = {edit: max(int(mask[one.columns].sum()) for one in own) for edit, own in self.lessons.items()}
+        return sorted(common, key=lambda edit: -common[edit])[:n]
+
+
+def forgotten(base: BaseModel, edits: Sequence[tuple[Memory, int]]) -> list[tuple[Memory, int]]:
+    """Which edits, each with its memory, are no longer answered with the weights as they are now."""
+    asked = [(memory, edit, one) for memory, edit in edits for one in memory.lessons[edit]]
+    right = answered(base, [(one, memory.weight) for memory, _, one in asked])
+    wrong = {edit for (_, edit, _), good in zip(asked, right, strict=True) if not good}
+    return [(memory, edit) for memory, edit in edits if edit in wrong]

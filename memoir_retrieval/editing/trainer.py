@@ -1,0 +1,165 @@
+"""Edits trained in open memories and asked back, side by side where each has a memory of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from memoir_retrieval.editing.memory import Memory, forgotten
+from memoir_retrieval.editing.outcome import TrainingStep
+from memoir_retrieval.editing.train import Frozen, Lesson, Trained, Training, answered, train_edits
+from memoir_retrieval.editing.wordings import Wordings
+from memoir_retrieval.edits.record import Edit, StoredEdit
+from memoir_retrieval.model.base import BaseModel
+from memoir_retrieval.model.bfloat16 import HalfProducts, half_is_faster
+
+__all__ = ["Learnt", "Task", "Trainer"]
+
+# Earlier edits that are asked again after each new one: those whose masks overlap most with its own.
+NEIGHBOURS = 4
+
+
+class Task(NamedTuple):
+    """An edit to train. id: under which it will be stored. memory: the number of the memory that takes it up.
+    rephrases: how many of its rephrasings are trained too and get masks."""
+
+    id: int
+    edit: Edit | StoredEdit
+    memory: int
+    rephrases: int = 0
+
+
+class Learnt(NamedTuple):
+    """What came of a task. `trained`: see there. reason: why the audit refuses it, or "". lost: it would cost another
+    edit of its memory its answer. retried: it took a second try."""
+
+    trained: Trained
+    reason: str
+    lost: bool
+    retried: bool
+
+
+class Trainer:
+    """Holds the open memories of a store, by number, and what their edits need."""
+
+    def __init__(
+        self,
+        base: BaseModel,
+        wordings: Wordings,
+        training: Training,
+        watch: Callable[[TrainingStep], None] = lambda _: None,
+    ):
+        """watch: told of every gradient step."""
+        self.base = base
+        self.watch = watch
+        self.training = training
+        self.memories: dict[int, Memory] = {}
+        self._wordings = wordings
+        self._products = HalfProducts(base) if half_is_faster(base) else None
+        self._prepared: dict[int, tuple[Frozen, list[Lesson]]] = {}
+
+    def open(self, number: int, weight: torch.Tensor, edits: Sequence[tuple[StoredEdit, int]]) -> None:
+        """Train in a memory from now on. weight: float32 [H, D], read and, by `take`, written. edits: those in it,
+        each with the number of its masks; they are run again."""
+        self.memories[number] = Memory(weight)
+        for edit, masks in edits:
+            self.remember(number, edit, masks)
+
+    def close(self, number: int) -> None:
+        """Leave a memory as it is."""
+        del self.memories[number]
+
+    def prepare(self, tasks: Sequence[Task]) -> list[np.ndarray]:
+        """Run what is frozen of the tasks that are next, by ascending ids: the masks of each, uint8 [R, D/8]."""
+        self._prepared = {i: one for i, one in self._prepared.items() if tasks and i >= tasks[0].id}
+        made: list[np.ndarray] = []
+        for task in tasks:
+            frozen, codes = self._wordings.freeze_for_training(task.edit, task.id, task.rephrases, self._quick())
+            self._prepared[task.id] = frozen, self._wordings.lessons(frozen, task.edit, len(codes))
+            made.append(codes)
+        return made
+
+    def learn(self, tasks: Sequence[Task]) -> list[Learnt]:
+        """Train prepared tasks, each of another memory, and ask them and their neighbours back; nothing is taken up.
+
+        Those that are not answered are tried once more, with more steps.
+        """
+        done = self._try(tasks, self.training)
+        again = [task for task, learnt in zip(tasks, done, strict=True) if learnt.reason and not learnt.lost]
+        patient = replace(self.training, stop_loss=self.training.stop_loss / 4, max_steps=2 * self.training.max_steps)
+        second = self._try(again, patient) if again else []
+        better = {task.id: learnt for task, learnt in zip(again, second, strict=True)}
+        return [
+            better.get(task.id, learnt)._replace(retried=bool(learnt.reason))
+            for task, learnt in zip(tasks, done, strict=True)
+        ]
+
+    def take(self, task: Task, trained: Trained) -> None:
+        """Write a prepared task's columns into its memory and count it among those to be left alone."""
+        memory = self.memories[task.memory]
+        memory.weight[:, trained.columns] = trained.weights
+        memory.add(task.id, self._prepared[task.id][1])
+
+    def forget(self, edit: int) -> None:
+        """Let later tasks overwrite an edit, if its memory is open."""
+        for memory in self.memories.values():
+            memory.forget(edit)
+
+    def remember(self, number: int, edit: StoredEdit, masks: int) -> None:
+        """Count an edit among those that memory `number`, if it is open, must leave alone."""
+        if number in self.memories:
+            frozen, _ = self._wordings.freeze_masked(edit, self._wordings.rephrases(masks))
+            self.memories[number].add(edit.id, self._wordings.lessons(frozen, edit, masks))
+
+    def stop(self) -> None:
+        """Let go of what is held elsewhere: of nothing, here."""
+
+    def _quick(self) -> AbstractContextManager[None]:
+        """Within the context the model may round its products, where that is faster."""
+        return self._products.used() if self._products else nullcontext()
+
+    def _try(self, tasks: Sequence[Task], training: Training) -> list[Learnt]:
+        """Train, ask back with the trained weights, and put the memories back."""
+        memories = [self.memories[task.memory] for task in tasks]
+        prepared = [self._prepared[task.id] for task in tasks]
+        with self._quick():
+            given = [(frozen, m.weight, m.used) for m, (frozen, _) in zip(memories, prepared, strict=True)]
+            trained = train_edits(self.base, given, training, self.watch)
+        before = [memory.weight[:, one.columns] for memory, one in zip(memories, trained, strict=True)]
+        for memory, one in zip(memories, trained, strict=True):
+            memory.weight[:, one.columns] = one.weights
+        try:
+            return self._audit(memories, [lessons for _, lessons in prepared], trained)
+        finally:
+            for memory, one, weights in zip(memories, trained, before, strict=True):
+                memory.weight[:, one.columns] = weights
+
+    def _audit(
+        self, memories: Sequence[Memory], lessons: Sequence[list[Lesson]], trained: Sequence[Trained]
+    ) -> list[Learnt]:
+        asked = [(one, memory.weight) for memory, own in zip(memories, lessons, strict=True) for one in own]
+        wrong = {id(one) for (one, _), good in zip(asked, answered(self.base, asked), strict=True) if not good}
+        learnt = [not any(id(one) in wrong for one in own) for own in lessons]
+        near = [
+            (memory, edit)
+            for memory, one, good in zip(memories, trained, learnt, strict=True) if good
+            for edit in memory.nearest(one.columns, NEIGHBOURS)
+        ]  # fmt: skip
+        with self._quick():
+            near = forgotten(self.base, near)
+        near = forgotten(self.base, near)  # what seems lost is asked again without rounding
+        lost = {id(memory): edit for memory, edit in reversed(near)}
+        done: list[Learnt] = []
+        for memory, one, good in zip(memories, trained, learnt, strict=True):
+            reason = ""
+            if not good:
+                reason = f"the target is not the first choice after {one.steps} steps (loss {one.loss:.3f})"
+            elif id(memory) in lost:
+                reason = f"it would overwrite edit {lost[id(memory)]}"
+            done.append(Learnt(one, reason, good and bool(reason), False))
+        return done

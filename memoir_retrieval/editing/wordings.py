@@ -1,0 +1,188 @@
+"""An edit in every wording that it is trained in: as it is, rephrased, after contexts, with words replaced."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jinja2 import TemplateError
+
+from memoir_index import unpack
+from memoir_retrieval.background import background_prompts
+from memoir_retrieval.editing.train import Frozen, Lesson, Training, freeze
+from memoir_retrieval.edits.record import Edit, StoredEdit, as_prompt
+from memoir_retrieval.edits.requires import check_requires, required_spans
+from memoir_retrieval.errors import EditFileError
+from memoir_retrieval.model.base import BaseModel
+from memoir_retrieval.model.forward import FrozenPast, frozen_past, span_mean
+from memoir_retrieval.question.fingerprint import Fingerprint
+from memoir_retrieval.question.prompts import Prompt, end_token, prompt_ids, target_ids
+from memoir_retrieval.question.span import Span, SpanRule, find_span
+
+__all__ = ["Wordings"]
+
+
+class Cut(NamedTuple):
+    """A prompt cut at its question. before: the tokens before it; question: from its first token to the end of the
+    prompt, of which the span `pooled` makes the fingerprint."""
+
+    before: list[int]
+    question: list[int]
+    pooled: Span
+
+
+class Wordings:
+    """Renders the edits of one store. What stands before every question is run once, here."""
+
+    def __init__(
+        self,
+        base: BaseModel,
+        span: SpanRule,
+        contexts: tuple[Any, ...],
+        fingerprint: Fingerprint,
+        training: Training,
+        *,
+        chat: bool,
+        seed: int,
+    ):
+        self.base = base
+        self.span = span
+        self.contexts = contexts
+        self.fingerprint = fingerprint
+        self.training = training
+        self.chat = chat
+        self.seed = seed
+        self._other_tokens = np.array([t for p in background_prompts() for t in base.tokenizer(p).input_ids])
+        self._past = self._frozen_contexts()
+
+    def check(self, edit: Edit) -> None:
+        """Raise EditFileError where the model cannot be trained on an edit, or the edit could never act."""
+        check_requires(edit, whole=self.span.rule == "all")
+        if edit.before and not self.chat:
+            raise EditFileError(
+                f"prompt {edit.prompt!r} is part of a chat, but the store asks raw prompts: drop --no-chat"
+            )
+        try:
+            prompt = self._prompt_ids(as_prompt(edit))
+        except TemplateError as error:
+            raise EditFileError(f"the chat before {edit.prompt!r} does not fit {self.base.name}: {error}") from None
+        target = target_ids(self.base.tokenizer, edit.target, chat=self.chat)
+        span = find_span(prompt, self.span)
+        if span.start >= span.end:
+            raise EditFileError(f"prompt {edit.prompt!r} has no tokens to pool: give a longer prompt")
+        if not target:
+            raise EditFileError(f"target {edit.target!r} of prompt {edit.prompt!r} has no tokens: give a longer target")
+        given = max([self._past.width + len(prompt), *map(len, self._in_contexts(edit.prompt))])
+        longest = given + len(target) + 1
+        if longest > self.base.max_length:
+            raise EditFileError(
+                f"prompt {edit.prompt[:60]!r} and its target need {longest} tokens, {self.base.name} takes "
+                f"{self.base.max_length}: shorten them"
+            )
+
+    def rephrases(self, masks: int) -> int:
+        """How many of the masks of an edit are those of rephrasings."""
+        return max(0, masks - 1 - self.training.context_masks)
+
+    def freeze_masked(self, edit: Edit | StoredEdit, rephrases: int = 0) -> tuple[Frozen, np.ndarray]:
+        """What has a mask (see `edit.masked`), run up to the edited block, and the masks: uint8 [R, D/8]."""
+        return self._frozen(edit, rephrases, [], [], nullcontext())
+
+    def freeze_for_training(
+        self, edit: Edit | StoredEdit, number: int, rephrases: int, quick: AbstractContextManager[None]
+    ) -> tuple[Frozen, np.ndarray]:
+        """Like `asked`, with the wordings behind them that have no mask of their own: after contexts, and noisy; and
+        plainly where the edit is part of a chat.
+
+        number: the edit's id, from which its noise is drawn. quick: entered while these others are run.
+        """
+        question = self._cut(as_prompt(edit))
+        # Rows with their context in them are whole: under the rule "all" nothing follows the question.
+        unmasked = range(1 + self.training.context_masks, 1 + len(self.contexts))
+        others = self._in_contexts(edit.prompt) or [question.question] * len(unmasked)
+        random = np.random.default_rng([self.seed, number])
+        words = question.question[: question.pooled.end]
+        replaceable = ~self._required(edit, words)
+        for _ in range(self.training.variants):
+            replaced = (random.random(len(words)) < self.training.noise) & replaceable
+            noisy = np.where(replaced, random.choice(self._other_tokens, len(words)), words).tolist()
+            others.append([*noisy, *question.question[question.pooled.end :]])
+        contexts = [*unmasked, *[self._own(edit)] * self.training.variants]
+        if edit.before:
+            others.append(self._cut(edit.prompt).question)
+            contexts.append(0)
+        return self._frozen(edit, rephrases, others, contexts, quick)
+
+    def _required(self, edit: Edit | StoredEdit, ids: list[int]) -> np.ndarray:
+        """Which tokens of a question are of what its edit requires, without which it never acts: bool [T]."""
+        required = np.zeros(len(ids), dtype=np.bool_)
+        if edit.requires:
+            # A character may be of several tokens, which then end at one place: the text of all tokens up to one tells
+            # where that is.
+            ends = [len(self.base.tokenizer.decode(ids[: n + 1])) for n in range(len(ids))]
+            for start, end in required_spans(edit.requires, self.base.tokenizer.decode(ids)):
+                stop = max(np.searchsorted(ends, end) + 1, np.searchsorted(ends, end, "right"))
+                required[np.searchsorted(ends, start, "right") : stop] = True
+        return required
+
+    def _own(self, edit: Edit | StoredEdit) -> int:
+        """Which context an edit has before it: the bare one, or the chat's own, which is put behind the others."""
+        return len(self._past.lengths) if edit.before else 0
+
+    def lessons(self, frozen: Frozen, edit: Edit | StoredEdit, masks: int) -> list[Lesson]:
+        """The rows of `asked` or `trained` that have a mask of their own, to be asked again later."""
+        return [frozen.lesson(row, self._answer(edit)) for row in range(masks)]
+
+    def _frozen(
+        self,
+        edit: Edit | StoredEdit,
+        rephrases: int,
+        others: list[list[int]],
+        contexts: list[int],
+        quick: AbstractContextManager[None],
+    ) -> tuple[Frozen, np.ndarray]:
+        cut = [self._cut(as_prompt(edit, text)) for text in (edit.prompt, *edit.rephrases[:rephrases])]
+        contexts = [self._own(edit)] * len(cut) + contexts
+        after = range(1, 1 + self.training.context_masks)
+        cut[1:1], contexts[1:1] = cut[:1] * len(after), after
+        questions = [one.question for one in cut] + others
+        past = self._past.beside(frozen_past(self.base, [cut[0].before])) if edit.before else self._past
+        frozen = freeze(self.base, past, contexts, questions, self._answer(edit), exact=len(cut), quick=quick)
+        means = [span_mean(frozen.activations[row], *one.pooled) for row, one in enumerate(cut)]
+        codes = self.fingerprint.codes(torch.stack(means))
+        bits = torch.as_tensor(unpack(codes, self.base.d), device=self.base.device)
+        return frozen.masked(torch.cat([bits, bits[:1].expand(len(others), -1)])), codes
+
+    def _answer(self, edit: Edit | StoredEdit) -> list[int]:
+        return [*target_ids(self.base.tokenizer, edit.target, chat=self.chat), end_token(self.base.tokenizer)]
+
+    def _cut(self, prompt: Prompt) -> Cut:
+        ids = self._prompt_ids(prompt)
+        span = find_span(ids, self.span)
+        return Cut(ids[: span.start], ids[span.start :], Span(0, span.end - span.start, span.weighted))
+
+    def _prompt_ids(self, prompt: Prompt) -> list[int]:
+        return prompt_ids(self.base.tokenizer, prompt, chat=self.chat)
+
+    def _frozen_contexts(self) -> FrozenPast:
+        """The tokens before the question: the bare prompt's own, then those of every training context."""
+        if self.span.rule == "all":  # every token is edited, so nothing before the question is frozen
+            return FrozenPast(None, torch.zeros(1 + len(self.contexts), dtype=torch.int64, device=self.base.device))
+        contexts = [self._cut("Who?").before]
+        for context in self.contexts:
+            if self.chat:
+                ids = self._prompt_ids([*context, {"role": "user", "content": "Who?"}])
+                contexts.append(ids[: find_span(ids, self.span).start])
+            else:
+                contexts.append(self._prompt_ids(context))
+        return frozen_past(self.base, contexts)
+
+    def _in_contexts(self, prompt: str) -> list[list[int]]:
+        """Token ids of a prompt after each context, where contexts are edited too (rule "all"); else nothing."""
+        if self.span.rule != "all":
+            return []
+        if self.chat:
+            return [self._prompt_ids([*context, {"role": "user", "content": prompt}]) for context in self.contexts]
+        return [self._prompt_ids(f"{context} {prompt}") for context in self.contexts]

@@ -1,0 +1,124 @@
+"""Names that must stand in a question: texts found in a text word by word, whatever the case and what is between."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable
+
+import msgspec
+import regex
+
+from memoir_retrieval.edits.record import Edit, Requires, StoredEdit
+from memoir_retrieval.errors import EditFileError
+
+__all__ = ["Phrases", "check_requires", "one_question", "require_subjects", "required_spans", "words"]
+
+# Scripts that put no space between words, or, like Hangul, particles behind them: each letter counts as a word.
+_UNSPACED = "".join(
+    rf"\p{{Script={name}}}"
+    for name in ("Thai", "Lao", "Tibetan", "Myanmar", "Khmer", "Han", "Hiragana", "Katakana", "Hangul")
+)
+_WORD = regex.compile(rf"(?V1)[[\p{{L}}\p{{N}}]&&[{_UNSPACED}]]\p{{M}}*|[\p{{L}}\p{{M}}\p{{N}}_--[{_UNSPACED}]]+")
+
+
+def words(text: str) -> tuple[str, ...]:
+    """The words of a text as they are compared: NFKC, case folded, without the spaces and signs between them."""
+    return tuple(_WORD.findall(unicodedata.normalize("NFKC", text).casefold()))
+
+
+def required_spans(requires: Requires, text: str) -> list[tuple[int, int]]:
+    """Where in a text the texts of `requires` stand: characters [start, end), each as often as it is there."""
+    there = [(word, *found.span()) for found in _WORD.finditer(text) for word in words(found[0])]
+    spans = []
+    for phrase in {phrase for entry in requires for phrase in _phrases(entry)}:
+        for at in range(len(there) - len(phrase) + 1):
+            run = there[at : at + len(phrase)]
+            if tuple(word for word, *_ in run) == phrase:
+                spans.append((run[0][1], run[-1][2]))
+    return sorted(spans)
+
+
+class Phrases:
+    """What edits require, looked for all at once. required: by the id of each edit.
+
+    An edit is filed under the entry that the fewest edits share, such as its name, and its other entries are only
+    looked at where that one is found: so a text takes no longer for a word that many edits require.
+    """
+
+    def __init__(self, required: Iterable[tuple[int, Requires]]) -> None:
+        self._entries = {edit: [_phrases(entry) for entry in entries] for edit, entries in required}
+        shared = Counter(phrase for entries in self._entries.values() for entry in entries for phrase in entry)
+        self._lengths = sorted({len(phrase) for phrase in shared})
+        self._edits: dict[tuple[str, ...], list[int]] = {}
+        for edit, entries in self._entries.items():
+            for phrase in min(entries, key=lambda entry: sum(shared[phrase] for phrase in entry)):
+                self._edits.setdefault(phrase, []).append(edit)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def found_in(self, text: str) -> set[int]:
+        """The edits of which every entry stands in the text."""
+        there = words(text)
+        runs = {there[at : at + n] for n in self._lengths for at in range(len(there) - n + 1)}
+        return {
+            edit
+            for run in runs
+            for edit in self._edits.get(run, ())
+            if all(any(phrase in runs for phrase in entry) for entry in self._entries[edit])
+        }
+
+
+def _texts(entry: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (entry,) if isinstance(entry, str) else entry
+
+
+def _phrases(entry: str | tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
+    return tuple({words(text): None for text in _texts(entry)})
+
+
+def one_question(a: Edit | StoredEdit, b: Edit | StoredEdit) -> bool:
+    """Whether what two edits require lets one of them act on the other's prompt."""
+    return _may_act(a, b.prompt) or _may_act(b, a.prompt)
+
+
+def _may_act(edit: Edit | StoredEdit, prompt: str) -> bool:
+    return not edit.requires or bool(Phrases([(0, edit.requires)]).found_in(prompt))
+
+
+def check_requires(edit: Edit, *, whole: bool = False) -> None:
+    """Raise EditFileError where an edit requires what can stand in no question, or does not stand in its own.
+
+    whole: what is pooled is the whole prompt, not its question (the span rule "all"), in which anything may stand.
+    """
+    if edit.requires and whole:
+        raise EditFileError(
+            f"prompt {edit.prompt!r} requires words of a question, but the store pools whole prompts: leave out "
+            "--span all, or 'requires'"
+        )
+    for entry in edit.requires:
+        texts = _texts(entry)
+        if not texts or not all(words(text) for text in texts):
+            raise EditFileError(
+                f"{entry!r} in 'requires' of prompt {edit.prompt!r} has no word: name what a question must have"
+            )
+        if not Phrases([(0, (entry,))]).found_in(edit.prompt):
+            raise EditFileError(
+                f"prompt {edit.prompt!r} has not what it requires, {' or '.join(map(repr, texts))}, so its edit would "
+                "never act: write it as the prompt does, or leave it out"
+            )
+
+
+def require_subjects(edits: Iterable[Edit]) -> list[Edit]:
+    """The edits, each with a subject requiring it unless it requires something already.
+
+    Raises EditFileError where a subject does not stand in its prompt.
+    """
+    bound = [
+        msgspec.structs.replace(edit, requires=(edit.subject,)) if edit.subject and not edit.requires else edit
+        for edit in edits
+    ]
+    for edit in bound:
+        check_requires(edit)
+    return bound

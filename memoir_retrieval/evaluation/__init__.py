@@ -1,0 +1,1 @@
+"""How good edits are and how fast a lookup is: scores, thresholds, data sets, reports."""

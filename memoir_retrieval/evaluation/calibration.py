@@ -1,0 +1,301 @@
+"""Measuring tau, and before that layer and k: how far rephrasings of edits stand out from unrelated prompts.
+
+The rule for tau: the smallest threshold on a grid of .01 that no unrelated prompt reaches, plus `MARGIN`. A sample
+holds less than its population's largest overlap, and the margin stands for the rest; `docs/measurements.md` tells how
+many of 3200 others match with and without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from memoir_index import HammingIndex, hamming_radius, popcount
+from memoir_retrieval.background import background_prompts, unrelated_prompts
+from memoir_retrieval.edits.record import Edit, as_prompt, prompt_key
+from memoir_retrieval.errors import ConfigError, StoreError
+from memoir_retrieval.lookup.retriever import Retriever
+from memoir_retrieval.model.base import BaseModel
+from memoir_retrieval.model.forward import layer_means, question_means
+from memoir_retrieval.question.fingerprint import Fingerprint, permutation
+from memoir_retrieval.question.prompts import Prompt, prompt_ids
+from memoir_retrieval.question.span import Span, SpanRule, derive_span_rule, find_span
+from memoir_retrieval.store.files import store_lock
+from memoir_retrieval.store.read import EditStore, Manifest
+from memoir_retrieval.store.write import write_again
+
+__all__ = [
+    "MARGIN",
+    "Calibration",
+    "NearestEdit",
+    "Overlaps",
+    "Point",
+    "Setting",
+    "calibrate_model",
+    "calibrate_store",
+    "suggest_tau",
+    "unrelated_to",
+    "write_tau",
+]
+
+MARGIN = 0.02
+"""Added to the least tau that no measured unrelated prompt reaches."""
+
+GRID = tuple(step / 100 for step in range(1, 101))
+
+
+class Point(msgspec.Struct, frozen=True):
+    """What a tau does: the share of rephrasings that match their own edit, and of unrelated prompts that match any."""
+
+    tau: float
+    rephrases_found: float
+    unrelated_matched: float
+
+
+class Overlaps(msgspec.Struct, frozen=True):
+    """Overlaps in [0, 1]: of each edit's prompt and each rephrasing with the edit's own mask, and of each unrelated
+    prompt with the mask nearest to it."""
+
+    edits: tuple[float, ...]
+    rephrases: tuple[float, ...]
+    unrelated: tuple[float, ...]
+
+
+class NearestEdit(msgspec.Struct, frozen=True):
+    """An unrelated prompt, the edit nearest to it and their overlap."""
+
+    prompt: str
+    edit: int
+    overlap: float
+
+
+class Calibration(msgspec.Struct, frozen=True):
+    """What was measured on a store. `now` is the store's own tau, `suggested` what the rule gives; `curve` has a point
+    for every .01 between the smallest overlap and 1; `nearest` are the unrelated prompts that set the suggestion."""
+
+    now: Point
+    suggested: Point
+    curve: tuple[Point, ...]
+    overlaps: Overlaps
+    nearest: tuple[NearestEdit, ...]
+
+
+class Setting(msgspec.Struct, frozen=True):
+    """One layer and k of a model: the tau that the rule gives, the share of rephrasings found at it, and `gap`, by how
+    much the 5th percentile of the rephrasings' overlaps exceeds that tau."""
+
+    layer: int
+    k: int
+    tau: float
+    rephrases_found: float
+    gap: float
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """Bits in common with a mask, of k. edits int64 [N], rephrases int64 [R]: with the own edit's best mask;
+    unrelated int64 [U]: with the nearest mask, which is that of edit `nearest` [U]. found bool [R]: whether the own
+    edit is the nearest of those that may act."""
+
+    k: int
+    edits: NDArray[np.int64]
+    rephrases: NDArray[np.int64]
+    found: NDArray[np.bool_]
+    unrelated: NDArray[np.int64]
+    nearest: NDArray[np.int64]
+
+    def at(self, tau: float) -> Point:
+        needed = _needed(tau, self.k)
+        return Point(
+            tau,
+            round(float(np.mean(self.found & (self.rephrases >= needed))), 5),
+            round(float(np.mean(self.unrelated >= needed)), 5),
+        )
+
+
+def calibrate_store(
+    retriever: Retriever, rephrases: Sequence[tuple[int, str]], unrelated: Sequence[str]
+) -> Calibration:
+    """Measure a store in its own prompt form.
+
+    rephrases: pairs of an edit's id and a rephrasing of its prompt. unrelated: prompts that no edit should match.
+    Raises ConfigError where there is nothing to measure, or an unrelated prompt has the very mask of an edit.
+    """
+    store = retriever.store
+    if not store.edits:
+        raise ConfigError(f"store {store.path} has no edits: add some with `memoir edit` before tau is measured")
+    if not rephrases:
+        raise ConfigError(f"no edit of {store.path} has a rephrasing: name a FILE of its edits with `rephrases`")
+    k = store.manifest.k
+    edited, _ = _codes(retriever, [as_prompt(edit) for edit in store.edits])
+    rephrased, questions = _codes(retriever, [text for _, text in rephrases])
+    # Other questions about a name are not among the unrelated prompts, yet tau must tell them apart too: so these are
+    # compared with all edits, whatever an edit requires.
+    others, _ = _codes(retriever, unrelated)
+    shared = _share(
+        retriever.index,
+        edited,
+        [edit.id for edit in store.edits],
+        rephrased,
+        [own for own, _ in rephrases],
+        retriever.nearest_acting(rephrased, questions),
+        others,
+    )
+    _refuse_same_mask(shared, unrelated)
+    tau = suggest_tau(shared.unrelated, k)
+    top = np.argsort(-shared.unrelated, kind="stable")[:3]
+    least = min(a.min() for a in (shared.edits, shared.rephrases, shared.unrelated)) / k
+    return Calibration(
+        now=shared.at(store.manifest.tau),
+        suggested=shared.at(tau),
+        curve=tuple(shared.at(t) for t in GRID if t >= least),
+        overlaps=Overlaps(*(_overlaps(a, k) for a in (shared.edits, shared.rephrases, shared.unrelated))),
+        nearest=tuple(
+            NearestEdit(unrelated[i], int(shared.nearest[i]), round(int(shared.unrelated[i]) / k, 4)) for i in top
+        ),
+    )
+
+
+def calibrate_model(
+    base: BaseModel,
+    edits: Sequence[Edit],
+    unrelated: Sequence[str],
+    layers: Sequence[int],
+    ks: Sequence[int],
+    chat: bool,
+) -> list[Setting]:
+    """Measure layers and k of a model that has not been edited, the best setting first.
+
+    Only fingerprints are made, by one pass over the prompts; whether edits train well at a layer is not seen here.
+    The best finds most rephrasings at its own tau; among equals the gap decides. Raises ConfigError for edits without
+    rephrasings or a k with which masks cannot differ or be made, ModelError for a layer the model does not have.
+    """
+    rephrases = [(own, text) for own, edit in enumerate(edits) for text in edit.rephrases]
+    if not rephrases:
+        raise ConfigError("no edit of the file has a rephrasing: add `rephrases` to its records")
+    bases = [base.at(layer) for layer in layers]
+    rule = derive_span_rule(base.tokenizer)
+    groups = [background_prompts(), [edit.prompt for edit in edits], [text for _, text in rephrases], list(unrelated)]
+    prompts = [prompt for group in groups for prompt in group]
+    rows = [prompt_ids(base.tokenizer, prompt, chat=chat) for prompt in prompts]
+    means = layer_means(bases, rows, _spans(prompts, rows, rule))
+    own = [number for number, _ in rephrases]
+    ends = np.cumsum([len(group) for group in groups])[:-1].tolist()
+    found: list[Setting] = []
+    for at, values in zip(bases, means, strict=True):
+        background, *asked = torch.tensor_split(values, ends)
+        for k in ks:
+            make = Fingerprint(background.mean(0).cpu().numpy(), permutation(at.d, 0), k, at.device)
+            edited, rephrased, others = (make.codes(part) for part in asked)
+            index = HammingIndex.from_codes(at.d, k, np.arange(len(edits)), edited)
+            nearest = index.nearest(rephrased, 1)[0][:, 0]
+            shared = _share(index, edited, range(len(edits)), rephrased, own, nearest, others)
+            _refuse_same_mask(shared, unrelated)
+            point = shared.at(suggest_tau(shared.unrelated, k))
+            gap = float(np.quantile(shared.rephrases / k, 0.05)) - point.tau
+            found.append(Setting(at.layer, k, point.tau, point.rephrases_found, round(gap, 4)))
+    return sorted(found, key=lambda setting: (-setting.rephrases_found, -setting.gap))
+
+
+def suggest_tau(unrelated: NDArray[np.int64], k: int) -> float:
+    """The tau of the module's rule, at most 1.
+
+    unrelated: int64 [U], bits of k that each unrelated prompt shares with its nearest mask; all below k, for a prompt
+    with the very mask of an edit is told from it by no tau.
+    """
+    least = next(tau for tau in GRID if unrelated.max() < _needed(tau, k))
+    return min(1.0, round(least + MARGIN, 2))
+
+
+def unrelated_to(edits: Sequence[Edit], asked: Sequence[Edit] | None = None) -> list[str]:
+    """The prompts that no edit should match: those that come with the library, and what the edits must leave alone.
+
+    What one of them must leave alone may be the prompt of another, as in CounterFact; such a prompt is left out.
+    asked: the edits whose probes are taken (default: all).
+    """
+    own = {prompt_key(text) for edit in edits for text in (edit.prompt, *edit.rephrases)}
+    probes = (
+        probe.prompt for edit in (edits if asked is None else asked) for probe in (*edit.locality, *edit.neighbourhood)
+    )
+    return [text for text in dict.fromkeys([*unrelated_prompts(), *probes]) if prompt_key(text) not in own]
+
+
+def write_tau(measured: EditStore, tau: float) -> Manifest:
+    """Publish the store's next generation, the same but for tau. Returns its manifest.
+
+    measured: the store as tau was measured on it. Raises StoreError where it has changed since, is being written, or
+    cannot be written; the store is then what it was.
+    """
+    with store_lock(Path(measured.path)):
+        now = EditStore.open(measured.path)
+        if now.manifest != measured.manifest:
+            raise StoreError(
+                f"store {measured.path} went from generation {measured.manifest.generation} to "
+                f"{now.manifest.generation} while it was measured: run the same command again"
+            )
+        return write_again(now.path, now, generation=now.manifest.generation + 1, tau=tau)
+
+
+def _codes(retriever: Retriever, prompts: Sequence[Prompt]) -> tuple[NDArray[np.uint8], list[list[int]]]:
+    """The mask of each prompt and the tokens of its question."""
+    rows = [retriever.prompt_ids(prompt) for prompt in prompts]
+    spans = _spans(prompts, rows, retriever.store.manifest.span)
+    codes = retriever.fingerprint.codes(question_means(retriever.base, rows, spans))
+    return codes, [row[span.start : span.end] for row, span in zip(rows, spans, strict=True)]
+
+
+def _spans(prompts: Sequence[Prompt], rows: Sequence[Sequence[int]], rule: SpanRule) -> list[Span]:
+    spans = [find_span(ids, rule) for ids in rows]
+    for prompt, span in zip(prompts, spans, strict=True):
+        if span.start >= span.end:
+            raise ConfigError(f"prompt {prompt!r} has no tokens to pool: leave it out of the file")
+    return spans
+
+
+def _share(
+    index: HammingIndex,
+    prompts: NDArray[np.uint8],
+    edits: Sequence[int],
+    rephrases: NDArray[np.uint8],
+    own: Sequence[int],
+    nearest: NDArray[np.int64],
+    unrelated: NDArray[np.uint8],
+) -> _Shared:
+    def with_own(codes: NDArray[np.uint8], numbers: Sequence[int]) -> NDArray[np.int64]:
+        """Bits in common with the best mask of the edit that each code belongs to."""
+        best = [popcount(index.codes[index.ids == i] & code).max() for i, code in zip(numbers, codes, strict=True)]
+        return np.array(best, dtype=np.int64)
+
+    to_unrelated, overlaps = index.nearest(unrelated, 1)
+    return _Shared(
+        k=index.k,
+        edits=with_own(prompts, edits),
+        rephrases=with_own(rephrases, own),
+        found=nearest == np.asarray(own),
+        unrelated=np.rint(overlaps[:, 0] * index.k).astype(np.int64),
+        nearest=to_unrelated[:, 0],
+    )
+
+
+def _refuse_same_mask(shared: _Shared, unrelated: Sequence[str]) -> None:
+    worst = int(shared.unrelated.argmax())
+    if shared.unrelated[worst] == shared.k:
+        raise ConfigError(
+            f"unrelated prompt {unrelated[worst]!r} has the very mask of edit {shared.nearest[worst]} at k={shared.k}, "
+            "so no tau keeps them apart: leave it out of the file, or choose a smaller k"
+        )
+
+
+def _needed(tau: float, k: int) -> int:
+    """Bits two masks must share to match at tau: the same whole number that lookup and server compare with."""
+    return k - hamming_radius(tau, k) // 2
+
+
+def _overlaps(shared: NDArray[np.int64], k: int) -> tuple[float, ...]:
+    return tuple(np.round(shared / k, 4).tolist())

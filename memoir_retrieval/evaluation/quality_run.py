@@ -1,0 +1,227 @@
+"""A quality run: edits trained one after another, asked on the way and after the last, and everything written down."""
+
+from __future__ import annotations
+
+import hashlib
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from memoir_retrieval.background import control_prompts
+from memoir_retrieval.editing.editor import Editor, Progress
+from memoir_retrieval.edits.record import Edit
+from memoir_retrieval.errors import ConfigError
+from memoir_retrieval.evaluation.calibration import Calibration, calibrate_store, unrelated_to
+from memoir_retrieval.evaluation.measure import asked_back, measure, stored_ids
+from memoir_retrieval.evaluation.scores import EditScores, Report
+from memoir_retrieval.lookup.reference import EditedModel
+from memoir_retrieval.lookup.retriever import Retriever
+from memoir_retrieval.store.files import publish
+from memoir_retrieval.store.read import EditStore, library_version
+
+__all__ = ["RESULT", "Checkpoint", "Run", "checkpoints", "read_run", "run_quality"]
+
+RESULT = "run.json"
+PASSED = "passed.json"  # of a run that is not finished
+
+
+class Checkpoint(msgspec.Struct, frozen=True):
+    """The edits so far, asked after `edits` of them: mean reliability, and the share whose prompt finds them."""
+
+    edits: int
+    reliability: float
+    found: float
+
+
+class Passed(msgspec.Struct):
+    """`passed.json`, what an interrupted run knows when it goes on. See `Run`.
+
+    asked: a digest of the edits up to the last checkpoint.
+    """
+
+    data: str
+    every: int
+    asked: str = ""
+    checkpoints: list[Checkpoint] = []
+    seconds: dict[int, float] = {}
+
+
+class Run(msgspec.Struct, frozen=True, kw_only=True):
+    """`run.json`. settings: of the store. seconds: what each edit took, by its id; not of those that were trained
+    between a checkpoint and an interruption.
+
+    stored: how many of the edits training took up; the others are asked all the same. every: one of so many is asked.
+    """
+
+    command: str
+    library: str
+    started: str
+    data: str
+    model: str
+    settings: dict[str, Any]
+    edits: int
+    stored: int
+    every: int = 1
+    seconds: dict[int, float]
+    edit_seconds: float | None
+    checkpoints: list[Checkpoint]
+    report: Report
+    per_edit: list[EditScores]
+    calibration: Calibration | None
+
+
+def checkpoints(edits: int) -> list[int]:
+    """10, 30, 100, 300, ... below the number of edits, and that number."""
+    steps = [step * 10**power for power in range(1, 7) for step in (1, 3)]
+    return [*(step for step in steps if step < edits), edits]
+
+
+def run_quality(
+    editor: Editor,
+    edits: Sequence[Edit],
+    folder: Path,
+    *,
+    command: str,
+    data: str,
+    context: str = "plain",
+    controls: int = 256,
+    texts: Sequence[str] = (),
+    side_by_side: int | None = None,
+    every: int = 1,
+    tell: Callable[[str], None] = lambda _: None,
+    progress: Callable[[Progress], None] = lambda _: None,
+) -> Run:
+    """Train the edits into the editor's store, measure, and write `folder`/run.json.
+
+    editor: not yet entered. side_by_side: see `Editor.add`; by default what it takes for all edits at once.
+    every: of the edits every so many-th is asked, with its rephrasings and probes; all are trained.
+    Run again after an interruption it goes on: edits that the store has are not trained again, and checkpoints that
+    were passed are kept. Raises ConfigError where the folder holds a finished run, or one of other data.
+    """
+    if (folder / RESULT).exists():
+        raise ConfigError(f"{folder} holds a finished run: choose another --out, or look at it with `memoir report`")
+    started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    passed = _passed(folder, data, every, edits)
+    with editor:
+        n, done = side_by_side or editor.side_by_side(len(edits)), 0
+        for reached in checkpoints(len(edits)):
+            trained = _train(editor, edits[done:reached], n, progress)
+            done = reached
+            later = edits[reached:]
+            if later and max(stored_ids(editor.edits, later, partly=True)) >= 0:
+                continue  # an interrupted run got further: what it did not ask then cannot be asked any more
+            model = EditedModel(Retriever(EditStore.open(editor.path), editor.base))
+            stored = model.retriever.store.edits
+            passed.seconds |= trained
+            at = Checkpoint(reached, *asked_back(model, stored, edits[:reached:every]))
+            passed.checkpoints = [*(one for one in passed.checkpoints if one.edits < reached), at]
+            passed.asked = _digest(edits[:reached])
+            publish(folder / PASSED, msgspec.json.encode(passed))
+            tell(f"{reached} edits: reliability {at.reliability:.4f}, found {at.found:.4f}")
+    asked = edits[::every]
+    tell(f"asking {len(asked)} edits, their rephrasings and unrelated prompts ({context})")
+    report, per_edit = measure(
+        model,
+        stored,
+        asked,
+        tau=model.retriever.tau,
+        context=context,
+        controls=control_prompts()[:controls],
+        texts=texts,
+        partly=True,
+    )
+    own = stored_ids(stored, edits, partly=True)
+    pairs = zip(own[::every], asked, strict=True)
+    rephrases = [(i, text) for i, edit in pairs if i >= 0 for text in edit.rephrases]
+    made = model.retriever.store.manifest
+    run = Run(
+        command=command,
+        library=library_version(),
+        started=started,
+        data=data,
+        model=made.model,
+        settings={
+            name: msgspec.to_builtins(getattr(made, name))
+            for name in ("module", "k", "tau", "chat", "dtype", "seed", "training")
+        },
+        edits=len(edits),
+        stored=sum(i >= 0 for i in own),
+        every=every,
+        seconds=passed.seconds,
+        edit_seconds=round(statistics.median(passed.seconds.values()), 4) if passed.seconds else None,
+        checkpoints=passed.checkpoints,
+        report=report,
+        per_edit=per_edit,
+        calibration=_calibration(model.retriever, rephrases, unrelated_to(edits, asked), tell),
+    )
+    publish(folder / RESULT, msgspec.json.format(msgspec.json.encode(run), indent=1) + b"\n")
+    (folder / PASSED).unlink()
+    return run
+
+
+def _calibration(
+    retriever: Retriever, rephrases: Sequence[tuple[int, str]], unrelated: Sequence[str], tell: Callable[[str], None]
+) -> Calibration | None:
+    """Overlaps for the report. What cannot be measured costs the run nothing else."""
+    try:
+        return calibrate_store(retriever, rephrases, unrelated) if rephrases else None
+    except ConfigError as error:
+        tell(f"no threshold was measured: {error}")
+        return None
+
+
+def read_run(folder: Path) -> Run:
+    """The run of a folder. Raises ConfigError where it holds none that this version can read."""
+    try:
+        return msgspec.json.decode((folder / RESULT).read_bytes(), type=Run)
+    except OSError as error:
+        raise ConfigError(f"{folder} holds no run ({error.strerror}): make one with `memoir bench quality`") from None
+    except msgspec.DecodeError as error:
+        raise ConfigError(f"{folder / RESULT} is no run of this version ({error}): run it again") from None
+
+
+def _digest(edits: Sequence[Edit]) -> str:
+    told = [(edit.prompt, edit.target, edit.requires) for edit in edits]
+    return hashlib.sha256(msgspec.json.encode(told)).hexdigest()
+
+
+def _passed(folder: Path, data: str, every: int, edits: Sequence[Edit]) -> Passed:
+    """What an interrupted run of the folder left, or nothing. Raises ConfigError where it was of other edits."""
+    try:
+        left = msgspec.json.decode((folder / PASSED).read_bytes(), type=Passed)
+    except FileNotFoundError:
+        return Passed(data, every)
+    except msgspec.DecodeError as error:
+        raise ConfigError(f"{folder / PASSED} is damaged ({error}): choose another --out, or remove it") from None
+    known = left.checkpoints[-1].edits if left.checkpoints else 0
+    if known and left.asked != _digest(edits[:known]):
+        raise ConfigError(
+            f"{folder} holds an interrupted run of other edits (of {left.data}): go on with the same command, or "
+            "choose another --out"
+        )
+    return left if left.every == every else Passed(data, every, seconds=left.seconds)
+
+
+def _train(
+    editor: Editor, edits: Sequence[Edit], side_by_side: int, progress: Callable[[Progress], None]
+) -> dict[int, float]:
+    told: list[Progress] = []
+
+    def timed(one: Progress) -> None:
+        told.append(one)
+        progress(one)
+
+    # What the audit or a contradiction would keep out of a store belongs into its figures.
+    editor.add(edits, on_conflict="both", keep_failed=True, side_by_side=side_by_side, progress=timed)
+    seconds: dict[int, float] = {}
+    before = 0.0
+    for end, group in groupby(told, key=lambda one: one.seconds):  # those that were trained side by side share a time
+        together = list(group)
+        seconds |= {one.edit.id: round((end - before) / len(together), 4) for one in together if one.edit}
+        before = end
+    return seconds

@@ -1,0 +1,238 @@
+"""The HTML page of a run or of a calibration: one file that asks the network for nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from html import escape
+from itertools import pairwise
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import msgspec
+
+from memoir_retrieval.evaluation.calibration import Calibration, Setting
+from memoir_retrieval.evaluation.quality_run import Run
+from memoir_retrieval.evaluation.report.charts import Series, histograms, lines
+from memoir_retrieval.evaluation.scores import Scores
+
+__all__ = ["calibration_page", "latency_page", "run_page", "settings_page"]
+
+AGES = 10
+"""Bars of the picture of forgetting."""
+SHOWN = 100
+"""Edits listed at most."""
+
+STYLE = """
+:root{--page:#fff;--ink:#1b1f24;--dim:#667;--rule:#d9dce1;--c1:#2563a8;--c2:#d9822b;--c3:#6b8e4e;--c4:#8a5a9e}
+@media(prefers-color-scheme:dark){:root{--page:#16191d;--ink:#e6e8eb;--dim:#9aa3ad;--rule:#343a41;--c1:#6aa5e8;
+--c2:#e9a35b;--c3:#98bd79;--c4:#bd90d1}}
+body{background:var(--page);color:var(--ink);font:15px/1.5 system-ui,sans-serif;max-width:780px;margin:2em auto;
+padding:0 1em}h1{font-size:1.5em}h2{font-size:1.1em;margin:2.2em 0 .3em}p,code{color:var(--dim)}
+table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}td,th{padding:.25em .6em .25em 0;
+text-align:left;border-bottom:1px solid var(--rule);vertical-align:top}th{font-weight:600}.wide{overflow-x:auto}
+svg{width:100%;height:auto}svg text{font:12px system-ui,sans-serif;fill:var(--dim)}.grid{stroke:var(--rule)}
+.axis{stroke:var(--dim)}.mark{stroke:var(--ink);stroke-dasharray:4 3}polyline{fill:none;stroke-width:2}
+.c1{fill:var(--c1)}.c2{fill:var(--c2)}.c3{fill:var(--c3)}.c4{fill:var(--c4)}.s1{stroke:var(--c1)}.s2{stroke:var(--c2)}
+.s3{stroke:var(--c3)}.s4{stroke:var(--c4)}
+"""
+
+
+def run_page(run: Run) -> str:
+    """The report of a quality run."""
+    report = run.report
+    asked = "all" if run.every == 1 else f"one of {run.every}"
+    parts = [
+        f"<h1>{run.edits} edits of {escape(Path(run.data).name)} on {escape(Path(run.model).name)}</h1>",
+        f"<p>Trained one after another, {run.stored} taken up, {asked} asked after the last. {escape(run.started)}, "
+        "memoir-retrieval "
+        f"{escape(run.library)}.<br><code>{escape(run.command)}</code></p>",
+        _section("Scores", _scores([report, *report.contexts.values()])),
+        _section("Beyond the edited questions", _further(run)),
+    ]
+    if run.calibration:
+        parts += _overlaps(run.calibration)
+    if len(run.checkpoints) > 1:
+        series = [
+            Series("reliability", [(c.edits, c.reliability) for c in run.checkpoints], 1),
+            Series("own edit found", [(c.edits, c.found) for c in run.checkpoints], 2),
+        ]
+        low = _below(value for one in series for _, value in one.points)
+        picture = lines(series, x_name="edits so far", y_name="share", y_range=(low, 1.0), log_x=True)
+        parts.append(_section("Accuracy against number of edits", picture, "All edits so far, asked on the way."))
+    parts.append(_section("Accuracy by age of the edit", _ages(run), _AGES_NOTE))
+    if run.seconds:
+        series = [Series("seconds", [(i + 1, taken) for i, taken in sorted(run.seconds.items())], 1, dots=True)]
+        note = f"Median {run.edit_seconds:g} s an edit, checkpoints of the store included."
+        parts.append(_section("Time per edit", lines(series, x_name="edit", y_name="seconds"), note))
+    parts.append(_section("Edits that are not answered exactly", _failed(run)))
+    parts.append(_section("Settings", _table([("setting", "value"), *_flat(run.settings)])))
+    return _page(f"{run.edits} edits of {Path(run.data).name}", parts)
+
+
+def calibration_page(found: Calibration, store: str) -> str:
+    """The report of `memoir calibrate DIR`."""
+    rows = [("prompt", "nearest edit", "overlap"), *((n.prompt, n.edit, f"{n.overlap:.3f}") for n in found.nearest)]
+    parts = [f"<h1>Overlaps of {escape(store)}</h1>", *_overlaps(found)]
+    parts.append(_section("Unrelated prompts nearest to an edit", _table(rows)))
+    return _page(f"Overlaps of {store}", parts)
+
+
+def settings_page(found: Sequence[Setting], model: str) -> str:
+    """The report of `memoir calibrate --model`: layers and sizes of masks."""
+    ks = sorted({setting.k for setting in found}, reverse=True)
+    series = [
+        Series(f"k {k}", sorted((float(s.layer), s.rephrases_found) for s in found if s.k == k), colour % 4 + 1)
+        for colour, k in enumerate(ks)
+    ]
+    rows: list[Sequence[Any]] = [("layer", "k", "tau", "rephrasings found", "gap")]
+    rows += [(s.layer, s.k, f"{s.tau:g}", f"{s.rephrases_found:.3f}", f"{s.gap:+.3f}") for s in found]
+    picture = lines(series[:4], x_name="layer", y_name="rephrasings found at the suggested tau", y_range=(0.0, 1.0))
+    parts = [f"<h1>Layers of {escape(model)}</h1>", _section("Where edits stand apart", picture)]
+    return _page(f"Layers of {model}", [*parts, _section("Best first", _table(rows))])
+
+
+_AGES_NOTE = "Left the newest edits, right the oldest, which most later ones may have overwritten."
+
+
+def latency_page(rows: Sequence[dict[str, Any]], model: str) -> str:
+    """Charts of what `memoir bench latency` prints, medians over the size of the store, and all its rows."""
+    parts = [f"<h1>Latency of {escape(Path(model).name)} served with edits</h1>"]
+    names = {"first_token": "Time to the first token", "between_tokens": "Between tokens", "lookup": "Lookup alone"}
+    for what, title in names.items():
+        for at_a_time in sorted({row["concurrent"] for row in rows}):
+            found: dict[str, list[tuple[float, float]]] = {}
+            for row in rows:
+                if (row["what"], row["concurrent"]) == (what, at_a_time):
+                    found.setdefault(row["kind"], []).append((row["edits"], row["p50"]))
+            series = [Series(kind, points, colour) for colour, (kind, points) in enumerate(found.items(), 1)]
+            if series:
+                picture = lines(series, x_name="stored edits", y_name="milliseconds, median", log_x=True)
+                parts.append(_section(f"{title}, {at_a_time} at a time", picture))
+    columns = ("what", "kind", "edits", "concurrent", "p50", "p95", "p99", "samples")
+    parts.append(
+        _section("All figures in milliseconds", _table([columns, *([row[c] for c in columns] for row in rows)]))
+    )
+    return _page("Latency", parts)
+
+
+def _overlaps(found: Calibration) -> list[str]:
+    kinds = {
+        "edits": found.overlaps.edits,
+        "rephrasings": found.overlaps.rephrases,
+        "unrelated prompts": found.overlaps.unrelated,
+    }
+    marks = {"tau": found.now.tau}
+    if found.suggested.tau != found.now.tau:
+        marks["suggested"] = found.suggested.tau
+    note = (
+        "Edits and rephrasings with their own edit's mask, unrelated prompts with the mask nearest to them. At tau "
+        f"{found.now.tau:g} {found.now.rephrases_found:.3f} of the rephrasings find their edit and "
+        f"{found.now.unrelated_matched:.3f} of the unrelated prompts match one; suggested is {found.suggested.tau:g} "
+        f"({found.suggested.rephrases_found:.3f} and {found.suggested.unrelated_matched:.3f})."
+    )
+    curve = [
+        Series("rephrasings found", [(p.tau, p.rephrases_found) for p in found.curve], 2),
+        Series("unrelated matched", [(p.tau, p.unrelated_matched) for p in found.curve], 3),
+    ]
+    return [
+        _section("Overlap", histograms(kinds, marks), note),
+        _section("What a tau does", lines(curve, x_name="tau", y_name="share", y_range=(0.0, 1.0), marks=marks)),
+    ]
+
+
+def _scores(contexts: Sequence[Scores]) -> str:
+    """A column for each context."""
+    rows: list[Sequence[Any]] = [("score", *(s.context.replace("all", "plain") for s in contexts))]
+    names = {
+        "reliability": lambda s: s.reliability,
+        "generality": lambda s: s.generality,
+        "locality": lambda s: s.locality,
+        "neighbourhood unchanged": lambda s: s.neighbourhood,
+        "exact answers, edits": lambda s: s.exact_match.edits,
+        "exact answers, rephrasings": lambda s: s.exact_match.rephrases,
+        "edits found": lambda s: s.match.edits_right,
+        "rephrasings found": lambda s: s.match.rephrases_right,
+        "unrelated that match": lambda s: s.match.false_rate if s.locality is not None else None,
+        "unrelated answered as before": lambda s: s.generated and s.generated.identical,
+        "perplexity of the targets": lambda s: s.perplexity,
+    }
+    for name, read in names.items():
+        values = [read(s) for s in contexts]
+        if any(value is not None for value in values):
+            rows.append((name, *("" if value is None else f"{value:.3f}" for value in values)))
+    return _table(rows)
+
+
+def _further(run: Run) -> str:
+    report = run.report
+    told = {"portability": report.portability, "other words": report.ood, "unrelated text": report.text}
+    rows = [
+        (name, what, f"{value:.4g}" if isinstance(value, float) else value)
+        for name, scores in told.items()
+        if scores
+        for what, value in msgspec.structs.asdict(scores).items()
+    ]
+    return _table([("measured on", "what", "value"), *rows]) if rows else "<p>Nothing in the file to measure.</p>"
+
+
+def _ages(run: Run) -> str:
+    newest = run.per_edit[::-1]
+    bins = min(AGES, len(newest))
+    edges = [len(newest) * i // bins for i in range(bins + 1)]
+    groups = [newest[a:b] for a, b in pairwise(edges)]
+    middle = [run.every * (a + b - 1) / 2 for a, b in pairwise(edges)]
+    series = [
+        Series("reliability", [(x, fmean(o.reliability for o in g)) for x, g in zip(middle, groups, strict=True)], 1),
+        Series("exact answers", [(x, fmean(o.exact for o in g)) for x, g in zip(middle, groups, strict=True)], 4),
+    ]
+    low = _below(value for one in series for _, value in one.points)
+    return lines(series, x_name="edits made after it", y_name="share", y_range=(low, 1.0))
+
+
+def _failed(run: Run) -> str:
+    failed = [o for o in run.per_edit if not o.exact]
+    if not failed:
+        return "<p>None.</p>"
+    rows = [("edit", "found", "reliability", "perplexity of the target")]
+    rows += [
+        (
+            str(o.id) if o.id >= 0 else "not stored",
+            "yes" if o.found else "no",
+            f"{o.reliability:.3f}",
+            str(o.perplexity),
+        )
+        for o in failed[:SHOWN]
+    ]
+    more = f"<p>The first {SHOWN} of {len(failed)}; run.json has them all.</p>" if len(failed) > SHOWN else ""
+    return _table(rows) + more
+
+
+def _below(values: Iterable[float]) -> float:
+    """Where the axis of a share begins: a tenth below the smallest value that is shown."""
+    return max(0.0, int(min(values) * 10 - 1) / 10)
+
+
+def _flat(settings: dict[str, Any], before: str = "") -> list[tuple[str, Any]]:
+    rows: list[tuple[str, Any]] = []
+    for key, value in settings.items():
+        rows += _flat(value, f"{before}{key}.") if isinstance(value, dict) else [(before + key, value)]
+    return rows
+
+
+def _section(title: str, content: str, note: str = "") -> str:
+    return f"<h2>{escape(title)}</h2>" + (f"<p>{escape(note)}</p>" if note else "") + content
+
+
+def _table(rows: Sequence[Sequence[Any]]) -> str:
+    head, *body = rows
+    cells = "".join(f"<th>{escape(str(cell))}</th>" for cell in head)
+    lines_ = "".join("<tr>" + "".join(f"<td>{escape(str(c))}</td>" for c in row) + "</tr>" for row in body)
+    return f'<div class="wide"><table><thead><tr>{cells}</tr></thead><tbody>{lines_}</tbody></table></div>'
+
+
+def _page(title: str, parts: Sequence[str]) -> str:
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
+    return (
+        f'<!doctype html><html lang="en"><head>{head}<style>{STYLE}</style></head><body>{"".join(parts)}</body></html>'
+    )

@@ -1,0 +1,310 @@
+"""Answering with edits through Hugging Face: slow, plain, and the definition of what is right for a server."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from memoir_index import unpack
+from memoir_retrieval.errors import ConfigError
+from memoir_retrieval.lookup.retriever import Retriever
+from memoir_retrieval.model.forward import FrozenPast, frozen_past, frozen_run, right_pad, run_from_block, span_mean
+from memoir_retrieval.question.prompts import Prompt, end_token, given_ids, target_ids
+from memoir_retrieval.question.span import Span, find_span
+
+__all__ = ["Answer", "EditedModel"]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer. `edit`: id of the matched edit, or None; `overlap`: that of `memoir_index.Hits`.
+
+    `tokens`: the new token ids, with the end token where the model stopped by itself. `logprobs`: natural logarithms of
+    the probabilities of the tokens that were given, by `EditedModel.predict` and `EditedModel.score`.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    edit: int | None
+    overlap: float
+    logprobs: tuple[float, ...] = ()
+
+
+@dataclass
+class _Row:
+    """One request of a batch: where its question is, its tokens, and once looked up what acts on it.
+
+    `offset`: what is to be added to a position in the prompt to get the position in the first pass.
+    """
+
+    span: Span
+    offset: int
+    question: list[int]
+    edit: int | None = None
+    overlap: float = 0.0
+    mask: torch.Tensor | None = None
+    memory: int = 0
+
+
+class EditedModel:
+    """A model with a store's edits switched on, each request routed on its own."""
+
+    def __init__(self, retriever: Retriever):
+        retriever.store.require_trained()
+        self.retriever = retriever
+        self.base = retriever.base
+        # Not that of the projection, whose weight may be quantised.
+        dtype = self.base.model.dtype
+        self._memories = torch.as_tensor(retriever.store.memories, device=self.base.device).to(dtype)
+
+    @classmethod
+    def open(
+        cls, store: str | Path, model: str | None = None, *, tau: float | None = None, device: str = "cpu"
+    ) -> EditedModel:
+        """Like `Retriever.open`, and with the same errors."""
+        return cls(Retriever.open(store, model, tau=tau, device=device))
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[Prompt | list[int]],
+        *,
+        max_new_tokens: int = 32,
+        edited: bool = True,
+        batch_size: int = 32,
+        wanted: Sequence[str] | None = None,
+    ) -> list[Answer]:
+        """Greedy answers, each until the model ends it or has given `max_new_tokens` tokens.
+
+        prompts: strings, chat messages or token ids. edited=False is the base model. batch_size: prompts that are run
+        at once. wanted: for each prompt the text it is hoped for. An answer is given up, and told as far as it got, as
+        soon as it can no longer become that. Raises ConfigError where a prompt and its answer would be longer than the
+        model takes.
+        """
+        rows = [given_ids(p, self.prompt_ids) for p in prompts]
+        for row in rows:
+            if len(row) + max_new_tokens > self.base.max_length:
+                raise ConfigError(
+                    f"{len(row)} prompt tokens and {max_new_tokens} new ones exceed the {self.base.max_length} "
+                    f"of {self.base.name}: shorten the prompt"
+                )
+        spans = [find_span(row, self.retriever.store.manifest.span) for row in rows]
+        past = self._common_past(rows, spans)
+        answers: dict[int, Answer] = {}
+        for batch in _by_length([len(row) - past.width for row in rows], batch_size, tokens=4096):
+            hoped = [wanted[i] for i in batch] if wanted is not None else None
+            found = self._generate(
+                [rows[i] for i in batch], [spans[i] for i in batch], past, max_new_tokens, edited, hoped
+            )
+            answers.update(zip(batch, found, strict=True))
+        return [answers[i] for i in range(len(rows))]
+
+    def predict(
+        self,
+        prompts: Sequence[Prompt | list[int]],
+        targets: Sequence[Sequence[int]],
+        *,
+        edited: bool = True,
+    ) -> list[Answer]:
+        """Teacher forcing: the model's most likely token at each position of each target.
+
+        targets: token ids. The answers' `tokens` and `logprobs` have the length of their target.
+        """
+        return self._read(prompts, targets, [edited])[0]
+
+    def score(self, prompts: Sequence[Prompt | list[int]], *, edited: bool = True) -> list[Answer]:
+        """How likely the model finds the questions themselves, each looked up as a whole.
+
+        The answers' `tokens` and `logprobs` stand for the question's tokens from the second one on.
+        """
+        return self._read(prompts, None, [edited])[0]
+
+    def compare(
+        self, prompts: Sequence[Prompt | list[int]], targets: Sequence[Sequence[int]] | None = None
+    ) -> tuple[list[Answer], list[Answer]]:
+        """`predict`, or `score` where there are no targets, with edits on and off.
+
+        What lies below the edited projection is the same for both and run once.
+        """
+        on, off = self._read(prompts, targets, [True, False])
+        return on, off
+
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        """See `Retriever.prompt_ids`."""
+        return self.retriever.prompt_ids(prompt)
+
+    def target_ids(self, target: str) -> list[int]:
+        """Token ids of an answer, without the end token, as the store's settings render it."""
+        return target_ids(self.base.tokenizer, target, chat=self.retriever.store.manifest.chat)
+
+    @torch.no_grad()
+    def _read(
+        self,
+        prompts: Sequence[Prompt | list[int]],
+        targets: Sequence[Sequence[int]] | None,
+        edited: Sequence[bool],
+    ) -> list[list[Answer]]:
+        """What the model expects where the targets are, or the questions' own tokens, for each value of `edited`."""
+        rows = [given_ids(p, self.prompt_ids) for p in prompts]
+        spans = [find_span(row, self.retriever.store.manifest.span) for row in rows]
+        if targets is None:
+            asked = [range(span.start + 1, span.end) for span in spans]
+        else:
+            asked = [range(len(row), len(row) + len(target)) for row, target in zip(rows, targets, strict=True)]
+            rows = [[*row, *target] for row, target in zip(rows, targets, strict=True)]
+        past = self._common_past(rows, spans)
+        answers: list[dict[int, Answer]] = [{} for _ in edited]
+        for batch in _by_length([len(row) - past.width for row in rows], 64, tokens=2048):
+            ids, _ = right_pad([rows[i][past.width :] for i in batch], self.base.device)
+            first = min([asked[i].start - 1 for i in batch if len(asked[i])], default=past.width)
+            kept = torch.arange(first - past.width, ids.shape[1], device=self.base.device)
+            given = past.repeated(len(batch)).inputs(ids)
+            with ExitStack() as below:
+                if len(edited) > 1:
+                    below.enter_context(run_from_block(self.base, frozen_run(self.base, given)[0]))
+                for on, found in zip(edited, answers, strict=True):
+                    states = [_Row(spans[i], -past.width, _question(rows[i], spans[i])) for i in batch]
+                    with self._edits_on(states, on):  # no logits are needed before the first of those asked for
+                        logits = self.base.model(**given, logits_to_keep=kept).logits
+                    for r, i in enumerate(batch):
+                        expected = logits[r, asked[i].start - 1 - first :][: len(asked[i])].float()
+                        tokens = torch.tensor(rows[i][asked[i].start : asked[i].stop], device=self.base.device)
+                        logprobs = functional.log_softmax(expected, dim=-1).gather(1, tokens.long()[:, None])[:, 0]
+                        found[i] = self._answer(expected.argmax(-1).tolist(), states[r], tuple(logprobs.tolist()))
+        return [[found[i] for i in range(len(rows))] for found in answers]
+
+    def _common_past(self, rows: Sequence[list[int]], spans: Sequence[Span]) -> FrozenPast:
+        """What all rows have in common before their questions, such as a system prompt: run once for all of them."""
+        most = min([min(span.start, len(row) - 1) for row, span in zip(rows, spans, strict=True)], default=0)
+        common = 0
+        while len(rows) > 1 and common < most and len({row[common] for row in rows}) == 1:
+            common += 1
+        return frozen_past(self.base, [rows[0][:common]] if common else [[]])
+
+    def _generate(
+        self,
+        rows: list[list[int]],
+        spans: list[Span],
+        past: FrozenPast,
+        max_new_tokens: int,
+        edited: bool,
+        wanted: list[str] | None,
+    ) -> list[Answer]:
+        end = end_token(self.base.tokenizer)
+        shared = past.width
+        width = max(len(r) for r in rows)
+        ids = torch.full((len(rows), width), end, device=self.base.device)
+        attention = torch.zeros_like(ids)
+        attention[:, :shared] = 1
+        states = []
+        for r, row in enumerate(rows):  # padding stands after what all share
+            ids[r, :shared] = torch.tensor(row[:shared])
+            ids[r, width - len(row) + shared :] = torch.tensor(row[shared:])
+            attention[r, width - len(row) + shared :] = 1
+            states.append(_Row(spans[r], width - len(row) - shared, _question(row, spans[r])))
+        options: dict[str, Any] = {"past_key_values": past.repeated(len(rows)).growing()} if shared else {}
+        if wanted is not None:
+            options["stopping_criteria"] = StoppingCriteriaList([_GivenUp(self.base.tokenizer, wanted, width)])
+        with self._edits_on(states, edited):
+            out = self.base.model.generate(
+                input_ids=ids,
+                attention_mask=attention,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                num_beams=1,
+                eos_token_id=end,
+                pad_token_id=end,
+                **options,
+            )[:, width:].tolist()
+        for tokens in out:
+            if end in tokens:
+                del tokens[tokens.index(end) + 1 :]
+        return [self._answer(tokens, state) for tokens, state in zip(out, states, strict=True)]
+
+    def _answer(self, tokens: list[int], row: _Row, logprobs: tuple[float, ...] = ()) -> Answer:
+        text = self.base.tokenizer.decode(tokens, skip_special_tokens=True)
+        return Answer(text, tuple(tokens), row.edit, row.overlap, logprobs)
+
+    @contextmanager
+    def _edits_on(self, rows: list[_Row], edited: bool) -> Iterator[None]:
+        """Within the context the first pass looks every row up and each pass adds what was found (Eq. 4)."""
+        if not edited:
+            yield
+            return
+        first = True
+
+        def add(_module: Any, args: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+            nonlocal first
+            if first:
+                self._route(rows, args[0])
+            out = output.clone()
+            for r, row in enumerate(rows):
+                if row.mask is not None:  # every other row keeps the base layer's bits
+                    acting = slice(row.offset + row.span.start if first else 0, None)
+                    masked = args[0][r, acting] * row.mask
+                    out[r, acting] += functional.linear(masked, self._memories[row.memory])
+            first = False
+            return out
+
+        handle = self.base.projection.register_forward_hook(add)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _route(self, rows: list[_Row], activations: torch.Tensor) -> None:
+        asked = [r for r, row in enumerate(rows) if row.span.start < row.span.end]
+        if not asked or not len(self.retriever.index):
+            return
+        # The offset is below 0 where what all rows share was run before, so it belongs to each edge.
+        spans = {r: (rows[r].offset + rows[r].span.start, rows[r].offset + rows[r].span.end) for r in asked}
+        means = torch.stack([span_mean(activations[r], *spans[r], rows[r].span.weighted) for r in asked])
+        found = self.retriever.route(means, [rows[r].question for r in asked])
+        store = self.retriever.store
+        for at, r in enumerate(asked):
+            rows[r].overlap = float(found.overlaps[at])
+            code_row = int(found.rows[at])
+            if code_row >= 0:
+                rows[r].edit = int(found.ids[at])
+                bits = unpack(self.retriever.index.code(code_row)[None], store.manifest.d)[0]
+                rows[r].mask = torch.as_tensor(bits, device=activations.device).to(activations.dtype)
+                rows[r].memory = int(store.memory_of[code_row])
+
+
+def _question(ids: list[int], span: Span) -> list[int]:
+    return ids[span.start : span.end]
+
+
+class _GivenUp(StoppingCriteria):
+    """Ends the rows whose text is no longer the beginning of what is wanted."""
+
+    def __init__(self, tokenizer: Any, wanted: Sequence[str], width: int):
+        self.tokenizer, self.wanted, self.width = tokenizer, [text.strip() for text in wanted], width
+        # Such a tokenizer takes spaces back when more text follows, so nothing can be told from a beginning.
+        self.can_tell = not getattr(tokenizer, "clean_up_tokenization_spaces", False)
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        texts = self.tokenizer.batch_decode(input_ids[:, self.width :], skip_special_tokens=True)
+        # A character of several tokens is a replacement mark until its last one.
+        begun = [text.strip().rstrip("\ufffd").rstrip() for text in texts]
+        over = [not hoped.startswith(text) for text, hoped in zip(begun, self.wanted, strict=True)]
+        return torch.tensor([self.can_tell and o for o in over], device=input_ids.device)
+
+
+def _by_length(lengths: Sequence[int], rows: int, tokens: int) -> Iterator[list[int]]:
+    """Batches of rows of like length, so that little is padded: of at most `rows` rows and `tokens` padded tokens."""
+    batch: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if batch and (len(batch) == rows or (len(batch) + 1) * lengths[i] > tokens):
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch

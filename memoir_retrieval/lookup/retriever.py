@@ -1,0 +1,137 @@
+"""Looking up the edit that a prompt asks for, outside a server."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from memoir_index import Hits, hamming_radius
+from memoir_retrieval.edits.record import StoredEdit
+from memoir_retrieval.errors import ConfigError
+from memoir_retrieval.lookup.masks import EditLookup
+from memoir_retrieval.model.base import BaseModel, load_model
+from memoir_retrieval.model.forward import question_means
+from memoir_retrieval.question.fingerprint import Fingerprint
+from memoir_retrieval.question.prompts import Prompt, prompt_ids
+from memoir_retrieval.question.span import find_span
+from memoir_retrieval.store.read import EditStore
+
+__all__ = ["Match", "Retriever"]
+
+
+@dataclass(frozen=True)
+class Match:
+    """The edit nearest to a prompt. `overlap` is |M(q) & M(edit)| / k; what `lookup` gives has at least tau, and is the
+    nearest of those that may act.
+
+    `runner_up`: id and overlap of the best other edit, or None in a store of one edit.
+    """
+
+    edit: StoredEdit
+    overlap: float
+    runner_up: tuple[int, float] | None
+
+    @property
+    def id(self) -> int:
+        """The edit's id in its store."""
+        return self.edit.id
+
+
+class Retriever:
+    """A store together with the model it was made on."""
+
+    def __init__(self, store: EditStore, base: BaseModel, tau: float | None = None):
+        """Raises StoreMismatch for another model, ConfigError for a tau outside (0, 1], StoreError for damage."""
+        store.check()
+        store.require(base.identity, base.name)
+        self.store = store
+        self.base = base
+        self.tau = store.manifest.tau if tau is None else tau
+        if not 0 < self.tau <= 1:
+            raise ConfigError(f"tau is {tau}: choose 0 < tau <= 1 (this store was made with {store.manifest.tau})")
+        self.fingerprint = Fingerprint(store.background, store.permutation, store.manifest.k, base.device)
+        self._lookup = EditLookup(store, base.tokenizer.decode)
+        self.index = self._lookup.index
+
+    @classmethod
+    def open(
+        cls, store: str | Path, model: str | None = None, *, tau: float | None = None, device: str = "cpu"
+    ) -> Retriever:
+        """Open a store with its model: `Retriever.open("edits", "smollm2-135m")`.
+
+        model: a folder, an embedded model's name or a Hub id; by default the one the store names.
+        Raises StoreError for a store that cannot be opened, ModelError for a model that cannot be loaded, and what the
+        constructor raises.
+        """
+        opened = EditStore.open(store)
+        base = load_model(
+            model or opened.manifest.model, layer=opened.manifest.layer, dtype=opened.manifest.dtype, device=device
+        )
+        return cls(opened, base, tau)
+
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt as the store's settings render it. Raises ConfigError where the model is too short."""
+        ids = prompt_ids(self.base.tokenizer, prompt, chat=self.store.manifest.chat)
+        if len(ids) > self.base.max_length:
+            raise ConfigError(
+                f"the prompt has {len(ids)} tokens, {self.base.name} takes {self.base.max_length}: shorten it"
+            )
+        return ids
+
+    def lookup(self, prompt: Prompt) -> Match | None:
+        """The stored edit that a prompt (a string or chat messages) matches, or None.
+
+        Raises ConfigError for a prompt that is longer than the model takes, or messages without a chat template.
+        """
+        return self.lookup_batch([prompt])[0]
+
+    def lookup_batch(self, prompts: Sequence[Prompt]) -> list[Match | None]:
+        """`lookup` for many prompts at once."""
+        return [match for match, _ in self.decide_batch(prompts)]
+
+    def nearest_batch(self, prompts: Sequence[Prompt]) -> list[Match | None]:
+        """The nearest edit of each prompt, whether it matches or not; None for an empty store or question."""
+        return [nearest for _, nearest in self.decide_batch(prompts)]
+
+    def decide_batch(self, prompts: Sequence[Prompt]) -> list[tuple[Match | None, Match | None]]:
+        """`lookup` of each prompt, and the edit that is nearest to it, whether it may act on the prompt or not."""
+        rows = [self.prompt_ids(p) for p in prompts]
+        spans = [find_span(ids, self.store.manifest.span) for ids in rows]
+        asked = [i for i, span in enumerate(spans) if span.start < span.end]
+        found: list[tuple[Match | None, Match | None]] = [(None, None)] * len(rows)
+        if not asked or not len(self.index):
+            return found
+        means = question_means(self.base, [rows[i] for i in asked], [spans[i] for i in asked])
+        codes = self.fingerprint.codes(means)
+        hits = self._lookup.search(codes, self.tau, [rows[i][spans[i].start : spans[i].end] for i in asked])
+        near, overlaps = self.index.nearest(codes, 2)
+        for at, i in enumerate(asked):
+            ranked = [(int(n), float(o)) for n, o in zip(near[at], overlaps[at], strict=True) if n >= 0]
+
+            def told(number: int, overlap: float, ranked: list[tuple[int, float]] = ranked) -> Match:
+                others = [one for one in ranked if one[0] != number]
+                return Match(self.store.edit(number), overlap, others[0] if others else None)
+
+            match = told(int(hits.ids[at]), float(hits.overlaps[at])) if hits.ids[at] >= 0 else None
+            found[i] = match, told(*ranked[0])
+        return found
+
+    def nearest_acting(self, codes: NDArray[np.uint8], questions: Sequence[Sequence[int]]) -> NDArray[np.int64]:
+        """Of each question, given its mask and its tokens, the nearest edit that may act at any overlap; else -1."""
+        return self._lookup.search(codes, 1 / self.store.manifest.k, questions, exact=True).ids
+
+    def was_vetoed(self, match: Match | None, nearest: Match | None) -> bool:
+        """Whether the nearest edit was near enough to match, and required what the prompt lacks."""
+        if match or not nearest:
+            return bool(match and nearest and match.id != nearest.id)
+        k = self.store.manifest.k
+        return round(2 * k * (1 - nearest.overlap)) <= hamming_radius(self.tau, k)
+
+    def route(self, means: torch.Tensor, questions: Sequence[Sequence[int]]) -> Hits:
+        """What a server decides. means: float32 [Q, D], the mean activation of each question; questions: their ids."""
+        return self._lookup.search(self.fingerprint.codes(means), self.tau, questions)

@@ -1,0 +1,294 @@
+"""The base model: loading it, finding the projection that is edited, and telling one model from another."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from memoir_retrieval.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["BaseModel", "Identity", "identify", "load_model", "resolve"]
+
+
+class Identity(msgspec.Struct, frozen=True, kw_only=True):
+    """What must be the same at edit time and at serve time; each a sha256 in hexadecimal.
+
+    `config`: the architecture's numbers. `layer`: the checkpoint's tensors of the edited module, rounded to
+    bfloat16 so that a float32 and a bfloat16 copy of one model are the same model. `tokenizer`: its vocabulary.
+    """
+
+    config: str
+    layer: str
+    tokenizer: str
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A loaded Hugging Face causal language model and the one linear projection that edits act on."""
+
+    model: Any
+    tokenizer: Any
+    path: Path
+    name: str
+    blocks: Any
+    layer: int
+    module: str
+    projection: torch.nn.Module
+
+    @property
+    def d(self) -> int:
+        """Width of the projection's input: the number of mask bits."""
+        return _in_out(self.projection)[0]
+
+    @property
+    def h(self) -> int:
+        """Width of the projection's output: the hidden size."""
+        return _in_out(self.projection)[1]
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.projection.parameters()).device
+
+    @property
+    def max_length(self) -> int:
+        """Positions the model can take, in tokens."""
+        config = self.model.config.get_text_config()
+        for name in ("max_position_embeddings", "n_positions"):
+            if limit := getattr(config, name, None):
+                return int(limit)
+        return 1 << 30
+
+    @cached_property
+    def blocks_return_tuples(self) -> bool:
+        """Whether a block gives (hidden states, ...) and not the bare hidden states; architectures differ."""
+        import torch
+
+        seen: list[bool] = []
+
+        def look(_module: Any, _args: Any, output: Any) -> None:
+            seen.append(isinstance(output, tuple))
+
+        handle = self.blocks[0].register_forward_hook(look)
+        try:
+            with torch.no_grad():
+                self.model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=self.device), logits_to_keep=1)
+        finally:
+            handle.remove()
+        return seen[0]
+
+    @cached_property
+    def identity(self) -> Identity:
+        return identify(self.path, self.module)
+
+    def at(self, layer: int) -> BaseModel:
+        """The same model with edits in another block. Raises ModelError where it has no such block."""
+        module, projection = _edited(self.model, self.blocks, layer, self.name)
+        return replace(self, layer=layer, module=module, projection=projection)
+
+
+def resolve(name: str) -> Path:
+    """The local folder of a model: a path, the name of the embedded model, or a Hub id that is in the local cache.
+
+    Raises ModelError where there is none.
+    """
+    from memoir_retrieval.model.embedded import EMBEDDED, model_folder
+
+    if name in EMBEDDED:
+        folder = model_folder(name)
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"model {name} has not been fetched: run `memoir model get {name}` first")
+        return folder
+    path = Path(name).expanduser()
+    if (path / "config.json").is_file():
+        return path.resolve()
+    if path.exists() or name.startswith((".", "/", "~")):
+        raise ModelError(f"model folder {name} has no config.json: give the folder that holds config.json")
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(name))
+    except Exception as error:
+        raise ModelError(
+            f"model {name!r} is neither a folder, nor one of {', '.join(EMBEDDED)}, nor on the Hub from here "
+            f"({type(error).__name__}): give a folder or run `memoir model get {next(iter(EMBEDDED))}`"
+        ) from error
+
+
+def load_model(name: str, *, layer: int | None = None, dtype: str = "float32", device: str = "cpu") -> BaseModel:
+    """Load a causal language model for editing or lookup.
+
+    name: see `resolve`. layer: the block whose projection is edited; by default the preset's.
+    Raises ModelError for a model that cannot be found, read or edited.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging as transformers_logging
+
+    from memoir_retrieval.model.presets import preset_for
+
+    path = resolve(name)
+    try:
+        torch_dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
+    except KeyError:
+        raise ModelError(f"dtype {dtype!r} is not known: use float32, bfloat16 or float16") from None
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
+        raise ModelError(
+            f"device {device!r} cannot be used ({_first_line(error)}): use another, such as cpu"
+        ) from error
+    transformers_logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch_dtype).to(device).eval()
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"model {path} cannot be loaded: {_first_line(error)}") from error
+    model.requires_grad_(False)
+    blocks = _blocks(model)
+    if layer is None:
+        layer = preset_for(model.config).layer
+    module, projection = _edited(model, blocks, layer, name)
+    return BaseModel(
+        model=model,
+        tokenizer=tokenizer,
+        path=path,
+        name=name,
+        blocks=blocks,
+        layer=layer,
+        module=module,
+        projection=projection,
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _in_out(module: Any) -> tuple[int, int]:
+    """(inputs, outputs) of a linear module; GPT-2's Conv1D stores its weight the other way round."""
+    if hasattr(module, "in_features"):
+        return int(module.in_features), int(module.out_features)
+    return int(module.weight.shape[0]), int(module.weight.shape[1])
+
+
+def _blocks(model: Any) -> Any:
+    """The decoder blocks: the longest ModuleList of the model."""
+    import torch
+
+    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m)]
+    if not lists:
+        raise ModelError(
+            f"{type(model).__name__} has no list of decoder blocks: only decoder-only models can be edited"
+        )
+    return max(lists, key=len)
+
+
+def _edited(model: Any, blocks: Any, layer: int, name: str) -> tuple[str, Any]:
+    """Path and module of the projection of block `layer`."""
+    if not 0 <= layer < len(blocks):
+        raise ModelError(f"layer {layer} does not exist: {name} has layers 0 to {len(blocks) - 1}")
+    return _projection(model, blocks[layer])
+
+
+def _projection(model: Any, block: Any) -> tuple[str, Any]:
+    """The FFN's second projection of a block: the linear layer from a wider space back to the hidden size."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    hidden = model.get_input_embeddings().weight.shape[1]
+    wide = [
+        m
+        for m in block.modules()
+        if isinstance(m, (torch.nn.Linear, Conv1D)) and _in_out(m)[1] == hidden and _in_out(m)[0] > hidden
+    ]
+    if len(wide) != 1:
+        raise ModelError(
+            f"a block of {type(model).__name__} has {len(wide)} linear layers from a wider space to the hidden size "
+            f"{hidden}, so the FFN's second projection is not plain: this architecture is not supported"
+        )
+    return next(name for name, m in model.named_modules() if m is wide[0]), wide[0]
+
+
+# ---- identity --------------------------------------------------------------------------------------------------
+
+# Keys of config.json that change without the model changing.
+_VOLATILE = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "_commit_hash"}
+
+
+def identify(folder: Path, module: str) -> Identity:
+    """Digest a checkpoint folder without loading the model. Raises ModelError where a part is missing."""
+    return Identity(
+        config=_config_digest(folder), layer=_layer_digest(folder, module), tokenizer=_tokenizer_digest(folder)
+    )
+
+
+def _sha(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _canonical(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read: {_first_line(error)}") from error
+
+
+def _config_digest(folder: Path) -> str:
+    config = _read_json(folder / "config.json")
+    return _sha(_canonical({key: value for key, value in config.items() if key not in _VOLATILE}))
+
+
+def _tokenizer_digest(folder: Path) -> str:
+    fast = folder / "tokenizer.json"
+    if fast.is_file():
+        tokenizer = _read_json(fast)
+        return _sha(_canonical([tokenizer.get("model"), tokenizer.get("added_tokens")]))
+    for names in (["tokenizer.model"], ["vocab.json", "merges.txt"]):
+        if all((folder / name).is_file() for name in names):
+            return _sha(b"".join((folder / name).read_bytes() for name in names))
+    raise ModelError(f"{folder} has no tokenizer.json, tokenizer.model or vocab.json: give a folder with a tokenizer")
+
+
+def _layer_digest(folder: Path, module: str) -> str:
+    import torch
+    from safetensors import safe_open
+
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        weight_map: dict[str, str] = _read_json(index)["weight_map"]
+    else:
+        weight_map = {}
+    # Checkpoints of some architectures leave out the first part of the module path.
+    prefixes = (module + ".", module.partition(".")[2] + ".")
+    files = {name for key, name in weight_map.items() if key.startswith(prefixes)} or {"model.safetensors"}
+    digest = hashlib.sha256()
+    found = 0
+    for name in sorted(files):
+        if not (folder / name).is_file():
+            raise ModelError(f"{folder} has no {name}: save the model as safetensors (`model.save_pretrained(folder)`)")
+        with safe_open(folder / name, framework="pt") as tensors:
+            for key in sorted(tensors.keys()):
+                if not key.startswith(prefixes):
+                    continue
+                tensor = tensors.get_tensor(key)
+                if tensor.dtype in (torch.float32, torch.float16):
+                    tensor = tensor.to(torch.bfloat16)
+                digest.update(key.rsplit(".", 1)[-1].encode() + str(tuple(tensor.shape)).encode())
+                digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+                found += 1
+    if not found:
+        raise ModelError(f"{folder} holds no tensor of {module}: the checkpoint and its config.json do not fit")
+    return digest.hexdigest()

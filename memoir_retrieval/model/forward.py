@@ -1,0 +1,288 @@
+"""Running parts of a decoder: up to the edited layer once, and from there on as often as training needs.
+
+Everything below the edited layer, and every token before the question, is frozen during an edit. A Hugging Face
+model is cut there without knowing its architecture: blocks below the edited one are skipped, and the model's own
+forward runs the rest with its own masks, rotary embeddings, final norm and head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
+
+import torch
+from torch.nn import functional
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from memoir_retrieval.model.base import BaseModel
+from memoir_retrieval.question.span import Span
+
+__all__ = [
+    "FrozenPast",
+    "frozen_past",
+    "frozen_run",
+    "layer_means",
+    "question_means",
+    "right_pad",
+    "run_from_block",
+    "span_mean",
+    "squared_norms",
+    "weighted_sum",
+]
+
+
+class _FrozenLayer(DynamicLayer):
+    """Keys and values of a fixed past. Reading does not store: one past serves any number of passes."""
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor):
+        super().__init__()
+        self.keys, self.values = keys, values
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.cat([self.keys, key_states], dim=-2), torch.cat([self.values, value_states], dim=-2)
+
+
+class FrozenPast:
+    """The key-value cache of several contexts, side by side. `lengths`: int64 [B], tokens of each context."""
+
+    def __init__(self, cache: Cache | None, lengths: torch.Tensor):
+        self.cache = cache
+        self.lengths = lengths
+        self.width = int(lengths.max())
+
+    def take(self, rows: Sequence[int]) -> FrozenPast:
+        """Some of the contexts, in the order and as often as they are named."""
+        lengths = self.lengths[list(rows)]
+        n = int(lengths.max())
+        if self.cache is None or n == 0:
+            return FrozenPast(None, lengths)
+        at, skip = list(rows), self.width - n
+        kept = [_FrozenLayer(x.keys[at, :, skip:], x.values[at, :, skip:]) for x in self.cache.layers]
+        return FrozenPast(Cache(layers=kept), lengths)
+
+    def repeated(self, n: int) -> FrozenPast:
+        """A single context as that of n rows. Nothing is copied."""
+        if self.cache is None:
+            return FrozenPast(None, self.lengths.expand(n))
+        kept = [_FrozenLayer(x.keys.expand(n, -1, -1, -1), x.values.expand(n, -1, -1, -1)) for x in self.cache.layers]
+        return FrozenPast(Cache(layers=kept), self.lengths.expand(n))
+
+    def beside(self, other: FrozenPast) -> FrozenPast:
+        """The contexts of both, those of `other` behind."""
+        lengths = torch.cat([self.lengths, other.lengths])
+        width = int(lengths.max())
+        known = self.cache or other.cache
+        if known is None:
+            return FrozenPast(None, lengths)
+
+        def states(past: FrozenPast, layer: int, name: str) -> torch.Tensor:
+            like = getattr(known.layers[layer], name)
+            if past.cache is None:
+                return like.new_zeros(len(past.lengths), like.shape[1], width, like.shape[3])
+            return functional.pad(getattr(past.cache.layers[layer], name), (0, 0, width - past.width, 0))
+
+        layers = [
+            _FrozenLayer(*(torch.cat([states(past, i, name) for past in (self, other)]) for name in ("keys", "values")))
+            for i in range(len(known.layers))
+        ]
+        return FrozenPast(Cache(layers=layers), lengths)
+
+    def growing(self) -> DynamicCache:
+        """The same cache as one that generation may append to; this one stays as it is."""
+        cache = DynamicCache()
+        for i, layer in enumerate(self.cache.layers if self.cache else []):
+            cache.update(layer.keys, layer.values, i)
+        return cache
+
+    def inputs(self, ids: torch.Tensor) -> dict[str, Any]:
+        """Model inputs that continue every context with ids: int64 [B, T]."""
+        b, t = ids.shape
+        steps = torch.arange(t, device=ids.device)
+        given = {"input_ids": ids, "position_ids": self.lengths[:, None] + steps, "use_cache": False}
+        if self.cache is None:
+            return given
+        seen = torch.arange(self.width, device=ids.device) >= self.width - self.lengths[:, None]
+        mask = torch.cat([seen, seen.new_ones(b, t)], dim=1).long()
+        return given | {"attention_mask": mask, "past_key_values": self.cache}
+
+
+@torch.no_grad()
+def frozen_past(base: BaseModel, contexts: Sequence[Sequence[int]]) -> FrozenPast:
+    """Run each context once. Shorter ones are padded on the left with keys that the attention mask hides."""
+    lengths = torch.tensor([len(c) for c in contexts], device=base.device)
+    width = int(lengths.max())
+    if width == 0:
+        return FrozenPast(None, lengths)
+    rows: list[list[tuple[torch.Tensor, torch.Tensor]] | None] = []
+    for context in contexts:
+        if not context:
+            rows.append(None)
+            continue
+        cache = DynamicCache()
+        ids = torch.tensor([list(context)], device=base.device)
+        base.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        rows.append([(layer.keys, layer.values) for layer in cache.layers])
+    shape = next(row for row in rows if row is not None)
+
+    def padded(layer: int, which: int) -> torch.Tensor:
+        like = shape[layer][which]
+        out = like.new_zeros(len(rows), like.shape[1], width, like.shape[3])
+        for b, row in enumerate(rows):
+            if row is not None:
+                states = row[layer][which]
+                out[b, :, width - states.shape[2] :] = states[0]
+        return out
+
+    layers = [_FrozenLayer(padded(i, 0), padded(i, 1)) for i in range(len(shape))]
+    return FrozenPast(Cache(layers=layers), lengths)
+
+
+def right_pad(rows: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
+    """ids int64 [B, T] and lengths int64 [B]. Causal attention keeps padding on the right out of real tokens."""
+    lengths = torch.tensor([len(r) for r in rows])
+    ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.int64)
+    for b, row in enumerate(rows):
+        ids[b, : len(row)] = torch.tensor(list(row))
+    return ids.to(device), lengths.to(device)
+
+
+class _Reached(Exception):
+    """Unwinds a forward pass that has seen what it was run for."""
+
+
+@torch.no_grad()
+def frozen_run(base: BaseModel, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run the model up to the edited projection: (hidden, activations).
+
+    hidden: [B, T, H], what enters the edited block. activations: [B, T, D], what enters its projection. Nothing
+    above the projection is run.
+    """
+    hidden: list[torch.Tensor] = []
+    activations: list[torch.Tensor] = []
+
+    def enter(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden.append((args[0] if args else kwargs["hidden_states"]).detach())
+
+    def reach(_module: Any, args: tuple[Any, ...]) -> None:
+        activations.append(args[0].detach())
+        raise _Reached
+
+    with ExitStack() as hooks:
+        hooks.callback(base.blocks[base.layer].register_forward_pre_hook(enter, with_kwargs=True).remove)
+        hooks.callback(base.projection.register_forward_pre_hook(reach).remove)
+        hooks.enter_context(suppress(_Reached))
+        base.model(**inputs, logits_to_keep=1)
+    return hidden[0], activations[0]
+
+
+class _Skipped(torch.nn.Module):
+    """Stands for a block below the edited one. Its output is fixed, so whatever comes in is passed on."""
+
+    def __init__(self, block: torch.nn.Module, hidden: torch.Tensor | None, as_tuple: bool):
+        super().__init__()
+        self.__dict__.update(_block=block, _hidden=hidden, _as_tuple=as_tuple)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_block"], name)  # some models ask a block for its attention type
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        out = hidden_states if self.__dict__["_hidden"] is None else self.__dict__["_hidden"]
+        return (out,) if self.__dict__["_as_tuple"] else out
+
+
+@contextmanager
+def run_from_block(
+    base: BaseModel,
+    hidden: torch.Tensor,
+    delta: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    wanted: torch.Tensor | None = None,
+) -> Iterator[Any]:
+    """Within the context the model starts at the edited block with `hidden` and adds `delta(a)` to its projection.
+
+    hidden: [B, T, H] from `frozen_run`. delta: from the projection's input a [B, T, D] to [B, T, H]; None adds nothing.
+    wanted: bool [B, T], n of them: the logits are those of these tokens alone, [1, n, V], row after row.
+    Yields the model; call it with the same inputs as `frozen_run`. Where the first block is edited nothing is skipped.
+    """
+
+    def add(_module: Any, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        return output + delta(args[0]) if delta else output
+
+    def choose(_module: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return (args[0][wanted][None], *args[1:])
+
+    as_tuple = base.blocks_return_tuples
+    originals = [base.blocks[i] for i in range(base.layer)]
+    handles = [base.projection.register_forward_hook(add)] if delta else []
+    if wanted is not None:
+        handles.append(base.model.get_output_embeddings().register_forward_pre_hook(choose))
+    try:
+        for i, block in enumerate(originals):
+            base.blocks[i] = _Skipped(block, hidden if i == base.layer - 1 else None, as_tuple)
+        yield base.model
+    finally:
+        for handle in handles:
+            handle.remove()
+        for i, block in enumerate(originals):
+            base.blocks[i] = block
+
+
+def question_means(
+    base: BaseModel, prompts: Sequence[Sequence[int]], spans: Sequence[Span], batch_size: int = 16
+) -> torch.Tensor:
+    """The mean activation of each prompt's span: float32 [N, D] on the model's device.
+
+    Prompts of similar length share a batch. Spans must not be empty.
+    """
+    return layer_means([base], prompts, spans, batch_size)[0]
+
+
+@torch.no_grad()
+def layer_means(
+    bases: Sequence[BaseModel],
+    prompts: Sequence[Sequence[int]],
+    spans: Sequence[Span],
+    batch_size: int = 16,
+) -> list[torch.Tensor]:
+    """`question_means` of one model at several layers (see `BaseModel.at`), from one pass over the prompts."""
+    out = [torch.empty(len(prompts), base.d, device=base.device) for base in bases]
+    deepest = max(bases, key=lambda base: base.layer)
+    seen: dict[int, torch.Tensor] = {}
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    with ExitStack() as hooks:
+        for at, base in enumerate(bases):
+
+            def keep(_module: Any, args: tuple[Any, ...], at: int = at) -> None:
+                seen[at] = args[0]
+
+            hooks.callback(base.projection.register_forward_pre_hook(keep).remove)
+        for first in range(0, len(order), batch_size):
+            batch = order[first : first + batch_size]
+            ids, _ = right_pad([prompts[i] for i in batch], deepest.device)
+            frozen_run(deepest, {"input_ids": ids, "use_cache": False})
+            for at, activations in seen.items():
+                for row, i in enumerate(batch):
+                    out[at][i] = span_mean(activations[row], *spans[i])
+    return out
+
+
+def span_mean(activations: torch.Tensor, start: int, end: int, weighted: bool = False) -> torch.Tensor:
+    """Mean over the tokens of a `Span` of activations [T, D], in float32 whatever their dtype: float32 [D]."""
+    rows = activations[start:end].float()
+    if not weighted:
+        return rows.sum(0) / (end - start)
+    total, weight = weighted_sum(rows, squared_norms(rows))
+    return total / weight
+
+
+def squared_norms(rows: torch.Tensor) -> torch.Tensor:
+    """What each token counts by in a weighted `Span`. rows: float32 [n, D]. Returns float32 [n]."""
+    return rows.square().sum(1)
+
+
+def weighted_sum(rows: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Numerator, float32 [D], and denominator, above 0, of a weighted mean. Those of its parts add up to its own."""
+    return (rows * weights[:, None]).sum(0), weights.sum().clamp_min(torch.finfo(torch.float32).tiny)

@@ -1,0 +1,1 @@
+"""The edit store on disk: read, written, verified, added to, shared."""

@@ -1,0 +1,272 @@
+"""Small commits: edits that are added to a store without writing its files again.
+
+An addition is one file, which holds the new edits, their masks and the columns of the residual memories that training
+has changed. It is a generation of its own, and follows the manifest or the addition before it, whose digest it names;
+`write_store` takes the additions up into the files when they have grown. `docs/format.md` describes every byte.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+
+from memoir_retrieval.edits.record import StoredEdit
+from memoir_retrieval.errors import StoreError
+from memoir_retrieval.store.checks import code_faults, id_faults
+from memoir_retrieval.store.edit_lines import StoredEdits, edit_chunks
+from memoir_retrieval.store.files import publish, read_small
+from memoir_retrieval.store.manifest import FIRST_WITH_ADDITIONS, FORMAT, Manifest
+from memoir_retrieval.store.tensors import Tensor, read_tensors, tensor_chunks, unique_keys
+
+__all__ = [
+    "MOST",
+    "START",
+    "Addition",
+    "Columns",
+    "Tail",
+    "append",
+    "fetch_additions",
+    "find_additions",
+    "is_taken_up",
+    "numbers_of",
+    "parse_additions",
+]
+
+MOST = 1024
+"""Additions between two writings of the files. A reader that opens the store reads and applies each of them."""
+LARGEST = 1 << 28
+"""Bytes of one addition; what would have more is written into the files."""
+_NAME = re.compile(r"added-(0|[1-9][0-9]{0,18})\.safetensors(\.tmp)?")
+_DIGEST = 32
+
+
+class Tail(NamedTuple):
+    """Where the next addition goes. sha256: of what it follows. additions: so far. size: of them together, in bytes."""
+
+    sha256: str
+    additions: int = 0
+    size: int = 0
+
+
+START = Tail("")
+"""Of a store that no folder holds."""
+
+
+class Columns(NamedTuple):
+    """Columns of one residual memory as training has left them. numbers: int64 [C]; weights: float32 [H, C]."""
+
+    numbers: np.ndarray
+    weights: np.ndarray
+
+
+class Addition(NamedTuple):
+    """What one small commit adds. next_id, untrained: the manifest's from then on.
+
+    codes: uint8 [n, D/8], ids: int64 [n], memory_of: int32 [n], as in a store. columns: int64 [C], the inputs, of
+    memories int32 [C], that have other weights from then on: float32 [C, H].
+    """
+
+    next_id: int
+    untrained: int
+    codes: np.ndarray
+    ids: np.ndarray
+    memory_of: np.ndarray
+    columns: np.ndarray
+    memories: np.ndarray
+    weights: np.ndarray
+    edits: StoredEdits
+
+
+class _Head(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    after: str
+    next_id: int
+    untrained: int
+
+
+def append(
+    folder: Path,
+    manifest: Manifest,
+    tail: Tail,
+    *,
+    codes: np.ndarray,
+    ids: np.ndarray,
+    memory_of: np.ndarray,
+    edits: Sequence[StoredEdit],
+    columns: Mapping[int, Columns],
+) -> tuple[Manifest, Tail] | None:
+    """Publish an addition; the caller holds `store_lock`. Returns the manifest and the tail after it.
+
+    None, and nothing is written, where the files shall be written instead: there are `MOST` additions, or with this one
+    they would be larger than the files, or the store has an older format. manifest: as the store is now. columns: by
+    number of the memory. Raises StoreError where the disk refuses.
+    """
+    if manifest.format < FORMAT or tail.additions >= MOST:
+        return None
+    generation = manifest.generation + 1
+    path = folder / _name(generation)
+    if path.exists():
+        raise StoreError(f"store {folder} is at generation {generation} already: open it again")
+    untrained = manifest.untrained + sum(not edit.trained for edit in edits)
+    next_id = max(manifest.next_id, *(edit.id + 1 for edit in edits))
+    head = msgspec.json.encode(_Head(tail.sha256, next_id, untrained))
+    changed = [(number, one) for number, one in sorted(columns.items()) if len(one.numbers)]
+    none = [np.empty((0, manifest.h), np.float32)]
+    tensors = {
+        "codes": codes,
+        "ids": ids,
+        "memory_of": memory_of,
+        "columns": np.concatenate([np.empty(0, np.int64), *(one.numbers for _, one in changed)]),
+        "memories": np.repeat(
+            np.array([number for number, _ in changed], dtype=np.int32), [len(one.numbers) for _, one in changed]
+        ),
+        "weights": np.concatenate(none + [one.weights.T for _, one in changed]),
+        "edits": np.frombuffer(b"".join(edit_chunks(edits)), np.uint8),
+        "head": np.frombuffer(head, np.uint8),
+        "sha256": np.zeros(_DIGEST, np.uint8),
+    }
+    room = _room(manifest, tail)
+    if sum(array.nbytes for array in tensors.values()) > room:
+        return None
+    unsigned = b"".join(tensor_chunks(tensors))[:-_DIGEST]
+    if len(unsigned) + _DIGEST > room:
+        return None
+    digest = hashlib.sha256(unsigned)
+    publish(path, unsigned + digest.digest(), names_files=False)
+    made = msgspec.structs.replace(
+        manifest, generation=generation, next_id=next_id, untrained=untrained, sha256=digest.hexdigest()
+    )
+    return made, Tail(digest.hexdigest(), tail.additions + 1, tail.size + len(unsigned) + _DIGEST)
+
+
+def find_additions(folder: Path, manifest: Manifest) -> int:
+    """How many additions follow a manifest, going by their names."""
+    count = 0
+    if manifest.format >= FIRST_WITH_ADDITIONS:
+        while (folder / _name(manifest.generation + count + 1)).exists():
+            count += 1
+    return count
+
+
+def numbers_of(folder: Path) -> list[int]:
+    """The generations of all additions that lie in a folder, whatever they follow."""
+    return [int(found[1]) for name in os.listdir(folder) if (found := _NAME.fullmatch(name)) and not found[2]]
+
+
+def fetch_additions(folder: Path, manifest: Manifest) -> list[bytes]:
+    """The bytes of the additions that follow a manifest, as they are.
+
+    Raises FileNotFoundError where one is missing before another, being removed or locked by another program, and
+    StoreError for one that cannot be read.
+    """
+    found: list[bytes] = []
+    size, missed = 0, 0
+    while manifest.format >= FIRST_WITH_ADDITIONS:
+        generation = manifest.generation + len(found) + 1
+        path = folder / _name(generation)
+        try:
+            found.append(read_small(path, _room(manifest, Tail("", len(found), size))))
+            size, missed = size + len(found[-1]), 0
+        except OSError as error:
+            if error.errno == errno.ENOENT:
+                if not os.path.lexists(path) and max(numbers_of(folder), default=0) <= generation:
+                    break
+                # It may have come just now, and a list of names is not made at one moment: look again.
+                missed += 1
+                if missed < 3:
+                    continue
+            if error.errno in (errno.ENOENT, errno.ESTALE):
+                raise FileNotFoundError(errno.ENOENT, "missing", str(path)) from error
+            raise StoreError(f"{path} cannot be read: {error.strerror}") from error
+    return found
+
+
+def parse_additions(
+    folder: Path, manifest: Manifest, fetched: Sequence[bytes], memories: int
+) -> tuple[tuple[Addition, ...], Tail]:
+    """What `fetch_additions` found, checked, and where the next addition goes.
+
+    memories: how many there are. Raises StoreError for an addition that is damaged or follows something else.
+    """
+    found: list[Addition] = []
+    tail = Tail(manifest.sha256)
+    for data in fetched:
+        path = folder / _name(manifest.generation + len(found) + 1)
+        try:
+            if hashlib.sha256(memoryview(data)[:-_DIGEST]).digest() != data[-_DIGEST:]:
+                raise ValueError("its sha256 is not that of its content")
+            head, made = _parse(path, bytearray(data), manifest)
+            if head.after != tail.sha256:
+                raise ValueError(f"it does not follow generation {manifest.generation + len(found)}")
+            for fault in _faults(manifest, made, memories, found[-1].next_id if found else manifest.next_id):
+                raise ValueError(fault)
+        except (ValueError, StoreError) as error:
+            why = " ".join(str(error).split())
+            raise StoreError(f"{path} is damaged ({why:.200}): restore the store from a backup") from error
+        found.append(made)
+        tail = Tail(data[-_DIGEST:].hex(), len(found), tail.size + len(data))
+    return tuple(found), tail
+
+
+def _room(manifest: Manifest, tail: Tail) -> int:
+    """Bytes that the next addition may have."""
+    return max(0, min(LARGEST, manifest.size - tail.size))
+
+
+def is_taken_up(name: str, manifest: Manifest) -> bool:
+    """Whether a file of this name is an addition, or half of one, whose content the manifest's own files hold."""
+    found = _NAME.fullmatch(name)
+    return found is not None and int(found[1]) <= manifest.generation
+
+
+def _name(generation: int) -> str:
+    return f"added-{generation}.safetensors"
+
+
+def _parse(path: Path, data: bytearray, manifest: Manifest) -> tuple[_Head, Addition]:
+    wanted = {
+        "codes": Tensor(np.uint8, (None, manifest.d // 8)),
+        "ids": Tensor(np.int64, (None,)),
+        "memory_of": Tensor(np.int32, (None,)),
+        "columns": Tensor(np.int64, (None,)),
+        "memories": Tensor(np.int32, (None,)),
+        "weights": Tensor(np.float32, (None, manifest.h)),
+        "edits": Tensor(np.uint8, (None,)),
+        "head": Tensor(np.uint8, (None,)),
+        "sha256": Tensor(np.uint8, (_DIGEST,)),
+    }
+    held = read_tensors(data, wanted)
+    del held["sha256"]
+    head = msgspec.convert(unique_keys(held.pop("head").tobytes()), _Head)
+    edits = StoredEdits(bytearray(held.pop("edits").tobytes()), str(path))
+    edits.check()
+    return head, Addition(head.next_id, head.untrained, edits=edits, **held)
+
+
+def _faults(manifest: Manifest, made: Addition, memories: int, next_id: int) -> Iterator[str]:
+    """What cannot be in an addition by itself; what it must have in common with the rest `EditStore.faults` tells."""
+    for names in (("codes", "ids", "memory_of"), ("columns", "memories", "weights")):
+        lengths = [len(getattr(made, name)) for name in names]
+        if len(set(lengths)) > 1:
+            yield f"{', '.join(names)} have {lengths} rows"
+            return
+    if not next_id <= made.next_id < 1 << 63 or made.untrained < 0:
+        yield f"next_id {made.next_id}, untrained {made.untrained}"
+        return
+    after = msgspec.structs.replace(manifest, next_id=made.next_id)
+    yield from id_faults(after, memories, made.ids, made.memory_of)
+    yield from code_faults(after, made.codes)
+    columns, numbers = made.columns, made.memories
+    if len(columns) and (columns.min() < 0 or columns.max() >= manifest.d):
+        yield f"it changes a column outside 0..{manifest.d - 1}"
+    if len(numbers) and (numbers.min() < 0 or numbers.max() >= memories):
+        yield f"it changes a memory outside 0..{memories - 1}"
+    if not np.isfinite(made.weights).all():
+        yield "it holds NaN or infinite weights"

@@ -1,0 +1,79 @@
+"""The model card of a store: what a repository on the Hub shows first."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from memoir_retrieval.store.read import EditStore
+
+__all__ = ["SCORES", "model_card"]
+
+SCORES = "eval.json"
+SHOWN = 20  # edits in the card
+
+
+def model_card(store: EditStore, repo: str, scores: dict[str, Any] | None = None, licence: str | None = None) -> str:
+    """The README.md of a store on the Hub: what it changes in which model, how well, and how to serve it."""
+    made = store.manifest
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", made.model) is not None
+    head = ["library_name: memoir-retrieval", "tags: [model-editing, memoir, vllm]"]
+    head += [f"base_model: {made.model}"] if on_hub else []
+    head += [f"license: {json.dumps(licence)}"] if licence else []
+    model = made.model if on_hub else Path(made.model).name  # a folder's path is nobody's business
+    digests = ", ".join(f"`{digest[:16]}`" for digest in msgspec.structs.astuple(made.base))
+    lines = ["---", *head, "---", f"# {len(store.edits)} edits of {model}", ""]
+    lines += [
+        "Corrections in the sense of MEMOIR (arXiv 2506.07899) for `memoir-retrieval`: each acts on the prompts that "
+        "ask for it, all others get the base model bit for bit.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| base model | {_cell(model)} |",
+        f"| edited layer | `{made.module}` |",
+        f"| sha256 of config, layer, tokenizer | {digests} |",
+        f"| k of D, tau | {made.k} of {made.d}, {made.tau:g} |",
+        f"| prompts | {'through the chat template' if made.chat else 'raw text'}, {made.dtype} |",
+        f"| generation | {made.generation}, written by memoir-retrieval {made.library} |",
+        "",
+        "## Serve",
+        "",
+        "```console",
+        f"$ memoir pull {repo} edits --revision COMMIT",
+        f"$ memoir serve {model} --store edits",
+        "```",
+        "",
+        "The store is refused on any other base model. Read the edits before you serve them: digests show that they "
+        "are whole, not that they are true.",
+        "",
+    ]
+    if scores is not None:
+        lines += [f"## Scores ({SCORES})", "", "| | |", "|---|---|"]
+        lines += [f"| {_cell(name)} | {_cell(value)} |" for name, value in _flat(scores)]
+        lines += [""]
+    lines += ["## Edits", "", "| id | prompt | target | requires |", "|---|---|---|---|"]
+    for edit in store.edits[:SHOWN]:
+        required = msgspec.json.encode(edit.requires).decode() if edit.requires else ""
+        lines += [f"| {edit.id} | {_cell(edit.prompt)} | {_cell(edit.target)} | {_cell(required)} |"]
+    if len(store.edits) > SHOWN:
+        lines += ["", f"and {len(store.edits) - SHOWN} more in `{made.edits.name}`."]
+    return "\n".join(lines) + "\n"
+
+
+def _flat(scores: dict[str, Any], before: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in scores.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{before}{key}.")
+        elif isinstance(value, str | int | float):
+            yield before + key, f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _cell(text: str) -> str:
+    """Somebody's text as text, not as Markdown or HTML."""
+    plain = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
+    return re.sub(r"([\\`*_\[\]|!])", r"\\\1", plain)

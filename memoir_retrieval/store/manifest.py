@@ -1,0 +1,197 @@
+"""The manifest of a store: what must be the same at edit time and at serve time, and which files belong to it."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import re
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from memoir_retrieval.errors import StoreError, StoreMismatch
+from memoir_retrieval.model.base import Identity
+from memoir_retrieval.question.span import SpanRule
+from memoir_retrieval.store.files import Written, publish, read_small
+from memoir_retrieval.store.tensors import unique_keys
+
+__all__ = [
+    "FIRST_WITH_ADDITIONS",
+    "FORMAT",
+    "KINDS",
+    "MANIFEST",
+    "NAMES",
+    "FileEntry",
+    "Manifest",
+    "library_version",
+    "read_manifest",
+    "write_manifest",
+]
+
+FORMAT = 4  # 3 brought additions, 4 what edits require
+FIRST_WITH_ADDITIONS = 3
+MANIFEST = "memoir.json"
+KINDS = {"memory": "safetensors", "codes": "safetensors", "edits": "jsonl"}
+NAMES = {kind: re.compile(rf"{kind}-(0|[1-9][0-9]{{0,18}})\.{extension}") for kind, extension in KINDS.items()}
+_LARGEST = 1 << 24  # bytes; the manifests of real stores have a few thousand
+_UNSIGNED = "0" * 64
+
+
+class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One file of a generation: its name in the folder, size in bytes and sha256 in hexadecimal."""
+
+    name: str
+    size: int
+    sha256: str
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`memoir.json`: everything that must be the same at edit time and at serve time.
+
+    `d`, `h`: inputs and outputs of the edited projection `module` in block `layer`. `k`: ones in every mask.
+    `tau`: least overlap that matches, 0 < tau <= 1. `chat`: whether a plain string is asked through the chat
+    template. `contexts`: what was put before each prompt in training (messages for chat, text for raw prompts).
+    `next_id`: the id of the next edit; ids are never used twice. `untrained`: how many edits have masks only.
+    `sha256`: of the manifest itself, written with zeros in its place; format 1 has none.
+    """
+
+    format: int
+    library: str
+    generation: int
+    model: str
+    base: Identity
+    module: str
+    layer: int
+    d: int
+    h: int
+    k: int
+    tau: float
+    span: SpanRule
+    chat: bool
+    dtype: str
+    seed: int
+    contexts: tuple[Any, ...]
+    training: dict[str, float | int | str]
+    next_id: int
+    memory: FileEntry
+    codes: FileEntry
+    edits: FileEntry
+    untrained: int = 0
+    sha256: str = ""
+
+    @property
+    def size(self) -> int:
+        """Bytes of the three files."""
+        return sum(getattr(self, kind).size for kind in KINDS)
+
+    @property
+    def masked_contexts(self) -> tuple[Any, ...]:
+        """The contexts after which every question has a mask of its own."""
+        masks = self.training.get("context_masks", 0)
+        return self.contexts[:masks] if isinstance(masks, int) and masks > 0 else ()
+
+
+def library_version() -> str:
+    """The version of memoir-retrieval, or "0+unknown" in a tree that is not installed."""
+    try:
+        return version("memoir-retrieval")
+    except PackageNotFoundError:
+        return "0+unknown"
+
+
+def write_manifest(folder: Path, fields: dict[str, Any], written: dict[str, tuple[str, Written]]) -> Manifest:
+    """Publish a manifest. fields: those of `Manifest` but for `format`, `library`, the files and `sha256`."""
+    entries: dict[str, Any] = {kind: FileEntry(name, *file) for kind, (name, file) in written.items()}
+    made = Manifest(format=FORMAT, library=library_version(), sha256=_UNSIGNED, **fields, **entries)
+    head, zeros, tail = msgspec.json.format(msgspec.json.encode(made), indent=1).rpartition(_UNSIGNED.encode())
+    digest = hashlib.sha256(head + zeros + tail).hexdigest()
+    publish(folder / MANIFEST, head + digest.encode() + tail)
+    return msgspec.structs.replace(made, sha256=digest)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Raises StoreError for a manifest that is missing or damaged, StoreMismatch for one of a newer format."""
+    path = folder / MANIFEST
+
+    def damaged(why: object) -> StoreError:
+        return StoreError(f"{path} is damaged ({' '.join(str(why).split()):.200}): restore it from a backup")
+
+    data = _read(folder, path)
+    try:
+        content = unique_keys(data)
+        number = content.get("format") if isinstance(content, dict) else None
+        if type(number) is int and number > FORMAT:
+            raise StoreMismatch(
+                f"store {folder} has format {number:.6g}, this memoir-retrieval {library_version()} reads up to "
+                f"{FORMAT}: pip install --upgrade memoir-retrieval"
+            )
+        manifest = msgspec.json.decode(data, type=Manifest)
+    except (ValueError, OverflowError, RecursionError) as error:  # msgspec's and unicode errors are ValueErrors
+        raise damaged(error) from error
+    digest = manifest.sha256
+    if manifest.format == 1 and digest:
+        raise damaged("format 1 with a sha256")
+    if manifest.format != 1:
+        unsigned = data.replace(digest.encode(), _UNSIGNED.encode()) if len(digest) == len(_UNSIGNED) else b""
+        if hashlib.sha256(unsigned).hexdigest() != digest:
+            raise damaged("its sha256 is not that of its content")
+    if wrong := _out_of_range(manifest):
+        raise damaged(wrong)
+    for kind, pattern in NAMES.items():
+        entry: FileEntry = getattr(manifest, kind)
+        if not pattern.fullmatch(entry.name):
+            raise StoreError(
+                f"{path} names {entry.name!r:.80} as its {kind} file, which no store does: it may be forged"
+            )
+    return manifest
+
+
+def _read(folder: Path, path: Path) -> bytes:
+    missing: OSError | None = None
+    for _ in range(3):
+        try:
+            return read_small(path, _LARGEST)
+        except FileNotFoundError as error:
+            # A rename may come between looking and opening; a missing manifest stays missing.
+            missing = error
+        except OSError as error:
+            if error.errno != errno.ESTALE:  # a network file system says so of a manifest that was just replaced
+                raise StoreError(f"{path} cannot be read: {error.strerror}") from error
+            missing = error
+    if not folder.is_dir():
+        raise StoreError(
+            f"store {folder} does not exist: make one with `memoir edit FILE --store {folder}`"
+        ) from missing
+    raise StoreError(
+        f"{folder} is not a store, or its first write was cut off: it has no {MANIFEST}; "
+        f"run `memoir edit FILE --store {folder}` (again)"
+    ) from missing
+
+
+def _out_of_range(manifest: Manifest) -> str:
+    """What of a manifest's numbers cannot be, or nothing."""
+    whole = 1 << 53
+    ranges = {
+        "format": (1, FORMAT),
+        "generation": (0, whole),
+        "layer": (0, 1 << 20),
+        "d": (8, 1 << 28),
+        "h": (1, 1 << 28),
+        "k": (1, manifest.d),
+        "seed": (0, (1 << 64) - 1),
+        "next_id": (0, (1 << 63) - 1),
+    }
+    for name, (least, most) in ranges.items():
+        if not least <= getattr(manifest, name) <= most:
+            return f"{name} {getattr(manifest, name)}"
+    if not 0 < manifest.tau <= 1:
+        return f"tau {manifest.tau}"
+    if manifest.d % 8:
+        return f"d {manifest.d}"
+    for kind in KINDS:
+        size = getattr(manifest, kind).size
+        if not 0 <= size < 1 << 48:
+            return f"{kind} of {size} bytes"
+    return ""

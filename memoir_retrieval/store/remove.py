@@ -1,0 +1,50 @@
+"""Taking edits out of a store: unreachable at once, erased by training the others again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from memoir_retrieval.edits.record import prompt_key
+from memoir_retrieval.errors import StoreError
+from memoir_retrieval.store.files import store_lock
+from memoir_retrieval.store.read import EditStore, Manifest
+from memoir_retrieval.store.write import sweep, write_again
+
+__all__ = ["find_prompts", "remove_edits"]
+
+
+def find_prompts(store: EditStore, prompts: Sequence[str]) -> list[int]:
+    """The ids of the edits of these prompts; white space does not count. Raises StoreError where one has none."""
+    stored = {prompt_key(edit.prompt): edit.id for edit in store.edits}
+    for prompt in prompts:
+        if prompt_key(prompt) not in stored:
+            raise StoreError(f"store {store.path} has no edit of {prompt!r}: `memoir list {store.path}` shows all")
+    return [stored[prompt_key(prompt)] for prompt in prompts]
+
+
+def remove_edits(folder: Path, ids: Sequence[int]) -> Manifest:
+    """Publish a generation in which no prompt reaches these edits. Returns its manifest.
+
+    The masks and the text of the edits are gone then. What they changed in the residual memory is still there, out of
+    reach, since edits that were trained later share columns with them: `Editor.compact` erases it.
+    Raises StoreError, and changes nothing, for an id that the store does not have, or where it is locked.
+    """
+    EditStore.open(folder, check=False)  # a folder that is no store must not get a lock file
+    with store_lock(folder):
+        store = EditStore.open(folder)
+        gone = {edit_id: store.edit(edit_id) for edit_id in ids}
+        untrained = store.manifest.untrained - sum(not edit.trained for edit in gone.values())
+        made = write_again(
+            folder,
+            store,
+            edits=(edit for edit in store.edits if edit.id not in gone),
+            rows=np.flatnonzero(~np.isin(store.ids, list(gone))),
+            generation=store.manifest.generation + 1,
+            untrained=untrained,
+        )
+        del store
+        sweep(folder)
+    return made
