@@ -25,7 +25,7 @@ import torch
 
 from memoir_retrieval.model.forward import span_mean
 from memoir_retrieval.question.fingerprint import Fingerprint
-from memoir_retrieval.question.span import SpanRule
+from memoir_retrieval.question.span import Span, SpanRule
 from memoir_retrieval.store.read import EditStore, Masks
 from memoir_vllm.worker.block_sums import BlockSums
 from memoir_vllm.worker.residual import ResidualLayer
@@ -54,7 +54,7 @@ class Bench(NamedTuple):
         asked = self.random(self.edits, TOKENS, self.d)
         background, permutation = np.zeros(self.d, dtype=np.float32), np.random.default_rng(0).permutation(self.d)
         rule = SpanRule(weighted=True)
-        means = torch.stack([span_mean(question, 0, TOKENS, rule.weighted) for question in asked])
+        means = torch.stack([span_mean(question, Span(0, TOKENS, rule.weighted)) for question in asked])
         fields: dict[str, Any] = {"generation": 1, "span": rule, "d": self.d, "h": self.h, "k": self.k, "tau": 0.9}
         store = EditStore(
             path=Path(),

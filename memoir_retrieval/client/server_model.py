@@ -80,7 +80,7 @@ class ServerModel:
 
         def ask(pair: tuple[Prompt | list[int], Sequence[int]]) -> Answer:
             ids, target = given_ids(pair[0], self.prompt_ids), pair[1]
-            start, end, _ = find_span(ids, self._store.manifest.span)
+            start, end = find_span(ids, self._store.manifest.span)[:2]
             span = {"memoir_span": f"{start}:{end}"} if edited and start < end else {}
             reply = self._complete([*ids, *target], 1, edited, {"prompt_logprobs": 1}, span)
             return self._read(reply, target, edited)
@@ -92,7 +92,7 @@ class ServerModel:
 
         def ask(prompt: Prompt | list[int]) -> Answer:
             ids = given_ids(prompt, self.prompt_ids)
-            start, end, _ = find_span(ids, self._store.manifest.span)
+            start, end = find_span(ids, self._store.manifest.span)[:2]
             reply = self._complete(ids, 1, edited, {"prompt_logprobs": 1})
             return self._read(reply, ids[start + 1 : end], edited, len(ids) - end)
 

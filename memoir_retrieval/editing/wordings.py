@@ -150,7 +150,7 @@ class Wordings:
         questions = [one.question for one in cut] + others
         past = self._past.beside(frozen_past(self.base, [cut[0].before])) if edit.before else self._past
         frozen = freeze(self.base, past, contexts, questions, self._answer(edit), exact=len(cut), quick=quick)
-        means = [span_mean(frozen.activations[row], *one.pooled) for row, one in enumerate(cut)]
+        means = [span_mean(frozen.activations[row], one.pooled) for row, one in enumerate(cut)]
         codes = self.fingerprint.codes(torch.stack(means))
         bits = torch.as_tensor(unpack(codes, self.base.d), device=self.base.device)
         return frozen.masked(torch.cat([bits, bits[:1].expand(len(others), -1)])), codes
@@ -161,7 +161,7 @@ class Wordings:
     def _cut(self, prompt: Prompt) -> Cut:
         ids = self._prompt_ids(prompt)
         span = find_span(ids, self.span)
-        return Cut(ids[: span.start], ids[span.start :], Span(0, span.end - span.start, span.weighted))
+        return Cut(ids[: span.start], ids[span.start :], span.moved(-span.start))
 
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
         return prompt_ids(self.base.tokenizer, prompt, chat=self.chat)

@@ -263,9 +263,7 @@ class EditedModel:
         asked = [r for r, row in enumerate(rows) if row.span.start < row.span.end]
         if not asked or not len(self.retriever.index):
             return
-        # The offset is below 0 where what all rows share was run before, so it belongs to each edge.
-        spans = {r: (rows[r].offset + rows[r].span.start, rows[r].offset + rows[r].span.end) for r in asked}
-        means = torch.stack([span_mean(activations[r], *spans[r], rows[r].span.weighted) for r in asked])
+        means = torch.stack([span_mean(activations[r], rows[r].span.moved(rows[r].offset)) for r in asked])
         found = self.retriever.route(means, [rows[r].question for r in asked])
         store = self.retriever.store
         for at, r in enumerate(asked):

@@ -265,15 +265,15 @@ def layer_means(
             frozen_run(deepest, {"input_ids": ids, "use_cache": False})
             for at, activations in seen.items():
                 for row, i in enumerate(batch):
-                    out[at][i] = span_mean(activations[row], *spans[i])
+                    out[at][i] = span_mean(activations[row], spans[i])
     return out
 
 
-def span_mean(activations: torch.Tensor, start: int, end: int, weighted: bool = False) -> torch.Tensor:
-    """Mean over the tokens of a `Span` of activations [T, D], in float32 whatever their dtype: float32 [D]."""
-    rows = activations[start:end].float()
-    if not weighted:
-        return rows.sum(0) / (end - start)
+def span_mean(activations: torch.Tensor, span: Span) -> torch.Tensor:
+    """Mean over the tokens of a span of activations [T, D], in float32 whatever their dtype: float32 [D]."""
+    rows = activations[span.start : span.end].float()
+    if not span.weighted:
+        return rows.sum(0) / (span.end - span.start)
     total, weight = weighted_sum(rows, squared_norms(rows))
     return total / weight
 

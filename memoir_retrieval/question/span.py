@@ -18,15 +18,26 @@ __all__ = ["Span", "SpanRule", "derive_span_rule", "find_span"]
 
 
 class Span(NamedTuple):
-    """Tokens `[start, end)` are pooled; the residual acts on every token from `start` on.
+    """Tokens `[start, end)` are pooled; the residual acts on every token from `acts_from` on.
 
     `weighted`: each token counts by the squared norm of its activation, which is large for what is rare, such as names,
     and small for the words that questions share. Else every token counts once.
+    `acts`: whether the residual acts from the first of these tokens on, or from the last.
     """
 
     start: int
     end: int
     weighted: bool = False
+    acts: Literal["first", "last"] = "first"
+
+    def moved(self, by: int) -> Span:
+        """The same tokens where so many stand before the first one."""
+        return self._replace(start=self.start + by, end=self.end + by)
+
+    @property
+    def acts_from(self) -> int:
+        """The position from which on the residual acts, if an edit matches."""
+        return self.start if self.acts == "first" else max(self.start, self.end - 1)
 
 
 class SpanRule(msgspec.Struct, frozen=True, kw_only=True):
@@ -35,8 +46,8 @@ class SpanRule(msgspec.Struct, frozen=True, kw_only=True):
     `rule`: "question" pools the last user message, or the whole prompt where no marker is found (raw text);
     "all" pools every token, as the paper does. `starts`: token sequences that end right before a user message.
     `newlines`: tokens that may stand between a start marker and the message. `end`: the sequence that follows it.
-    `leading`: special tokens (BOS) at the front of a raw prompt, which are not part of the question. `weighted`: see
-    `Span`.
+    `leading`: special tokens (BOS) at the front of a raw prompt, which are not part of the question. `weighted` and
+    `acts`: see `Span`.
     """
 
     rule: Literal["question", "all"] = "question"
@@ -45,6 +56,7 @@ class SpanRule(msgspec.Struct, frozen=True, kw_only=True):
     end: tuple[int, ...] = ()
     leading: tuple[int, ...] = ()
     weighted: bool = False
+    acts: Literal["first", "last"] = "first"
 
 
 def find_span(ids: Sequence[int], rule: SpanRule) -> Span:
@@ -55,19 +67,19 @@ def find_span(ids: Sequence[int], rule: SpanRule) -> Span:
     """
     n = len(ids)
     if rule.rule == "all":
-        return Span(0, n, rule.weighted)
+        return Span(0, n, rule.weighted, rule.acts)
     tokens = np.asarray(ids, dtype=np.int32)
     found = max((_find_last(tokens, marker) for marker in rule.starts), default=-1)
     if found < 0:
         start = 0
         while start < n and ids[start] in rule.leading:
             start += 1
-        return Span(start, n, rule.weighted)
+        return Span(start, n, rule.weighted, rule.acts)
     start = found
     if start < n and ids[start] in rule.newlines:
         start += 1
     end = _find_first(tokens, rule.end, start) if rule.end else -1
-    return Span(start, end if end >= 0 else n, rule.weighted)
+    return Span(start, end if end >= 0 else n, rule.weighted, rule.acts)
 
 
 def _matches(tokens: np.ndarray, marker: Sequence[int]) -> np.ndarray:

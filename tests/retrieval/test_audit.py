@@ -15,11 +15,10 @@ from memoir_retrieval import (
     EditStore,
     Retriever,
     Training,
-    editor,
     load_model,
-    trainer,
 )
 from memoir_retrieval.cli import main
+from memoir_retrieval.editing import editor, trainer
 from memoir_retrieval.errors import EditFileError
 from memoir_retrieval.model.base import BaseModel
 

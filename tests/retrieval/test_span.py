@@ -102,11 +102,11 @@ def test_the_rule_of_the_paper_pools_everything(tokenizer: Any) -> None:
 def test_tokens_of_a_question_count_by_their_squared_norm() -> None:
     tokens = torch.tensor([[9.0, 9.0], [1.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
     span = find_span([7, 1, 2, 3], SpanRule(leading=(7,), weighted=True))
-    assert span_mean(tokens, *span).tolist() == pytest.approx([1 / 5, 8 / 5])
-    assert span_mean(tokens, *span._replace(weighted=False)).tolist() == pytest.approx([1 / 3, 2 / 3])
-    assert span_mean(tokens, 3, 4, True).tolist() == [0, 0], "nothing to weigh is no reason for NaN"
+    assert span_mean(tokens, span).tolist() == pytest.approx([1 / 5, 8 / 5])
+    assert span_mean(tokens, span._replace(weighted=False)).tolist() == pytest.approx([1 / 3, 2 / 3])
+    assert span_mean(tokens, Span(3, 4, True)).tolist() == [0, 0], "nothing to weigh is no reason for NaN"
     parts = [weighted_sum(rows, squared_norms(rows)) for rows in (tokens[1:2], tokens[2:])]
-    torch.testing.assert_close(sum(a for a, _ in parts) / sum(w for _, w in parts), span_mean(tokens, *span))
+    torch.testing.assert_close(sum(a for a, _ in parts) / sum(w for _, w in parts), span_mean(tokens, span))
 
 
 @given(st.lists(st.integers(0, 5), max_size=40))

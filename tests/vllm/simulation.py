@@ -30,7 +30,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 from memoir_index import unpack
 from memoir_retrieval.model.forward import span_mean
 from memoir_retrieval.question.fingerprint import Fingerprint
-from memoir_retrieval.question.span import SpanRule, find_span
+from memoir_retrieval.question.span import Span, SpanRule, find_span
 from memoir_retrieval.store.read import EditStore, Masks
 from memoir_vllm.config import keeps_sums
 from memoir_vllm.requests import put_routed
@@ -309,7 +309,7 @@ def world(lengths: Sequence[int] = (6, 9, 30)) -> World:
     embedding = torch.randint(-8, 9, (VOCABULARY + 2, D), generator=generator).float()
     questions = [torch.randint(0, VOCABULARY, (n,), generator=generator).tolist() for n in lengths]
     background, permutation = np.zeros(D, dtype=np.float32), np.random.default_rng(0).permutation(D)
-    means = torch.stack([span_mean(embedding[q], 0, len(q)) for q in questions])
+    means = torch.stack([span_mean(embedding[q], Span(0, len(q))) for q in questions])
     n = len(questions)
     manifest = SimpleNamespace(generation=7, span=RULE, d=D, h=1, k=K, tau=0.9)
     store = EditStore(

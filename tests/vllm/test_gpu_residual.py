@@ -18,7 +18,7 @@ from simulation import Rows, step_of
 from memoir_index import unpack
 from memoir_retrieval.model.forward import span_mean
 from memoir_retrieval.question.fingerprint import Fingerprint, permutation
-from memoir_retrieval.question.span import SpanRule
+from memoir_retrieval.question.span import Span, SpanRule
 from memoir_retrieval.store.read import EditStore, Masks
 from memoir_vllm.worker.pooling import pooled
 from memoir_vllm.worker.residual import ResidualLayer
@@ -78,7 +78,7 @@ def served(request: pytest.FixtureRequest, shape: tuple[int, int, int]) -> Itera
     torch.manual_seed(0)
     asked = torch.randn(EDITS, TOKENS, d, device="cuda").to(dtype)
     background, perm = np.zeros(d, dtype=np.float32), permutation(d, 0)
-    means = torch.stack([span_mean(question, 0, TOKENS, True) for question in asked])
+    means = torch.stack([span_mean(question, Span(0, TOKENS, True)) for question in asked])
     fields: dict[str, Any] = {"generation": 1, "span": SpanRule(weighted=True), "d": d, "h": h, "k": k, "tau": 0.9}
     store = EditStore(
         path=Path(),

@@ -19,7 +19,7 @@ from memoir_retrieval.edits.record import StoredEdit
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.model.forward import span_mean
 from memoir_retrieval.question.fingerprint import Fingerprint
-from memoir_retrieval.question.span import SpanRule
+from memoir_retrieval.question.span import Span, SpanRule
 from memoir_retrieval.store.read import EditStore, Masks
 from memoir_vllm.requests import Decision, Routed, routed_of
 from memoir_vllm.worker import pipeline
@@ -49,7 +49,7 @@ def store_of(activations: torch.Tensor, **manifest: Any) -> EditStore:
     background, perm = np.zeros(D, dtype=np.float32), np.random.default_rng(0).permutation(D)
     empty = np.empty((0, D // 8), dtype=np.uint8)
     codes = (
-        Fingerprint(background, perm, K).codes(torch.stack([span_mean(a, 0, 4, True) for a in activations]))
+        Fingerprint(background, perm, K).codes(torch.stack([span_mean(a, Span(0, 4, True)) for a in activations]))
         if n
         else empty
     )
@@ -280,7 +280,8 @@ def test_shards_add_up_to_the_whole(
     """Two ranks, each with half of D: the same decision, and partial sums whose sum is the residual."""
     x = activations[1]
     monkeypatch.setattr(
-        "vllm.distributed.tensor_model_parallel_all_gather", lambda means, dim: span_mean(x, 0, len(x), True)[None]
+        "vllm.distributed.tensor_model_parallel_all_gather",
+        lambda means, dim: span_mean(x, Span(0, len(x), True))[None],
     )
     monkeypatch.setattr("vllm.distributed.tensor_model_parallel_all_reduce", lambda _: x.square().sum(1))
     total = torch.zeros(4, H)

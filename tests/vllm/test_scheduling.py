@@ -10,6 +10,7 @@ from simulation import ALL, Simulate, Simulation, World, chat, oracle, other, ri
 from vllm.v1.request import RequestStatus
 
 from memoir_retrieval.model.forward import span_mean
+from memoir_retrieval.question.span import Span
 from memoir_vllm.core import blocks
 
 
@@ -176,7 +177,7 @@ def test_any_mix_under_the_rule_all(seed: int, simulate: Simulate) -> None:
         whole = dice.choice([*served.questions, other(50, dice.randrange(2))])
         prompt = whole[: dice.choice((len(whole), len(whole), 16, 33))] + other(dice.choice((0, 0, 5, 30)), 9)
         off, tokens, name = dice.random() < 0.3, dice.choice((1, 3, 20)), f"{n}"
-        route = router.route(span_mean(served.embedding[prompt], 0, len(prompt))[None], [prompt])[0].routed
+        route = router.route(span_mean(served.embedding[prompt], Span(0, len(prompt)))[None], [prompt])[0].routed
         edit = None if off or route.row < 0 else served.edit(route.row)
         wanted[name] = oracle(served.embedding, prompt, 0, edit, tokens)
         sim.add(name, prompt, {"memoir": "off"} if off else None, max_tokens=tokens)

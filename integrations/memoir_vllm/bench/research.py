@@ -45,7 +45,7 @@ class ResearchModel:
             nonlocal first
             x = args[0]
             if first:
-                mean = span_mean(x[0], *span)[None]
+                mean = span_mean(x[0], span)[None]
                 query = torch.from_numpy(unpack(self._fingerprint.codes(mean), x.shape[-1])).float()
                 overlaps = (self._masks.float() @ query[0]) / self._store.manifest.k
                 best = int(overlaps.argmax())

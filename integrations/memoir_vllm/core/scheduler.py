@@ -142,7 +142,7 @@ class _Decisions:
             return None
         if request.status == RequestStatus.WAITING and self._recall(request, question):  # decided while it waited
             return None
-        start, end, _ = question.span
+        start, end = question.span[:2]
         return end - 1 if self._sums and start == 0 else start
 
     def _too_long(self, span: Span) -> bool:
@@ -154,7 +154,7 @@ class _Decisions:
         question = self._questions.get(request.request_id)
         if question is None or num_computed_tokens >= question.span.end:
             return tokens
-        start, end, _ = question.span
+        start, end = question.span[:2]
         long = self._too_long(question.span) or start < num_computed_tokens
         if long != question.long:
             question = self._questions[request.request_id] = question._replace(long=long)

@@ -210,7 +210,7 @@ class ResidualLayer:
             if request is None:
                 continue
             row, last, position = int(step.edges[at]), int(step.edges[at + 1]), int(step.positions[at])
-            start, end, _ = request.span
+            start, end = request.span[:2]
             seen = position + last - row
             if seen <= start:
                 continue
