@@ -247,7 +247,7 @@ class EditedModel:
             out = output.clone()
             for r, row in enumerate(rows):
                 if row.mask is not None:  # every other row keeps the base layer's bits
-                    acting = slice(row.offset + row.span.start if first else 0, None)
+                    acting = slice(row.offset + row.span.acts_from if first else 0, None)
                     masked = args[0][r, acting] * row.mask
                     out[r, acting] += functional.linear(masked, self._memories[row.memory])
             first = False

@@ -51,7 +51,7 @@ class ResearchModel:
                 best = int(overlaps.argmax())
                 if overlaps[best] >= self._store.manifest.tau:
                     acting.append((self._masks[best].float(), self._memories[self._store.memory_of[best]]))
-            start = span.start if first else 0
+            start = span.acts_from if first else 0
             first = False
             for mask, memory in acting:
                 output[:, start:] += functional.linear(x[:, start:] * mask, memory)

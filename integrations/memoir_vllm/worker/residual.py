@@ -141,7 +141,7 @@ class ResidualLayer:
             self._settle(request_id, self.now.router.unroutable())
             return
         rule = self.now.router.rule
-        span = options.span._replace(weighted=rule.weighted) if options.span else find_span(prompt_ids, rule)
+        span = options.span._replace(weighted=rule.weighted, acts=rule.acts) if options.span else find_span(prompt_ids, rule)
         if options.off:
             self._settle(request_id, self.now.router.off())
         elif span.start == span.end:
@@ -363,7 +363,7 @@ class ResidualLayer:
             assert request.route is not None and request.of is not None and request.mask is not None
             key = (request.of.router.generation, request.route.memory)
             number, _ = memories.setdefault(key, (len(memories), request.of.memories[request.route.memory]))
-            starts.append(request.span.start)
+            starts.append(request.span.acts_from)
             masks.append(request.mask)
             numbers.append(number)
         acting = Acting(np.array(at), np.array(starts), np.array(numbers), masks, [m for _, m in memories.values()])
