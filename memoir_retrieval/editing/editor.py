@@ -220,7 +220,7 @@ class Editor:
                 ]
                 new = self._add(asked, n, on_conflict, keep_failed)
                 now = time.monotonic()
-                if now - committed > pause:
+                if self._commits.changed and now - committed > pause:
                     self._commit()
                     committed = time.monotonic()
                     pause = max(CHECKPOINT_EVERY, 20 * (committed - now))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -105,6 +106,25 @@ def test_a_question_stored_in_other_words_with_another_target(
         with pytest.raises(EditFileError, match="one question cannot keep both"):
             made.add([Edit(prompt=third.prompt, target="In Bonn")], on_conflict="both")
     assert answers(tmp_path, base, [third]) == ["Somebody"]
+
+
+@pytest.mark.parametrize("why", ["conflicting", "failed"])
+def test_a_run_that_stores_nothing_writes_no_checkpoint(
+    base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    """A checkpoint is due after every edit, and none of them has anything to write."""
+    monkeypatch.setattr(editor, "SAME_QUESTION", 0.6)
+    training = Training(max_steps=0) if why == "failed" else Training()
+    with Editor(base, tmp_path, training=training) as made:
+        made.add([AARHUS], keep_failed=True)
+    monkeypatch.setattr(editor, "CHECKPOINT_EVERY", -1.0)
+    refused = PISA if why == "failed" else Edit(prompt="Who has founded Aarhus?", target="Nobody")
+    with Editor(base, tmp_path) as again:
+        assert again.add([refused, msgspec.structs.replace(refused, prompt=refused.prompt + " ?")]) == []
+        assert [one.target for one in getattr(again.outcome, why)] == [refused.target] * 2
+        assert again.generation == 1
+    store = EditStore.open(tmp_path)
+    assert store.manifest.generation == 1 and [edit.prompt for edit in store.edits] == [AARHUS.prompt]
 
 
 def test_rephrasings_get_masks_of_their_own(base: BaseModel, tmp_path: Path) -> None:

@@ -141,7 +141,11 @@ class ResidualLayer:
             self._settle(request_id, self.now.router.unroutable())
             return
         rule = self.now.router.rule
-        span = options.span._replace(weighted=rule.weighted, acts=rule.acts) if options.span else find_span(prompt_ids, rule)
+        span = (
+            options.span._replace(weighted=rule.weighted, acts=rule.acts)
+            if options.span
+            else find_span(prompt_ids, rule)
+        )
         if options.off:
             self._settle(request_id, self.now.router.off())
         elif span.start == span.end:
