@@ -36,6 +36,48 @@ def test_two_ranks_answer_as_one(start: Callable[..., Engine], small: Path, tmp_
     assert engine.llm.collective_rpc("memoir_reload") == [generation] * 2
 
 
+def test_a_reload_that_fails_on_one_rank_fails_on_all_and_the_engine_serves_on(
+    start: Callable[..., Engine], small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error that is none of ours, raised in one rank's load; every call after it gets its own answers."""
+    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # to send the fault to the workers
+    folder = small_store(small, tmp_path / "edits")
+    engine = start(**flags(small, folder, tensor_parallel_size=2, **SMALL_STEPS))
+    before = EditedModel.open(folder, str(small))
+    prompts = [before.prompt_ids(prompt) for prompt in PROMPTS.values()]
+    generation = next_generation(folder, without=(1,))
+
+    def served_by(model: EditedModel, generation: int) -> None:
+        for ids, reply in zip(prompts, engine.ask(prompts), strict=True):
+            (wanted,) = model.generate([ids], max_new_tokens=NEW_TOKENS)
+            assert (reply.tokens, reply.memoir["edit"]) == (list(wanted.tokens), wanted.edit)
+            assert reply.memoir["generation"] == generation
+
+    for staged in (False, True):
+        engine.llm.collective_rpc(_out_of_memory, timeout=60, args=(1,))
+        if staged:
+            engine.llm.collective_rpc("memoir_stage", timeout=60)
+        with pytest.raises(Exception, match="RuntimeError: no memory on rank 1"):
+            engine.llm.collective_rpc("memoir_reload", timeout=60)
+        assert [rank["generation"] for rank in engine.llm.collective_rpc("memoir_stats", timeout=60)] == [3, 3]
+        served_by(before, 3)
+    assert engine.llm.collective_rpc("memoir_reload", timeout=60) == [generation] * 2
+    served_by(EditedModel.open(folder, str(small)), generation)
+
+
+def _out_of_memory(worker: Any, rank: int) -> None:
+    """The next load of one rank fails, as torch does."""
+    layer = worker._memoir
+    load = layer.load
+
+    def fail(*args: Any) -> Any:
+        layer.load = load
+        raise RuntimeError(f"no memory on rank {rank}")
+
+    if worker.rank == rank:
+        layer.load = fail
+
+
 def _agree(engine: Engine) -> None:
     """That every rank has decided, applied and repeated the same."""
     ranks = engine.llm.collective_rpc("memoir_stats")

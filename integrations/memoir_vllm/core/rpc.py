@@ -2,6 +2,10 @@
 
 `EngineCore.collective_rpc` runs in the loop that also schedules, so nothing is scheduled between the moment in which
 the workers adopt a generation and the moment in which the scheduler knows.
+
+No worker's method of ours raises. vLLM reads no further answer after the first failed one
+(vllm/v1/executor/multiproc_executor.py), so the answers of the other ranks would be taken for those of the next call,
+and of every later one. A worker returns its reason as text, and it is raised here.
 """
 
 from __future__ import annotations
@@ -9,6 +13,8 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+
+from memoir_retrieval.errors import StoreError
 
 if TYPE_CHECKING:
     from vllm.v1.engine.core import EngineCore
@@ -36,6 +42,8 @@ def install() -> None:
         if method in ("memoir_reload", "memoir_stats"):  # only one stage of a pipeline has something to say
             results = [result for result in results if result is not None]
         if method == "memoir_reload":
+            if refusals := [result for result in results if isinstance(result, str)]:
+                raise StoreError(refusals[0])
             self.scheduler.memoir_adopted(results[0])
         elif method == "memoir_stats":
             results = [result | self.scheduler.memoir_stats() for result in results]

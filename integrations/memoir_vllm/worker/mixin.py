@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 
-from memoir_retrieval.errors import ConfigError
+from memoir_retrieval.errors import ConfigError, StoreError
 from memoir_vllm import config
 from memoir_vllm.worker.attach import attach
 from memoir_vllm.worker.runner import follow
@@ -108,16 +108,20 @@ class MemoirWorker:
         """Whether the background reading is done."""
         return self._reloader is None or self._reloader.staged()
 
-    def memoir_reload(self) -> int | None:
+    def memoir_reload(self) -> int | str | None:
         """Adopt the store's present generation for all questions that end from now on; returns its number.
 
         Call it on all workers at once: `collective_rpc("memoir_reload")` runs between two steps and also makes the
-        scheduler forget older decisions. Raises StoreError, and changes nothing, where one worker cannot.
+        scheduler forget older decisions. Where one worker cannot, nothing changes and each returns the reason, which
+        the engine core raises as StoreError (`core/rpc.py`).
         """
         if self._memoir is None or self._reloader is None:
             return None
         before = self._reloader.manifest.generation
-        now = self._reloader.reload()
+        try:
+            now = self._reloader.reload()
+        except StoreError as error:
+            return str(error)
         if now != before:
             edits = self._memoir.now.router.edits
             logger.info("memoir: serving generation %d with %d edits, was %d", now, edits, before)

@@ -2,6 +2,9 @@
 
 Two calls, so that steps wait for neither disk nor checks: `stage` reads the store's present generation in a thread
 while the engine goes on, `reload` adopts it between two steps. `reload` alone reads and adopts in one go.
+
+The thread reads the store and copies weights. What changes from step to step, the table of requests, is read by the
+worker's own thread alone.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.logger import init_logger
 
 from memoir_retrieval.errors import MemoirError, StoreError, StoreMismatch
 from memoir_retrieval.store.read import EditStore, Manifest
@@ -21,6 +25,9 @@ if TYPE_CHECKING:
     from memoir_vllm.worker.residual import Generation, ResidualLayer
 
 __all__ = ["Reloader", "told_by_all"]
+
+# A child of vLLM's logger, so that vLLM's logging configuration applies to it.
+logger = init_logger("vllm.memoir")
 
 # Generations that may be held beside the present one: each is a residual memory as long as one request needs it.
 OLDER = 2
@@ -43,8 +50,8 @@ class Reloader:
         self._staged: Future[_Loaded | None] | None = None
 
     def stage(self) -> None:
-        """Begin to read the store's present generation, unless it acts already."""
-        self._staged = self._threads.submit(self._read)
+        """Begin to read the store's present generation, unless it acts already. Raises nothing: `reload` does."""
+        self._staged = self._begin()
 
     def staged(self) -> bool:
         """Whether `reload` would not have to wait."""
@@ -53,29 +60,39 @@ class Reloader:
     def reload(self) -> int:
         """Adopt what was staged, or the store's present generation. Returns the number of the one that acts.
 
-        Raises StoreError, on every tensor-parallel rank and before anything changes, where one of them cannot.
+        Raises StoreError, on every tensor-parallel rank and before anything changes, where one of them cannot, for
+        whatever reason: a rank that raised alone would leave the others waiting for its answer.
         """
-        staged, self._staged = self._staged, None
-        read: _Loaded | None = None
-        told: int | str
-        try:
-            read = self._threads.submit(self._read).result() if staged is None else staged.result()
-            told = self.manifest.generation if read is None else read[0].generation
-        except MemoirError as error:
-            told = str(error)
-        answers = told_by_all(told, self._ranks)
+        staged, self._staged = self._staged or self._begin(), None
+        failure = staged.exception()
+        loaded = None if failure else staged.result()
+        if failure:
+            answers = told_by_all(_reason(failure), self._ranks)
+        else:
+            answers = told_by_all(loaded[0].generation if loaded else self.manifest.generation, self._ranks)
         refusals = [answer for answer in answers if isinstance(answer, str)]
         if refusals:
             raise StoreError(refusals[0])
         if len(set(answers)) > 1:
             raise StoreError(f"the store changed while the workers read it (generations {answers}): reload again")
-        if read is not None:
-            self.manifest = read[0]
-            self._layer.adopt(read[1])
+        if loaded is not None:
+            self.manifest = loaded[0]
+            self._layer.adopt(loaded[1])
         return self.manifest.generation
 
-    def _read(self) -> _Loaded | None:
-        """The store's present generation, or None where it is the one that acts."""
+    def _begin(self) -> Future[_Loaded | None]:
+        try:
+            return self._threads.submit(self._read, self._layer.older())
+        except RuntimeError as error:  # the system starts no further thread
+            failed: Future[_Loaded | None] = Future()
+            failed.set_exception(error)
+            return failed
+
+    def _read(self, older: int) -> _Loaded | None:
+        """The store's present generation, or None where it is the one that acts.
+
+        older: how many generations before that one still answer requests.
+        """
         store = EditStore.open(self._ours.store)
         ours, theirs = self.manifest, store.manifest
         if theirs == ours:
@@ -92,12 +109,21 @@ class Reloader:
                 f"{ours.generation}, which is served, as after a restore from a backup: start the engine again"
             )
         store.require_trained()
-        if self._layer.older() >= OLDER:
+        if older >= OLDER:
             raise StoreError(
                 f"{OLDER} older generations of store {store.path} still answer requests: reload when those are done"
             )
         router = Router(store, self._ours.tau, self._device, self._decode)
         return theirs, self._layer.load(router, torch.from_numpy(store.memories))
+
+
+def _reason(failure: BaseException) -> str:
+    """One line; the log has the rest of what is no refusal of ours."""
+    text = " ".join(str(failure).split())
+    if isinstance(failure, MemoirError):
+        return text
+    logger.error("memoir: a new generation of the store cannot be taken up", exc_info=failure)
+    return f"{type(failure).__name__}: {text:.300}"
 
 
 def told_by_all(value: Any, ranks: int) -> list[Any]:
