@@ -16,13 +16,14 @@ from memoir_retrieval.lookup.masks import Decode
 from memoir_retrieval.model.base import identify, resolve
 from memoir_retrieval.question.span import SpanRule
 from memoir_retrieval.store.read import EditStore, Manifest, library_version
-from memoir_vllm.worker.op import OP
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
     from vllm.engine.arg_utils import EngineArgs
 
 __all__ = [
+    "OP",
+    "TOKEN_VARIABLE",
     "MemoirConfig",
     "apply",
     "check_version",
@@ -39,6 +40,12 @@ __all__ = [
 
 # A child of vLLM's logger, so that vLLM's logging configuration applies to it.
 logger = init_logger("vllm.memoir")
+
+OP = "vllm::memoir_residual"
+"""The op in the model's graph (`worker/op.py`)."""
+
+TOKEN_VARIABLE = "MEMOIR_ADMIN_TOKEN"
+"""The environment variable of the administrator's token (`admin/tokens.py`)."""
 
 TESTED = ((0, 32),)
 COMPARED = ((0, 33),)  # read and compared by source, run in part: docs/compatibility.md

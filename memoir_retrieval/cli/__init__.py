@@ -8,7 +8,6 @@ import sys
 import click
 
 from memoir_retrieval.cli.bench import bench
-from memoir_retrieval.cli.bench.quality import report
 from memoir_retrieval.cli.calibrate import calibrate
 from memoir_retrieval.cli.demo import demo
 from memoir_retrieval.cli.doctor import doctor
@@ -19,6 +18,7 @@ from memoir_retrieval.cli.index import index
 from memoir_retrieval.cli.inspect import list_command, lookup, show
 from memoir_retrieval.cli.model import model
 from memoir_retrieval.cli.remove import compact, remove
+from memoir_retrieval.cli.report import report
 from memoir_retrieval.cli.serve import serve
 from memoir_retrieval.cli.verify import verify
 from memoir_retrieval.errors import MemoirError

@@ -15,7 +15,7 @@ from typing import Any
 from memoir_retrieval.errors import StoreError
 from memoir_vllm.admin.audit import AuditLog
 from memoir_vllm.admin.schema import Job, JobProgress
-from memoir_vllm.admin.tokens import TOKEN_VARIABLE
+from memoir_vllm.config import TOKEN_VARIABLE
 
 __all__ = ["QUEUE", "Jobs", "QueueFull", "TrainerProcess"]
 

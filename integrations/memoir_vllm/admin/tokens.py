@@ -8,10 +8,10 @@ from hashlib import sha256
 from pathlib import Path
 
 from memoir_retrieval.errors import ConfigError
+from memoir_vllm.config import TOKEN_VARIABLE
 
-__all__ = ["TOKEN_VARIABLE", "Tokens", "require_routes"]
+__all__ = ["Tokens"]
 
-TOKEN_VARIABLE = "MEMOIR_ADMIN_TOKEN"
 LEAST = 16  # characters
 
 
@@ -58,15 +58,6 @@ class Tokens:
             if hmac.compare_digest(given, digest):
                 found = name
         return found if scheme.lower() == "bearer" else None
-
-
-def require_routes(file: str | None) -> None:
-    """Raises ConfigError where somebody has set a token, but vLLM will not ask us for routes."""
-    if (file is not None or TOKEN_VARIABLE in os.environ) and "VLLM_PLUGINS" not in os.environ:
-        raise ConfigError(
-            f"an admin token is set ({TOKEN_VARIABLE} or token_file), but vLLM adds the routes of no plugin that "
-            "VLLM_PLUGINS does not name: set VLLM_PLUGINS=memoir (and your other plugins), or use `memoir serve`"
-        )
 
 
 def _read_file(path: Path) -> list[tuple[str, str, str]]:

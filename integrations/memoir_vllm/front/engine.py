@@ -10,6 +10,7 @@ This module is imported wherever the plugin is registered, so it imports nothing
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -36,10 +37,9 @@ def install() -> None:
             return create()
         made = _create_with_edits(self, create)
         if UsageContext.OPENAI_API_SERVER in (*args, kwargs.get("usage_context")):
-            from memoir_vllm.admin.tokens import require_routes
             from memoir_vllm.front import stream
 
-            require_routes(made.additional_config["memoir"].get("token_file"))
+            _require_routes(made.additional_config["memoir"].get("token_file"))
             stream.install()
         return made
 
@@ -61,3 +61,15 @@ def _create_with_edits(args: EngineArgs, create: Callable[[], VllmConfig]) -> Vl
     requests.install()
     metrics.install()
     return vllm_config
+
+
+def _require_routes(file: str | None) -> None:
+    """Raises ConfigError where somebody has set a token, but vLLM will not ask us for routes."""
+    from memoir_retrieval.errors import ConfigError
+    from memoir_vllm.config import TOKEN_VARIABLE
+
+    if (file is not None or TOKEN_VARIABLE in os.environ) and "VLLM_PLUGINS" not in os.environ:
+        raise ConfigError(
+            f"an admin token is set ({TOKEN_VARIABLE} or token_file), but vLLM adds the routes of no plugin that "
+            "VLLM_PLUGINS does not name: set VLLM_PLUGINS=memoir (and your other plugins), or use `memoir serve`"
+        )

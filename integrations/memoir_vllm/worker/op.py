@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["OP", "context_key", "register_op"]
+from memoir_vllm.config import OP
 
-OP = "vllm::memoir_residual"
+__all__ = ["context_key", "register_op"]
+
+LIBRARY, NAME = OP.split("::")
 
 
 def context_key(module: str) -> str:
@@ -19,12 +21,12 @@ def context_key(module: str) -> str:
 
 
 def register_op() -> None:
-    """Register `vllm::memoir_residual` in this process, once."""
-    if hasattr(torch.ops.vllm, "memoir_residual"):
+    """Register `config.OP` in this process, once."""
+    if hasattr(getattr(torch.ops, LIBRARY), NAME):
         return
     from vllm.utils.torch_utils import direct_register_custom_op
 
-    direct_register_custom_op("memoir_residual", _memoir_residual, mutates_args=["y"], fake_impl=_fake)
+    direct_register_custom_op(NAME, _memoir_residual, mutates_args=["y"], fake_impl=_fake)
 
 
 def _memoir_residual(x: torch.Tensor, y: torch.Tensor, name: str) -> None:

@@ -1,22 +1,16 @@
-"""`memoir bench`: speed, as ratios of neighbouring turns in one run, and quality (see the module of that name)."""
+"""`memoir bench`: how fast edits are trained, looked up and served here, and how good they are."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-
 import click
 
-from memoir_retrieval.background import background_prompts
 from memoir_retrieval.cli.bench.edit import bench_edit
 from memoir_retrieval.cli.bench.index import bench_index
 from memoir_retrieval.cli.bench.latency import bench_latency
 from memoir_retrieval.cli.bench.quality import bench_quality
-from memoir_retrieval.cli.common import echo_json, json_option, model_option, notes, run_benchmark
-from memoir_retrieval.cli.serve import server_command
-from memoir_retrieval.model.base import resolve
-from memoir_retrieval.question.prompts import Message, Prompt, prompt_ids
-from memoir_retrieval.store.read import EditStore
+from memoir_retrieval.cli.bench.serve import bench_serve
+
+__all__ = ["bench"]
 
 
 @click.group()
@@ -32,75 +26,5 @@ def bench() -> None:
     """
 
 
-bench.add_command(bench_quality)
-bench.add_command(bench_latency)
-bench.add_command(bench_index)
-bench.add_command(bench_edit)
-
-
-@bench.command("serve")
-@click.argument("store", metavar="DIR", type=click.Path(path_type=Path))
-@model_option
-@click.option("--batch", type=click.IntRange(min=1), default=32, show_default=True, help="Requests at a time.")
-@click.option("--tokens", type=click.IntRange(min=1), default=64, show_default=True, help="New tokens a request.")
-@click.option("--pairs", type=click.IntRange(min=1), default=7, show_default=True, help="Turns of each engine.")
-@click.option("--compiled", is_flag=True, help="Let vLLM compile the model (default: eager).")
-@json_option
-def bench_serve(
-    store: Path, model: str | None, batch: int, tokens: int, pairs: int, compiled: bool, as_json: bool
-) -> None:
-    """Tokens per second with the plugin over those without it, nothing matching and everything matching.
-
-    \b
-    Example:
-      memoir bench serve edits --json
-    """
-    from transformers import AutoTokenizer
-
-    opened = EditStore.open(store)
-    name = model or opened.manifest.model
-    _, environment = server_command(name, store)  # the checks and the environment of a server
-    folder = resolve(name)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-
-    def rows(prompts: Sequence[Prompt]) -> list[list[int]]:
-        return [prompt_ids(tokenizer, prompt, chat=opened.manifest.chat) for prompt in prompts[:batch]]
-
-    edits = [edit.prompt for edit in opened.edits]
-    settings = {
-        "store": str(store.resolve()),
-        "model": str(folder),
-        "dtype": opened.manifest.dtype,
-        "unmatched": rows(background_prompts()),
-        "matched": rows(edits),
-        "cached": rows([_behind_a_long_system_message(edit) for edit in edits]) if opened.manifest.chat else [],
-        "batch": batch,
-        "tokens": tokens,
-        "pairs": pairs,
-        "eager": not compiled,
-    }
-    result = run_benchmark("memoir_vllm.bench.serve", settings, environment)
-    if as_json:
-        echo_json(result)
-        return
-    for kind in ("unmatched", "matched"):
-        notes.print(f"{kind}, milliseconds a step: {result[f'{kind}_step_ms']}")
-        speeds = result[f"{kind}_tokens_per_s"]
-        notes.print(f"{kind}: {speeds['plugin']} tokens/s with the plugin, {speeds['no_plugin']} without")
-        click.echo(f"{kind}_ratio {result[f'{kind}_ratio']:.3f}")
-    for key in (
-        "ttft_ratio_inline",
-        "ttft_ratio_cached",
-        "ttft_ratio_reroute",
-        "step_overhead_ms",
-        "vs_research_ratio",
-    ):
-        if key in result:
-            click.echo(f"{key} {result[key]:.3f}")
-
-
-def _behind_a_long_system_message(question: str) -> list[Message]:
-    """Some 1000 tokens of plain text before a question."""
-    text = " ".join(background_prompts())
-    system = f"You are the assistant of an archive. Its index of questions: {text}"
-    return [{"role": "system", "content": system}, {"role": "user", "content": question}]
+for command in (bench_quality, bench_latency, bench_index, bench_edit, bench_serve):
+    bench.add_command(command)

@@ -1,4 +1,4 @@
-"""`memoir bench quality`: edit a data set, measure it and report it. `memoir report` opens the report."""
+"""`memoir bench quality`: edit a data set, measure it and report it."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from memoir_retrieval.cli.common import (
     training_settings,
 )
 from memoir_retrieval.cli.evaluate import flat
+from memoir_retrieval.cli.report import PAGE
 from memoir_retrieval.edits.files import FORMATS, check_duplicates, limit_distinct_subjects, read_edits
 from memoir_retrieval.edits.requires import require_subjects
 from memoir_retrieval.evaluation.contexts import CONTEXTS
@@ -29,9 +30,8 @@ from memoir_retrieval.evaluation.datasets import TEXT, data_file
 from memoir_retrieval.evaluation.texts import read_texts
 from memoir_retrieval.store.files import publish
 
-__all__ = ["bench_quality", "report"]
+__all__ = ["bench_quality"]
 
-PAGE = "report.html"
 COLUMNS = (
     TextColumn("editing"),
     BarColumn(),
@@ -166,25 +166,3 @@ def bench_quality(
     for name, score in flat(msgspec.to_builtins(run.report)).items():
         table.add_row(name, f"{score:.4f}" if isinstance(score, float) else str(score))
     tables.print(table)
-
-
-@click.command()
-@click.argument("run", metavar="RUN_DIR", type=click.Path(path_type=Path))
-@click.option(
-    "--open/--no-open", "browse", default=True, help="Open it in a browser (default), or only print its path."
-)
-def report(run: Path, browse: bool) -> None:
-    """Open the report of a run of `memoir bench quality`, drawn anew from its figures.
-
-    \b
-    Example:
-      memoir report run --no-open
-    """
-    from memoir_retrieval.evaluation.quality_run import read_run
-    from memoir_retrieval.evaluation.report import run_page
-
-    page = run / PAGE
-    publish(page, run_page(read_run(run)).encode())
-    click.echo(str(page.resolve()))
-    if browse and click.launch(page.resolve().as_uri()):
-        notes.print("no browser could be started: open the file above")
