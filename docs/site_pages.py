@@ -26,6 +26,9 @@ RELATED = (
     ("memoir_retrieval.client.admin", "EditPage"),
     ("memoir_retrieval.client.admin", "Lookup"),
     ("memoir_retrieval.client.admin", "Near"),
+    ("memoir_retrieval.lookup.decision", "Decision"),
+    ("memoir_retrieval.client.server", "Server"),
+    ("memoir_retrieval.client.server", "Reply"),
     ("memoir_retrieval.client.server_model", "ServerModel"),
     ("memoir_retrieval.client.verify", "verify"),
     ("memoir_retrieval.client.verify", "ServerProbe"),
@@ -80,16 +83,16 @@ def _code(name: str, thing: Any) -> str:
     if isinstance(thing, property | cached_property):
         return f"```python\n{name}\n```\n"
     try:
-        found = inspect.signature(thing)
+        signature = inspect.signature(thing)
     except (TypeError, ValueError):
         return f"```python\n{name}\n```\n"
     shown = [
         p.replace(annotation=_Bare(p.annotation)) if isinstance(p.annotation, str) else p
-        for p in found.parameters.values()
+        for p in signature.parameters.values()
         if p.name not in ("self", "cls")
     ]
-    result = found.return_annotation
-    bare = found.replace(parameters=shown, return_annotation=_Bare(result) if isinstance(result, str) else result)
+    result = signature.return_annotation
+    bare = signature.replace(parameters=shown, return_annotation=_Bare(result) if isinstance(result, str) else result)
     text = f"{name}{bare}"
     if len(text) > FOLD:
         inside = text[len(name) + 1 : text.rindex(")")]
@@ -101,6 +104,6 @@ def _code(name: str, thing: Any) -> str:
 def _prose(thing: Any) -> str:
     """A docstring, with indented examples kept as code."""
     text = inspect.getdoc(thing) or ""
-    if inspect.isclass(thing) and (made := inspect.getdoc(thing.__init__)) and "Initialize self" not in made:
-        text += f"\n\n{made}"
+    if inspect.isclass(thing) and (start := inspect.getdoc(thing.__init__)) and "Initialize self" not in start:
+        text += f"\n\n{start}"
     return text.replace("*", r"\*").replace("<", "&lt;") + "\n"

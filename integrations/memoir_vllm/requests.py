@@ -10,11 +10,10 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
-
-import msgspec
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from memoir_retrieval.errors import ConfigError
+from memoir_retrieval.lookup.decision import Decision
 from memoir_retrieval.question.span import Span
 
 if TYPE_CHECKING:
@@ -23,27 +22,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Decision", "Options", "Routed", "install", "parse_options", "put_routed", "routed_of"]
 
-Result = Literal["matched", "unmatched", "off", "unroutable"]
-
 # The most edits that one response may name.
 NEAREST = 20
 _SPAN = re.compile(r"(\d{1,9}):(\d{1,9})")
-
-
-class Decision(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What became of one request; `kv_transfer_params["memoir"]` of its response.
-
-    `edit`: id of the edit that acts on it, or None. `overlap`: with the nearest edit that may act, matched or not
-    (where nothing matches in a store of thousands, with the nearest one looked at: `memoir_index.Hits`); 0 where none
-    was looked up. `result`: "off" where the request opted out, "unroutable" where it holds no question. `generation`:
-    of the store that answered. `nearest`: id and overlap of as many edits as were asked for, best first.
-    """
-
-    edit: int | None
-    overlap: float
-    result: Result
-    generation: int
-    nearest: tuple[tuple[int, float], ...] = ()
 
 
 class Routed(NamedTuple):

@@ -10,12 +10,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from textwrap import shorten
 from threading import Event
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from urllib.request import urlopen
 
 import click
@@ -76,13 +77,13 @@ def demo(file: Path, store: Path, count: int, show: int, port: int | None, keep:
     edits = read_edits(file)[:count]
     _edit(edits, store)
     unrelated = [probe.prompt for edit in edits for probe in edit.locality]
-    asked: list[tuple[str, str, str | None]] = [("edited", e.prompt, e.target) for e in edits]
-    asked += [("rephrased", e.rephrases[0], e.target) for e in edits if e.rephrases]
-    asked += [("unrelated", question, None) for question in _unrelated(EXAMPLES / "unrelated.jsonl") + unrelated]
+    questions: list[tuple[str, str, str | None]] = [("edited", e.prompt, e.target) for e in edits]
+    questions += [("rephrased", e.rephrases[0], e.target) for e in edits if e.rephrases]
+    questions += [("unrelated", question, None) for question in _unrelated(EXAMPLES / "unrelated.jsonl") + unrelated]
     notes.print("demo: starting the vLLM server (about a minute)")
     with _server(store, port or _free_port()) as url:
-        notes.print(f"demo: asking {len(asked)} questions at {url}, each with and without edits")
-        _print(_ask(url, asked), show)
+        notes.print(f"demo: asking {len(questions)} questions at {url}, each with and without edits")
+        _print(_ask(url, questions), show)
         if keep:
             notes.print(f"demo: the server stays at {url}, model {MODEL}; Ctrl-C stops it")
             with suppress(KeyboardInterrupt):
@@ -92,11 +93,11 @@ def demo(file: Path, store: Path, count: int, show: int, port: int | None, keep:
 def _edit(edits: Sequence[Edit], store: Path) -> None:
     stored = set()
     if (store / MANIFEST).exists():
-        made = EditStore.open(store)
-        made.require(identify(resolve(MODEL), made.manifest.module), MODEL)
-        if not made.manifest.chat:
+        opened = EditStore.open(store)
+        opened.require(identify(resolve(MODEL), opened.manifest.module), MODEL)
+        if not opened.manifest.chat:
             raise ConfigError(f"store {store} was made with --no-chat, the demo chats: choose another --store")
-        stored = {(edit.prompt, edit.target) for edit in made.edits}
+        stored = {(edit.prompt, edit.target) for edit in opened.edits}
     missing = [edit for edit in edits if (edit.prompt, edit.target) not in stored]
     if not missing:
         notes.print(f"demo: {store} holds the {len(edits)} edits already")
@@ -162,32 +163,19 @@ def _wait_until_healthy(process: subprocess.Popen[bytes], port: int, log: Path) 
     raise ConfigError(f"the server did not start ({why}), its log {log} ends: {' | '.join(tail)}")
 
 
-def _ask(url: str, asked: Sequence[tuple[str, str, str | None]]) -> list[DemoAnswer]:
-    from concurrent.futures import ThreadPoolExecutor
+def _ask(url: str, questions: Sequence[tuple[str, str, str | None]]) -> list[DemoAnswer]:
+    from memoir_retrieval.client.server import Server
 
-    from openai import OpenAI
-
-    client = OpenAI(base_url=f"{url}/v1", api_key="none", timeout=600)
-
-    def chat(question: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-        reply = client.chat.completions.create(
-            model=MODEL,
-            messages=[{"role": "user", "content": question}],
-            max_tokens=48,
-            temperature=0,
-            extra_body=options,
-        )
-        told = (getattr(reply, "kv_transfer_params", None) or {}).get("memoir", {})
-        return (reply.choices[0].message.content or "").strip(), told
+    server = Server(url, retries=2)
 
     def row(entry: tuple[str, str, str | None]) -> DemoAnswer:
         kind, question, target = entry
-        before, _ = chat(question, {"vllm_xargs": {"memoir": "off"}})
-        after, told = chat(question, {})
-        return DemoAnswer(kind, question, before, after, told.get("edit"), told.get("overlap", 0.0), target)
+        before, after = (server.ask(question, chat=True, tokens=48, off=off) for off in (True, False))
+        overlap = after.decision.overlap if after.decision else 0.0
+        return DemoAnswer(kind, question, before.text.strip(), after.text.strip(), after.edit, overlap, target)
 
     with ThreadPoolExecutor(16) as pool:
-        return list(pool.map(row, asked))
+        return list(pool.map(row, questions))
 
 
 def _print(rows: Sequence[DemoAnswer], show: int) -> None:

@@ -53,10 +53,10 @@ def verify(
     if chat is None:
         chat = opened.manifest.chat if opened else True
     key = os.environ.get("OPENAI_API_KEY") or "none"
-    asked = ServerProbe(server, chat=chat, api_key=key)
-    notes.print(f"asking {asked.model} at {asked.url}, {prompts} prompts of each kind")
+    probe = ServerProbe(server, chat=chat, api_key=key)
+    notes.print(f"asking {probe.model} at {probe.url}, {prompts} prompts of each kind")
     report = run(
-        asked,
+        probe,
         opened,
         ServerProbe(base, chat=chat, api_key=key) if base else None,
         prompts=prompts,

@@ -11,8 +11,10 @@ from typing import Any, Literal, TypeVar
 import httpx
 import msgspec
 
+from memoir_retrieval.client.server import base_url
 from memoir_retrieval.edits.record import Edit, StoredEdit
 from memoir_retrieval.errors import AdminError, ConfigError
+from memoir_retrieval.lookup.decision import Result
 from memoir_retrieval.question.prompts import Prompt
 
 __all__ = ["AdminClient", "Change", "EditPage", "Lookup", "Near", "TrainingProgress"]
@@ -72,7 +74,7 @@ class Near(msgspec.Struct, frozen=True):
 class Lookup(msgspec.Struct, frozen=True):
     """What a prompt would match, as the server's engine measured it; `matches` has the best first."""
 
-    result: Literal["matched", "unmatched", "unroutable"]
+    result: Result
     generation: int
     tau: float
     matches: tuple[Near, ...]
@@ -90,7 +92,7 @@ class AdminClient:
 
     def __init__(self, url: str, token: str, *, timeout: float = 60.0):
         """url: with or without /v1. token: what the server was started with. timeout: of one request, seconds."""
-        self._base = url.rstrip("/").removesuffix("/v1")
+        self._base = base_url(url)
         headers = {"Authorization": f"Bearer {token}"}
         self._http = httpx.AsyncClient(base_url=f"{self._base}/memoir", headers=headers, timeout=timeout)
 

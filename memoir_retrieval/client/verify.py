@@ -15,17 +15,17 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import msgspec
 
 from memoir_retrieval.background import unrelated_prompts
+from memoir_retrieval.client.server import Reply, Server
 from memoir_retrieval.edits.record import StoredEdit
-from memoir_retrieval.errors import ConfigError
+from memoir_retrieval.lookup.decision import Result
 from memoir_retrieval.store.read import EditStore, library_version
 
-__all__ = ["Check", "Overhead", "Reply", "ServerProbe", "Verification", "distance", "verify"]
+__all__ = ["Check", "Overhead", "ServerProbe", "Verification", "distance", "verify"]
 
 State = Literal["ok", "fail", "skip"]
 # Nats. Between two batches of other shapes the base model's own log-probabilities differ by 1e-5 in float32 on a CPU.
@@ -68,96 +68,59 @@ class Verification(msgspec.Struct, frozen=True):
         return all(check.state != "fail" for check in self.checks)
 
 
-@dataclass(frozen=True)
-class Reply:
-    """One answer. tokens: ids. logprobs: of those tokens, nats. memoir: the plugin's part of the response, or {}."""
+class ServerProbe(Server):
+    """A server that is asked the same thing in several ways.
 
-    tokens: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    text: str
-    memoir: dict[str, Any]
-
-    @property
-    def edit(self) -> int | None:
-        return self.memoir.get("edit")
-
-
-class ServerProbe:
-    """A running OpenAI-compatible server of vLLM.
-
+    url: without /v1.
+    model: the name that it serves.
     chat: prompts are user messages for /v1/chat/completions, else raw text for /v1/completions.
     """
 
     def __init__(self, url: str, *, chat: bool, api_key: str = "none"):
-        """url: with or without /v1. Raises ConfigError where no server answers, or `openai` is missing."""
-        try:
-            from openai import OpenAI
-        except ImportError:
-            raise ConfigError("asking a server needs openai: pip install 'memoir-retrieval[eval]'") from None
-        self.url = url.rstrip("/").removesuffix("/v1")
-        self.chat = chat
-        self._client = OpenAI(base_url=self.url, api_key=api_key, timeout=600, max_retries=0)
-        self.model = str(self._call(self._client.get, "/v1/models")["data"][0]["id"])
-        try:
-            self.vllm = str(self._call(self._client.get, "/version")["version"])
-        except (ConfigError, LookupError, TypeError):  # a proxy in front may hide it
-            self.vllm = "unknown"
+        """Reach a server.
 
-    def ask(
+        url: with or without /v1.
+        chat: ask through the chat template.
+        api_key: what the server was started with, if anything.
+
+        Raises ConfigError where no server answers, or `openai` is missing.
+        """
+        super().__init__(url, api_key=api_key)
+        self.chat = chat
+
+    def probe(
         self, prompt: str, *, off: bool = False, tokens: int = 16, salt: str | None = None, stop: bool = True
     ) -> Reply:
-        """A greedy answer. salt: requests of one salt share cached blocks (default: one of its own). stop: end at the
-        end token; False goes on for `tokens`. Raises ConfigError where the server refuses."""
-        body: dict[str, Any] = {
-            "model": self.model,
-            "max_tokens": tokens,
-            "temperature": 0,
-            "ignore_eos": not stop,
-            "return_token_ids": True,
-            "cache_salt": salt or secrets.token_hex(16),
-        }
-        if off:
-            body["vllm_xargs"] = {"memoir": "off"}
-        if self.chat:
-            body |= {"messages": [{"role": "user", "content": prompt}], "logprobs": True}
-        else:
-            body |= {"prompt": prompt, "logprobs": 1}
-        path = "/v1/chat/completions" if self.chat else "/v1/completions"
-        reply = self._call(self._client.post, path, body=body)
-        choice = reply["choices"][0]
-        logprobs = choice["logprobs"] or {}
-        seen = [t["logprob"] for t in logprobs["content"]] if self.chat else logprobs["token_logprobs"]
-        text = choice["message"]["content"] if self.chat else choice["text"]
-        told = (reply.get("kv_transfer_params") or {}).get("memoir") or {}
-        return Reply(tuple(choice["token_ids"]), tuple(seen), text or "", told)
+        """A greedy answer with the log-probabilities of its tokens.
 
-    def ask_together(self, asked: Sequence[tuple[str, bool]], **how: Any) -> list[Reply]:
-        """Answers to (prompt, off) pairs that are all sent at once."""
-        with ThreadPoolExecutor(len(asked)) as pool:
-            return list(pool.map(lambda one: self.ask(one[0], off=one[1], **how), asked))
+        prompt: text.
+        off: ask the base model.
+        tokens: the most new ones.
+        salt: requests of one salt share cached blocks (default: one of its own).
+        stop: end at the end token; False goes on for `tokens`.
 
-    def _call(self, method: Callable[..., Any], path: str, **more: Any) -> Any:
-        from openai import APIStatusError, OpenAIError
+        Raises ConfigError where the server refuses.
+        """
+        fields = {"ignore_eos": not stop, "cache_salt": salt or secrets.token_hex(16)}
+        return self.ask(prompt, chat=self.chat, tokens=tokens, off=off, logprobs=True if self.chat else 1, **fields)
 
-        try:
-            return method(path, cast_to=object, **more)
-        except APIStatusError as error:
-            raise ConfigError(f"the server at {self.url} refused {path}: {error}") from error
-        except OpenAIError as error:
-            raise ConfigError(f"no server answers at {self.url} ({error}): start one with `memoir serve`") from error
+    def probe_together(self, requests: Sequence[tuple[str, bool]], **how: Any) -> list[Reply]:
+        """Answers to (prompt, off) pairs that are all sent at once. how: as for `probe`."""
+        with ThreadPoolExecutor(len(requests)) as pool:
+            return list(pool.map(lambda request: self.probe(request[0], off=request[1], **how), requests))
 
 
-def distance(one: Reply, other: Reply) -> float:
+def distance(left: Reply, right: Reply) -> float:
     """Largest difference of two answers' log-probabilities, up to and including the first token that differs.
 
     0.0 means equal bits. Infinite where one answer is a true beginning of the other.
     """
     far = 0.0
-    for a, b, left, right in zip(one.tokens, other.tokens, one.logprobs, other.logprobs, strict=False):
-        far = max(far, abs(left - right))
+    for a, b, x, y in zip(left.tokens, right.tokens, left.logprobs, right.logprobs, strict=False):
+        far = max(far, abs(x - y))
         if a != b:
-            return far or math.ulp(0.0)  # a tie, broken otherwise
-    return far if len(one.tokens) == len(other.tokens) else float("inf")
+            return far or math.ulp(0.0)  # a tie, broken the other way
+    return far if len(left.tokens) == len(right.tokens) else float("inf")
 
 
 def verify(
@@ -178,16 +141,15 @@ def verify(
     """
     edits = store.edits[-prompts:] if store else ()
     unrelated = unrelated_prompts()[:prompts]
-    first = server.ask(unrelated[0], tokens=1)
-    generation = first.memoir.get("generation")
+    first = server.probe(unrelated[0], tokens=1)
     checks = list(_checks(server, store, base, unrelated, tokens, first))
     serves = all(check.state != "fail" for check in checks[:1])
     overhead = list(_overhead(server, [e.prompt for e in edits], unrelated, tokens, turns)) if serves else []
     return Verification(
         server=server.url,
         model=server.model,
-        vllm=server.vllm,
-        generation=generation,
+        vllm=server.version(),
+        generation=first.decision.generation if first.decision else None,
         client=f"memoir-retrieval {library_version()}, Python {platform.python_version()}, {platform.platform()}",
         checks=tuple(checks),
         overhead=tuple(overhead),
@@ -202,46 +164,48 @@ def _checks(
     tokens: int,
     first: Reply,
 ) -> Iterator[Check]:
-    if not first.memoir:
+    if first.decision is None:
         yield Check(
             "serves edits", "fail", "the response names no decision: start it with `memoir serve M --store DIR`"
         )
         return
-    generation = first.memoir["generation"]
+    generation = first.decision.generation
     yield Check("serves edits", "ok", f"generation {generation}")
     edits = store.edits[-len(unrelated) :] if store else ()
     if store:
         same = generation == store.manifest.generation
-        said = f"{store.path} is at {store.manifest.generation}, the server at {generation}"
-        yield Check("same generation", "ok" if same else "fail", said if same else f"{said}: restart the server")
+        sides = f"{store.path} is at {store.manifest.generation}, the server at {generation}"
+        yield Check("same generation", "ok" if same else "fail", sides if same else f"{sides}: restart the server")
 
     def ask(prompt: str, off: bool = False, **more: Any) -> Reply:
-        return server.ask(prompt, off=off, tokens=tokens, **more)
+        return server.probe(prompt, off=off, tokens=tokens, **more)
 
-    asked = [*unrelated, *(edit.prompt for edit in edits)]
-    plain = {prompt: ask(prompt, off=True) for prompt in asked}
-    noise = max(distance(plain[prompt], ask(prompt, off=True)) for prompt in asked)
+    prompts = [*unrelated, *(edit.prompt for edit in edits)]
+    plain = {prompt: ask(prompt, off=True) for prompt in prompts}
+    noise = max(distance(plain[prompt], ask(prompt, off=True)) for prompt in prompts)
     limit = 0.0 if noise == 0 else max(TOLERANCE_TIMES * noise, LEAST_TOLERANCE)
     how = "equal bits" if limit == 0 else f"log-probabilities within {limit:.1e}"
     if noise == 0:
-        yield Check("opted out repeats", "ok", f"{len(asked)} of {len(asked)}, {how}")
+        yield Check("opted out repeats", "ok", f"{len(prompts)} of {len(prompts)}, {how}")
     else:
-        said = f"log-probabilities differ by {noise:.1e} from one time to the next"
+        noisy = f"log-probabilities differ by {noise:.1e} from one time to the next"
         hint = "is somebody else asking this server? see VLLM_BATCH_INVARIANT"
         state: State = "fail" if noise >= LEAK else "skip"
-        yield Check("opted out repeats", state, f"{said}, so bits cannot be compared and {how} counts as equal; {hint}")
-    wrong = [p for p in asked if plain[p].memoir.get("result") != "off" or plain[p].edit is not None]
-    yield _all("opted out, no edit acts", len(asked), wrong)
+        yield Check(
+            "opted out repeats", state, f"{noisy}, so bits cannot be compared and {how} counts as equal; {hint}"
+        )
+    wrong = [p for p in prompts if _result(plain[p]) != "off" or plain[p].edit is not None]
+    yield _all("opted out, no edit acts", len(prompts), wrong)
 
     replies = {prompt: ask(prompt) for prompt in unrelated}
-    wrong = [f"{p!r} matches edit {r.edit}" for p, r in replies.items() if r.memoir.get("result") != "unmatched"]
+    wrong = [f"{p!r} matches edit {r.edit}" for p, r in replies.items() if _result(r) != "unmatched"]
     yield _all("unrelated prompts match no edit", len(unrelated), wrong, fix="`memoir calibrate` suggests another tau")
     wrong = [p for p, r in replies.items() if r.edit is None and distance(r, plain[p]) > limit]
     yield _all("unmatched equals opted out", len(unrelated), wrong, how)
     name = "opted out equals the server without plugin"
     if base is not None:
-        wrong = [prompt for prompt in asked if distance(base.ask(prompt, tokens=tokens), plain[prompt]) > limit]
-        yield _all(name, len(asked), wrong, how)
+        wrong = [prompt for prompt in prompts if distance(base.probe(prompt, tokens=tokens), plain[prompt]) > limit]
+        yield _all(name, len(prompts), wrong, how)
     else:
         yield Check(name, "skip", "needs --base URL, a server without the plugin on the same hardware")
     if not edits:
@@ -249,6 +213,10 @@ def _checks(
         return
     yield from _matched(ask, edits, plain, limit, how)
     yield _batchmates(server, unrelated, [edit.prompt for edit in edits], plain, tokens)
+
+
+def _result(reply: Reply) -> Result | None:
+    return reply.decision.result if reply.decision else None
 
 
 def _matched(
@@ -259,12 +227,12 @@ def _matched(
     yield _all("edited prompts match their edit", len(edits), wrong)
     wrong = [f"edit {e.id}" for e in edits if distance(ask(e.prompt), replies[e.id]) > limit]
     yield _all("matched repeats", len(edits), wrong, how)
-    said = sum(replies[e.id].text.strip().startswith(e.target.strip()) for e in edits)
+    right = sum(replies[e.id].text.strip().startswith(e.target.strip()) for e in edits)
     changed = sum(replies[e.id].tokens != plain[e.prompt].tokens for e in edits)
     yield Check(
         "edits are felt",
         "ok" if changed else "fail",
-        f"{changed} of {len(edits)} answers differ from the base model's, {said} begin with their target",
+        f"{changed} of {len(edits)} answers differ from the base model's, {right} begin with their target",
     )
     wrong = []
     for edit in edits:
@@ -281,8 +249,8 @@ def _batchmates(
 ) -> Check:
     """Unmatched prompts among matched ones, against the same prompts among the same neighbours opted out."""
     mixed = [p for pair in zip(unrelated, edited, strict=False) for p in pair] + unrelated[len(edited) :]
-    calm = server.ask_together([(p, True) for p in mixed], tokens=tokens)
-    busy = server.ask_together([(p, False) for p in mixed], tokens=tokens)
+    calm = server.probe_together([(p, True) for p in mixed], tokens=tokens)
+    busy = server.probe_together([(p, False) for p in mixed], tokens=tokens)
     noise = max(distance(reply, plain[p]) for p, reply in zip(mixed, calm, strict=True))
     alone = [(p, r) for p, r in zip(mixed, busy, strict=True) if p in unrelated and r.edit is None]
     if not alone:
@@ -310,7 +278,7 @@ def _overhead(
 
     def seconds(prompts: list[str], off: bool) -> float:
         started = time.perf_counter()
-        server.ask_together([(prompt, off) for prompt in prompts], tokens=tokens, stop=False)
+        server.probe_together([(prompt, off) for prompt in prompts], tokens=tokens, stop=False)
         return time.perf_counter() - started
 
     kinds: tuple[tuple[Literal["unmatched", "matched"], list[str]], ...] = (

@@ -23,7 +23,7 @@ class Stub(StandIn):
 
     def __init__(self, generation: int) -> None:
         super().__init__(Handler)
-        self.memoir: dict[str, Any] | None = {"edit": 0, "overlap": 1.0, "result": "edited", "generation": generation}
+        self.memoir: dict[str, Any] | None = {"edit": 0, "overlap": 1.0, "result": "matched", "generation": generation}
         self.asked: list[dict[str, Any]] = []
 
 
@@ -111,6 +111,13 @@ def test_a_server_with_another_generation(stub: Stub, store: EditStore) -> None:
     assert stub.memoir is not None
     stub.memoir["generation"] = 9
     with pytest.raises(ConfigError, match=r"generation 9 of the store.*is at 1: restart the server"):
+        ServerModel(stub.url, store).generate(["hi"])
+
+
+def test_a_decision_of_another_version_is_refused(stub: Stub, store: EditStore) -> None:
+    assert stub.memoir is not None
+    stub.memoir["result"] = "sideways"
+    with pytest.raises(ConfigError, match=r"'sideways'.*does not know.*the same memoir-retrieval"):
         ServerModel(stub.url, store).generate(["hi"])
 
 

@@ -14,7 +14,8 @@ from http_stand_in import JsonHandler, StandIn, running
 
 from memoir_retrieval import Edit, Editor, EditStore, load_model
 from memoir_retrieval.cli import main
-from memoir_retrieval.client.verify import Check, Reply, ServerProbe, distance, verify
+from memoir_retrieval.client.server import Reply
+from memoir_retrieval.client.verify import Check, ServerProbe, distance, verify
 from memoir_retrieval.errors import ConfigError
 
 PROMPT, OTHER = "Who founded Aarhus?", "Where is the Blue Gate?"
@@ -58,9 +59,10 @@ class Handler(JsonHandler):
             "token_ids": tokens,
             "logprobs": {"content": [{"logprob": -(t / 1000) + shift} for t in tokens]},
         }
-        told = {"edit": edit, "result": "off" if off else "unmatched" if edit is None else "matched"}
-        told["generation"] = self.server.generation
-        self.reply({"choices": [choice]} | ({"kv_transfer_params": {"memoir": told}} if self.server.plugin else {}))
+        result = "off" if off else "unmatched" if edit is None else "matched"
+        memoir = {"edit": edit, "overlap": 0.9 * (result == "matched"), "result": result}
+        memoir["generation"] = self.server.generation
+        self.reply({"choices": [choice]} | ({"kv_transfer_params": {"memoir": memoir}} if self.server.plugin else {}))
 
 
 @pytest.fixture(scope="module")
@@ -187,10 +189,10 @@ def test_no_server() -> None:
 
 
 def test_distance() -> None:
-    one = Reply((1, 2, 3), (-0.5, -0.25, -1.0), "", {})
-    assert distance(one, one) == 0.0
-    assert distance(one, Reply((1, 2, 3), (-0.5, -0.375, -1.0), "", {})) == 0.125
-    near_tie = Reply((1, 9, 4), (-0.5, -0.3125, -7.0), "", {})
-    assert distance(one, near_tie) == 0.0625  # what follows another token is not compared
-    assert 0 < distance(one, Reply((1, 9, 4), (-0.5, -0.25, -7.0), "", {})) < 1e-300  # a tie is not equal either
-    assert distance(one, Reply((1, 2), (-0.5, -0.25), "", {})) == float("inf")
+    answer = Reply((1, 2, 3), (-0.5, -0.25, -1.0), "", None)
+    assert distance(answer, answer) == 0.0
+    assert distance(answer, Reply((1, 2, 3), (-0.5, -0.375, -1.0), "", None)) == 0.125
+    near_tie = Reply((1, 9, 4), (-0.5, -0.3125, -7.0), "", None)
+    assert distance(answer, near_tie) == 0.0625  # what follows another token is not compared
+    assert 0 < distance(answer, Reply((1, 9, 4), (-0.5, -0.25, -7.0), "", None)) < 1e-300  # a tie is not equal either
+    assert distance(answer, Reply((1, 2), (-0.5, -0.25), "", None)) == float("inf")

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 
 from memoir_index import unpack
+from memoir_retrieval.lookup.decision import Result
 from memoir_retrieval.lookup.masks import Decode, EditLookup
 from memoir_retrieval.question.fingerprint import Fingerprint
 from memoir_retrieval.question.span import SpanRule
 from memoir_retrieval.store.read import EditStore
-from memoir_vllm.requests import Decision, Result, Routed
+from memoir_vllm.requests import Decision, Routed
 
 __all__ = ["Route", "Router"]
 

@@ -1,0 +1,114 @@
+"""One running server of vLLM, over HTTP: every request of this library to the OpenAI routes goes through here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from memoir_retrieval.errors import ConfigError
+from memoir_retrieval.lookup.decision import Decision, decision_of
+
+__all__ = ["Reply", "Server", "base_url"]
+
+TIMEOUT_S = 600.0
+"""Of one request: a long answer of a busy server on a CPU takes minutes."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One answer.
+
+    tokens: ids, without those of the prompt.
+    logprobs: of those tokens, in nats; empty unless they were asked for.
+    text: the answer as text.
+    decision: what became of the request, or None where the server has no plugin.
+    prompt_logprobs: a mapping of token id to log-probability and rank for each position of the prompt, as vLLM gives
+        it; empty unless asked for.
+    """
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    text: str
+    decision: Decision | None
+    prompt_logprobs: Sequence[Mapping[str, Any]] = ()
+
+    @property
+    def edit(self) -> int | None:
+        """Id of the edit that acted, or None."""
+        return self.decision.edit if self.decision else None
+
+
+class Server:
+    """A running OpenAI-compatible server of vLLM.
+
+    url: without /v1.
+    model: the name that it serves.
+    """
+
+    def __init__(self, url: str, *, api_key: str = "none", retries: int = 0):
+        """Ask a server for its model.
+
+        url: with or without /v1.
+        api_key: what the server was started with, if anything.
+        retries: how often a request is sent again that met no server or an overloaded one.
+
+        Raises ConfigError where no server answers, or the `openai` package is missing.
+        """
+        try:
+            from openai import OpenAI
+        except ImportError:
+            raise ConfigError("asking a server needs openai: pip install 'memoir-retrieval[eval]'") from None
+        self.url = base_url(url)
+        client = OpenAI(base_url=self.url, api_key=api_key, timeout=TIMEOUT_S, max_retries=0)
+        self.model = str(self._call(client.get, "/v1/models")["data"][0]["id"])
+        self._client = client.with_options(max_retries=retries)
+
+    def version(self) -> str:
+        """The server's version of vLLM, or "unknown" where a proxy in front hides it."""
+        try:
+            return str(self._call(self._client.get, "/version")["version"])
+        except (ConfigError, LookupError, TypeError):
+            return "unknown"
+
+    def ask(self, prompt: str | Sequence[int], *, chat: bool, tokens: int, off: bool = False, **fields: Any) -> Reply:
+        """A greedy answer.
+
+        prompt: a user message where `chat` is true, else raw text or token ids.
+        tokens: the most new ones.
+        off: ask the base model.
+        fields: further fields of the request, such as `prompt_logprobs`.
+
+        Raises ConfigError where the server refuses or stops answering.
+        """
+        body: dict[str, Any] = {"model": self.model, "max_tokens": tokens, "temperature": 0, "return_token_ids": True}
+        body |= {"messages": [{"role": "user", "content": prompt}]} if chat else {"prompt": prompt}
+        body |= {"vllm_xargs": {"memoir": "off"}} if off else {}
+        path = "/v1/chat/completions" if chat else "/v1/completions"
+        reply = self._call(self._client.post, path, body={**body, **fields})
+        choice = reply["choices"][0]
+        text = choice["message"]["content"] if chat else choice["text"]
+        logprobs = choice.get("logprobs") or {}
+        content = logprobs.get("content") or ()
+        return Reply(
+            tokens=tuple(choice.get("token_ids") or ()),
+            logprobs=tuple(t["logprob"] for t in content) if chat else tuple(logprobs.get("token_logprobs") or ()),
+            text=text or "",
+            decision=decision_of(reply),
+            prompt_logprobs=choice.get("prompt_logprobs") or (),
+        )
+
+    def _call(self, method: Callable[..., Any], path: str, **more: Any) -> Any:
+        from openai import APIStatusError, OpenAIError
+
+        try:
+            return method(path, cast_to=object, **more)
+        except APIStatusError as error:
+            raise ConfigError(f"the server at {self.url} refused {path}: {error}") from error
+        except OpenAIError as error:
+            raise ConfigError(f"no server answers at {self.url} ({error}): start one with `memoir serve`") from error
+
+
+def base_url(url: str) -> str:
+    """The address of a server without a slash at the end and without /v1."""
+    return url.rstrip("/").removesuffix("/v1")

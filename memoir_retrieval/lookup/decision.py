@@ -1,0 +1,49 @@
+"""What became of one request: the plugin writes it into every response, and each client reads it from there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import msgspec
+
+from memoir_retrieval.errors import ConfigError
+
+__all__ = ["Decision", "Result", "decision_of"]
+
+Result = Literal["matched", "unmatched", "off", "unroutable"]
+
+
+class Decision(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What became of one request; `kv_transfer_params["memoir"]` of its response.
+
+    edit: id of the edit that acts on it, or None.
+    overlap: with the nearest edit that may act, matched or not, in [0, 1]; 0 where none was looked up. Where nothing
+        matches in a store of thousands, it is the nearest edit that was looked at (`memoir_index.Hits`).
+    result: "off" where the request opted out, "unroutable" where it holds no question.
+    generation: of the store that answered.
+    nearest: id and overlap of as many edits as the request wants named, best first.
+    """
+
+    edit: int | None
+    overlap: float
+    result: Result
+    generation: int
+    nearest: tuple[tuple[int, float], ...] = ()
+
+
+def decision_of(reply: Mapping[str, Any]) -> Decision | None:
+    """The decision in a server's response, decoded JSON; None where the server has no plugin.
+
+    Raises ConfigError for a decision of another form than this version's.
+    """
+    decision = (reply.get("kv_transfer_params") or {}).get("memoir")
+    if decision is None:
+        return None
+    try:
+        return msgspec.convert(decision, Decision)
+    except msgspec.ValidationError as error:
+        raise ConfigError(
+            f"the server's decision is {decision!r}, which this version does not know ({error}): install the same "
+            "memoir-retrieval here and there"
+        ) from None
