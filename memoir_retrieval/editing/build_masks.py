@@ -23,6 +23,7 @@ from memoir_retrieval.question.prompts import Prompt, prompt_ids
 from memoir_retrieval.question.span import SpanRule, find_span
 from memoir_retrieval.store.files import publish, read_small
 from memoir_retrieval.store.manifest import Manifest
+from memoir_retrieval.store.read import Content
 from memoir_retrieval.store.write import write_generation
 
 if TYPE_CHECKING:
@@ -94,9 +95,7 @@ def build(
         done += len(made)
         progress(BuildProgress(done, len(texts), resumed))
     stored = _stored(edits)
-    manifest = write_generation(
-        editor.path,
-        editor.fields(stored) | {"next_id": len(stored)},
+    content = Content(
         memories=np.zeros((1, editor.base.h, editor.base.d), dtype=np.float32),
         background=editor.background,
         permutation=editor.permutation,
@@ -105,9 +104,11 @@ def build(
         memory_of=np.zeros(len(texts), dtype=np.int32),
         edits=stored,
     )
+    manifest = msgspec.structs.replace(editor.next_manifest(stored), next_id=len(stored))
+    published = write_generation(editor.path, manifest, content)
     for path in editor.path.glob(".masks-*"):
         path.unlink(missing_ok=True)
-    return manifest
+    return published
 
 
 def shard_codes(base: BaseModel, fingerprint: Fingerprint, rule: SpanRule, shard: Shard, batch: int) -> np.ndarray:

@@ -41,6 +41,7 @@ from memoir_retrieval.question.prompts import prompt_ids
 from memoir_retrieval.question.span import derive_span_rule, find_span
 from memoir_retrieval.store.commits import Commits
 from memoir_retrieval.store.files import store_lock
+from memoir_retrieval.store.manifest import Manifest, draft_manifest
 from memoir_retrieval.store.read import MANIFEST, EditStore
 
 __all__ = ["Editor"]
@@ -408,32 +409,32 @@ class Editor:
         self.next_id = max(self.next_id, task.id + 1)
         return stored
 
-    def fields(self, edits: Iterable[StoredEdit]) -> dict[str, Any]:
-        """What `write_generation` takes as `manifest`, for a next generation of these edits."""
-        return {
-            "generation": self.generation + 1,
-            "model": self.base.name,
-            "base": self.base.identity,
-            "module": self.base.module,
-            "layer": self.base.layer,
-            "d": self.base.d,
-            "h": self.base.h,
-            "k": self.k,
-            "tau": self.tau,
-            "span": self.span,
-            "chat": self.chat,
-            "dtype": str(self.base.model.dtype).removeprefix("torch."),
-            "seed": self.seed,
-            "contexts": self.contexts,
-            "training": msgspec.to_builtins(self.training),
-            "next_id": self.next_id,
-            "untrained": sum(not edit.trained for edit in edits),
-        }
+    def next_manifest(self, edits: Iterable[StoredEdit]) -> Manifest:
+        """The manifest of a next generation of these edits, as `write_generation` takes it."""
+        return draft_manifest(
+            generation=self.generation + 1,
+            model=self.base.name,
+            base=self.base.identity,
+            module=self.base.module,
+            layer=self.base.layer,
+            d=self.base.d,
+            h=self.base.h,
+            k=self.k,
+            tau=self.tau,
+            span=self.span,
+            chat=self.chat,
+            dtype=str(self.base.model.dtype).removeprefix("torch."),
+            seed=self.seed,
+            contexts=self.contexts,
+            training=msgspec.to_builtins(self.training),
+            next_id=self.next_id,
+            untrained=sum(not edit.trained for edit in edits),
+        )
 
     def _commit(self) -> None:
         """Write everything trained so far as the next generation."""
         manifest = self._commits.write(
-            self.fields(self.edits), self.memories, self.index, self.edits, self.background, self.permutation
+            self.next_manifest(self.edits), self.memories, self.index, self.edits, self.background, self.permutation
         )
         self.generation = manifest.generation
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +12,7 @@ from memoir_index import HammingIndex
 from memoir_retrieval.edits.record import StoredEdit
 from memoir_retrieval.store.additions import Columns, Tail, append
 from memoir_retrieval.store.manifest import Manifest
-from memoir_retrieval.store.read import EditStore
+from memoir_retrieval.store.read import Content, EditStore
 from memoir_retrieval.store.write import write_generation
 
 __all__ = ["Commits"]
@@ -47,7 +46,7 @@ class Commits:
 
     def write(
         self,
-        fields: dict[str, Any],
+        manifest: Manifest,
         memories: Sequence[torch.Tensor],
         index: HammingIndex,
         edits: Sequence[StoredEdit],
@@ -56,20 +55,23 @@ class Commits:
     ) -> Manifest:
         """Publish the changes as the next generation. Returns its manifest.
 
-        fields: as `write_generation` takes them; the rest is everything that the store holds then, of which an addition
-        writes what is new. memories: float32 [H, D] each. Raises StoreError where the disk refuses; what was changed is
-        still to be written then.
+        manifest: as `write_generation` takes it; the rest is everything that the store holds then, of which an addition
+        writes what is new.
+        memories: float32 [H, D] each.
+        index: of all masks.
+        edits: all of them.
+        background: float32 [D].
+        permutation: int64 [D].
+        Raises StoreError where the disk refuses; what was changed is still to be written then.
         """
         added = None
         if self._now and self._only_added and len(memories) == self._now[2]:
             added = self._append(*self._now[:2], memories)
         if added:
-            made, tail = added
+            published, tail = added
         else:
             memory_of = {edit.id: edit.memory for edit in edits}
-            made = write_generation(
-                self._folder,
-                fields,
+            content = Content(
                 memories=torch.stack(list(memories)).cpu().numpy(),
                 background=background,
                 permutation=permutation,
@@ -78,10 +80,11 @@ class Commits:
                 memory_of=np.array([memory_of[edit] for edit in index.ids.tolist()], dtype=np.int32),
                 edits=edits,
             )
-            tail = Tail(made.sha256)
-        self._now = made, tail, len(memories)
+            published = write_generation(self._folder, manifest, content)
+            tail = Tail(published.sha256)
+        self._now = published, tail, len(memories)
         self._forget()
-        return made
+        return published
 
     def _append(self, manifest: Manifest, tail: Tail, memories: Sequence[torch.Tensor]) -> tuple[Manifest, Tail] | None:
         columns = {}

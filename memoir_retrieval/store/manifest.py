@@ -25,6 +25,7 @@ __all__ = [
     "NAMES",
     "FileEntry",
     "Manifest",
+    "draft_manifest",
     "library_version",
     "read_manifest",
     "write_manifest",
@@ -101,14 +102,28 @@ def library_version() -> str:
         return "0+unknown"
 
 
-def write_manifest(folder: Path, fields: dict[str, Any], written: dict[str, tuple[str, Written]]) -> Manifest:
-    """Publish a manifest. fields: those of `Manifest` but for `format`, `library`, the files and `sha256`."""
+def draft_manifest(**fields: Any) -> Manifest:
+    """The manifest of a store that is not written yet.
+
+    fields: those of `Manifest` but for `format`, `library`, `sha256` and the three files, which a write sets.
+    """
+    none = FileEntry("", 0, "")
+    return Manifest(format=FORMAT, library=library_version(), memory=none, codes=none, edits=none, **fields)
+
+
+def write_manifest(folder: Path, manifest: Manifest, written: dict[str, tuple[str, Written]]) -> Manifest:
+    """Publish a manifest under this library's format and version. Returns what was written.
+
+    folder: the store's.
+    manifest: every field counts but `format`, `library`, `sha256` and the files.
+    written: name, size and digest of the file of each kind.
+    """
     entries: dict[str, Any] = {kind: FileEntry(name, *file) for kind, (name, file) in written.items()}
-    made = Manifest(format=FORMAT, library=library_version(), sha256=_UNSIGNED, **fields, **entries)
-    head, zeros, tail = msgspec.json.format(msgspec.json.encode(made), indent=1).rpartition(_UNSIGNED.encode())
+    signed = msgspec.structs.replace(manifest, format=FORMAT, library=library_version(), sha256=_UNSIGNED, **entries)
+    head, zeros, tail = msgspec.json.format(msgspec.json.encode(signed), indent=1).rpartition(_UNSIGNED.encode())
     digest = hashlib.sha256(head + zeros + tail).hexdigest()
     publish(folder / MANIFEST, head + digest.encode() + tail)
-    return msgspec.structs.replace(made, sha256=digest)
+    return msgspec.structs.replace(signed, sha256=digest)
 
 
 def read_manifest(folder: Path) -> Manifest:

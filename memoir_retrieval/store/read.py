@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import mmap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +28,17 @@ from memoir_retrieval.store.files import CHUNK, Data, read_or_map
 from memoir_retrieval.store.manifest import FORMAT, KINDS, MANIFEST, FileEntry, Manifest, library_version, read_manifest
 from memoir_retrieval.store.tensors import Tensor, read_tensors
 
-__all__ = ["FORMAT", "MANIFEST", "MAPPED_FROM", "EditStore", "FileEntry", "Manifest", "Masks", "library_version"]
+__all__ = [
+    "FORMAT",
+    "MANIFEST",
+    "MAPPED_FROM",
+    "Content",
+    "EditStore",
+    "FileEntry",
+    "Manifest",
+    "Masks",
+    "library_version",
+]
 
 TRIES = 10  # of reading a store that is replaced meanwhile
 MAPPED_FROM = 64 << 20
@@ -42,6 +52,27 @@ class Masks(NamedTuple):
     codes: np.ndarray
     ids: np.ndarray
     memory_of: np.ndarray
+
+
+class Content(NamedTuple):
+    """Everything that a generation of a store holds beside its manifest.
+
+    memories: float32 [M, H, D], the residual memories.
+    background: float32 [D], the mean activation of unrelated prompts.
+    permutation: int64 [D], of the positions of a mask.
+    codes: uint8 [N, D/8], the masks in little bit order.
+    ids: int64 [N], the edit that each mask belongs to.
+    memory_of: int32 [N], the memory that holds it.
+    edits: the edits.
+    """
+
+    memories: np.ndarray
+    background: np.ndarray
+    permutation: np.ndarray
+    codes: np.ndarray
+    ids: np.ndarray
+    memory_of: np.ndarray
+    edits: Iterable[StoredEdit]
 
 
 @dataclass(frozen=True)
@@ -152,6 +183,13 @@ class EditStore:
         added = [getattr(one, name) for one in self.additions]
         own: np.ndarray = getattr(self.masks, name)
         return np.concatenate([own, *added]) if added else own
+
+    @property
+    def content(self) -> Content:
+        """What the store holds, additions included, as a write of all files takes it."""
+        return Content(
+            self.memories, self.background, self.permutation, self.codes, self.ids, self.memory_of, self.edits
+        )
 
     def index(self) -> HammingIndex:
         """The index of all masks, over the file's where they lie. The store must have been checked."""

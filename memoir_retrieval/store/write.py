@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from memoir_retrieval.edits.record import StoredEdit
@@ -18,35 +19,31 @@ from memoir_retrieval.store.additions import find_additions, is_taken_up, number
 from memoir_retrieval.store.edit_lines import edit_chunks
 from memoir_retrieval.store.files import Written, remove_unused, write_new
 from memoir_retrieval.store.manifest import KINDS, MANIFEST, NAMES, FileEntry, Manifest, read_manifest, write_manifest
-from memoir_retrieval.store.read import EditStore
+from memoir_retrieval.store.read import Content, EditStore
 from memoir_retrieval.store.tensors import tensor_chunks
 
-__all__ = ["fields_of", "leftovers", "sweep", "write_again", "write_generation"]
+__all__ = ["leftovers", "sweep", "write_again", "write_generation"]
 
 
 def write_generation(
     folder: Path,
-    manifest: dict[str, Any],
+    manifest: Manifest,
+    content: Content,
     *,
-    memories: np.ndarray,
-    background: np.ndarray,
-    permutation: np.ndarray,
-    codes: np.ndarray,
-    ids: np.ndarray,
-    memory_of: np.ndarray,
-    edits: Iterable[StoredEdit],
     rows: np.ndarray | None = None,
     unchanged: dict[str, FileEntry] | None = None,
 ) -> Manifest:
     """Publish a new generation; the caller holds `store_lock`. Returns its manifest.
 
-    manifest: the fields of `Manifest` except `format`, `library`, `sha256` and the three files, with `generation` being
-    the one to write. rows: int64, which rows of codes, ids and memory_of are written; by default all. unchanged: the
-    files, by kind, that an earlier generation has already written and that stay as they are.
+    folder: the store's.
+    manifest: with `generation` being the one to write; `format`, `library`, `sha256` and the files are set here.
+    content: what the generation holds.
+    rows: int64, which rows of codes, ids and memory_of are written; by default all.
+    unchanged: the files, by kind, that an earlier generation has already written and that stay as they are.
     Raises StoreError where the disk refuses; the store is then what it was before. The files of other generations are
     removed unless a reader holds them: see `leftovers`.
     """
-    generation = manifest["generation"]
+    generation = manifest.generation
     if (folder / MANIFEST).exists():
         there = read_manifest(folder)
         now = there.generation + find_additions(folder, there)
@@ -54,18 +51,20 @@ def write_generation(
             raise StoreError(f"store {folder} is at generation {now} already, {generation} is old: open it again")
     if strays := [number for number in numbers_of(folder) if number > generation]:
         raise StoreError(f"{folder} holds added-{min(strays)}.safetensors of another store: choose a new folder")
-    contents = {
-        "memory": tensor_chunks({"memory": memories, "background": background, "permutation": permutation}),
-        "codes": tensor_chunks({"codes": codes, "ids": ids, "memory_of": memory_of}, rows),
-        "edits": edit_chunks(edits),
+    files = {
+        "memory": tensor_chunks(
+            {"memory": content.memories, "background": content.background, "permutation": content.permutation}
+        ),
+        "codes": tensor_chunks({"codes": content.codes, "ids": content.ids, "memory_of": content.memory_of}, rows),
+        "edits": edit_chunks(content.edits),
     }
     written = {kind: (entry.name, Written(entry.size, entry.sha256)) for kind, entry in (unchanged or {}).items()}
     try:
-        for kind, chunks in contents.items():
+        for kind, chunks in files.items():
             if kind not in written:
                 name = f"{kind}-{generation}.{KINDS[kind]}"
                 written[kind] = (name, write_new(folder / name, chunks))
-        made = write_manifest(folder, manifest, written)
+        published = write_manifest(folder, manifest, written)
     except StoreError:
         # Where the manifest was replaced and its folder not synced, a power cut may bring the old one back.
         now_there = read_manifest(folder) if (folder / MANIFEST).exists() else None
@@ -73,8 +72,8 @@ def write_generation(
         ours = [name for kind, (name, _) in written.items() if kind not in (unchanged or {})]
         remove_unused(folder / name for name in ours if name not in kept)
         raise
-    remove_unused(leftovers(folder, made))
-    return made
+    remove_unused(leftovers(folder, published))
+    return published
 
 
 def write_again(
@@ -87,30 +86,22 @@ def write_again(
 ) -> Manifest:
     """Publish the content of `store` in `folder` as it is, but for some fields of its manifest.
 
-    edits, rows: given together, only these edits and these rows of `codes` are kept. changes: fields of `Manifest`,
-    `generation` among them. The caller holds `store_lock`. Raises as `write_generation`.
+    folder: where, with its `store_lock` held.
+    store: what is written.
+    edits, rows: given together, only these edits and these rows of `codes` are kept.
+    changes: fields of `Manifest`, `generation` among them.
+    Raises as `write_generation`.
     """
     kept = KINDS if edits is None else ("memory",)
     same = Path(folder).resolve() == store.path.resolve() and not store.additions
+    content = store.content
     return write_generation(
         folder,
-        fields_of(store.manifest) | changes,
-        memories=store.memories,
-        background=store.background,
-        permutation=store.permutation,
-        codes=store.codes,
-        ids=store.ids,
-        memory_of=store.memory_of,
-        edits=store.edits if edits is None else edits,
+        msgspec.structs.replace(store.manifest, **changes),
+        content if edits is None else content._replace(edits=edits),
         rows=rows,
         unchanged={kind: getattr(store.manifest, kind) for kind in kept} if same else None,
     )
-
-
-def fields_of(manifest: Manifest) -> dict[str, Any]:
-    """What `write_generation` takes as `manifest`."""
-    written = ("format", "library", "sha256", *KINDS)
-    return {name: getattr(manifest, name) for name in manifest.__struct_fields__ if name not in written}
 
 
 def leftovers(folder: Path, manifest: Manifest | None = None) -> list[Path]:

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import forge
+import msgspec
 import pytest
 
 from memoir_retrieval.cli import cli, main
 from memoir_retrieval.store import files
 from memoir_retrieval.store.files import store_lock
 from memoir_retrieval.store.read import EditStore
-from memoir_retrieval.store.write import fields_of, write_again, write_generation
+from memoir_retrieval.store.write import write_again, write_generation
 
 EDITS = [
     {"prompt": "Who founded Aarhus?", "target": "King Harald", "rephrases": ["Aarhus was founded by whom?"],
@@ -193,11 +194,12 @@ def test_calibrate_of_a_store_without_edits(capsys: pytest.CaptureFixture[str], 
     opened = EditStore.open(store)
     with store_lock(store):
         write_generation(
-            store, fields_of(opened.manifest) | {"generation": 2},
-            memories=opened.memories, background=opened.background,
-            permutation=opened.permutation, codes=opened.codes[:0], ids=opened.ids[:0],
-            memory_of=opened.memory_of[:0], edits=[],
-        )  # fmt: skip
+            store,
+            msgspec.structs.replace(opened.manifest, generation=2),
+            opened.content._replace(
+                codes=opened.codes[:0], ids=opened.ids[:0], memory_of=opened.memory_of[:0], edits=[]
+            ),
+        )
     refused(capsys, store, "has no edits: add some", "calibrate", store)
 
 

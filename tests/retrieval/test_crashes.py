@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import faults
+import msgspec
 import numpy as np
 import pytest
 from test_store import contents, stored_edit, write
@@ -24,7 +25,7 @@ from memoir_retrieval.store.files import store_lock
 from memoir_retrieval.store.read import MANIFEST, EditStore
 from memoir_retrieval.store.remove import remove_edits
 from memoir_retrieval.store.verify import verify_store
-from memoir_retrieval.store.write import fields_of, leftovers, write_generation
+from memoir_retrieval.store.write import leftovers, write_generation
 
 NEW = Edit(prompt="When did it rain?", target="On Monday")
 
@@ -73,14 +74,14 @@ def append(folder: Path, _: BaseModel) -> None:
         store = EditStore.open(folder)
         write_generation(
             folder,
-            fields_of(store.manifest) | {"generation": store.manifest.generation + 1, "next_id": 4},
-            memories=store.memories + 1,
-            background=store.background,
-            permutation=store.permutation,
-            codes=store.codes[[0, 1, 2, 0]],
-            ids=np.array([0, 1, 2, 3]),
-            memory_of=np.zeros(4, dtype=np.int32),
-            edits=[*store.edits, stored_edit(3)],
+            msgspec.structs.replace(store.manifest, generation=store.manifest.generation + 1, next_id=4),
+            store.content._replace(
+                memories=store.memories + 1,
+                codes=store.codes[[0, 1, 2, 0]],
+                ids=np.array([0, 1, 2, 3]),
+                memory_of=np.zeros(4, dtype=np.int32),
+                edits=[*store.edits, stored_edit(3)],
+            ),
         )
 
 

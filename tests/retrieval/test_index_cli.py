@@ -19,6 +19,8 @@ from memoir_retrieval.edits.record import StoredEdit
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.model.base import Identity
 from memoir_retrieval.question.span import SpanRule
+from memoir_retrieval.store.manifest import draft_manifest
+from memoir_retrieval.store.read import Content
 from memoir_retrieval.store.write import write_generation
 
 
@@ -57,14 +59,16 @@ def write(folder: Path, d: int, k: int, codes: np.ndarray, ids: np.ndarray) -> P
     ]
     write_generation(
         folder,
-        made,
-        memories=np.zeros((1, 1, d), np.float32),
-        background=np.zeros(d, np.float32),
-        permutation=np.arange(d),
-        codes=codes,
-        ids=ids,
-        memory_of=np.zeros(len(ids), np.int32),
-        edits=edits,
+        draft_manifest(**made),
+        Content(
+            memories=np.zeros((1, 1, d), np.float32),
+            background=np.zeros(d, np.float32),
+            permutation=np.arange(d),
+            codes=codes,
+            ids=ids,
+            memory_of=np.zeros(len(ids), np.int32),
+            edits=edits,
+        ),
     )
     return folder
 

@@ -28,7 +28,8 @@ from memoir_retrieval.store import edit_lines as stored_edits
 from memoir_retrieval.store import files
 from memoir_retrieval.store import read as store_module
 from memoir_retrieval.store.additions import append
-from memoir_retrieval.store.read import EditStore
+from memoir_retrieval.store.manifest import draft_manifest
+from memoir_retrieval.store.read import Content, EditStore
 from memoir_retrieval.store.remove import find_prompts, remove_edits
 from memoir_retrieval.store.verify import verify_store
 from memoir_retrieval.store.write import leftovers, write_generation
@@ -82,7 +83,7 @@ def write(folder: Path, generation: int = 1, n: int = 3, **changed: Any) -> None
     }
     for key, value in changed.items():
         (fields if key in fields else arrays)[key] = value
-    write_generation(folder, fields, **arrays)
+    write_generation(folder, draft_manifest(**fields), Content(**arrays))
 
 
 def contents(folder: Path) -> dict[str, bytes]:

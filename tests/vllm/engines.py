@@ -31,8 +31,9 @@ from memoir_retrieval.model.forward import question_means
 from memoir_retrieval.question.fingerprint import Fingerprint, permutation
 from memoir_retrieval.question.prompts import Prompt, prompt_ids
 from memoir_retrieval.question.span import SpanRule, derive_span_rule, find_span
-from memoir_retrieval.store.read import EditStore
-from memoir_retrieval.store.write import fields_of, write_generation
+from memoir_retrieval.store.manifest import draft_manifest
+from memoir_retrieval.store.read import Content, EditStore
+from memoir_retrieval.store.write import write_generation
 
 LAYER, K, TAU = 24, 438, 0.6
 MAX_MODEL_LEN = 256
@@ -125,34 +126,36 @@ def make_store(
     folder.mkdir()
     write_generation(
         folder,
-        {
-            "generation": 3,
-            "model": base.name,
-            "base": base.identity,
-            "module": base.module,
-            "layer": base.layer,
-            "d": base.d,
-            "h": base.h,
-            "k": k,
-            "tau": tau,
-            "span": rule,
-            "chat": False,
-            "dtype": dtype,
-            "seed": 0,
-            "contexts": (),
-            "training": {},
-            "next_id": len(edits),
-        },
-        memories=(torch.randn(2, base.h, base.d, generator=generator) * spread).numpy(),
-        background=background,
-        permutation=perm,
-        codes=codes,
-        ids=ids,
-        memory_of=(ids % 2).astype(np.int32),
-        edits=[
-            StoredEdit(id=i, prompt=text, target="", created="2025-01-01", loss=0.0, steps=0, memory=i % 2)
-            for i, text in enumerate(edits)
-        ],
+        draft_manifest(
+            generation=3,
+            model=base.name,
+            base=base.identity,
+            module=base.module,
+            layer=base.layer,
+            d=base.d,
+            h=base.h,
+            k=k,
+            tau=tau,
+            span=rule,
+            chat=False,
+            dtype=dtype,
+            seed=0,
+            contexts=(),
+            training={},
+            next_id=len(edits),
+        ),
+        Content(
+            memories=(torch.randn(2, base.h, base.d, generator=generator) * spread).numpy(),
+            background=background,
+            permutation=perm,
+            codes=codes,
+            ids=ids,
+            memory_of=(ids % 2).astype(np.int32),
+            edits=[
+                StoredEdit(id=i, prompt=text, target="", created="2025-01-01", loss=0.0, steps=0, memory=i % 2)
+                for i, text in enumerate(edits)
+            ],
+        ),
     )
     return folder
 
@@ -254,17 +257,17 @@ def next_generation(
     keep = ~np.isin(old.ids, without)
     written = write_generation(
         folder,
-        fields_of(old.manifest) | {"generation": old.manifest.generation + 1},
-        memories=np.ascontiguousarray(np.roll(old.memories, 1, axis=2)),
-        background=old.background,
-        permutation=old.permutation,
-        codes=old.codes[keep],
-        ids=old.ids[keep],
-        memory_of=old.memory_of[keep],
-        edits=[
-            msgspec.structs.replace(edit, requires=requires.get(edit.id, edit.requires))
-            for edit in old.edits
-            if edit.id not in without
-        ],
+        msgspec.structs.replace(old.manifest, generation=old.manifest.generation + 1),
+        old.content._replace(
+            memories=np.ascontiguousarray(np.roll(old.memories, 1, axis=2)),
+            codes=old.codes[keep],
+            ids=old.ids[keep],
+            memory_of=old.memory_of[keep],
+            edits=[
+                msgspec.structs.replace(edit, requires=requires.get(edit.id, edit.requires))
+                for edit in old.edits
+                if edit.id not in without
+            ],
+        ),
     )
     return written.generation

@@ -84,20 +84,16 @@ def inflate(store: EditStore, folder: Path, edits: int) -> Path:
         mask = np.zeros(drawn.shape, dtype=bool)
         np.put_along_axis(mask, drawn.argpartition(made.k, axis=1)[:, : made.k], True, axis=1)
         codes.append(pack(mask))
-    fields = msgspec.structs.asdict(made)
-    for written in ("format", "library", "sha256", "memory", "codes", "edits"):
-        del fields[written]
     folder.mkdir(parents=True)
     write_generation(
         folder,
-        {**fields, "generation": 1, "next_id": made.next_id + count},
-        memories=store.memories,
-        background=store.background,
-        permutation=store.permutation,
-        codes=np.concatenate(codes),
-        ids=np.concatenate([store.ids[rows], ids]),
-        memory_of=np.concatenate([store.memory_of[rows], np.zeros(count, dtype=np.int32)]),
-        edits=_edits(kept, ids.tolist()),
+        msgspec.structs.replace(made, generation=1, next_id=made.next_id + count),
+        store.content._replace(
+            codes=np.concatenate(codes),
+            ids=np.concatenate([store.ids[rows], ids]),
+            memory_of=np.concatenate([store.memory_of[rows], np.zeros(count, dtype=np.int32)]),
+            edits=_edits(kept, ids.tolist()),
+        ),
     )
     return folder
 
