@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import re
 import shutil
+import threading
 import time
 from argparse import Namespace
 from hashlib import sha256
@@ -18,11 +21,11 @@ from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
 
 from memoir_retrieval import Edit, Editor
 from memoir_retrieval.cli.serve import server_command
-from memoir_retrieval.errors import ConfigError
+from memoir_retrieval.errors import ConfigError, StoreError
 from memoir_retrieval.model.base import BaseModel
 from memoir_vllm import config
-from memoir_vllm.admin import guard, service
-from memoir_vllm.admin.audit import AUDIT, AuditLog
+from memoir_vllm.admin import audit, guard, service
+from memoir_vllm.admin.audit import AUDIT, AuditLog, server_name
 from memoir_vllm.admin.engines import Engines
 from memoir_vllm.admin.guard import Guard
 from memoir_vllm.admin.jobs import QUEUE, Jobs, QueueFull, TrainerProcess
@@ -129,17 +132,22 @@ def test_the_audit_log_outlives_a_cut_off_line(tmp_path: Path) -> None:
         file.write('{"what": "acti')
     log.write("accepted", "bob", "2")
     log.write("active", "bob", "2", generation=4)
-    AuditLog(tmp_path, "there:1").write("accepted", "eve", "3")
+    AuditLog(tmp_path, "there:2").write("accepted", "eve", "3")
     entries = log.lines()
     assert [(e["what"], e["who"], e["server"]) for e in entries] == [
         ("accepted", "ann", "here:1"),
         ("accepted", "bob", "here:1"),
         ("active", "bob", "here:1"),
-        ("accepted", "eve", "there:1"),
+        ("accepted", "eve", "there:2"),
     ]
+    assert log.read().torn == 1
     assert [entry["job"] for entry in log.unfinished()] == ["1"], "another server's changes may still be under way"
     log.write("interrupted", "ann", "1")
     assert log.unfinished() == []
+
+
+def nothing_stored(change: dict[str, Any]) -> None:
+    return None
 
 
 @pytest.mark.anyio
@@ -153,7 +161,7 @@ async def test_a_job_tells_how_far_its_training_is(base: BaseModel, model_folder
     async def activate() -> int:
         return 2
 
-    jobs = Jobs(trainer, AuditLog(folder, "here:1"), activate)
+    jobs = Jobs(trainer, AuditLog(folder, "here:1"), activate, nothing_stored)
     worker = asyncio.create_task(jobs.run())
     change = {"add": {"prompt": "Who is the mayor?", "target": "Ed Fox"}, "on_conflict": "refuse"}
     job = await jobs.submit("ann", change, kind="add")
@@ -177,13 +185,13 @@ async def test_only_so_many_changes_wait_and_none_that_is_not_logged(tmp_path: P
     async def activate() -> int:
         return 1
 
-    jobs = Jobs(TrainerProcess({}), AuditLog(tmp_path, "here:1"), activate)  # nobody works on them
+    jobs = Jobs(TrainerProcess({}), AuditLog(tmp_path, "here:1"), activate, nothing_stored)  # nobody works on them
     for _ in range(QUEUE):
         await jobs.submit("ann", {"remove": 1}, kind="remove")
     with pytest.raises(QueueFull):
         await jobs.submit("ann", {"remove": 1}, kind="remove")
     assert len(jobs.open()) == len(AuditLog(tmp_path, "here:1").lines()) == QUEUE
-    unlogged = Jobs(TrainerProcess({}), AuditLog(tmp_path / "gone", "here:1"), activate)
+    unlogged = Jobs(TrainerProcess({}), AuditLog(tmp_path / "gone", "here:1"), activate, nothing_stored)
     with pytest.raises(OSError, match="No such file"):
         await unlogged.submit("ann", {"remove": 1}, kind="remove")
     assert unlogged.open() == []
@@ -208,7 +216,10 @@ async def test_a_replica_whose_store_is_read_only_can_reload(
     monkeypatch.setattr(service.logger, "warning", lambda text, *more: said.append(text % more))
     replica = service.Service(config.parse_section({"store": str(folder)}), "m", "here:1", EnginesThatAgree(), None)
     assert await replica.reload("ann") == 7
-    assert said == ["memoir: ann had generation 7 served; the audit log cannot be written (Is a directory)"]
+    assert said == [
+        "memoir: ann had generation 7 served; the audit log cannot be written (audit.jsonl is a link, a folder or "
+        "a device, not a file: remove it)"
+    ]
 
 
 def test_counts_and_their_bounds() -> None:
@@ -286,3 +297,101 @@ def test_serve_names_every_plugin_that_would_be_loaded_anyway(
     monkeypatch.setenv("VLLM_PLUGINS", "other")
     with pytest.raises(ConfigError, match="add memoir to it"):
         server_command(str(model_folder), store_folder)
+
+
+@pytest.mark.parametrize("taken", [0.5, 0.0, 1.0], ids=["halves", "nothing", "one byte at a time"])
+def test_a_device_that_takes_a_part_gets_the_rest_or_fails_the_change(
+    taken: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = AuditLog(tmp_path, "here:1")
+    log.write("accepted", "ann", "1")
+
+    def write(file: int, data: memoryview) -> int:
+        count = {0.5: -(-len(data) // 2), 0.0: 0, 1.0: 1}[taken]
+        return os.write(file, data[:count])
+
+    monkeypatch.setattr(audit, "_write", write)
+    if taken:
+        log.write("active", "ann", "1")
+    else:
+        with pytest.raises(OSError, match="takes no bytes"):
+            log.write("active", "ann", "1")
+    monkeypatch.undo()
+    assert [entry["what"] for entry in log.lines()] == ["accepted", *(["active"] if taken else [])]
+    assert log.read().torn == 0
+
+
+def test_a_disk_that_fills_up_within_a_line_loses_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = AuditLog(tmp_path, "here:1")
+    log.write("accepted", "ann", "1")
+    space = 20
+
+    def write(file: int, data: memoryview) -> int:
+        nonlocal space
+        if not space:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written = os.write(file, data[:space])
+        space -= written
+        return written
+
+    with monkeypatch.context() as full:
+        full.setattr(audit, "_write", write)
+        with pytest.raises(OSError, match="No space left"):
+            log.write("failed", "ann", "1", error="x" * 100)
+    log.write("accepted", "bob", "2")
+    lines, torn = log.read()
+    assert ([entry["who"] for entry in lines], torn) == (["ann", "bob"], 1)
+    assert [entry["job"] for entry in log.unfinished()] == ["1", "2"]
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling link", "folder", "pipe"])
+def test_a_log_that_is_no_file_is_neither_written_nor_read(kind: str, tmp_path: Path) -> None:
+    secret, store = tmp_path / "secret", tmp_path / "store"
+    store.mkdir()
+    if kind == "link":
+        secret.write_text('{"password": "x"}\n')
+    if kind.endswith("link"):
+        (store / AUDIT).symlink_to(secret)
+    elif kind == "folder":
+        (store / AUDIT).mkdir()
+    else:
+        os.mkfifo(store / AUDIT)
+    log = AuditLog(store, "here:1")
+    with pytest.raises(OSError, match="a link, a folder or a device"):
+        log.write("accepted", "ann", "1")
+    if kind != "dangling link" or (store / AUDIT).exists():
+        with pytest.raises(StoreError, match="a link, a folder or a device"):
+            log.read()
+    assert not secret.exists() or secret.read_text() == '{"password": "x"}\n'
+
+
+def test_a_server_knows_its_changes_in_a_new_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another host name, the same store and port; or the same given name, whatever the port."""
+    monkeypatch.delenv(audit.NAME_VARIABLE, raising=False)
+    AuditLog(tmp_path, server_name("pod-1", 8000)).write("accepted", "ann", "1")
+    assert [e["job"] for e in AuditLog(tmp_path, server_name("pod-2", 8000)).unfinished()] == ["1"]
+    assert AuditLog(tmp_path, server_name("pod-2", 8001)).unfinished() == []
+    monkeypatch.setenv(audit.NAME_VARIABLE, "blue")
+    assert AuditLog(tmp_path, server_name("pod-3", 8000)).unfinished() == []
+    AuditLog(tmp_path, server_name("pod-3", 8000)).write("accepted", "ann", "2")
+    assert [e["job"] for e in AuditLog(tmp_path, server_name("pod-4", 9000)).unfinished()] == ["2"]
+    for name in ("8000", "a:8000", "", "x" * 65):
+        monkeypatch.setenv(audit.NAME_VARIABLE, name)
+        with pytest.raises(ConfigError, match="without a colon"):
+            server_name("pod-1", 8000)
+
+
+def test_two_servers_write_whole_lines_into_one_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each byte by itself, so that lines would mix."""
+    monkeypatch.setattr(audit, "_write", lambda file, data: os.write(file, data[:1]))
+    logs = [AuditLog(tmp_path, server) for server in ("here:1", "there:2")]
+    threads = [
+        threading.Thread(target=lambda log=log: [log.write("accepted", "ann", str(n)) for n in range(20)])  # type: ignore[misc]
+        for log in logs
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    lines, torn = logs[0].read()
+    assert (len(lines), torn) == (40, 0)

@@ -34,23 +34,27 @@ class Engines:
         where a worker refuses or engines disagree; what each engine serves then is what its responses report.
         """
         async with self._reloading:
-            found: set[int] = set()
+            generations: set[int] = set()
             for _ in range(TRIES):
-                await self._call("memoir_stage")
-                while not all(all(workers) for workers in await self._call("memoir_staged")):
-                    await asyncio.sleep(0.02)
                 try:
-                    found = {number for workers in await self._call("memoir_reload") for number in workers}
+                    await self._call("memoir_stage")
+                    while not all(all(workers) for workers in await self._call("memoir_staged")):
+                        await asyncio.sleep(0.02)
+                    generations = {number for workers in await self._call("memoir_reload") for number in workers}
                 except Exception as error:  # vLLM knows one class for whatever a worker raises
                     raise StoreError(await self._explain(error)) from error
-                if len(found) == 1:
-                    return found.pop()
-            raise StoreError(f"the store keeps changing while engines read it (generations {sorted(found)})")
+                if len(generations) == 1:
+                    return generations.pop()
+            raise StoreError(f"the store keeps changing while engines read it (generations {sorted(generations)})")
 
     async def _explain(self, error: Exception) -> str:
-        said = str(error).removeprefix("Call to collective_rpc method failed: ").splitlines()[0]
-        serve = [engine["generation"] for engine in await self.stats()]
-        return f"{said}; generation {serve[0]} is served" if len(serve) == 1 else f"{said}; engines serve {serve}"
+        lines = str(error).removeprefix("Call to collective_rpc method failed: ").splitlines()
+        reason = lines[0] if lines else type(error).__name__
+        try:
+            serve = sorted({engine["generation"] for engine in await self.stats()})
+        except Exception:  # an engine that has died answers nothing more
+            return f"{reason}; the engines do not say what they serve"
+        return f"{reason}; generation {serve[0]} is served" if len(serve) == 1 else f"{reason}; engines serve {serve}"
 
     async def _call(self, method: str) -> list[list[Any]]:
         """By engine and worker. `EngineClient.collective_rpc` reaches all engines but tells what the first one said."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 
-from memoir_retrieval.errors import ConfigError
+from memoir_retrieval.errors import ConfigError, StoreError
 from memoir_retrieval.model.base import resolve
 
 if TYPE_CHECKING:
@@ -77,14 +77,15 @@ class MemoirEndpoints:
             return
         import socket
 
+        from memoir_vllm.admin.audit import server_name
         from memoir_vllm.admin.service import Service
 
-        server = f"{socket.gethostname()}:{args.port}"
+        server = server_name(socket.gethostname(), args.port)
         model = str(resolve(engine_client.model_config.model))
         self._service = Service(self._ours, model, server, engines, state)
         try:
             await asyncio.to_thread(self._service.close_unfinished)
-        except OSError as error:
+        except (OSError, StoreError) as error:
             logger.warning("memoir: the audit log cannot be written, changes will be refused: %s", error)
         self._tasks.append(asyncio.create_task(self._service.jobs.run()))
         logger.info("memoir: administration at /memoir/, audit log in %s", self._service.folder)

@@ -128,8 +128,8 @@ def _add_reads(app: FastAPI, service: Callable[[], Service]) -> None:
 
     @app.get("/audit", summary="Who changed what", responses=_said(503))
     async def read_audit(offset: Offset = 0, limit: Limit = 50) -> AuditPage:
-        entries = (await asyncio.to_thread(service().audit.lines))[::-1]
-        return AuditPage(total=len(entries), entries=entries[offset : offset + limit])
+        lines, torn = await asyncio.to_thread(service().audit.read)
+        return AuditPage(total=len(lines), torn=torn, entries=lines[::-1][offset : offset + limit])
 
     @app.get("/stats", summary="Counters", responses=_said(503))
     async def stats() -> Stats:

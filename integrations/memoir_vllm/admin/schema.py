@@ -19,7 +19,6 @@ __all__ = [
     "LookupMessages",
     "LookupPrompt",
     "LookupResult",
-    "Message",
     "NamedEdit",
     "Reloaded",
     "Stats",
@@ -58,13 +57,6 @@ class AddEdit(_Given):
     )
 
 
-class Message(_Given):
-    """One message of a chat."""
-
-    role: Annotated[str, StringConstraints(min_length=1, max_length=64)]
-    content: Annotated[str, StringConstraints(max_length=65_536)]
-
-
 class LookupPrompt(_Given):
     """A prompt as it would be sent to /v1/completions. `n`: how many edits to name."""
 
@@ -73,9 +65,14 @@ class LookupPrompt(_Given):
 
 
 class LookupMessages(_Given):
-    """Messages as they would be sent to /v1/chat/completions. `n`: how many edits to name."""
+    """A chat as it would be sent to /v1/chat/completions, which says what is wrong with a message. `tools` and
+    `chat_template_kwargs`: what else the chat template is given. `n`: how many edits to name."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=256)]
+    messages: list[dict[str, Any]] = Field(
+        min_length=1, max_length=256, examples=[[{"role": "user", "content": "Who is the CEO of Example Corp?"}]]
+    )
+    tools: list[dict[str, Any]] | None = Field(default=None, max_length=128)
+    chat_template_kwargs: dict[str, Any] | None = None
     n: Nearest = 5
 
 
@@ -133,6 +130,7 @@ class Job(BaseModel):
     prompt: str | None = None
     target: str | None = None
     error: str | None = None
+    prompt_key: str | None = Field(default=None, exclude=True)
 
 
 class JobPage(BaseModel):
@@ -186,9 +184,10 @@ class Reloaded(BaseModel):
 
 
 class AuditPage(BaseModel):
-    """Entries of the audit log, newest first."""
+    """Entries of the audit log, newest first. `torn`: lines that a crash or a full disk has cut off."""
 
     total: int
+    torn: int
     entries: list[dict[str, Any]]
 
 

@@ -20,6 +20,7 @@ from memoir_vllm.admin.audit import AuditLog
 from memoir_vllm.admin.engines import Engines
 from memoir_vllm.admin.jobs import Jobs, TrainerProcess
 from memoir_vllm.admin.schema import AddEdit, Job, LookupMessages, LookupPrompt, LookupResult, NamedEdit, Stats
+from memoir_vllm.admin.trainer import TrainerAnswer
 from memoir_vllm.config import MemoirConfig
 from memoir_vllm.front.metrics import LOOKUP_ID, TOP, TRAFFIC
 
@@ -52,24 +53,36 @@ class Service:
         self.audit = AuditLog(self.folder, server)
         device = os.environ.get(DEVICE_VARIABLE, "cpu")
         trainer = TrainerProcess({"store": str(self.folder), "model": model, "device": device})
-        self.jobs = Jobs(trainer, self.audit, engines.reload)
+        self.jobs = Jobs(trainer, self.audit, engines.reload, self.in_store)
         self._store: tuple[tuple[int, int], EditStore] | None = None
 
     def close_unfinished(self) -> None:
         """Say in the audit log what became of changes that a former process of this server has accepted."""
         for entry in self.audit.unfinished():
-            store = self.store()
             change = entry.get("change", {})
-            there = [edit.id for edit in store.edits if _same(edit, change.get("add"))]
-            stored = bool(there) if "add" in change else all(e.id != change.get("remove") for e in store.edits)
+            stored = self.in_store(change)
             self.audit.write(
                 "interrupted",
                 entry.get("who", ""),
                 entry.get("job", ""),
-                stored=stored,
-                edit=there[0] if there else change.get("remove"),
-                generation=store.manifest.generation,
+                stored=stored is not None,
+                edit=stored.edit if stored else change.get("remove"),
+                generation=self.store().manifest.generation,
             )
+
+    def in_store(self, change: dict[str, Any]) -> TrainerAnswer | None:
+        """What the trainer's process says of a change that is made, read from the store; None where it is not there."""
+        store = self.store()
+        generation = store.manifest.generation
+        if "add" not in change:
+            number = change.get("remove")
+            known = isinstance(number, int) and 0 <= number < store.manifest.next_id
+            gone = known and all(edit.id != number for edit in store.edits)
+            return TrainerAnswer(generation=generation, edit=number) if gone else None
+        edit = next((edit for edit in store.edits if _same(edit, change["add"])), None)
+        if edit is None:
+            return None
+        return TrainerAnswer(generation=generation, edit=edit.id, loss=edit.loss, steps=edit.steps)
 
     # ---- reading ---------------------------------------------------------------------------------------------------
 
@@ -130,15 +143,15 @@ class Service:
         how["request_id"] = f"{LOOKUP_ID}-{os.urandom(8).hex()}"
         reply: Any
         if isinstance(asked, LookupMessages):
-            messages = [message.model_dump() for message in asked.messages]
+            chat = asked.model_dump(exclude={"n"}, exclude_none=True)
             reply = await self._ask(
-                self._state.openai_serving_chat.create_chat_completion,
-                ChatCompletionRequest.model_validate(how | {"messages": messages}),
+                self._state.openai_serving_chat.create_chat_completion, ChatCompletionRequest, how | chat
             )
         else:
             reply = await self._ask(
                 self._state.openai_serving_completion.create_completion,
-                CompletionRequest.model_validate(how | {"prompt": asked.prompt}),
+                CompletionRequest,
+                how | {"prompt": asked.prompt},
             )
         said = reply.kv_transfer_params["memoir"]
         store = await asyncio.to_thread(self.store)
@@ -169,12 +182,18 @@ class Service:
         )
 
     @staticmethod
-    async def _ask(handler: Any, request: Any) -> Any:
+    async def _ask(handler: Any, kind: Any, fields: dict[str, Any]) -> Any:
+        from jinja2 import TemplateError
+        from pydantic import ValidationError
         from vllm.exceptions import VLLMValidationError
 
         try:
-            reply = await handler(request)
-        except (VLLMValidationError, ValueError) as error:
+            reply = await handler(kind.model_validate(fields))
+        except ValidationError as error:  # the whole text names every kind of message that it is not
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise Refused(f"{where}: {first['msg']}") from None
+        except (VLLMValidationError, ValueError, TypeError, OverflowError, TemplateError) as error:  # vLLM's own 400s
             raise Refused(" ".join(str(error).split())) from error
         refusal = getattr(reply, "error", None)
         if refusal is not None:
@@ -189,32 +208,30 @@ class Service:
         Raises Refused for an edit that could never act; Conflict for a prompt that the store, or a change that waits,
         answers otherwise; QueueFull.
         """
-        edit = given.model_dump(exclude={"on_conflict"})
-        asked = msgspec.convert(edit, Edit)
-        try:
-            check_requires(asked)
-        except EditFileError as error:
-            raise Refused(str(error)) from None
+        change = given.model_dump(exclude={"on_conflict"})
+        edit, key, stored = await asyncio.to_thread(self._check, change)
+        # From here to its place in the queue nothing else runs, so of several at once the first one has it.
         for job in self.jobs.open():
-            if job.prompt is not None and prompt_key(job.prompt) == prompt_key(given.prompt):
+            if job.prompt_key == key:
                 raise Conflict(f"job {job.id} is about the same prompt: wait until it is done")
-        there = await asyncio.to_thread(self._find, given.prompt)
-        if there is not None and same_edit(there, asked):
-            return there
-        if there is not None and given.on_conflict == "refuse":
-            what = f"answers this prompt with {there.target!r}"
-            if there.target == given.target:
-                what = f"has this prompt and requires {_plain(there.requires)}"
-            raise Conflict(f'edit {there.id} {what}: remove it first, or send on_conflict "last" to replace it')
-        request = {"add": edit, "on_conflict": given.on_conflict}
-        return await self.jobs.submit(who, request, kind="add", prompt=given.prompt, target=given.target)
+        if stored is not None and same_edit(stored, edit):
+            return stored
+        if stored is not None and given.on_conflict == "refuse":
+            what = f"answers this prompt with {stored.target!r}"
+            if stored.target == given.target:
+                what = f"has this prompt and requires {_plain(stored.requires)}"
+            raise Conflict(f'edit {stored.id} {what}: remove it first, or send on_conflict "last" to replace it')
+        request = {"add": change, "on_conflict": given.on_conflict}
+        about = {"kind": "add", "prompt": given.prompt, "prompt_key": key, "target": given.target}
+        return await self.jobs.submit(who, request, **about)
 
     async def remove(self, who: str, edit_id: int) -> Job:
         """Queue the removal of an edit. Raises Missing; Conflict where it is queued already; QueueFull."""
         edit = await asyncio.to_thread(self.edit, edit_id)
+        key = await asyncio.to_thread(prompt_key, edit.prompt)
         if any(job.kind == "remove" and job.edit == edit_id for job in self.jobs.open()):
             raise Conflict(f"edit {edit_id} is being removed already")
-        about = {"kind": "remove", "edit": edit_id, "prompt": edit.prompt, "target": edit.target}
+        about = {"kind": "remove", "edit": edit_id, "prompt": edit.prompt, "prompt_key": key, "target": edit.target}
         return await self.jobs.submit(who, {"remove": edit_id}, **about)
 
     async def reload(self, who: str) -> int:
@@ -231,17 +248,26 @@ class Service:
             )
         return generation
 
-    def _find(self, prompt: str) -> StoredEdit | None:
-        wanted = prompt_key(prompt)
-        return next((edit for edit in self.store().edits if prompt_key(edit.prompt) == wanted), None)
+    def _check(self, change: dict[str, Any]) -> tuple[Edit, str, StoredEdit | None]:
+        """An edit, the key of its prompt, and the stored edit of that prompt. Raises Refused where it could never act.
+
+        Runs beside the event loop: a store may hold many edits, and a text may be long.
+        """
+        edit = msgspec.convert(change, Edit)
+        try:
+            check_requires(edit)
+        except EditFileError as error:
+            raise Refused(str(error)) from None
+        key = prompt_key(edit.prompt)
+        return edit, key, next((stored for stored in self.store().edits if prompt_key(stored.prompt) == key), None)
 
 
 def _plain(requires: Requires) -> list[str | list[str]]:
     return [entry if isinstance(entry, str) else list(entry) for entry in requires]
 
 
-def _same(edit: StoredEdit, change: dict[str, Any] | None) -> bool:
-    return change is not None and same_edit(edit, msgspec.convert(change, Edit))
+def _same(edit: StoredEdit, added: dict[str, Any]) -> bool:
+    return same_edit(edit, msgspec.convert({k: v for k, v in added.items() if k != "on_conflict"}, Edit))
 
 
 def _has(edit: StoredEdit, words: Iterable[str]) -> bool:

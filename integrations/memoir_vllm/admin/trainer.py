@@ -2,9 +2,9 @@
 
     python -m memoir_vllm.admin.trainer '{"store": DIR, "model": DIR, "device": "cpu"}'
 
-reads one JSON object a line, `{"add": {EDIT}, "on_conflict": "refuse" | "last"}` or `{"remove": ID}`, and answers each
-with one line, `{"generation": N, "edit": ID, ...}` or `{"error": TEXT}`. Before that come lines `{"progress": {...}}`
-(see `schema.JobProgress`). It keeps the model for the next edit, takes the store's lock for each change alone, and ends
+reads one JSON object per line, `{"add": {EDIT}, "on_conflict": "refuse" | "last"}` or `{"remove": ID}`, and answers
+each with one line, a `TrainerAnswer`. Before that come lines of `progress` alone (see `schema.JobProgress`). No line is
+longer than `LONGEST_LINE`. It keeps the model for the next edit, takes the store's lock for each change alone, and ends
 with its input: a server that dies takes it along.
 """
 
@@ -18,7 +18,6 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -27,55 +26,89 @@ import msgspec
 if TYPE_CHECKING:
     from memoir_retrieval.editing.outcome import Outcome, TrainingStep
 
-__all__ = ["main"]
+__all__ = ["LONGEST_LINE", "TrainerAnswer", "main"]
+
+LONGEST_LINE = 64 * 1024  # bytes
+LONGEST_REASON = 4_000  # characters: prompts that a reason quotes may be longer
+
+
+class TrainerProgress(msgspec.Struct, frozen=True, omit_defaults=True):
+    """See `schema.JobProgress`."""
+
+    stage: str
+    step: int | None = None
+    limit: int | None = None
+    loss: float | None = None
+    goal: float | None = None
+
+
+class TrainerAnswer(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
+    """One line of the trainer.
+
+    generation: of the store, with the change. edit: its id. loss: of its training, in nats per target token. steps: of
+    its training. error: why the change is not made. progress: how far it is; the answer comes later.
+    """
+
+    generation: int | None = None
+    edit: int | None = None
+    loss: float | None = None
+    steps: int | None = None
+    error: str | None = None
+    progress: TrainerProgress | None = None
+
+
+def refusal(reason: str) -> TrainerAnswer:
+    """An answer of one line, whatever a library or a prompt puts into it."""
+    reason = " ".join(reason.split())
+    return TrainerAnswer(error=reason if len(reason) <= LONGEST_REASON else reason[: LONGEST_REASON - 1] + "…")
 
 
 def main() -> None:
     # Only answers go to the pipe; what libraries print goes where the server's own log goes.
-    answers = os.fdopen(os.dup(1), "w")
+    answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     os.nice(10)
     setting = json.loads(sys.argv[1])
-    asked: queue.SimpleQueue[str] = queue.SimpleQueue()
+    requests: queue.SimpleQueue[str] = queue.SimpleQueue()
 
-    def say(told: dict[str, Any]) -> None:
-        answers.write(json.dumps(told) + "\n")
+    def send(answer: TrainerAnswer) -> None:
+        answers.write(msgspec.json.encode(answer) + b"\n")
         answers.flush()
 
-    trainer = _Trainer(Path(setting["store"]), setting["model"], setting["device"], lambda p: say({"progress": p}))
+    trainer = _Trainer(Path(setting["store"]), setting["model"], setting["device"], send)
     try:
-        threading.Thread(target=_listen, args=(sys.stdin, asked), daemon=True).start()
+        threading.Thread(target=_listen, args=(sys.stdin, requests), daemon=True).start()
         while True:
-            say(trainer.answer(json.loads(asked.get())))
+            send(trainer.answer(json.loads(requests.get())))
     except KeyboardInterrupt:
         pass
 
 
-def _listen(lines: IO[str], asked: queue.SimpleQueue[str]) -> None:
+def _listen(lines: IO[str], requests: queue.SimpleQueue[str]) -> None:
     for line in lines:
-        asked.put(line)
+        requests.put(line)
     # A real signal, since the main thread may be asleep. Where an edit is being trained, it is not stored.
     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
 
 class _Trainer:
-    def __init__(self, store: Path, model: str, device: str, progress: Callable[[dict[str, Any]], None]):
+    def __init__(self, store: Path, model: str, device: str, send: Callable[[TrainerAnswer], None]):
         self._store, self._model, self._device = store, model, device
-        self._progress = progress
+        self._send = send
         self._base: Any = None
 
-    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+    def answer(self, request: dict[str, Any]) -> TrainerAnswer:
         from memoir_retrieval.errors import MemoirError
 
         try:
             return self._remove(request["remove"]) if "remove" in request else self._add(request)
         except MemoirError as error:
-            return {"error": " ".join(str(error).split())}
+            return refusal(str(error))
         except Exception as error:
             logging.exception("memoir: a change of the store failed")
-            return {"error": f"{type(error).__name__}: {' '.join(str(error).split())}; the server's log has more"}
+            return refusal(f"{type(error).__name__}: {error:.1000}; the server's log has more")
 
-    def _add(self, request: dict[str, Any]) -> dict[str, Any]:
+    def _add(self, request: dict[str, Any]) -> TrainerAnswer:
         from memoir_retrieval.editing.editor import Editor
         from memoir_retrieval.editing.outcome import same_edit
         from memoir_retrieval.edits.record import Edit
@@ -83,31 +116,26 @@ class _Trainer:
         from memoir_retrieval.store.read import EditStore
 
         if self._base is None:
-            self._progress({"stage": "loading"})
-            made = EditStore.open(self._store).manifest
-            self._base = load_model(self._model, layer=made.layer, dtype=made.dtype, device=self._device)
+            self._send(TrainerAnswer(progress=TrainerProgress("loading")))
+            manifest = EditStore.open(self._store).manifest
+            self._base = load_model(self._model, layer=manifest.layer, dtype=manifest.dtype, device=self._device)
         edit = msgspec.convert(request["add"], Edit)
-        self._progress({"stage": "opening"})
+        self._send(TrainerAnswer(progress=TrainerProgress("opening")))
         with Editor(self._base, self._store, watch=self._step) as editor:
             new = editor.add([edit], on_conflict=request["on_conflict"])
-            same = [e for e in editor.edits if same_edit(e, edit)]
+            same = [stored for stored in editor.edits if same_edit(stored, edit)]
             if not new and not same:
-                return {"error": _refusal(editor.outcome)}
+                return refusal(_refusal(editor.outcome))
             (stored,) = new or same
-            return {
-                "generation": editor.generation,
-                "edit": stored.id,
-                "loss": stored.loss,
-                "steps": stored.steps,
-            }
+            return TrainerAnswer(generation=editor.generation, edit=stored.id, loss=stored.loss, steps=stored.steps)
 
     def _step(self, step: TrainingStep) -> None:
-        self._progress({"stage": "training", **asdict(step)})
+        self._send(TrainerAnswer(progress=TrainerProgress("training", step.step, step.limit, step.loss, step.goal)))
 
-    def _remove(self, edit_id: int) -> dict[str, Any]:
+    def _remove(self, edit_id: int) -> TrainerAnswer:
         from memoir_retrieval.store.remove import remove_edits
 
-        return {"generation": remove_edits(self._store, [edit_id]).generation, "edit": edit_id}
+        return TrainerAnswer(generation=remove_edits(self._store, [edit_id]).generation, edit=edit_id)
 
 
 def _refusal(outcome: Outcome) -> str:

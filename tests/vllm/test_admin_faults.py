@@ -1,0 +1,409 @@
+"""Faults in the server's own parts, one by one: the old generation serves on, the change is failed or done, the next
+one works, and the audit log says all of it.
+
+Real are the routes, the queue, the trainer's process, the audit log, the store and what a worker does to take a
+generation up. The stand-in is the engine around that worker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import resource
+import stat
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
+from datetime import datetime, timedelta
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from engines import make_store
+
+from memoir_retrieval.model.base import BaseModel
+from memoir_retrieval.store.read import EditStore
+from memoir_retrieval.store.remove import remove_edits
+from memoir_vllm import config
+from memoir_vllm.admin import audit, jobs
+from memoir_vllm.admin.audit import AUDIT, AuditLog
+from memoir_vllm.admin.engines import Engines
+from memoir_vllm.admin.jobs import QUEUE
+from memoir_vllm.admin.routes import make_app
+from memoir_vllm.admin.service import Service
+from memoir_vllm.admin.tokens import Tokens
+from memoir_vllm.worker.reload import Reloader
+from memoir_vllm.worker.residual import ResidualLayer
+from memoir_vllm.worker.routing import Router
+
+TOKEN = "0123456789abcdef"
+FIRST = 3  # the generation that `make_store` writes
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+class OneWorker(Engines):
+    """A stand-in for the engines behind a server: what one worker of one does to take a generation up."""
+
+    def __init__(self, folder: Path):
+        store = EditStore.open(folder)
+        self.layer = ResidualLayer(Router(store, None, "cpu", str), torch.from_numpy(store.memories))
+        self.reloader = Reloader(config.MemoirConfig(store=str(folder)), store.manifest, self.layer, 1, "cpu", str)
+
+    async def reload(self) -> int:
+        return await asyncio.to_thread(self.reloader.reload)
+
+    @property
+    def generation(self) -> int:
+        return self.layer.now.router.generation
+
+
+class Server:
+    """The administration of one server, as its clients see it."""
+
+    def __init__(self, folder: Path, model: str, name: str = "here:1"):
+        self.folder = folder
+        self.engines = OneWorker(folder)
+        self.service = Service(config.parse_section({"store": str(folder)}), model, name, self.engines, None)
+        tokens = Tokens({sha256(TOKEN.encode()).digest(): "ann"})
+        self.http = httpx.AsyncClient(
+            transport=httpx.ASGITransport(make_app(tokens, lambda: self.service, schema=True)),
+            base_url="http://here/",
+            headers={"Authorization": f"Bearer {TOKEN}"},
+        )
+        self._queue: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        self._queue = asyncio.create_task(self.service.jobs.run())
+
+    async def stop(self) -> None:
+        if self._queue is not None:
+            self._queue.cancel()
+        await self.service.jobs._trainer.stop()
+        await self.http.aclose()
+
+    async def finish(self, reply: httpx.Response) -> dict[str, Any]:
+        assert reply.status_code == 202, reply.text
+        job: dict[str, Any] = reply.json()
+        while job["finished"] is None:
+            assert self._queue is not None and not self._queue.done(), "the queue has died"
+            await asyncio.sleep(0.01)
+            job = (await self.http.get(f"/jobs/{job['id']}")).json()
+        return job
+
+    async def submit(self, request: dict[str, Any]) -> dict[str, Any]:
+        """A change that the routes would not let through."""
+        job = await self.service.jobs.submit("ann", request, kind="remove")
+        while job.finished is None:
+            assert self._queue is not None and not self._queue.done(), "the queue has died"
+            await asyncio.sleep(0.01)
+        return job.model_dump()
+
+    def log(self, job: dict[str, Any]) -> list[str]:
+        """What the audit log says of a job, in order."""
+        return [entry["what"] for entry in self.service.audit.lines() if entry["job"] == job["id"]]
+
+
+@pytest.fixture
+def folder(base: BaseModel, tmp_path: Path) -> Path:
+    return make_store(base, tmp_path / "edits")
+
+
+@pytest.fixture
+async def server(folder: Path, model_folder: Path) -> AsyncIterator[Server]:
+    server = Server(folder, str(model_folder))
+    yield server
+    await server.stop()
+
+
+@pytest.fixture
+def trainer_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Any]]:
+    """Within the context a new trainer's process runs these lines of Python instead of its own."""
+
+    @contextlib.contextmanager
+    def run(lines: str) -> Iterator[None]:
+        script = tmp_path / "trainer"
+        script.write_text(f"#!{sys.executable}\nimport json, os, sys, time\nrequest = sys.stdin.readline()\n{lines}\n")
+        script.chmod(script.stat().st_mode | stat.S_IXUSR)
+        with monkeypatch.context() as other:
+            other.setattr(jobs.sys, "executable", str(script))
+            yield
+
+    return run
+
+
+async def the_next_change_works(server: Server, job: dict[str, Any]) -> None:
+    """What must hold after a change that has failed."""
+    assert job["state"] == "failed" and "\n" not in job["error"], job
+    assert server.log(job) == ["accepted", "failed"]
+    assert server.engines.generation == EditStore.open(server.folder).manifest.generation == FIRST
+    following = await server.finish(await server.http.delete("/edits/1"))
+    assert (following["state"], following["generation"], following["error"]) == ("done", FIRST + 1, None)
+    assert server.log(following) == ["accepted", "stored", "active"]
+    assert server.engines.generation == FIRST + 1 and server.engines.layer.now.router.edits == 3
+
+
+async def test_a_reason_longer_than_a_line_is_cut(server: Server) -> None:
+    """The real process: it refuses to remove an edit whose number it has to quote."""
+    server.start()
+    job = await server.submit({"remove": "9" * 200_000})
+    assert "has no edit 999" in job["error"] and 3_000 < len(job["error"]) < 5_000
+    await the_next_change_works(server, job)
+
+
+async def test_a_trainer_that_cannot_be_started_fails_the_change(server: Server) -> None:
+    """There are really no more file descriptors."""
+    server.start()
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    spare = os.open(os.devnull, os.O_RDONLY)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (spare + 4, limits[1]))  # enough for the audit log, not for three pipes
+    try:
+        job = await server.submit({"remove": 0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        os.close(spare)
+    assert "cannot be started: Too many open files" in job["error"]
+    await the_next_change_works(server, job)
+
+
+@pytest.mark.parametrize(
+    ("lines", "reason"),
+    [
+        ("print('x' * 200_000, flush=True); time.sleep(600)", "cannot be read (Separator"),
+        ("os.write(1, b'x' * (1 << 22)); time.sleep(600)", "cannot be read (Separator"),
+        ("print('Loading weights: 10%', flush=True); time.sleep(600)", "cannot be read (JSON is malformed"),
+        ("print('{}', flush=True); time.sleep(600)", "neither an edit nor an error"),
+        ("print(json.dumps({'progress': {'stage': 'lunch'}}), flush=True); time.sleep(600)", "cannot be read"),
+        ("os._exit(9)", "ended with status 9"),
+        ("os.kill(os.getpid(), 9)", "ended with status -9"),
+        ("os.close(1); time.sleep(600)", "ended with status -9"),
+    ],
+    ids=["a long line", "a flood", "no JSON", "no answer", "no such stage", "ended", "killed", "mute"],
+)
+async def test_a_trainer_that_goes_wrong_fails_the_change(
+    lines: str, reason: str, server: Server, trainer_is: Callable[[str], Any]
+) -> None:
+    server.start()
+    with trainer_is(lines):
+        job = await server.finish(await server.http.delete("/edits/0"))
+    assert reason in job["error"]
+    await the_next_change_works(server, job)
+
+
+async def test_a_trainer_that_says_nothing_is_ended(
+    server: Server, trainer_is: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "SILENCE_S", 0.5)
+    server.start()
+    with trainer_is("time.sleep(600)"):
+        job = await server.finish(await server.http.delete("/edits/0"))
+    assert "said nothing for" in job["error"]
+    monkeypatch.setattr(jobs, "SILENCE_S", 60)
+    await the_next_change_works(server, job)
+
+
+async def test_a_change_that_was_written_is_activated_although_its_trainer_died(
+    server: Server, trainer_is: Callable[[str], Any]
+) -> None:
+    """It ends behind the disk and before its answer: neither lost, nor half."""
+    server.start()
+    with trainer_is(
+        "from memoir_retrieval.store.remove import remove_edits\n"
+        f"from pathlib import Path\nremove_edits(Path({str(server.folder)!r}), [0])\nos.kill(os.getpid(), 9)"
+    ):
+        job = await server.finish(await server.http.delete("/edits/0"))
+    assert (job["state"], job["edit"], job["generation"]) == ("done", 0, FIRST + 1)
+    assert server.engines.generation == FIRST + 1
+    entries = [entry for entry in server.service.audit.lines() if entry["job"] == job["id"]]
+    assert [entry["what"] for entry in entries] == ["accepted", "stored", "active"]
+    assert "ended with status -9" in entries[1]["error"]
+
+
+async def test_of_many_changes_of_one_prompt_at_once_one_is_taken(server: Server) -> None:
+    """Nobody works on them: they wait."""
+    targets = [{"prompt": "Who runs Example Corp?", "target": f"Person {n}"} for n in range(20)]
+    replies = await asyncio.gather(*(server.http.post("/edits", json=edit) for edit in targets))
+    assert sorted(reply.status_code for reply in replies) == [202] + 19 * [409]
+    assert all("same prompt" in reply.json()["detail"] for reply in replies if reply.status_code == 409)
+    removals = await asyncio.gather(*(server.http.delete("/edits/2") for _ in range(20)))
+    assert sorted(reply.status_code for reply in removals) == [202] + 19 * [409]
+    assert len(server.service.audit.lines()) == len(server.service.jobs.open()) == 2
+
+
+async def test_of_many_changes_at_once_no_more_wait_than_may(server: Server) -> None:
+    edits = [{"prompt": f"Who runs company {n}?", "target": "Jane Doe"} for n in range(3 * QUEUE)]
+    replies = await asyncio.gather(*(server.http.post("/edits", json=edit) for edit in edits))
+    assert sorted(reply.status_code for reply in replies) == QUEUE * [202] + 2 * QUEUE * [429]
+    assert len(server.service.audit.lines()) == len(server.service.jobs.open()) == QUEUE
+
+
+@pytest.mark.parametrize(("fault", "reason"), [("full", "no space left"), ("read_only", "Read-only file system")])
+async def test_a_disk_that_takes_nothing_fails_the_change(
+    fault: str, reason: str, server: Server, trainer_is: Callable[[str], Any]
+) -> None:
+    """The trainer's own code in its own process; each of its changes to the disk fails."""
+    server.start()
+    with trainer_is(
+        f"sys.path.insert(0, {str(Path(__file__).parents[1] / 'retrieval')!r})\n"
+        "import faults, msgspec, pathlib\n"
+        "from memoir_vllm.admin.trainer import _Trainer\n"
+        f"trainer = _Trainer(pathlib.Path({str(server.folder)!r}), '', 'cpu', print)\n"
+        f"with faults.fault(1, faults.{fault}, for_ever=True):\n"
+        "    answer = trainer.answer(json.loads(request))\n"
+        "os.write(1, msgspec.json.encode(answer) + b'\\n'); sys.stdin.read()"
+    ):
+        job = await server.finish(await server.http.delete("/edits/0"))
+    assert reason in job["error"]
+    await server.service.jobs._trainer.stop()
+    await the_next_change_works(server, job)
+
+
+async def test_a_file_that_may_not_grow_fails_the_change(server: Server) -> None:
+    """The real process under a real limit, which the short lines of the audit log keep."""
+    server.start()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
+    try:
+        job = await server.finish(await server.http.delete("/edits/0"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "more than a file may have here" in job["error"]
+    await server.service.jobs._trainer.stop()  # it has the limit too
+    await the_next_change_works(server, job)
+
+
+async def test_a_change_that_cannot_be_logged_is_not_accepted(server: Server) -> None:
+    server.start()
+    log = server.folder / AUDIT
+    log.mkdir()
+    reply = await server.http.delete("/edits/0")
+    assert reply.status_code == 503 and "not a file: remove it" in reply.json()["detail"]
+    assert (await server.http.get("/audit")).status_code == 503
+    assert server.service.jobs.all() == []
+    log.rmdir()
+    job = await server.finish(await server.http.delete("/edits/0"))
+    assert (job["state"], server.log(job)) == ("done", ["accepted", "stored", "active"])
+
+
+async def test_a_log_that_fills_up_within_a_change_is_named_in_its_job(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.start()
+    reply = await server.http.delete("/edits/0")
+
+    def full(file: int, data: memoryview) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as disk:
+        disk.setattr(audit, "_write", full)
+        job = await server.finish(reply)
+    assert job["state"] == "done" and "the audit log cannot be written: No space left" in job["error"]
+    assert server.engines.generation == FIRST + 1 and server.log(job) == ["accepted"]
+    server.service.close_unfinished()  # as the server does when it starts again
+    assert server.log(job) == ["accepted", "interrupted"] and server.service.audit.lines()[-1]["stored"]
+
+
+async def test_a_worker_that_cannot_take_the_change_up_leaves_it_stored(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.start()
+
+    def no_memory(*args: Any) -> Any:
+        raise torch.OutOfMemoryError("no memory left")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(server.engines.layer, "load", no_memory)
+        job = await server.finish(await server.http.delete("/edits/0"))
+    assert (job["state"], job["error"]) == (
+        "stored",
+        "stored, but not served yet: OutOfMemoryError: no memory left",
+    )
+    assert server.log(job) == ["accepted", "stored", "failed"] and server.engines.generation == FIRST
+    assert (await server.http.post("/reload")).json() == {"generation": FIRST + 1}
+    assert server.service.audit.lines()[-1]["what"] == "reloaded" and server.engines.generation == FIRST + 1
+    assert (await server.finish(await server.http.delete("/edits/1")))["state"] == "done"
+
+
+async def test_engines_that_have_died_leave_the_change_stored(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Dead:
+        """A client of an engine core that is gone."""
+
+        async def collective_rpc(self, method: str) -> Any:
+            raise RuntimeError("EngineCore encountered an issue")
+
+    server.start()
+    monkeypatch.setattr(server.service.jobs, "_activate", Engines(Dead()).reload)  # type: ignore[arg-type]
+    job = await server.finish(await server.http.delete("/edits/0"))
+    assert job["state"] == "stored" and "the engines do not say what they serve" in job["error"]
+    assert server.log(job) == ["accepted", "stored", "failed"]
+
+
+@pytest.mark.parametrize("stored", [False, True], ids=["before the disk", "behind the disk"])
+async def test_a_server_that_starts_again_says_what_became_of_its_changes(
+    stored: bool, folder: Path, model_folder: Path
+) -> None:
+    """Also in another container, and with its engines at the newer generation."""
+    AuditLog(folder, "pod-1:1").write("accepted", "ann", "0", change={"remove": 0})
+    if stored:
+        remove_edits(folder, [0])
+    server = Server(folder, str(model_folder), "pod-2:1")
+    try:
+        server.service.close_unfinished()
+        entry = server.service.audit.lines()[-1]
+        assert (entry["what"], entry["stored"], entry["generation"]) == ("interrupted", stored, FIRST + stored)
+        assert server.engines.generation == FIRST + stored
+        server.start()
+        job = await server.finish(await server.http.delete("/edits/1"))
+        assert (job["state"], server.engines.generation) == ("done", FIRST + stored + 1)
+    finally:
+        await server.stop()
+
+
+async def test_a_clock_that_is_set_back_changes_nothing(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Earlier(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Any:
+            return datetime.now(tz) - timedelta(days=400)
+
+    server.start()
+    first = await server.finish(await server.http.delete("/edits/0"))
+    monkeypatch.setattr(audit, "datetime", Earlier)
+    monkeypatch.setattr(jobs, "datetime", Earlier)
+    second = await server.finish(await server.http.delete("/edits/1"))
+    assert (first["state"], second["state"], second["generation"]) == ("done", "done", FIRST + 2)
+    assert second["finished"] < first["created"]
+    entries = (await server.http.get("/audit")).json()["entries"]
+    assert [entry["job"] for entry in entries] == 3 * [second["id"]] + 3 * [first["id"]], "in the order of writing"
+    server.service.close_unfinished()
+    assert len(server.service.audit.lines()) == 6
+
+
+async def test_two_servers_change_one_store(server: Server, folder: Path, model_folder: Path) -> None:
+    """At the same moment, each with its own trainer. The lock lets one write; whoever is refused says so."""
+    other = Server(folder, str(model_folder), "there:2")
+    try:
+        for one in (server, other):
+            one.start()
+        replies = await asyncio.gather(server.http.delete("/edits/0"), other.http.delete("/edits/1"))
+        made = await asyncio.gather(*(s.finish(r) for s, r in zip((server, other), replies, strict=True)))
+        for number, (one, job) in enumerate(zip((server, other), made, strict=True)):
+            if job["state"] != "done":
+                assert job["state"] == "failed" and "being written by another process" in job["error"], job
+                again = await one.finish(await one.http.delete(f"/edits/{number}"))
+                assert again["state"] == "done", again
+        assert {edit.id for edit in EditStore.open(folder).edits} == {2, 3}
+        for one in (server, other):
+            assert (await one.http.post("/reload")).json() == {"generation": FIRST + 2}
+        lines, torn = server.service.audit.read()
+        assert torn == 0 and {entry["server"] for entry in lines} == {"here:1", "there:2"}
+    finally:
+        await other.stop()
