@@ -17,7 +17,7 @@ __all__ = ["FORMATS", "Format", "detect_format", "show"]
 
 Record = dict[str, Any]
 Texts = Iterable[str]
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
 
 _shorten = reprlib.Repr()
 _shorten.maxstring = _shorten.maxother = 60
@@ -47,6 +47,8 @@ def _memoir(record: Record) -> list[Edit]:
         raise EditFileError(f"key {show(unknown[0])} is unknown; the keys are {', '.join(fields)}")
     if isinstance(record.get("prompt"), list):
         record = record | _chat(record["prompt"])
+    if isinstance(record.get("before"), list):
+        record = record | {"before": _messages("before", record["before"])}
     prompt, target = _text(record, "prompt"), _text(record, "target")
     try:
         edit = msgspec.convert(record, Edit)
@@ -64,7 +66,7 @@ def _memoir(record: Record) -> list[Edit]:
         neighbourhood=edit.neighbourhood,
         portability=edit.portability,
         ood=edit.ood,
-        before=_messages("before", edit.before),
+        before=edit.before,
         requires=edit.requires,
     )
 
@@ -78,11 +80,22 @@ def _chat(messages: list[Any]) -> Record:
 
 
 def _messages(key: str, messages: Iterable[Any]) -> tuple[Message, ...]:
-    for one in messages:
-        sound = isinstance(one, dict) and {*one} == {"role", "content"} and isinstance(one["content"], str)
-        if not sound or one["role"] not in ROLES:
-            raise _wrong(key, one, f'messages, each {{"role", "content"}} in text, of a role of {", ".join(ROLES)}')
-    return tuple(messages)
+    """Messages as a server takes them: content in text or in parts of text, which it joins by line ends."""
+    return tuple(_message(key, message) for message in messages)
+
+
+def _message(key: str, message: Any) -> Message:
+    fields = dict(message) if isinstance(message, dict) else {}
+    parts = fields.get("content")
+    if isinstance(parts, list) and all(isinstance(p, dict) and {*p} == {"type", "text"} for p in parts):
+        texts = [part["text"] for part in parts if part["type"] == "text"]
+        if len(texts) == len(parts) and all(isinstance(text, str) for text in texts):
+            fields["content"] = "\n".join(texts)
+    known = {"role", "content"} <= fields.keys() <= {"role", "content", "name", "tool_call_id"}
+    if not known or fields["role"] not in ROLES or not all(isinstance(value, str) for value in fields.values()):
+        wanted = f'messages, each {{"role", "content"}} in text, of a role of {", ".join(ROLES)}'
+        raise _wrong(key, message, f"{wanted}; tool calls and pictures cannot be kept")
+    return fields
 
 
 def _target_new(record: Record) -> list[Edit]:

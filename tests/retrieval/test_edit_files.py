@@ -606,3 +606,20 @@ def test_contexts() -> None:
         roles = [message["role"] for message in messages]
         turns = roles[1:] if roles[0] == "system" else roles
         assert turns == ["user", "assistant"] * (len(turns) // 2)  # the user's question comes next
+
+
+def test_a_chat_is_read_as_a_server_takes_it(tmp_path: Path) -> None:
+    """Parts of text are joined as vLLM joins them; names and tool results stay."""
+    chat = [
+        {"role": "system", "content": [{"type": "text", "text": "Be brief."}, {"type": "text", "text": "Be kind."}]},
+        {"role": "tool", "content": "7 degrees", "tool_call_id": "a"},
+        {"role": "user", "name": "ann", "content": [{"type": "text", "text": "Who leads it?"}]},
+    ]
+    (read,) = read_edits(write(tmp_path / "edits.jsonl", json.dumps({"prompt": chat, "target": "Ann"})))
+    assert read.prompt == "Who leads it?"
+    assert read.before == ({"role": "system", "content": "Be brief.\nBe kind."}, chat[1])
+    call = {"role": "assistant", "content": None, "tool_calls": []}
+    picture = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}
+    for message in (call, picture, {"role": "user", "content": [{"type": "text", "text": 5}]}, {"role": "user"}):
+        with pytest.raises(EditFileError, match="tool calls and pictures cannot be kept"):
+            read_edits(write(tmp_path / "edits.jsonl", json.dumps({"prompt": [message, chat[2]], "target": "Ann"})))
