@@ -1,4 +1,4 @@
-"""What weighing a question's tokens does: rephrasings that find their edit, and like questions that must not.
+"""What weighing a question's tokens does: rephrasings that find their edit, and similar questions that must not.
 
 python benchmarks/token_weights.py ZSRE_FILE
 

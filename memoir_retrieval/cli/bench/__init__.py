@@ -8,6 +8,7 @@ from memoir_retrieval.cli.bench.edit import bench_edit
 from memoir_retrieval.cli.bench.index import bench_index
 from memoir_retrieval.cli.bench.latency import bench_latency
 from memoir_retrieval.cli.bench.quality import bench_quality
+from memoir_retrieval.cli.bench.routing import bench_routing
 from memoir_retrieval.cli.bench.serve import bench_serve
 
 __all__ = ["bench"]
@@ -22,9 +23,10 @@ def bench() -> None:
       memoir bench serve edits --json
       memoir bench latency edits --plot latency.html
       memoir bench quality zsre --edits 100 --out run
+      memoir bench routing edits --out routing
       memoir bench index --quick
     """
 
 
-for command in (bench_quality, bench_latency, bench_index, bench_edit, bench_serve):
+for command in (bench_quality, bench_routing, bench_latency, bench_index, bench_edit, bench_serve):
     bench.add_command(command)

@@ -1,4 +1,4 @@
-"""Three kinds of charts as inline SVG, which is all that a report needs. Text and axes take the page's colours."""
+"""Four kinds of charts as inline SVG, which is all that a report needs. Text and axes take the page's colours."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from typing import NamedTuple
 
-__all__ = ["Series", "histograms", "lines"]
+__all__ = ["Series", "bars", "histograms", "lines"]
 
 WIDTH, LEFT, RIGHT = 720, 56, 16
 STEP = 0.02
@@ -110,6 +110,39 @@ def lines(
             body.append(f'<rect class="c{one.colour}" x="{at_x}" y="4" width="10" height="10"/>')
             body.append(_text(at_x + 15, 13, one.name, "start"))
     return _svg(top + height + bottom, body, f"{y_name} over {x_name}")
+
+
+def bars(rows: Mapping[str, Sequence[float | None]], names: Sequence[str]) -> str:
+    """Shares in [0, 1] as bars from the left, a group of them for each row; None leaves a gap.
+
+    names: what the first bar of each group is, the second and so on; they have the colours of the page in turn.
+    """
+    left, height = 270, 11
+    top, step = 26, height * len(names) + 8
+    bottom = top + step * len(rows)
+
+    def x(value: float) -> float:
+        return left + (WIDTH - left - RIGHT - 34) * value
+
+    body: list[str] = []
+    for at, name in enumerate(names):
+        body.append(f'<rect class="c{at + 1}" x="{left + 110 * at}" y="4" width="10" height="10"/>')
+        body.append(_text(left + 110 * at + 15, 13, name, "start"))
+    for tick in _ticks(0.0, 1.0):
+        body.append(f'<line class="grid" x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="{top}" y2="{bottom}"/>')
+        body.append(_text(x(tick), bottom + 14, f"{tick:g}", "middle"))
+    for row, (name, values) in enumerate(rows.items()):
+        y = top + row * step + 4
+        body.append(_text(left - 8, y + height * len(names) / 2 + 4, name, "end"))
+        for at, value in enumerate(values):
+            if value is None:
+                continue
+            body.append(
+                f'<rect class="c{at + 1}" x="{left}" y="{y + at * height}" width="{max(1.0, x(value) - left):.1f}" '
+                f'height="{height - 2}"><title>{escape(name)}, {escape(names[at])}: {value:.3f}</title></rect>'
+            )
+            body.append(_text(max(x(value), left + 1) + 4, y + at * height + 9, f"{value:.2f}", "start"))
+    return _svg(bottom + 20, body, "Shares of " + ", ".join(names))
 
 
 def _marks(marks: Mapping[str, float], x: Callable[[float], float], top: float, bottom: float, at: float) -> list[str]:

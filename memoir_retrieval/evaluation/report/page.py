@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from itertools import pairwise
 from pathlib import Path
@@ -13,15 +13,19 @@ import msgspec
 
 from memoir_retrieval.evaluation.calibration import Calibration, Setting
 from memoir_retrieval.evaluation.quality_run import Run
-from memoir_retrieval.evaluation.report.charts import Series, histograms, lines
+from memoir_retrieval.evaluation.report.charts import Series, bars, histograms, lines
+from memoir_retrieval.evaluation.routing_data import PARTS
+from memoir_retrieval.evaluation.routing_run import RoutingRun, Row
 from memoir_retrieval.evaluation.scores import Scores
 
-__all__ = ["calibration_page", "latency_page", "run_page", "settings_page"]
+__all__ = ["calibration_page", "latency_page", "routing_page", "run_page", "settings_page"]
 
 AGES = 10
 """Bars of the picture of forgetting."""
 SHOWN = 100
 """Edits listed at most."""
+SHOWN_LETTERS = 300
+"""Of a message that got the wrong edit."""
 
 STYLE = """
 :root{--page:#fff;--ink:#1b1f24;--dim:#667;--rule:#d9dce1;--c1:#2563a8;--c2:#d9822b;--c3:#6b8e4e;--c4:#8a5a9e}
@@ -90,6 +94,48 @@ def settings_page(found: Sequence[Setting], model: str) -> str:
     picture = lines(series[:4], x_name="layer", y_name="rephrasings found at the suggested tau", y_range=(0.0, 1.0))
     parts = [f"<h1>Layers of {escape(model)}</h1>", _section("Where edits stand apart", picture)]
     return _page(f"Layers of {model}", [*parts, _section("Best first", _table(rows))])
+
+
+def routing_page(run: RoutingRun) -> str:
+    """The report of `memoir bench routing`."""
+    of = f"{run.settings['edits']} edits of {Path(run.model).name}"
+    stored = f", {run.stored[0]} of {run.stored[1]} edits of the help page stored" if run.stored else ""
+    parts = [
+        f"<h1>Which edit a message gets: {escape(of)}</h1>",
+        f"<p>{sum(row.asked for row in run.rows)} messages in {run.seconds:g} s{stored}. {escape(run.started)}, "
+        f"memoir-retrieval {escape(run.library)}.<br><code>{escape(run.command)}</code></p>",
+    ]
+    wanted = [row for row in run.rows if row.found is not None]
+    for kind in dict.fromkeys(row.kind for row in wanted):
+        picture = _shares([row for row in wanted if row.kind == kind], lambda row: row.found)
+        parts.append(_section(f"Own edit found: {kind}", picture, "More is better."))
+    unwanted = [row for row in run.rows if row.found is None]
+    for kind in dict.fromkeys(row.kind for row in unwanted):
+        picture = _shares([row for row in unwanted if row.kind == kind], lambda row: row.other)
+        parts.append(_section(f"An edit acts where none may: {kind}", picture, "Less is better."))
+    columns = ("set", "kind", "name", "part", "asked", "found", "other", "exact", "answered")
+    rows = [["" if (value := getattr(row, c)) is None else value for c in columns] for row in run.rows]
+    parts.append(_section("All figures", _table([columns, *rows])))
+    slips = [
+        (row.name, slip.message[:SHOWN_LETTERS], "none" if slip.edit is None else slip.edit, slip.overlap)
+        for row in run.rows
+        for slip in row.slips
+    ]
+    if slips:
+        head = ("row", "message", "edit", "overlap")
+        parts.append(_section("Messages that got the wrong edit, or none", _table([head, *slips])))
+    parts.append(_section("Settings", _table([("setting", "value"), *_flat(run.settings)])))
+    return _page("Which edit a message gets", parts)
+
+
+def _shares(rows: Sequence[Row], share: Callable[[Row], float | None]) -> str:
+    """A bar for each part of what has one name in one set."""
+    several = len({row.set for row in rows}) > 1
+    by_name: dict[str, list[float | None]] = {}
+    for row in rows:
+        name = f"{row.set}: {row.name}" if several else row.name
+        by_name.setdefault(name, [None] * len(PARTS))[PARTS.index(row.part)] = share(row)
+    return bars(by_name, PARTS)
 
 
 _AGES_NOTE = "Left the newest edits, right the oldest, which most later ones may have overwritten."

@@ -1,0 +1,144 @@
+"""`memoir bench routing`: which edit messages get as people write them."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+from rich.table import Table
+
+from memoir_retrieval.cli.common import echo_json, json_option, model_option, notes, tables, tau_option, threads_option
+from memoir_retrieval.cli.demo import EXAMPLES, MODEL
+from memoir_retrieval.edits.files import read_edits
+from memoir_retrieval.errors import ConfigError
+from memoir_retrieval.store.files import publish
+
+__all__ = ["bench_routing"]
+
+PAGE = "routing.html"
+SETS = ("edits", "siblings", "opposites", "faq", "knowedit", "hallueditbench", "qaedit", "counterfact", "unrelated")
+OWN = ("edits", "siblings", "opposites", "faq", "unrelated")
+
+
+@click.command("routing")
+@click.argument("store", metavar="[DIR]", required=False, type=click.Path(path_type=Path))
+@click.option(
+    "--edits",
+    "file",
+    type=click.Path(path_type=Path),
+    default=EXAMPLES / "zsre-100.jsonl",
+    help="Without DIR: the edits to train (default: a hundred of ZsRE).",
+)
+@model_option
+@click.option("--chat/--no-chat", default=True, help="Without DIR: train and ask through the chat template, or raw.")
+@tau_option
+@click.option(
+    "--set",
+    "chosen",
+    multiple=True,
+    type=click.Choice(SETS),
+    help="What to ask; may be repeated (default: all that --data has, but counterfact).",
+)
+@click.option("--part", type=click.Choice(["tune", "report"]), help="Ask this half only (default: both).")
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    envvar="MEMOIR_DATA",
+    default="data",
+    show_default=True,
+    help="Folder of the published data sets; the variable MEMOIR_DATA names it, too.",
+)
+@click.option(
+    "--most", type=click.IntRange(min=2), default=500, show_default=True, help="Edits of each published set, at most."
+)
+@click.option(
+    "--unrelated", type=click.IntRange(min=1), default=3000, show_default=True, help="Unrelated prompts, at most."
+)
+@click.option(
+    "--answers",
+    type=click.Choice(["none", "some", "all"]),
+    default="some",
+    show_default=True,
+    help="Read the free answers too: of no message, of plain questions, chats and other questions, or of every one.",
+)
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for the figures and a page of pictures.")
+@json_option
+@threads_option
+def bench_routing(
+    store: Path | None,
+    file: Path,
+    model: str | None,
+    chat: bool,
+    tau: float | None,
+    chosen: tuple[str, ...],
+    part: Any,
+    data: Path,
+    most: int,
+    unrelated: int,
+    answers: Any,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    """Ask a store what people write: does a message get the edit that it asks for, and no other?
+
+    DIR is a store of `memoir edit`; without one, a hundred edits are trained first (with --out it is kept there). Every
+    form of a message, relation and record belongs to one half, `tune` or `report`: tune a lookup on the first and quote
+    figures of the second.
+
+    \b
+    Example:
+      memoir bench routing edits --out routing
+      memoir bench routing edits --set edits --part tune --answers none --json
+    """
+    from memoir_retrieval.editing.editor import Editor
+    from memoir_retrieval.evaluation.report import routing_page
+    from memoir_retrieval.evaluation.routing_data import PUBLISHED
+    from memoir_retrieval.evaluation.routing_run import RESULT, check_sets, run_routing
+    from memoir_retrieval.lookup.retriever import Retriever
+    from memoir_retrieval.model.base import load_model
+
+    there = [name for name, (path, _) in PUBLISHED.items() if (data / path).is_file() and name != "counterfact"]
+    sets = chosen or tuple(name for name in SETS if name in (*OWN, *there))
+    check_sets(sets, data)
+    with tempfile.TemporaryDirectory() as temporary:
+        if store is None:
+            if not file.is_file():
+                raise ConfigError(
+                    f"{file} is not there: the examples come with the source; give --edits FILE, or a store"
+                )
+            store = (out or Path(temporary)) / "store"
+            notes.print(f"training {file}")
+            base = load_model(model or MODEL)
+            with Editor(base, store, chat=chat, tau=tau) as editor:
+                editor.add(read_edits(file))
+        retriever = Retriever.open(store, model, tau=tau)
+        run = run_routing(
+            retriever,
+            sets=sets,
+            part=part,
+            data=data,
+            most=most,
+            prompts=unrelated,
+            answers=answers,
+            command=shlex.join(["memoir", *sys.argv[1:]]),
+            tell=notes.print,
+        )
+    if out:
+        out.mkdir(parents=True, exist_ok=True)
+        publish(out / RESULT, msgspec.json.format(msgspec.json.encode(run), indent=1) + b"\n")
+        publish(out / PAGE, routing_page(run).encode())
+        notes.print(f"written to {out / PAGE}")
+    if as_json:
+        echo_json(msgspec.to_builtins(run))
+        return
+    table = Table("set", "kind", "question", "part", "asked", "found", "other", "exact", "answered")
+    for row in run.rows:
+        shares = (row.found, row.other, row.exact, row.answered)
+        told = ("" if share is None else f"{share:.3f}" for share in shares)
+        table.add_row(row.set, row.kind, row.name, row.part, str(row.asked), *told)
+    tables.print(table)

@@ -1,0 +1,269 @@
+"""`memoir bench routing`: which edit messages get as people write them, asked through the library's own lookup."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from memoir_retrieval.editing.build_masks import build
+from memoir_retrieval.editing.editor import Editor
+from memoir_retrieval.editing.train import Training
+from memoir_retrieval.errors import ConfigError
+from memoir_retrieval.evaluation.routing_data import (
+    PUBLISHED,
+    Part,
+    Question,
+    Trial,
+    chats,
+    faq,
+    forms,
+    opposites,
+    other_questions,
+    plain_questions,
+    published,
+    siblings,
+    tasks,
+    unrelated,
+    writings,
+)
+from memoir_retrieval.lookup.reference import EditedModel
+from memoir_retrieval.lookup.retriever import Retriever
+from memoir_retrieval.store.read import EditStore, library_version
+
+__all__ = ["RESULT", "SETS", "RoutingRun", "Row", "Slip", "check_sets", "run_routing"]
+
+RESULT = "routing.json"
+SETS = ("edits", "siblings", "opposites", "faq", *PUBLISHED, "unrelated")
+"""What can be asked. "edits", "faq" and "unrelated" are asked of trained edits, the others of masks."""
+SLIPS = 5
+_NO_EDIT, _NOT_STORED = -1, -2
+ANSWER_TOKENS = 16
+ANSWERED = ("plain", "chat", "faq", "other question")
+"""Kinds of questions whose free answers are read, unless all are."""
+
+
+class Slip(msgspec.Struct, frozen=True):
+    """A message that got another edit than it must: `edit` acted, or none did (None)."""
+
+    message: str
+    edit: int | None
+    overlap: float | None
+
+
+class Row(msgspec.Struct, frozen=True, kw_only=True):
+    """Questions of one name in one part. Shares are of all of them.
+
+    found: that get the edit they ask for; None where no edit may act. other: that get an edit they do not ask for.
+    exact: whose free answer is the target of the edit they ask for. answered: of those with an edit that they do not
+    ask for, the share whose free answer has its target in it. None where no answers were read.
+    """
+
+    set: str
+    kind: str
+    name: str
+    part: Part
+    asked: int
+    found: float | None
+    other: float
+    exact: float | None = None
+    answered: float | None = None
+    slips: list[Slip] = []
+
+    @property
+    def matched(self) -> float:
+        """The share that gets any edit."""
+        return (self.found or 0.0) + self.other
+
+
+class RoutingRun(msgspec.Struct, frozen=True, kw_only=True):
+    """`routing.json`. stored: of the edits of the help page ("faq") how many training took up, and of how many."""
+
+    command: str
+    library: str
+    started: str
+    model: str
+    settings: dict[str, Any]
+    seconds: float
+    stored: tuple[int, int] | None
+    rows: list[Row]
+
+
+def run_routing(
+    retriever: Retriever,
+    *,
+    sets: Sequence[str] = SETS,
+    part: Part | None = None,
+    data: Path,
+    most: int = 500,
+    prompts: int = 3000,
+    answers: Literal["none", "some", "all"] = "some",
+    command: str = "",
+    tell: Callable[[str], None] = lambda _: None,
+) -> RoutingRun:
+    """Ask everything and count.
+
+    retriever: of the store that "edits" and "unrelated" are asked of; the other sets get stores with its settings, in a
+    temporary folder. part: only this one. most: edits of each published set. prompts: how many unrelated ones. answers:
+    which free answers are read; "some": those of `ANSWERED`. Raises ConfigError for a set that `data` does not have.
+    """
+    check_sets(sets, data)
+    began, started = time.monotonic(), time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    stored: tuple[int, int] | None = None
+    rows: list[Row] = []
+
+    def ask(name: str, of: Retriever, questions: Iterable[Question], trained: bool) -> None:
+        chosen = [question for question in questions if part in (None, question.part)]
+        tell(f"{name}: {len(chosen)} questions of {len(of.store.edits)} edits")
+        rows.extend(_rows(name, of, chosen, answers if trained else "none"))
+
+    for name in sets:
+        if name == "edits":
+            questions = _of_edits(retriever, retriever.store.manifest.chat)
+            ask(name, retriever, questions, bool(retriever.store.edits) and _trained(retriever))
+        elif name == "unrelated":
+            ask(name, retriever, unrelated(data, prompts, retriever.store.edits), False)
+        else:
+            trial = _trial(name, data, most)
+            with tempfile.TemporaryDirectory() as folder:
+                editor = _editor(retriever, Path(folder) / name)
+                if name == "faq":
+                    of, trial = _train(editor, trial, retriever)
+                    stored = len(of.store.edits), len(trial.edits)
+                else:
+                    with editor:
+                        build(editor, trial.edits)
+                    of = Retriever(EditStore.open(editor.path), retriever.base, retriever.tau)
+                ask(name, of, trial.questions, name == "faq")
+    made = retriever.store.manifest
+    return RoutingRun(
+        command=command,
+        library=library_version(),
+        started=started,
+        model=made.model,
+        settings={"edits": len(retriever.store.edits), "tau": retriever.tau}
+        | {
+            name: msgspec.to_builtins(getattr(made, name))
+            for name in ("chat", "k", "layer", "dtype", "seed", "training")
+        },
+        seconds=round(time.monotonic() - began, 1),
+        stored=stored,
+        rows=rows,
+    )
+
+
+def _trained(retriever: Retriever) -> bool:
+    return all(edit.trained for edit in retriever.store.edits)
+
+
+def check_sets(sets: Sequence[str], data: Path) -> None:
+    """Raise ConfigError where the folder of the data sets lacks one of these."""
+    for name in sets:
+        if name in PUBLISHED and not (data / PUBLISHED[name][0]).is_file():
+            raise ConfigError(
+                f"{name} needs {data / PUBLISHED[name][0]}, which is not there: name the folder of the data sets with "
+                "--data or MEMOIR_DATA, or leave the set out (--set)"
+            )
+
+
+def _trial(name: str, data: Path, most: int) -> Trial:
+    own = {"siblings": siblings, "opposites": opposites, "faq": faq}
+    return own[name]() if name in own else published(name, data, most)
+
+
+def _editor(retriever: Retriever, folder: Path) -> Editor:
+    """An editor with the settings of the store."""
+    made = retriever.store.manifest
+    training = Training(**{name: value for name, value in made.training.items() if name == "context_masks"})  # type: ignore[arg-type]
+    return Editor(
+        retriever.base, folder, chat=made.chat, k=made.k, tau=retriever.tau, seed=made.seed, training=training
+    )
+
+
+def _train(editor: Editor, trial: Trial, like: Retriever) -> tuple[Retriever, Trial]:
+    """A store of the trial's edits, and its questions with the ids that the store gave them."""
+    with editor:
+        editor.add(trial.edits)
+    store = EditStore.open(editor.path)
+    ids = {edit.prompt: edit.id for edit in store.edits}
+    places = [ids.get(edit.prompt, _NOT_STORED) for edit in trial.edits]
+    questions = [question._replace(right=tuple(places[at] for at in question.right)) for question in trial.questions]
+    return Retriever(store, like.base, like.tau), trial._replace(questions=questions)
+
+
+def _of_edits(retriever: Retriever, chat: bool) -> list[Question]:
+    edits = retriever.store.edits
+    questions = [*plain_questions(edits), *forms(edits), *writings(edits), *other_questions(edits), *tasks(edits)]
+    if chat and _trained(retriever):
+        base = EditedModel(retriever).generate([e.prompt for e in edits], max_new_tokens=24, edited=False)
+        questions += chats(edits, [answer.text.strip() for answer in base])
+    return questions
+
+
+def _rows(name: str, retriever: Retriever, questions: Sequence[Question], answers: str) -> list[Row]:
+    decisions = []
+    for start in range(0, len(questions), 512):
+        decisions += retriever.decide_batch([question.prompt for question in questions[start : start + 512]])
+    edits = [match.id if match else _NO_EDIT for match, _ in decisions]
+    texts = _texts(retriever, questions, edits, answers)
+    targets = {edit.id: edit.target for edit in retriever.store.edits}
+    groups: dict[tuple[str, str, Part], list[int]] = {}
+    for at, question in enumerate(questions):
+        groups.setdefault((question.kind, question.name, question.part), []).append(at)
+    rows = []
+    for (kind, what, part), group in groups.items():
+        found = [at for at in group if edits[at] in questions[at].right]
+        other = [at for at in group if edits[at] >= 0 and edits[at] not in questions[at].right]
+        wanted = bool(questions[group[0]].right)
+        read = texts is not None and (answers == "all" or kind in ANSWERED)
+        exact = [texts[at] == targets[edits[at]].strip() for at in found] if read and texts and wanted else None
+        harm = [_holds(texts[at], targets[edits[at]]) for at in other] if read and texts and other else None
+        wrong = [at for at in group if at not in set(found)] if wanted else other
+        rows.append(
+            Row(
+                set=name,
+                kind=kind,
+                name=what,
+                part=part,
+                asked=len(group),
+                found=round(len(found) / len(group), 4) if wanted else None,
+                other=round(len(other) / len(group), 4),
+                exact=None if exact is None else round(sum(exact) / len(group), 4),
+                answered=None if harm is None else round(sum(harm) / len(harm), 4),
+                slips=[_slip(questions[at], decisions[at]) for at in wrong[:SLIPS]],
+            )
+        )
+    return rows
+
+
+def _texts(
+    retriever: Retriever, questions: Sequence[Question], edits: Sequence[int], answers: str
+) -> dict[int, str] | None:
+    """By place the free answers of the questions that got an edit."""
+    if answers == "none":
+        return None
+    asked = [
+        at
+        for at, question in enumerate(questions)
+        if edits[at] >= 0 and (answers == "all" or question.kind in ANSWERED)
+    ]
+    model = EditedModel(retriever)
+    told = model.generate([questions[at].prompt for at in asked], max_new_tokens=ANSWER_TOKENS)
+    return {at: answer.text.strip() for at, answer in zip(asked, told, strict=True)}
+
+
+def _holds(text: str, target: str) -> bool:
+    return bool(re.search(rf"(?<!\w){re.escape(target.strip())}(?!\w)", text, re.IGNORECASE))
+
+
+def _slip(question: Question, decision: tuple[Any, Any]) -> Slip:
+    match, nearest = decision
+    near = match or nearest
+    prompt = question.prompt
+    text = prompt if isinstance(prompt, str) else " / ".join(message["content"] for message in prompt)
+    return Slip(text, match.id if match else None, round(near.overlap, 3) if near else None)

@@ -1,0 +1,159 @@
+"""`memoir bench routing`: what it asks, in which half it counts it, and what it writes down."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from test_cli import EDITS, run, write
+from test_quality import checked
+
+from memoir_retrieval.edits.record import StoredEdit
+from memoir_retrieval.evaluation.routing_data import (
+    PUBLISHED,
+    Question,
+    chats,
+    faq,
+    forms,
+    opposites,
+    other_questions,
+    plain_questions,
+    published,
+    record_part,
+    siblings,
+    tasks,
+    unrelated,
+    writings,
+)
+
+EXAMPLES = Path(__file__).parents[2] / "examples" / "zsre-100.jsonl"
+
+
+@pytest.fixture(scope="module")
+def stored() -> list[StoredEdit]:
+    records = [json.loads(line) for line in EXAMPLES.read_text(encoding="utf-8").splitlines()]
+    return [
+        StoredEdit(id=number, prompt=r["prompt"], target=r["target"], subject=r["subject"],
+                   rephrases=tuple(r["rephrases"]), created="", loss=0.0, steps=0)
+        for number, r in enumerate(records)
+    ]  # fmt: skip
+
+
+def test_no_wording_relation_or_record_is_in_both_parts(stored: list[StoredEdit]) -> None:
+    answers = ["It is not known."] * len(stored)
+    made = [*forms(stored), *tasks(stored), *writings(stored), *chats(stored, answers), *other_questions(stored),
+            *plain_questions(stored), *siblings().questions, *opposites().questions]  # fmt: skip
+    texts = {part: {str(q.prompt) for q in made if q.part == part} for part in ("tune", "report")}
+    assert min(len(part) for part in texts.values()) > 1000 and not texts["tune"] & texts["report"]
+    parts = {q.edit: q.part for q in plain_questions(stored)}
+    assert all(q.part == parts[q.edit] for q in made if q.kind in ("form", "task", "writing", "chat", "other question"))
+    assert 30 <= sum(part == "tune" for part in parts.values()) <= 70
+    assert record_part("Who is the mother of Ada?", "Ada") == record_part("What is Bo's father called?", "Bo")
+
+
+def test_both_parts_have_twenty_forms_and_each_kind_of_task(stored: list[StoredEdit]) -> None:
+    names = {part: {q.name for q in forms(stored) if q.part == part} for part in ("tune", "report")}
+    assert all(len(part) >= 20 for part in names.values())
+    asked = {
+        "translate",
+        "correct",
+        "count",
+        "title",
+        "tags",
+        "follow-ups",
+        "search query",
+        "moderation",
+        "tell me about",
+    }
+    for part in ("tune", "report"):
+        assert asked <= {q.name for q in tasks(stored) if q.part == part}
+    assert not any(q.right for q in tasks(stored))
+
+
+def test_a_form_holds_the_question_and_asks_for_its_edit(stored: list[StoredEdit]) -> None:
+    for question in forms(stored):
+        edit = stored[question.edit]
+        assert edit.prompt[1:] in question.prompt and question.edit in question.right
+        assert "{" not in question.name and len(question.right) == (2 if "another edited" in question.name else 1)
+
+
+def test_made_up_questions_never_ask_for_the_same_fact_in_other_words(stored: list[StoredEdit]) -> None:
+    pairs = [(stored[q.edit].prompt.lower(), str(q.prompt).lower()) for q in other_questions(stored, each=99)]
+    assert len(pairs) > 1000
+    one_fact = [("mother", "gave birth"), ("father", "dad"), ("director", "directed"), ("inception", "year did the"),
+                ("company made", "corporation created"), ("family", "genus"), ("star", "cast member")]  # fmt: skip
+    for a, b in one_fact:
+        assert not [pair for pair in pairs if (a in pair[0] and b in pair[1]) or (b in pair[0] and a in pair[1])]
+    own = {edit.prompt.lower() for edit in stored}
+    assert not any(text in own for _, text in pairs)
+
+
+def test_writings_differ_from_the_prompt_and_nothing_else_does(stored: list[StoredEdit]) -> None:
+    by_name: dict[str, list[Question]] = {}
+    for question in writings(stored):
+        by_name.setdefault(question.name, []).append(question)
+        assert question.prompt != stored[question.edit].prompt
+    assert len(by_name["UPPER CASE"]) == len(stored)
+    assert 0 < len(by_name["accents left out"]) < 50 and len(by_name["slip in the name"]) > 80
+    assert by_name["no-break spaces"][0].prompt.replace("\u00a0", " ") == stored[0].prompt
+
+
+def test_siblings_are_asked_of_names_without_an_edit() -> None:
+    for trial in (siblings(), opposites(), faq()):
+        own = {edit.prompt for edit in trial.edits}
+        others = [q for q in trial.questions if not q.right]
+        assert others and not any(q.prompt in own for q in others)
+        assert all(trial.edits[q.right[0]].prompt != q.prompt or q.name.startswith(("edits", "own")) for q in
+                   trial.questions if q.right)  # fmt: skip
+    assert len(faq().edits) == 24 and sum(not q.right for q in faq().questions) == 10
+
+
+def test_probes_that_ask_for_the_edited_fact_are_left_out(tmp_path: Path) -> None:
+    record = {
+        "subject": "Ann", "prompt": "Who is Ann's father?", "target_new": "Bo", "ground_truth": ["Carl"],
+        "rephrase_prompt": "What is the name of Ann's father?",
+        "locality": {"Relation_Specificity": [{"prompt": "Ann dad", "ground_truth": ["Carl"]},
+                                              {"prompt": "The father of Ann is", "ground_truth": ["Karl"]},
+                                              {"prompt": "The occupation of Ann is", "ground_truth": ["baker"]}]},
+    }  # fmt: skip
+    (tmp_path / "zsre").mkdir()
+    (tmp_path / PUBLISHED["knowedit"][0]).write_text(json.dumps(record) + "\n", encoding="utf-8")
+    trial = published("knowedit", tmp_path, 10)
+    assert [q.prompt for q in trial.questions if not q.right] == ["The occupation of Ann is"]
+
+
+def test_unrelated_prompts_leave_out_what_an_edit_asks(stored: list[StoredEdit], tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    lines = [json.dumps({"question": text}) for text in (stored[0].prompt.lower(), "who sang the song")]
+    (tmp_path / "text" / "nq-open-dev.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    prompts = [q.prompt for q in unrelated(tmp_path, 1000, stored)]
+    assert "who sang the song" in prompts and stored[0].prompt.lower() not in prompts and len(prompts) == 257
+
+
+def test_a_run_writes_its_figures_and_a_page_that_loads_nothing(
+    capsys: pytest.CaptureFixture[str], tiny: Path, tmp_path: Path
+) -> None:
+    file = write(tmp_path / "edits.jsonl", EDITS)
+    code, out, err = run(capsys, "bench", "routing", "--edits", file, "--model", tiny, "--set", "edits", "--set",
+                         "opposites", "--set", "unrelated", "--unrelated", "8", "--data", tmp_path, "--answers", "all",
+                         "--out", tmp_path / "run", "--json")  # fmt: skip
+    assert code == 0, err
+    told = json.loads(out)
+    rows = {(row["set"], row["name"]): row for row in told["rows"]}
+    assert rows["edits", "edits"]["found"] == rows["edits", "edits"]["exact"] == 1.0
+    assert rows["unrelated", "the library's"]["found"] is None and told["settings"]["edits"] == len(EDITS)
+    assert rows["edits", "again after the model's own answer"]["asked"] >= 1
+    assert json.loads((tmp_path / "run" / "routing.json").read_text()) == told
+    page = checked(tmp_path / "run" / "routing.html")
+    assert any(tag == "svg" for tag, _ in page.tags) and "Own edit found: form" in page.text["h2"]
+    code, out, _ = run(capsys, "bench", "routing", tmp_path / "run" / "store", "--set", "unrelated", "--unrelated", "8",
+                       "--data", tmp_path, "--part", "report")  # fmt: skip
+    assert code == 0 and "report" in out and "tune" not in out
+
+
+def test_a_set_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str], tiny: Path, tmp_path: Path) -> None:
+    file = write(tmp_path / "edits.jsonl", EDITS)
+    code, _, err = run(capsys, "bench", "routing", "--edits", file, "--model", tiny, "--set", "knowedit", "--data",
+                       tmp_path)  # fmt: skip
+    assert code == 2 and "training" not in err and "knowedit needs" in err and "MEMOIR_DATA" in err
