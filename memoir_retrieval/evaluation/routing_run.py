@@ -101,6 +101,7 @@ def run_routing(
     part: Part | None = None,
     data: Path,
     most: int = 500,
+    each: int | None = 25,
     prompts: int = 3000,
     answers: Literal["none", "some", "all"] = "some",
     command: str = "",
@@ -109,8 +110,9 @@ def run_routing(
     """Ask everything and count.
 
     retriever: of the store that "edits" and "unrelated" are asked of; the other sets get stores with its settings, in a
-    temporary folder. part: only this one. most: edits of each published set. prompts: how many unrelated ones. answers:
-    which free answers are read; "some": those of `ANSWERED`. Raises ConfigError for a set that `data` does not have.
+    temporary folder. part: only this one. most: edits of each published set. each: questions of a row, at most, but for
+    unrelated prompts; None asks all. prompts: how many unrelated ones. answers: which free answers are read; "some":
+    those of `ANSWERED`. Raises ConfigError for a set that `data` does not have.
     """
     check_sets(sets, data)
     began, started = time.monotonic(), time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -118,13 +120,13 @@ def run_routing(
     rows: list[Row] = []
 
     def ask(name: str, of: Retriever, questions: Iterable[Question], trained: bool) -> None:
-        chosen = [question for question in questions if part in (None, question.part)]
+        chosen = _spread([question for question in questions if part in (None, question.part)], each)
         tell(f"{name}: {len(chosen)} questions of {len(of.store.edits)} edits")
         rows.extend(_rows(name, of, chosen, answers if trained else "none"))
 
     for name in sets:
         if name == "edits":
-            questions = _of_edits(retriever, retriever.store.manifest.chat)
+            questions = _of_edits(retriever, each)
             ask(name, retriever, questions, bool(retriever.store.edits) and _trained(retriever))
         elif name == "unrelated":
             ask(name, retriever, unrelated(data, prompts, retriever.store.edits), False)
@@ -155,6 +157,23 @@ def run_routing(
         stored=stored,
         rows=rows,
     )
+
+
+def _row(question: Question) -> tuple[str, str, Part]:
+    """What the questions of one row have in common."""
+    return question.kind, question.name, question.part
+
+
+def _spread(questions: Sequence[Question], each: int | None) -> list[Question]:
+    """At most so many questions of a row, spread over it."""
+    rows: dict[tuple[str, str, Part], list[Question]] = {}
+    for question in questions:
+        rows.setdefault(_row(question), []).append(question)
+    chosen: list[Question] = []
+    for row in rows.values():
+        n = len(row) if each is None or row[0].kind == "unrelated" else min(len(row), each)
+        chosen += [row[at * len(row) // n] for at in range(n)]
+    return chosen
 
 
 def _trained(retriever: Retriever) -> bool:
@@ -196,12 +215,15 @@ def _train(editor: Editor, trial: Trial, like: Retriever) -> tuple[Retriever, Tr
     return Retriever(store, like.base, like.tau), trial._replace(questions=questions)
 
 
-def _of_edits(retriever: Retriever, chat: bool) -> list[Question]:
+def _of_edits(retriever: Retriever, each: int | None) -> list[Question]:
     edits = retriever.store.edits
-    questions = [*plain_questions(edits), *forms(edits), *writings(edits), *other_questions(edits), *tasks(edits)]
-    if chat and _trained(retriever):
-        base = EditedModel(retriever).generate([e.prompt for e in edits], max_new_tokens=24, edited=False)
-        questions += chats(edits, [answer.text.strip() for answer in base])
+    plain = list(plain_questions(edits))
+    questions = [*plain, *forms(edits), *writings(edits), *other_questions(edits), *tasks(edits)]
+    if retriever.store.manifest.chat and _trained(retriever):
+        chosen = {question.edit for question in _spread(plain, each) if question.name == "edits"}
+        asked = [edit for edit in edits if edit.id in chosen]
+        base = EditedModel(retriever).generate([edit.prompt for edit in asked], max_new_tokens=24, edited=False)
+        questions += chats(asked, [answer.text.strip() for answer in base])
     return questions
 
 
@@ -214,7 +236,7 @@ def _rows(name: str, retriever: Retriever, questions: Sequence[Question], answer
     targets = {edit.id: edit.target for edit in retriever.store.edits}
     groups: dict[tuple[str, str, Part], list[int]] = {}
     for at, question in enumerate(questions):
-        groups.setdefault((question.kind, question.name, question.part), []).append(at)
+        groups.setdefault(_row(question), []).append(at)
     rows = []
     for (kind, what, part), group in groups.items():
         found = [at for at in group if edits[at] in questions[at].right]

@@ -57,6 +57,13 @@ OWN = ("edits", "siblings", "opposites", "faq", "unrelated")
     "--most", type=click.IntRange(min=2), default=500, show_default=True, help="Edits of each published set, at most."
 )
 @click.option(
+    "--each",
+    type=click.IntRange(min=0),
+    default=25,
+    show_default=True,
+    help="Questions of a row, at most; 0 for all of them, which take an hour of a core.",
+)
+@click.option(
     "--unrelated", type=click.IntRange(min=1), default=3000, show_default=True, help="Unrelated prompts, at most."
 )
 @click.option(
@@ -79,6 +86,7 @@ def bench_routing(
     part: Any,
     data: Path,
     most: int,
+    each: int,
     unrelated: int,
     answers: Any,
     out: Path | None,
@@ -123,6 +131,7 @@ def bench_routing(
             part=part,
             data=data,
             most=most,
+            each=each or None,
             prompts=unrelated,
             answers=answers,
             command=shlex.join(["memoir", *sys.argv[1:]]),
