@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Literal
 
 import click
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -57,18 +58,26 @@ def remove(store: Path, edit_ids: tuple[int, ...], prompts: tuple[str, ...], as_
 @click.command()
 @store_argument
 @model_option
+@click.option(
+    "--acts",
+    type=click.Choice(["first", "last"]),
+    help="From which token of a question on its edit acts (default: as the store was made; stores of format 4 and "
+    "older act from the first).",
+)
 @click.option("--device", default="cpu", show_default=True, help="Where the model runs, such as cuda.")
 @json_option
 @threads_option
-def compact(store: Path, model: str | None, device: str, as_json: bool) -> None:
+def compact(store: Path, model: str | None, acts: Literal["first", "last"] | None, device: str, as_json: bool) -> None:
     """Train the edits of a store again from nothing, so that removed ones leave no trace.
 
     Ids, settings, seed and threshold stay. The store answers as before until the last edit is trained; interrupted, it
-    is what it was.
+    is what it was. A store made before edits acted from the question's last token on is brought to that rule by
+    --acts last: it is then served and extended as fast as a new one.
 
     \b
     Example:
       memoir compact edits
+      memoir compact edits --acts last
     """
     made = EditStore.open(store, check=False).manifest
 
@@ -87,7 +96,7 @@ def compact(store: Path, model: str | None, device: str, as_json: bool) -> None:
             bar.update(task, completed=progress.done)
 
         try:
-            trained = editor.compact(progress=tell)
+            trained = editor.compact(progress=tell, acts=acts)
         except KeyboardInterrupt:
             raise click.Abort(f"{store} is what it was, at generation {made.generation}") from None
     failed = editor.outcome.failed
@@ -100,6 +109,7 @@ def compact(store: Path, model: str | None, device: str, as_json: bool) -> None:
             {
                 "edits": len(trained),
                 "generation": now.generation,
+                "acts": now.span.acts,
                 "seconds": round(time.monotonic() - started, 2),
                 "failed": [{"prompt": one.prompt, "reason": one.reason} for one in failed],
                 "erased": not held,
@@ -108,6 +118,13 @@ def compact(store: Path, model: str | None, device: str, as_json: bool) -> None:
         )
         return
     click.echo(f"{store}: {len(trained)} edits trained again; generation {now.generation} holds nothing of any other")
+    if now.span.acts != made.span.acts:
+        click.echo(f"they act from the {now.span.acts} token of a question on, no longer from the {made.span.acts}")
+    elif now.span.rule == "question" and now.span.acts == "first":
+        click.echo(
+            f"they act from the first token of a question on, as before; `memoir compact {store} --acts last` makes "
+            "them act from its last, as in new stores"
+        )
     for one in failed:
         click.echo(f"not answered as it should be: {one.prompt!r}: {one.reason}")
     _tell(held)

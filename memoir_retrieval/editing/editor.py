@@ -233,13 +233,23 @@ class Editor:
                 self._commit()
         return outcome.stored
 
-    def compact(self, progress: Callable[[Progress], None] = lambda _: None) -> list[StoredEdit]:
+    def compact(
+        self,
+        progress: Callable[[Progress], None] = lambda _: None,
+        *,
+        acts: Literal["first", "last"] | None = None,
+    ) -> list[StoredEdit]:
         """Train the stored edits again, from an empty memory, in their order and under their ids, and publish that.
 
-        Returns them; one that fails the audit is kept, and named in `outcome`. Nothing is left of edits that were
-        removed or replaced. Interrupted, store and editor are what they were.
+        acts: from which of a question's tokens on the residual acts from now on (see `Span`); by default as before.
+        Raises ConfigError for "last" where the span rule is "all". Returns them; one that fails the audit is kept, and
+        named in `outcome`. Nothing is left of edits that were removed or replaced. Interrupted, store and editor are
+        what they were.
         """
+        if acts == "last" and self.span.rule == "all":
+            raise ConfigError(f"store {self.path} has the span rule all, which acts on every token: choose acts first")
         held = self.memories, self.edits, self.index, self.next_id
+        span, self.span = self.span, msgspec.structs.replace(self.span, acts=acts or self.span.acts)
         commits, self._commits = self._commits, Commits(self.path)
         self.outcome = Outcome()
         started = time.monotonic()
@@ -260,7 +270,7 @@ class Editor:
             self._commit()
         except BaseException:
             self.memories, self.edits, self.index, self.next_id = held
-            self._commits = commits
+            self.span, self._commits = span, commits
             self._prepare()
             raise
         return self.outcome.stored

@@ -72,15 +72,16 @@ class Frozen:
     """B rows of T tokens, each a question and its answer, run up to the edited block.
 
     ids: int64 [B, T]. lengths: int64 [B], without padding. contexts: which context of `past` stands before each row.
-    hidden: [B, T, H], what enters the edited block; activations: [B, T, D], what enters its projection. labels: int64
-    [B, T], the token that each position must predict, or -100. masks: bool [B, D], each row's own, all ones until
-    `masked`.
+    acts: int64 [B], the position in each row from which on the residual acts. hidden: [B, T, H], what enters the edited
+    block; activations: [B, T, D], what enters its projection. labels: int64 [B, T], the token that each position must
+    predict, or -100. masks: bool [B, D], each row's own, all ones until `masked`.
     """
 
     ids: torch.Tensor
     lengths: torch.Tensor
     past: FrozenPast
     contexts: list[int]
+    acts: torch.Tensor
     hidden: torch.Tensor
     activations: torch.Tensor
     labels: torch.Tensor
@@ -96,16 +97,17 @@ class Frozen:
         return self.past.take(self.contexts).inputs(self.ids)
 
     @property
-    def real(self) -> torch.Tensor:
-        """Which tokens are none of the padding: bool [B, T]."""
-        return torch.arange(self.ids.shape[1], device=self.ids.device) < self.lengths[:, None]
+    def acting(self) -> torch.Tensor:
+        """On which tokens the residual acts, none of the padding: bool [B, T]."""
+        positions = torch.arange(self.ids.shape[1], device=self.ids.device)
+        return (positions >= self.acts[:, None]) & (positions < self.lengths[:, None])
 
     def lesson(self, row: int, answer: Sequence[int]) -> Lesson:
         """A row to be asked again later."""
         n = int(self.lengths[row])
         columns = self.masks[row].nonzero()[:, 0]
         ids = self.ids[row, :n].tolist()
-        activations = self.activations[row, :n, columns].float()
+        activations = self.activations[row, :n, columns].float() * self.acting[row, :n, None]
         return Lesson(
             ids, list(answer), self.hidden[row, :n].clone(), columns, activations, self.past, self.contexts[row]
         )
@@ -115,7 +117,8 @@ class Lesson(NamedTuple):
     """One row of an edit: what is needed to ask it again without running what is frozen.
 
     ids: question and answer without its end; answer: with it. hidden: [T, H]. columns: int64 [k], the mask's
-    positions. activations: float32 [T, k], on these columns. past, context: the context before the question.
+    positions. activations: float32 [T, k], on these columns, 0 before the residual acts. past, context: the context
+    before the question.
     """
 
     ids: list[int]
@@ -132,13 +135,15 @@ def freeze(
     past: FrozenPast,
     contexts: Sequence[int],
     questions: Sequence[Sequence[int]],
+    acts: Sequence[int],
     answer: Sequence[int],
     exact: int = 1,
     quick: AbstractContextManager[Any] | None = None,
 ) -> Frozen:
     """Run questions, each after the context of `past` that `contexts` names, and the answer up to the edited block.
 
-    questions: token ids from the question's first token to the end of the prompt. answer: target ids and the end
+    questions: token ids from the question's first token to the end of the prompt. acts: the position in each from which
+    on the residual acts. answer: target ids and the end
     token, which is predicted, never read. exact: rows at the front whose activations make fingerprints; each is run
     alone, so that it is the same whatever it is trained with. quick: entered while the others are run.
     """
@@ -151,7 +156,8 @@ def freeze(
     hidden, activations = (torch.cat([_longer(part[i], ids.shape[1]) for part in parts]) for i in (0, 1))
     labels = _labels(ids, [len(question) for question in questions], [answer] * len(questions))
     masks = torch.ones(len(questions), base.d, dtype=torch.bool, device=base.device)
-    return Frozen(ids, lengths, past, list(contexts), hidden, activations, labels, masks)
+    first = torch.tensor(list(acts), device=base.device)
+    return Frozen(ids, lengths, past, list(contexts), first, hidden, activations, labels, masks)
 
 
 def train_edits(
@@ -203,9 +209,9 @@ class _ChangeSearch:
         self.steps, self.loss = -1, float("inf")  # steps: below 0 until the search has ended
         self.columns = frozen.masks.any(0).nonzero()[:, 0]
         self._weights = weight[:, self.columns]
-        # Each row acts on the columns of its own mask; the padding must span no direction.
-        own = frozen.masks[:, None, self.columns] * frozen.real[..., None]
-        rows = (frozen.activations[..., self.columns].float() * own).flatten(0, 1)
+        # Each row acts on the columns of its own mask; what does not act spans no direction.
+        self._acting = frozen.acting
+        rows = (frozen.activations[..., self.columns].float() * frozen.masks[:, None, self.columns])[self._acting]
         self._basis = _basis(rows, used[self.columns[:, None], self.columns], ridge)
         self._features = rows @ self._basis.T
         self._before = rows @ self._weights.T
@@ -213,7 +219,8 @@ class _ChangeSearch:
 
     def added(self) -> torch.Tensor:
         """What the memory as it is now adds to the projection's output: float32 [B, T, H]."""
-        return (self._before + self._features @ self.change).view(*self.frozen.ids.shape, -1)
+        acting = self._before + self._features @ self.change
+        return acting.new_zeros(*self._acting.shape, acting.shape[1]).masked_scatter(self._acting[..., None], acting)
 
     @torch.no_grad()
     def step(self, gradient: torch.Tensor, stop_loss: float) -> None:

@@ -101,17 +101,23 @@ class Wordings:
         question = self._cut(as_prompt(edit))
         # Rows with their context in them are whole: under the rule "all" nothing follows the question.
         unmasked = range(1 + self.training.context_masks, 1 + len(self.contexts))
-        others = self._in_contexts(edit.prompt) or [question.question] * len(unmasked)
+        others = [(ids, 0) for ids in self._in_contexts(edit.prompt)]
+        others = others or [(question.question, question.pooled.acts_from)] * len(unmasked)
         random = np.random.default_rng([self.seed, number])
         words = question.question[: question.pooled.end]
         replaceable = ~self._required(edit, words)
-        for _ in range(self.training.variants):
+        for number in range(self.training.variants):
             replaced = (random.random(len(words)) < self.training.noise) & replaceable
             noisy = np.where(replaced, random.choice(self._other_tokens, len(words)), words).tolist()
-            others.append([*noisy, *question.question[question.pooled.end :]])
+            # Where the residual acts from the last token on, it must not be the key to the answer: people leave it out.
+            if question.pooled.acts == "last" and replaceable[-1] and len(words) > 1:
+                noisy[-1:] = [int(random.choice(self._other_tokens))] * (1 - number % 2)
+            acts = question.pooled.acts_from + min(0, len(noisy) - len(words))
+            others.append(([*noisy, *question.question[question.pooled.end :]], acts))
         contexts = [*unmasked, *[self._own(edit)] * self.training.variants]
         if edit.before:
-            others.append(self._cut(edit.prompt).question)
+            plain = self._cut(edit.prompt)
+            others.append((plain.question, plain.pooled.acts_from))
             contexts.append(0)
         return self._frozen(edit, rephrases, others, contexts, quick)
 
@@ -139,7 +145,7 @@ class Wordings:
         self,
         edit: Edit | StoredEdit,
         rephrases: int,
-        others: list[list[int]],
+        others: list[tuple[list[int], int]],
         contexts: list[int],
         quick: AbstractContextManager[None],
     ) -> tuple[Frozen, np.ndarray]:
@@ -147,9 +153,10 @@ class Wordings:
         contexts = [self._own(edit)] * len(cut) + contexts
         after = range(1, 1 + self.training.context_masks)
         cut[1:1], contexts[1:1] = cut[:1] * len(after), after
-        questions = [one.question for one in cut] + others
+        questions = [one.question for one in cut] + [question for question, _ in others]
+        acts = [one.pooled.acts_from for one in cut] + [position for _, position in others]
         past = self._past.beside(frozen_past(self.base, [cut[0].before])) if edit.before else self._past
-        frozen = freeze(self.base, past, contexts, questions, self._answer(edit), exact=len(cut), quick=quick)
+        frozen = freeze(self.base, past, contexts, questions, acts, self._answer(edit), exact=len(cut), quick=quick)
         means = [span_mean(frozen.activations[row], one.pooled) for row, one in enumerate(cut)]
         codes = self.fingerprint.codes(torch.stack(means))
         bits = torch.as_tensor(unpack(codes, self.base.d), device=self.base.device)

@@ -86,6 +86,35 @@ class BaseModel:
         return seen[0]
 
     @cached_property
+    def block_adds(self) -> bool:
+        """Whether what is added to the projection's output is added to the block's: not where a norm follows it."""
+        import torch
+
+        outputs: list[torch.Tensor] = []
+        noise: list[torch.Tensor] = []
+
+        def keep(_module: Any, _args: Any, output: Any) -> None:
+            outputs.append((output[0] if isinstance(output, tuple) else output).float())
+
+        def add(_module: Any, _args: Any, output: torch.Tensor) -> torch.Tensor:
+            random = torch.Generator().manual_seed(0)
+            noise.append(torch.randn(output.shape, generator=random).to(output) * outputs[0].abs().max().to(output))
+            return output + noise[0]
+
+        ids = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        handles = [self.blocks[self.layer].register_forward_hook(keep)]
+        try:
+            with torch.no_grad():
+                self.model(input_ids=ids, logits_to_keep=1)
+                handles.append(self.projection.register_forward_hook(add))
+                self.model(input_ids=ids, logits_to_keep=1)
+        finally:
+            for handle in handles:
+                handle.remove()
+        change, expected = outputs[1] - outputs[0], noise[0].float()
+        return bool((change - expected).norm() < 0.05 * expected.norm())
+
+    @cached_property
     def identity(self) -> Identity:
         return identify(self.path, self.module)
 

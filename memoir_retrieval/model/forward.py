@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional
@@ -19,13 +19,17 @@ from memoir_retrieval.model.base import BaseModel
 from memoir_retrieval.question.span import Span
 
 __all__ = [
+    "Before",
     "FrozenPast",
+    "first_block",
     "frozen_past",
     "frozen_run",
+    "frozen_states",
     "layer_means",
     "question_means",
     "right_pad",
     "run_from_block",
+    "run_with_added",
     "span_mean",
     "squared_norms",
     "weighted_sum",
@@ -110,6 +114,58 @@ class FrozenPast:
         return given | {"attention_mask": mask, "past_key_values": self.cache}
 
 
+class Before(NamedTuple):
+    """What stands before the tokens of a row on which the residual acts: a context, and the question up to there.
+
+    past, context: the context is that one of `past`. states: of every block from the edited one on, or the one above it
+    (see `first_block`), keys and values of the question's tokens, [heads, n, width] each.
+    """
+
+    past: FrozenPast
+    context: int
+    states: list[tuple[torch.Tensor, torch.Tensor]]
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens of the question."""
+        return self.states[0][0].shape[1] if self.states else 0
+
+    @staticmethod
+    def side_by_side(rows: Sequence[Before], first: int) -> FrozenPast:
+        """What stands before several rows. Only its blocks from `first` on can be run."""
+        contexts = [int(row.past.lengths[row.context]) for row in rows]
+        lengths = torch.tensor([n + row.tokens for n, row in zip(contexts, rows, strict=True)])
+        lengths = lengths.to(rows[0].past.lengths.device)
+        width = int(lengths.max())
+        if width == 0:
+            return FrozenPast(None, lengths)
+        blocks = max(len(row.past.cache.layers) if row.past.cache else first + len(row.states) for row in rows)
+        layers: list[_FrozenLayer] = []
+        for block in range(first, blocks):
+            both: list[torch.Tensor] = []
+            for part, name in enumerate(("keys", "values")):
+                pieces = [
+                    (
+                        getattr(row.past.cache.layers[block], name)[row.context, :, row.past.width - n :] if n else None,
+                        row.states[block - first][part] if row.tokens else None,
+                    )
+                    for n, row in zip(contexts, rows, strict=True)
+                ]
+                like = next(piece for pair in pieces for piece in pair if piece is not None)
+                out = like.new_zeros(len(rows), like.shape[0], width, like.shape[2])
+                for row_out, n, pair in zip(out, lengths.tolist(), pieces, strict=True):
+                    position = width - n
+                    for piece in pair:
+                        if piece is not None:
+                            row_out[:, position : position + piece.shape[1]] = piece
+                            position += piece.shape[1]
+                both.append(out)
+            layers.append(_FrozenLayer(*both))
+        nothing = layers[0].keys.new_zeros(1, 1, 1, 1).expand(len(rows), 1, width, 1) if layers else None
+        skipped = [_FrozenLayer(nothing, nothing) for _ in range(first)] if nothing is not None else []
+        return FrozenPast(Cache(layers=[*skipped, *layers]), lengths)
+
+
 @torch.no_grad()
 def frozen_past(base: BaseModel, contexts: Sequence[Sequence[int]]) -> FrozenPast:
     """Run each context once. Shorter ones are padded on the left with keys that the attention mask hides."""
@@ -155,11 +211,11 @@ class _Reached(Exception):
 
 
 @torch.no_grad()
-def frozen_run(base: BaseModel, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+def frozen_run(base: BaseModel, inputs: dict[str, Any], above: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the model up to the edited projection: (hidden, activations).
 
-    hidden: [B, T, H], what enters the edited block. activations: [B, T, D], what enters its projection. Nothing
-    above the projection is run.
+    hidden: [B, T, H], what enters the edited block, or with `above` what leaves it. activations: [B, T, D], what enters
+    its projection. Nothing above is run.
     """
     hidden: list[torch.Tensor] = []
     activations: list[torch.Tensor] = []
@@ -169,14 +225,67 @@ def frozen_run(base: BaseModel, inputs: dict[str, Any]) -> tuple[torch.Tensor, t
 
     def reach(_module: Any, args: tuple[Any, ...]) -> None:
         activations.append(args[0].detach())
+        if not above:
+            raise _Reached
+
+    def leave(_module: Any, _args: tuple[Any, ...], output: Any) -> None:
+        hidden.append((output[0] if isinstance(output, tuple) else output).detach())
         raise _Reached
 
+    block = base.blocks[base.layer]
     with ExitStack() as hooks:
-        hooks.callback(base.blocks[base.layer].register_forward_pre_hook(enter, with_kwargs=True).remove)
+        handle = block.register_forward_hook(leave) if above else block.register_forward_pre_hook(enter, with_kwargs=True)
+        hooks.callback(handle.remove)
         hooks.callback(base.projection.register_forward_pre_hook(reach).remove)
         hooks.enter_context(suppress(_Reached))
         base.model(**inputs, logits_to_keep=1)
     return hidden[0], activations[0]
+
+
+def first_block(base: BaseModel) -> int:
+    """The block with which training begins: the edited one, or the next one where that only adds what is added to it."""
+    return base.layer + base.block_adds
+
+
+class _Recorded(DynamicLayer):
+    """A layer of a cache that keeps what is run after a past, apart from it."""
+
+    def __init__(self, past: _FrozenLayer | None, last: bool):
+        super().__init__()
+        self._past, self._last = past, last
+        self.states: tuple[torch.Tensor, torch.Tensor] | None = None
+        if past is not None:
+            self.keys, self.values = past.keys, past.values
+            self.dtype, self.device, self.is_initialized = past.dtype, past.device, True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self.states = key_states, value_states
+        if self._last:
+            raise _Reached
+        if self._past is None:
+            return key_states, value_states
+        return self._past.update(key_states, value_states)
+
+
+@torch.no_grad()
+def frozen_states(
+    base: BaseModel, past: FrozenPast, ids: torch.Tensor, hidden: torch.Tensor
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Keys and values of tokens on which no residual acts, of every block from `first_block` on: [B, heads, T, width].
+
+    past: what stands before each row. ids: int64 [B, T]. hidden: [B, T, H], what enters that block.
+    """
+    first, blocks = first_block(base), len(base.blocks)
+    if first == blocks:
+        return []
+    known = past.cache.layers if past.cache else [None] * blocks
+    layers = [_Recorded(layer, last=i == blocks - 1) for i, layer in enumerate(known)]
+    inputs = past.inputs(ids) | {"past_key_values": Cache(layers=layers)}
+    with _skipped(base, first, hidden), suppress(_Reached):
+        base.model(**inputs, logits_to_keep=1)
+    return [layer.states for layer in layers[first:] if layer.states is not None]
 
 
 class _Skipped(torch.nn.Module):
@@ -192,6 +301,40 @@ class _Skipped(torch.nn.Module):
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         out = hidden_states if self.__dict__["_hidden"] is None else self.__dict__["_hidden"]
         return (out,) if self.__dict__["_as_tuple"] else out
+
+
+@contextmanager
+def _skipped(base: BaseModel, first: int, hidden: torch.Tensor | None = None) -> Iterator[Callable[[Any], None]]:
+    """Within the context the model begins at block `first` with `hidden`, or with what the yielded function is given."""
+    originals = [base.blocks[i] for i in range(first)]
+    stand_ins = [_Skipped(block, None, base.blocks_return_tuples) for block in originals]
+
+    def enter(states: torch.Tensor) -> None:
+        if stand_ins:
+            stand_ins[-1].__dict__["_hidden"] = states
+
+    if hidden is not None:
+        enter(hidden)
+    try:
+        for i, stand_in in enumerate(stand_ins):
+            base.blocks[i] = stand_in
+        yield enter
+    finally:
+        for i, block in enumerate(originals):
+            base.blocks[i] = block
+
+
+@contextmanager
+def _logits_of(base: BaseModel, wanted: torch.Tensor | None) -> Iterator[None]:
+    """Within the context the logits are those of n tokens alone, [1, n, V], row after row. wanted: bool [B, T]."""
+
+    def choose(_module: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return (args[0][wanted][None], *args[1:])
+
+    with ExitStack() as hooks:
+        if wanted is not None:
+            hooks.callback(base.model.get_output_embeddings().register_forward_pre_hook(choose).remove)
+        yield
 
 
 @contextmanager
@@ -211,23 +354,43 @@ def run_from_block(
     def add(_module: Any, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
         return output + delta(args[0]) if delta else output
 
-    def choose(_module: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        return (args[0][wanted][None], *args[1:])
-
-    as_tuple = base.blocks_return_tuples
-    originals = [base.blocks[i] for i in range(base.layer)]
-    handles = [base.projection.register_forward_hook(add)] if delta else []
-    if wanted is not None:
-        handles.append(base.model.get_output_embeddings().register_forward_pre_hook(choose))
-    try:
-        for i, block in enumerate(originals):
-            base.blocks[i] = _Skipped(block, hidden if i == base.layer - 1 else None, as_tuple)
+    with ExitStack() as hooks:
+        if delta:
+            hooks.callback(base.projection.register_forward_hook(add).remove)
+        hooks.enter_context(_logits_of(base, wanted))
+        hooks.enter_context(_skipped(base, base.layer, hidden))
         yield base.model
-    finally:
-        for handle in handles:
-            handle.remove()
-        for i, block in enumerate(originals):
-            base.blocks[i] = block
+
+
+@contextmanager
+def run_with_added(
+    base: BaseModel, before: FrozenPast, ids: torch.Tensor, hidden: torch.Tensor, wanted: torch.Tensor
+) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+    """Within the context the yielded function gives the logits of the `wanted` tokens, n of them: [n, V].
+
+    It takes what is added to the output of the edited projection: float [B, T, H]. before: what stands before each row,
+    from `Before.side_by_side`. ids: int64 [B, T]. hidden: [B, T, H], what enters `first_block`. wanted: bool [B, T].
+    """
+    inputs, first = before.inputs(ids), first_block(base)
+    current: list[torch.Tensor] = []
+
+    def add(_module: Any, _args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        return output + current[0]
+
+    with ExitStack() as hooks:
+        hooks.enter_context(_logits_of(base, wanted))
+        enter = hooks.enter_context(_skipped(base, first, hidden))
+        if first == base.layer:
+            hooks.callback(base.projection.register_forward_hook(add).remove)
+
+        def run(added: torch.Tensor) -> torch.Tensor:
+            current[:] = [added.to(hidden.dtype)]
+            if first > base.layer:
+                enter(hidden + current[0])
+            logits: torch.Tensor = base.model(**inputs).logits[0]
+            return logits
+
+        yield run
 
 
 def question_means(

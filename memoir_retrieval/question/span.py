@@ -110,12 +110,14 @@ def derive_span_rule(tokenizer: Any, rule: Literal["question", "all"] = "questio
 
     The template is rendered with placeholder messages in three settings (question only, after a system prompt, as
     a later turn); what always stands right before the question is a start marker, what follows it the end marker.
-    A tokenizer without a template gives a rule that takes every prompt as raw text.
+    A tokenizer without a template gives a rule that takes every prompt as raw text. The residual acts from the
+    question's last token on, so that nothing before it depends on what was decided; under "all" on every token.
     """
     specials = set(tokenizer.all_special_ids)
     leading = tuple(t for t in tokenizer("").input_ids if t in specials)
     if rule == "all" or not getattr(tokenizer, "chat_template", None):
-        return SpanRule(rule=rule, leading=leading, weighted=rule == "question")
+        question = rule == "question"
+        return SpanRule(rule=rule, leading=leading, weighted=question, acts="last" if question else "first")
     before: list[list[int]] = []
     after: list[int] = []
     for settings in _SETTINGS:
@@ -133,6 +135,7 @@ def derive_span_rule(tokenizer: Any, rule: Literal["question", "all"] = "questio
         end=tuple(_until_special(after, specials)),
         leading=leading,
         weighted=True,
+        acts="last",
     )
 
 

@@ -31,8 +31,9 @@ __all__ = [
     "write_manifest",
 ]
 
-FORMAT = 4  # 3 brought additions, 4 what edits require
+FORMAT = 5  # 3 brought additions, 4 what edits require, 5 from which token on the residual acts
 FIRST_WITH_ADDITIONS = 3
+_FIRST_WITH_ACTS = 5
 MANIFEST = "memoir.json"
 KINDS = {"memory": "safetensors", "codes": "safetensors", "edits": "jsonl"}
 NAMES = {kind: re.compile(rf"{kind}-(0|[1-9][0-9]{{0,18}})\.{extension}") for kind, extension in KINDS.items()}
@@ -205,6 +206,8 @@ def _out_of_range(manifest: Manifest) -> str:
         return f"tau {manifest.tau}"
     if manifest.d % 8:
         return f"d {manifest.d}"
+    if manifest.format < _FIRST_WITH_ACTS and manifest.span.acts != "first":  # readers of its time would act elsewhere
+        return f"span.acts {manifest.span.acts} in format {manifest.format}"
     for kind in KINDS:
         size = getattr(manifest, kind).size
         if not 0 <= size < 1 << 48:

@@ -144,6 +144,12 @@ def manifest_format_1_with_a_digest(folder: Path) -> None:
     forge.sign(folder, forge.manifest(folder) | {"format": 1})
 
 
+@attack("span.acts last in format 4")
+def manifest_of_a_reader_that_acts_elsewhere(folder: Path) -> None:
+    made = forge.manifest(folder)
+    forge.sign(folder, made | {"format": 4, "span": made["span"] | {"acts": "last"}})
+
+
 @attack("damaged")
 def manifest_truncated(folder: Path) -> None:
     path = folder / "memoir.json"

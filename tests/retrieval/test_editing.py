@@ -14,6 +14,7 @@ from memoir_retrieval.editing.contexts import PREFIX_TOKENS, chat_contexts, own_
 from memoir_retrieval.editing.train import Training
 from memoir_retrieval.errors import ConfigError, EditFileError, StoreError, StoreMismatch
 from memoir_retrieval.model.base import BaseModel
+from memoir_retrieval.question.span import find_span
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "zsre-100.jsonl"
 UNRELATED = ["how do I boil an egg", "what is the capital of France", "Write a short poem about rain."]
@@ -58,6 +59,22 @@ def test_unrelated_prompts_keep_the_bits_of_the_base_model(edited: EditedModel, 
         logits[on] = [step for step in logits[on] if len(step) == len(prompts)]
     assert all(torch.equal(a[:3], b[:3]) for a, b in zip(logits[True], logits[False], strict=False))
     assert not torch.equal(logits[True][0][3], logits[False][0][3])
+
+
+def test_tokens_before_the_last_of_the_question_keep_the_bits_of_the_base_model(
+    edited: EditedModel, edits: list[Edit]
+) -> None:
+    ids = edited.prompt_ids(edits[0].prompt)
+    first = find_span(ids, edited.retriever.store.manifest.span).acts_from
+    assert 0 < first < len(ids)
+    states: list[torch.Tensor] = []
+    handle = edited.base.blocks[-1].register_forward_hook(
+        lambda m, a, out: states.append((out[0] if isinstance(out, tuple) else out)[0].clone())
+    )
+    for on in (True, False):
+        edited.generate([ids], max_new_tokens=1, edited=on)
+    handle.remove()
+    assert torch.equal(states[0][:first], states[1][:first]) and not torch.equal(states[0][first], states[1][first])
 
 
 def test_a_request_is_answered_the_same_alone_and_in_a_batch(edited: EditedModel, edits: list[Edit]) -> None:

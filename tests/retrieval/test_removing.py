@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -14,6 +15,7 @@ from test_cli import contents, run
 from memoir_index import unpack
 from memoir_retrieval import Edit, EditedModel, Editor, EditStore, Retriever, load_model, read_edits
 from memoir_retrieval.editing.train import Training
+from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.model.base import BaseModel
 from memoir_retrieval.store.remove import remove_edits
 from memoir_retrieval.store.verify import verify_masks, verify_store
@@ -103,6 +105,51 @@ def test_compacting_leaves_nothing_of_a_removed_edit(tiny: Path, store: Path, tm
     assert before.memories[:, :, only_removed].any()
 
 
+def test_a_store_made_before_acts_as_it_was_made_until_it_is_compacted(
+    capsys: pytest.CaptureFixture[str], tiny: Path, tmp_path: Path
+) -> None:
+    model, store = load_model(str(tiny)), tmp_path / "store"
+    training = Training(max_steps=20, context_masks=0)
+    with Editor(model, store, training=training) as editor:
+        editor.span = msgspec.structs.replace(editor.span, acts="first")
+        editor._prepare()
+        editor.add([town(name) for name in TOWNS[:2]], keep_failed=True)
+    with Editor(model, store) as editor:
+        editor.add([town(TOWNS[2])], keep_failed=True)
+    old = EditStore.open(store)
+    assert old.manifest.span.acts == "first"
+    code, out, _ = run(capsys, "compact", store)
+    assert code == 0 and f"`memoir compact {store} --acts last`" in out
+    code, out, _ = run(capsys, "compact", store, "--acts", "last")
+    assert code == 0 and "act from the last token of a question on, no longer from the first" in out
+    with Editor(model, tmp_path / "new", training=training) as editor:
+        editor.add([town(name) for name in TOWNS[:3]], keep_failed=True)
+    now, new = EditStore.open(store), EditStore.open(tmp_path / "new")
+    assert now.manifest.span == new.manifest.span and now.manifest.span.acts == "last"
+    np.testing.assert_array_equal(now.codes, old.codes)
+    np.testing.assert_array_equal(now.memories, new.memories)
+    assert not np.array_equal(now.memories, old.memories)
+
+
+def test_an_interrupted_change_of_the_rule_leaves_the_old_one(tiny: Path, store: Path) -> None:
+    def stop(_progress: object) -> None:
+        raise KeyboardInterrupt
+
+    with Editor(load_model(str(tiny)), store) as editor:
+        with pytest.raises(KeyboardInterrupt):
+            editor.compact(stop, acts="first")
+        assert editor.span.acts == editor._wordings.span.acts == "last"
+    assert EditStore.open(store).manifest.span.acts == "last"
+
+
+def test_a_store_of_the_rule_all_acts_on_every_token(tiny: Path, tmp_path: Path) -> None:
+    with Editor(load_model(str(tiny)), tmp_path, rule="all", training=Training(max_steps=1)) as editor:
+        editor.add([town("Aarhus")], keep_failed=True)
+        assert editor.span.acts == "first"
+        with pytest.raises(ConfigError, match="the span rule all, which acts on every token: choose acts first"):
+            editor.compact(acts="last")
+
+
 def test_compacting_a_store_without_edits_erases_all(tiny: Path, store: Path) -> None:
     remove_edits(store, [0, 1, 2, 3])
     assert EditStore.open(store).memories.any()
@@ -156,7 +203,7 @@ def test_memoir_index_verify(capsys: pytest.CaptureFixture[str], store: Path) ->
     code, out, _ = run(capsys, "index", "verify", store, "--json")
     assert code == 0
     assert json.loads(out) == {
-        "store": str(store), "differs": [], "format": 4, "generation": 1, "edits": 4, "masks": 4, "leftovers": [],
+        "store": str(store), "differs": [], "format": 5, "generation": 1, "edits": 4, "masks": 4, "leftovers": [],
     }  # fmt: skip
     code, out, _ = run(capsys, "index", "verify", store, "--masks")
     assert code == 0 and out == f"{store}: sound; generation 1, 4 edits, 4 masks, made again\n"

@@ -89,9 +89,23 @@ def test_an_empty_question_gives_an_empty_span(tokenizer: Any) -> None:
 
 def test_raw_text_is_pooled_whole_but_for_leading_special_tokens(tokenizer: Any) -> None:
     ids = tokenizer(QUESTION).input_ids
-    assert find_span(ids, derive_span_rule(tokenizer)) == Span(0, len(ids), weighted=True)
+    assert find_span(ids, derive_span_rule(tokenizer)) == Span(0, len(ids), weighted=True, acts="last")
     assert find_span([1, *ids], SpanRule(leading=(1,))) == Span(1, len(ids) + 1)
     assert find_span([], SpanRule()) == Span(0, 0)
+
+
+def test_the_residual_acts_from_the_last_token_of_the_question(chat: Any) -> None:
+    ids = ids_of(
+        chat,
+        [SYSTEM, {"role": "user", "content": QUESTION}]
+        if chat.chat_template != NO_SYSTEM
+        else [{"role": "user", "content": QUESTION}],
+    )
+    span = find_span(ids, derive_span_rule(chat))
+    assert chat.decode(ids[span.acts_from : span.end]).strip() == "?"
+    assert span._replace(acts="first").acts_from == span.start
+    assert span.moved(7).acts_from == span.acts_from + 7
+    assert Span(3, 3, acts="last").acts_from == 3
 
 
 def test_the_rule_of_the_paper_pools_everything(tokenizer: Any) -> None:

@@ -169,7 +169,7 @@ def test_a_store_with_sound_digests_and_unsound_content_is_refused(
 @pytest.mark.parametrize(
     ("key", "value", "kind", "said"),
     [
-        ("format", 5, StoreMismatch, "has format 5"),
+        ("format", 6, StoreMismatch, "has format 6"),
         ("format", "x", StoreError, "damaged"),
         ("surprise", 1, StoreError, "surprise"),
         ("tau", "high", StoreError, "tau"),
@@ -240,7 +240,7 @@ def test_the_tensors_are_written_as_safetensors_writes_them(tmp_path: Path) -> N
         assert safetensors.save(safetensors.load(data)) == data
 
 
-@pytest.mark.parametrize("number", [1, 2, 3])
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
 def test_a_store_of_an_older_format_is_read_and_the_next_write_makes_it_the_newest(tmp_path: Path, number: int) -> None:
     """The fixtures were written by memoir-retrieval before the format after theirs."""
     folder = Path(shutil.copytree(Path(__file__).parent / f"format-{number}", tmp_path / "store"))
@@ -250,18 +250,24 @@ def test_a_store_of_an_older_format_is_read_and_the_next_write_makes_it_the_newe
         1: [(0, "Who founded Aarhus?", "King Harald", 60), (1, "Where is the Blue Gate?", "In Oslo", 60)],
         2: [(0, "p0", "t", 5), (1, "p1", "t", 5), (2, "p2", "t", 5)],
         3: [(0, "p0", "t", 5), (1, "p1", "t", 5), (2, "p2", "t", 5), (3, "p3", "t", 5)],
+        4: [(0, "p0", "t", 5), (1, "p1", "t", 5), (2, "p2", "t", 5), (3, "p3", "t", 5)],
     }[number]
+    assert store.manifest.span.acts == "first"
+    if number == 4:
+        assert store.edits[1].requires == ("Aarhus", ("Oslo", "Christiania"))
     if number == 1:
         assert store.edits[0].rephrases == ("Aarhus was founded by whom?",) and store.edits[0].source == "a test"
     assert append(  # a program of that time would not see what is added
         folder, store.manifest, store.tail, codes=store.codes[:1], ids=np.array([9]),
         memory_of=np.zeros(1, dtype=np.int32), edits=[stored_edit(9)], columns={},
     ) is None  # fmt: skip
-    assert len(list(folder.glob("added-*"))) == (number == 3)
+    assert len(list(folder.glob("added-*"))) == (number >= 3)
     ids = [e.id for e in store.edits]
     assert sorted(read_format.read(folder)) == ids
     made = remove_edits(folder, [0])
-    assert made.format == 4 and (made.memory == store.manifest.memory) == (number < 3)
+    assert (
+        made.format == 5 and made.span == store.manifest.span and (made.memory == store.manifest.memory) == (number < 3)
+    )
     now = EditStore.open(folder)
     assert [e.id for e in now.edits] == ids[1:] and verify_store(folder) == []
     np.testing.assert_array_equal(now.codes, store.codes[1:])
