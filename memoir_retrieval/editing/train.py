@@ -15,20 +15,30 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 
 from memoir_retrieval.editing.outcome import TrainingStep
 from memoir_retrieval.model.base import BaseModel
-from memoir_retrieval.model.forward import FrozenPast, frozen_run, right_pad, run_from_block
+from memoir_retrieval.model.forward import (
+    Before,
+    FrozenPast,
+    first_block,
+    frozen_run,
+    frozen_states,
+    right_pad,
+    run_with_added,
+    span_mean,
+)
+from memoir_retrieval.question.span import Span
 
 IGNORED = -100  # what cross entropy leaves out
 NEAR = 5.0  # nats below which longer steps were measured to do no harm (docs)
 
-__all__ = ["Frozen", "Lesson", "Trained", "Training", "answered", "freeze", "train_edits"]
+__all__ = ["Frozen", "Lesson", "Trained", "Training", "Wording", "answered", "freeze", "train_edits"]
 
 
 @dataclass(frozen=True)
@@ -67,21 +77,28 @@ class Trained(NamedTuple):
     steps: int
 
 
+class Wording(NamedTuple):
+    """A row that an edit is trained on. context: which one stands before it. ids: from the question's first token to
+    the end of the prompt. acts: the position among them from which on the residual acts."""
+
+    context: int
+    ids: list[int]
+    acts: int
+
+
 @dataclass(frozen=True)
 class Frozen:
-    """B rows of T tokens, each a question and its answer, run up to the edited block.
+    """B rows, each a question and its answer, run as far as an edit cannot change them.
 
-    ids: int64 [B, T]. lengths: int64 [B], without padding. contexts: which context of `past` stands before each row.
-    acts: int64 [B], the position in each row from which on the residual acts. hidden: [B, T, H], what enters the edited
-    block; activations: [B, T, D], what enters its projection. labels: int64 [B, T], the token that each position must
-    predict, or -100. masks: bool [B, D], each row's own, all ones until `masked`.
+    What follows is of the T tokens on which the residual acts: ids: int64 [B, T]. lengths: int64 [B], without padding.
+    before: what stands before them in each row. hidden: [B, T, H], what enters `first_block`; activations: [B, T, D],
+    what enters the edited projection. labels: int64 [B, T], the token that each position must predict, or -100. masks:
+    bool [B, D], each row's own, all ones until `masked`.
     """
 
     ids: torch.Tensor
     lengths: torch.Tensor
-    past: FrozenPast
-    contexts: list[int]
-    acts: torch.Tensor
+    before: list[Before]
     hidden: torch.Tensor
     activations: torch.Tensor
     labels: torch.Tensor
@@ -92,72 +109,103 @@ class Frozen:
         return replace(self, masks=masks)
 
     @property
-    def inputs(self) -> dict[str, Any]:
-        """What the model is called with."""
-        return self.past.take(self.contexts).inputs(self.ids)
+    def real(self) -> torch.Tensor:
+        """Which tokens are none of the padding: bool [B, T]."""
+        return torch.arange(self.ids.shape[1], device=self.ids.device) < self.lengths[:, None]
 
-    @property
-    def acting(self) -> torch.Tensor:
-        """On which tokens the residual acts, none of the padding: bool [B, T]."""
-        positions = torch.arange(self.ids.shape[1], device=self.ids.device)
-        return (positions >= self.acts[:, None]) & (positions < self.lengths[:, None])
-
-    def lesson(self, row: int, answer: Sequence[int]) -> Lesson:
+    def lesson(self, row: int) -> Lesson:
         """A row to be asked again later."""
         n = int(self.lengths[row])
         columns = self.masks[row].nonzero()[:, 0]
-        ids = self.ids[row, :n].tolist()
-        activations = self.activations[row, :n, columns].float() * self.acting[row, :n, None]
+        states = [(keys.clone(), values.clone()) for keys, values in self.before[row].states]
         return Lesson(
-            ids, list(answer), self.hidden[row, :n].clone(), columns, activations, self.past, self.contexts[row]
+            ids=self.ids[row, :n].clone(),
+            labels=self.labels[row, :n].clone(),
+            hidden=self.hidden[row, :n].clone(),
+            columns=columns,
+            activations=self.activations[row, :n, columns].float(),
+            before=self.before[row]._replace(states=states),
         )
 
 
 class Lesson(NamedTuple):
     """One row of an edit: what is needed to ask it again without running what is frozen.
 
-    ids: question and answer without its end; answer: with it. hidden: [T, H]. columns: int64 [k], the mask's
-    positions. activations: float32 [T, k], on these columns, 0 before the residual acts. past, context: the context
-    before the question.
+    ids, labels: int64 [T], see `Frozen`. hidden: [T, H]. columns: int64 [k], the mask's positions. activations: float32
+    [T, k], on these columns. before: see `Before`.
     """
 
-    ids: list[int]
-    answer: list[int]
+    ids: torch.Tensor
+    labels: torch.Tensor
     hidden: torch.Tensor
     columns: torch.Tensor
     activations: torch.Tensor
-    past: FrozenPast
-    context: int
+    before: Before
 
 
 def freeze(
     base: BaseModel,
     past: FrozenPast,
-    contexts: Sequence[int],
-    questions: Sequence[Sequence[int]],
-    acts: Sequence[int],
+    wordings: Sequence[Wording],
     answer: Sequence[int],
-    exact: int = 1,
+    pooled: Sequence[Span] = (),
     quick: AbstractContextManager[Any] | None = None,
-) -> Frozen:
-    """Run questions, each after the context of `past` that `contexts` names, and the answer up to the edited block.
+) -> tuple[Frozen, list[torch.Tensor]]:
+    """Run questions and the answer up to the edited block, and above it what stands before the residual acts.
 
-    questions: token ids from the question's first token to the end of the prompt. acts: the position in each from which
-    on the residual acts. answer: target ids and the end
-    token, which is predicted, never read. exact: rows at the front whose activations make fingerprints; each is run
-    alone, so that it is the same whatever it is trained with. quick: entered while the others are run.
+    past: the contexts that the wordings name. answer: target ids and the end token, which is predicted, never read.
+    pooled: spans of the first wordings, whose means make fingerprints. These are run apart from the others, those of
+    one question in different contexts together, so that a mean is the same whatever it is trained with. quick: entered
+    while the others are run. Returns the rows and the means, float32 [D] each.
     """
-    ids, lengths = right_pad([[*question, *answer[:-1]] for question in questions], base.device)
-    alone = [past.take([contexts[i]]).inputs(ids[i : i + 1, : int(lengths[i])]) for i in range(exact)]
-    parts = [frozen_run(base, inputs) for inputs in alone]
-    if len(questions) > exact:
+    groups: list[list[int]] = []
+    for i in range(len(pooled)):
+        if groups and wordings[groups[-1][0]].ids == wordings[i].ids:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    rows: list[_Row] = []
+    means: list[torch.Tensor] = []
+    for group in groups:
+        made, activations = _run_rows(base, past, [wordings[i] for i in group], answer)
+        rows += made
+        means += [span_mean(one, pooled[i]) for i, one in zip(group, activations, strict=True)]
+    if others := wordings[len(pooled) :]:
         with quick or nullcontext():
-            parts.append(frozen_run(base, past.take(contexts[exact:]).inputs(ids[exact:])))
-    hidden, activations = (torch.cat([_longer(part[i], ids.shape[1]) for part in parts]) for i in (0, 1))
-    labels = _labels(ids, [len(question) for question in questions], [answer] * len(questions))
-    masks = torch.ones(len(questions), base.d, dtype=torch.bool, device=base.device)
-    first = torch.tensor(list(acts), device=base.device)
-    return Frozen(ids, lengths, past, list(contexts), first, hidden, activations, labels, masks)
+            rows += _run_rows(base, past, others, answer)[0]
+    ids, lengths = right_pad([[*one.ids[one.acts :], *answer[:-1]] for one in wordings], base.device)
+    labels = _labels(ids, [len(one.ids) - one.acts for one in wordings], answer)
+    masks = torch.ones(len(wordings), base.d, dtype=torch.bool, device=base.device)
+    hidden, activations = (
+        torch.cat([_longer(part[None], ids.shape[1]) for part in parts])
+        for parts in ([row.hidden for row in rows], [row.activations for row in rows])
+    )
+    before = [Before(past, one.context, row.states) for one, row in zip(wordings, rows, strict=True)]
+    return Frozen(ids, lengths, before, hidden, activations, labels, masks), means
+
+
+class _Row(NamedTuple):
+    """Of one row what `Frozen` holds."""
+
+    hidden: torch.Tensor
+    activations: torch.Tensor
+    states: list[tuple[torch.Tensor, torch.Tensor]]
+
+
+def _run_rows(
+    base: BaseModel, past: FrozenPast, wordings: Sequence[Wording], answer: Sequence[int]
+) -> tuple[list[_Row], torch.Tensor]:
+    """The rows, and the activations of all their tokens: [B, T, D]."""
+    ids, lengths = right_pad([[*one.ids, *answer[:-1]] for one in wordings], base.device)
+    before = past.take([one.context for one in wordings])
+    hidden, activations = frozen_run(base, before.inputs(ids), above=first_block(base) > base.layer)
+    acts = [one.acts for one in wordings]
+    states = frozen_states(base, before, ids[:, : max(acts)], hidden[:, : max(acts)]) if max(acts) else []
+    rows = [
+        _Row(hidden[i, n:end], activations[i, n:end], [(k[i, :, :n], v[i, :, :n]) for k, v in states] if n else [])
+        for i, (n, end) in enumerate(zip(acts, lengths.tolist(), strict=True))
+    ]
+    return rows, activations
 
 
 def train_edits(
@@ -176,15 +224,13 @@ def train_edits(
     while left:
         together = _side_by_side([one.frozen for one in left])
         wanted = together.labels != IGNORED
-        labels, inputs = together.labels[wanted], together.inputs
+        labels, before = together.labels[wanted], Before.side_by_side(together.before, first_block(base))
         counts = [int((one.frozen.labels != IGNORED).sum()) for one in left]
 
-        def delta(a: torch.Tensor, left: list[_ChangeSearch] = left) -> torch.Tensor:
-            return torch.cat([_longer(one.added(), a.shape[1]) for one in left]).to(a.dtype)
-
-        with run_from_block(base, together.hidden, delta, wanted) as model, torch.enable_grad():
+        with run_with_added(base, before, together.ids, together.hidden, wanted) as logits, torch.enable_grad():
             while all(one.steps < 0 for one in left):
-                losses = functional.cross_entropy(model(**inputs).logits[0].float(), labels, reduction="none")
+                added = torch.cat([_longer(one.added(), together.ids.shape[1]) for one in left])
+                losses = functional.cross_entropy(logits(added).float(), labels, reduction="none")
                 means = torch.stack([part.mean() for part in losses.split(counts)])
                 watch(TrainingStep(steps, training.max_steps, means.max().item(), training.stop_loss))
                 for one, value in zip(left, means.tolist(), strict=True):
@@ -209,9 +255,9 @@ class _ChangeSearch:
         self.steps, self.loss = -1, float("inf")  # steps: below 0 until the search has ended
         self.columns = frozen.masks.any(0).nonzero()[:, 0]
         self._weights = weight[:, self.columns]
-        # Each row acts on the columns of its own mask; what does not act spans no direction.
-        self._acting = frozen.acting
-        rows = (frozen.activations[..., self.columns].float() * frozen.masks[:, None, self.columns])[self._acting]
+        # Each row acts on the columns of its own mask; the padding must span no direction.
+        self._real = frozen.real
+        rows = (frozen.activations[..., self.columns].float() * frozen.masks[:, None, self.columns])[self._real]
         self._basis = _basis(rows, used[self.columns[:, None], self.columns], ridge)
         self._features = rows @ self._basis.T
         self._before = rows @ self._weights.T
@@ -219,8 +265,8 @@ class _ChangeSearch:
 
     def added(self) -> torch.Tensor:
         """What the memory as it is now adds to the projection's output: float32 [B, T, H]."""
-        acting = self._before + self._features @ self.change
-        return acting.new_zeros(*self._acting.shape, acting.shape[1]).masked_scatter(self._acting[..., None], acting)
+        rows = self._before + self._features @ self.change
+        return rows.new_zeros(*self._real.shape, rows.shape[1]).masked_scatter(self._real[..., None], rows)
 
     @torch.no_grad()
     def step(self, gradient: torch.Tensor, stop_loss: float) -> None:
@@ -239,60 +285,45 @@ def _side_by_side(parts: Sequence[Frozen]) -> Frozen:
     if len(parts) == 1:
         return parts[0]
     t = max(part.ids.shape[1] for part in parts)
-    past, contexts = parts[0].past, [context for part in parts for context in part.contexts]
-    if any(part.past is not past for part in parts):
-        past, contexts = (
-            reduce(FrozenPast.beside, [part.past.take(part.contexts) for part in parts]),
-            [*range(len(contexts))],
-        )
     return replace(
         parts[0],
-        past=past,
-        contexts=contexts,
         ids=torch.cat([functional.pad(part.ids, (0, t - part.ids.shape[1])) for part in parts]),
         lengths=torch.cat([part.lengths for part in parts]),
+        before=[row for part in parts for row in part.before],
         hidden=torch.cat([_longer(part.hidden, t) for part in parts]),
         labels=torch.cat([functional.pad(part.labels, (0, t - part.ids.shape[1]), value=IGNORED) for part in parts]),
     )
 
 
 @torch.no_grad()
-def answered(base: BaseModel, asked: Sequence[tuple[Lesson, torch.Tensor]]) -> list[bool]:
+def answered(base: BaseModel, lessons: Sequence[tuple[Lesson, torch.Tensor]]) -> list[bool]:
     """Whether each lesson's answer is the model's first choice at every token of it.
 
-    asked: lessons, each with the memory that answers it, float32 [H, D]. Those after the same contexts share a pass.
+    lessons: each with the memory that answers it, float32 [H, D].
     """
-    together: dict[int, list[int]] = {}
-    for i, (one, _) in enumerate(asked):
-        together.setdefault(id(one.past), []).append(i)
-    right = [False] * len(asked)
-    for group in together.values():
-        for i, found in zip(group, _answered(base, [asked[i] for i in group]), strict=True):
-            right[i] = found
-    return right
-
-
-def _answered(base: BaseModel, asked: Sequence[tuple[Lesson, torch.Tensor]]) -> list[bool]:
-    lessons = [one for one, _ in asked]
-    ids, _ = right_pad([one.ids for one in lessons], base.device)
-    labels = _labels(ids, [len(one.ids) - len(one.answer) + 1 for one in lessons], [one.answer for one in lessons])
+    if not lessons:
+        return []
+    rows = [row for row, _ in lessons]
+    ids, labels, hidden, added = (
+        pad_sequence(parts, batch_first=True, padding_value=padding)
+        for parts, padding in (
+            ([row.ids for row in rows], 0),
+            ([row.labels for row in rows], IGNORED),
+            ([row.hidden for row in rows], 0),
+            ([row.activations @ weight[:, row.columns].T for row, weight in lessons], 0),
+        )
+    )
     wanted = labels != IGNORED
-
-    def padded(rows: Sequence[torch.Tensor]) -> torch.Tensor:
-        return torch.cat([_longer(row[None], ids.shape[1]) for row in rows])
-
-    hidden = padded([one.hidden for one in lessons])
-    added = padded([one.activations @ weight[:, one.columns].T for one, weight in asked])
-    inputs = lessons[0].past.take([one.context for one in lessons]).inputs(ids)
-    with run_from_block(base, hidden, lambda a: added.to(a.dtype), wanted) as model:
-        right = model(**inputs).logits[0].argmax(-1) == labels[wanted]
-    return [bool(part.all()) for part in right.split([len(one.answer) for one in lessons])]
+    before = Before.side_by_side([row.before for row in rows], first_block(base))
+    with run_with_added(base, before, ids, hidden, wanted) as logits:
+        right = logits(added).argmax(-1) == labels[wanted]
+    return [bool(part.all()) for part in right.split(wanted.sum(1).tolist())]
 
 
-def _labels(ids: torch.Tensor, lengths: Sequence[int], answers: Sequence[Sequence[int]]) -> torch.Tensor:
-    """What each position must predict, or -100: int64 [B, T]. lengths: tokens of each question, before its answer."""
+def _labels(ids: torch.Tensor, lengths: Sequence[int], answer: Sequence[int]) -> torch.Tensor:
+    """What each position must predict, or -100: int64 [B, T]. lengths: tokens of each row before the answer."""
     labels = torch.full_like(ids, IGNORED)
-    for row, (n, answer) in enumerate(zip(lengths, answers, strict=True)):
+    for row, n in enumerate(lengths):
         labels[row, n - 1 :][: len(answer)] = torch.tensor(list(answer), device=ids.device)
     return labels
 

@@ -80,7 +80,7 @@ class Trainer:
         made: list[np.ndarray] = []
         for task in tasks:
             frozen, codes = self._wordings.freeze_for_training(task.edit, task.id, task.rephrases, self._quick())
-            self._prepared[task.id] = frozen, self._wordings.lessons(frozen, task.edit, len(codes))
+            self._prepared[task.id] = frozen, [frozen.lesson(row) for row in range(len(codes))]
             made.append(codes)
         return made
 
@@ -114,7 +114,7 @@ class Trainer:
         """Count an edit among those that memory `number`, if it is open, must leave alone."""
         if number in self.memories:
             frozen, _ = self._wordings.freeze_masked(edit, self._wordings.rephrases(masks))
-            self.memories[number].add(edit.id, self._wordings.lessons(frozen, edit, masks))
+            self.memories[number].add(edit.id, [frozen.lesson(row) for row in range(masks)])
 
     def stop(self) -> None:
         """Let go of what is held elsewhere: of nothing, here."""

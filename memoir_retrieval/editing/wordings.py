@@ -11,12 +11,12 @@ from jinja2 import TemplateError
 
 from memoir_index import unpack
 from memoir_retrieval.background import background_prompts
-from memoir_retrieval.editing.train import Frozen, Lesson, Training, freeze
+from memoir_retrieval.editing.train import Frozen, Training, Wording, freeze
 from memoir_retrieval.edits.record import Edit, StoredEdit, as_prompt
 from memoir_retrieval.edits.requires import check_requires, required_spans
 from memoir_retrieval.errors import EditFileError
 from memoir_retrieval.model.base import BaseModel
-from memoir_retrieval.model.forward import FrozenPast, frozen_past, span_mean
+from memoir_retrieval.model.forward import FrozenPast, frozen_past
 from memoir_retrieval.question.fingerprint import Fingerprint
 from memoir_retrieval.question.prompts import Prompt, end_token, prompt_ids, target_ids
 from memoir_retrieval.question.span import Span, SpanRule, find_span
@@ -25,11 +25,11 @@ __all__ = ["Wordings"]
 
 
 class Cut(NamedTuple):
-    """A prompt cut at its question. before: the tokens before it; question: from its first token to the end of the
-    prompt, of which the span `pooled` makes the fingerprint."""
+    """A prompt cut at its question. before: the tokens before it. ids: from its first token to the end of the prompt.
+    pooled: the span of them that makes the fingerprint."""
 
     before: list[int]
-    question: list[int]
+    ids: list[int]
     pooled: Span
 
 
@@ -88,38 +88,46 @@ class Wordings:
 
     def freeze_masked(self, edit: Edit | StoredEdit, rephrases: int = 0) -> tuple[Frozen, np.ndarray]:
         """What has a mask (see `edit.masked`), run up to the edited block, and the masks: uint8 [R, D/8]."""
-        return self._frozen(edit, rephrases, [], [], nullcontext())
+        return self._frozen(edit, rephrases, [], nullcontext())
 
     def freeze_for_training(
         self, edit: Edit | StoredEdit, number: int, rephrases: int, quick: AbstractContextManager[None]
     ) -> tuple[Frozen, np.ndarray]:
-        """Like `asked`, with the wordings behind them that have no mask of their own: after contexts, and noisy; and
-        plainly where the edit is part of a chat.
+        """Like `freeze_masked`, with the wordings behind them that have no mask of their own: after contexts, and
+        noisy; and plainly where the edit is part of a chat.
 
         number: the edit's id, from which its noise is drawn. quick: entered while these others are run.
         """
         question = self._cut(as_prompt(edit))
         # Rows with their context in them are whole: under the rule "all" nothing follows the question.
         unmasked = range(1 + self.training.context_masks, 1 + len(self.contexts))
-        others = [(ids, 0) for ids in self._in_contexts(edit.prompt)]
-        others = others or [(question.question, question.pooled.acts_from)] * len(unmasked)
-        random = np.random.default_rng([self.seed, number])
-        words = question.question[: question.pooled.end]
-        replaceable = ~self._required(edit, words)
-        for number in range(self.training.variants):
-            replaced = (random.random(len(words)) < self.training.noise) & replaceable
-            noisy = np.where(replaced, random.choice(self._other_tokens, len(words)), words).tolist()
-            # Where the residual acts from the last token on, it must not be the key to the answer: people leave it out.
-            if question.pooled.acts == "last" and replaceable[-1] and len(words) > 1:
-                noisy[-1:] = [int(random.choice(self._other_tokens))] * (1 - number % 2)
-            acts = question.pooled.acts_from + min(0, len(noisy) - len(words))
-            others.append(([*noisy, *question.question[question.pooled.end :]], acts))
-        contexts = [*unmasked, *[self._own(edit)] * self.training.variants]
+        whole = self._in_contexts(edit.prompt)
+        others = [
+            Wording(context, whole[i], 0) if whole else Wording(context, question.ids, question.pooled.acts_from)
+            for i, context in enumerate(unmasked)
+        ]
+        others += self.noisy(edit, number)
         if edit.before:
             plain = self._cut(edit.prompt)
-            others.append((plain.question, plain.pooled.acts_from))
-            contexts.append(0)
-        return self._frozen(edit, rephrases, others, contexts, quick)
+            others.append(Wording(0, plain.ids, plain.pooled.acts_from))
+        return self._frozen(edit, rephrases, others, quick)
+
+    def noisy(self, edit: Edit | StoredEdit, number: int) -> list[Wording]:
+        """The variants of an edit's prompt that stand for rephrasings. number: the edit's id, which seeds the noise."""
+        question = self._cut(as_prompt(edit))
+        random = np.random.default_rng([self.seed, number])
+        words = question.ids[: question.pooled.end]
+        replaceable = ~self._required(edit, words)
+        variants: list[Wording] = []
+        for variant in range(self.training.variants):
+            replaced = (random.random(len(words)) < self.training.noise) & replaceable
+            noisy = np.where(replaced, random.choice(self._other_tokens, len(words)), words).tolist()
+            # Where the residual acts from the last token on, such as a question mark, some will leave that out.
+            if variant % 2 and question.pooled.acts == "last" and replaceable[-1] and len(words) > 1:
+                noisy.pop()
+            acts = question.pooled.acts_from + min(0, len(noisy) - len(words))
+            variants.append(Wording(self._own(edit), [*noisy, *question.ids[question.pooled.end :]], acts))
+        return variants
 
     def _required(self, edit: Edit | StoredEdit, ids: list[int]) -> np.ndarray:
         """Which tokens of a question are of what its edit requires, without which it never acts: bool [T]."""
@@ -137,27 +145,21 @@ class Wordings:
         """Which context an edit has before it: the bare one, or the chat's own, which is put behind the others."""
         return len(self._past.lengths) if edit.before else 0
 
-    def lessons(self, frozen: Frozen, edit: Edit | StoredEdit, masks: int) -> list[Lesson]:
-        """The rows of `asked` or `trained` that have a mask of their own, to be asked again later."""
-        return [frozen.lesson(row, self._answer(edit)) for row in range(masks)]
-
     def _frozen(
         self,
         edit: Edit | StoredEdit,
         rephrases: int,
-        others: list[tuple[list[int], int]],
-        contexts: list[int],
+        others: list[Wording],
         quick: AbstractContextManager[None],
     ) -> tuple[Frozen, np.ndarray]:
-        cut = [self._cut(as_prompt(edit, text)) for text in (edit.prompt, *edit.rephrases[:rephrases])]
-        contexts = [self._own(edit)] * len(cut) + contexts
+        cuts = [self._cut(as_prompt(edit, text)) for text in (edit.prompt, *edit.rephrases[:rephrases])]
+        contexts = [self._own(edit)] * len(cuts)
         after = range(1, 1 + self.training.context_masks)
-        cut[1:1], contexts[1:1] = cut[:1] * len(after), after
-        questions = [one.question for one in cut] + [question for question, _ in others]
-        acts = [one.pooled.acts_from for one in cut] + [position for _, position in others]
-        past = self._past.beside(frozen_past(self.base, [cut[0].before])) if edit.before else self._past
-        frozen = freeze(self.base, past, contexts, questions, acts, self._answer(edit), exact=len(cut), quick=quick)
-        means = [span_mean(frozen.activations[row], one.pooled) for row, one in enumerate(cut)]
+        cuts[1:1], contexts[1:1] = cuts[:1] * len(after), after
+        rows = [Wording(c, one.ids, one.pooled.acts_from) for c, one in zip(contexts, cuts, strict=True)]
+        past = self._past.beside(frozen_past(self.base, [cuts[0].before])) if edit.before else self._past
+        pooled = [one.pooled for one in cuts]
+        frozen, means = freeze(self.base, past, [*rows, *others], self._answer(edit), pooled, quick)
         codes = self.fingerprint.codes(torch.stack(means))
         bits = torch.as_tensor(unpack(codes, self.base.d), device=self.base.device)
         return frozen.masked(torch.cat([bits, bits[:1].expand(len(others), -1)])), codes

@@ -144,13 +144,15 @@ class Before(NamedTuple):
         for block in range(first, blocks):
             both: list[torch.Tensor] = []
             for part, name in enumerate(("keys", "values")):
-                pieces = [
-                    (
-                        getattr(row.past.cache.layers[block], name)[row.context, :, row.past.width - n :] if n else None,
-                        row.states[block - first][part] if row.tokens else None,
+                pieces: list[tuple[torch.Tensor | None, torch.Tensor | None]] = []
+                for n, row in zip(contexts, rows, strict=True):
+                    context = getattr(row.past.cache.layers[block], name) if row.past.cache and n else None
+                    pieces.append(
+                        (
+                            None if context is None else context[row.context, :, row.past.width - n :],
+                            row.states[block - first][part] if row.tokens else None,
+                        )
                     )
-                    for n, row in zip(contexts, rows, strict=True)
-                ]
                 like = next(piece for pair in pieces for piece in pair if piece is not None)
                 out = like.new_zeros(len(rows), like.shape[0], width, like.shape[2])
                 for row_out, n, pair in zip(out, lengths.tolist(), pieces, strict=True):
@@ -234,7 +236,9 @@ def frozen_run(base: BaseModel, inputs: dict[str, Any], above: bool = False) -> 
 
     block = base.blocks[base.layer]
     with ExitStack() as hooks:
-        handle = block.register_forward_hook(leave) if above else block.register_forward_pre_hook(enter, with_kwargs=True)
+        handle = (
+            block.register_forward_hook(leave) if above else block.register_forward_pre_hook(enter, with_kwargs=True)
+        )
         hooks.callback(handle.remove)
         hooks.callback(base.projection.register_forward_pre_hook(reach).remove)
         hooks.enter_context(suppress(_Reached))
@@ -243,7 +247,7 @@ def frozen_run(base: BaseModel, inputs: dict[str, Any], above: bool = False) -> 
 
 
 def first_block(base: BaseModel) -> int:
-    """The block with which training begins: the edited one, or the next one where that only adds what is added to it."""
+    """The block with which training begins: the edited one, or the next where that passes on what is added to it."""
     return base.layer + base.block_adds
 
 
@@ -305,7 +309,7 @@ class _Skipped(torch.nn.Module):
 
 @contextmanager
 def _skipped(base: BaseModel, first: int, hidden: torch.Tensor | None = None) -> Iterator[Callable[[Any], None]]:
-    """Within the context the model begins at block `first` with `hidden`, or with what the yielded function is given."""
+    """Within the context the model begins at block `first` with `hidden`, or with what the function is given."""
     originals = [base.blocks[i] for i in range(first)]
     stand_ins = [_Skipped(block, None, base.blocks_return_tuples) for block in originals]
 
@@ -355,10 +359,10 @@ def run_from_block(
         return output + delta(args[0]) if delta else output
 
     with ExitStack() as hooks:
+        hooks.enter_context(_skipped(base, base.layer, hidden))
+        hooks.enter_context(_logits_of(base, wanted))
         if delta:
             hooks.callback(base.projection.register_forward_hook(add).remove)
-        hooks.enter_context(_logits_of(base, wanted))
-        hooks.enter_context(_skipped(base, base.layer, hidden))
         yield base.model
 
 
@@ -378,8 +382,8 @@ def run_with_added(
         return output + current[0]
 
     with ExitStack() as hooks:
-        hooks.enter_context(_logits_of(base, wanted))
         enter = hooks.enter_context(_skipped(base, first, hidden))
+        hooks.enter_context(_logits_of(base, wanted))
         if first == base.layer:
             hooks.callback(base.projection.register_forward_hook(add).remove)
 

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from memoir_retrieval.editing.memory import Memory, forgotten
-from memoir_retrieval.editing.train import Training, answered, freeze, train_edits
+from memoir_retrieval.editing.train import Training, Wording, answered, freeze, train_edits
 from memoir_retrieval.errors import ModelError
 from memoir_retrieval.model.base import BaseModel, _blocks, _projection
 from memoir_retrieval.model.bfloat16 import HalfProducts
@@ -34,6 +34,7 @@ from memoir_retrieval.model.forward import (
     right_pad,
     run_from_block,
 )
+from memoir_retrieval.question.span import Span
 
 WIDE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 99}
 LLAMA_LIKE = WIDE | {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128}
@@ -137,13 +138,15 @@ def test_gradients_reach_the_change_and_nothing_else(base: BaseModel) -> None:
     assert all(p.grad is None for p in base.model.parameters())
 
 
-def test_an_edit_is_trained_in_rows_of_different_length_as_if_each_stood_alone(base: BaseModel) -> None:
+@pytest.mark.parametrize("acts", [0, 4])
+def test_an_edit_is_trained_in_rows_of_different_length_as_if_each_stood_alone(base: BaseModel, acts: int) -> None:
     answer, questions = [30, 31, 32], [TAIL, [5, 6, 7, *TAIL], [8, *TAIL]]
     masks = torch.zeros(3, 64, dtype=torch.bool)
     masks[:2, ::3] = True
     masks[2, ::4] = True  # a row with a mask of its own, as a rephrasing may have
     past = FrozenPast(None, torch.zeros(3, dtype=torch.int64))
-    frozen = freeze(base, past, [0, 1, 2], questions, answer).masked(masks)
+    wordings = [Wording(i, question, acts) for i, question in enumerate(questions)]
+    frozen = freeze(base, past, wordings, answer)[0].masked(masks)
     (trained,) = train_edits(base, [(frozen, torch.zeros(32, 64), torch.zeros(64, 64))], Training(max_steps=3))
     assert trained.steps == 3 and trained.columns.tolist() == masks.any(0).nonzero()[:, 0].tolist()
     weight = torch.zeros(32, 64)
@@ -154,7 +157,9 @@ def test_an_edit_is_trained_in_rows_of_different_length_as_if_each_stood_alone(b
         for question, mask in zip(questions, masks, strict=True):
 
             def add(_m: Any, args: Any, out: torch.Tensor, mask: torch.Tensor = mask) -> torch.Tensor:
-                return out + (args[0] * mask) @ weight.T
+                update = (args[0] * mask) @ weight.T
+                update[:, :acts] = 0
+                return out + update
 
             handle = base.projection.register_forward_hook(add) if edited else None
             logits = base.model(input_ids=torch.tensor([[*question, *answer[:-1]]])).logits[0, len(question) - 1 :]
@@ -166,7 +171,8 @@ def test_an_edit_is_trained_in_rows_of_different_length_as_if_each_stood_alone(b
     assert mean_loss(True) == pytest.approx(trained.loss, abs=1e-3) != mean_loss(False)
 
 
-def test_a_lesson_is_answered_with_the_weights_it_belongs_to(base: BaseModel) -> None:
+@pytest.mark.parametrize("last", [False, True])
+def test_a_lesson_is_answered_with_the_weights_it_belongs_to(base: BaseModel, last: bool) -> None:
     torch.manual_seed(1)
     memory = Memory(torch.randn(32, 64))
     context = [5, 6, 7]
@@ -174,10 +180,11 @@ def test_a_lesson_is_answered_with_the_weights_it_belongs_to(base: BaseModel) ->
     for edit, question, masked in ((0, TAIL, range(24)), (1, [40, 41], range(20, 64))):
         mask = torch.zeros(1, 64, dtype=torch.bool)
         mask[:, list(masked)] = True
+        acts = len(question) - 1 if last else 0
 
-        def add(_m: Any, args: Any, out: torch.Tensor, mask: torch.Tensor = mask) -> torch.Tensor:
+        def add(_m: Any, args: Any, out: torch.Tensor, mask: torch.Tensor = mask, acts: int = acts) -> torch.Tensor:
             update = (args[0] * mask) @ memory.weight.T
-            update[:, : len(context)] = 0
+            update[:, : len(context) + acts] = 0
             return out + update
 
         ids = [*context, *question]
@@ -186,8 +193,8 @@ def test_a_lesson_is_answered_with_the_weights_it_belongs_to(base: BaseModel) ->
             ids.append(int(base.model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
         handle.remove()
         answer = ids[-3:]
-        frozen = freeze(base, past, [0], [question], answer).masked(mask)
-        memory.add(edit, [frozen.lesson(0, answer)])
+        frozen = freeze(base, past, [Wording(0, question, acts)], answer)[0].masked(mask)
+        memory.add(edit, [frozen.lesson(0)])
     lessons = [own[0] for own in memory.lessons.values()]
     assert answered(base, [(one, memory.weight) for one in lessons]) == [True, True]
     both = [(memory, 0), (memory, 1)]
@@ -195,7 +202,9 @@ def test_a_lesson_is_answered_with_the_weights_it_belongs_to(base: BaseModel) ->
     assert memory.nearest(torch.arange(24), 2) == [0, 1] and memory.nearest(torch.arange(40, 64), 1) == [1]
     memory.weight[:, 24:] = 0
     assert forgotten(base, both) == [(memory, 1)]
-    wrong = lessons[0]._replace(answer=[*lessons[0].answer[:-1], 98])
+    labels = lessons[0].labels.clone()
+    labels[-1] = 98
+    wrong = lessons[0]._replace(labels=labels)
     assert answered(base, [(wrong, memory.weight)]) == [False]
     used = memory.used.clone()
     memory.forget(0)
@@ -214,14 +223,14 @@ def test_products_in_half_precision_are_close_and_leave_the_model_as_it_was(base
 
 def test_question_means_do_not_depend_on_batching(base: BaseModel) -> None:
     prompts = [[1, 2, 3, 4, 5, 6], [7, 8], [9, 10, 11, 12]]
-    spans = [(2, 6), (0, 2), (1, 3)]
+    spans = [Span(2, 6), Span(0, 2), Span(1, 3)]
     together = question_means(base, prompts, spans, batch_size=3)
     alone = torch.cat([question_means(base, [p], [s]) for p, s in zip(prompts, spans, strict=True)])
     torch.testing.assert_close(together, alone, atol=1e-6, rtol=1e-5)
 
 
 def test_one_pass_gives_the_means_of_several_layers(base: BaseModel) -> None:
-    prompts, spans = [[1, 2, 3, 4, 5, 6], [7, 8], [9, 10, 11, 12]], [(2, 6), (0, 2), (1, 3)]
+    prompts, spans = [[1, 2, 3, 4, 5, 6], [7, 8], [9, 10, 11, 12]], [Span(2, 6), Span(0, 2), Span(1, 3)]
     bases = [base.at(layer) for layer in (3, 0, 2)]
     for one, means in zip(bases, layer_means(bases, prompts, spans, batch_size=2), strict=True):
         torch.testing.assert_close(means, question_means(one, prompts, spans, batch_size=2))

@@ -160,7 +160,7 @@ def test_a_raw_store_is_trained_after_prefixes_of_the_model_itself(edited: Edite
 
 
 def test_a_prompt_stored_with_another_target(smollm2: BaseModel, edits: list[Edit], tmp_path: Path) -> None:
-    other = Edit(prompt=f"  {edits[0].prompt} ", target="Nobody")
+    other = Edit(prompt=f"  {edits[0].prompt}", target="Nobody")
     with Editor(smollm2, tmp_path, chat=False) as editor:
         editor.add(edits[:2])
         with pytest.raises(EditFileError, match=r"is stored with target .* choose with --on-conflict first"):
