@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.lookup.decision import Decision
-from memoir_retrieval.question.span import Span
+from memoir_retrieval.question.span import Span, SpanRule, find_span
 
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
@@ -28,13 +28,15 @@ _SPAN = re.compile(r"(\d{1,9}):(\d{1,9})")
 
 
 class Routed(NamedTuple):
-    """What workers and scheduler tell each other of one request. row: of the matched mask in the store's codes, or -1.
+    """What workers and scheduler tell each other of one request.
 
-    An edit may have several masks, so it is the row that says which residual acted.
+    row: of the matched mask in the store's codes, or -1. An edit may have several masks, so it is the row that says
+    which residual acted. store: of a match, the digest of the generation that the row belongs to.
     """
 
     decision: Decision
     row: int = -1
+    store: str = ""
 
 
 def put_routed(step: Any, routed: Mapping[str, Routed]) -> Any:
@@ -60,6 +62,10 @@ class Options(NamedTuple):
     off: bool = False
     span: Span | None = None
     nearest: int = 0
+
+    def span_of(self, prompt: Sequence[int], rule: SpanRule) -> Span:
+        """The question in a prompt's token ids; empty where it holds none."""
+        return self.span._replace(weighted=rule.weighted, acts=rule.acts) if self.span else find_span(prompt, rule)
 
 
 def parse_options(extra_args: Mapping[str, Any] | None, prompt_len: int) -> Options:

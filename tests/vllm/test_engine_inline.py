@@ -14,6 +14,7 @@ from engines import EDITS, PROMPTS, SYSTEM, UNRELATED, Engine, Reply, flags, mak
 from memoir_retrieval.lookup.reference import EditedModel
 from memoir_retrieval.model.base import BaseModel
 from memoir_retrieval.question.prompts import Prompt
+from memoir_retrieval.question.span import find_span
 
 pytestmark = pytest.mark.engine
 
@@ -109,6 +110,20 @@ def test_edited_and_opted_out_do_not_meet_in_the_cache(
     shared = hits[1]
     assert hits == [0, shared, full, full, full, full]
     assert 0 < shared < full and shared % BLOCK == 0
+
+
+@pytest.mark.parametrize("shorter", [(3, 0), (0, 2)], ids=["later start", "earlier end"])
+def test_a_span_that_one_client_names_changes_no_answer_of_another(
+    shorter: tuple[int, int], engine: Engine, reference: EditedModel, ids: dict[str, list[int]]
+) -> None:
+    """One prompt and one edit, which acts from another token on where a client names part of the question."""
+    prompt = ids["library long edit"]
+    start, end = find_span(prompt, reference.retriever.store.manifest.span)[:2]
+    part = {"memoir_span": f"{start + shorter[0]}:{end - shorter[1]}"}
+    engine.llm.reset_prefix_cache()
+    named, plain = (engine.ask([prompt], [option], warm=True, max_tokens=TOKENS)[0] for option in (part, None))
+    assert named.memoir["edit"] == plain.memoir["edit"] is not None
+    assert wrong(reference, prompt, plain) < CLOSE
 
 
 def test_a_preamble_is_shared_by_edits_and_unmatched(engine: Engine, ids: dict[str, list[int]]) -> None:

@@ -3,10 +3,15 @@ both schedulers driven by hand. Every row is compared, and the lengths of cache 
 
 from __future__ import annotations
 
+import dataclasses
 from itertools import product
+from types import SimpleNamespace
 
+import msgspec
 import pytest
-from simulation import Simulate, World, chat, other, right
+from simulation import RULE, Simulate, World, chat, oracle, other, right, world
+
+from memoir_retrieval.question.span import Span
 
 EDITED, OFF = None, {"memoir": "off"}
 BLOCKS = (16, 32, 128)
@@ -81,3 +86,35 @@ def test_blocks_that_were_given_to_others_are_not_found(block: int, simulate: Si
                 assert sim.answers[name] == right(here, prompt, edit, 9), name
     assert 0 in list(sim.hits.values())[9:], "some of what was published is gone"
     assert any(list(sim.hits.values())[9:]), "and some is not"
+
+
+@pytest.mark.parametrize("acts", ["first", "last"])
+@pytest.mark.parametrize("block", [16, 32])
+def test_an_edit_that_acts_from_another_token_on_has_other_blocks(block: int, acts: str, simulate: Simulate) -> None:
+    """A client names the half of a question that its whole names too: one edit, one prompt, two spans."""
+    served, rule = world((6,)), msgspec.structs.replace(RULE, acts=acts)
+    sim = simulate(block=block, model_len=512, served=served, rule=rule)
+    prompt = chat(served.questions[0] * 2, before=40, after=60)
+    spans = {"whole": (40, 52), "second half": (46, 52), "first half": (40, 46)}
+    for turn, (name, ends) in product(("cold", "warm"), spans.items()):
+        sim.add(f"{turn} {name}", prompt, {"memoir_span": "{}:{}".format(*ends)})
+        sim.run()
+        start = Span(*ends, acts=acts).acts_from
+        answer = oracle(served.embedding, prompt, start, served.edit(0), 3)
+        assert sim.answers[f"{turn} {name}"] == answer, (turn, name)
+    assert {said["edit"] for said in sim.said.values()} == {0}
+
+
+def test_equal_rows_of_two_stores_have_other_names(simulate: Simulate, here: World) -> None:
+    """Hashes of blocks are the same in every process, so servers that share blocks meet by them alone."""
+    prompt, names = chat(here.questions[1], before=40, after=60), []
+    for digest in ("7" * 64, "8" * 64):
+        manifest = SimpleNamespace(**vars(here.store.manifest) | {"sha256": digest})
+        served = here._replace(store=dataclasses.replace(here.store, manifest=manifest))
+        sim = simulate(served=served)
+        sim.add("a", prompt)
+        sim.run()
+        names.append(list(sim.requests["a"].block_hashes))
+    shared = 40 // 16
+    assert names[0][:shared] == names[1][:shared]
+    assert not set(names[0][shared:]) & set(names[1][shared:])

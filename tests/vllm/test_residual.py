@@ -53,7 +53,7 @@ def store_of(activations: torch.Tensor, **manifest: Any) -> EditStore:
         if n
         else empty
     )
-    fields = {"generation": 7, "span": RULE, "d": D, "h": H, "k": K, "tau": 0.9, **manifest}
+    fields = {"generation": 7, "sha256": "7" * 64, "span": RULE, "d": D, "h": H, "k": K, "tau": 0.9, **manifest}
     return EditStore(
         path=Path(),
         manifest=SimpleNamespace(**fields),  # type: ignore[arg-type]

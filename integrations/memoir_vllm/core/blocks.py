@@ -50,7 +50,11 @@ def guard(
 
 
 def own(request: Request, name: str, start: int, hash_block_size: int) -> None:
-    """Put the blocks of a request, from the one that holds token `start` on, under the name of an edit."""
+    """Put the blocks of a request, from the one that holds token `start` on, under the name of an edit.
+
+    name: says store, generation and mask. That the edit acts from token `start` on becomes part of the name: the same
+    tokens under the same edit have other rows where it acts from another token on.
+    """
     request._memoir_blocks = (name, start)
     del request.block_hashes[start // hash_block_size :]
     request.update_block_hashes()
@@ -80,7 +84,7 @@ def install() -> None:
         name, start = getattr(request, "_memoir_blocks", (None, 0))
         if name is None or end_token_idx <= start:
             return keys, mm_idx
-        return (*(keys or ()), ("memoir", name)), mm_idx
+        return (*(keys or ()), ("memoir", name, start)), mm_idx
 
     generate_block_hash_extra_keys._memoir = True  # type: ignore[attr-defined]
     for module in (kv_cache_utils, block_pool):

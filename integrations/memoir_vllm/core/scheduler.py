@@ -23,7 +23,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
 from memoir_retrieval.errors import ConfigError
-from memoir_retrieval.question.span import Span, find_span
+from memoir_retrieval.question.span import Span
 from memoir_vllm import config
 from memoir_vllm.core import blocks
 from memoir_vllm.core import rpc as core
@@ -91,7 +91,7 @@ class _Decisions:
             options = parse_options(request.sampling_params and request.sampling_params.extra_args, len(prompt))
         except ConfigError:  # the worker serves it as the base model and says so, see ResidualLayer.admit
             return
-        span = options.span or find_span(prompt, self._rule)
+        span = options.span_of(prompt, self._rule)
         if options.off or span.start == span.end:
             return
         # Who asks for the nearest edits is always looked up: a decision is remembered without them.
@@ -196,8 +196,8 @@ class _Decisions:
     def _settle(self, request: Request, span: Span, routed: Routed) -> None:
         self._routed[request.request_id] = routed
         if routed.row >= 0:
-            name = f"{routed.decision.generation}:{routed.row}"
-            blocks.own(request, name, span.start, self.hash_block_size)  # type: ignore[attr-defined]
+            name = f"{routed.store}:{routed.decision.generation}:{routed.row}"
+            blocks.own(request, name, span.acts_from, self.hash_block_size)  # type: ignore[attr-defined]
 
     def _publish(self, request: Request) -> None:
         """What `allocate_slots` would have published before the forward."""

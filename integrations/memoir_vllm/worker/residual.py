@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from memoir_retrieval.errors import ConfigError
-from memoir_retrieval.question.span import Span, find_span
+from memoir_retrieval.question.span import Span
 from memoir_vllm.requests import Routed, parse_options
 from memoir_vllm.worker.block_sums import BlockSums
 from memoir_vllm.worker.pooling import pooled
@@ -140,12 +140,7 @@ class ResidualLayer:
         except ConfigError:  # a front end of another language let it pass; the response will say "unroutable"
             self._settle(request_id, self.now.router.unroutable())
             return
-        rule = self.now.router.rule
-        span = (
-            options.span._replace(weighted=rule.weighted, acts=rule.acts)
-            if options.span
-            else find_span(prompt_ids, rule)
-        )
+        span = options.span_of(prompt_ids, self.now.router.rule)
         if options.off:
             self._settle(request_id, self.now.router.off())
         elif span.start == span.end:

@@ -36,6 +36,8 @@ class Router:
         """decode: the text of a question's token ids; see `EditLookup`."""
         manifest = store.manifest
         self.generation = manifest.generation
+        # Numbers of generations and rows are the same in two stores. Manifests of format 1 have no digest of their own.
+        self.digest = manifest.sha256 or manifest.memory.sha256 + manifest.codes.sha256
         self.rule: SpanRule = manifest.span
         self.d = manifest.d
         self.tau = manifest.tau if tau is None else tau
@@ -77,12 +79,13 @@ class Router:
             if row < 0:
                 routes[at] = self._unedited("unmatched", round(overlap, 4))
             else:
-                routes[at] = self.recall(Routed(Decision(edit, round(overlap, 4), "matched", self.generation), row))
+                decision = Decision(edit, round(overlap, 4), "matched", self.generation)
+                routes[at] = self.recall(Routed(decision, row, self.digest))
         if any(nearest):
             for at, named in zip(sound, self._named(codes, max(nearest)), strict=True):
-                decision, row = routes[at].routed
-                decision = msgspec.structs.replace(decision, nearest=named[: nearest[at]])
-                routes[at] = replace(routes[at], routed=Routed(decision, row))
+                routed = routes[at].routed
+                decision = msgspec.structs.replace(routed.decision, nearest=named[: nearest[at]])
+                routes[at] = replace(routes[at], routed=routed._replace(decision=decision))
         return routes
 
     def _named(self, codes: np.ndarray, n: int) -> Iterator[tuple[tuple[int, float], ...]]:
