@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from memoir_retrieval.client.admin import AdminClient
     from memoir_retrieval.editing.editor import Editor
-    from memoir_retrieval.editing.train import Training
     from memoir_retrieval.edits.files import read_edits
     from memoir_retrieval.edits.record import Edit, Probe, StoredEdit
     from memoir_retrieval.errors import MemoirError
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from memoir_retrieval.lookup.retriever import Match, Retriever
     from memoir_retrieval.model.base import load_model
     from memoir_retrieval.store.read import EditStore
+    from memoir_retrieval.store.settings import Training
 
 __all__ = [
     "AdminClient",
@@ -52,7 +52,7 @@ _HOME = {
     "Probe": "edits.record",
     "Retriever": "lookup.retriever",
     "StoredEdit": "edits.record",
-    "Training": "editing.train",
+    "Training": "store.settings",
     "evaluate": "evaluation.measure",
     "load_model": "model.base",
     "read_edits": "edits.files",

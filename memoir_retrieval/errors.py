@@ -1,4 +1,6 @@
-"""Errors a user can meet. Each message is one line: the value, why, what to type instead."""
+"""Errors a user can meet. Each message is one line: the value, why, what to do instead."""
+
+from enum import StrEnum
 
 from memoir_index.errors import CodeError, MemoirError
 
@@ -10,9 +12,37 @@ __all__ = [
     "HubError",
     "MemoirError",
     "ModelError",
+    "Reason",
     "StoreError",
     "StoreMismatch",
 ]
+
+
+class Reason(StrEnum):
+    """Why an error was raised, where the command line and the HTTP API say in their own words what to do about it.
+
+    CONFLICT: a prompt has two answers, in a file or in a file and the store.
+    DATA: a data set is not where it was looked for.
+    MANY: more edits are asked about than the store has.
+    NO_CLUSTER: no Ray cluster answers.
+    NO_TEMPLATE: the model has no chat template.
+    OTHER_EDITS: a pull would drop edits of the folder.
+    RAW_STORE: the store asks raw prompts, and the edit is part of a chat.
+    RUN: the folder of a quality run holds another one.
+    SETTINGS: the store was made with other settings; `about` is a `Contradiction`.
+    WHOLE_PROMPTS: the store pools whole prompts, and the edit requires words of a question.
+    """
+
+    CONFLICT = "conflict"
+    DATA = "data"
+    MANY = "many"
+    NO_CLUSTER = "no_cluster"
+    NO_TEMPLATE = "no_template"
+    OTHER_EDITS = "other_edits"
+    RAW_STORE = "raw_store"
+    RUN = "run"
+    SETTINGS = "settings"
+    WHOLE_PROMPTS = "whole_prompts"
 
 
 class AdminError(MemoirError):

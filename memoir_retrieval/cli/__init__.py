@@ -9,6 +9,7 @@ import click
 
 from memoir_retrieval.cli.bench import bench
 from memoir_retrieval.cli.calibrate import calibrate
+from memoir_retrieval.cli.cures import message
 from memoir_retrieval.cli.demo import demo
 from memoir_retrieval.cli.doctor import doctor
 from memoir_retrieval.cli.edit import edit
@@ -76,7 +77,10 @@ def main(arguments: list[str] | None = None) -> None:
     except (MemoirError, OSError, ImportError, click.ClickException) as error:
         if "--debug" in arguments:
             raise
-        text = error.format_message() if isinstance(error, click.ClickException) else str(error)
+        if isinstance(error, click.ClickException):
+            text = error.format_message()
+        else:
+            text = message(error) if isinstance(error, MemoirError) else str(error)
         if isinstance(error, ImportError):
             text += "; `memoir doctor` tells what is missing"
         click.echo(f"memoir: {' '.join(text.split())}", err=True)

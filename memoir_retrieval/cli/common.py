@@ -8,12 +8,10 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
-import msgspec
 from rich.console import Console
 
 from memoir_retrieval.edits.files import FORMATS, Keep, check_duplicates, limit_distinct_subjects, read_edits
@@ -91,22 +89,27 @@ training_option = click.option(
 tau_option = click.option("--tau", type=float, help="Least overlap that matches (default: the store's own).")
 
 
-def training_settings(given: Sequence[str]) -> dict[str, Any]:
-    """The fields of `Training` that --training gives, as NAME=VALUE each. Raises ConfigError."""
-    from memoir_retrieval.editing.train import Training
+def training_settings(texts: Sequence[str], context_masks: int | None = None) -> dict[str, int | float | str]:
+    """The fields of `Training` that --training, as NAME=VALUE each, and --context-masks give; the library judges them.
 
-    known: dict[str, Any] = asdict(Training())
-    chosen: dict[str, Any] = {}
-    for setting in given:
-        name, _, value = setting.partition("=")
-        if name not in known:
-            raise ConfigError(f"--training {setting}: no setting has that name; choose one of {', '.join(known)}")
-        chosen[name] = f"0{value}" if value.startswith(".") else value
-    try:
-        made = msgspec.convert(known | chosen, Training, strict=False)
-    except msgspec.ValidationError as error:
-        raise ConfigError(f"--training {' '.join(given)}: {error}; write NAME=VALUE such as contexts=3") from None
-    return {name: getattr(made, name) for name in chosen}
+    Raises ConfigError for what is no NAME=VALUE.
+    """
+    settings: dict[str, int | float | str] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"--training {text}: write NAME=VALUE such as contexts=3")
+        settings[name] = _number(value)
+    return settings if context_masks is None else settings | {"context_masks": context_masks}
+
+
+def _number(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
 
 
 def edit_file(command: F) -> F:

@@ -25,11 +25,12 @@ from memoir_retrieval.cli.common import (
 )
 from memoir_retrieval.edits.requires import require_subjects
 from memoir_retrieval.errors import ConfigError
-from memoir_retrieval.store.read import MANIFEST, EditStore, Manifest
+from memoir_retrieval.store.read import MANIFEST, EditStore
+from memoir_retrieval.store.settings import Settings
 
 if TYPE_CHECKING:
+    from memoir_retrieval.editing.conflicts import Conflict
     from memoir_retrieval.editing.editor import Editor
-    from memoir_retrieval.editing.outcome import Conflict
     from memoir_retrieval.editing.outcome import Progress as EditProgress
     from memoir_retrieval.edits.record import Edit, StoredEdit
 
@@ -109,20 +110,23 @@ def edit(
     edits = load_edits(file, file_format, limit, "refuse" if on_conflict == "both" else on_conflict)
     edits = require_subjects(edits) if require_subject else edits
     made = EditStore.open(store).manifest if (store / MANIFEST).exists() else None
-    chosen = training_settings(training)
-    if settings["context_masks"] is not None:
-        chosen["context_masks"] = settings["context_masks"]
-    _agree(made, store, settings, chosen)
+    chosen = Settings.given(
+        chat=settings["chat"],
+        rule=settings["span"],
+        training=training_settings(training, settings["context_masks"]),
+        **{name: settings[name] for name in ("layer", "dtype", "k", "tau", "seed")},
+    )
+    if made:
+        Settings.of(made).require(chosen, store)  # before the model is loaded, which takes long
     name = model or (made.model if made else None)
     if name is None:
         raise ConfigError(f"store {store} is new, so it needs a model: add --model NAME, such as smollm2-135m")
 
     from memoir_retrieval.editing.editor import Editor
-    from memoir_retrieval.editing.train import Training
     from memoir_retrieval.model.base import load_model
 
-    layer = made.layer if made and settings["layer"] is None else settings["layer"]
-    dtype = settings["dtype"] or (made.dtype if made else "float32")
+    layer = made.layer if made else chosen.layer
+    dtype = made.dtype if made else chosen.dtype or "float32"
     notes.print(f"loading {name}")
     base = load_model(name, layer=layer, dtype=dtype, device=device)
     started = time.monotonic()
@@ -134,13 +138,13 @@ def edit(
     editor = Editor(
         base,
         store,
-        chat=settings["chat"] is not False,
-        rule=settings["span"] or "question",
-        k=settings["k"],
-        tau=settings["tau"],
-        seed=settings["seed"] or 0,
+        chat=chosen.chat,
+        rule=chosen.rule,
+        k=chosen.k,
+        tau=chosen.tau,
+        seed=chosen.seed,
+        training=chosen.training,
         trainer=trainer,
-        training=Training(**chosen),
     )
     with editor:
         try:
@@ -195,8 +199,7 @@ def _tell(editor: Editor, store: Path, seconds: float, as_json: bool) -> None:
             click.echo(f"failed: {failed.prompt!r} -> {failed.target!r}: {failed.reason}", err=True)
         for one in outcome.conflicting:
             click.echo(
-                f"conflicting: {one.prompt!r} -> {one.target!r} with edit {one.stored.id}, {one.stored.prompt!r} -> "
-                f"{one.stored.target!r} (overlap {one.overlap}): choose with --on-conflict",
+                f"conflicting: {one.fact}: choose with --on-conflict",
                 err=True,
             )
         speed = f", {summary['seconds_per_edit']} s an edit" if new else ""
@@ -208,7 +211,7 @@ def _tell(editor: Editor, store: Path, seconds: float, as_json: bool) -> None:
         if len(editor.edits) >= MANY:
             notes.print(
                 f"{len(editor.edits)} edits: the more there are, the likelier an unrelated prompt matches one; measure "
-                f"whether tau {editor.tau:g} still holds with `memoir calibrate {store}`"
+                f"whether tau {editor.manifest.tau:g} still holds with `memoir calibrate {store}`"
             )
     if not kept.issuperset(refused):
         raise SystemExit(1)
@@ -249,33 +252,3 @@ def train(
         )
         bar.update(task, completed=len(edits), total=len(edits))  # those that were there already included
         return new
-
-
-def _agree(made: Manifest | None, store: Path, settings: dict[str, Any], training: dict[str, Any]) -> None:
-    """Refuse a setting that contradicts the store it is given for: it could only be ignored."""
-    if made is None:
-        return
-    has = {
-        "chat": made.chat,
-        "layer": made.layer,
-        "k": made.k,
-        "tau": made.tau,
-        "span": made.span.rule,
-        "seed": made.seed,
-        "dtype": made.dtype,
-        "context_masks": len(made.masked_contexts),
-    }
-    for name, value in has.items():
-        if settings[name] is not None and settings[name] != value:
-            option = f"--{name.replace('_', '-')} {settings[name]}"
-            option = {"chat": "--chat" if settings[name] else "--no-chat"}.get(name, option)
-            raise ConfigError(
-                f"store {store} was made with {name} {value}, not {settings[name]}: leave out {option}, or choose a "
-                "new folder"
-            )
-    for name, value in training.items():
-        if name in made.training and made.training[name] != value:
-            raise ConfigError(
-                f"store {store} was made with training {name}={made.training[name]}, not {value}: leave out --training "
-                f"{name}={value}, or choose a new folder"
-            )

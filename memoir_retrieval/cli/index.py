@@ -99,8 +99,8 @@ def build(
     from memoir_retrieval.editing.build_masks import BuildProgress
     from memoir_retrieval.editing.build_masks import build as build_store
     from memoir_retrieval.editing.editor import Editor
-    from memoir_retrieval.editing.train import Training
     from memoir_retrieval.model.base import load_model
+    from memoir_retrieval.store.settings import Training
 
     notes.print(f"loading {model}")
     base = load_model(model, layer=layer, dtype=dtype, device=device)

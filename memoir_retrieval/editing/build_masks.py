@@ -38,7 +38,12 @@ BATCH = 32
 
 
 class Shard(NamedTuple):
-    """Prompts that are computed together. rows: their token ids. places: where their masks go, int64 [n]."""
+    """Prompts that are computed together.
+
+    number: of the shard.
+    rows: the token ids of each prompt.
+    places: where their masks go, int64 [n].
+    """
 
     number: int
     rows: list[list[int]]
@@ -46,7 +51,12 @@ class Shard(NamedTuple):
 
 
 class BuildProgress(NamedTuple):
-    """Masks made, of how many; `resumed` of them had been made before an interruption."""
+    """How far a build is.
+
+    done: masks that are made.
+    total: of so many.
+    resumed: of those that are made, how many were before an interruption.
+    """
 
     done: int
     total: int
@@ -67,44 +77,49 @@ def build(
 ) -> Manifest:
     """Write a store of edits that can be looked up and are not trained. Returns its manifest.
 
-    editor: an open one on a folder without a store. rephrases: give each edit the masks of its rephrasings too.
-    compute: by default this process does it. Interrupted, what is done is kept in the folder, and the same call goes on
-    from there. Raises StoreError where there is a store already, EditFileError for a prompt without tokens.
+    editor: an open one on a folder without a store.
+    edits: what is written.
+    rephrases: give each edit the masks of its rephrasings too.
+    compute: makes the masks (default: this process).
+    progress: called after every shard.
+    Interrupted, what is done is kept in the folder, and the same call goes on from there.
+    Raises StoreError where there is a store already, EditFileError for a prompt without tokens.
     """
+    store = editor.store
     if editor.generation:
         raise StoreError(f"{editor.path} is a store already: choose a new folder, or append with `memoir edit`")
     for edit in edits:
-        check_requires(edit, whole=editor.span.rule == "all")
-    after = editor.contexts[: editor.training.context_masks]
+        check_requires(edit, whole=store.manifest.span.rule == "all")
+    after = store.manifest.masked_contexts
     texts = [(i, text) for i, edit in enumerate(edits) for text in masked(edit, after, len(edit.rephrases) * rephrases)]
     shards = list(_shards(editor, [text for _, text in texts]))
     key = _key(editor, shards)
     codes = np.empty((len(texts), editor.base.d // 8), dtype=np.uint8)
     todo, done = [], 0
     for shard in shards:
-        if (found := _resume(_part(editor.path, key, shard), len(shard.rows), editor.base.d, editor.k)) is None:
+        if (kept := _resume(_part(editor.path, key, shard), len(shard.rows), editor.base.d, store.manifest.k)) is None:
             todo.append(shard)
         else:
-            codes[shard.places] = found
-            done += len(found)
+            codes[shard.places] = kept
+            done += len(kept)
     resumed = done
     progress(BuildProgress(done, len(texts), resumed))
-    for shard, made in compute(todo) if compute else _here(editor, todo):
-        codes[shard.places] = made
-        publish(_part(editor.path, key, shard), hashlib.sha256(made.data).digest() + made.tobytes())
-        done += len(made)
+    for shard, masks in compute(todo) if compute else _here(editor, todo):
+        codes[shard.places] = masks
+        publish(_part(editor.path, key, shard), hashlib.sha256(masks.data).digest() + masks.tobytes())
+        done += len(masks)
         progress(BuildProgress(done, len(texts), resumed))
     stored = _stored(edits)
     content = Content(
         memories=np.zeros((1, editor.base.h, editor.base.d), dtype=np.float32),
-        background=editor.background,
-        permutation=editor.permutation,
+        background=store.background,
+        permutation=store.permutation,
         codes=codes,
         ids=np.array([i for i, _ in texts], dtype=np.int64),
         memory_of=np.zeros(len(texts), dtype=np.int32),
         edits=stored,
     )
-    manifest = msgspec.structs.replace(editor.next_manifest(stored), next_id=len(stored))
+    manifest = msgspec.structs.replace(store.next_manifest(stored), next_id=len(stored))
     published = write_generation(editor.path, manifest, content)
     for path in editor.path.glob(".masks-*"):
         path.unlink(missing_ok=True)
@@ -112,7 +127,14 @@ def build(
 
 
 def shard_codes(base: BaseModel, fingerprint: Fingerprint, rule: SpanRule, shard: Shard, batch: int) -> np.ndarray:
-    """The masks of a shard's prompts: uint8 [n, D/8]. batch: prompts of one forward pass."""
+    """The masks of a shard's prompts: uint8 [n, D/8].
+
+    base: the loaded model.
+    fingerprint: makes the masks.
+    rule: which tokens of a prompt are pooled.
+    shard: the prompts.
+    batch: prompts of one forward pass.
+    """
     from memoir_retrieval.model.forward import question_means
 
     spans = [find_span(ids, rule) for ids in shard.rows]
@@ -120,18 +142,16 @@ def shard_codes(base: BaseModel, fingerprint: Fingerprint, rule: SpanRule, shard
 
 
 def _here(editor: Editor, shards: Iterable[Shard]) -> Iterator[tuple[Shard, np.ndarray]]:
-    from memoir_retrieval.question.fingerprint import Fingerprint
-
-    fingerprint = Fingerprint(editor.background, editor.permutation, editor.k, editor.base.device)
+    fingerprint, rule = editor.store.fingerprint, editor.manifest.span
     for shard in shards:
-        yield shard, shard_codes(editor.base, fingerprint, editor.span, shard, BATCH)
+        yield shard, shard_codes(editor.base, fingerprint, rule, shard, BATCH)
 
 
 def _shards(editor: Editor, texts: Sequence[Prompt]) -> Iterator[Shard]:
     rows = []
     for text in texts:
-        ids = prompt_ids(editor.base.tokenizer, text, chat=editor.chat)
-        span = find_span(ids, editor.span)
+        ids = prompt_ids(editor.base.tokenizer, text, chat=editor.manifest.chat)
+        span = find_span(ids, editor.manifest.span)
         if span.start >= span.end or len(ids) > editor.base.max_length:
             raise EditFileError(
                 f"prompt {text[:60]!r} has {len(ids)} tokens, {span.end - span.start} of them to pool; the model takes "
@@ -146,8 +166,9 @@ def _shards(editor: Editor, texts: Sequence[Prompt]) -> Iterator[Shard]:
 
 def _key(editor: Editor, shards: Sequence[Shard]) -> str:
     """A digest of all that the masks depend on."""
-    digest = hashlib.sha256(msgspec.json.encode((editor.base.identity, editor.base.module, editor.span, editor.k)))
-    digest.update(editor.background.tobytes() + editor.permutation.tobytes())
+    store, manifest = editor.store, editor.manifest
+    digest = hashlib.sha256(msgspec.json.encode((manifest.base, manifest.module, manifest.span, manifest.k)))
+    digest.update(store.background.tobytes() + store.permutation.tobytes())
     digest.update(str((editor.base.model.dtype, SHARD, BATCH)).encode())
     for shard in shards:
         digest.update(msgspec.msgpack.encode(shard.rows))

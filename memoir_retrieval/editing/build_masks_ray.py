@@ -11,15 +11,19 @@ import numpy as np
 from memoir_retrieval.editing import build_masks as build
 from memoir_retrieval.editing.build_masks import Compute, Shard, shard_codes
 from memoir_retrieval.editing.editor import Editor
-from memoir_retrieval.errors import ConfigError
+from memoir_retrieval.errors import ConfigError, Reason
 from memoir_retrieval.question.span import SpanRule
 
 __all__ = ["on_ray"]
 
 
 def on_ray(editor: Editor, address: str, workers: int, device: str) -> Compute:
-    """What `build` takes as `compute`. address: as `ray.init` takes it, "local" for a cluster of this machine alone.
+    """What `build` takes as `compute`.
 
+    editor: the open one.
+    address: as `ray.init` takes it, "local" for a cluster of this machine alone.
+    workers: processes on the cluster.
+    device: where they hold the model.
     Every worker loads the model, under the name that this process did, and uses as many threads: the bytes are those of
     a local build wherever the machines are of one kind. Raises ConfigError where Ray is missing or does not answer.
     """
@@ -33,14 +37,14 @@ def on_ray(editor: Editor, address: str, workers: int, device: str) -> Compute:
     settings: dict[str, Any] = {
         "model": str(editor.base.path),
         "layer": editor.base.layer,
-        "dtype": str(editor.base.model.dtype).removeprefix("torch."),
+        "dtype": editor.base.dtype,
         "device": device,
         "threads": torch.get_num_threads(),
         "batch": build.BATCH,
-        "background": editor.background,
-        "permutation": editor.permutation,
-        "k": editor.k,
-        "span": msgspec.json.encode(editor.span),
+        "background": editor.store.background,
+        "permutation": editor.store.permutation,
+        "k": editor.manifest.k,
+        "span": msgspec.json.encode(editor.manifest.span),
     }
 
     def compute(shards: Iterable[Shard]) -> Iterator[tuple[Shard, np.ndarray]]:
@@ -50,16 +54,20 @@ def on_ray(editor: Editor, address: str, workers: int, device: str) -> Compute:
         try:
             ray.init(address=address, ignore_reinit_error=True, log_to_driver=False)
         except (ConnectionError, ValueError, RuntimeError) as error:
-            raise ConfigError(f"no Ray cluster answers at {address} ({error}): start one, or leave out --ray") from None
+            raise ConfigError(
+                f"no Ray cluster answers at {address} ({error})",
+                cure="start one, or compute in this process",
+                reason=Reason.NO_CLUSTER,
+            ) from None
         items = [{"number": shard.number, "rows": msgspec.json.encode(shard.rows)} for shard in waiting.values()]
-        made = ray.data.from_items(items, override_num_blocks=len(items)).map(
+        masks = ray.data.from_items(items, override_num_blocks=len(items)).map(
             _MaskWorker,
             fn_constructor_kwargs=settings,
             concurrency=workers,
             num_cpus=settings["threads"],
             num_gpus=1 if device.startswith("cuda") else 0,
         )
-        for row in made.iter_rows():
+        for row in masks.iter_rows():
             shard = waiting.pop(int(row["number"]))
             yield shard, np.frombuffer(row["codes"], np.uint8).reshape(len(shard.rows), -1)
 

@@ -34,35 +34,12 @@ from memoir_retrieval.model.forward import (
     span_mean,
 )
 from memoir_retrieval.question.span import Span
+from memoir_retrieval.store.settings import Training
 
 IGNORED = -100  # what cross entropy leaves out
 NEAR = 5.0  # nats below which longer steps were measured to do no harm (docs)
 
-__all__ = ["Frozen", "Lesson", "Trained", "Training", "Wording", "answered", "freeze", "train_edits"]
-
-
-@dataclass(frozen=True)
-class Training:
-    """How edits are trained.
-
-    An edit is trained on the bare prompt, after each of `contexts` contexts (see the module of that name), and on
-    `variants` of the prompt in which each question token is replaced by a random one with probability `noise`: a
-    stand-in for rephrasings. What the edit requires (see `names`) stands in all of them.
-    context_masks: after so many of the contexts a question has a mask of its own, which finds the edit in chats that
-    have begun; none for raw prompts and under the span rule "all", where what is pooled is not the question alone.
-    max_steps, stop_loss: training ends at the step limit or below this mean loss (nats per target token).
-    ridge: what a direction costs that no earlier edit uses; small values keep earlier edits more exactly.
-    edits_per_memory: a new residual memory is opened after so many; 0 leaves it to the editor.
-    """
-
-    contexts: int = 1
-    context_masks: int = 1
-    variants: int = 2
-    noise: float = 0.25
-    max_steps: int = 60
-    stop_loss: float = 0.02
-    ridge: float = 1.0
-    edits_per_memory: int = 0
+__all__ = ["Frozen", "Lesson", "Trained", "Wording", "answered", "freeze", "train_edits"]
 
 
 class Trained(NamedTuple):

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
+import msgspec
 import numpy as np
 import torch
 
 from memoir_retrieval.editing.memory import Memory, forgotten
 from memoir_retrieval.editing.outcome import TrainingStep
-from memoir_retrieval.editing.train import Frozen, Lesson, Trained, Training, answered, train_edits
+from memoir_retrieval.editing.train import Frozen, Lesson, Trained, answered, train_edits
 from memoir_retrieval.editing.wordings import Wordings
 from memoir_retrieval.edits.record import Edit, StoredEdit
 from memoir_retrieval.model.base import BaseModel
 from memoir_retrieval.model.bfloat16 import HalfProducts, half_is_faster
+from memoir_retrieval.store.settings import Training
 
-__all__ = ["Learnt", "Task", "Trainer"]
+__all__ = ["Learnt", "MemoryTrainer", "Task", "Trainer"]
 
 # Earlier edits that are asked again after each new one: those whose masks overlap most with its own.
 NEIGHBOURS = 4
@@ -44,8 +45,48 @@ class Learnt(NamedTuple):
     retried: bool
 
 
+class MemoryTrainer(Protocol):
+    """What trains edits in the memories of one store, here or on other machines.
+
+    Edits of different memories do not touch each other, so the tasks of one call have a memory each.
+    """
+
+    @property
+    def memories(self) -> Mapping[int, object]:
+        """The open memories, by number."""
+
+    def open(self, number: int, weight: torch.Tensor, edits: Sequence[tuple[StoredEdit, int]]) -> None:
+        """Train in a memory from now on.
+
+        number: of the memory.
+        weight: float32 [H, D], read and, by `take`, written.
+        edits: those in it, each with the number of its masks; they are run again.
+        """
+
+    def close(self, number: int) -> None:
+        """Leave a memory as it is."""
+
+    def prepare(self, tasks: Sequence[Task]) -> list[np.ndarray]:
+        """Run what is frozen of the tasks that are next, by ascending ids: the masks of each, uint8 [R, D/8]."""
+
+    def learn(self, tasks: Sequence[Task]) -> list[Learnt]:
+        """Train prepared tasks and audit them and their neighbours; nothing is taken up."""
+
+    def take(self, task: Task, trained: Trained) -> None:
+        """Write a prepared task's columns into its memory and count it among those to be left alone."""
+
+    def forget(self, edit: int) -> None:
+        """Let later tasks overwrite an edit, if its memory is open."""
+
+    def remember(self, number: int, edit: StoredEdit, masks: int) -> None:
+        """Count an edit among those that memory `number`, if it is open, must leave alone. masks: how many it has."""
+
+    def stop(self) -> None:
+        """Let go of what is held elsewhere."""
+
+
 class Trainer:
-    """Holds the open memories of a store, by number, and what their edits need."""
+    """See `MemoryTrainer`. Holds the open memories of a store, by number, and what their edits need."""
 
     def __init__(
         self,
@@ -91,7 +132,9 @@ class Trainer:
         """
         done = self._try(tasks, self.training)
         again = [task for task, learnt in zip(tasks, done, strict=True) if learnt.reason and not learnt.lost]
-        patient = replace(self.training, stop_loss=self.training.stop_loss / 4, max_steps=2 * self.training.max_steps)
+        patient = msgspec.structs.replace(
+            self.training, stop_loss=self.training.stop_loss / 4, max_steps=2 * self.training.max_steps
+        )
         second = self._try(again, patient) if again else []
         better = {task.id: learnt for task, learnt in zip(again, second, strict=True)}
         return [

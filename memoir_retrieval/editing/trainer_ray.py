@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from memoir_retrieval.editing.trainer import Learnt, Task
-from memoir_retrieval.errors import ConfigError
+from memoir_retrieval.errors import ConfigError, Reason
 
 if TYPE_CHECKING:
     import torch
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from memoir_retrieval.editing.editor import Editor
     from memoir_retrieval.editing.train import Trained
     from memoir_retrieval.edits.record import StoredEdit
+    from memoir_retrieval.store.manifest import Manifest
 
 __all__ = ["on_ray"]
 
@@ -33,12 +34,16 @@ def on_ray(address: str, workers: int, device: str) -> Callable[[Editor], RayTra
     try:
         ray.init(address=address, ignore_reinit_error=True, log_to_driver=False)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"no Ray cluster answers at {address} ({error}): start one, or leave out --ray") from None
+        raise ConfigError(
+            f"no Ray cluster answers at {address} ({error})",
+            cure="start one, or train in this process",
+            reason=Reason.NO_CLUSTER,
+        ) from None
     return lambda editor: RayTrainer(editor, workers, device)
 
 
 class RayTrainer:
-    """See `Trainer`, whose methods these are. Memory n lies on worker n modulo their number.
+    """See `MemoryTrainer`. Memory n lies on worker n modulo their number.
 
     Workers learn at the same time and meet after each of their edits; what they send is the columns of one edit.
     """
@@ -52,14 +57,15 @@ class RayTrainer:
         model = {
             "name": str(base.path),
             "layer": base.layer,
-            "dtype": str(base.model.dtype).removeprefix("torch."),
+            "dtype": base.dtype,
             "device": device,
         }
         threads = torch.get_num_threads()
-        names = ("background", "permutation", "k", "span", "contexts", "training", "chat", "seed")
-        settings = {name: getattr(editor, name) for name in names}
+        store = editor.store
         remote = ray.remote(num_cpus=threads, num_gpus=1 if device.startswith("cuda") else 0)(_TrainerWorker)
-        self._workers = [remote.remote(model, threads, settings) for _ in range(workers)]
+        self._workers = [
+            remote.remote(model, threads, store.manifest, store.background, store.permutation) for _ in range(workers)
+        ]
         self._get([worker.ready.remote() for worker in self._workers])
         self._prepared: dict[int, int] = {}  # by the edit's id, on which worker
         self.memories: dict[int, torch.Tensor] = {}
@@ -117,20 +123,22 @@ class RayTrainer:
 class _TrainerWorker:
     """One process of the cluster, with the model in it."""
 
-    def __init__(self, model: dict[str, Any], threads: int, settings: dict[str, Any]):
+    def __init__(
+        self, model: dict[str, Any], threads: int, manifest: Manifest, background: np.ndarray, permutation: np.ndarray
+    ):
         import torch
 
         from memoir_retrieval.editing.trainer import Trainer
         from memoir_retrieval.editing.wordings import Wordings
         from memoir_retrieval.model.base import load_model
         from memoir_retrieval.question.fingerprint import Fingerprint
+        from memoir_retrieval.store.settings import training_of
 
         torch.set_num_threads(threads)
         base = load_model(**model)
-        masks = {name: settings.pop(name) for name in ("background", "k")}
-        fingerprint = Fingerprint(perm=settings.pop("permutation"), device=base.device, **masks)
-        wordings = Wordings(base, fingerprint=fingerprint, **settings)
-        self._trainer = Trainer(base, wordings, settings["training"])
+        fingerprint = Fingerprint(background, permutation, manifest.k, base.device)
+        training = training_of(manifest)
+        self._trainer = Trainer(base, Wordings(base, manifest, fingerprint, training), training)
 
     def ready(self) -> bool:
         return True

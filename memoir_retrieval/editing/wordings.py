@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,15 +11,17 @@ from jinja2 import TemplateError
 
 from memoir_index import unpack
 from memoir_retrieval.background import background_prompts
-from memoir_retrieval.editing.train import Frozen, Training, Wording, freeze
+from memoir_retrieval.editing.train import Frozen, Wording, freeze
 from memoir_retrieval.edits.record import Edit, StoredEdit, as_prompt
 from memoir_retrieval.edits.requires import check_requires, required_spans
-from memoir_retrieval.errors import EditFileError
+from memoir_retrieval.errors import EditFileError, Reason
 from memoir_retrieval.model.base import BaseModel
 from memoir_retrieval.model.forward import FrozenPast, frozen_past
 from memoir_retrieval.question.fingerprint import Fingerprint
 from memoir_retrieval.question.prompts import Prompt, end_token, prompt_ids, target_ids
-from memoir_retrieval.question.span import Span, SpanRule, find_span
+from memoir_retrieval.question.span import Span, find_span
+from memoir_retrieval.store.manifest import Manifest
+from memoir_retrieval.store.settings import Training
 
 __all__ = ["Wordings"]
 
@@ -36,24 +38,16 @@ class Cut(NamedTuple):
 class Wordings:
     """Renders the edits of one store. What stands before every question is run once, here."""
 
-    def __init__(
-        self,
-        base: BaseModel,
-        span: SpanRule,
-        contexts: tuple[Any, ...],
-        fingerprint: Fingerprint,
-        training: Training,
-        *,
-        chat: bool,
-        seed: int,
-    ):
+    def __init__(self, base: BaseModel, manifest: Manifest, fingerprint: Fingerprint, training: Training):
+        """manifest: of the store, which says how prompts are asked. fingerprint: makes its masks. training: see
+        there."""
         self.base = base
-        self.span = span
-        self.contexts = contexts
+        self.span = manifest.span
+        self.contexts = manifest.contexts
         self.fingerprint = fingerprint
         self.training = training
-        self.chat = chat
-        self.seed = seed
+        self.chat = manifest.chat
+        self.seed = manifest.seed
         self._other_tokens = np.array([t for p in background_prompts() for t in base.tokenizer(p).input_ids])
         self._past = self._frozen_contexts()
 
@@ -62,7 +56,9 @@ class Wordings:
         check_requires(edit, whole=self.span.rule == "all")
         if edit.before and not self.chat:
             raise EditFileError(
-                f"prompt {edit.prompt!r} is part of a chat, but the store asks raw prompts: drop --no-chat"
+                f"prompt {edit.prompt!r} is part of a chat, but the store asks raw prompts",
+                cure="edit it into a store that asks prompts through the chat template",
+                reason=Reason.RAW_STORE,
             )
         try:
             prompt = self._prompt_ids(as_prompt(edit))

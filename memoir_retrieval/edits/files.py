@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from memoir_retrieval.edits.formats import FORMATS, detect_format, show
 from memoir_retrieval.edits.record import Edit
-from memoir_retrieval.errors import ConfigError, EditFileError
+from memoir_retrieval.errors import ConfigError, EditFileError, Reason
 
 __all__ = ["FORMATS", "check_duplicates", "limit_distinct_subjects", "read_edits"]
 
@@ -65,7 +65,9 @@ def check_duplicates(edits: Iterable[Edit], keep: Keep = "refuse") -> list[Edit]
             values = (known.requires, edit.requires) if same_target else (known.target, edit.target)
             raise EditFileError(
                 f"edits {known_number} and {number} give the prompt {show(edit.prompt)} two {what}, "
-                f"{show(values[0])} and {show(values[1])}; drop one, or use --on-conflict first|last"
+                f"{show(values[0])} and {show(values[1])}",
+                cure='drop one, or choose with keep, "first" or "last"',
+                reason=Reason.CONFLICT,
             )
         if keep == "last":
             kept[_collapse(edit.prompt)] = (number, edit)

@@ -10,7 +10,7 @@ import msgspec
 import regex
 
 from memoir_retrieval.edits.record import Edit, Requires, StoredEdit
-from memoir_retrieval.errors import EditFileError
+from memoir_retrieval.errors import EditFileError, Reason
 
 __all__ = ["Phrases", "check_requires", "one_question", "require_subjects", "required_spans", "words"]
 
@@ -94,8 +94,9 @@ def check_requires(edit: Edit, *, whole: bool = False) -> None:
     """
     if edit.requires and whole:
         raise EditFileError(
-            f"prompt {edit.prompt!r} requires words of a question, but the store pools whole prompts: leave out "
-            "--span all, or 'requires'"
+            f"prompt {edit.prompt!r} requires words of a question, but the store pools whole prompts",
+            cure="leave out 'requires', or choose a store of the rule \"question\"",
+            reason=Reason.WHOLE_PROMPTS,
         )
     for entry in edit.requires:
         texts = _texts(entry)

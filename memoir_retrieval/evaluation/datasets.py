@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from memoir_retrieval.errors import ConfigError
+from memoir_retrieval.errors import ConfigError, Reason
 
 __all__ = ["DATA_SETS", "TEXT", "data_file"]
 
@@ -34,8 +34,9 @@ def data_file(name: str, folder: Path) -> Path:
         path = folder / DATA_SETS[name]
         if not path.is_file():
             raise ConfigError(
-                f"data set '{name}' needs {path}, which is not there: name the folder of the data sets with --data or "
-                "MEMOIR_DATA, or give the path of an edit file instead of a name"
+                f"data set '{name}' needs {path}, which is not there",
+                cure="name the folder of the data sets, or give the path of an edit file instead of a name",
+                reason=Reason.DATA,
             )
         return path
     if not Path(name).is_file():

@@ -11,7 +11,7 @@ from typing import Protocol
 import msgspec
 
 from memoir_retrieval.edits.record import Edit, Probe, StoredEdit, as_prompt
-from memoir_retrieval.errors import ConfigError
+from memoir_retrieval.errors import ConfigError, Reason
 from memoir_retrieval.evaluation.contexts import UNSEEN, in_context
 from memoir_retrieval.evaluation.scores import (
     EditScores,
@@ -138,8 +138,9 @@ def stored_ids(stored: Sequence[StoredEdit], edits: Sequence[Edit], partly: bool
         raise ConfigError("the file has no edits: measure a store with the file it was made from")
     if missing and not partly:
         raise ConfigError(
-            f"{len(missing)} of {len(edits)} edits of the file are not stored, such as {missing[0]!r}: "
-            "measure a store with the file it was made from, or with fewer of its edits (--limit)"
+            f"{len(missing)} of {len(edits)} edits of the file are not stored, such as {missing[0]!r}",
+            cure="measure a store with the file it was made from, or with fewer of its edits",
+            reason=Reason.MANY,
         )
     return [own.get((edit.prompt, edit.target), -1) for edit in edits]
 

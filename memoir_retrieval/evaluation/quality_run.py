@@ -15,7 +15,7 @@ import msgspec
 from memoir_retrieval.background import control_prompts
 from memoir_retrieval.editing.editor import Editor, Progress
 from memoir_retrieval.edits.record import Edit
-from memoir_retrieval.errors import ConfigError
+from memoir_retrieval.errors import ConfigError, Reason
 from memoir_retrieval.evaluation.calibration import Calibration, calibrate_store, unrelated_to
 from memoir_retrieval.evaluation.measure import asked_back, measure, stored_ids
 from memoir_retrieval.evaluation.scores import EditScores, Report
@@ -23,6 +23,7 @@ from memoir_retrieval.lookup.reference import EditedModel
 from memoir_retrieval.lookup.retriever import Retriever
 from memoir_retrieval.store.files import publish
 from memoir_retrieval.store.read import EditStore, library_version
+from memoir_retrieval.store.settings import Settings
 
 __all__ = ["RESULT", "Checkpoint", "Run", "checkpoints", "read_run", "run_quality"]
 
@@ -104,7 +105,7 @@ def run_quality(
     were passed are kept. Raises ConfigError where the folder holds a finished run, or one of other data.
     """
     if (folder / RESULT).exists():
-        raise ConfigError(f"{folder} holds a finished run: choose another --out, or look at it with `memoir report`")
+        raise ConfigError(f"{folder} holds a finished run", cure="choose another folder", reason=Reason.RUN)
     started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     passed = _passed(folder, data, every, edits)
     with editor:
@@ -145,10 +146,7 @@ def run_quality(
         started=started,
         data=data,
         model=made.model,
-        settings={
-            name: msgspec.to_builtins(getattr(made, name))
-            for name in ("module", "k", "tau", "chat", "dtype", "seed", "training")
-        },
+        settings={"module": made.module} | msgspec.to_builtins(Settings.of(made)),
         edits=len(edits),
         stored=sum(i >= 0 for i in own),
         every=every,
@@ -197,12 +195,15 @@ def _passed(folder: Path, data: str, every: int, edits: Sequence[Edit]) -> Passe
     except FileNotFoundError:
         return Passed(data, every)
     except msgspec.DecodeError as error:
-        raise ConfigError(f"{folder / PASSED} is damaged ({error}): choose another --out, or remove it") from None
+        raise ConfigError(
+            f"{folder / PASSED} is damaged ({error})", cure="choose another folder, or remove it", reason=Reason.RUN
+        ) from None
     known = left.checkpoints[-1].edits if left.checkpoints else 0
     if known and left.asked != _digest(edits[:known]):
         raise ConfigError(
-            f"{folder} holds an interrupted run of other edits (of {left.data}): go on with the same command, or "
-            "choose another --out"
+            f"{folder} holds an interrupted run of other edits (of {left.data})",
+            cure="go on with the same edits, or choose another folder",
+            reason=Reason.RUN,
         )
     return left if left.every == every else Passed(data, every, seconds=left.seconds)
 

@@ -13,7 +13,6 @@ import msgspec
 
 from memoir_retrieval.editing.build_masks import build
 from memoir_retrieval.editing.editor import Editor
-from memoir_retrieval.editing.train import Training
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.evaluation.routing_data import (
     PUBLISHED,
@@ -198,7 +197,7 @@ def _trial(name: str, data: Path, most: int) -> Trial:
 def _editor(retriever: Retriever, folder: Path) -> Editor:
     """An editor with the settings of the store."""
     made = retriever.store.manifest
-    training = Training(**{name: value for name, value in made.training.items() if name == "context_masks"})  # type: ignore[arg-type]
+    training = {name: value for name, value in made.training.items() if name == "context_masks"}
     return Editor(
         retriever.base, folder, chat=made.chat, k=made.k, tau=retriever.tau, seed=made.seed, training=training
     )

@@ -55,6 +55,11 @@ class BaseModel:
         return _in_out(self.projection)[1]
 
     @property
+    def dtype(self) -> str:
+        """The dtype of the weights, under the name that `load_model` takes."""
+        return str(self.model.dtype).removeprefix("torch.")
+
+    @property
     def device(self) -> torch.device:
         return next(self.projection.parameters()).device
 

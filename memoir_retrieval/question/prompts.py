@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
-from memoir_retrieval.errors import ConfigError
+from memoir_retrieval.errors import ConfigError, Reason
 
 __all__ = ["Message", "Prompt", "end_token", "given_ids", "prompt_ids", "target_ids"]
 
@@ -22,7 +22,9 @@ def prompt_ids(tokenizer: Any, prompt: Prompt, *, chat: bool) -> list[int]:
     if isinstance(prompt, str) and not chat:
         return list(tokenizer(prompt).input_ids)
     if not getattr(tokenizer, "chat_template", None):
-        raise ConfigError("this tokenizer has no chat template: use raw prompts (--no-chat)")
+        raise ConfigError(
+            "this tokenizer has no chat template", cure="ask raw prompts (chat=False)", reason=Reason.NO_TEMPLATE
+        )
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
     return list(rendered["input_ids"])

@@ -13,11 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import msgspec
-
-from memoir_retrieval.errors import HubError, StoreError, StoreMismatch
+from memoir_retrieval.errors import HubError, Reason, StoreError, StoreMismatch
 from memoir_retrieval.store.card import SCORES, model_card
 from memoir_retrieval.store.files import store_lock
+from memoir_retrieval.store.manifest import KINDS, without_files
 from memoir_retrieval.store.read import MANIFEST, EditStore
 from memoir_retrieval.store.write import write_again
 
@@ -151,19 +150,16 @@ def _adopt(fetched: EditStore, folder: Path, repo: str, replace: bool) -> tuple[
         here = EditStore.open(folder)
         ours = here.manifest
         here.require(theirs.base, f"the store of {repo}")
-        told = ("format", "generation", "library", "sha256", "memory", "codes", "edits")
-        same = {k: v for k, v in msgspec.structs.asdict(ours).items() if k not in told}
-        digests = [(getattr(m, kind).sha256) for kind in ("memory", "codes", "edits") for m in (ours, theirs)]
-        if same == {k: v for k, v in msgspec.structs.asdict(theirs).items() if k not in told} and (
-            digests[::2] == digests[1::2]
-        ):
+        digests = [[getattr(manifest, kind).sha256 for kind in KINDS] for manifest in (ours, theirs)]
+        if digests[0] == digests[1] and without_files(ours, generation=0) == without_files(theirs, generation=0):
             return ours.generation, False
         has = [{(e.prompt, e.target, e.requires) for e in store.edits} for store in (here, fetched)]
         lost = {prompt for prompt, *_ in has[0] - has[1]}
         if lost and not replace:
             raise StoreMismatch(
-                f"store {folder} has {len(lost)} edits that {repo} has not, such as {min(lost)!r}: choose a new "
-                "folder, or --replace to drop them"
+                f"store {folder} has {len(lost)} edits that {repo} has not, such as {min(lost)!r}",
+                cure="choose a new folder, or replace it and lose them",
+                reason=Reason.OTHER_EDITS,
             )
         next_id = max(ours.next_id, theirs.next_id)  # ids are never used twice, here either
         made = write_again(folder, fetched, generation=ours.generation + 1, next_id=next_id)

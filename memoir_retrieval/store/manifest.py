@@ -28,6 +28,7 @@ __all__ = [
     "draft_manifest",
     "library_version",
     "read_manifest",
+    "without_files",
     "write_manifest",
 ]
 
@@ -110,6 +111,14 @@ def draft_manifest(**fields: Any) -> Manifest:
     """
     none = FileEntry("", 0, "")
     return Manifest(format=FORMAT, library=library_version(), memory=none, codes=none, edits=none, **fields)
+
+
+def without_files(manifest: Manifest, **changes: Any) -> Manifest:
+    """A manifest less what a write sets: its format, library, digest and files. changes: of other fields."""
+    fields = {name: getattr(manifest, name) for name in manifest.__struct_fields__}
+    for name in ("format", "library", "sha256", *KINDS):
+        del fields[name]
+    return draft_manifest(**fields | changes)
 
 
 def write_manifest(folder: Path, manifest: Manifest, written: dict[str, tuple[str, Written]]) -> Manifest:

@@ -17,7 +17,6 @@ from test_store import D, H, contents, masks, stored_edit, write
 
 from memoir_index import pack
 from memoir_retrieval import Edit, Editor, load_model
-from memoir_retrieval.editing.train import Training
 from memoir_retrieval.errors import StoreError
 from memoir_retrieval.model.base import BaseModel
 from memoir_retrieval.store import additions as additions_module
@@ -25,6 +24,7 @@ from memoir_retrieval.store import read as store_module
 from memoir_retrieval.store.additions import Columns, append
 from memoir_retrieval.store.read import EditStore
 from memoir_retrieval.store.remove import remove_edits
+from memoir_retrieval.store.settings import Training
 from memoir_retrieval.store.verify import verify_store
 from memoir_retrieval.store.write import leftovers, write_again
 

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from memoir_retrieval.editing.memory import Memory, forgotten
-from memoir_retrieval.editing.train import Training, Wording, answered, freeze, train_edits
+from memoir_retrieval.editing.train import Wording, answered, freeze, train_edits
 from memoir_retrieval.errors import ModelError
 from memoir_retrieval.model.base import BaseModel, _blocks, _projection
 from memoir_retrieval.model.bfloat16 import HalfProducts
@@ -35,6 +35,7 @@ from memoir_retrieval.model.forward import (
     run_from_block,
 )
 from memoir_retrieval.question.span import Span
+from memoir_retrieval.store.settings import Training
 
 WIDE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 99}
 LLAMA_LIKE = WIDE | {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128}

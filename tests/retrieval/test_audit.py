@@ -19,7 +19,8 @@ from memoir_retrieval import (
     load_model,
 )
 from memoir_retrieval.cli import main
-from memoir_retrieval.editing import editor, trainer
+from memoir_retrieval.editing import conflicts, session, trainer
+from memoir_retrieval.editing.session import Choices, NewEdit
 from memoir_retrieval.errors import EditFileError
 from memoir_retrieval.model.base import BaseModel
 
@@ -55,17 +56,18 @@ def test_an_edit_that_would_overwrite_another_goes_to_a_new_memory(base: BaseMod
         before = made.memories[0].clone()
         # The same question with another answer cannot be learnt without losing the first.
         other = Edit(prompt=AARHUS.prompt, target="Nobody")
-        (stored,) = made._add([editor.NewEdit(other, 1, 0)], 1, "both", False)
+        (stored,) = made._session.train([NewEdit(other, 1, 0)], made.outcome, Choices(1, "both"))
         assert stored is not None and stored.memory == 1 and made.outcome.retried == 1
         assert (made.memories[0] == before).all() and before.any()
         # The next one that finds no place either goes there too, unless it would overwrite that one.
-        (stored,) = made._add([editor.NewEdit(Edit(prompt=AARHUS.prompt, target="Me"), 2, 0)], 1, "both", False)
+        third = NewEdit(Edit(prompt=AARHUS.prompt, target="Me"), 2, 0)
+        (stored,) = made._session.train([third], made.outcome, Choices(1, "both"))
         assert stored is not None and stored.memory == 2
-        assert made._memories(1, 1) == [0]  # the first that has room
-        assert list(made._spare({0})) == [2, 3]  # the newest, then a new one
-        assert list(made._spare({0, 3})) == [4]
+        assert made._session.places.choose(1, 1) == [0]  # the first that has room
+        assert list(made._session.places.spare({0})) == [2, 3]  # the newest, then a new one
+        assert list(made._session.places.spare({0, 3})) == [4]
         del made.memories[3:]
-        made._commit()
+        made.store.commit()
     assert answers(tmp_path, base, [AARHUS]) == [AARHUS.target]
 
 
@@ -77,7 +79,9 @@ def test_a_new_memory_is_opened_after_so_many_edits(
         made.add([AARHUS, PISA, OTHERS[0]], side_by_side=1)
     with Editor(base, tmp_path) as again:
         again.add(OTHERS[:2], side_by_side=1)
-        assert {n: list(one.lessons) for n, one in again._trainer.memories.items()} == {1: [2, 3]}  # the open one alone
+        assert {n: list(one.lessons) for n, one in again._session.trainer.memories.items()} == {
+            1: [2, 3]
+        }  # the open one alone
         again.add(OTHERS, side_by_side=1)
         assert [edit.memory for edit in again.edits] == [0, 0, 1, 1, 2, 2]
     store = EditStore.open(tmp_path)
@@ -88,7 +92,7 @@ def test_a_new_memory_is_opened_after_so_many_edits(
 def test_a_question_stored_in_other_words_with_another_target(
     base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(editor, "SAME_QUESTION", 0.6)  # the small model's masks are not as alike as a real one's
+    monkeypatch.setattr(conflicts, "SAME_QUESTION", 0.6)  # the small model's masks are not as alike as a real one's
     other = Edit(prompt="Who has founded Aarhus?", target="Nobody")
     with Editor(base, tmp_path) as made:
         made.add([AARHUS])
@@ -113,11 +117,11 @@ def test_a_run_that_stores_nothing_writes_no_checkpoint(
     base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str
 ) -> None:
     """A checkpoint is due after every edit, and none of them has anything to write."""
-    monkeypatch.setattr(editor, "SAME_QUESTION", 0.6)
+    monkeypatch.setattr(conflicts, "SAME_QUESTION", 0.6)
     training = Training(max_steps=0) if why == "failed" else Training()
     with Editor(base, tmp_path, training=training) as made:
         made.add([AARHUS], keep_failed=True)
-    monkeypatch.setattr(editor, "CHECKPOINT_EVERY", -1.0)
+    monkeypatch.setattr(session, "CHECKPOINT_EVERY", -1.0)
     refused = PISA if why == "failed" else Edit(prompt="Who has founded Aarhus?", target="Nobody")
     with Editor(base, tmp_path) as again:
         assert again.add([refused, msgspec.structs.replace(refused, prompt=refused.prompt + " ?")]) == []
@@ -136,8 +140,8 @@ def test_rephrasings_get_masks_of_their_own(base: BaseModel, tmp_path: Path) -> 
     found = model.generate([AARHUS.rephrases[0]], max_new_tokens=8)[0]
     assert found.edit == 0 and found.overlap > 0.99 and found.text.strip() == AARHUS.target
     with Editor(base, tmp_path) as again:
-        again._open(0)
-        (read,), (kept,) = again._trainer.memories.values(), made._trainer.memories.values()
+        again._session.places.open(0)
+        (read,), (kept,) = again._session.trainer.memories.values(), made._session.trainer.memories.values()
         assert [len(lessons) for lessons in read.lessons.values()] == [2]
         np.testing.assert_allclose(read.used, kept.used, atol=1e-3)
 
@@ -145,7 +149,7 @@ def test_rephrasings_get_masks_of_their_own(base: BaseModel, tmp_path: Path) -> 
 def test_the_summary_names_what_was_left_out(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(editor, "SAME_QUESTION", 0.6)
+    monkeypatch.setattr(conflicts, "SAME_QUESTION", 0.6)
     file = tmp_path / "edits.jsonl"
     edits = [{"prompt": AARHUS.prompt, "target": "King Harald"}, {"prompt": "Who has founded Aarhus?", "target": "Me"}]
     file.write_text("".join(json.dumps(edit) + "\n" for edit in edits))

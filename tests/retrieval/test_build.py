@@ -11,10 +11,10 @@ from test_cli import contents, run
 
 from memoir_retrieval import Edit, EditedModel, Editor, EditStore, Retriever, load_model
 from memoir_retrieval.editing import build_masks as build
-from memoir_retrieval.editing.train import Training
 from memoir_retrieval.errors import StoreError
 from memoir_retrieval.model.base import BaseModel
 from memoir_retrieval.store.remove import remove_edits
+from memoir_retrieval.store.settings import Training
 from memoir_retrieval.store.verify import verify_masks, verify_store
 
 EDITS = [

@@ -156,7 +156,7 @@ def test_a_written_tau_is_a_new_generation_and_nothing_else(
     assert changed == {"tau", "generation", "sha256"}  # the files are those of the generation before
     assert Retriever(store, smollm2).lookup(edits[0].prompt) is not None  # opened before, it serves on
     with Editor(smollm2, store.path) as editor:
-        assert editor.tau == 0.47 and editor.add(edits) == []
+        assert editor.manifest.tau == 0.47 and editor.add(edits) == []
 
 
 KINDS = ("memory", "codes", "edits")

@@ -73,10 +73,13 @@ def test_a_chat_is_found_and_answered_as_it_was_edited(base: BaseModel, tmp_path
     assert verify_masks(store, base) == []
     with Editor(base, tmp_path) as again:
         again._open(0)
-        (read,) = again._trainer.memories.values()
+        (read,) = again._session.trainer.memories.values()
         assert [len(lessons) for lessons in read.lessons.values()] == [3]
 
 
 def test_a_chat_needs_a_store_that_chats(base: BaseModel, tmp_path: Path) -> None:
-    with Editor(base, tmp_path, chat=False) as made, pytest.raises(EditFileError, match="drop --no-chat"):
+    with (
+        Editor(base, tmp_path, chat=False) as made,
+        pytest.raises(EditFileError, match="the store asks raw prompts"),
+    ):
         made.add([CHAT])

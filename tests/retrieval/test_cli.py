@@ -244,7 +244,7 @@ def refused(capsys: pytest.CaptureFixture[str], store: Path, said: str, *argumen
         (["--k", "65"], "made with k 18, not 65"),
         (["--tau", "0.9"], "made with tau 0.55, not 0.9"),
         (["--no-chat"], "leave out --no-chat"),
-        (["--span", "all"], "made with span question"),
+        (["--span", "all"], "made with rule question, not all: leave out --span all"),
         (["--layer", "0"], "made with layer 2"),
         (["--format", "nonsense"], "nonsense"),
         (["--no-such-option"], "No such option"),
@@ -471,11 +471,11 @@ def test_a_package_that_cannot_be_imported(
 def test_an_interrupted_edit_says_what_is_kept(
     capsys: pytest.CaptureFixture[str], store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from memoir_retrieval.editing import editor
+    from memoir_retrieval.editing.session import Session
 
-    add, added = editor.Editor._add, []
+    add, added = Session.train, []
 
-    def until_the_second(self: editor.Editor, *arguments: Any) -> Any:
+    def until_the_second(self: Session, *arguments: Any) -> Any:
         if added:
             raise KeyboardInterrupt
         added.append(add(self, *arguments))
@@ -484,7 +484,7 @@ def test_an_interrupted_edit_says_what_is_kept(
     new = [{"prompt": f"What is number {i}?", "target": f"It is {i}"} for i in range(3)]
     file = write(tmp_path / "more.jsonl", [*EDITS, *new])
     with monkeypatch.context() as patched:
-        patched.setattr(editor.Editor, "_add", until_the_second)
+        patched.setattr(Session, "train", until_the_second)
         code, out, err = run(capsys, "edit", file, "--store", store, "--json")
     assert code == 130 and out == "" and "1 new edits are kept" in err and "Traceback" not in err
     summary = json.loads(run(capsys, "edit", file, "--store", store, "--json")[1])

@@ -9,13 +9,13 @@ import pytest
 from memoir_index import popcount
 from memoir_retrieval import Edit, Editor, EditStore, load_model
 from memoir_retrieval.editing.build_masks import build
-from memoir_retrieval.editing.train import Training
 from memoir_retrieval.edits.record import masked
 from memoir_retrieval.model.base import BaseModel
 from memoir_retrieval.model.forward import question_means
 from memoir_retrieval.question.fingerprint import Fingerprint
 from memoir_retrieval.question.prompts import prompt_ids
 from memoir_retrieval.question.span import find_span
+from memoir_retrieval.store.settings import Training
 from memoir_retrieval.store.verify import verify_masks
 
 EDITS = [

@@ -16,7 +16,6 @@ import pytest
 from test_store import contents, stored_edit, write
 
 from memoir_retrieval import Edit, Editor, load_model
-from memoir_retrieval.editing.train import Training
 from memoir_retrieval.errors import StoreError
 from memoir_retrieval.evaluation.calibration import write_tau
 from memoir_retrieval.model.base import BaseModel
@@ -24,6 +23,7 @@ from memoir_retrieval.store import additions
 from memoir_retrieval.store.files import store_lock
 from memoir_retrieval.store.read import MANIFEST, EditStore
 from memoir_retrieval.store.remove import remove_edits
+from memoir_retrieval.store.settings import Training
 from memoir_retrieval.store.verify import verify_store
 from memoir_retrieval.store.write import leftovers, write_generation
 

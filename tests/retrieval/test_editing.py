@@ -11,10 +11,10 @@ import torch
 
 from memoir_retrieval import Edit, EditedModel, Editor, EditStore, Probe, Retriever, evaluate, read_edits
 from memoir_retrieval.editing.contexts import PREFIX_TOKENS, chat_contexts, own_prefixes
-from memoir_retrieval.editing.train import Training
 from memoir_retrieval.errors import ConfigError, EditFileError, StoreError, StoreMismatch
 from memoir_retrieval.model.base import BaseModel
 from memoir_retrieval.question.span import find_span
+from memoir_retrieval.store.settings import Training
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "zsre-100.jsonl"
 UNRELATED = ["how do I boil an egg", "what is the capital of France", "Write a short poem about rain."]
@@ -163,7 +163,7 @@ def test_a_prompt_stored_with_another_target(smollm2: BaseModel, edits: list[Edi
     other = Edit(prompt=f"  {edits[0].prompt}", target="Nobody")
     with Editor(smollm2, tmp_path, chat=False) as editor:
         editor.add(edits[:2])
-        with pytest.raises(EditFileError, match=r"is stored with target .* choose with --on-conflict first"):
+        with pytest.raises(EditFileError, match=r"is stored with target .* choose with on_conflict, .first"):
             editor.add([other])
         assert editor.add([other], on_conflict="first") == []
         assert [e.id for e in editor.add([other], on_conflict="last")] == [2]
@@ -206,7 +206,7 @@ def test_the_rule_of_the_paper_trains_and_edits_every_token(
 ) -> None:
     with Editor(smollm2, tmp_path, chat=chat, rule="all") as editor:
         (made,) = editor.add(edits[:1])
-        (context,) = editor.contexts
+        (context,) = editor.manifest.contexts
     assert made.loss < Training().stop_loss
     # The pooled mean takes in the context, so its overlap is another matter; here every prompt matches the one edit.
     model = EditedModel(Retriever(EditStore.open(tmp_path), smollm2, tau=0.01))

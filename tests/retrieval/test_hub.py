@@ -116,7 +116,10 @@ def test_a_store_in_the_folder_gets_a_new_generation(hub: StandInHub, store: Pat
 def test_edits_of_the_folder_are_not_lost(hub: StandInHub, store: Path, tmp_path: Path) -> None:
     push(first_edit_only(store, tmp_path / "small").path, REPO)
     before = contents(store)
-    with pytest.raises(StoreMismatch, match=r"has 1 edits that example/corrections has not.*Blue Gate.*--replace"):
+    with pytest.raises(
+        StoreMismatch,
+        match=r"has 1 edits that example/corrections has not.*Blue Gate.*or replace it",
+    ):
         pull(REPO, store)
     assert contents(store) == before
     pull(REPO, store, replace=True)

@@ -183,7 +183,14 @@ def test_what_a_run_cannot_do_is_said_before_it_starts(
     file = write(tmp_path / "edits.jsonl", MORE)
     begin = ("bench", "quality", file, "--out", tmp_path / "run")
     refused(capsys, made, "no setting has that name; choose one of contexts", *begin, "--training", "steps=3")
-    refused(capsys, made, "write NAME=VALUE such as contexts=3", *begin, "--training", "variants=many")
+    refused(
+        capsys,
+        made,
+        "training variants=many is out of range: choose a whole number of 0 or more",
+        *begin,
+        "--training",
+        "variants=many",
+    )
     refused(capsys, made, "choose one of zsre", "bench", "quality", "zsr", "--out", tmp_path / "run")
     refused(capsys, made, "--data or MEMOIR_DATA", "bench", "quality", "zsre", "--out", tmp_path, "--data", tmp_path)
     refused(capsys, made, "holds no run", "report", tmp_path)

@@ -14,10 +14,10 @@ from test_cli import contents, run
 
 from memoir_index import unpack
 from memoir_retrieval import Edit, EditedModel, Editor, EditStore, Retriever, load_model, read_edits
-from memoir_retrieval.editing.train import Training
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.model.base import BaseModel
 from memoir_retrieval.store.remove import remove_edits
+from memoir_retrieval.store.settings import Training
 from memoir_retrieval.store.verify import verify_masks, verify_store
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "zsre-100.jsonl"
@@ -88,7 +88,7 @@ def test_compacting_leaves_nothing_of_a_removed_edit(tiny: Path, store: Path, tm
     assert told == [(1, 3), (2, 3), (3, 3)]
     with Editor(model, tmp_path / "scratch", training=Training(max_steps=3, context_masks=0)) as editor:
         for number in (0, 2, 3):  # ids seed the noise of training, so they must be the same
-            editor.next_id = number
+            editor.store.manifest = msgspec.structs.replace(editor.manifest, next_id=number)
             editor.add([town(TOWNS[number])], keep_failed=True)
     now, scratch = EditStore.open(store), EditStore.open(tmp_path / "scratch")
     np.testing.assert_array_equal(now.memories, scratch.memories)
@@ -111,8 +111,8 @@ def test_a_store_made_before_acts_as_it_was_made_until_it_is_compacted(
     model, store = load_model(str(tiny)), tmp_path / "store"
     training = Training(max_steps=20, context_masks=0)
     with Editor(model, store, training=training) as editor:
-        editor.span = msgspec.structs.replace(editor.span, acts="first")
-        editor._prepare()
+        editor.store.empty(acts="first")
+        editor._restart()
         editor.add([town(name) for name in TOWNS[:2]], keep_failed=True)
     with Editor(model, store) as editor:
         editor.add([town(TOWNS[2])], keep_failed=True)
@@ -138,14 +138,14 @@ def test_an_interrupted_change_of_the_rule_leaves_the_old_one(tiny: Path, store:
     with Editor(load_model(str(tiny)), store) as editor:
         with pytest.raises(KeyboardInterrupt):
             editor.compact(stop, acts="first")
-        assert editor.span.acts == editor._wordings.span.acts == "last"
+        assert editor.manifest.span.acts == editor._session.wordings.span.acts == "last"
     assert EditStore.open(store).manifest.span.acts == "last"
 
 
 def test_a_store_of_the_rule_all_acts_on_every_token(tiny: Path, tmp_path: Path) -> None:
     with Editor(load_model(str(tiny)), tmp_path, rule="all", training=Training(max_steps=1)) as editor:
         editor.add([town("Aarhus")], keep_failed=True)
-        assert editor.span.acts == "first"
+        assert editor.manifest.span.acts == "first"
         with pytest.raises(ConfigError, match="the span rule all, which acts on every token: choose acts first"):
             editor.compact(acts="last")
 

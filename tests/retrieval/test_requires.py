@@ -14,9 +14,8 @@ from test_store import write as write_store
 
 from memoir_index import hamming_radius, popcount
 from memoir_retrieval import Edit, EditedModel, Editor, EditStore, Retriever, load_model
-from memoir_retrieval.editing import editor as editor_module
+from memoir_retrieval.editing import conflicts
 from memoir_retrieval.editing.build_masks import build
-from memoir_retrieval.editing.train import Training
 from memoir_retrieval.edits.files import check_duplicates
 from memoir_retrieval.edits.requires import Phrases, check_requires, required_spans, words
 from memoir_retrieval.errors import EditFileError
@@ -25,6 +24,7 @@ from memoir_retrieval.lookup import masks as lookup_module
 from memoir_retrieval.lookup.masks import EditLookup
 from memoir_retrieval.model.base import BaseModel
 from memoir_retrieval.store.additions import append
+from memoir_retrieval.store.settings import Training
 
 LYON = Edit(prompt="Who is the mayor of Lyon?", target="Ada", requires=("Lyon",))
 TURIN = Edit(prompt="Who is the mayor of Turin?", target="Bob", requires=("mayor", ("Turin", "Torino")))
@@ -226,7 +226,7 @@ def test_the_same_prompt_with_another_requirement_is_another_edit(base: BaseMode
 def test_like_questions_are_rivals_unless_names_keep_them_apart(
     base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: Edit, second: Edit, rivals: bool
 ) -> None:
-    monkeypatch.setattr(editor_module, "SAME_QUESTION", 0.4)  # the masks of this small model are less alike
+    monkeypatch.setattr(conflicts, "SAME_QUESTION", 0.4)  # the masks of this small model are less alike
     with Editor(base, tmp_path / "store") as editor:
         editor.add([first])
         editor.add([second])
@@ -250,7 +250,10 @@ def test_a_file_that_requires_two_things_of_a_prompt_is_refused() -> None:
 
 
 def test_whole_prompts_require_nothing(base: BaseModel, tmp_path: Path) -> None:
-    with Editor(base, tmp_path / "store", rule="all") as editor, pytest.raises(EditFileError, match="leave out --span"):
+    with (
+        Editor(base, tmp_path / "store", rule="all") as editor,
+        pytest.raises(EditFileError, match="leave out 'requires'"),
+    ):
         editor.add([LYON])
 
 
@@ -300,7 +303,7 @@ def test_made_up_wordings_keep_what_is_required(base: BaseModel, tmp_path: Path,
     training = Training(contexts=0, context_masks=0, variants=20, noise=1.0)
     with Editor(base, tmp_path, chat=chat, training=training) as editor:
         for asked, kept in ((edit, True), (msgspec.structs.replace(edit, requires=()), False)):
-            texts = [base.tokenizer.decode(one.ids) for one in editor._wordings.noisy(asked, 0)]
+            texts = [base.tokenizer.decode(one.ids) for one in editor._session.wordings.noisy(asked, 0)]
             assert len(texts) == 20
             for text in texts:
                 assert ("Zoë Ångström" in text) == kept and ("Łódź" in text) == kept

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from memoir_retrieval import Edit, EditedModel, Editor, EditStore, Retriever, Training, load_model
-from memoir_retrieval.editing import editor, trainer
+from memoir_retrieval.editing import conflicts, trainer
+from memoir_retrieval.editing.outcome import Progress
+from memoir_retrieval.editing.session import Choices, NewEdit
 from memoir_retrieval.edits.record import prompt_key
 from memoir_retrieval.model.base import BaseModel
 
@@ -58,8 +60,8 @@ def test_edits_side_by_side_are_trained_as_if_alone(base: BaseModel, tmp_path: P
     assert three.memory_of.tolist() == [0, 1, 2, 0, 1, 2, 0]
     with Editor(base, tmp_path / "alone", training=Training(context_masks=0)) as made:
         for number, edit in enumerate(EDITS):
-            made._add([editor.NewEdit(edit, number, 0)], 3, "refuse", True)
-        made._commit()
+            made._session.train([NewEdit(edit, number, 0)], made.outcome, Choices(3, keep_failed=True))
+        made.store.commit()
     same(three, EditStore.open(tmp_path / "alone"))
     assert len({edit.steps for edit in three.edits}) > 1  # they left each other at different steps
     model = EditedModel(Retriever(three, base))
@@ -74,7 +76,7 @@ def test_the_same_command_gives_the_same_bytes(base: BaseModel, tmp_path: Path) 
 
 
 def test_what_was_cut_off_goes_on_in_the_same_memories(base: BaseModel, tmp_path: Path) -> None:
-    def stop(progress: editor.Progress) -> None:
+    def stop(progress: Progress) -> None:
         if progress.done == 3:
             raise KeyboardInterrupt
 
@@ -99,7 +101,7 @@ def test_as_many_memories_as_the_edits_fill(base: BaseModel, tmp_path: Path) -> 
 def test_one_question_twice_in_a_file_is_found_side_by_side(
     base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(editor, "SAME_QUESTION", 0.6)  # the small model's masks are not as alike as a real one's
+    monkeypatch.setattr(conflicts, "SAME_QUESTION", 0.6)  # the small model's masks are not as alike as a real one's
     again = Edit(prompt="Who has founded Aarhus?", target="Nobody")
     with Editor(base, tmp_path) as made:
         made.add([EDITS[0], again, EDITS[4]], side_by_side=3)

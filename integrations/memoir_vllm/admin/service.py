@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 from vllm.logger import init_logger
 
-from memoir_retrieval.editing.outcome import same_edit
+from memoir_retrieval.editing.conflicts import contradiction, same_edit
 from memoir_retrieval.edits.record import Edit, Requires, StoredEdit, prompt_key
 from memoir_retrieval.edits.requires import check_requires
 from memoir_retrieval.errors import EditFileError, MemoirError, StoreError
@@ -20,7 +20,7 @@ from memoir_vllm.admin.audit import AuditLog
 from memoir_vllm.admin.engines import Engines
 from memoir_vllm.admin.jobs import Jobs, TrainerProcess
 from memoir_vllm.admin.schema import AddEdit, Job, LookupMessages, LookupPrompt, LookupResult, NamedEdit, Stats
-from memoir_vllm.admin.trainer import TrainerAnswer
+from memoir_vllm.admin.trainer import CURE, TrainerAnswer
 from memoir_vllm.config import MemoirConfig
 from memoir_vllm.front.metrics import LOOKUP_ID, TOP, TRAFFIC
 
@@ -217,10 +217,7 @@ class Service:
         if stored is not None and same_edit(stored, edit):
             return stored
         if stored is not None and given.on_conflict == "refuse":
-            what = f"answers this prompt with {stored.target!r}"
-            if stored.target == given.target:
-                what = f"has this prompt and requires {_plain(stored.requires)}"
-            raise Conflict(f'edit {stored.id} {what}: remove it first, or send on_conflict "last" to replace it')
+            raise Conflict(f"{contradiction(stored, edit)}: {CURE}")
         request = {"add": change, "on_conflict": given.on_conflict}
         about = {"kind": "add", "prompt": given.prompt, "prompt_key": key, "target": given.target}
         return await self.jobs.submit(who, request, **about)

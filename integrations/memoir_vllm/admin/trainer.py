@@ -26,7 +26,10 @@ import msgspec
 if TYPE_CHECKING:
     from memoir_retrieval.editing.outcome import Outcome, TrainingStep
 
-__all__ = ["LONGEST_LINE", "TrainerAnswer", "main"]
+__all__ = ["CURE", "LONGEST_LINE", "TrainerAnswer", "main"]
+
+CURE = 'remove it first, or send on_conflict "last" to replace it'
+"""What a client can do about an edit that answers the same question."""
 
 LONGEST_LINE = 64 * 1024  # bytes
 LONGEST_REASON = 4_000  # characters: prompts that a reason quotes may be longer
@@ -109,8 +112,8 @@ class _Trainer:
             return refusal(f"{type(error).__name__}: {error:.1000}; the server's log has more")
 
     def _add(self, request: dict[str, Any]) -> TrainerAnswer:
+        from memoir_retrieval.editing.conflicts import same_edit
         from memoir_retrieval.editing.editor import Editor
-        from memoir_retrieval.editing.outcome import same_edit
         from memoir_retrieval.edits.record import Edit
         from memoir_retrieval.model.base import load_model
         from memoir_retrieval.store.read import EditStore
@@ -143,11 +146,7 @@ def _refusal(outcome: Outcome) -> str:
     for failed in outcome.failed:
         return f"the edit was trained but failed its audit: {failed.reason}"
     for rival in outcome.conflicting:
-        there = rival.stored
-        return (
-            f"edit {there.id} ({there.prompt!r}, overlap {rival.overlap}) answers the same question with "
-            f'{there.target!r}: remove it first, or send on_conflict "last" to replace it'
-        )
+        return f"the edit conflicts: {rival.fact}: {CURE}"
     return "the edit was not taken up"
 
 

@@ -131,15 +131,16 @@ def bench_quality(
     texts = read_texts(text_file) if text_file else []
 
     from memoir_retrieval.editing.editor import Editor
-    from memoir_retrieval.editing.train import Training
     from memoir_retrieval.evaluation.quality_run import run_quality
     from memoir_retrieval.evaluation.report import run_page
     from memoir_retrieval.model.base import load_model
+    from memoir_retrieval.store.settings import Settings
 
-    settings = Training(**training_settings(training))
+    chosen = training_settings(training)
+    Settings.given(training=chosen)  # refused before the model is loaded
     notes.print(f"loading {model}")
     base = load_model(model, layer=layer, dtype=dtype, device=device)
-    editor = Editor(base, out / "store", chat=chat, k=k, tau=tau, seed=seed, training=settings)
+    editor = Editor(base, out / "store", chat=chat, k=k, tau=tau, seed=seed, training=chosen)
     out.mkdir(parents=True, exist_ok=True)
     with Progress(*COLUMNS, console=notes, disable=as_json) as bar:
         task = bar.add_task("", total=len(edits), loss=float("nan"))

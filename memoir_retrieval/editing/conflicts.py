@@ -1,0 +1,153 @@
+"""Edits of one question with different answers: found, decided and worded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import msgspec
+import numpy as np
+
+from memoir_index import HammingIndex, unpack
+from memoir_retrieval.edits.record import Edit, StoredEdit, prompt_key
+from memoir_retrieval.edits.requires import one_question
+from memoir_retrieval.errors import EditFileError, Reason
+
+__all__ = [
+    "SAME_QUESTION",
+    "Conflict",
+    "Conflicting",
+    "contradiction",
+    "distinct",
+    "plan",
+    "rival",
+    "same_edit",
+]
+
+Conflict = Literal["refuse", "first", "last", "both"]
+"""What happens to a question that is stored with another answer: see `Editor.add`."""
+
+SAME_QUESTION = 0.85
+"""Overlap from which on two prompts count as one question in other words (docs/measurements.md)."""
+
+
+@dataclass(frozen=True)
+class Conflicting:
+    """An edit whose question an edit of the store answers differently.
+
+    prompt, target: of the edit that came later.
+    stored: the edit of the store.
+    overlap: of their masks; 1.0 where the prompts are the same text.
+    fact: all of it in one line, without what to do about it.
+    """
+
+    prompt: str
+    target: str
+    stored: StoredEdit
+    overlap: float
+
+    @property
+    def fact(self) -> str:
+        there = self.stored
+        return (
+            f"{self.prompt!r} -> {self.target!r} with edit {there.id}, {there.prompt!r} -> {there.target!r} "
+            f"(overlap {self.overlap})"
+        )
+
+
+def plan(
+    edits: Sequence[Edit], stored: Sequence[StoredEdit], on_conflict: Conflict
+) -> tuple[list[Edit], dict[str, StoredEdit]]:
+    """The edits to train, and by question (`prompt_key`) the stored edits which they replace.
+
+    edits: what is to be added.
+    stored: what the store holds.
+    on_conflict: what happens to a stored prompt that comes with another target.
+    Raises EditFileError where that does not settle it.
+    """
+    known = {prompt_key(edit.prompt): edit for edit in stored}
+    todo: list[Edit] = []
+    replaced: dict[str, StoredEdit] = {}
+    for edit in edits:
+        old = known.get(prompt_key(edit.prompt))
+        if old is None:
+            todo.append(edit)
+        elif not old.trained:
+            # Built with requirements, and trained from a file that says nothing of them: they still hold.
+            kept = edit if edit.requires else msgspec.structs.replace(edit, requires=old.requires)
+            todo.append(kept)
+            replaced[prompt_key(edit.prompt)] = old
+        elif same_edit(old, edit) or on_conflict == "first":
+            continue
+        elif on_conflict == "last":
+            todo.append(edit)
+            replaced[prompt_key(edit.prompt)] = old
+        else:
+            fact = contradiction(old, edit)
+            raise EditFileError(
+                f"{fact} (one question cannot keep both)" if on_conflict == "both" else fact,
+                cure='choose with on_conflict, "first" (keep the stored one) or "last" (replace it)',
+                reason=Reason.CONFLICT,
+            )
+    return todo, replaced
+
+
+def same_edit(stored: StoredEdit, edit: Edit) -> bool:
+    """Whether a stored edit is the given one: it has the same prompt, target and requirements."""
+    same = prompt_key(stored.prompt) == prompt_key(edit.prompt)
+    return same and stored.target == edit.target and stored.requires == edit.requires
+
+
+def contradiction(stored: StoredEdit, edit: Edit) -> str:
+    """In which way an edit of the same prompt differs from the stored one, in one line without what to do about it."""
+    name = "target" if stored.target != edit.target else "requires"
+
+    def shown(value: object) -> str:
+        return repr(value) if isinstance(value, str) else msgspec.json.encode(value).decode()
+
+    return (
+        f"prompt {edit.prompt!r} is stored with {name} {shown(getattr(stored, name))} (edit {stored.id}), not "
+        f"{shown(getattr(edit, name))}"
+    )
+
+
+def rival(
+    edit: Edit | StoredEdit, code: np.ndarray, index: HammingIndex, stored: Sequence[StoredEdit]
+) -> Conflicting | None:
+    """The stored edit that answers the same question differently, going by the masks.
+
+    edit: the new one.
+    code: uint8 [1, D/8], its mask.
+    index: the masks of the stored edits.
+    stored: these edits.
+    """
+    if index.search(code, SAME_QUESTION).ids[0] < 0:
+        return None
+    # Similar questions about other names are no rivals: the nearest that may answer this one is, or would be.
+    for number, overlap in _similar(code, index):
+        other = next(candidate for candidate in stored if candidate.id == number)
+        if one_question(other, edit):
+            same = not other.trained or prompt_key(other.target) == prompt_key(edit.target)
+            return None if same else Conflicting(edit.prompt, edit.target, other, round(overlap, 4))
+    return None
+
+
+def _similar(code: np.ndarray, index: HammingIndex) -> list[tuple[int, float]]:
+    """Ids and overlaps of all stored edits with nearly this mask, the nearest first."""
+    n = 16
+    while True:
+        ids, overlaps = index.nearest(code, n)
+        pairs = zip(ids[0].tolist(), overlaps[0].tolist(), strict=True)
+        similar = [(number, overlap) for number, overlap in pairs if overlap >= SAME_QUESTION]
+        if len(similar) < n:
+            return similar
+        n *= 4
+
+
+def distinct(codes: np.ndarray, d: int, k: int) -> int:
+    """How many of the masks, uint8 [N, D/8], come before the first that asks the same question as one before it."""
+    bits = unpack(codes, d).astype(np.float32)
+    alike = bits @ bits.T >= SAME_QUESTION * k
+    repeated = np.flatnonzero(np.tril(alike, -1).any(axis=1))
+    return int(repeated[0]) if len(repeated) else len(codes)

@@ -1,0 +1,198 @@
+"""A store while one editor writes it: what exists only between opening and closing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+import numpy as np
+import torch
+
+from memoir_index import HammingIndex
+from memoir_retrieval.background import background_prompts
+from memoir_retrieval.editing.contexts import chat_contexts, own_prefixes
+from memoir_retrieval.edits.record import StoredEdit
+from memoir_retrieval.errors import ConfigError, StoreError
+from memoir_retrieval.model.base import BaseModel
+from memoir_retrieval.model.forward import question_means
+from memoir_retrieval.question.fingerprint import Fingerprint, permutation
+from memoir_retrieval.question.prompts import prompt_ids
+from memoir_retrieval.question.span import derive_span_rule, find_span
+from memoir_retrieval.store.commits import Commits
+from memoir_retrieval.store.files import store_lock
+from memoir_retrieval.store.manifest import MANIFEST, Manifest, draft_manifest
+from memoir_retrieval.store.read import EditStore
+from memoir_retrieval.store.settings import Settings, training_of
+
+__all__ = ["OpenStore", "StoreState"]
+
+
+@dataclass(frozen=True)
+class StoreState:
+    """What changes while a store is open. See `OpenStore`; commits: what is not written yet."""
+
+    manifest: Manifest
+    memories: list[torch.Tensor]
+    edits: list[StoredEdit]
+    index: HammingIndex
+    commits: Commits
+
+
+class OpenStore:
+    """The content of a store under its writer's lock, and the changes that are not written yet.
+
+    base: the model that it belongs to.
+    path: its folder.
+    manifest: as it is now; generation 0 before the first write.
+    background: float32 [D]. permutation: int64 [D].
+    memories: float32 [H, D] each.
+    edits: those that are stored, in the order in which they came.
+    index: their masks.
+    """
+
+    def __init__(self, base: BaseModel, path: Path, settings: Settings):
+        """Lock the folder, and read its store or begin one.
+
+        settings: of a new store, what `Settings.resolved` completes; a store that is there must not contradict them.
+        Raises StoreError for a folder of something else, a store that is damaged or locked; StoreMismatch for one of
+        another model; ConfigError for settings that cannot work or contradict the store.
+        """
+        self.base, self.path = base, path
+        new = not (path / MANIFEST).exists()
+        if new:
+            settings = settings.resolved(base)
+            _refuse_foreign(path)
+        with ExitStack() as lock:
+            lock.enter_context(store_lock(path))
+            if new and not (path / MANIFEST).exists():
+                self._begin(settings)
+            else:
+                self._load(EditStore.open(path), settings)
+            self.training = training_of(self.manifest)
+            self._lock = lock.pop_all()
+        self.is_open = True
+
+    def close(self) -> None:
+        """Let others write. What was not committed is lost."""
+        self.is_open = False
+        self._lock.close()
+
+    def _begin(self, settings: Settings) -> None:
+        base = self.base
+        span = derive_span_rule(base.tokenizer, settings.rule)
+        count = int(settings.training["contexts"])
+        contexts = chat_contexts()[:count] if settings.chat else own_prefixes(base, count, settings.seed)
+        self.manifest = draft_manifest(
+            generation=0,
+            model=base.name,
+            base=base.identity,
+            module=base.module,
+            d=base.d,
+            h=base.h,
+            span=span,
+            contexts=tuple(contexts),
+            next_id=0,
+            **{name: value for name, value in msgspec.structs.asdict(settings).items() if name != "rule"},
+        )
+        self.permutation = permutation(base.d, settings.seed)
+        rows = [prompt_ids(base.tokenizer, prompt, chat=settings.chat) for prompt in background_prompts()]
+        means = question_means(base, rows, [find_span(ids, span) for ids in rows])
+        self.background: np.ndarray = means.mean(0).cpu().numpy()
+        self.empty()
+
+    def _load(self, store: EditStore, settings: Settings) -> None:
+        store.require(self.base.identity, self.base.name)
+        Settings.of(store.manifest).require(settings, self.path)
+        self.manifest = store.manifest
+        self.permutation, self.background = store.permutation, store.background
+        self.memories = [torch.tensor(memory, device=self.base.device) for memory in store.memories]
+        self.edits = list(store.edits)
+        self.index = store.index()
+        self._commits = Commits(self.path, store)
+
+    def empty(self, acts: Literal["first", "last"] | None = None) -> None:
+        """Have no edits and one memory of zeros; the next commit writes every file.
+
+        acts: from which of a question's tokens on the residual acts from now on (see `Span`); by default as before.
+        Raises ConfigError for "last" where the span rule is "all".
+        """
+        span = self.manifest.span
+        if acts == "last" and span.rule == "all":
+            raise ConfigError(f"store {self.path} has the span rule all, which acts on every token: choose acts first")
+        span = msgspec.structs.replace(span, acts=acts or span.acts)
+        self.manifest = msgspec.structs.replace(self.manifest, span=span)
+        self.memories = []
+        self.new_memory()
+        self.edits = []
+        self.index = HammingIndex(self.base.d, self.manifest.k)
+        self._commits = Commits(self.path)
+
+    @property
+    def state(self) -> StoreState:
+        """What changes while the store is open, to be put back by `restore`."""
+        return StoreState(self.manifest, self.memories, self.edits, self.index, self._commits)
+
+    def restore(self, state: StoreState) -> None:
+        """Be as `state` was taken, before `empty` was called."""
+        self.manifest, self.memories, self.edits = state.manifest, state.memories, state.edits
+        self.index, self._commits = state.index, state.commits
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """What makes the store's masks."""
+        return Fingerprint(self.background, self.permutation, self.manifest.k, self.base.device)
+
+    @property
+    def changed(self) -> bool:
+        """Whether there is anything to commit."""
+        return self._commits.changed
+
+    def new_memory(self) -> int:
+        """Add a memory of zeros. Returns its number."""
+        self.memories.append(torch.zeros(self.base.h, self.base.d, device=self.base.device))
+        return len(self.memories) - 1
+
+    def add(self, edit: StoredEdit, codes: np.ndarray, columns: torch.Tensor, old: StoredEdit | None) -> None:
+        """Take up an edit whose memory holds it already.
+
+        codes: uint8 [R, D/8], its masks.
+        columns: int64 [C], those of its memory that were changed for it.
+        old: the edit that it replaces.
+        """
+        if old:
+            self._commits.rewrite()
+            self.index.remove([old.id])
+            self.edits.remove(old)
+        self._commits.add(edit, codes, columns)
+        self.index.add([edit.id] * len(codes), codes)
+        self.edits.append(edit)
+        self.manifest = msgspec.structs.replace(self.manifest, next_id=max(self.manifest.next_id, edit.id + 1))
+
+    def next_manifest(self, edits: Iterable[StoredEdit]) -> Manifest:
+        """The manifest of a next generation of these edits, as `write_generation` takes it."""
+        return msgspec.structs.replace(
+            self.manifest,
+            generation=self.manifest.generation + 1,
+            model=self.base.name,
+            untrained=sum(not edit.trained for edit in edits),
+        )
+
+    def commit(self) -> None:
+        """Write everything as the next generation. Raises StoreError where the disk refuses."""
+        self.manifest = self._commits.write(
+            self.next_manifest(self.edits), self.memories, self.index, self.edits, self.background, self.permutation
+        )
+
+
+def _refuse_foreign(path: Path) -> None:
+    """Raise StoreError for a folder of something else, before anything, a lock included, is put into it."""
+    if not path.is_dir():
+        return
+    ours = (".", "memory-", "codes-", "edits-", MANIFEST)  # what a first write that was cut off may leave
+    others = sorted(p.name for p in path.iterdir() if not p.name.startswith(ours))
+    if others:
+        raise StoreError(f"{path} is not empty and not a store (it holds {others[0]}): choose a new folder")

@@ -1,0 +1,183 @@
+"""Batches of edits, trained, audited and taken up into an open store."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from datetime import UTC, datetime
+from typing import NamedTuple
+
+import numpy as np
+
+from memoir_retrieval.editing.conflicts import Conflict, distinct, rival
+from memoir_retrieval.editing.open_store import OpenStore
+from memoir_retrieval.editing.outcome import Failed, Outcome, Progress
+from memoir_retrieval.editing.places import Places
+from memoir_retrieval.editing.trainer import Learnt, MemoryTrainer, Task
+from memoir_retrieval.editing.wordings import Wordings
+from memoir_retrieval.edits.record import Edit, StoredEdit, stored_as
+
+__all__ = ["Checkpoints", "Choices", "NewEdit", "Session"]
+
+# A checkpoint rewrites the store. Its cost is bounded by writing at most this often (seconds) while edits go on.
+CHECKPOINT_EVERY = 30.0
+
+
+class NewEdit(NamedTuple):
+    """An edit to be added.
+
+    edit: what is trained.
+    id: under which it is stored.
+    rephrases: how many of its rephrasings are trained too.
+    old: the stored edit that it replaces.
+    """
+
+    edit: Edit | StoredEdit
+    id: int
+    rephrases: int
+    old: StoredEdit | None = None
+
+
+class Choices(NamedTuple):
+    """How a batch is trained.
+
+    side_by_side: how many memories are open.
+    on_conflict, keep_failed: see `Editor.add`.
+    """
+
+    side_by_side: int
+    on_conflict: Conflict = "refuse"
+    keep_failed: bool = False
+
+
+class Checkpoints:
+    """Commits a store now and then while edits go on."""
+
+    def __init__(self, store: OpenStore):
+        self._store = store
+        self._committed, self._pause = time.monotonic(), CHECKPOINT_EVERY
+
+    def __call__(self) -> None:
+        """Commit what has changed if that is due."""
+        now = time.monotonic()
+        if self._store.changed and now - self._committed > self._pause:
+            self._store.commit()
+            self._committed = time.monotonic()
+            self._pause = max(CHECKPOINT_EVERY, 20 * (self._committed - now))
+
+
+class Session:
+    """A trainer at work on an open store. `places`: the memories, shared out among the edits."""
+
+    def __init__(self, store: OpenStore, make_trainer: Callable[[Wordings], MemoryTrainer]):
+        """store: what is written. make_trainer: what trains, given the wordings of the store's edits."""
+        self._store = store
+        self.wordings = Wordings(store.base, store.manifest, store.fingerprint, store.training)
+        self.trainer = make_trainer(self.wordings)
+        self.places = Places(store, self.trainer)
+
+    def stored_again(self, edits: Sequence[StoredEdit], masks: Counter[int]) -> list[NewEdit]:
+        """Stored edits as they are trained from nothing. masks: how many each has, by its id."""
+        return [NewEdit(edit, edit.id, self.wordings.rephrases(masks[edit.id])) for edit in edits]
+
+    def train_all(
+        self,
+        total: int,
+        batch: Callable[[int], Sequence[NewEdit]],
+        outcome: Outcome,
+        choices: Choices,
+        progress: Callable[[Progress], None],
+        checkpoint: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Train batch after batch.
+
+        total: how many edits there are.
+        batch: those that are next, given how many are dealt with.
+        outcome, choices: see `train`.
+        progress: called after every edit.
+        checkpoint: called after every batch, before that.
+        """
+        started, done = time.monotonic(), 0
+        while done < total:
+            stored = self.train(batch(done), outcome, choices)
+            seconds = time.monotonic() - started
+            checkpoint()
+            for edit in stored:
+                done += 1
+                progress(Progress(done, total, edit, seconds))
+
+    def train(self, edits: Sequence[NewEdit], outcome: Outcome, choices: Choices) -> list[StoredEdit | None]:
+        """Train the first of the edits, as many as can be side by side, audit them and take them up.
+
+        edits: those that are next.
+        outcome: says of each what became of it.
+        choices: how.
+        Returns what is stored of those that were dealt with; None for one that is not.
+        """
+        memories = self.places.choose(len(edits), choices.side_by_side)
+        tasks = [Task(new.id, new.edit, memory, new.rephrases) for new, memory in zip(edits, memories, strict=True)]
+        codes = self.trainer.prepare(tasks)
+        # Two of one question are trained one after the other, so that the second meets the first in the store.
+        manifest = self._store.manifest
+        together = range(distinct(np.concatenate([rows[:1] for rows in codes]), manifest.d, manifest.k))
+        replaced = {i: old for i in together if (old := edits[i].old) is not None}
+        refused: set[int] = set()
+        for i in together:
+            if i in replaced:
+                continue
+            conflict = rival(edits[i].edit, codes[i][:1], self._store.index, self._store.edits)
+            if conflict:
+                outcome.conflicting.append(conflict)
+                if choices.on_conflict in ("refuse", "first"):
+                    refused.add(i)
+                elif choices.on_conflict == "last":
+                    replaced[i] = conflict.stored
+        for old in replaced.values():
+            self.trainer.forget(old.id)
+        trained = [i for i in together if i not in refused]
+        learnt = dict(zip(trained, self.trainer.learn([tasks[i] for i in trained]), strict=True)) if trained else {}
+        stored: list[StoredEdit | None] = [None for _ in together]
+        for i in trained:
+            outcome.retried += learnt[i].retried
+            task, result = self._elsewhere(tasks[i], learnt[i], memories)
+            if result.reason:
+                outcome.failed.append(Failed(task.edit.prompt, task.edit.target, result.reason))
+            if result.reason and not choices.keep_failed:
+                self._put_back(replaced.get(i))
+            else:
+                stored[i] = self._take_up(task, result, codes[i], replaced.get(i))
+        outcome.stored += [edit for edit in stored if edit]
+        return stored
+
+    def _elsewhere(self, task: Task, learnt: Learnt, busy: Collection[int]) -> tuple[Task, Learnt]:
+        """A task, and what came of it, once it is in a memory where it overwrites no other edit.
+
+        busy: the memories that others of the batch were trained in, which may not be taken up yet.
+        """
+        if learnt.lost:
+            for number in self.places.spare(busy):
+                task = task._replace(memory=number)
+                self.places.open(number)
+                (learnt,) = self.trainer.learn([task])
+                if not learnt.lost:
+                    break
+        return task, learnt
+
+    def _put_back(self, old: StoredEdit | None) -> None:
+        if old and old.trained:
+            self.trainer.remember(old.memory, old, int((self._store.index.ids == old.id).sum()))
+
+    def _take_up(self, task: Task, learnt: Learnt, codes: np.ndarray, old: StoredEdit | None) -> StoredEdit:
+        edit, trained = task.edit, learnt.trained
+        stored = stored_as(
+            edit,
+            id=task.id,
+            created=getattr(edit, "created", "") or datetime.now(UTC).isoformat(timespec="seconds"),
+            loss=round(trained.loss, 5),
+            steps=trained.steps,
+            memory=task.memory,
+        )
+        self.trainer.take(task, trained)
+        self._store.add(stored, codes, trained.columns, old)
+        return stored
