@@ -18,14 +18,14 @@ import msgspec
 from memoir_vllm.bench.engine import BenchEngine, EngineFlags
 from memoir_vllm.bench.research import ResearchModel
 
-__all__ = ["Settings", "main", "measure"]
+__all__ = ["ServeSettings", "main", "measure"]
 
 FIRST = 8  # requests whose time to the first token makes one median
 RESEARCH_TURNS = 3
 Say = Callable[[str], None]
 
 
-class Settings(msgspec.Struct, kw_only=True):
+class ServeSettings(msgspec.Struct, kw_only=True):
     """What is measured: `pairs` turns of `batch` requests of `tokens` new tokens each, per kind of request.
 
     unmatched, matched: token ids of prompts. cached: prompts of edits that all begin with one long system message;
@@ -48,7 +48,7 @@ class Settings(msgspec.Struct, kw_only=True):
         return EngineFlags(model=self.model, dtype=self.dtype, eager=self.eager, batch=self.batch, **more)
 
 
-def measure(settings: Settings, say: Say = lambda _: None) -> dict[str, Any]:
+def measure(settings: ServeSettings, say: Say = lambda _: None) -> dict[str, Any]:
     """Run everything. Returns the figures that `docs/measurements.md` explains, and the settings that made them.
 
     Raises RuntimeError where requests of a kind did not match as they should: the ratio would mean nothing.
@@ -70,7 +70,7 @@ def measure(settings: Settings, say: Say = lambda _: None) -> dict[str, Any]:
     return result
 
 
-def _throughput(settings: Settings, without: BenchEngine, with_plugin: BenchEngine, say: Say) -> dict[str, Any]:
+def _throughput(settings: ServeSettings, without: BenchEngine, with_plugin: BenchEngine, say: Say) -> dict[str, Any]:
     """Tokens per second, the plugin over no plugin, in pairs of turns."""
     result: dict[str, Any] = {}
     generated = settings.batch * settings.tokens
@@ -106,7 +106,7 @@ def _throughput(settings: Settings, without: BenchEngine, with_plugin: BenchEngi
 
 
 def _first_token(
-    settings: Settings,
+    settings: ServeSettings,
     engine: BenchEngine,
     prompts: list[list[int]],
     say: Say,
@@ -132,7 +132,7 @@ def _first_token(
     return round(statistics.median(ratios[1:]), 4)  # the first turn warms up
 
 
-def _research(settings: Settings, with_plugin: BenchEngine, say: Say) -> float:
+def _research(settings: ServeSettings, with_plugin: BenchEngine, say: Say) -> float:
     """Tokens per second at full batch over those of the published way, see `research.py`."""
     research = ResearchModel(settings.store, settings.model)
     prompts = [settings.matched[i % len(settings.matched)] for i in range(settings.batch)]
@@ -147,7 +147,7 @@ def _research(settings: Settings, with_plugin: BenchEngine, say: Say) -> float:
 
 def main(argv: Sequence[str]) -> int:
     """`python -m memoir_vllm.bench.serve SETTINGS.json`: progress on stderr, one JSON object on stdout."""
-    settings = msgspec.json.decode(Path(argv[0]).read_bytes(), type=Settings)
+    settings = msgspec.json.decode(Path(argv[0]).read_bytes(), type=ServeSettings)
     print(json.dumps(measure(settings, lambda line: print(line, file=sys.stderr, flush=True))))
     return 0
 
