@@ -168,7 +168,8 @@ class HammingIndex:
         Raises CodeError, before anything changes, for ids or codes of the wrong dtype, shape or length, a
         negative id, or a code without exactly k ones.
         """
-        new_ids, codes = self._check_rows(ids, codes)
+        new_ids, codes = _check_ids(ids), check_codes(codes, self.d, self.k)
+        _check_lengths(new_ids, codes)
         with self._write:
             self._now = Snapshot(storage.append(self._now.blocks, new_ids, codes))
 
@@ -179,16 +180,11 @@ class HammingIndex:
         """
         gone = _check_ids(ids)
         with self._write:
-            return self._replace(gone, gone[:0], np.empty((0, self.d // 8), np.uint8))
-
-    def replace(self, ids: ArrayLike, codes: Codes) -> int:
-        """Drop every row of the given edit ids and append the given codes, as one write; return how many rows went.
-
-        Arguments and errors are those of `add`; an id that is not stored is added.
-        """
-        new_ids, codes = self._check_rows(ids, codes)
-        with self._write:
-            return self._replace(new_ids, new_ids, codes)
+            left = Snapshot(storage.remove(self._now.blocks, gone) if len(gone) else self._now.blocks)
+            removed = self._now.alive - left.alive
+            if removed:
+                self._now = left
+        return removed
 
     def search(self, codes: Codes, tau: float, *, exact: bool = False) -> Hits:
         """Best match with overlap/k >= tau for each query, uint8 [Q, d/8]; among equals the earliest stored.
@@ -244,12 +240,6 @@ class HammingIndex:
             overlaps[query, : len(best)] = overlap_from_hamming(dist[best], self.k)
         return ids, overlaps
 
-    def _check_rows(self, ids: ArrayLike, codes: Codes) -> tuple[Ids, Codes]:
-        new_ids = _check_ids(ids)
-        codes = check_codes(codes, self.d, self.k)
-        _check_lengths(new_ids, codes)
-        return new_ids, codes
-
     def _check_returned(self, now: Snapshot, rows: Rows) -> None:
         for row in np.unique(rows[rows >= 0]).tolist():
             check_codes(now.code(row)[None], self.d, self.k, first_row=row)
@@ -258,13 +248,6 @@ class HammingIndex:
         wrong = np.flatnonzero(popcount(codes) != self.k)[:1]
         if wrong.size:
             check_codes(codes[wrong], self.d, self.k, first_row=int(rows[wrong[0]]))
-
-    def _replace(self, gone: Ids, new_ids: Ids, codes: Codes) -> int:
-        left = Snapshot(storage.remove(self._now.blocks, gone) if len(gone) else self._now.blocks)
-        removed = self._now.alive - left.alive
-        if removed or len(new_ids):
-            self._now = Snapshot(storage.append(left.blocks, new_ids, codes))
-        return removed
 
 
 def _check_lengths(ids: Ids, codes: Codes) -> None:

@@ -94,10 +94,6 @@ class Retriever:
         """`lookup` for many prompts at once."""
         return [match for match, _ in self.decide_batch(prompts)]
 
-    def nearest_batch(self, prompts: Sequence[Prompt]) -> list[Match | None]:
-        """The nearest edit of each prompt, whether it matches or not; None for an empty store or question."""
-        return [nearest for _, nearest in self.decide_batch(prompts)]
-
     def decide_batch(self, prompts: Sequence[Prompt]) -> list[tuple[Match | None, Match | None]]:
         """`lookup` of each prompt, and the edit that is nearest to it, whether it may act on the prompt or not."""
         rows = [self.prompt_ids(p) for p in prompts]

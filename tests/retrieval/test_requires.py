@@ -170,7 +170,7 @@ def test_the_reference_answers_by_name(base: BaseModel, store: Path) -> None:
     plain = model.generate(prompts[3:], max_new_tokens=6, edited=False)
     assert [answer.tokens for answer in found[3:]] == [answer.tokens for answer in plain]
     assert [match and match.id for match in model.retriever.lookup_batch(prompts)] == [0, 1, 1, None, None]
-    nearest = model.retriever.nearest_batch(prompts)
+    nearest = [near for _, near in model.retriever.decide_batch(prompts)]
     assert all(match is not None for match in nearest)
     assert all(match.runner_up and match.runner_up[0] == 1 - match.id for match in nearest if match)
 

@@ -120,7 +120,7 @@ def test_a_lookup_measures_what_the_reference_measures(server: Server, base: Bas
     ):
         messages = [{"role": "user", "content": text}]
         found = server.http.post("/memoir/lookup", json={"messages": messages, "n": 2}).json()
-        (nearest,) = retriever.nearest_batch([text])
+        ((_, nearest),) = retriever.decide_batch([text])
         assert nearest is not None and nearest.runner_up is not None
         first, second = found["matches"]
         assert (first["edit"], second["edit"]) == (nearest.id, nearest.runner_up[0])

@@ -270,8 +270,3 @@ def _same(edit: StoredEdit, added: dict[str, Any]) -> bool:
 def _has(edit: StoredEdit, words: Iterable[str]) -> bool:
     text = " ".join((str(edit.id), edit.prompt, edit.target, edit.subject, edit.source)).casefold()
     return all(word in text for word in words)
-
-
-def as_dict(edit: StoredEdit) -> dict[str, Any]:
-    """Every field, defaults included."""
-    return {name: getattr(edit, name) for name in msgspec.structs.asdict(edit)}
