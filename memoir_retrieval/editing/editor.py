@@ -103,19 +103,14 @@ class Editor:
     def store(self) -> OpenStore:
         """The store as it is, or was when the editor was left. Raises StoreError before the editor was entered."""
         if self._store is None:
-            raise self._closed()
+            raise _closed(self.path)
         return self._store
 
     def _open(self) -> Session:
         """What trains. Raises StoreError unless the editor is entered."""
         if not self.store.is_open:
-            raise self._closed()
+            raise _closed(self.path)
         return self._session
-
-    def _closed(self) -> StoreError:
-        return StoreError(
-            f"the editor of {self.path} is not open: write `with Editor(base, store) as editor:` and use it in there"
-        )
 
     @property
     def manifest(self) -> Manifest:
@@ -228,3 +223,9 @@ class Editor:
     def side_by_side(self, edits: int) -> int:
         """How many memories `add` trains at a time, by default, of so many edits."""
         return self._open().places.side_by_side(edits)
+
+
+def _closed(path: Path) -> StoreError:
+    return StoreError(
+        f"the editor of {path} is not open: write `with Editor(base, store) as editor:` and use it in there"
+    )
