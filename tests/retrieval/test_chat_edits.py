@@ -72,7 +72,7 @@ def test_a_chat_is_found_and_answered_as_it_was_edited(base: BaseModel, tmp_path
     assert evaluate(model, store.edits, [CHAT], tau=0.5).exact_match.rephrases == 1.0  # asked after what stands before
     assert verify_masks(store, base) == []
     with Editor(base, tmp_path) as again:
-        again._open(0)
+        again._session.places.open(0)
         (read,) = again._session.trainer.memories.values()
         assert [len(lessons) for lessons in read.lessons.values()] == [3]
 
