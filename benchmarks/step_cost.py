@@ -27,6 +27,7 @@ from memoir_retrieval.model.forward import span_mean
 from memoir_retrieval.question.fingerprint import Fingerprint
 from memoir_retrieval.question.span import Span, SpanRule
 from memoir_retrieval.store.read import EditStore, Masks
+from memoir_vllm.requests import Query
 from memoir_vllm.worker.block_sums import BlockSums
 from memoir_vllm.worker.residual import ResidualLayer
 from memoir_vllm.worker.routing import Router
@@ -55,7 +56,15 @@ class Bench(NamedTuple):
         background, permutation = np.zeros(self.d, dtype=np.float32), np.random.default_rng(0).permutation(self.d)
         rule = SpanRule(weighted=True)
         means = torch.stack([span_mean(question, Span(0, TOKENS, rule.weighted)) for question in asked])
-        fields: dict[str, Any] = {"generation": 1, "span": rule, "d": self.d, "h": self.h, "k": self.k, "tau": 0.9}
+        fields: dict[str, Any] = {
+            "generation": 1,
+            "sha256": "1" * 64,
+            "span": rule,
+            "d": self.d,
+            "h": self.h,
+            "k": self.k,
+            "tau": 0.9,
+        }
         store = EditStore(
             path=Path(),
             manifest=SimpleNamespace(**fields),  # type: ignore[arg-type]
@@ -117,7 +126,8 @@ def steps(bench: Bench, n: int, kind: str) -> dict[str, float]:
     def ask_again() -> None:
         layer.drop(ids)
         for name in ids:
-            layer.admit(name, [5] * TOKENS, None)
+            layer.admit(name, [5] * TOKENS, Query(Span(0, TOKENS, True)))
+            layer.resume(name, (), 0)
 
     def ask(_: int) -> None:
         layer.begin_step(asking)
@@ -162,7 +172,10 @@ def main() -> None:
             made = {kind: steps(bench, n, kind) for kind in ("nothing", "one edit", "different edits")}
             sums, slots = BlockSums(1000, 16, bench.d, bench.device), torch.arange(n, device=bench.device) * 16 + 3
             x = bench.random(n, bench.d)
-            made["all"] = {"sums": bench.median_us(lambda _, s=sums, x=x, at=slots: s.add(x, at))}
+            begins, ones = np.zeros(n, bool), torch.ones(n, device=bench.device)
+            made["all"] = {
+                "sums": bench.median_us(lambda _, s=sums, x=x, w=ones, at=slots, b=begins: s.add(x, w, at, b))
+            }
             result[str(n)] = {
                 kind: {part: round(us, 1) for part, us in parts.items() if us == us} for kind, parts in made.items()
             }

@@ -15,6 +15,7 @@ from memoir_retrieval.errors import ConfigError, ModelError
 from memoir_retrieval.lookup.masks import Decode
 from memoir_retrieval.model.base import identify, resolve
 from memoir_retrieval.question.span import SpanRule
+from memoir_retrieval.store.manifest import read_manifest
 from memoir_retrieval.store.read import EditStore, Manifest, library_version
 
 if TYPE_CHECKING:
@@ -27,8 +28,8 @@ __all__ = [
     "MemoirConfig",
     "apply",
     "check_version",
+    "is_inline",
     "keeps_sums",
-    "longest_question",
     "open_store",
     "parse_section",
     "prefer",
@@ -36,6 +37,7 @@ __all__ = [
     "section_of",
     "span_rule",
     "token_decoder",
+    "with_mode",
 ]
 
 # A child of vLLM's logger, so that vLLM's logging configuration applies to it.
@@ -59,14 +61,14 @@ WORKERS = {
 class MemoirConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The `memoir` section of `--additional-config`.
 
-    `store`: folder of the edits. `mode`: "inline" keeps chunked prefill and prefix caching, see `scheduler.py`;
-    "single" decides and applies in the one step that holds a whole prompt, and needs both off.
+    `store`: folder of the edits. `mode`: "inline" keeps chunked prefill and prefix caching, see `core/scheduler.py`;
+    "single" decides and applies in the one step that holds a whole prompt, and needs both off; None: see `with_mode`.
     `tau`: matches from this overlap on, instead of the store's own threshold. `token_file`: turns administration on,
     see `admin/tokens.py`.
     """
 
     store: Annotated[str, msgspec.Meta(min_length=1)]
-    mode: Literal["inline", "single"] = "inline"
+    mode: Literal["inline", "single"] | None = None
     tau: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
     token_file: Annotated[str, msgspec.Meta(min_length=1)] | None = None
 
@@ -107,31 +109,39 @@ def span_rule(vllm_config: VllmConfig) -> SpanRule:
     return msgspec.convert(vllm_config.additional_config["memoir_span"], SpanRule)
 
 
-def longest_question(vllm_config: VllmConfig) -> int:
-    """Tokens of the longest question that always fits a step: what is left when every other request decodes."""
-    scheduler = vllm_config.scheduler_config
-    budget = min(
-        scheduler.max_num_batched_tokens, scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens
-    )
-    longest = max(0, budget - scheduler.max_num_seqs)
-    threshold = scheduler.long_prefill_token_threshold
-    return min(longest, threshold) if threshold > 0 else longest
+def is_inline(vllm_config: VllmConfig) -> bool:
+    """Whether prompts may be split and cached, in a VllmConfig that `apply` has seen."""
+    ours = section_of(vllm_config)
+    return ours is not None and ours.mode == "inline"
 
 
 def keeps_sums(vllm_config: VllmConfig, kv_cache_groups: int) -> bool:
     """Whether workers keep sums per KV block, so that undecided requests may find their question in the cache.
 
-    Only under the span rule `all`, where the question begins with the prompt, at the edge of a block. With several
-    kinds of KV blocks a request's prefix may be found without all of its blocks.
+    With several kinds of KV blocks a request's prefix may be found without all of its blocks.
     """
-    ours = section_of(vllm_config)
-    return (
-        ours is not None
-        and ours.mode == "inline"
-        and span_rule(vllm_config).rule == "all"
-        and bool(vllm_config.cache_config.enable_prefix_caching)
-        and kv_cache_groups == 1
-    )
+    return is_inline(vllm_config) and bool(vllm_config.cache_config.enable_prefix_caching) and kv_cache_groups == 1
+
+
+def with_mode(config: MemoirConfig) -> MemoirConfig:
+    """The section with the mode that the store needs, where it names none.
+
+    Edits that act from a question's first token on, as in stores of format 4 and older and under the span rule `all`,
+    need the whole question in one step. Raises ConfigError for such a store in mode `inline`, StoreError for none.
+    """
+    span = read_manifest(Path(config.store)).span
+    if span.acts == "last":
+        return msgspec.structs.replace(config, mode=config.mode or "inline")
+    retrain = f"`memoir compact {config.store} --acts last` trains them again to act from its last"
+    why = "the span rule is all" if span.rule == "all" else retrain
+    if config.mode == "inline":
+        raise ConfigError(
+            f"edits of store {config.store} act from the question's first token on, which mode inline cannot serve "
+            f"({why}): leave mode out, or use single"
+        )
+    if config.mode is None:
+        logger.warning("memoir: edits act from the question's first token on, so mode single serves them; %s", why)
+    return msgspec.structs.replace(config, mode="single")
 
 
 def open_store(config: MemoirConfig, model: ModelConfig) -> EditStore:

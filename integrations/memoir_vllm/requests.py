@@ -7,7 +7,6 @@ length and whose VLLMValidationError becomes a 400 for the one client.
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,12 +14,26 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.lookup.decision import Decision
 from memoir_retrieval.question.span import Span, SpanRule, find_span
+from memoir_vllm.patches import wrap_once
 
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
     from vllm.v1.engine import EngineCoreRequest
+    from vllm.v1.engine.input_processor import InputProcessor
 
-__all__ = ["Decision", "Options", "Routed", "install", "parse_options", "put_routed", "routed_of"]
+__all__ = [
+    "Decision",
+    "Options",
+    "Query",
+    "Routed",
+    "install",
+    "parse_options",
+    "put_queries",
+    "put_routed",
+    "queries_of",
+    "query_of",
+    "routed_of",
+]
 
 # The most edits that one response may name.
 NEAREST = 20
@@ -28,7 +41,7 @@ _SPAN = re.compile(r"(\d{1,9}):(\d{1,9})")
 
 
 class Routed(NamedTuple):
-    """What workers and scheduler tell each other of one request.
+    """The decision of one request, as it goes from the workers to the scheduler, and back to a request of its prompt.
 
     row: of the matched mask in the store's codes, or -1. An edit may have several masks, so it is the row that says
     which residual acted. store: of a match, the digest of the generation that the row belongs to.
@@ -39,18 +52,48 @@ class Routed(NamedTuple):
     store: str = ""
 
 
-def put_routed(step: Any, routed: Mapping[str, Routed]) -> Any:
-    """Send what is known of requests, by id, along with a ModelRunnerOutput or a SchedulerOutput.
+class Query(NamedTuple):
+    """What the scheduler sends the workers of a request that begins.
 
-    It goes as an attribute beside the dataclass' fields: the object is pickled between the processes, so it arrives.
+    span: the tokens to look up; empty where the prompt holds no question. off: opted out. nearest: how many of the
+    nearest edits the decision names. routed: the decision where the prompt was decided before, else None.
     """
-    step.memoir_routed = routed
+
+    span: Span
+    off: bool = False
+    nearest: int = 0
+    routed: Routed | None = None
+
+    @property
+    def is_looked_up(self) -> bool:
+        """Whether there is something to decide."""
+        return not self.off and self.span.start < self.span.end
+
+
+# What travels goes as an attribute beside the dataclass' fields: the object is pickled between the processes, so it
+# arrives.
+
+
+def put_queries(step: Any, queries: Mapping[str, Query]) -> Any:
+    """Send the queries of requests that begin, by id, along with a SchedulerOutput."""
+    step.memoir_queries = queries
     return step
 
 
-def routed_of(step: Any) -> Mapping[str, Routed]:
+def queries_of(step: Any) -> Mapping[str, Query]:
+    """What `put_queries` has put, or nothing."""
+    return getattr(step, "memoir_queries", {})
+
+
+def put_routed(output: Any, routed: Mapping[str, Routed]) -> Any:
+    """Send what was decided of requests, by id, along with a ModelRunnerOutput."""
+    output.memoir_routed = routed
+    return output
+
+
+def routed_of(output: Any) -> Mapping[str, Routed]:
     """What `put_routed` has put, or nothing."""
-    return getattr(step, "memoir_routed", {})
+    return getattr(output, "memoir_routed", {})
 
 
 class Options(NamedTuple):
@@ -62,10 +105,6 @@ class Options(NamedTuple):
     off: bool = False
     span: Span | None = None
     nearest: int = 0
-
-    def span_of(self, prompt: Sequence[int], rule: SpanRule) -> Span:
-        """The question in a prompt's token ids; empty where it holds none."""
-        return self.span._replace(weighted=rule.weighted, acts=rule.acts) if self.span else find_span(prompt, rule)
 
 
 def parse_options(extra_args: Mapping[str, Any] | None, prompt_len: int) -> Options:
@@ -85,6 +124,16 @@ def parse_options(extra_args: Mapping[str, Any] | None, prompt_len: int) -> Opti
         known = "memoir, memoir_span, memoir_nearest or memoir_report"
         raise ConfigError(f"vllm_xargs {next(iter(ours))!r} is not known: use {known}")
     return Options(off == "off", span, nearest)
+
+
+def query_of(prompt: Sequence[int], extra_args: Mapping[str, Any] | None, rule: SpanRule) -> Query:
+    """What is looked up of a request, which is judged here and nowhere else. prompt: its token ids."""
+    try:
+        options = parse_options(extra_args, len(prompt))
+    except ConfigError:  # a front end of another language let it pass; the response will say "unroutable"
+        return Query(Span(0, 0))
+    span = options.span._replace(weighted=rule.weighted, acts=rule.acts) if options.span else find_span(prompt, rule)
+    return Query(span, options.off, options.nearest)
 
 
 def _parse_span(given: Any, prompt_len: int) -> Span | None:
@@ -107,11 +156,10 @@ def install() -> None:
     """
     from vllm.v1.engine.input_processor import InputProcessor
 
-    original = InputProcessor.process_inputs
-    if hasattr(original, "_memoir"):
-        return
+    wrap_once(InputProcessor, "process_inputs", _checking)
 
-    @functools.wraps(original)
+
+def _checking(original: Any) -> Any:
     def process_inputs(
         self: InputProcessor, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
     ) -> EngineCoreRequest:
@@ -120,8 +168,7 @@ def install() -> None:
             _check(request, params)
         return request
 
-    process_inputs._memoir = True  # type: ignore[attr-defined]
-    InputProcessor.process_inputs = process_inputs
+    return process_inputs
 
 
 def _check(request: EngineCoreRequest, params: SamplingParams) -> None:

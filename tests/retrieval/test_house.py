@@ -22,7 +22,7 @@ PACKAGES = {"memoir_index": ROOT / "index", "memoir_retrieval": ROOT, "memoir_vl
 # From the ground up. A room may import what stands on a lower floor, and itself; not its neighbours.
 FLOORS = (
     ("memoir_index",),
-    ("memoir_retrieval.errors", "memoir_retrieval.background"),
+    ("memoir_retrieval.errors", "memoir_retrieval.background", "memoir_vllm.patches"),
     ("memoir_retrieval.question",),
     ("memoir_retrieval.edits", "memoir_retrieval.model"),
     ("memoir_retrieval.store",),

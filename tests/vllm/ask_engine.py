@@ -35,9 +35,9 @@ def _leave_the_cache_alone() -> None:
 
     guard = blocks.guard
 
-    def hits_only(manager: Any, *boundaries: Any) -> None:
+    def hits_only(manager: Any, *judges: Any) -> None:
         publish = manager.coordinator.cache_blocks
-        guard(manager, *boundaries)
+        guard(manager, *judges)
         manager.coordinator.cache_blocks = publish
 
     blocks.guard, blocks.own = hits_only, lambda *args: None

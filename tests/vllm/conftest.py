@@ -17,10 +17,9 @@ import torch
 from engines import (
     LAYER,
     MAX_MODEL_LEN,
-    NEW_TOKENS,
-    PROMPTS,
     Engine,
     Expected,
+    answers,
     flags,
     make_store,
     small_model,
@@ -34,7 +33,6 @@ from memoir_retrieval.lookup.reference import EditedModel
 from memoir_retrieval.model.base import BaseModel, load_model, resolve
 from memoir_retrieval.question.span import SpanRule
 from memoir_retrieval.store.read import EditStore
-from memoir_vllm.config import longest_question
 from memoir_vllm.core.scheduler import MemoirAsyncScheduler, MemoirScheduler
 from memoir_vllm.worker.residual import ResidualLayer
 from memoir_vllm.worker.routing import Router
@@ -85,18 +83,6 @@ def expected(store_folder: Path, model_folder: Path) -> dict[str, Expected]:
     return answers(EditedModel.open(store_folder, str(model_folder)))
 
 
-def answers(model: EditedModel) -> dict[str, Expected]:
-    """One prompt at a time, in float32: what every engine here must reproduce token for token."""
-    found = {}
-    for name, prompt in PROMPTS.items():
-        ids = model.prompt_ids(prompt)
-        edited, plain = (
-            model.generate([ids], max_new_tokens=NEW_TOKENS, edited=on, batch_size=1)[0] for on in (True, False)
-        )
-        found[name] = Expected(ids, list(edited.tokens), list(plain.tokens), edited.edit, edited.overlap)
-    return found
-
-
 @pytest.fixture(scope="module")
 def start() -> Iterator[Callable[..., Engine]]:
     """Starts engines that live until the module's tests are done."""
@@ -118,7 +104,7 @@ def here() -> World:
 
 @pytest.fixture(scope="module", params=["sync", "async"])
 def simulate(request: pytest.FixtureRequest, here: World, model_folder: Path, store_folder: Path) -> Simulate:
-    """Starts a scheduler and its worker. The budget of a step is 64 tokens; questions of more than 24 are long."""
+    """Starts a scheduler and its worker. The budget of a step is 64 tokens."""
     later = request.param == "async"
     configs: dict[tuple[int, ...], Any] = {}
 
@@ -144,7 +130,6 @@ def simulate(request: pytest.FixtureRequest, here: World, model_folder: Path, st
         layer = ResidualLayer(
             Router(dataclasses.replace(served.store, manifest=manifest), None, "cpu", str),
             torch.from_numpy(served.store.memories),
-            longest=longest_question(config),
         )
         kind = MemoirAsyncScheduler if later else MemoirScheduler
         return Simulation.start(kind, config, layer, served.embedding, blocks=kv_blocks, lag=int(later))

@@ -26,6 +26,7 @@ from small_models import save_llama
 from transformers import LlamaForCausalLM
 
 from memoir_retrieval.edits.record import Requires, StoredEdit
+from memoir_retrieval.lookup.reference import EditedModel
 from memoir_retrieval.model.base import BaseModel, load_model
 from memoir_retrieval.model.forward import question_means
 from memoir_retrieval.question.fingerprint import Fingerprint, permutation
@@ -95,6 +96,18 @@ class Expected:
     base: list[int]
     edit: int | None
     overlap: float
+
+
+def answers(model: EditedModel) -> dict[str, Expected]:
+    """One prompt at a time, in float32: what every engine here must reproduce token for token."""
+    found = {}
+    for name, prompt in PROMPTS.items():
+        ids = model.prompt_ids(prompt)
+        edited, plain = (
+            model.generate([ids], max_new_tokens=NEW_TOKENS, edited=on, batch_size=1)[0] for on in (True, False)
+        )
+        found[name] = Expected(ids, list(edited.tokens), list(plain.tokens), edited.edit, edited.overlap)
+    return found
 
 
 def make_store(

@@ -49,9 +49,6 @@ SEAMS = {
         "Scheduler.schedule",
         "Scheduler.update_from_output",
         "Scheduler.reset_prefix_cache",
-        "Scheduler._reserve_prefill_lookahead",
-        "Scheduler._handle_blocked_waiting_request",
-        "Scheduler._preempt_request",
         "Scheduler._free_request",
     ),
     "v1/core/sched/async_scheduler.py": (

@@ -40,8 +40,8 @@ from memoir_vllm.worker.rows import StepRows
 from memoir_vllm.worker.runner import take_up
 
 VOCABULARY = 90  # ordinary tokens; the two markers of a question come after them
-RULE = SpanRule(starts=((VOCABULARY,),), end=(VOCABULARY + 1,))
-ALL = SpanRule(rule="all")
+RULE = SpanRule(starts=((VOCABULARY,),), end=(VOCABULARY + 1,), weighted=True, acts="last")
+ALL = SpanRule(rule="all", weighted=True, acts="last")
 D, K = 64, 16
 
 
@@ -309,7 +309,7 @@ def world(lengths: Sequence[int] = (6, 9, 30)) -> World:
     embedding = torch.randint(-8, 9, (VOCABULARY + 2, D), generator=generator).float()
     questions = [torch.randint(0, VOCABULARY, (n,), generator=generator).tolist() for n in lengths]
     background, permutation = np.zeros(D, dtype=np.float32), np.random.default_rng(0).permutation(D)
-    means = torch.stack([span_mean(embedding[q], Span(0, len(q))) for q in questions])
+    means = torch.stack([span_mean(embedding[q], Span(0, len(q), True)) for q in questions])
     n = len(questions)
     manifest = SimpleNamespace(generation=7, sha256="7" * 64, span=RULE, d=D, h=1, k=K, tau=0.9)
     store = EditStore(
@@ -339,6 +339,6 @@ def other(n: int, seed: int = 0) -> list[int]:
     return random.Random(seed).choices(range(VOCABULARY), k=n)
 
 
-def right(here: World, prompt: list[int], edit: int | None, max_tokens: int = 3) -> list[int]:
+def right(here: World, prompt: list[int], edit: int | None, max_tokens: int = 3, rule: SpanRule = RULE) -> list[int]:
     acting = None if edit is None else here.edit(edit)
-    return oracle(here.embedding, prompt, find_span(prompt, RULE).start, acting, max_tokens)
+    return oracle(here.embedding, prompt, find_span(prompt, rule).acts_from, acting, max_tokens)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from engines import MAX_MODEL_LEN
-from simulation import ALL, VOCABULARY, Simulate, World, chat, oracle, other, right
+from simulation import ALL, VOCABULARY, Simulate, World, chat, other, right
 from vllm.v1.request import RequestStatus
 
 OFF = {"memoir": "off"}
@@ -72,9 +72,9 @@ def test_long_prompts_of_the_rule_all(budget: int, simulate: Simulate, here: Wor
         for kind, options in (("asked", None), ("off", OFF), ("again", None)):
             sim.add(f"{n} {kind}", prompt, options)
             sim.run()
-            acting = None if options or edit is None else here.edit(edit)
             room = min(3, MAX_MODEL_LEN - len(prompt))
-            assert sim.answers[f"{n} {kind}"] == oracle(here.embedding, prompt, 0, acting, room), (n, kind)
+            wanted = right(here, prompt, None if options else edit, room, ALL)
+            assert sim.answers[f"{n} {kind}"] == wanted, (n, kind)
 
 
 # ---- in every phase of a request -----------------------------------------------------------------------------------
@@ -83,8 +83,8 @@ def test_long_prompts_of_the_rule_all(budget: int, simulate: Simulate, here: Wor
 @pytest.mark.parametrize("steps", range(12))
 @pytest.mark.parametrize("how", ["abort", "preempt"])
 def test_every_moment_of_a_request(how: str, steps: int, simulate: Simulate, here: World) -> None:
-    """Before the decision, in its step, while a long question passes a second time, and in decoding: whoever goes on
-    answers as if alone, and nothing is left of the others."""
+    """Before the decision, in its step, in the middle of a long question, and in decoding: whoever goes on answers as
+    if alone, and nothing is left of the others."""
     sim = simulate(budget=32, seqs=8)
     prompts = {"short": (chat(here.questions[1], before=40), 1), "long": (chat(here.questions[2], before=40), 2)}
     prompts["other"] = (chat(other(9), before=40), None)
@@ -103,28 +103,23 @@ def test_every_moment_of_a_request(how: str, steps: int, simulate: Simulate, her
         assert sim.answers[f"{name}, stays"] == whole, name
         assert sim.answers[name] == (whole[: len(sim.answers[name])] if how == "abort" else whole), name
     assert sim.layer.stats()["live"] == 0
-    kept = sim.scheduler
-    assert not (kept._questions or kept._routed or kept._early or kept._passing)
+    assert not sim.scheduler._states
 
 
 # ---- what was decided once is not looked up again ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("edit", [2, None])
-def test_siblings_of_a_long_question_pass_it_once(edit: int | None, simulate: Simulate, here: World) -> None:
-    """As `n` of one request asks for: four of one prompt in one step. The others wait and take over the decision."""
-    sim = simulate(budget=60)
+def test_siblings_share_what_no_edit_changes(edit: int | None, simulate: Simulate, here: World) -> None:
+    """As `n` of one request asks for: four of one prompt in one step, of which the first computes the question."""
+    sim = simulate(budget=200, seqs=8)
     prompt = chat(other(30) if edit is None else here.questions[2], before=20)
     for n in range(4):
         sim.add(f"{n}", prompt, max_tokens=5)
-    sim.add("behind them", [5], OFF, max_tokens=1)
-    sim.step()
-    assert sim.chunks["behind them"] == [(0, 1)], "who stands behind them does not wait"
     sim.run()
-    siblings = [sim.answers[f"{n}"] for n in range(4)]
-    assert siblings == [right(here, prompt, edit, 5)] * 4
-    stats = sim.layer.stats()
-    assert (stats["routed"], stats["recalled"], stats["replayed"]) == (1, 3, int(edit is not None))
+    assert [sim.answers[f"{n}"] for n in range(4)] == [right(here, prompt, edit, 5)] * 4
+    assert [sim.hits[f"{n}"] for n in range(4)] == [0, 48, 48, 48]
+    assert sim.layer.stats()["routed"] == 4, "all of one step are looked up"
 
 
 def test_who_waits_takes_over_what_was_decided_meanwhile(simulate: Simulate, here: World) -> None:
@@ -137,16 +132,3 @@ def test_who_waits_takes_over_what_was_decided_meanwhile(simulate: Simulate, her
     assert set(map(tuple, sim.answers.values())) == {tuple(right(here, prompt, 1, 5))}
     assert sim.layer.stats()["routed"] == 2
     assert [sim.hits[f"{n}"] for n in range(2, 6)] == [64] * 4
-
-
-def test_a_sibling_does_not_wait_for_one_that_is_gone(simulate: Simulate, here: World) -> None:
-    for steps in range(5):
-        sim = simulate(budget=60)
-        prompt = chat(here.questions[2], before=40)
-        sim.add("first", prompt)
-        sim.add("second", prompt)
-        for _ in range(steps):
-            sim.step()
-        sim.scheduler.finish_requests(["first"], RequestStatus.FINISHED_ABORTED)
-        sim.run()
-        assert sim.answers["second"] == right(here, prompt, 2)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from engines import flags, make_store
 from vllm.config import CompilationConfig, CUDAGraphMode, KVTransferConfig, VllmConfig
@@ -15,6 +16,7 @@ from vllm.engine.arg_utils import EngineArgs
 
 from memoir_retrieval.errors import ConfigError, StoreError, StoreMismatch
 from memoir_retrieval.model.base import BaseModel
+from memoir_retrieval.question.span import derive_span_rule
 from memoir_vllm import config
 from memoir_vllm.front import engine
 
@@ -59,6 +61,28 @@ def test_open_flags_are_chosen_in_mode_single(model_folder: Path, store_folder: 
     made = create(model_folder, store_folder, memoir=SINGLE)
     assert made.cache_config.enable_prefix_caching is False
     assert made.scheduler_config.enable_chunked_prefill is False
+
+
+@pytest.fixture(scope="module")
+def older_store(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its edits act from the question's first token on."""
+    rule = msgspec.structs.replace(derive_span_rule(base.tokenizer), acts="first")
+    return make_store(base, tmp_path_factory.mktemp("older") / "edits", rule=rule)
+
+
+def test_a_store_that_acts_from_the_first_token_is_served_in_mode_single(
+    model_folder: Path, store_folder: Path, older_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log: list[str] = []
+    monkeypatch.setattr(config.logger, "warning", lambda text, *values: log.append(text % values))
+    for store, mode in ((store_folder, "inline"), (older_store, "single")):
+        assert config.section_of(create(model_folder, store)).mode == mode
+    assert f"`memoir compact {older_store} --acts last` trains them again" in log[0]
+    log.clear()
+    create(model_folder, older_store, memoir=SINGLE)
+    assert not any("memoir compact" in line for line in log), "who asked for the mode knows"
+    with pytest.raises(ConfigError, match="act from the question's first token on, which mode inline cannot serve"):
+        create(model_folder, older_store, memoir={"mode": "inline"})
 
 
 def test_our_classes_are_named(model_folder: Path, store_folder: Path) -> None:
@@ -233,22 +257,6 @@ def test_all_problems_come_in_one_message(model_folder: Path, store_folder: Path
             enable_chunked_prefill=True,
             enable_lora=True,
         )
-
-
-@pytest.mark.parametrize(
-    ("given", "longest"),
-    [
-        ({"max_num_batched_tokens": 512, "max_num_seqs": 32}, 480),
-        ({"max_num_batched_tokens": 512, "max_num_seqs": 32, "long_prefill_token_threshold": 100}, 100),
-        ({"max_num_batched_tokens": 512, "max_num_seqs": 32, "max_num_scheduled_tokens": 64}, 32),
-        ({"max_num_batched_tokens": 256, "max_num_seqs": 256}, 0),
-    ],
-    ids=str,
-)
-def test_the_longest_question_of_one_step(
-    given: dict[str, int], longest: int, model_folder: Path, store_folder: Path
-) -> None:
-    assert config.longest_question(create(model_folder, store_folder, **given)) == longest
 
 
 def test_an_untested_vllm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

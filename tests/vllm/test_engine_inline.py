@@ -19,7 +19,7 @@ from memoir_retrieval.question.span import find_span
 pytestmark = pytest.mark.engine
 
 BLOCK, TOKENS = 32, 12
-# A step takes 64 tokens, so questions of more than 56 are long.
+# A step takes 64 tokens, fewer than a long question has.
 STEPS = {"block_size": BLOCK, "max_num_batched_tokens": 64, "max_num_seqs": 8, "max_model_len": 320}
 CLOSE = 2e-4  # of natural logarithms; a wrong row of the KV cache costs 1e-2 and more
 LONG = (
@@ -133,6 +133,33 @@ def test_a_preamble_is_shared_by_edits_and_unmatched(engine: Engine, ids: dict[s
     assert hits == [0, BLOCK, BLOCK]
 
 
+@pytest.mark.parametrize("name", ["library long edit", "long edit", "long unrelated"])
+def test_an_undecided_question_is_taken_from_the_cache(
+    name: str, engine: Engine, reference: EditedModel, ids: dict[str, list[int]]
+) -> None:
+    """An opted-out request has computed it, so the other's fingerprint is made of sums and of its last tokens."""
+    prompt = ids[name]
+    engine.llm.reset_prefix_cache()
+    before = engine.stats()["routed"]
+    off, asked = (
+        engine.ask([prompt], [option], warm=True, max_tokens=TOKENS)[0] for option in ({"memoir": "off"}, None)
+    )
+    span = find_span(prompt, reference.retriever.store.manifest.span)
+    assert asked.hit == span.acts_from // BLOCK * BLOCK > span.start
+    assert engine.stats()["routed"] == before + 1
+    assert wrong(reference, prompt, off, edited=False) < CLOSE
+    assert wrong(reference, prompt, asked) < CLOSE
+    (answer,) = reference.predict([prompt], [asked.tokens])
+    assert asked.memoir["overlap"] == pytest.approx(answer.overlap, abs=0.005)
+
+
+@pytest.mark.parametrize("name", ["library long edit", "long edit", "long unrelated"])
+def test_no_row_of_a_prompt_is_computed_twice(name: str, engine: Engine, ids: dict[str, list[int]]) -> None:
+    before = engine.stats()["steps"]
+    engine.ask([ids[name]], max_tokens=1)
+    assert engine.stats()["steps"] - before == -(-len(ids[name]) // STEPS["max_num_batched_tokens"])
+
+
 def test_twins_of_one_step(engine: Engine, reference: EditedModel, ids: dict[str, list[int]]) -> None:
     prompt = ids["library edit"]
     options = [None, {"memoir": "off"}] * 4
@@ -166,8 +193,7 @@ def test_tenants_share_nothing(engine: Engine, reference: EditedModel, ids: dict
     ids=lambda how: next(iter(how)),
 )
 def test_ways_to_sample(how: dict, name: str, engine: Engine, ids: dict[str, list[int]]) -> None:
-    """What is thrown away of a long question's first pass leaves nothing behind: asked again, when the edit is known
-    on arrival and nothing is thrown away, the answer is the same."""
+    """Asked again, when the edit is known on arrival and the question comes from the cache, the answer is the same."""
     if "structured_outputs" in how:
         from vllm.sampling_params import StructuredOutputsParams
 
@@ -187,4 +213,4 @@ def test_nothing_is_kept(engine: Engine) -> None:
     engine.ask([[5, 6, 7]])
     stats = engine.stats()
     assert stats["live"] == 0
-    assert stats["replayed"] > 0 and stats["recalled"] > 0
+    assert stats["recalled"] > 0

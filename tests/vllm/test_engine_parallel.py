@@ -17,7 +17,7 @@ from memoir_retrieval.lookup.reference import EditedModel
 
 pytestmark = pytest.mark.engine
 
-# Questions are split from what stands before them, long ones are computed twice.
+# Questions pass in several steps.
 SMALL_STEPS = {"max_num_seqs": 16, "max_num_batched_tokens": 26, "block_size": 32}
 
 
@@ -81,9 +81,9 @@ def _out_of_memory(worker: Any, rank: int) -> None:
 def _agree(engine: Engine) -> None:
     """That every rank has decided, applied and repeated the same."""
     ranks = engine.llm.collective_rpc("memoir_stats")
-    for key in ("routed", "matched", "recalled", "replayed", "rows", "live"):
+    for key in ("routed", "matched", "recalled", "rows", "live"):
         assert len({rank[key] for rank in ranks}) == 1, key
-    assert ranks[0]["replayed"] > 0 and ranks[0]["recalled"] > 0
+    assert ranks[0]["matched"] > 0 and ranks[0]["recalled"] > 0
 
 
 @pytest.mark.slow

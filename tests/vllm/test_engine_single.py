@@ -4,11 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
+import msgspec
 import pytest
-from engines import PROMPTS, Engine, Expected, flags
+from engines import PROMPTS, Engine, Expected, answers, flags, make_store
+
+from memoir_retrieval.lookup.reference import EditedModel
+from memoir_retrieval.model.base import BaseModel
+from memoir_retrieval.question.span import derive_span_rule
 
 pytestmark = pytest.mark.engine
+
+
+@pytest.mark.parametrize("rule", ["question", "all"])
+def test_stores_that_act_from_the_first_token_answer_as_they_were_made(
+    rule: Literal["question", "all"], start: Callable[..., Engine], model_folder: Path, base: BaseModel, tmp_path: Path
+) -> None:
+    """No mode is named: such a store asks for this one."""
+    span = msgspec.structs.replace(derive_span_rule(base.tokenizer, rule), acts="first")
+    folder = make_store(base, tmp_path / "edits", rule=span)
+    wanted = answers(EditedModel.open(folder, str(model_folder)))
+    assert sum(answer.edit is not None for answer in wanted.values()) >= 4
+    engine = start(**flags(model_folder, folder))
+    for name, reply in zip(PROMPTS, engine.ask([answer.ids for answer in wanted.values()]), strict=True):
+        assert reply.tokens == wanted[name].tokens, name
+        assert (reply.memoir["edit"], reply.hit) == (wanted[name].edit, 0), name
 
 
 def test_answers_are_the_references(

@@ -20,7 +20,8 @@ from memoir_retrieval.model.forward import span_mean
 from memoir_retrieval.question.fingerprint import Fingerprint, permutation
 from memoir_retrieval.question.span import Span, SpanRule
 from memoir_retrieval.store.read import EditStore, Masks
-from memoir_vllm.worker.pooling import pooled
+from memoir_vllm.requests import Query
+from memoir_vllm.worker.pooling import pooled, token_weights
 from memoir_vllm.worker.residual import ResidualLayer
 from memoir_vllm.worker.routing import Router
 
@@ -49,7 +50,8 @@ class Served(NamedTuple):
         x = torch.stack([self.random(TOKENS, self.d) if edit is None else self.asked[edit] for edit in edits])
         rows = [Rows(f"{name}{i}", TOKENS * i, TOKENS * (i + 1), 0) for i in range(len(edits))]
         for row in rows:
-            self.layer.admit(row.request_id, [5] * TOKENS, None)
+            self.layer.admit(row.request_id, [5] * TOKENS, Query(Span(0, TOKENS, True)))
+            self.layer.resume(row.request_id, (), 0)
         return self.step(rows, x.flatten(0, 1))
 
     def step(self, rows: list[Rows], x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -79,7 +81,8 @@ def served(request: pytest.FixtureRequest, shape: tuple[int, int, int]) -> Itera
     asked = torch.randn(EDITS, TOKENS, d, device="cuda").to(dtype)
     background, perm = np.zeros(d, dtype=np.float32), permutation(d, 0)
     means = torch.stack([span_mean(question, Span(0, TOKENS, True)) for question in asked])
-    fields: dict[str, Any] = {"generation": 1, "span": SpanRule(weighted=True), "d": d, "h": h, "k": k, "tau": 0.9}
+    fields: dict[str, Any] = {"generation": 1, "sha256": "1" * 64, "span": SpanRule(weighted=True)}
+    fields |= {"d": d, "h": h, "k": k, "tau": 0.9}
     store = EditStore(
         path=Path(),
         manifest=SimpleNamespace(**fields),  # type: ignore[arg-type]
@@ -162,11 +165,11 @@ def test_a_decode_step_never_waits_for_the_gpu(served: Served) -> None:
 def test_pooled_questions_are_near_float64(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     torch.manual_seed(1)
     x = torch.randn(700, shape[0], device="cuda").to(dtype)
-    ranges, weighted = [(0, 12), (12, 13), (20, 300), (300, 700), (5, 9)], [True, True, True, False, False]
-    totals, weights = pooled(x, ranges, weighted)
-    for (first, last), heavy, total, weight in zip(ranges, weighted, totals, weights, strict=True):
+    ranges = [(0, 12), (12, 13), (20, 300), (300, 700), (5, 9)]
+    totals, weights = pooled(x, token_weights(x, True), ranges)
+    for (first, last), total, weight in zip(ranges, totals, weights, strict=True):
         rows = x[first:last].double()
-        counts = rows.square().sum(1) if heavy else torch.ones(len(rows), device="cuda").double()
+        counts = rows.square().sum(1)
         mean = (rows * counts[:, None]).sum(0) / counts.sum()
         error = (total.double() / weight.double() - mean).abs().max() / mean.abs().max()
         assert error < 1e-6, float(error)
@@ -174,6 +177,7 @@ def test_pooled_questions_are_near_float64(shape: tuple[int, int, int], dtype: t
 
 def test_pooling_does_not_depend_on_who_else_is_asked(shape: tuple[int, int, int]) -> None:
     x = torch.randn(300, shape[0], device="cuda").bfloat16()
-    together, _ = pooled(x, [(0, 100), (100, 117), (117, 300)], [False] * 3)
-    alone, _ = pooled(x, [(100, 117)], [False])
+    weights = token_weights(x, False)
+    together, _ = pooled(x, weights, [(0, 100), (100, 117), (117, 300)])
+    alone, _ = pooled(x, weights, [(100, 117)])
     assert torch.equal(together[1], alone[0])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -19,9 +21,9 @@ from memoir_retrieval.edits.record import StoredEdit
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.model.forward import span_mean
 from memoir_retrieval.question.fingerprint import Fingerprint
-from memoir_retrieval.question.span import Span, SpanRule
+from memoir_retrieval.question.span import Span, SpanRule, find_span
 from memoir_retrieval.store.read import EditStore, Masks
-from memoir_vllm.requests import Decision, Routed, routed_of
+from memoir_vllm.requests import Decision, Query, Routed, put_queries, query_of, routed_of
 from memoir_vllm.worker import pipeline
 from memoir_vllm.worker.residual import ResidualLayer
 from memoir_vllm.worker.routing import Router
@@ -29,7 +31,7 @@ from memoir_vllm.worker.runner import follow
 from memoir_vllm.worker.selftest import self_test
 
 D, H, K, EDITS = 64, 16, 16, 3
-RULE = SpanRule(starts=((101,),), end=(102,), weighted=True)  # token 101 before a question, 102 after it
+RULE = SpanRule(starts=((101,),), end=(102,), weighted=True, acts="last")  # token 101 before a question, 102 after it
 
 
 def prompt(question: int, before: int = 0, after: int = 0) -> list[int]:
@@ -79,6 +81,22 @@ def layer(store: EditStore) -> ResidualLayer:
     return layer_of(store)
 
 
+def begin(
+    layer: ResidualLayer,
+    request_id: str,
+    prompt_ids: list[int],
+    options: Mapping[str, Any] | None = None,
+    *,
+    routed: Routed | None = None,
+    cached: Sequence[int] = (),
+    tokens: int = 0,
+) -> None:
+    """What a layer hears of a request whose first rows come: `tokens` of its prompt are in the KV blocks `cached`."""
+    query = query_of(prompt_ids, options, layer.now.router.rule)
+    layer.admit(request_id, prompt_ids, query._replace(routed=routed))
+    layer.resume(request_id, cached, tokens)
+
+
 def said(layer: ResidualLayer) -> dict[str, Decision]:
     """What the layer has decided since the last call."""
     return {request_id: routed.decision for request_id, routed in layer.take_routed().items()}
@@ -102,11 +120,11 @@ def wanted(store: EditStore, edit: int, x: torch.Tensor) -> torch.Tensor:
 def test_a_mixed_step(layer: ResidualLayer, store: EditStore, activations: torch.Tensor) -> None:
     """Two memories, an unmatched, an opted-out and an empty prompt; padding rows at the end."""
     noise = torch.randn(20, D)
-    layer.admit("a", prompt(4), None)
-    layer.admit("b", prompt(4, before=2, after=3), {})
-    layer.admit("none", prompt(4), None)
-    layer.admit("off", prompt(4), {"memoir": "off"})
-    layer.admit("empty", prompt(0, before=1), None)
+    begin(layer, "a", prompt(4))
+    begin(layer, "b", prompt(4, before=2, after=3), {})
+    begin(layer, "none", prompt(4))
+    begin(layer, "off", prompt(4), {"memoir": "off"})
+    begin(layer, "empty", prompt(0, before=1))
     x = torch.cat([activations[0], noise[:2], activations[1], noise[2:9], activations[1], noise[9:20]])
     rows = [
         Rows("a", 0, 4, 0),
@@ -126,27 +144,27 @@ def test_a_mixed_step(layer: ResidualLayer, store: EditStore, activations: torch
     }
     assert decisions["a"].overlap == 1.0 and decisions["a"].generation == 7
     assert said(layer) == {}
-    torch.testing.assert_close(added[:4], wanted(store, 0, x[:4]))
-    torch.testing.assert_close(added[6:13], wanted(store, 1, x[6:13]))
-    assert added[4:6].isnan().all(), "the template before the question is not edited"
+    torch.testing.assert_close(added[3:4], wanted(store, 0, x[3:4]))
+    torch.testing.assert_close(added[9:13], wanted(store, 1, x[9:13]))
+    assert added[:3].isnan().all() and added[4:9].isnan().all(), "what stands before a question's last token"
     assert added[13:].isnan().all()
 
 
 def test_generated_tokens_and_recomputed_prompts_are_edited(
     layer: ResidualLayer, store: EditStore, activations: torch.Tensor
 ) -> None:
-    layer.admit("a", prompt(4, before=2), None)
+    begin(layer, "a", prompt(4, before=2))
     step(layer, [Rows("a", 0, 6, 0)], torch.cat([torch.randn(2, D), activations[0]]))
     for position in (6, 7):  # the second step finds the first one's tensors again
         x = torch.randn(3, D)
         added = step(layer, [Rows("a", 1, 2, position)], x)
         torch.testing.assert_close(added[1:2], wanted(store, 0, x[1:2]))
         assert added[[0, 2]].isnan().all()
-    layer.admit("a", prompt(4, before=2), None)  # V2 sends a preempted request as a new one
+    begin(layer, "a", prompt(4, before=2))  # V2 sends a preempted request as a new one
     x = torch.randn(8, D)
     added = step(layer, [Rows("a", 0, 8, 0)], x)
-    assert added[:2].isnan().all()
-    torch.testing.assert_close(added[2:], wanted(store, 0, x[2:]))
+    assert added[:5].isnan().all()
+    torch.testing.assert_close(added[5:], wanted(store, 0, x[5:]))
     assert layer.stats()["routed"] == 1
 
 
@@ -155,7 +173,7 @@ def test_an_id_may_come_back_for_another_request(
 ) -> None:
     for edit in (0, 1, 2):
         layer.drop({"a"})
-        layer.admit("a", prompt(4), None)
+        begin(layer, "a", prompt(4))
         step(layer, [Rows("a", 0, 4, 0)], activations[edit])
         x = torch.randn(1, D)
         torch.testing.assert_close(step(layer, [Rows("a", 0, 1, 4)], x), wanted(store, edit, x))
@@ -163,71 +181,77 @@ def test_an_id_may_come_back_for_another_request(
     assert layer.stats()["live"] == 0
 
 
-@pytest.mark.parametrize(("position", "count"), [(0, 4), (0, 9), (3, 6), (4, 6), (9, 1)])
-def test_a_split_or_cached_question_raises(layer: ResidualLayer, position: int, count: int) -> None:
-    layer.admit("a", prompt(7, before=3), None)
-    with pytest.raises(RuntimeError, match="question is 3 to 10"):
-        layer.begin_step(step_of([Rows("a", 0, count, position)]))
-
-
-def test_what_stands_around_the_question_may_be_split(
-    layer: ResidualLayer, store: EditStore, activations: torch.Tensor
-) -> None:
-    layer.admit("a", prompt(4, before=3, after=2), None)
-    x = torch.randn(2, D)
-    assert step(layer, [Rows("a", 0, 2, 0)], x).isnan().all()
-    step(layer, [Rows("a", 0, 5, 2)], torch.cat([x[:1], activations[0]]))
-    torch.testing.assert_close(step(layer, [Rows("a", 0, 2, 7)], x), wanted(store, 0, x))
-
-
-def test_a_long_question_passes_in_several_steps_and_acts_once_it_starts_over(
-    store: EditStore, activations: torch.Tensor
-) -> None:
-    """Longer than two tokens is long here. A preemption on the way begins the sum again."""
-    layer = layer_of(store, longest=2)
-    layer.admit("a", prompt(4, before=3, after=2), None)
+def test_stores_that_act_from_the_first_token_do(activations: torch.Tensor) -> None:
+    """As older ones do. The whole prompt passes in one step, as it does in mode single."""
+    store = store_of(activations, span=msgspec.structs.replace(RULE, acts="first"))
+    layer = layer_of(store)
+    begin(layer, "a", prompt(4, before=3, after=2))
     x = torch.cat([torch.randn(3, D), activations[1], torch.randn(2, D)])
-    for first, last in ((0, 4), (4, 6), (0, 5), (5, 6), (6, 9)):
-        assert said(layer) == {}
-        assert step(layer, [Rows("a", 0, last - first, first)], x[first:last]).isnan().all()
-    routed = layer.take_routed()["a"]
-    assert (routed.decision.edit, routed.decision.overlap, routed.row) == (1, 1.0, 1)
-    assert step(layer, [Rows("a", 0, 1, 9)], x[:1]).isnan().all(), "a step that was in flight"
-    assert layer.recall("a", routed), "starts over"
-    assert not layer.recall("a", routed), "goes on after a preemption"
     added = step(layer, [Rows("a", 0, 9, 0)], x)
     assert added[:3].isnan().all()
     torch.testing.assert_close(added[3:], wanted(store, 1, x[3:]))
-    assert layer.stats()["replayed"] == 1
 
 
-@pytest.mark.parametrize("position", [4, 5, 7])
-def test_a_long_question_with_a_gap_raises(store: EditStore, position: int) -> None:
-    layer = layer_of(store, longest=2)
-    layer.admit("a", prompt(7, before=3), None)
+@pytest.mark.parametrize("cuts", [(3,), (4,), (6,), (1, 5), (3, 4, 5, 6, 7), (7,), (8,)])
+def test_a_prompt_may_be_split_anywhere(
+    cuts: tuple[int, ...], layer: ResidualLayer, store: EditStore, activations: torch.Tensor
+) -> None:
+    """The question is 3 to 7, so the residual acts from token 6 on, in whatever step that passes."""
+    begin(layer, "a", prompt(4, before=3, after=2))
+    x = torch.cat([torch.randn(3, D), activations[1], torch.randn(2, D)])
+    added = []
+    for first, last in pairwise((0, *cuts, 9)):
+        assert (layer.stats()["routed"] == 1) == (first > 6)
+        added.append(step(layer, [Rows("a", 0, last - first, first)], x[first:last]))
+    routed = layer.take_routed()["a"]
+    assert (routed.decision.edit, routed.decision.overlap, routed.row) == (1, 1.0, 1)
+    rows = torch.cat(added)
+    assert rows[:6].isnan().all()
+    torch.testing.assert_close(rows[6:], wanted(store, 1, x[6:]))
+
+
+def test_a_preemption_begins_the_sum_again(layer: ResidualLayer, activations: torch.Tensor) -> None:
+    begin(layer, "a", prompt(4, before=3))
+    x = torch.cat([torch.randn(3, D), activations[1]])
+    step(layer, [Rows("a", 0, 5, 0)], x[:5])
+    layer.resume("a", (), 0)
+    step(layer, [Rows("a", 0, 6, 0)], x[:6])
+    assert said(layer) == {}
+    step(layer, [Rows("a", 0, 1, 6)], x[6:])
+    assert (said(layer)["a"].edit, layer.stats()["routed"]) == (1, 1)
+
+
+@pytest.mark.parametrize("position", [0, 3, 5, 7])
+def test_a_gap_in_an_undecided_prompt_raises(layer: ResidualLayer, position: int) -> None:
+    begin(layer, "a", prompt(7, before=3))
     step(layer, [Rows("a", 0, 6, 0)], torch.randn(6, D))
-    with pytest.raises(RuntimeError, match="question is 3 to 10"):
+    with pytest.raises(RuntimeError, match=r"goes on at token . of its prompt, but was at 6"):
         layer.begin_step(step_of([Rows("a", 0, 2, position)]))
+
+
+@pytest.mark.parametrize(("sums", "tokens"), [(False, 4), (True, 8)])
+def test_what_decides_must_not_come_from_the_cache(layer: ResidualLayer, sums: bool, tokens: int) -> None:
+    if sums:
+        layer.watch_blocks(4, 4)
+    with pytest.raises(RuntimeError, match=f"finds {tokens} tokens .* its question is 3 to 7"):
+        begin(layer, "a", prompt(4, before=3, after=5), cached=(1, 2), tokens=tokens)
 
 
 def test_what_the_scheduler_remembers_is_not_looked_up(
     layer: ResidualLayer, store: EditStore, activations: torch.Tensor
 ) -> None:
     """The second request finds its question in the cache and computes the last token only."""
-    layer.admit("a", prompt(4), None)
+    begin(layer, "a", prompt(4))
     step(layer, [Rows("a", 0, 4, 0)], activations[1])
     routed = layer.take_routed()["a"]
-    layer.admit("b", prompt(4), None)
-    assert not layer.recall("b", routed)
+    begin(layer, "b", prompt(4), routed=routed, cached=(1,), tokens=3)
     x = torch.randn(1, D)
     torch.testing.assert_close(step(layer, [Rows("b", 0, 1, 3)], x), wanted(store, 1, x))
     assert layer.take_routed() == {}
-    layer.admit("c", prompt(4), None)
-    layer.recall("c", Routed(Decision(None, 0.1, "unmatched", 7)))
+    begin(layer, "c", prompt(4), routed=Routed(Decision(None, 0.1, "unmatched", 7)), tokens=3)
     assert step(layer, [Rows("c", 0, 1, 3)], x).isnan().all()
-    layer.admit("d", prompt(4), None)
     with pytest.raises(RuntimeError, match="generation 6"):
-        layer.recall("d", Routed(Decision(1, 1.0, "matched", 6), 1))
+        begin(layer, "d", prompt(4), routed=Routed(Decision(1, 1.0, "matched", 6), 1))
 
 
 def test_dummy_steps_do_nothing(layer: ResidualLayer) -> None:
@@ -244,7 +268,7 @@ def test_tau(store: EditStore, activations: torch.Tensor) -> None:
     for tau in (None, 1.0, 0.01):
         layer = layer_of(store, tau)
         for name, x in (("same", activations[0]), ("blend", blend)):
-            layer.admit(name, prompt(4), None)
+            begin(layer, name, prompt(4))
             step(layer, [Rows(name, 0, 4, 0)], x)
         results[tau] = [d.result for d in said(layer).values()]
     assert results == {
@@ -256,21 +280,21 @@ def test_tau(store: EditStore, activations: torch.Tensor) -> None:
 
 def test_an_empty_store_serves_the_base_model() -> None:
     layer = layer_of(store_of(torch.empty(0, 4, D)))
-    layer.admit("a", prompt(4), None)
+    begin(layer, "a", prompt(4))
     assert step(layer, [Rows("a", 0, 4, 0)], torch.randn(4, D)).isnan().all()
     assert said(layer)["a"].overlap == 0.0
 
 
 def test_overflowing_activations_stop_nobody(layer: ResidualLayer, activations: torch.Tensor) -> None:
-    layer.admit("bad", prompt(4), None)
-    layer.admit("good", prompt(4), None)
+    begin(layer, "bad", prompt(4))
+    begin(layer, "good", prompt(4))
     x = torch.cat([torch.full((4, D), torch.inf), activations[2]])
     step(layer, [Rows("bad", 0, 4, 0), Rows("good", 4, 8, 0)], x)
     assert [d.result for d in said(layer).values()] == ["unroutable", "matched"]
 
 
 def test_an_unchecked_bad_option_is_answered_not_raised(layer: ResidualLayer) -> None:
-    layer.admit("a", prompt(4), {"memoir": "on"})
+    begin(layer, "a", prompt(4), {"memoir": "on"})
     assert said(layer)["a"].result == "unroutable"
 
 
@@ -284,14 +308,14 @@ def test_shards_add_up_to_the_whole(
         lambda means, dim: span_mean(x, Span(0, len(x), True))[None],
     )
     monkeypatch.setattr("vllm.distributed.tensor_model_parallel_all_reduce", lambda _: x.square().sum(1))
-    total = torch.zeros(4, H)
+    total = torch.zeros(1, H)
     for rank in range(2):
         layer = layer_of(store, rank=rank, ranks=2)
-        layer.admit("a", prompt(4), None)
+        begin(layer, "a", prompt(4))
         share = x[:, rank * D // 2 : (rank + 1) * D // 2]
-        total += step(layer, [Rows("a", 0, 4, 0)], share)
+        total += step(layer, [Rows("a", 0, 4, 0)], share)[3:]
         assert said(layer)["a"].edit == 1
-    torch.testing.assert_close(total, wanted(store, 1, x))
+    torch.testing.assert_close(total, wanted(store, 1, x[3:]))
 
 
 class FakeRunner:
@@ -360,10 +384,10 @@ def test_following_a_runner(layer: ResidualLayer, activations: torch.Tensor) -> 
         x=torch.cat([activations[1], activations[0]]),
         y=torch.zeros(8, H),
     )
-    runner.execute_model(scheduled)
+    runner.execute_model(put_queries(scheduled, dict.fromkeys("ab", Query(find_span(prompt(4), RULE)))))
     assert {k: r.decision.edit for k, r in routed_of(runner.sample_tokens()).items()} == {"a": 0, "b": 1}
     runner.output = SimpleNamespace(get_output=lambda: SimpleNamespace(tokens=3), more=4)
-    layer.admit("off", prompt(4), {"memoir": "off"})
+    begin(layer, "off", prompt(4), {"memoir": "off"})
     delayed = runner.sample_tokens()
     assert delayed.more == 4
     assert routed_of(delayed.get_output())["off"].decision.result == "off"
@@ -419,7 +443,7 @@ def test_the_last_stage_tells_what_the_first_has_decided(
             x=torch.cat([activations[1], activations[0]]),
             y=torch.zeros(8, H),
         )
-        handed_on = first.execute_model(scheduled)
+        handed_on = first.execute_model(put_queries(scheduled, dict.fromkeys(names, Query(find_span(prompt(4), RULE)))))
         assert routed_of(first.sample_tokens()) == {}
         last.output = SimpleNamespace()
         last.execute_model(scheduled, handed_on)

@@ -7,7 +7,11 @@ from pathlib import Path
 import pytest
 from seams import SEAMS, changed, installed, read, seams_of, table, version_of
 
+from memoir_vllm import requests
 from memoir_vllm.config import COMPARED, TESTED
+from memoir_vllm.core import blocks, rpc
+from memoir_vllm.front import engine
+from memoir_vllm.patches import patched, wrap_once
 
 CONTRACT = read()
 VERSION, FOUND = version_of(installed()), seams_of(installed())
@@ -32,6 +36,25 @@ def test_what_we_build_on_is_what_we_have_read(seam: str) -> None:
     assert VERSION in CONTRACT, f"vLLM {VERSION} is not recorded: read what seams.py prints, then seams.py --write"
     recorded = CONTRACT[VERSION]["seams"][seam]
     assert FOUND[seam] == recorded, f"read {seam} of vLLM {VERSION} again, then seams.py --write"
+
+
+def test_what_is_wrapped_is_recorded() -> None:
+    for module in (engine, requests, rpc, blocks):
+        module.install()
+    assert len(patched()) >= 4
+    assert set(patched()) <= set(CONTRACT[VERSION]["seams"])
+
+
+def test_a_function_is_wrapped_once() -> None:
+    class Owner:
+        def name(self) -> int:
+            return 1
+
+    before = patched()
+    for _ in range(2):
+        wrap_once(Owner, "name", lambda original: lambda self: original(self) + 1)
+    assert Owner().name() == 2
+    assert len(patched()) == len(before) + 1
 
 
 def test_the_table_in_the_documentation_is_the_scripts() -> None:

@@ -1,44 +1,78 @@
 """Which KV blocks a request may take from the prefix cache, publish in it, and under which hash (vllm/v1/core).
 
-A block is found again by the hash of its tokens and of all before it. Rows of a matched request hold its edit from the
-question's first token on, so from that token's block on its blocks get the edit's name into their hashes: they are
-found by requests of the same edit and by no other. Blocks before the question are shared by all.
+A block is found again by the hash of its tokens and of all before it. Rows before the token from which an edit acts are
+the base model's, whatever is decided, so their blocks are shared by all. From that token's block on the blocks of a
+matched request get the edit's name into their hashes: they are found by requests of the same edit and by no other.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from memoir_retrieval.question.span import Span
+from memoir_vllm.patches import wrap_once
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.request import Request
 
-__all__ = ["disown", "guard", "install", "own"]
+__all__ = ["SummedBlocks", "disown", "guard", "install", "own"]
+
+
+class SummedBlocks:
+    """Which blocks the workers' sums are good for (`block_sums.py`), kept where hits are decided.
+
+    A block is counted from its first token on, or from the first token of the question of the request that computes
+    it. A block with generated tokens is not counted.
+    """
+
+    def __init__(self, blocks: int, block_size: int):
+        self.block_size = block_size
+        self._first = np.full(blocks, -1, np.int32)  # by block, the first token that is counted; -1 for none
+
+    def record(self, blocks: Sequence[int], number: int, question: int, prompt: int) -> None:
+        """A request computes these blocks, its own from `number` on. question, prompt: positions, first and end."""
+        numbers = np.arange(number, number + len(blocks))
+        first = np.where((numbers + 1) * self.block_size > prompt, -1, 0)
+        first[(numbers == question // self.block_size) & (first == 0)] = question % self.block_size
+        self._first[list(blocks)] = first
+
+    def reach(self, blocks: Sequence[int], question: int) -> int:
+        """Up to which position these cached blocks, a prompt's first, serve a question that begins at `question`."""
+        number, offset = divmod(question, self.block_size)
+        first = self._first[list(blocks[number:])]
+        first[:1] -= offset
+        return (min(number, len(blocks)) + int(np.flatnonzero([*first, -1])[0])) * self.block_size
 
 
 def guard(
-    manager: KVCacheManager, boundary: Callable[[Request], int | None], found: Callable[[Request], int | None]
+    manager: KVCacheManager,
+    span: Callable[[Request], Span],
+    undecided: Callable[[Request], bool],
+    recall: Callable[[Request], None],
+    summed: SummedBlocks | None,
 ) -> None:
-    """Keep requests that are not decided yet behind their boundaries; None for every other request.
+    """Keep requests that are not decided yet before the token from which an edit would act.
 
-    boundary: the position of such a request's question. No block behind it is published while its hash is not known.
-    found: where its cache hit ends at the latest, since the rows behind must be computed to be looked up.
+    No block that holds it or stands behind it is published while its hash is not known, and none is taken from the
+    cache. What lies in the cache of the question before it is taken as far as there are sums of it.
+
+    span: of a request's question. undecided: whether it is that. recall: called before it looks into the cache.
     """
     coordinator: Any = manager.coordinator
-    publish, find, look_up = coordinator.cache_blocks, coordinator.find_longest_cache_hit, manager.get_computed_blocks
+    publish, find = coordinator.cache_blocks, coordinator.find_longest_cache_hit
+    look_up, allocate = manager.get_computed_blocks, manager.allocate_slots
 
     @functools.wraps(publish)
     def cache_blocks(request: Request, num_computed_tokens: int) -> None:
-        limit = boundary(request)
-        publish(request, num_computed_tokens if limit is None else min(num_computed_tokens, limit))
+        limit = span(request).acts_from if undecided(request) else num_computed_tokens
+        publish(request, min(num_computed_tokens, limit))
 
-    @functools.wraps(look_up)
-    def get_computed_blocks(request: Request, *longest: int | None) -> Any:
-        limit = found(request)
-        if limit is None:
-            return look_up(request, *longest)
+    def within(limit: int, request: Request, *longest: int | None) -> Any:
         # The coordinator sees hashes only, so what it may find of this request is said to it for this one call.
         coordinator.find_longest_cache_hit = lambda hashes, most: find(hashes, min(most, limit))
         try:
@@ -46,7 +80,29 @@ def guard(
         finally:
             del coordinator.find_longest_cache_hit
 
+    @functools.wraps(look_up)
+    def get_computed_blocks(request: Request, *longest: int | None) -> Any:
+        recall(request)
+        if not undecided(request):
+            return look_up(request, *longest)
+        question = span(request)
+        if summed is None:
+            return within(question.start, request, *longest)
+        hit = within(question.acts_from, request, *longest)
+        reach = summed.reach([block.block_id for block in hit[0].blocks[0]], question.start)
+        return hit if reach >= hit[1] else within(reach, request, *longest)
+
+    @functools.wraps(allocate)
+    def allocate_slots(request: Request, *args: Any, **kwargs: Any) -> Any:
+        slots = allocate(request, *args, **kwargs)
+        if summed is not None and slots is not None and any(slots.blocks):
+            blocks = [block.block_id for block in slots.blocks[0]]
+            number = len(coordinator.get_blocks(request.request_id)[0]) - len(blocks)
+            summed.record(blocks, number, span(request).start, request.num_prompt_tokens)
+        return slots
+
     coordinator.cache_blocks, manager.get_computed_blocks = cache_blocks, get_computed_blocks
+    manager.allocate_slots = allocate_slots
 
 
 def own(request: Request, name: str, start: int, hash_block_size: int) -> None:
@@ -72,11 +128,12 @@ def install() -> None:
     """Wrap `generate_block_hash_extra_keys` (kv_cache_utils.py) once, wherever it was imported to."""
     from vllm.v1.core import block_pool, kv_cache_utils
 
-    original = kv_cache_utils.generate_block_hash_extra_keys
-    if hasattr(original, "_memoir"):
-        return
+    name = "generate_block_hash_extra_keys"
+    wrap_once(kv_cache_utils, name, _with_names)
+    setattr(block_pool, name, getattr(kv_cache_utils, name))
 
-    @functools.wraps(original)
+
+def _with_names(original: Any) -> Any:
     def generate_block_hash_extra_keys(
         request: Request, start_token_idx: int, end_token_idx: int, start_mm_idx: int
     ) -> tuple[tuple[Any, ...] | None, int]:
@@ -86,6 +143,4 @@ def install() -> None:
             return keys, mm_idx
         return (*(keys or ()), ("memoir", name, start)), mm_idx
 
-    generate_block_hash_extra_keys._memoir = True  # type: ignore[attr-defined]
-    for module in (kv_cache_utils, block_pool):
-        module.generate_block_hash_extra_keys = generate_block_hash_extra_keys
+    return generate_block_hash_extra_keys

@@ -10,11 +10,11 @@ and of every later one. A worker returns its reason as text, and it is raised he
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from memoir_retrieval.errors import StoreError
+from memoir_vllm.patches import wrap_once
 
 if TYPE_CHECKING:
     from vllm.v1.engine.core import EngineCore
@@ -26,11 +26,10 @@ def install() -> None:
     """Wrap `EngineCore.collective_rpc` once, in a process that holds one of our schedulers."""
     from vllm.v1.engine.core import EngineCore
 
-    original = EngineCore.collective_rpc
-    if hasattr(original, "_memoir"):
-        return
+    wrap_once(EngineCore, "collective_rpc", _beside_the_scheduler)
 
-    @functools.wraps(original)
+
+def _beside_the_scheduler(original: Any) -> Any:
     def collective_rpc(
         self: EngineCore,
         method: str | Callable[..., Any],
@@ -49,5 +48,4 @@ def install() -> None:
             results = [result | self.scheduler.memoir_stats() for result in results]
         return results
 
-    collective_rpc._memoir = True  # type: ignore[attr-defined]
-    EngineCore.collective_rpc = collective_rpc
+    return collective_rpc

@@ -4,7 +4,7 @@ vLLM calls it in the front end of every engine (`LLM`, `AsyncLLM`, each API serv
 engine starts: the place where a wrong flag or a bad store can still stop the engine with a readable message. The
 engine core and the workers get the finished VllmConfig and need no patch.
 
-This module is imported wherever the plugin is registered, so it imports nothing of ours before a section is seen.
+This module is imported wherever the plugin is registered, so it imports nothing heavy of ours before a section is seen.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import functools
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+
+from memoir_vllm.patches import wrap_once
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -24,13 +26,13 @@ __all__ = ["install"]
 def install() -> None:
     """Wrap `EngineArgs.create_engine_config` once. Without a `memoir` section the wrapper only calls through."""
     from vllm.engine.arg_utils import EngineArgs
+
+    wrap_once(EngineArgs, "create_engine_config", _with_edits)
+
+
+def _with_edits(original: Any) -> Any:
     from vllm.usage.usage_lib import UsageContext
 
-    original = EngineArgs.create_engine_config
-    if hasattr(original, "_memoir"):
-        return
-
-    @functools.wraps(original)
     def create_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> VllmConfig:
         create = functools.partial(original, self, *args, **kwargs)
         if not isinstance(self.additional_config, dict) or "memoir" not in self.additional_config:
@@ -43,8 +45,7 @@ def install() -> None:
             stream.install()
         return made
 
-    create_engine_config._memoir = True  # type: ignore[attr-defined]
-    EngineArgs.create_engine_config = create_engine_config
+    return create_engine_config
 
 
 def _create_with_edits(args: EngineArgs, create: Callable[[], VllmConfig]) -> VllmConfig:
@@ -53,7 +54,7 @@ def _create_with_edits(args: EngineArgs, create: Callable[[], VllmConfig]) -> Vl
     from memoir_vllm.front import metrics
 
     config.check_version()
-    ours = config.parse_section(args.additional_config["memoir"])
+    ours = config.with_mode(config.parse_section(args.additional_config["memoir"]))
     config.prefer(ours, args)
     vllm_config = create()
     config.refuse(ours, vllm_config)

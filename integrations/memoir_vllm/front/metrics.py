@@ -104,7 +104,6 @@ _ENGINE_SERIES = (
     ("remembered", "memoir_remembered_decisions", "Prompts whose decision is remembered."),
     ("routed", "memoir_lookups_total", "Questions that were looked up in the index."),
     ("recalled", "memoir_remembered_hits_total", "Requests that a remembered decision has spared a lookup."),
-    ("replayed", "memoir_replays_total", "Long questions that were computed once more, with their edit."),
     ("rows", "memoir_residual_rows_total", "Token rows to which a residual was added."),
     ("routing_s", "memoir_routing_seconds_total", "Host seconds of pooling and looking up."),
     ("residual_s", "memoir_residual_seconds_total", "Host seconds of adding residuals."),

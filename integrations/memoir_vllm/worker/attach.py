@@ -14,7 +14,7 @@ import torch
 
 from memoir_retrieval.errors import ConfigError, StoreError
 from memoir_retrieval.store.read import EditStore
-from memoir_vllm.config import MemoirConfig, longest_question, token_decoder
+from memoir_vllm.config import MemoirConfig, token_decoder
 from memoir_vllm.worker.op import context_key, register_op
 from memoir_vllm.worker.pipeline import told_by_stages
 from memoir_vllm.worker.reload import Reloader, told_by_all
@@ -45,7 +45,6 @@ def attach(
     layer = ResidualLayer(
         Router(store, ours.tau, device, read),
         torch.from_numpy(store.memories),
-        longest=None if ours.mode == "single" else longest_question(vllm_config),
         rank=linear.tp_rank,
         ranks=linear.tp_size,
         dtype=vllm_config.model_config.dtype,

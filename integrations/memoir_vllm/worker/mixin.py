@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
+from vllm.v1.worker.gpu_worker import Worker
 
 from memoir_retrieval.errors import ConfigError, StoreError
 from memoir_vllm import config
@@ -30,17 +31,14 @@ logger = init_logger("vllm.memoir")
 _OTHER_WEIGHTS = "memoir refuses {}: edits only hold on the weights that they were made on; {}"
 
 
-class MemoirWorker:
-    """Mixin in front of a vLLM worker class."""
+class MemoirWorker(Worker):
+    """A vLLM worker with edits. Put in front of a subclass of vLLM's it calls that one's methods."""
 
-    vllm_config: Any
-    model_runner: Any
-    device: Any
     _memoir: ResidualLayer | None  # None on a stage of a pipeline that does not hold the edited layer
     _reloader: Reloader | None
 
     def load_model(self, **kwargs: Any) -> None:
-        super().load_model(**kwargs)  # type: ignore[misc]
+        super().load_model(**kwargs)
         ours = config.section_of(self.vllm_config)
         if ours is None:
             raise ConfigError(f"{type(self).__name__} needs a memoir section in --additional-config")
@@ -62,20 +60,20 @@ class MemoirWorker:
 
     def determine_available_memory(self) -> int:
         """Bytes for the KV cache, less what the sums of its blocks take (`sums.py`)."""
-        available = super().determine_available_memory()  # type: ignore[misc]
+        available = super().determine_available_memory()
         if self._memoir is None or not config.keeps_sums(self.vllm_config, 1):
             return available
         block = sum(spec.page_size_bytes for spec in self.model_runner.get_kv_cache_spec().values())
         return available * block // max(1, block + self._memoir.bytes_per_block)
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
-        super().initialize_from_config(kv_cache_config)  # type: ignore[misc]
+        super().initialize_from_config(kv_cache_config)
         if self._memoir and config.keeps_sums(self.vllm_config, len(kv_cache_config.kv_cache_groups)):
             spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
             self._memoir.watch_blocks(kv_cache_config.num_blocks, spec.block_size)
 
     def compile_or_warm_up_model(self) -> Any:
-        times = super().compile_or_warm_up_model()  # type: ignore[misc]
+        times = super().compile_or_warm_up_model()
         if self._memoir is not None:
             self_test(self.model_runner, self._memoir)
         else:
@@ -87,7 +85,7 @@ class MemoirWorker:
         """Level 1 keeps the weights in host memory, and the residual memory stays where it is."""
         if level > 1:
             raise RuntimeError(_OTHER_WEIGHTS.format(f"sleep level {level}", "use level 1"))
-        super().sleep(level)  # type: ignore[misc]
+        super().sleep(level)
 
     def reload_weights(self, *args: Any, **kwargs: Any) -> None:
         raise RuntimeError(

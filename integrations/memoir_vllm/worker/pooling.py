@@ -13,55 +13,55 @@ import torch
 
 from memoir_retrieval.model.forward import squared_norms, weighted_sum
 
-__all__ = ["pooled"]
+__all__ = ["SLICE", "pooled", "token_weights"]
+
+SLICE = 1024
+"""Rows that are brought to float32 at once."""
 
 
-def pooled(
-    x: torch.Tensor, ranges: Sequence[tuple[int, int]], weighted: Sequence[bool], ranks: int = 1
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Numerators, float32 [P, D/ranks], and denominators, float32 [P] and above 0, of the means of P questions.
+def token_weights(x: torch.Tensor, weighted: bool, ranks: int = 1) -> torch.Tensor:
+    """What each row counts by, see `Span`: float32 [tokens]. x: [tokens, D/ranks].
 
-    x: [tokens, D/ranks]. ranges: the rows [first, last) of each, never empty. weighted: see `Span`.
+    Each rank has a share of every activation, and of its squared norm; a call of all ranks.
     """
-    return (_one_by_one if x.device.type == "cpu" else _together)(x, ranges, weighted, ranks)
-
-
-def _one_by_one(
-    x: torch.Tensor, ranges: Sequence[tuple[int, int]], weighted: Sequence[bool], ranks: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    parts = [x[first:last].float() for first, last in ranges]
-    weights = [torch.ones(len(rows)) for rows in parts]
-    if any(weighted):
-        norms = _of_all_ranks(torch.cat([squared_norms(rows) for rows in parts]), ranks)
-        split = norms.split([len(rows) for rows in parts])
-        weights = [own if heavy else one for own, one, heavy in zip(split, weights, weighted, strict=True)]
-    sums = [weighted_sum(rows, own) for rows, own in zip(parts, weights, strict=True)]
-    return torch.stack([total for total, _ in sums]), torch.stack([weight for _, weight in sums])
-
-
-def _together(
-    x: torch.Tensor, ranges: Sequence[tuple[int, int]], weighted: Sequence[bool], ranks: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    first = np.array([first for first, _ in ranges])
-    counts = np.array([last for _, last in ranges]) - first
-    rows = int(counts.sum())
-    index = np.arange(rows) + np.repeat(first - (np.cumsum(counts) - counts), counts)
-    told = np.concatenate([index, np.repeat(weighted, counts), counts])
-    at, heavy, lengths = torch.from_numpy(told).to(x.device, non_blocking=True).split([rows, rows, len(counts)])
-    values = x[at].float()
-    weights = torch.ones(rows, device=x.device)
-    if any(weighted):
-        weights = torch.where(heavy.bool(), _of_all_ranks(squared_norms(values), ranks), weights)
-        values *= weights[:, None]
-    # Each number of a sum is added up by itself, in the order of the rows, whoever else is asked.
-    total, weight = (torch.segment_reduce(part, "sum", lengths=lengths, unsafe=True) for part in (values, weights))
-    return total, weight.clamp_min(torch.finfo(torch.float32).tiny)
-
-
-def _of_all_ranks(norms: torch.Tensor, ranks: int) -> torch.Tensor:
-    """Each rank has a share of every activation, and of its squared norm."""
+    if not weighted:
+        return torch.ones(len(x), device=x.device)
+    norms = torch.cat([squared_norms(rows.float()) for rows in x.split(SLICE)])
     if ranks == 1:
         return norms
     from vllm.distributed import tensor_model_parallel_all_reduce
 
     return tensor_model_parallel_all_reduce(norms)
+
+
+def pooled(
+    x: torch.Tensor, weights: torch.Tensor, ranges: Sequence[tuple[int, int]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Numerators, float32 [P, D/ranks], and denominators, float32 [P] and above 0, of the means of P questions.
+
+    x: [tokens, D/ranks]. weights: float32 [tokens]. ranges: the rows [first, last) of each, never empty.
+    """
+    return (_one_by_one if x.device.type == "cpu" else _together)(x, weights, ranges)
+
+
+def _one_by_one(
+    x: torch.Tensor, weights: torch.Tensor, ranges: Sequence[tuple[int, int]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    sums = [weighted_sum(x[first:last].float(), weights[first:last]) for first, last in ranges]
+    return torch.stack([total for total, _ in sums]), torch.stack([weight for _, weight in sums])
+
+
+def _together(
+    x: torch.Tensor, weights: torch.Tensor, ranges: Sequence[tuple[int, int]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    first = np.array([first for first, _ in ranges])
+    counts = np.array([last for _, last in ranges]) - first
+    rows = int(counts.sum())
+    index = np.arange(rows) + np.repeat(first - (np.cumsum(counts) - counts), counts)
+    both = torch.from_numpy(np.concatenate([index, counts])).to(x.device, non_blocking=True)
+    at, lengths = both.split([rows, len(counts)])
+    weight = weights[at]
+    parts = (x[at].float() * weight[:, None], weight)
+    # Each number of a sum is added up by itself, in the order of the rows, whoever else is asked.
+    total, weight = (torch.segment_reduce(part, "sum", lengths=lengths, unsafe=True) for part in parts)
+    return total, weight.clamp_min(torch.finfo(torch.float32).tiny)

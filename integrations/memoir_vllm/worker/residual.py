@@ -10,16 +10,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.question.span import Span
-from memoir_vllm.requests import Routed, parse_options
+from memoir_vllm.requests import Query, Routed
 from memoir_vllm.worker.block_sums import BlockSums
-from memoir_vllm.worker.pooling import pooled
+from memoir_vllm.worker.pooling import pooled, token_weights
 from memoir_vllm.worker.product import ResidualProduct
 from memoir_vllm.worker.routing import Route, Router
 from memoir_vllm.worker.rows import Acting, Batch, StepRows, acting_rows
@@ -36,45 +35,58 @@ class Generation:
 
 
 @dataclass
-class _Request:
-    """span: the question. question: its tokens. route: None until it is decided. mask: of the matched edit, this rank's
-    share, on device. of: the generation that matched it; it acts until the request is done. nearest: how many edits its
-    decision names.
+class _Sum:
+    """The tokens of one span that have passed: float32 [D/ranks] and what to divide it by, None before the first.
 
-    long: the question takes several steps, or begins in the prefix cache. Each step adds its rows to `total`
-    (their sum, float32 [D/ranks], and what to divide it by) and moves `seen`, the position after them; `cached` are the
-    blocks that were found. By its end the question has passed without the edit: a match acts from the moment on that
-    the scheduler has it computed once more.
+    cached: KV blocks whose tokens are not yet added to it.
     """
 
     span: Span
-    question: Sequence[int] = ()
-    long: bool = False
-    nearest: int = 0
-    route: Route | None = None
-    mask: torch.Tensor | None = None
-    of: Generation | None = None
-    acts: bool = False
-    total: tuple[torch.Tensor, torch.Tensor | int] | None = None
-    seen: int = 0
+    total: tuple[torch.Tensor, torch.Tensor] | None = None
     cached: Sequence[int] = ()
 
 
+@dataclass
+class _Request:
+    """question: its tokens. prompt: how many tokens it begins with. seen: the position after the last one that passed.
+
+    sums: of what is looked up. nearest: how many edits its decision names. route: None until it is decided. mask: of
+    the matched edit, this rank's share, on the device. of: the generation that matched it; it acts until the request is
+    done.
+    """
+
+    span: Span
+    question: Sequence[int]
+    prompt: int
+    nearest: int
+    seen: int = 0
+    sums: Sequence[_Sum] = ()
+    route: Route | None = None
+    mask: torch.Tensor | None = None
+    of: Generation | None = None
+
+
 class _Part(NamedTuple):
-    """What a step holds of an undecided question: rows [first, last), its tokens from `position` on."""
+    """What a step holds of a span: rows [first, last) with tokens from `position` on."""
 
     request_id: str
-    request: _Request
+    sum: _Sum
     first: int
     last: int
     position: int
+
+
+class _Counted(NamedTuple):
+    """Rows of prompts that are counted in the sums of their KV blocks, and whether each begins its block."""
+
+    rows: np.ndarray
+    begins: np.ndarray
 
 
 class ResidualLayer:
     """The edited layer's state in one worker.
 
     memories: [M, H, D]; this rank keeps its share of D in the serving dtype, as vLLM shards the layer's own weight.
-    longest: tokens of the longest question that always passes in one step; None where every question does.
     """
 
     def __init__(
@@ -82,7 +94,6 @@ class ResidualLayer:
         router: Router,
         memories: torch.Tensor,
         *,
-        longest: int | None = None,
         rank: int = 0,
         ranks: int = 1,
         dtype: torch.dtype = torch.float32,
@@ -91,23 +102,22 @@ class ResidualLayer:
         share = memories.shape[2] // ranks
         self._share, self._shard = share, slice(rank * share, (rank + 1) * share)
         self._ranks = ranks
-        self._longest = longest
         self._dtype, self._device = dtype, device
         self.now = self.load(router, memories)
         self.probe: Callable[[torch.Tensor, torch.Tensor], None] | None = None
         self._requests: dict[str, _Request] = {}
-        self._undecided: dict[str, _Request] = {}
+        self._passing: dict[str, _Request] = {}  # whose prompt has not passed
         self._edited: dict[str, _Request] = {}
         self._sums: BlockSums | None = None
         self._step: StepRows | None = None
-        self._asking: list[tuple[str, int, int, int]] = []  # of undecided requests: id, rows [start, end), position
+        self._parts: list[_Part] = []
+        self._counted: list[_Counted] = []
         self._last: tuple[StepRows, Acting, list[Batch]] | None = None
         self._routed: dict[str, Routed] = {}
         self._stats = {
             "routed": 0,
             "matched": 0,
             "recalled": 0,
-            "replayed": 0,
             "steps": 0,
             "rows": 0,
             "routing_s": 0.0,
@@ -131,45 +141,25 @@ class ResidualLayer:
 
     # ---- between steps, called by the model runner's wrappers ------------------------------------------------------
 
-    def admit(self, request_id: str, prompt_ids: Sequence[int], extra_args: Mapping[str, Any] | None) -> None:
+    def admit(self, request_id: str, prompt_ids: Sequence[int], query: Query) -> None:
         """Take up a request whose first rows come in this step. One that is known, as after preemption, is kept."""
         if request_id in self._requests:
             return
-        try:
-            options = parse_options(extra_args, len(prompt_ids))
-        except ConfigError:  # a front end of another language let it pass; the response will say "unroutable"
-            self._settle(request_id, self.now.router.unroutable())
-            return
-        span = options.span_of(prompt_ids, self.now.router.rule)
-        if options.off:
-            self._settle(request_id, self.now.router.off())
-        elif span.start == span.end:
-            self._settle(request_id, self.now.router.unroutable())
-        else:
-            self._requests[request_id] = self._undecided[request_id] = _Request(
-                span, list(prompt_ids[span.start : span.end]), self._too_long(span), options.nearest
-            )
-
-    def _too_long(self, span: Span) -> bool:
-        return self._longest is not None and span.end - span.start > self._longest
-
-    def recall(self, request_id: str, routed: Routed) -> bool:
-        """What the scheduler knows of a request whose first rows, or first again, come in this step.
-
-        Returns True where the request starts over with its edit after it has passed without it.
-        """
-        request = self._requests[request_id]
-        starts_over = request.route is not None and request.mask is not None and not request.acts
-        if request.route is None:
-            route = self.now.router.recall(routed)
-            self._decide(request_id, request, route, *self._on_device([route]))
+        span = query.span
+        request = _Request(span, prompt_ids[span.start : span.end], len(prompt_ids), query.nearest)
+        self._requests[request_id] = request
+        router = self.now.router
+        if query.routed is not None:
+            route = router.recall(query.routed)
+            self._decide(request_id, route, *self._on_device([route]))
             self._stats["recalled"] += 1
-        self._let_act(request_id, request)
-        self._stats["replayed"] += starts_over
-        return starts_over
+        elif not query.is_looked_up:
+            route = router.off() if query.off else router.unroutable()
+            self._decide(request_id, route, None)
+            self._routed[request_id] = route.routed
 
     def watch_blocks(self, blocks: int, block_size: int) -> None:
-        """Keep a sum for each KV block: from now on a question may begin in the prefix cache, see `sums.py`."""
+        """Keep a sum for each KV block: from now on a question may lie in the prefix cache, see `block_sums.py`."""
         self._sums = BlockSums(blocks, block_size, self._share, self._device)
 
     @property
@@ -177,19 +167,32 @@ class ResidualLayer:
         return 4 * self._share + 8
 
     def resume(self, request_id: str, cached: Sequence[int], tokens: int) -> None:
-        """A request's first rows, or first again, come in this step: `tokens` of it were found, in these KV blocks."""
-        request = self._undecided.get(request_id)
-        if request is None or self._sums is None:
-            return
-        found = tokens > request.span.start
-        request.long = found or self._too_long(request.span)
-        request.cached = cached[: tokens // self._sums.block_size] if found else ()
+        """A request's first rows, or first again, come in this step: `tokens` of it were found, in these KV blocks.
+
+        Raises RuntimeError where more of an undecided question was found than may be.
+        """
+        request = self._requests[request_id]
         request.seen = tokens
+        if tokens < request.prompt:
+            self._passing[request_id] = request
+        if request.route is not None:
+            return
+        span = request.span
+        if tokens > (span.start if self._sums is None else span.acts_from):
+            raise RuntimeError(
+                f"memoir: request {request_id} finds {tokens} tokens of its prompt in the cache, but its question is "
+                f"{span.start} to {span.end}: what decides must be computed; please report this"
+            )
+        request.sums = [_Sum(span)]
+        if self._sums is not None and tokens > span.start:
+            size = self._sums.block_size
+            for part in request.sums:
+                part.cached = cached[part.span.start // size : tokens // size]
 
     def drop(self, request_ids: Iterable[str]) -> None:
         """Forget requests that finished or were aborted."""
         for request_id in request_ids:
-            self._undecided.pop(request_id, None)
+            self._passing.pop(request_id, None)
             if self._requests.pop(request_id, None) is not None and self._edited.pop(request_id, None) is not None:
                 self._last = None
             self._routed.pop(request_id, None)
@@ -197,30 +200,44 @@ class ResidualLayer:
     def begin_step(self, step: StepRows) -> None:
         """The rows of the coming forward. Without this call (profiling, warm-up, idle ranks) the op does nothing.
 
-        Raises RuntimeError where the rows of an undecided question are not all in this step: serving on would
-        silently serve the base model, or half an edit.
+        Raises RuntimeError where tokens of an undecided request are missing between its last step and this one.
         """
         self._step = step
-        self._asking = []
-        if not self._undecided:
+        self._parts, self._counted = [], []
+        if not self._passing:
             return
-        for at, request_id in enumerate(step.ids):
-            request = self._undecided.get(request_id)
+        for i, request_id in enumerate(step.ids):
+            request = self._passing.get(request_id)
             if request is None:
                 continue
-            row, last, position = int(step.edges[at]), int(step.edges[at + 1]), int(step.positions[at])
-            start, end = request.span[:2]
-            seen = position + last - row
-            if seen <= start:
-                continue
-            whole = position <= start < end <= seen
-            goes_on = request.long and (position <= start or position == request.seen)
-            if not whole and not goes_on:
-                raise RuntimeError(
-                    f"memoir: request {request_id} has tokens {position} to {seen} of its prompt in this step, "
-                    f"but its question is {start} to {end}: it must not be split or cached; please report this"
-                )
-            self._asking.append((request_id, row, last, position))
+            row, end, position = int(step.edges[i]), int(step.edges[i + 1]), int(step.positions[i])
+            seen = position + end - row
+            if request.route is None:
+                if position != request.seen:
+                    raise RuntimeError(
+                        f"memoir: request {request_id} goes on at token {position} of its prompt, but was at "
+                        f"{request.seen}: none may be left out; please report this"
+                    )
+                self._gather(request_id, request, row - position, position, seen)
+            if self._sums is not None:
+                self._count(request, row, position, min(seen, request.prompt), self._sums.block_size)
+            request.seen = seen
+            if seen >= request.prompt:
+                del self._passing[request_id]
+
+    def _gather(self, request_id: str, request: _Request, shift: int, position: int, seen: int) -> None:
+        """Note which rows of the step, its tokens [position, seen), belong to spans that are looked up."""
+        for part in request.sums:
+            start, end = max(part.span.start, position), min(part.span.end, seen)
+            if start < end:
+                self._parts.append(_Part(request_id, part, start + shift, end + shift, start))
+
+    def _count(self, request: _Request, row: int, position: int, end: int, size: int) -> None:
+        """A block in which a question begins is counted from there on, every other one from its first token on."""
+        positions, start = np.arange(position, end), request.span.start
+        counted = (positions >= start) | (positions < start // size * size)
+        begins = (positions % size == 0) | (positions == start)
+        self._counted.append(_Counted(np.flatnonzero(counted) + row, begins[counted]))
 
     def end_step(self) -> None:
         self._step = None
@@ -250,52 +267,42 @@ class ResidualLayer:
             return
         began = time.perf_counter()
         self._stats["steps"] += 1
-        if self._sums is not None and slots:
-            rows = int(self._step.edges[-1])
-            self._sums.add(x[:rows], next(iter(slots.values()))[:rows])
-        if self._asking:
-            self._route(x)
+        if self._counted or self._parts:
+            self._pass_prompts(x[: int(self._step.edges[-1])], slots)
         routed = time.perf_counter()
         if self._edited:
             self._act(x, y)
         self._stats["routing_s"] += routed - began
         self._stats["residual_s"] += time.perf_counter() - routed
 
-    def _route(self, x: torch.Tensor) -> None:
-        """Look up every question that ends in this step."""
-        parts: list[_Part] = []
-        for request_id, row, end, position in self._asking:
-            request = self._requests[request_id]
-            shift = row - position
-            first, last = max(request.span.start + shift, row), min(request.span.end + shift, end)
-            if first < last:
-                parts.append(_Part(request_id, request, first, last, first - shift))
-        if not parts:
-            return
-        sums, weights = pooled(
-            x,
-            [(part.first, part.last) for part in parts],
-            [part.request.span.weighted for part in parts],
-            self._ranks,
-        )
+    def _pass_prompts(self, x: torch.Tensor, slots: Mapping[str, torch.Tensor] | None) -> None:
+        weights = token_weights(x, self.now.router.rule.weighted, self._ranks)
+        if self._sums is not None and slots:
+            rows = torch.from_numpy(np.concatenate([counted.rows for counted in self._counted]))
+            rows = rows.to(x.device, non_blocking=True)
+            begins = np.concatenate([counted.begins for counted in self._counted])
+            self._sums.add(x[rows], weights[rows], next(iter(slots.values()))[rows], begins)
+        if self._parts:
+            self._route(x, weights)
+
+    def _route(self, x: torch.Tensor, weights: torch.Tensor) -> None:
+        """Add the rows of questions to their sums, and look up every question that ends in this step."""
+        parts = self._parts
+        totals, divisors = pooled(x, weights, [(part.first, part.last) for part in parts])
         ended: list[int] = []
-        for at, (_, request, first, last, position) in enumerate(parts):
-            if request.cached:
+        for i, (_, part, first, last, position) in enumerate(parts):
+            if part.cached:
                 assert self._sums is not None
-                request.total, request.cached = (self._sums.of(request.cached), position), ()
-            if position > request.span.start:
-                assert request.total is not None
-                sums[at] += request.total[0]
-                weights[at] += request.total[1]
-            request.seen = position + last - first
-            if request.seen == request.span.end:
-                ended.append(at)
-                request.total = None
-            else:
-                request.total = sums[at], weights[at]
+                part.total, part.cached = self._sums.of(part.cached, position - part.span.start), ()
+            if part.total is not None:
+                totals[i] += part.total[0]
+                divisors[i] += part.total[1]
+            part.total = totals[i], divisors[i]
+            if position + last - first == part.span.end:
+                ended.append(i)
         if not ended:
             return
-        means = sums / weights[:, None]
+        means = totals / divisors[:, None]
         if len(ended) < len(parts):
             means = means[ended]
         if self._ranks > 1:
@@ -303,11 +310,14 @@ class ResidualLayer:
 
             # Every rank now holds the same numbers in the same order, so every rank decides alike.
             means = tensor_model_parallel_all_gather(means, dim=-1)
-        asked = [parts[at] for at in ended]
-        questions = [part.request.question for part in asked]
-        routes = self.now.router.route(means, questions, [part.request.nearest for part in asked])
-        for part, route, mask in zip(asked, routes, self._on_device(routes), strict=True):
-            self._settle(part.request_id, route, mask)
+        ids = [parts[i].request_id for i in ended]
+        requests = [self._requests[request_id] for request_id in ids]
+        routes = self.now.router.route(
+            means, [request.question for request in requests], [request.nearest for request in requests]
+        )
+        for request_id, route, mask in zip(ids, routes, self._on_device(routes), strict=True):
+            self._decide(request_id, route, mask)
+            self._routed[request_id] = route.routed
             self._stats["routed"] += 1
             self._stats["matched"] += mask is not None
 
@@ -319,23 +329,12 @@ class ResidualLayer:
         there = iter(torch.from_numpy(np.stack(masks)).to(self._device, non_blocking=True).to(self._dtype))
         return [None if route.mask is None else next(there) for route in routes]
 
-    def _settle(self, request_id: str, route: Route, mask: torch.Tensor | None = None) -> None:
-        """A decision of this worker, which the scheduler does not know yet. mask: that of a match, on the device."""
-        request = self._requests.setdefault(request_id, _Request(Span(0, 0)))
-        self._decide(request_id, request, route, mask)
-        if not request.long:
-            self._let_act(request_id, request)
-        self._routed[request_id] = route.routed
-
-    def _decide(self, request_id: str, request: _Request, route: Route, mask: torch.Tensor | None) -> None:
-        request.route = route
-        self._undecided.pop(request_id, None)
+    def _decide(self, request_id: str, route: Route, mask: torch.Tensor | None) -> None:
+        """mask: that of a match, on the device."""
+        request = self._requests[request_id]
+        request.route, request.sums = route, ()
         if mask is not None:
             request.mask, request.of = mask, self.now
-
-    def _let_act(self, request_id: str, request: _Request) -> None:
-        request.acts = True
-        if request.mask is not None:
             self._edited[request_id] = request
             self._last = None
 

@@ -16,7 +16,7 @@ from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.sequence import IntermediateTensors
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
-from memoir_vllm.requests import Routed, put_routed, routed_of
+from memoir_vllm.requests import Routed, put_routed, queries_of
 from memoir_vllm.worker import pipeline
 from memoir_vllm.worker.residual import ResidualLayer
 from memoir_vllm.worker.rows import StepRows
@@ -48,8 +48,7 @@ def _wrap_step(runner: Any, layer: ResidualLayer) -> None:
 
     @functools.wraps(execute_model)
     def execute(scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
-        for request_id in take_up(layer, scheduler_output):
-            _start_over(runner, request_id)
+        take_up(layer, scheduler_output)
         try:
             return execute_model(scheduler_output, *args, **kwargs)
         finally:
@@ -91,32 +90,19 @@ def _wrap_decisions(runner: Any, layer: ResidualLayer | None) -> None:
     runner.execute_model, runner.sample_tokens = execute, sample
 
 
-def take_up(layer: ResidualLayer, step: SchedulerOutput) -> list[str]:
-    """Tell the layer what a step brings. Returns the requests that start over with their edit."""
+def take_up(layer: ResidualLayer, step: SchedulerOutput) -> None:
+    """Tell the layer what a step brings."""
     # An id may be finished and given to a new request in the same step: drop first.
     layer.drop(step.finished_req_ids)
+    queries = queries_of(step)
     for new in step.scheduled_new_reqs:
-        layer.admit(new.req_id, new.prompt_token_ids or [], new.sampling_params and new.sampling_params.extra_args)
-    over = [request_id for request_id, routed in routed_of(step).items() if layer.recall(request_id, routed)]
-    for new in step.scheduled_new_reqs:
+        layer.admit(new.req_id, new.prompt_token_ids or [], queries[new.req_id])
         layer.resume(new.req_id, new.block_ids[0] if new.block_ids else (), new.num_computed_tokens)
     again = step.scheduled_cached_reqs
     if again.resumed_req_ids:
         for request_id, held, tokens in zip(again.req_ids, again.new_block_ids, again.num_computed_tokens, strict=True):
             if request_id in again.resumed_req_ids:
                 layer.resume(request_id, held[0] if held else (), tokens)
-    return over
-
-
-def _start_over(runner: Any, request_id: str) -> None:
-    """Undo what V1 remembers of a pass whose output was thrown away. V2 takes the request up as a new one."""
-    state = getattr(runner, "requests", {}).get(request_id)
-    if state is None:
-        return
-    if state.generator is not None:
-        state.generator.manual_seed(state.sampling_params.seed)
-    if (wanted := state.sampling_params.prompt_logprobs) is not None:
-        runner.num_prompt_logprobs[request_id] = runner.input_batch.vocab_size if wanted == -1 else wanted
 
 
 def _keep_draws(runner: Any) -> None:

@@ -70,7 +70,7 @@ def bench_serve(
     for key in (
         "ttft_ratio_inline",
         "ttft_ratio_cached",
-        "ttft_ratio_reroute",
+        "ttft_ratio_long",
         "step_overhead_ms",
         "vs_research_ratio",
     ):
