@@ -45,13 +45,15 @@ __all__ = ["Frozen", "Lesson", "Trained", "Wording", "answered", "freeze", "trai
 class Trained(NamedTuple):
     """The memory's columns after the edit: `columns` int64 [n] says which, `weights` float32 [H, n] what they hold.
 
-    loss: nats per target token, over all wordings.
+    loss: nats per target token, over all wordings. lead: by how much, in nats, the right token is ahead of every other
+    where it is least so, in the wordings that have masks of their own; below 0 where it is not the first choice.
     """
 
     columns: torch.Tensor
     weights: torch.Tensor
     loss: float
     steps: int
+    lead: float
 
 
 class Wording(NamedTuple):
@@ -70,7 +72,8 @@ class Frozen:
     What follows is of the T tokens on which the residual acts: ids: int64 [B, T]. lengths: int64 [B], without padding.
     before: what stands before them in each row. hidden: [B, T, H], what enters `first_block`; activations: [B, T, D],
     what enters the edited projection. labels: int64 [B, T], the token that each position must predict, or -100. masks:
-    bool [B, D], each row's own, all ones until `masked`.
+    bool [B, D], each row's own, all ones until `masked`. pooled: so many of the rows, the first ones, have masks of
+    their own.
     """
 
     ids: torch.Tensor
@@ -80,6 +83,7 @@ class Frozen:
     activations: torch.Tensor
     labels: torch.Tensor
     masks: torch.Tensor
+    pooled: int = 0
 
     def masked(self, masks: torch.Tensor) -> Frozen:
         """The same rows with masks: bool [B, D]."""
@@ -158,7 +162,7 @@ def freeze(
         for parts in ([row.hidden for row in rows], [row.activations for row in rows])
     )
     before = [Before(past, one.context, row.states) for one, row in zip(wordings, rows, strict=True)]
-    return Frozen(ids, lengths, before, hidden, activations, labels, masks), means
+    return Frozen(ids, lengths, before, hidden, activations, labels, masks, len(pooled)), means
 
 
 class _Row(NamedTuple):
@@ -207,13 +211,15 @@ def train_edits(
         with run_with_added(base, before, together.ids, together.hidden, wanted) as logits, torch.enable_grad():
             while all(one.steps < 0 for one in left):
                 added = torch.cat([_longer(one.added(), together.ids.shape[1]) for one in left])
-                losses = functional.cross_entropy(logits(added).float(), labels, reduction="none")
+                scores = logits(added).float()
+                losses = functional.cross_entropy(scores, labels, reduction="none")
                 means = torch.stack([part.mean() for part in losses.split(counts)])
                 watch(TrainingStep(steps, training.max_steps, means.max().item(), training.stop_loss))
-                for one, value in zip(left, means.tolist(), strict=True):
+                parts = zip(scores.detach().split(counts), labels.split(counts), strict=True)
+                for one, value, part in zip(left, means.tolist(), parts, strict=True):
                     one.loss = value
                     if value < training.stop_loss or steps == training.max_steps:
-                        one.steps = steps
+                        one.end(steps, *part)
                 going = [one for one in left if one.steps < 0]
                 if going:
                     gradients = torch.autograd.grad(means.sum(), [one.change for one in going])
@@ -229,7 +235,7 @@ class _ChangeSearch:
 
     def __init__(self, frozen: Frozen, weight: torch.Tensor, used: torch.Tensor, ridge: float):
         self.frozen = frozen
-        self.steps, self.loss = -1, float("inf")  # steps: below 0 until the search has ended
+        self.steps, self.loss, self._lead = -1, math.inf, -math.inf  # steps: below 0 until the search has ended
         self.columns = frozen.masks.any(0).nonzero()[:, 0]
         self._weights = weight[:, self.columns]
         # Each row acts on the columns of its own mask; the padding must span no direction.
@@ -252,9 +258,17 @@ class _ChangeSearch:
             length *= min(2.0, max(1.0, math.log(self.loss / (0.85 * stop_loss))))
         self.change -= length * gradient
 
+    def end(self, steps: int, scores: torch.Tensor, labels: torch.Tensor) -> None:
+        """scores: float32 [n, V], the logits of what the n labels say."""
+        self.steps = steps
+        if n := int((self.frozen.labels[: self.frozen.pooled] != IGNORED).sum()):
+            right = scores[:n].gather(1, labels[:n, None])
+            others = scores[:n].scatter(1, labels[:n, None], -math.inf).amax(1, keepdim=True)
+            self._lead = float((right - others).min())
+
     def trained(self) -> Trained:
         weights = self._weights + self.change.detach().T @ self._basis
-        return Trained(self.columns, weights, self.loss, self.steps)
+        return Trained(self.columns, weights, self.loss, self.steps, self._lead)
 
 
 def _side_by_side(parts: Sequence[Frozen]) -> Frozen:

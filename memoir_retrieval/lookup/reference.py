@@ -53,6 +53,10 @@ class _Row:
     memory: int = 0
 
 
+# A model's generation_config.json may differ; `generate` then feeds the prompt to a given cache from position 0.
+_CACHE_OPTIONS: dict[str, Any] = {"use_cache": True, "prefill_chunk_size": None, "prompt_lookup_num_tokens": None}
+
+
 class EditedModel:
     """A model with a store's edits switched on, each request routed on its own."""
 
@@ -221,6 +225,7 @@ class EditedModel:
                 num_beams=1,
                 eos_token_id=end,
                 pad_token_id=end,
+                **_CACHE_OPTIONS,
                 **options,
             )[:, width:].tolist()
         for tokens in out:

@@ -50,11 +50,37 @@ class HalfProducts:
                 del module.forward
 
 
+# Outputs from which on a layer counts as a vocabulary, and the gradient of one below which it is left out. Gradients of
+# a mean cross entropy are probabilities over the number of tokens: what is left out is too little to turn a step.
+_WIDE = 8192
+_LEAST = 1e-5
+
+
+class _WideProduct(torch.autograd.Function):
+    """A product whose gradient goes back through the few outputs that have any, not through a whole vocabulary."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, half: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(half)
+        return functional.linear(x.to(torch.bfloat16), half).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (half,) = ctx.saved_tensors
+        rows = gradient.flatten(0, -2)
+        chosen = (rows.abs().amax(0) > _LEAST).nonzero()[:, 0]
+        back = rows[:, chosen].to(torch.bfloat16) @ half[chosen]
+        return back.to(gradient.dtype).view(*gradient.shape[:-1], -1), None
+
+
 def _product(weight: torch.Tensor, bias: torch.Tensor | None) -> Any:
     half = weight.detach().to(torch.bfloat16).contiguous()
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        out = functional.linear(x.to(torch.bfloat16), half).to(x.dtype)
+        if len(half) >= _WIDE and x.requires_grad:
+            out: torch.Tensor = _WideProduct.apply(x, half)
+        else:
+            out = functional.linear(x.to(torch.bfloat16), half).to(x.dtype)
         return out if bias is None else out + bias
 
     return forward

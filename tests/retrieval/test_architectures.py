@@ -23,6 +23,7 @@ from transformers import (
 from memoir_retrieval.editing.memory import Memory, forgotten
 from memoir_retrieval.editing.train import Wording, answered, freeze, train_edits
 from memoir_retrieval.errors import ModelError
+from memoir_retrieval.model import bfloat16
 from memoir_retrieval.model.base import BaseModel, _blocks, _projection
 from memoir_retrieval.model.bfloat16 import HalfProducts
 from memoir_retrieval.model.forward import (
@@ -147,14 +148,18 @@ def test_an_edit_is_trained_in_rows_of_different_length_as_if_each_stood_alone(b
     masks[2, ::4] = True  # a row with a mask of its own, as a rephrasing may have
     past = FrozenPast(None, torch.zeros(3, dtype=torch.int64))
     wordings = [Wording(i, question, acts) for i, question in enumerate(questions)]
-    frozen = freeze(base, past, wordings, answer)[0].masked(masks)
+    spans = [Span(0, len(question)) for question in questions[:2]]
+    frozen = freeze(base, past, wordings, answer, spans)[0].masked(masks)
     (trained,) = train_edits(base, [(frozen, torch.zeros(32, 64), torch.zeros(64, 64))], Training(max_steps=3))
     assert trained.steps == 3 and trained.columns.tolist() == masks.any(0).nonzero()[:, 0].tolist()
     weight = torch.zeros(32, 64)
     weight[:, trained.columns] = trained.weights
 
+    leads: list[float] = []
+
     def mean_loss(edited: bool) -> float:
         losses = []
+        leads.clear()
         for question, mask in zip(questions, masks, strict=True):
 
             def add(_m: Any, args: Any, out: torch.Tensor, mask: torch.Tensor = mask) -> torch.Tensor:
@@ -165,11 +170,15 @@ def test_an_edit_is_trained_in_rows_of_different_length_as_if_each_stood_alone(b
             handle = base.projection.register_forward_hook(add) if edited else None
             logits = base.model(input_ids=torch.tensor([[*question, *answer[:-1]]])).logits[0, len(question) - 1 :]
             losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(answer)).item())
+            right = logits.gather(1, torch.tensor(answer)[:, None])
+            leads.append(float((right - logits.scatter(1, torch.tensor(answer)[:, None], -1e9).amax(1, True)).min()))
             if handle:
                 handle.remove()
         return sum(losses) / len(losses)
 
-    assert mean_loss(True) == pytest.approx(trained.loss, abs=1e-3) != mean_loss(False)
+    assert mean_loss(False) != pytest.approx(trained.loss, abs=1e-3)
+    assert mean_loss(True) == pytest.approx(trained.loss, abs=1e-3)
+    assert trained.lead == pytest.approx(min(leads[:2]), abs=1e-2), "the row that no fingerprint is made of is another"
 
 
 @pytest.mark.parametrize("last", [False, True])
@@ -220,6 +229,23 @@ def test_products_in_half_precision_are_close_and_leave_the_model_as_it_was(base
     assert not torch.equal(half, exact)
     assert (half - exact).abs().max() < 0.05 * exact.abs().max()
     assert torch.equal(base.model(input_ids=ids).logits, exact)
+
+
+def test_the_gradient_of_a_vocabulary_goes_through_what_is_likely(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(16, 1000, bias=False).requires_grad_(False)
+    half = bfloat16._product(layer.weight, None)
+    x = (20 * torch.randn(1, 5, 16)).requires_grad_()
+    labels = torch.arange(5)
+    gradients = []
+    for product in (layer, half, None):
+        if product is None:
+            monkeypatch.setattr(bfloat16, "_WIDE", 1)
+        loss = torch.nn.functional.cross_entropy((product or half)(x)[0], labels)
+        gradients.append(torch.autograd.grad(loss, x)[0])
+    exact, rounded, few = gradients
+    assert not torch.equal(few, rounded)
+    assert (few - exact).norm() < 1.1 * (rounded - exact).norm() + 1e-3 * exact.norm()
 
 
 def test_question_means_do_not_depend_on_batching(base: BaseModel) -> None:

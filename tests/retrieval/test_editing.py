@@ -84,6 +84,20 @@ def test_a_request_is_answered_the_same_alone_and_in_a_batch(edited: EditedModel
     assert [a.tokens for a in together] == [a.tokens for a in alone]
 
 
+@pytest.mark.parametrize(
+    ("option", "value"), [("use_cache", False), ("prefill_chunk_size", 4), ("prompt_lookup_num_tokens", 3)]
+)
+def test_a_model_may_be_published_with_other_ways_to_generate(
+    edited: EditedModel, edits: list[Edit], monkeypatch: pytest.MonkeyPatch, option: str, value: object
+) -> None:
+    """Two prompts that share their beginning, which is run once for both."""
+    before = [SYSTEM, *TURNS]
+    prompts = [[*before, {"role": "user", "content": text}] for text in (edits[0].prompt, UNRELATED[0])]
+    answers = edited.generate(prompts, max_new_tokens=6)
+    monkeypatch.setattr(edited.base.model.generation_config, option, value)
+    assert [a.tokens for a in edited.generate(prompts, max_new_tokens=6)] == [a.tokens for a in answers]
+
+
 def test_lookup_tells_the_edit_and_the_runner_up(edited: EditedModel, edits: list[Edit]) -> None:
     retriever = edited.retriever
     match = retriever.lookup(edits[2].prompt)
