@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -402,7 +403,7 @@ class Editor:
         stored = stored_as(
             edit,
             id=task.id,
-            created=getattr(edit, "created", "") or datetime.now(UTC).isoformat(timespec="seconds"),
+            created=getattr(edit, "created", "") or _now(),
             loss=round(trained.loss, 5),
             steps=trained.steps,
             memory=task.memory,
@@ -457,3 +458,14 @@ def _refuse_foreign(path: Path) -> None:
     others = sorted(p.name for p in path.iterdir() if not p.name.startswith(ours))
     if others:
         raise StoreError(f"{path} is not empty and not a store (it holds {others[0]}): choose a new folder")
+
+
+def _now() -> str:
+    """The time that new edits get. $SOURCE_DATE_EPOCH sets it, so that the same input gives the same bytes."""
+    fixed = os.environ.get("SOURCE_DATE_EPOCH", "")
+    if not fixed:
+        return datetime.now(UTC).isoformat(timespec="seconds")
+    try:
+        return datetime.fromtimestamp(int(fixed), UTC).isoformat(timespec="seconds")
+    except (ValueError, OverflowError, OSError):
+        raise ConfigError(f"SOURCE_DATE_EPOCH is {fixed!r}; give seconds since 1970, or unset it") from None
