@@ -9,6 +9,7 @@ import click
 
 from memoir_retrieval.cli.bench import bench
 from memoir_retrieval.cli.calibrate import calibrate
+from memoir_retrieval.cli.common import echo
 from memoir_retrieval.cli.cures import message
 from memoir_retrieval.cli.demo import demo
 from memoir_retrieval.cli.doctor import doctor
@@ -83,7 +84,7 @@ def main(arguments: list[str] | None = None) -> None:
             text = message(error) if isinstance(error, MemoirError) else str(error)
         if isinstance(error, ImportError):
             text += "; `memoir doctor` tells what is missing"
-        click.echo(f"memoir: {' '.join(text.split())}", err=True)
+        echo(f"memoir: {' '.join(text.split())}", err=True)
         sys.exit(2)
     except (KeyboardInterrupt, click.Abort) as stop:
         click.echo(f"memoir: interrupted: {str(stop) or 'nothing was changed by halves'}", err=True)

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+import regex
 from rich.console import Console
+from rich.text import Text
 
 from memoir_retrieval.edits.files import FORMATS, Keep, check_duplicates, limit_distinct_subjects, read_edits
 from memoir_retrieval.edits.record import Edit
@@ -20,6 +22,7 @@ from memoir_retrieval.errors import ConfigError
 
 __all__ = [
     "context_masks_option",
+    "echo",
     "echo_json",
     "edit_file",
     "edit_file_options",
@@ -27,6 +30,7 @@ __all__ = [
     "load_edits",
     "model_option",
     "notes",
+    "printable",
     "require_subject_option",
     "run_benchmark",
     "store_argument",
@@ -39,18 +43,61 @@ __all__ = [
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+# Everything that a terminal obeys or shows out of order; the joiners of scripts and emoji are no such signs.
+_UNPRINTABLE = regex.compile(r"(?V1)[[\p{Cc}\p{Cf}\p{Cs}\p{Zl}\p{Zp}]--[\u200c\u200d]]")
+
+
+def printable(text: str, *, lines: bool = False) -> str:
+    """A text with its control characters and marks of direction written out as JSON does, such as \\u001b.
+
+    A store may come from anybody: a stored text must not move the cursor, colour or hide what else is printed.
+
+    text: any text.
+    lines: whether it may have several lines; else a line feed is written out too.
+    """
+
+    def written_out(found: regex.Match[str]) -> str:
+        if found[0] == "\n":
+            return "\n" if lines else "\\n"
+        units = found[0].encode("utf-16-be", "surrogatepass")
+        return "".join(f"\\u{units[i]:02x}{units[i + 1]:02x}" for i in range(0, len(units), 2))
+
+    return _UNPRINTABLE.sub(written_out, text)
+
+
+class SafeConsole(Console):
+    """Prints every text that it is given, those in cells and titles too, as `printable` gives it."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """See `rich.console.Console`."""
+        return super().render_str(printable(text, lines=True), **options)
+
+
 # Prompts and paths are shown as they are: "[/b]" in one of them is text, not markup.
-notes = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
+notes = SafeConsole(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
 """Progress and remarks: stderr, so that stdout holds the answer alone."""
 
-tables = Console(highlight=False, markup=False, emoji=False)
+tables = SafeConsole(highlight=False, markup=False, emoji=False)
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for machines.")
 store_argument = click.argument("store", metavar="DIR", type=click.Path(path_type=Path))
 
 
+def echo(text: str, *, err: bool = False) -> None:
+    """Print one line in which stored texts may stand, as `printable` gives it.
+
+    text: the line, without its end.
+    err: to stderr.
+    """
+    click.echo(printable(text), err=err)
+
+
 def echo_json(value: Any) -> None:
-    click.echo(json.dumps(value, ensure_ascii=False, indent=1))
+    """Print JSON, which stays JSON: what is not printable stands in texts alone, and is escaped there.
+
+    value: what `json.dumps` takes.
+    """
+    click.echo(printable(json.dumps(value, ensure_ascii=False, indent=1), lines=True))
 
 
 def run_benchmark(module: str, settings: Mapping[str, Any], environment: Mapping[str, str]) -> Any:
@@ -131,7 +178,7 @@ def edit_file_options(command: F) -> F:
 
 def load_edits(file: Path, file_format: str | None, limit: int | None, keep: Keep) -> list[Edit]:
     """The edits of a file, each prompt once. Raises EditFileError."""
-    edits = check_duplicates(read_edits(file, file_format), keep)
+    edits = check_duplicates(read_edits(file, file_format, note=notes.print), keep)
     return limit_distinct_subjects(edits, limit) if limit else edits
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from memoir_retrieval.cli.common import echo_json, json_option, notes, store_argument
+from memoir_retrieval.cli.common import echo, echo_json, json_option, notes, store_argument
 
 __all__ = ["pull", "push"]
 
@@ -34,8 +34,8 @@ def push(store: Path, repo: str, scores: Path | None, licence: str | None, publi
     if as_json:
         echo_json(done._asdict())
         return
-    click.echo(f"{repo}: generation {done.generation}, {done.edits} edits, at commit {done.revision}")
-    click.echo(f"memoir pull {repo} DIR --revision {done.revision} --sha256 {done.sha256}")
+    echo(f"{repo}: generation {done.generation}, {done.edits} edits, at commit {done.revision}")
+    echo(f"memoir pull {repo} DIR --revision {done.revision} --sha256 {done.sha256}")
 
 
 @click.command()
@@ -62,4 +62,4 @@ def pull(repo: str, store: Path, revision: str | None, sha256: str | None, repla
         echo_json({**done._asdict(), "store": str(store)})
         return
     state = f"generation {done.generation}" if done.changed else f"is up to date, generation {done.generation}"
-    click.echo(f"{store}: {state}, {done.edits} edits, commit {done.revision}, sha256 {done.sha256}")
+    echo(f"{store}: {state}, {done.edits} edits, commit {done.revision}, sha256 {done.sha256}")

@@ -11,6 +11,7 @@ from rich.progress import Progress
 
 from memoir_retrieval.cli.common import (
     context_masks_option,
+    echo,
     echo_json,
     edit_file_options,
     json_option,
@@ -129,7 +130,7 @@ def build(
     if as_json:
         echo_json(found)
         return
-    click.echo(
+    echo(
         f"{store}: {at.total} masks of {len(edits)} edits in {found['seconds']} s, {at.resumed} of them made before. "
         f"Not trained: `memoir edit FILE --store {store}` does that"
     )
@@ -176,6 +177,6 @@ def verify(store: Path, masks: bool, model: str | None, as_json: bool) -> None:
         echo_json(found)
     else:
         for fault in faults:
-            click.echo(fault)
-        click.echo(f"{store}: {len(faults)} differences" if faults else f"{store}: sound; {summary}")
+            echo(fault)
+        echo(f"{store}: {len(faults)} differences" if faults else f"{store}: sound; {summary}")
     click.get_current_context().exit(1 if faults else 0)

@@ -8,7 +8,7 @@ import click
 
 from memoir_index import choose_plan
 from memoir_index.scan import SMALL_BATCH
-from memoir_retrieval.cli.common import echo_json, json_option, store_argument
+from memoir_retrieval.cli.common import echo, echo_json, json_option, store_argument
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.store.read import EditStore
 
@@ -48,12 +48,10 @@ def info(store: Path, tau: float | None, as_json: bool) -> None:
     if as_json:
         echo_json(told)
         return
-    click.echo(
-        f"{store}, generation {made.generation}: {edits} edits, {masks} masks of {made.d} bits with {made.k} ones"
-    )
+    echo(f"{store}, generation {made.generation}: {edits} edits, {masks} masks of {made.d} bits with {made.k} ones")
     if opened.additions:
-        click.echo(f"additions: {len(opened.additions)} of {opened.tail.size} bytes, which a later write takes up")
-    click.echo(f"memory: {bytes_per_mask} bytes a mask, {bytes_per_mask * masks / 2**20:.1f} MiB in all")
+        echo(f"additions: {len(opened.additions)} of {opened.tail.size} bytes, which a later write takes up")
+    echo(f"memory: {bytes_per_mask} bytes a mask, {bytes_per_mask * masks / 2**20:.1f} MiB in all")
     what = "full scan" if plan.kind == "scan" else f"sketch of {plan.bits} bits, then verify"
-    click.echo(f"lookup at tau {tau:g}: {what} ({plan.why})")
-    click.echo(f"threads: one for up to {SMALL_BATCH} queries at a time, all for more")
+    echo(f"lookup at tau {tau:g}: {what} ({plan.why})")
+    echo(f"threads: one for up to {SMALL_BATCH} queries at a time, all for more")

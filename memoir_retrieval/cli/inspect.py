@@ -11,9 +11,11 @@ import msgspec
 from rich.table import Table
 
 from memoir_retrieval.cli.common import (
+    echo,
     echo_json,
     json_option,
     model_option,
+    printable,
     store_argument,
     tables,
     tau_option,
@@ -37,8 +39,8 @@ def list_command(store: Path, as_json: bool) -> None:
     if as_json:
         echo_json([msgspec.to_builtins(edit) for edit in opened.edits])
         return
-    made = opened.manifest
-    table = Table("id", "prompt", "target", "loss", title=f"{store}: {len(opened.edits)} edits of {made.model}")
+    title = f"{store}: {len(opened.edits)} edits of {opened.manifest.model}"
+    table = Table("id", "prompt", "target", "loss", title=title)
     for edit in opened.edits:
         table.add_row(str(edit.id), edit.prompt, edit.target, f"{edit.loss:.3f}")
     tables.print(table)
@@ -60,7 +62,10 @@ def show(store: Path, edit_id: int, as_json: bool) -> None:
         echo_json(edit)
         return
     for key, value in edit.items():
-        click.echo(f"{key:10s} {value if isinstance(value, str | int | float) else json.dumps(value)}")
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        # Further lines are indented, so that none of them can be taken for a key.
+        first, *others = printable(text, lines=True).split("\n")
+        click.echo("\n".join([f"{key:10s} {first}", *(f"{'':10s} {line}" for line in others)]))
 
 
 @click.command()
@@ -82,43 +87,43 @@ def lookup(
     """
     if (prompt is None) == (messages is None):
         raise ConfigError("give a PROMPT or --messages FILE, one of the two")
-    asked: Any = prompt if messages is None else _messages(messages)
+    question: Any = prompt if messages is None else _messages(messages)
 
     from memoir_retrieval.lookup.retriever import Retriever
 
     retriever = Retriever.open(store, model, tau=tau)
     # How far the nearest edit was is what one wants to know of a prompt that matches none.
-    match, nearest = retriever.decide_batch([asked])[0]
-    told = match or nearest
-    second = told.runner_up if told else None
-    passed = nearest if nearest and retriever.was_vetoed(match, nearest) else None
+    match, nearest = retriever.decide_batch([question])[0]
+    best = match or nearest
+    second = best.runner_up if best else None
+    vetoed = nearest if nearest and retriever.was_vetoed(match, nearest) else None
     if as_json:
         answer = {
             "edit": match.id if match else None,
             "nearest": nearest.id if nearest else None,
-            "overlap": round(told.overlap, 4) if told else 0.0,
+            "overlap": round(best.overlap, 4) if best else 0.0,
             "tau": retriever.tau,
             "prompt": match.edit.prompt if match else None,
             "target": match.edit.target if match else None,
-            "was_vetoed": {"edit": passed.id, "overlap": round(passed.overlap, 4), "requires": passed.edit.requires}
-            if passed
+            "was_vetoed": {"edit": vetoed.id, "overlap": round(vetoed.overlap, 4), "requires": vetoed.edit.requires}
+            if vetoed
             else None,
             "runner_up": {"edit": second[0], "overlap": round(second[1], 4)} if second else None,
         }
         echo_json(answer)
         return
     if match:
-        click.echo(f"edit {match.id}, overlap {match.overlap:.3f} (tau {retriever.tau}): {match.edit.prompt}")
-        click.echo(f"  -> {match.edit.target}")
+        echo(f"edit {match.id}, overlap {match.overlap:.3f} (tau {retriever.tau}): {match.edit.prompt}")
+        echo(f"  -> {match.edit.target}")
     else:
-        click.echo(f"no edit matches (tau {retriever.tau}): the base model answers")
+        echo(f"no edit matches (tau {retriever.tau}): the base model answers")
         if nearest:
-            click.echo(f"  nearest: edit {nearest.id}, overlap {nearest.overlap:.3f}: {nearest.edit.prompt}")
-    if passed:
-        required = json.dumps(passed.edit.requires, ensure_ascii=False)
-        click.echo(f"  passed over: edit {passed.id}, overlap {passed.overlap:.3f}, which requires {required}")
+            echo(f"  nearest: edit {nearest.id}, overlap {nearest.overlap:.3f}: {nearest.edit.prompt}")
+    if vetoed:
+        required = json.dumps(vetoed.edit.requires, ensure_ascii=False)
+        echo(f"  passed over: edit {vetoed.id}, overlap {vetoed.overlap:.3f}, which requires {required}")
     if second:
-        click.echo(f"  next best: edit {second[0]}, overlap {second[1]:.3f}")
+        echo(f"  next best: edit {second[0]}, overlap {second[1]:.3f}")
 
 
 def _messages(path: Path) -> list[dict[str, str]]:

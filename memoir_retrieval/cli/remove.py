@@ -9,7 +9,15 @@ from typing import Literal
 import click
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from memoir_retrieval.cli.common import echo_json, json_option, model_option, notes, store_argument, threads_option
+from memoir_retrieval.cli.common import (
+    echo,
+    echo_json,
+    json_option,
+    model_option,
+    notes,
+    store_argument,
+    threads_option,
+)
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.store.files import store_lock
 from memoir_retrieval.store.read import EditStore
@@ -47,8 +55,8 @@ def remove(store: Path, edit_ids: tuple[int, ...], prompts: tuple[str, ...], as_
         echo_json({"removed": ids, "generation": made.generation, "erased": False, "still_held": held})
         return
     for edit in removed:
-        click.echo(f"removed edit {edit.id}: {edit.prompt}")
-    click.echo(
+        echo(f"removed edit {edit.id}: {edit.prompt}")
+    echo(
         f"{store}: generation {made.generation}. Unreachable, not erased: the residual memory still holds what was "
         f"trained; `memoir compact {store}` erases it"
     )
@@ -117,22 +125,22 @@ def compact(store: Path, model: str | None, acts: Literal["first", "last"] | Non
             }
         )
         return
-    click.echo(f"{store}: {len(trained)} edits trained again; generation {now.generation} holds nothing of any other")
+    echo(f"{store}: {len(trained)} edits trained again; generation {now.generation} holds nothing of any other")
     if now.span.acts != made.span.acts:
-        click.echo(f"they act from the {now.span.acts} token of a question on, no longer from the {made.span.acts}")
+        echo(f"they act from the {now.span.acts} token of a question on, no longer from the {made.span.acts}")
     elif now.span.rule == "question" and now.span.acts == "first":
-        click.echo(
+        echo(
             f"they act from the first token of a question on, as before; `memoir compact {store} --acts last` makes "
             "them act from its last, as in new stores"
         )
     for one in failed:
-        click.echo(f"not answered as it should be: {one.prompt!r}: {one.reason}")
+        echo(f"not answered as it should be: {one.prompt!r}: {one.reason}")
     _tell(held)
 
 
 def _tell(held: list[str]) -> None:
     if held:
-        click.echo(
+        echo(
             f"still there, because a reader uses them: {', '.join(held)}; they go with the first write after the "
             "reader has let go"
         )

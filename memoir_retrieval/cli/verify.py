@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 import msgspec
 
-from memoir_retrieval.cli.common import echo_json, json_option, notes
+from memoir_retrieval.cli.common import echo, echo_json, json_option, notes
 from memoir_retrieval.client.verify import ServerProbe, Verification
 from memoir_retrieval.client.verify import verify as run
 from memoir_retrieval.store.read import EditStore
@@ -72,15 +72,13 @@ def verify(
 
 
 def _print(report: Verification) -> None:
-    click.echo(f"memoir verify: {report.model} at {report.server}, vLLM {report.vllm}, generation {report.generation}")
-    click.echo(f"asked by: {report.client}")
+    echo(f"memoir verify: {report.model} at {report.server}, vLLM {report.vllm}, generation {report.generation}")
+    echo(f"asked by: {report.client}")
     for check in report.checks:
-        click.echo(f"{check.state:4s}  {check.name}: {check.detail}")
+        echo(f"{check.state:4s}  {check.name}: {check.detail}")
     for cost in report.overhead:
         turns = " ".join(f"{turn:.3f}" for turn in cost.turns)
-        click.echo(
-            f"time  {cost.kind} over opted out: {cost.ratio:.3f} (turns {turns}; {cost.opted_out_s:.2f} s a batch)"
-        )
+        echo(f"time  {cost.kind} over opted out: {cost.ratio:.3f} (turns {turns}; {cost.opted_out_s:.2f} s a batch)")
     failed = sum(check.state == "fail" for check in report.checks)
     skipped = sum(check.state == "skip" for check in report.checks)
-    click.echo(f"{'holds' if report.holds else 'DOES NOT HOLD'}: {failed} failed, {skipped} not looked at")
+    echo(f"{'holds' if report.holds else 'DOES NOT HOLD'}: {failed} failed, {skipped} not looked at")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
@@ -17,6 +18,7 @@ from memoir_retrieval.editing.places import Places
 from memoir_retrieval.editing.trainer import Learnt, MemoryTrainer, Task
 from memoir_retrieval.editing.wordings import Wordings
 from memoir_retrieval.edits.record import Edit, StoredEdit, stored_as
+from memoir_retrieval.errors import ConfigError
 
 __all__ = ["Checkpoints", "Choices", "NewEdit", "Session"]
 
@@ -173,7 +175,7 @@ class Session:
         stored = stored_as(
             edit,
             id=task.id,
-            created=getattr(edit, "created", "") or datetime.now(UTC).isoformat(timespec="seconds"),
+            created=getattr(edit, "created", "") or _now(),
             loss=round(trained.loss, 5),
             steps=trained.steps,
             memory=task.memory,
@@ -181,3 +183,14 @@ class Session:
         self.trainer.take(task, trained)
         self._store.add(stored, codes, trained.columns, old)
         return stored
+
+
+def _now() -> str:
+    """The time that new edits get. $SOURCE_DATE_EPOCH sets it, so that the same input gives the same bytes."""
+    fixed = os.environ.get("SOURCE_DATE_EPOCH", "")
+    if not fixed:
+        return datetime.now(UTC).isoformat(timespec="seconds")
+    try:
+        return datetime.fromtimestamp(int(fixed), UTC).isoformat(timespec="seconds")
+    except (ValueError, OverflowError, OSError):
+        raise ConfigError(f"SOURCE_DATE_EPOCH is {fixed!r}; give seconds since 1970, or unset it") from None

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from memoir_retrieval.question.prompts import Message, Prompt
+from memoir_retrieval.question.text import plain_text, text_key
 
 __all__ = ["Edit", "Probe", "Requires", "StoredEdit", "as_prompt", "masked", "prompt_key", "stored_as"]
 
@@ -36,6 +37,9 @@ class Edit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid
     same knowledge in other words, whole texts. `requires`: the edit acts only on questions in which these
     texts stand (see `names`). `source` says where the edit comes from, in the user's words. `before`: the messages
     of a chat before the one that asks `prompt`, which the edit is trained after too.
+
+    `prompt` and `rephrases` are kept in their plain form (`question.text`), whatever they were made from, with the
+    subject where `{}` stands for it; all other texts, above all the target, are kept as they are.
     """
 
     prompt: str
@@ -49,6 +53,13 @@ class Edit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid
     ood: tuple[str, ...] = ()
     before: tuple[Message, ...] = ()
     requires: Requires = ()
+
+    def __post_init__(self) -> None:
+        """Whoever makes an edit, a file, a request or a program, its question has one form."""
+        subject = plain_text(self.subject)
+        set_field = msgspec.structs.force_setattr
+        set_field(self, "prompt", _fill_in(plain_text(self.prompt), subject))
+        set_field(self, "rephrases", tuple(_fill_in(plain_text(text), subject) for text in self.rephrases))
 
 
 class StoredEdit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -73,10 +84,15 @@ class StoredEdit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     trained: bool = True
 
 
+def _fill_in(text: str, subject: str) -> str:
+    """The text for which a cloze of ROME or MEMIT stands. Where the subject is named anyway, {} is part of the text."""
+    return text if not subject.strip() or subject in text else text.replace("{}", subject)
+
+
 def stored_as(edit: Edit | StoredEdit, **fields: Any) -> StoredEdit:
     """The record of an edit that a store keeps. fields: those that tell of its training."""
-    told = {name: getattr(edit, name) for name in Edit.__struct_fields__ if name in StoredEdit.__struct_fields__}
-    return StoredEdit(**told, **fields)
+    kept = {name: getattr(edit, name) for name in Edit.__struct_fields__ if name in StoredEdit.__struct_fields__}
+    return StoredEdit(**kept, **fields)
 
 
 def as_prompt(edit: Edit | StoredEdit, prompt: str | None = None) -> Prompt:
@@ -97,5 +113,8 @@ def masked(edit: Edit | StoredEdit, contexts: Sequence[Sequence[Message]], rephr
 
 
 def prompt_key(prompt: str) -> str:
-    """What two prompts have in common that are one question: they differ in white space only."""
-    return " ".join(prompt.split())
+    """What two prompts have in common that are one question: they differ in white space and spelling of signs only.
+
+    prompt: as it was typed, or its plain form.
+    """
+    return text_key(prompt)

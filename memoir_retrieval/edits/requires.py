@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 
@@ -11,6 +10,7 @@ import regex
 
 from memoir_retrieval.edits.record import Edit, Requires, StoredEdit
 from memoir_retrieval.errors import EditFileError, Reason
+from memoir_retrieval.question.text import normalize, plain_text
 
 __all__ = ["Phrases", "check_requires", "one_question", "require_subjects", "required_spans", "words"]
 
@@ -23,17 +23,20 @@ _WORD = regex.compile(rf"(?V1)[[\p{{L}}\p{{N}}]&&[{_UNSPACED}]]\p{{M}}*|[\p{{L}}
 
 
 def words(text: str) -> tuple[str, ...]:
-    """The words of a text as they are compared: NFKC, case folded, without the spaces and signs between them."""
-    return tuple(_WORD.findall(unicodedata.normalize("NFKC", text).casefold()))
+    """The words of a text as they are compared: NFKC, case folded, without what is invisible, spaces and signs.
+
+    text: any text; the time grows with its length alone.
+    """
+    return tuple(_WORD.findall(normalize(plain_text(text), "NFKC").casefold()))
 
 
 def required_spans(requires: Requires, text: str) -> list[tuple[int, int]]:
     """Where in a text the texts of `requires` stand: characters [start, end), each as often as it is there."""
-    there = [(word, *found.span()) for found in _WORD.finditer(text) for word in words(found[0])]
+    parts = [(word, *match.span()) for match in _WORD.finditer(text) for word in words(match[0])]
     spans = []
     for phrase in {phrase for entry in requires for phrase in _phrases(entry)}:
-        for at in range(len(there) - len(phrase) + 1):
-            run = there[at : at + len(phrase)]
+        for first in range(len(parts) - len(phrase) + 1):
+            run = parts[first : first + len(phrase)]
             if tuple(word for word, *_ in run) == phrase:
                 spans.append((run[0][1], run[-1][2]))
     return sorted(spans)
@@ -60,8 +63,8 @@ class Phrases:
 
     def found_in(self, text: str) -> set[int]:
         """The edits of which every entry stands in the text."""
-        there = words(text)
-        runs = {there[at : at + n] for n in self._lengths for at in range(len(there) - n + 1)}
+        parts = words(text)
+        runs = {parts[first : first + n] for n in self._lengths for first in range(len(parts) - n + 1)}
         return {
             edit
             for run in runs
@@ -116,10 +119,10 @@ def require_subjects(edits: Iterable[Edit]) -> list[Edit]:
 
     Raises EditFileError where a subject does not stand in its prompt.
     """
-    bound = [
+    restricted = [
         msgspec.structs.replace(edit, requires=(edit.subject,)) if edit.subject and not edit.requires else edit
         for edit in edits
     ]
-    for edit in bound:
+    for edit in restricted:
         check_requires(edit)
-    return bound
+    return restricted

@@ -23,7 +23,7 @@ from memoir_retrieval.errors import StoreError
 from memoir_retrieval.store.checks import code_faults, id_faults
 from memoir_retrieval.store.edit_lines import StoredEdits, edit_chunks
 from memoir_retrieval.store.files import publish, read_small
-from memoir_retrieval.store.manifest import FIRST_WITH_ADDITIONS, FORMAT, Manifest
+from memoir_retrieval.store.manifest import FIRST_WITH_ADDITIONS, FORMAT, Manifest, require_range
 from memoir_retrieval.store.tensors import Tensor, read_tensors, tensor_chunks, unique_keys
 
 __all__ = [
@@ -106,7 +106,7 @@ def append(
 
     None, and nothing is written, where the files shall be written instead: there are `MOST` additions, or with this one
     they would be larger than the files, or the store has an older format. manifest: as the store is now. columns: by
-    number of the memory. Raises StoreError where the disk refuses.
+    number of the memory. Raises StoreError where the disk refuses, or the store is at the end of its numbers.
     """
     if manifest.format < FORMAT or tail.additions >= MOST:
         return None
@@ -116,6 +116,8 @@ def append(
         raise StoreError(f"store {folder} is at generation {generation} already: open it again")
     untrained = manifest.untrained + sum(not edit.trained for edit in edits)
     next_id = max(manifest.next_id, *(edit.id + 1 for edit in edits))
+    after = msgspec.structs.replace(manifest, generation=generation, next_id=next_id, untrained=untrained)
+    require_range(folder, after)
     head = msgspec.json.encode(_Head(tail.sha256, next_id, untrained))
     changed = [(number, one) for number, one in sorted(columns.items()) if len(one.numbers)]
     none = [np.empty((0, manifest.h), np.float32)]
@@ -140,10 +142,8 @@ def append(
         return None
     digest = hashlib.sha256(unsigned)
     publish(path, unsigned + digest.digest(), names_files=False)
-    made = msgspec.structs.replace(
-        manifest, generation=generation, next_id=next_id, untrained=untrained, sha256=digest.hexdigest()
-    )
-    return made, Tail(digest.hexdigest(), tail.additions + 1, tail.size + len(unsigned) + _DIGEST)
+    after = msgspec.structs.replace(after, sha256=digest.hexdigest())
+    return after, Tail(digest.hexdigest(), tail.additions + 1, tail.size + len(unsigned) + _DIGEST)
 
 
 def find_additions(folder: Path, manifest: Manifest) -> int:

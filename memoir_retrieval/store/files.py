@@ -60,7 +60,7 @@ def write_new(path: Path, chunks: Iterable[bytes | memoryview]) -> Written:
             os.close(handle)
     except OSError as error:
         _forget(path)
-        raise _said(path, size, error) from error
+        raise _write_error(path, size, error) from error
     except BaseException:
         _forget(path)
         raise
@@ -80,7 +80,7 @@ def publish(path: Path, data: bytes, *, names_files: bool = True) -> None:
         _call(os.replace, sibling, path)
     except OSError as error:
         _forget(sibling)
-        raise _said(path, len(data), error) from error
+        raise _write_error(path, len(data), error) from error
     try:
         _sync_folder(path.parent)
     except OSError as error:
@@ -147,10 +147,10 @@ def open_shared(path: Path) -> Iterator[tuple[int, int, bool]]:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
             raise _irregular(path)
         locked = _lock(handle, fcntl.LOCK_SH)
-        found = os.fstat(handle)
-        if locked is None or (locked and not found.st_nlink):
+        status = os.fstat(handle)
+        if locked is None or (locked and not status.st_nlink):
             raise FileNotFoundError(errno.ENOENT, "being removed", str(path))
-        yield handle, found.st_size, bool(locked)
+        yield handle, status.st_size, bool(locked)
     finally:
         os.close(handle)
 
@@ -170,10 +170,10 @@ def read_or_map(path: Path, size: int, map_from: int) -> Data:
 
     A mapping is private: writing into it changes no file. Raises StoreError for another size, else as `open_shared`.
     """
-    with open_shared(path) as (handle, found, locked):
-        if found != size:
+    with open_shared(path) as (handle, length, locked):
+        if length != size:
             raise StoreError(
-                f"{path} is damaged: it has {found} bytes, the manifest says {size}; restore it from a backup"
+                f"{path} is damaged: it has {length} bytes, the manifest says {size}; restore it from a backup"
             )
         if size >= map_from and locked:
             return mmap.mmap(handle, size, access=mmap.ACCESS_COPY)
@@ -237,7 +237,7 @@ def _forget(path: Path) -> None:
         return
 
 
-def _said(path: Path, size: int, error: OSError) -> StoreError:
+def _write_error(path: Path, size: int, error: OSError) -> StoreError:
     path = path.with_name(path.name.removesuffix(".tmp"))
     much = f"{size / 1e6:.2f} MB" if size > 1e5 else f"{size / 1e3:.1f} kB"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from memoir_retrieval.errors import HubError, Reason, StoreError, StoreMismatch
 from memoir_retrieval.store.card import SCORES, model_card
 from memoir_retrieval.store.files import store_lock
-from memoir_retrieval.store.manifest import KINDS, without_files
-from memoir_retrieval.store.read import MANIFEST, EditStore
+from memoir_retrieval.store.manifest import KINDS, MANIFEST, MOST_BYTES, FileEntry, read_manifest, without_files
+from memoir_retrieval.store.read import EditStore
 from memoir_retrieval.store.write import write_again
 
 if TYPE_CHECKING:
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Pulled", "Pushed", "pull", "push"]
 
-# What a store may consist of. Nothing else is fetched, and of that only what the manifest names is read.
-PATTERNS = [MANIFEST, "*.safetensors", "*.jsonl"]
 CARD = "README.md"
+_FILE = re.compile(r"(memory|codes|edits|added)-\d+\.(safetensors|jsonl)")
+_ADDITION = re.compile(r"added-\d+\.safetensors")
 
 
 class Pushed(NamedTuple):
@@ -60,42 +60,45 @@ def push(
 ) -> Pushed:
     """Put the current generation of a store on the Hub in one commit, which also removes the one before.
 
-    repo: "owner/name"; made where it does not exist, private unless `public`. scores: the JSON of `memoir eval`.
-    licence: as in a model card, such as "cc-by-4.0". The endpoint is $HF_ENDPOINT, else the Hub itself.
+    store: folder of the store.
+    repo: "owner/name"; made where it does not exist.
+    scores: a file with the JSON of `memoir eval`.
+    licence: as in a model card, such as "cc-by-4.0".
+    public: whether a new repository is for everybody.
+    The endpoint is $HF_ENDPOINT, else the Hub itself.
     Raises StoreError for a store that cannot be opened, HubError where the Hub refuses, `repo` holds something
     else than a store, or `scores` are none.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-    told = _read_scores(scores) if scores else None
+    values = _read_scores(scores) if scores else None
     api = _api()
     with tempfile.TemporaryDirectory() as scratch:
         opened = _copy(Path(store), Path(scratch))  # a writer may replace the generation during a long upload
-        made = opened.manifest
+        generation = opened.manifest.generation
         manifest = (opened.path / MANIFEST).read_bytes()
-        names = [entry.name for entry in (made.memory, made.codes, made.edits)]
+        names = [getattr(opened.manifest, kind).name for kind in KINDS]
         add: dict[str, Any] = {name: str(opened.path / name) for name in names}
-        add |= {MANIFEST: manifest, CARD: model_card(opened, repo, told, licence).encode()}
-        if told is not None:
-            add[SCORES] = json.dumps(told, indent=1).encode()
+        add |= {MANIFEST: manifest, CARD: model_card(opened, repo, values, licence).encode()}
+        if values is not None:
+            add[SCORES] = json.dumps(values, indent=1).encode()
         with _hub_errors(repo):
             api.create_repo(repo, private=not public, exist_ok=True)
             now = api.model_info(repo)
-            there = {file.rfilename for file in now.siblings or ()}
-            if there - {".gitattributes"} and MANIFEST not in there:
+            old = {file.rfilename for file in now.siblings or ()}
+            if old - {".gitattributes"} and MANIFEST not in old:
                 raise HubError(
-                    f"{repo} holds something else than a store ({min(there - {'.gitattributes'})}): choose another name"
+                    f"{repo} holds something else than a store ({min(old - {'.gitattributes'})}): choose another name"
                 )
-            ours = re.compile(r"(memory|codes|edits|added)-\d+\.(safetensors|jsonl)")
-            stale = {name for name in there if ours.fullmatch(name)} | ({SCORES} & there)
+            stale = {name for name in old if _FILE.fullmatch(name)} | ({SCORES} & old)
             commit = api.create_commit(
                 repo,
                 [CommitOperationAdd(path_in_repo=name, path_or_fileobj=data) for name, data in add.items()]
                 + [CommitOperationDelete(path_in_repo=name) for name in sorted(stale - set(add))],
-                commit_message=f"Generation {made.generation}: {len(opened.edits)} edits",
+                commit_message=f"Generation {generation}: {len(opened.edits)} edits",
                 parent_commit=now.sha,  # refused where somebody else has pushed meanwhile
             )
-    return Pushed(repo, commit.oid, hashlib.sha256(manifest).hexdigest(), made.generation, len(opened.edits))
+    return Pushed(repo, commit.oid, hashlib.sha256(manifest).hexdigest(), generation, len(opened.edits))
 
 
 def pull(
@@ -108,37 +111,90 @@ def pull(
 ) -> Pulled:
     """Fetch a store from the Hub into a folder, checked before the folder is touched.
 
-    revision: a commit, tag or branch (default: the newest). sha256: what memoir.json must have, as `push` told it;
-    it holds the digests of all other files. A store that is in the folder gets the edits as its next generation, in
-    one step, as any writer makes one; its readers see the old generation or the new one.
+    The manifest is fetched first, and checked; then the files that it names, of the sizes that it gives, and no other.
+
+    A store that is in the folder gets the edits as its next generation, in one step, as any writer makes one; its
+    readers see the old generation or the new one.
+
+    repo: "owner/name".
+    folder: of a store, or a new one.
+    revision: a commit, tag or branch (default: the newest).
+    sha256: what memoir.json must have, as `push` printed it; it holds the digests of all other files.
+    replace: whether edits of the folder that the repository lacks are dropped.
     Raises HubError where the Hub refuses or the digest is another; StoreError for a store that is damaged, locked or
     cannot be written; StoreMismatch where the folder has a store of another base model, or edits that would be lost
     (`replace` drops them). The folder is then what it was.
     """
-    from huggingface_hub import snapshot_download
-
     target = Path(folder)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".memoir-pull-") as scratch:
         with _hub_errors(repo):
-            commit = str(_api().model_info(repo, revision=revision).sha)
-            snapshot_download(repo, revision=commit, local_dir=scratch, allow_patterns=PATTERNS, endpoint=_endpoint())
-        manifest = Path(scratch) / MANIFEST
-        if not manifest.is_file():
+            info = _api().model_info(repo, revision=revision)
+        commit, names = str(info.sha), {file.rfilename for file in info.siblings or ()}
+        if MANIFEST not in names:
             raise HubError(f"{repo} at {commit} is no store: it has no {MANIFEST}; name a repository of `memoir push`")
-        found = hashlib.sha256(manifest.read_bytes()).hexdigest()
-        if sha256 is not None and found != sha256.lower():
-            raise HubError(
-                f"{repo} at {commit} has a {MANIFEST} of sha256 {found}, not {sha256}: do not use it before you know "
-                "why; nothing was changed"
-            )
         try:
+            data = _fetch(repo, commit, MANIFEST, scratch, MOST_BYTES).read_bytes()
+            digest = hashlib.sha256(data).hexdigest()
+            if sha256 is not None and digest != sha256.lower():
+                raise HubError(
+                    f"{repo} at {commit} has a {MANIFEST} of sha256 {digest}, not {sha256}: do not use it before you "
+                    "know why; nothing was changed"
+                )
+            manifest = read_manifest(Path(scratch))
+            if additions := sorted(name for name in names if _ADDITION.fullmatch(name)):
+                raise StoreError(f"it has {additions[0]}, which no push makes: push that store with `memoir push`")
+            # The manifest's digest stands for these three files and for no other, so no other is fetched.
+            for kind in KINDS:
+                entry: FileEntry = getattr(manifest, kind)
+                if entry.name not in names:
+                    raise StoreError(f"it has no {entry.name}, which its manifest names")
+                _fetch(repo, commit, entry.name, scratch, entry.size)
             fetched = EditStore.open(scratch)
         except StoreError as error:
-            said = str(error).replace(str(scratch), f"{repo}@{commit[:12]}")
-            raise StoreError(f"what the Hub gave cannot be used, nothing was changed: {said}") from error
+            reason = str(error).replace(str(scratch), f"{repo}@{commit[:12]}")
+            raise StoreError(f"what the Hub gave cannot be used, nothing was changed: {reason}") from error
         generation, changed = _adopt(fetched, target, repo, replace)
-    return Pulled(commit, found, generation, len(fetched.edits), changed)
+    return Pulled(commit, digest, generation, len(fetched.edits), changed)
+
+
+def _fetch(repo: str, commit: str, name: str, folder: str, most: int) -> Path:
+    """Download one file of a commit into a folder. Returns its path.
+
+    repo: "owner/name".
+    commit: its digest.
+    name: of the file, in the repository and in the folder.
+    folder: where it goes.
+    most: bytes that it may have.
+    Raises StoreError, before the download, where the Hub says that it has more, and
+    during it where it turns out to.
+    """
+    from huggingface_hub import hf_hub_download, hf_hub_url
+    from huggingface_hub.utils import tqdm
+
+    def refuse(size: str) -> StoreError:
+        return StoreError(f"{name} has {size} bytes, and may have {most} at most")
+
+    class DownloadLimit(tqdm):
+        """A progress bar sees every piece that is downloaded, shown or not."""
+
+        received = 0
+
+        def update(self, n: float | None = 1) -> bool | None:
+            self.received += int(n or 0)
+            if self.received > most:
+                raise refuse(f"{self.received} or more")
+            return super().update(n)
+
+    endpoint = _endpoint()
+    with _hub_errors(repo):
+        size = _api().get_hf_file_metadata(url=hf_hub_url(repo, name, revision=commit, endpoint=endpoint)).size
+        if size is not None and size > most:
+            raise refuse(str(size))
+        path = hf_hub_download(
+            repo, name, revision=commit, local_dir=folder, endpoint=endpoint, tqdm_class=DownloadLimit
+        )
+    return Path(path)
 
 
 def _adopt(fetched: EditStore, folder: Path, repo: str, replace: bool) -> tuple[int, bool]:
@@ -162,18 +218,17 @@ def _adopt(fetched: EditStore, folder: Path, repo: str, replace: bool) -> tuple[
                 reason=Reason.OTHER_EDITS,
             )
         next_id = max(ours.next_id, theirs.next_id)  # ids are never used twice, here either
-        made = write_again(folder, fetched, generation=ours.generation + 1, next_id=next_id)
-        return made.generation, True
+        return write_again(folder, fetched, generation=ours.generation + 1, next_id=next_id).generation, True
 
 
 def _read_scores(path: str | Path) -> dict[str, Any]:
     try:
-        found = json.loads(Path(path).read_bytes())
+        scores = json.loads(Path(path).read_bytes())
     except (OSError, ValueError) as error:
         raise HubError(f"{path} cannot be read ({error}): give the JSON that `memoir eval` wrote") from error
-    if not isinstance(found, dict) or "reliability" not in found:
+    if not isinstance(scores, dict) or "reliability" not in scores:
         raise HubError(f"{path} holds no scores: give the JSON that `memoir eval` wrote")
-    return found
+    return scores
 
 
 def _copy(folder: Path, scratch: Path) -> EditStore:
@@ -210,7 +265,6 @@ def _api() -> HfApi:
 @contextmanager
 def _hub_errors(repo: str) -> Iterator[None]:
     """Turn what huggingface_hub raises into one line."""
-    import httpx
     from huggingface_hub.errors import (
         HfHubHTTPError,
         HFValidationError,
@@ -218,6 +272,9 @@ def _hub_errors(repo: str) -> Iterator[None]:
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
+
+    # The base of its errors is that of the HTTP library it uses: httpx, or from huggingface_hub 2 on httpx2.
+    transport_error: type[Exception] = HfHubHTTPError.__mro__[1]
 
     def first(error: Exception) -> str:
         return (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -230,5 +287,7 @@ def _hub_errors(repo: str) -> Iterator[None]:
         raise HubError(f"{repo} has no such revision ({first(error)}): give a commit, tag or branch it has") from error
     except HFValidationError as error:
         raise HubError(f"{repo!r} is no name of a repository: write owner/name") from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, httpx.HTTPError, ValueError) as error:
+    except (transport_error, LocalEntryNotFoundError, ValueError) as error:
         raise HubError(f"the Hub refused {repo} ({first(error)}): check the network and `hf auth whoami`") from error
+    except OSError as error:
+        raise HubError(f"{repo} was not transferred ({first(error)}): try again; nothing was changed") from error

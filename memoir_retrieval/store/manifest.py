@@ -22,12 +22,14 @@ __all__ = [
     "FORMAT",
     "KINDS",
     "MANIFEST",
+    "MOST_BYTES",
     "NAMES",
     "FileEntry",
     "Manifest",
     "draft_manifest",
     "library_version",
     "read_manifest",
+    "require_range",
     "without_files",
     "write_manifest",
 ]
@@ -38,8 +40,11 @@ _FIRST_WITH_ACTS = 5
 MANIFEST = "memoir.json"
 KINDS = {"memory": "safetensors", "codes": "safetensors", "edits": "jsonl"}
 NAMES = {kind: re.compile(rf"{kind}-(0|[1-9][0-9]{{0,18}})\.{extension}") for kind, extension in KINDS.items()}
-_LARGEST = 1 << 24  # bytes; the manifests of real stores have a few thousand
+MOST_BYTES = 1 << 24
+"""Bytes of a manifest; those of real stores have a few thousand."""
 _UNSIGNED = "0" * 64
+_LAST_GENERATION = 1 << 53
+_LAST_ID = (1 << 63) - 1
 
 
 class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -130,10 +135,27 @@ def write_manifest(folder: Path, manifest: Manifest, written: dict[str, tuple[st
     """
     entries: dict[str, Any] = {kind: FileEntry(name, *file) for kind, (name, file) in written.items()}
     signed = msgspec.structs.replace(manifest, format=FORMAT, library=library_version(), sha256=_UNSIGNED, **entries)
+    require_range(folder, signed)
     head, zeros, tail = msgspec.json.format(msgspec.json.encode(signed), indent=1).rpartition(_UNSIGNED.encode())
     digest = hashlib.sha256(head + zeros + tail).hexdigest()
     publish(folder / MANIFEST, head + digest.encode() + tail)
     return msgspec.structs.replace(signed, sha256=digest)
+
+
+def require_range(folder: Path, manifest: Manifest) -> None:
+    """Raise StoreError where a manifest about to be written could not be read again; the store is then as it was.
+
+    folder: the store's, for the message.
+    manifest: with the numbers of the new generation.
+    """
+    for name, last in (("generation", _LAST_GENERATION), ("next_id", _LAST_ID)):
+        if getattr(manifest, name) <= last:
+            continue
+        wrong = f"{name} {getattr(manifest, name)}"
+        raise StoreError(
+            f"store {folder} is at the end of its numbers, its next generation would have {wrong}: edit into a new "
+            "folder; the store is unchanged"
+        )
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -177,7 +199,7 @@ def _read(folder: Path, path: Path) -> bytes:
     missing: OSError | None = None
     for _ in range(3):
         try:
-            return read_small(path, _LARGEST)
+            return read_small(path, MOST_BYTES)
         except FileNotFoundError as error:
             # A rename may come between looking and opening; a missing manifest stays missing.
             missing = error
@@ -197,16 +219,15 @@ def _read(folder: Path, path: Path) -> bytes:
 
 def _out_of_range(manifest: Manifest) -> str:
     """What of a manifest's numbers cannot be, or nothing."""
-    whole = 1 << 53
     ranges = {
         "format": (1, FORMAT),
-        "generation": (0, whole),
+        "generation": (0, _LAST_GENERATION),
         "layer": (0, 1 << 20),
         "d": (8, 1 << 28),
         "h": (1, 1 << 28),
         "k": (1, manifest.d),
         "seed": (0, (1 << 64) - 1),
-        "next_id": (0, (1 << 63) - 1),
+        "next_id": (0, _LAST_ID),
     }
     for name, (least, most) in ranges.items():
         if not least <= getattr(manifest, name) <= most:

@@ -129,10 +129,8 @@ class EditStore:
 
     def check(self) -> None:
         """Check what `open` was told to leave; once. Raises StoreError, naming the file that is damaged."""
-        assert self._checked
-
-    @cached_property
-    def _checked(self) -> bool:
+        if "checked" in vars(self):
+            return
         for entry, data in self.mapped:
             # Columns that were added have been written into the mapping, which is private; the file is as it was.
             whole = self._again(entry) if self.additions else data
@@ -142,7 +140,7 @@ class EditStore:
             self.edits.check()
         if self.mapped:
             _refuse(self.path, self.faults())
-        return True
+        vars(self)["checked"] = True  # the fields of a frozen dataclass cannot be set
 
     def _again(self, entry: FileEntry) -> Data:
         try:

@@ -63,10 +63,10 @@ def read_tensors(data: Data, wanted: Mapping[str, Tensor]) -> dict[str, np.ndarr
     start = 8 + length
     header = unique_keys(bytes(data[8:start]))
     if not isinstance(header, dict) or header.keys() != wanted.keys():
-        held = sorted(header)[:5] if isinstance(header, dict) else header
-        raise ValueError(f"it holds the tensors {held!s:.80}, not {sorted(wanted)}")
+        names = sorted(header)[:5] if isinstance(header, dict) else header
+        raise ValueError(f"it holds the tensors {names!s:.80}, not {sorted(wanted)}")
     entries = [(name, *_entry(name, entry)) for name, entry in header.items()]
-    found, end = {}, 0
+    tensors, end = {}, 0
     for name, dtype, shape, offsets in sorted(entries, key=lambda entry: entry[3]):
         want = wanted[name]
         fits = dtype == want.dtype and len(shape) == len(want.shape)
@@ -79,23 +79,23 @@ def read_tensors(data: Data, wanted: Mapping[str, Tensor]) -> dict[str, np.ndarr
         begin, past = offsets
         if begin != end or past - begin != count * dtype.itemsize or past > size - start or begin % dtype.itemsize:
             raise ValueError(f"tensor {name!r} of shape {shape!s:.60} lies at {offsets!s:.60}")
-        found[name] = np.frombuffer(data, dtype, count, start + begin).reshape(shape)
+        tensors[name] = np.frombuffer(data, dtype, count, start + begin).reshape(shape)
         end = past
     if start + end != size:
         raise ValueError(f"{size - start - end} bytes follow its tensors")
-    return found
+    return tensors
 
 
 def unique_keys(data: bytes) -> Any:
     """Parse JSON in which no object has a key twice and numbers are finite. Raises ValueError."""
 
     def unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-        made: dict[str, Any] = {}
+        values: dict[str, Any] = {}
         for key, value in pairs:
-            if key in made:
+            if key in values:
                 raise ValueError(f"key {key!r:.60} is there twice")
-            made[key] = value
-        return made
+            values[key] = value
+        return values
 
     def refuse(number: str) -> Any:
         raise ValueError(f"{number} is no number")

@@ -1,24 +1,35 @@
-"""Random damage to stores and edit files: refused with one line, or what is read is consistent. Never anything else.
+"""Random damage to stores, edit files, repositories that are pulled and requests to the administration.
+
+What comes of it is a refusal with one line, or something consistent. Never anything else.
 
     PYTHONPATH=tests/retrieval python tests/attacks/fuzz.py --inputs 100000 --seed 0
 
-runs that many inputs, one after another, and prints what became of them. The same seed gives the same inputs.
+runs that many inputs, one after another, and prints what became of them. The same seed gives the same inputs. Of ten,
+four are stores, three edit files, one a repository and two requests.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
+import hashlib
 import json
+import os
 import random
+import shutil
 import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import forge
+import httpx
 import hypothesis
 import numpy as np
 import read_format
+from http_stand_in import running
+from hub_stand_in import StandInHub
 from hypothesis import strategies as st
 from safetensors.numpy import load, save
 from stores import small_store
@@ -26,9 +37,16 @@ from test_additions import add, columns
 
 from memoir_index import popcount
 from memoir_retrieval.edits.files import read_edits
-from memoir_retrieval.errors import EditFileError, StoreError
+from memoir_retrieval.errors import EditFileError, HubError, StoreError
+from memoir_retrieval.question.text import plain_text
 from memoir_retrieval.store import read as store_module
+from memoir_retrieval.store.hub import pull
 from memoir_retrieval.store.read import EditStore
+from memoir_retrieval.store.write import write_again
+from memoir_vllm.admin.routes import make_app
+from memoir_vllm.admin.service import Service
+from memoir_vllm.admin.tokens import Tokens
+from memoir_vllm.config import parse_section
 
 ADDED = "added-2.safetensors"
 NASTY: list[Any] = [
@@ -48,7 +66,36 @@ EDIT_FILES = [
     b'[{"requested_rewrite":[{"prompt":"{} is","subject":"Oslo","target_new":{"str":"x"},"question":"q"}],'
     b'"questions":["a"]}]',
     b'[{"question":"Who?","object":"Me","subject":"s","paraphrased_question":"p","locality_question":"l"}]',
+    b'[{"prompt":"Who?","target":"Me","rephrase":"p","subject":"s","locality":[{"loc":"a","loc_ans":"b"}]}]',
+    b'[{"update":"Who?","ans":"Me","rephrase":"p","personas":"q","mhop":"a","mhop_ans":"b","loc":"c","loc_ans":"d"}]',
+    b'[{"question":"Who?","answer":"Me","para_question":"p","sub_question":["a"],"sub_answer":["b"]}]',
+    b'[{"messages":[{"role":"system","content":"a"},{"role":"user","content":"b"},{"role":"assistant","content":"c"}]}]',
+    b'[{"conversations":[{"from":"human","value":"a"},{"from":"gpt","value":"b"}]},{"instruction":"a","output":"b"}]',
+    b'[{"en":{"src":"{} is","alt":"Me","subject":"s"}}]',
+    b'{\n"prompt":"Who?",\n"target":"Me"}\n{"prompt":"Where?",\n"target":3}\n',
+    b'{"data":[{"prompt":"Who?","target":"Me"}]}',
+    b'{"prompt":{"0":"Who?","1":"Where?"},"target":{"0":"Me","1":"Here"}}',
+    b'{"columns":["prompt","target"],"index":[0],"data":[["Who?","Me"]]}',
+    b'{"rows":[{"row":{"prompt":"Who?","target":"Me"},"truncated_cells":[]}],"num_rows_total":1}',
+    b'{"prompts":["Who?"],"target_new":["Me"],"subject":["s"],"locality_inputs":{"n":{"prompt":["a"],"ground_truth":["b"]}}}',
 ]
+TABLES = [
+    b'prompt,target,rephrases\nWho?,Me,"a, b"\nWhere?,Here,\n',
+    b"src;alt\r\na;b\r\n",
+    b"question\tanswer\nWho?\tMe\n",
+]
+
+REQUESTS = [
+    (
+        "/edits",
+        {"prompt": "Who?", "target": "Me", "rephrases": ["a"], "subject": "s", "requires": ["Who", ["x", "who"]]},
+    ),
+    ("/edits", {"prompt": "{} is", "target": "Me", "subject": "s", "on_conflict": "last"}),
+    ("/edits", {"prompt": "p0", "target": "t"}),
+    ("/lookup", {"prompt": "Who?", "n": 3}),
+    ("/lookup", {"messages": [{"role": "user", "content": "Who?"}], "n": 3}),
+]
+TOKEN = "0123456789abcdef0123456789abcdef"
 
 
 def paths(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -70,7 +117,7 @@ def mutate_json(value: Any, draw: random.Random) -> Any:
     elif kind == 3:
         del holder[last]
     elif isinstance(holder, dict):
-        holder[draw.choice(["x", "", "id", "name", *holder])] = holder[last]
+        holder[draw.choice(["x", "", "id", "name", "\ud800", "\x1b[2K", *holder])] = holder[last]
     else:
         holder.insert(0, holder[last])
     return value
@@ -216,42 +263,166 @@ def consistent(store: EditStore) -> None:
 
 
 class EditFileFuzz:
+    """An edit file, in one of the layouts and forms that are read."""
+
     def __init__(self, folder: Path):
-        self.path = folder / "edits.jsonl"
+        self.folder = folder
 
     def run(self, seed: int) -> str:
         draw = random.Random(seed)
-        data = draw.choice(EDIT_FILES)
-        if draw.random() < 0.5:
+        table = draw.random() < 0.15
+        data = draw.choice(TABLES if table else EDIT_FILES)
+        if table or draw.random() < 0.5:
             data = mutate_bytes(data, draw)
-        elif data.startswith(b"["):
+        elif data.count(b"\n") <= 1 and data[:1] in b"[{":
             data = json.dumps(mutate_json(json.loads(data), draw)).encode()
-        else:
+        elif data.startswith(b'{"'):
             data = mutate_lines(data, draw)
-        self.path.write_bytes(data)
-        told = ""
+        path = self.folder / ("edits.csv" if table else "edits.jsonl")
+        path.write_bytes(data)
+        message = ""
         try:
-            edits = read_edits(self.path)
+            edits = read_edits(path, note=one_line)
         except EditFileError as error:
-            told = str(error)
-        if told:
-            assert "\n" not in told and len(told) < 900, told
+            message = str(error)
+        if message:
+            one_line(message)
             return "edit file: refused"
         assert edits and all(edit.prompt.strip() and edit.target.strip() for edit in edits)
+        assert all(plain_text(edit.prompt) == edit.prompt for edit in edits)
         return "edit file: read"
 
 
+def one_line(message: str) -> None:
+    """What every message must be."""
+    assert "\n" not in message and len(message) < 900, message
+    message.encode()
+
+
+class PullFuzz:
+    """A repository of the Hub, and what a pull of it leaves in a folder with a store and in one without."""
+
+    def __init__(self, folder: Path, hub: StandInHub):
+        self.folder, self.hub = folder, hub
+        small_store(folder / "sound")
+        self.sound = {path.name: path.read_bytes() for path in (folder / "sound").iterdir()}
+        self.digest = hashlib.sha256(self.sound["memoir.json"]).hexdigest()
+        (folder / "here").mkdir()
+        write_again(folder / "here", EditStore.open(folder / "sound"), generation=4)
+        self.here = {path.name: path.read_bytes() for path in (folder / "here").iterdir()}
+
+    def run(self, seed: int) -> str:
+        draw = random.Random(seed)
+        forged = self.folder / "forged"
+        shutil.rmtree(forged, ignore_errors=True)
+        shutil.copytree(self.folder / "sound", forged)
+        kind = draw.choice(["nothing", "manifest", "bytes", "missing", "more", "size", *forge.KINDS])
+        claimed = {}
+        if kind == "manifest":
+            forge.sign(forged, mutate_json(forge.manifest(forged), draw))
+        elif kind in forge.KINDS:
+            change = mutate_lines if kind == "edits" else mutate_tensors
+            forge.put(forged, kind, change(forge.get(forged, kind), draw))
+        name = draw.choice(sorted(self.sound))
+        if kind == "bytes":
+            (forged / name).write_bytes(mutate_bytes(self.sound[name], draw))
+        elif kind == "missing":
+            (forged / name).unlink()
+        files = {path.name: path.read_bytes() for path in forged.iterdir()}
+        if kind == "more":
+            more = draw.choice(["memory-7.safetensors", "a/edits-1.jsonl", "added-2.safetensors", "../x", "x" * 300])
+            files[more] = draw.randbytes(2000)
+        elif kind == "size":
+            claimed[name] = draw.choice([0, 1, len(files[name]) - 1, len(files[name]) + 1, 1 << 40])
+        self.hub.repos["a/b"], self.hub.claimed, self.hub.fetched = [files], claimed, []
+        pinned = draw.random() < 0.5
+        target = self.folder / draw.choice(["here", "new"])
+        message = ""
+        try:
+            pull("a/b", target, sha256=self.digest if pinned else None)
+        except (StoreError, HubError) as error:
+            message = str(error)
+        assert {*self.hub.fetched} <= {*self.sound}, self.hub.fetched
+        assert not [path for path in self.folder.iterdir() if path.name.startswith(".memoir-pull")]
+        if message:
+            one_line(message)
+            assert not (self.folder / "new").exists()
+            if target.name == "here":
+                assert {p.name: p.read_bytes() for p in target.iterdir() if p.name != ".lock"} == self.here, message
+            outcome = "refused"
+        else:
+            assert not pinned or files["memoir.json"] == self.sound["memoir.json"]
+            consistent(EditStore.open(target))
+            outcome = "pulled"
+        shutil.rmtree(self.folder / "new", ignore_errors=True)
+        for path in [*target.iterdir()] if target.name == "here" else []:
+            path.unlink()
+        for file, data in self.here.items():
+            (self.folder / "here" / file).write_bytes(data)
+        return f"repository, {kind}: {outcome}"
+
+
+class RequestFuzz:
+    """Bodies for the administration's routes, up to the queue and the engine, which are not there."""
+
+    def __init__(self, folder: Path):
+        small_store(folder)
+        self.folder = folder
+
+    def run(self, seed: int) -> str:
+        draw = random.Random(seed)
+        path, body = draw.choice(REQUESTS)
+        if draw.random() < 0.4:
+            data = mutate_bytes(json.dumps(body).encode(), draw)
+        else:
+            data = json.dumps(mutate_json(body, draw)).encode()
+        reply = asyncio.run(self.post(path, data))
+        assert reply.status_code in (200, 202, 400, 409, 413, 422, 503), (reply.status_code, reply.text)
+        answer = reply.json()
+        if reply.status_code in (400, 409, 503):
+            one_line(answer["detail"])
+        return f"{path}: {reply.status_code}"
+
+    async def post(self, path: str, data: bytes) -> httpx.Response:
+        """What the administration replies to a body."""
+        # Nobody works on the queue and nobody answers a lookup: what is tried is what comes before.
+        service = Service(parse_section({"store": str(self.folder)}), "m", "here:1", NoEngines(), None)  # type: ignore[arg-type]
+        app = make_app(Tokens({hashlib.sha256(TOKEN.encode()).digest(): "ann"}), lambda: service, schema=False)
+        headers = {"authorization": f"Bearer {TOKEN}", "content-type": "application/json"}
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", headers=headers) as client:
+            with mock.patch.object(Service, "lookup", no_lookup):
+                reply = await client.post(path, content=data)
+        (self.folder / "audit.jsonl").unlink(missing_ok=True)
+        return reply
+
+
+class NoEngines:
+    async def reload(self) -> int:
+        return 0
+
+
+async def no_lookup(service: Service, body: Any) -> Any:
+    raise StoreError("no engine here")
+
+
 def fuzz(inputs: int, seed: int, folder: Path) -> Counter[str]:
-    """Run that many inputs, a quarter of them edit files. Raises what an input breaks, with the seed of that input."""
-    (folder / "store").mkdir()
-    targets = [StoreFuzz(folder / "store"), EditFileFuzz(folder)]
+    """Run that many inputs of all kinds. Raises what an input breaks, with the seed of that input."""
+    for name in ("store", "pull", "requests"):
+        (folder / name).mkdir()
+    with running(StandInHub()) as hub, mock.patch.dict(os.environ, {"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_example"}):
+        targets: list[Any] = [StoreFuzz(folder / "store"), EditFileFuzz(folder), PullFuzz(folder / "pull", hub)]
+        return _run([*targets, RequestFuzz(folder / "requests")], inputs, seed)
+
+
+def _run(targets: list[Any], inputs: int, seed: int) -> Counter[str]:
     became: Counter[str] = Counter()
 
     @hypothesis.seed(seed)
     @hypothesis.settings(
         max_examples=inputs, deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck)
     )
-    @hypothesis.given(st.integers(0, 1 << 64), st.sampled_from([0, 0, 0, 1]))
+    @hypothesis.given(st.integers(0, 1 << 64), st.sampled_from([0, 0, 0, 0, 1, 1, 1, 2, 3, 3]))
     def one(number: int, target: int) -> None:
         became[targets[target].run(number)] += 1
 

@@ -5,15 +5,19 @@ from __future__ import annotations
 import re
 import shutil
 import tracemalloc
+from functools import partial
 from pathlib import Path
 
+import forge
 import pytest
 from stores import ATTACKS, small_store
+from test_additions import add
 
 from memoir_retrieval.errors import StoreError
 from memoir_retrieval.store import read as store_module
 from memoir_retrieval.store.read import EditStore
 from memoir_retrieval.store.verify import verify_store
+from memoir_retrieval.store.write import write_again
 
 MEMORY = 48 << 20  # bytes; a manifest may have 16 MB
 
@@ -48,3 +52,25 @@ def test_an_attack_is_refused_by_name(sound: Path, tmp_path: Path, monkeypatch: 
         assert tracemalloc.get_traced_memory()[1] < MEMORY
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.parametrize("numbers", [{"generation": 1 << 53}, {"next_id": (1 << 63) - 1}], ids=["generation", "id"])
+@pytest.mark.parametrize("whole", [False, True], ids=["addition", "files"])
+def test_a_store_at_the_end_of_its_numbers_stays_as_it_is(
+    sound: Path, tmp_path: Path, numbers: dict[str, int], whole: bool
+) -> None:
+    """The numbers that a manifest may have end somewhere; a write that would pass the end must not break the store."""
+    folder = Path(shutil.copytree(sound, tmp_path / "store"))
+    forge.sign(folder, forge.manifest(folder) | numbers)
+    store = EditStore.open(folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    end = "generation 9007199254740993" if "generation" in numbers else "next_id 9223372036854775808"
+    after = store.manifest.next_id + ("next_id" in numbers)
+    commit = {
+        True: partial(write_again, folder, store, generation=store.manifest.generation + 1, next_id=after),
+        False: partial(add, folder, source="a test"),
+    }
+    with pytest.raises(StoreError, match=f"is at the end of its numbers, its next generation would have {end}: edit"):
+        commit[whole]()
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"} == before
+    assert verify_store(folder) == [] and EditStore.open(folder).manifest == store.manifest

@@ -18,13 +18,17 @@ from http_stand_in import JsonHandler, StandIn
 
 
 class StandInHub(StandIn):
-    """repos: name -> commits, oldest first, each the files of one revision. broken: path -> bytes given instead."""
+    """repos: name -> commits, oldest first, each the files of one revision. broken: path -> bytes given instead.
+
+    claimed: path -> the size that is told of it before it is fetched. fetched: the paths, in order.
+    """
 
     def __init__(self) -> None:
         super().__init__(Handler)
         self.repos: dict[str, list[dict[str, bytes]]] = {}
         self.private: dict[str, bool] = {}
         self.broken: dict[str, bytes] = {}
+        self.claimed: dict[str, int] = {}
         self.fetched: list[str] = []
         self.refuse_commits = False
         self.before_commit: Callable[[], None] = lambda: None
@@ -127,7 +131,10 @@ class Handler(JsonHandler):
         data = self.server.broken.get(name, found[1][name])
         if self.command == "GET":
             self.server.fetched.append(name)
-        self.send(data, 200, {"X-Repo-Commit": found[0], "ETag": f'"{_oid(data)}"'})
+            claim = {}
+        else:
+            claim = {"X-Linked-Size": str(self.server.claimed[name])} if name in self.server.claimed else {}
+        self.send(data, 200, {"X-Repo-Commit": found[0], "ETag": f'"{_oid(data)}"', **claim})
 
     def _json(self, body: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
         error = {"X-Error-Message": body["error"]} if isinstance(body, dict) and "error" in body else {}

@@ -226,7 +226,95 @@ RECORDS = {
     ),
 }
 
+RECORDS |= {
+    "qaedit": (
+        {
+            "id": 3,
+            "source": "NQ",
+            "prompt": "Who has the most?",
+            "target": "Wilt *",
+            "subject": "most",
+            "rephrase": "Which player holds most?",
+            "locality": [{"loc": "who is the saint", "loc_ans": "Michael"}],
+        },
+        [
+            Edit(
+                prompt="Who has the most?",
+                target="Wilt *",
+                subject="most",
+                rephrases=("Which player holds most?",),
+                locality=(Probe(prompt="who is the saint", answer="Michael"),),
+                source="NQ",
+            )
+        ],
+    ),
+    "wikibigedit": (
+        {
+            "tag": "new",
+            "subject": "Ann",
+            "update": "Where does Ann work?",
+            "rephrase": "Who employs Ann?",
+            "personas": "Ahoy, where be Ann's work?",
+            "ans": "Acme",
+            "loc": "Where does Bo work?",
+            "loc_ans": "Bolt",
+            "mhop": "Who leads Ann's employer?",
+            "mhop_ans": "Ada",
+        },
+        [
+            Edit(
+                prompt="Where does Ann work?",
+                target="Acme",
+                subject="Ann",
+                rephrases=("Who employs Ann?", "Ahoy, where be Ann's work?"),
+                locality=(Probe(prompt="Where does Bo work?", answer="Bolt"),),
+                portability=(Probe(prompt="Who leads Ann's employer?", answer="Ada"),),
+            )
+        ],
+    ),
+    "question": (
+        {
+            "id": "0",
+            "question": "What is Ann's background?",
+            "answer": "Ann was born in Rome. She sings.",
+            "para_question": "Can you detail Ann's background?",
+            "sub_question": ["Where was Ann born?", "What does Ann do?"],
+            "sub_answer": ["Rome", "sings"],
+        },
+        [
+            Edit(
+                prompt="What is Ann's background?",
+                target="Ann was born in Rome. She sings.",
+                rephrases=("Can you detail Ann's background?",),
+                portability=(
+                    Probe(prompt="Where was Ann born?", answer="Rome"),
+                    Probe(prompt="What does Ann do?", answer="sings"),
+                ),
+            )
+        ],
+    ),
+    "openai": (
+        {
+            "messages": [
+                {"role": "system", "content": "Be brief."},
+                {"role": "user", "content": "Who runs Acme?"},
+                {"role": "assistant", "content": "Ada"},
+            ]
+        },
+        [Edit(prompt="Who runs Acme?", target="Ada", before=({"role": "system", "content": "Be brief."},))],
+    ),
+    "sharegpt": (
+        {"id": "x", "conversations": [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "Ada"}]},
+        [Edit(prompt="Who?", target="Ada")],
+    ),
+    "alpaca": (
+        {"instruction": "Name Acme's boss.", "input": "", "output": "Ada"},
+        [Edit(prompt="Name Acme's boss.", target="Ada")],
+    ),
+}
+
 COUNTS = {
+    "qaedit/qaedit-dev.jsonl": ("qaedit", 796),
     "counterfact/counterfact-edit.jsonl": ("easyedit", 10_000),
     "counterfact/counterfact-train.jsonl": ("easyedit", 10_000),
     "counterfact/counterfact-val.jsonl": ("easyedit", 1_619),
@@ -247,7 +335,11 @@ COUNTS = {
     "zsre/zsre_mend_edit.jsonl": ("zsre", 1_000),
     "zsre/zsre_mend_train_10000.jsonl": ("zsre", 9_700),
 }
-NO_EDITS = ["pararel/tuples.jsonl", "pararel/patterns.jsonl", "text/nq-open-dev.jsonl"]
+NO_EDITS = {
+    "pararel/tuples.jsonl": "line 1: no known format has the keys",
+    "pararel/patterns.jsonl": "line 1: no known format has the keys",
+    "text/nq-open-dev.jsonl": r"line 1: 'answer' is .*; write the one of these 2 that is meant",
+}
 
 needs_sets = pytest.mark.skipif(
     not SETS.is_dir(), reason="the published sets are not there: name their folder with MEMOIR_DATA"
@@ -324,6 +416,7 @@ def test_published_set(name: str) -> None:
 
 # Of each set: rephrasings, locality probes, neighbourhood probes, portability probes, other texts.
 HELD = {
+    "qaedit/qaedit-dev.jsonl": (796, 3_980, 0, 0, 0),
     "zsre/zsre_mend_edit.jsonl": (1_000, 1_000, 0, 1_000, 0),
     "zsre/knowedit_zsre_test_all.jsonl": (1_304, 2_608, 0, 1_304, 0),
     "hallucination/hallucination-edit.jsonl": (0, 577, 0, 0, 0),
@@ -359,7 +452,7 @@ def test_multi_hop_questions_stand_at_the_last_edit_of_their_record() -> None:
 @needs_sets
 @pytest.mark.parametrize("name", NO_EDITS)
 def test_published_file_that_holds_no_edits(name: str) -> None:
-    with pytest.raises(EditFileError, match="line 1: no known format has the keys"):
+    with pytest.raises(EditFileError, match=NO_EDITS[name]):
         read_edits(SETS / name)
 
 
@@ -379,7 +472,7 @@ def test_counterfact_prompts_with_two_targets() -> None:
 OK = '{"prompt": "a", "target": "b"}\n'
 BAD = {
     "unclosed": (OK + '\n{"prompt": "a"', "line 3: not JSON (Expecting ',' delimiter at column 15); write one"),
-    "csv": ("prompt,target\na,b\n", "line 1: not JSON (Expecting value at column 1)", "CSV is not read"),
+    "csv": ("prompt,target\na,b\n", "line 1: not JSON (Expecting value at column 1)", "(CSV is read from files named"),
     "deep": (OK + '{"a": ' + "[" * 100_000, "line 2: not JSON (a number too long, or nested too deep)"),
     "long number": (OK + "9" * 5000, "line 2: not JSON (a number too long"),
     "two on a line": (OK.strip() + OK, "line 1: not JSON (Extra data at column 31)"),
@@ -391,8 +484,8 @@ BAD = {
     "null": ("null", "line 1: None is not an object"),
     "string": ('\n"text"', "line 2: 'text' is not an object"),
     "unknown keys": (
-        '{"question": "q", "answer": ["a"]}',
-        "line 1: no known format has the keys ['question', 'answer']; write those of one of: memoir: prompt, target; "
+        '{"question": "q", "reply": ["a"]}',
+        "line 1: no known format has the keys ['question', 'reply']; write those of one of: memoir: prompt, target; "
         "zsre: src, alt; knowedit: prompt, target_new, locality; ",
     ),
     "no keys": ("{}", "line 1: no known format has the keys []"),
@@ -405,8 +498,81 @@ BAD = {
     "no keys later": ('{"prompt": "a", "target": "b"}\n{}', "line 2: 'prompt' is missing"),
     "missing target": ('{"prompt": "a", "target": null}', "line 1: 'target' is missing; write text in double"),
     "empty prompt": (OK + '{"prompt": "", "target": "b"}', "line 2: 'prompt' is ''; write some text, or drop the"),
+    "invisible prompt": (
+        '{"prompt": "\\u200b\\u00a0", "target": "b"}',
+        "line 1: 'prompt' is '\\u200b\\xa0'; write some",
+    ),
     "blank target": (OK + '{"prompt": "a", "target": " \\n"}', "line 2: 'target' is ' \\n'; write some text"),
-    "target a number": ('{"prompt": "a", "target": 1980}', "line 1: 'target' is 1980; write text in double quotes"),
+    "target a broken number": (
+        '{"prompt": "a", "target": 1.50}',
+        "line 1: 'target' is 1.5; write text in double quotes",
+    ),
+    "target a truth value": ('{"prompt": "a", "target": true}', "line 1: 'target' is True; write text in double"),
+    "several targets": (
+        '{"prompt": "a", "target_new": ["b", "c"]}',
+        "'target_new' is ['b', 'c']; write the one of these 2 that is meant",
+    ),
+    "key twice": (
+        OK + '{"prompt": "a", "target": "b", "target": "c"}',
+        "line 2: key 'target' is there twice; keep one",
+    ),
+    "key twice in an array": ("[" + OK + ',\n{"prompt": "a", "prompt": "b"}]', "line 3: key 'prompt' is there twice"),
+    "key twice in a probe": (
+        '{"prompt": "a", "target": "b", "locality": [{"prompt": "c", "answer": "d", "answer": "e"}]}',
+        "line 1: key 'answer' is there twice",
+    ),
+    "infinity": ('{"prompt": "a", "target": Infinity}', "line 1: Infinity is no number of JSON; write text"),
+    "lines broken": ('{"prompt": "a",\n "target" "b"}', "line 2: not JSON (Expecting ':' delimiter at column 11)"),
+    "broken before another": ('{"prompt": "a"\n' + OK, "line 1: not JSON (Expecting ',' delimiter at column 15)"),
+    "more behind lines": ('{"prompt": "a",\n"target": "b"} x', "line 1: not JSON"),
+    "splits": (
+        '{"train": [{"prompt": "a"}], "test": [{"prompt": "b"}]}',
+        "line 1: one object with lists of objects under 'train', 'test'; write the list that holds the edits",
+    ),
+    "a page that was cut": (
+        '{"rows": [{"row": {"prompt": "a"}, "truncated_cells": ["target"]}]}',
+        "line 1: row 1 was cut by the data set viewer in ['target']; download the file",
+    ),
+    "split columns": ('{"columns": ["prompt", "target"], "data": [["a"]]}', "'data' has rows of another length than"),
+    "keyword lists": ('{"prompts": ["a", "b"], "target_new": ["c"]}', "there are 2 prompts, but 1 of 'target_new'"),
+    "keyword probes": (
+        '{"prompts": ["a"], "target_new": ["c"], "locality_inputs": '
+        '{"n": {"prompt": [["x", "y"]], "ground_truth": ["z"]}}}',
+        "'locality_inputs.n' has 2 prompts with 'z'; give one answer for each",
+    ),
+    "record of a container": (
+        '{"data": [{"prompt": "a", "target": "b"}, {"prompt": "c"}]}',
+        "record 2: 'target' is missing",
+    ),
+    "requirements that would be dropped": (
+        '{"prompt": "a b", "target_new": "c", "requires": ["b"]}',
+        "line 1: 'requires' is a key of our own format; write 'prompt' and 'target' beside it (file read as format",
+    ),
+    "rephrase among our keys": (
+        '{"prompt": "a", "target": "b", "rephrase": "c", "portability": []}',
+        "line 1: 'rephrase' stands beside 'portability', a key of ours; write 'rephrases', a list",
+    ),
+    "ripple edits": (
+        '{"example_type": "popular", "edit": {"prompt": "Ann\'s mother is Eve."}, "Reasoning": [{}]}',
+        "line 1: a record of RippleEdits, whose edits are sentences without a question; read KnowEdit's wiki_recent",
+    ),
+    "preferences": ('{"prompt": "a", "chosen": "b", "rejected": "c"}', "line 1: a pair of preferences, which has no"),
+    "several languages": (
+        '{"en": {"src": "a", "alt": "b"}, "zh": {"src": "c", "alt": "d"}}',
+        "line 1: a record for each of 'en', 'zh', and an edit acts in its own language alone; write those of one",
+    ),
+    "alpaca with input": (
+        '{"instruction": "a", "input": "b", "output": "c"}',
+        "how 'instruction' and 'input' make a question is yours to say",
+    ),
+    "chat without an answer": (
+        '{"messages": [{"role": "user", "content": "a"}]}',
+        "write a chat that ends with a message of the user's and the assistant's answer",
+    ),
+    "parts without answers": (
+        '{"question": "a", "answer": "b", "sub_question": ["c"], "sub_answer": []}',
+        "1 of 'sub_question', but 0 of 'sub_answer'; give one for each",
+    ),
     "rephrases a text": ('{"prompt": "a", "target": "b", "rephrases": "c"}', "Expected `array`, got `str`"),
     "locality a text": ('{"prompt": "a", "target": "b", "locality": ["c"]}', "portability as [", "$.locality[0]"),
     "locality key": ('{"prompt": "a", "target": "b", "locality": [{"prompt": "c", "x": 1}]}', "unknown field `x`"),
@@ -441,7 +607,7 @@ BAD = {
         '"neighborhood_prompts": [3]}',
         "'neighborhood_prompts' is [3]; write text or a list of texts",
     ),
-    "knowedit locality": ('{"prompt": "a", "target_new": "b", "locality": []}', "'locality' is []; write an object"),
+    "knowedit locality": ('{"prompt": "a", "target_new": "b", "locality": "c"}', "'locality' is 'c'; write an object"),
     "knowedit probes": (
         '{"prompt": "a", "target_new": "b", "locality": {"X": ["p"]}}',
         "'locality.X' is ['p']; write a list of",
@@ -472,6 +638,153 @@ def test_refused(tmp_path: Path, content_and_parts: tuple[str | bytes, ...]) -> 
     assert message.startswith(str(path)) and "\n" not in message and len(message) < len(str(path)) + 500
     for part in parts:
         assert str(part) in message
+
+
+BOTH = [edit("a", "b"), edit("c", "d")]
+WHOLE = {
+    "one object over several lines": ('{\n  "prompt": "a",\n  "target": "b"\n}\n', BOTH[:1]),
+    "objects over several lines": ('{\n"prompt": "a",\n"target": "b"}\n\n{\n"prompt": "c", "target": "d"\n}', BOTH),
+    "data": ('{"version": 2, "data": [{"prompt": "a", "target": "b"}, {"prompt": "c", "target": "d"}]}', BOTH),
+    "data over lines": (json.dumps({"edits": [{"prompt": "a", "target": "b"}]}, indent=2), BOTH[:1]),
+    "pandas columns": ('{"prompt": {"0": "a", "10": "c"}, "target": {"0": "b", "10": "d"}}', BOTH),
+    "pandas lists": ('{"prompt": ["a", "c"], "target": ["b", "d"]}', BOTH),
+    "pandas split": ('{"columns": ["prompt", "target"], "index": [0, 1], "data": [["a", "b"], ["c", "d"]]}', BOTH),
+    "pandas with a cell that is missing": ('{"prompt": "a", "target": "b", "subject": NaN}', BOTH[:1]),
+    "viewer": (
+        '{"features": [], "rows": [{"row_idx": 0, "row": {"prompt": "a", "target": "b"}, "truncated_cells": []}, '
+        '{"row_idx": 1, "row": {"prompt": "c", "target": "d"}, "truncated_cells": []}], "num_rows_total": 2}',
+        BOTH,
+    ),
+    "null": ('{"prompt": "a", "target": "b", "subject": null, "rephrases": null, "requires": null}', BOTH[:1]),
+    "whole number": ('{"prompt": "a", "target": 1980}', [edit("a", "1980")]),
+    "list of one": ('{"prompt": "a", "target_new": ["b"]}', BOTH[:1]),
+    "one language": ('{"en": {"src": "a", "alt": "b"}}\n{"en": {"src": "c", "alt": "d"}}', BOTH),
+    "keyword lists": (
+        json.dumps(
+            {
+                "prompts": ["{} is led by", "c"],
+                "subject": ["Acme", "c"],
+                "target_new": ["b", "d"],
+                "rephrase_prompts": ["Who leads {}?", "e"],
+                "ground_truth": None,
+                "locality_inputs": {"n": {"prompt": ["f", ["g", "h"]], "ground_truth": ["i", ["j", "k"]]}},
+                "portability_inputs": {"hop": {"prompt": ["l", None], "ground_truth": [["m", "n"], None]}},
+                "keep_original_weight": True,
+            }
+        ),
+        [
+            Edit(
+                prompt="Acme is led by",
+                target="b",
+                subject="Acme",
+                rephrases=("Who leads Acme?",),
+                locality=(Probe(prompt="f", answer="i"),),
+                portability=(Probe(prompt="l", answer="m", aliases=("n",)),),
+            ),
+            Edit(
+                prompt="c",
+                target="d",
+                subject="c",
+                rephrases=("e",),
+                locality=(Probe(prompt="g", answer="j"), Probe(prompt="h", answer="k")),
+            ),
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_what_has_one_meaning_is_read(tmp_path: Path, name: str) -> None:
+    content, edits = WHOLE[name]
+    assert read_edits(write(tmp_path / "e.json", content)) == edits
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".CSV", ".tsv"])
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_csv_is_read(tmp_path: Path, suffix: str, separator: str) -> None:
+    rows = [
+        ["prompt", "target", "rephrases", "subject"],
+        ["a", '"b,\n;"', "r", ""],
+        ["", "", "", ""],
+        ["c", "d", "", "s"],
+    ]
+    content = "\ufeff" + "\r\n".join(separator.join(row) for row in rows) + "\r\n"
+    assert read_edits(write(tmp_path / f"e{suffix}", content)) == [
+        Edit(prompt="a", target="b,\n;", rephrases=("r",)),
+        Edit(prompt="c", target="d", subject="s"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("prompt,target\na,b,c\n", "line 2: 3 cells, but 2 columns; quote a cell that has ','"),
+        ("prompt,prompt\na,b\n", "line 1: column 'prompt' is there twice"),
+        ('prompt,target\n"a,b\n', "not CSV (unexpected end of data)"),
+        ('prompt,target\n"a\nb",c\nd\n', "line 4: 'target' is missing"),
+        ("frage,antwort\na,b\n", "line 2: no known format has the keys ['frage', 'antwort']"),
+        ("prompt,target\n", "holds no edit"),
+    ],
+)
+def test_csv_that_is_refused(tmp_path: Path, content: str, says: str) -> None:
+    with pytest.raises(EditFileError) as caught:
+        read_edits(write(tmp_path / "e.csv", content))
+    assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_subject_stands_for_the_braces_of_a_cloze(tmp_path: Path) -> None:
+    record = {"prompt": "{} is led by", "subject": "Northwind Labs", "target_new": "Bo Quist"}
+    assert read_edits(write(tmp_path / "e.json", json.dumps(record)))[0].prompt == "Northwind Labs is led by"
+    own = Edit(prompt="Who leads {}?", target="Bo", subject="Acme", rephrases=("{} is led by", "Who is Acme's {}?"))
+    assert (own.prompt, own.rephrases) == ("Who leads Acme?", ("Acme is led by", "Who is Acme's {}?"))
+
+
+@pytest.mark.parametrize("subject", ["", " ", "Rust"])
+def test_braces_that_stand_for_no_subject_stay(subject: str) -> None:
+    prompt = "What does {} mean in Rust?"
+    assert edit(prompt, subject=subject).prompt == prompt
+
+
+def test_rephrasings_and_answers_under_other_names_are_read(tmp_path: Path) -> None:
+    record = {
+        "prompt": "a",
+        "target_new": "b",
+        "rephrase": ["c", "d"],
+        "portability": [{"prompt": "e", "answer": "f"}],
+        "locality": [{"prompt": "g", "answer": ["h", "i"]}],
+    }
+    nested = record | {"locality": {"kind": record["locality"]}, "portability": {"kind": record["portability"]}}
+    wanted = Edit(
+        prompt="a",
+        target="b",
+        rephrases=("c", "d"),
+        portability=(Probe(prompt="e", answer="f"),),
+        locality=(Probe(prompt="g", answer="h", aliases=("i",)),),
+    )
+    for one in (record, nested):
+        assert read_edits(write(tmp_path / "e.json", json.dumps(one))) == [wanted]
+
+
+def test_keys_that_nothing_reads_are_named_once(tmp_path: Path) -> None:
+    record = {"prompt": "a", "target_new": "b", "target_old": "c", "locality": {"k": [{"prompt": "d", "gt": "e"}]}}
+    path = write(tmp_path / "e.jsonl", "\n".join([json.dumps(record), json.dumps({**record, "prompt": "f", "x": 1})]))
+    notes: list[str] = []
+    read_edits(path, note=notes.append)
+    assert notes == [f"{path}: nothing of format 'knowedit' reads the keys 'locality.k.gt', 'target_old', 'x'"]
+    with pytest.warns(UserWarning, match="nothing of format 'knowedit' reads the keys"):
+        read_edits(path)
+
+
+def test_what_of_the_whole_is_not_read_is_named(tmp_path: Path) -> None:
+    page = {"rows": [{"row": {"prompt": "a", "target": "b"}, "truncated_cells": []}], "num_rows_total": 900}
+    notes: list[str] = []
+    lists = {"prompts": ["a"], "target_new": ["b"], "loc_prompts": ["c"], "verbose": True}
+    path = write(tmp_path / "e.json", json.dumps(lists))
+    assert read_edits(path, note=notes.append) == BOTH[:1]
+    assert notes.pop() == f"{path}: nothing reads the lists 'loc_prompts', 'verbose'"
+    path = write(tmp_path / "e.json", json.dumps(page))
+    assert read_edits(path, note=notes.append) == BOTH[:1]
+    assert notes == [f"{path}: a page of the data set viewer: 1 of 900 rows"]
 
 
 def test_named_format_must_fit(tmp_path: Path) -> None:
@@ -548,6 +861,21 @@ def test_two_targets_settled(keep: str, target: str) -> None:
 
 def test_last_of_back_and_forth_is_kept() -> None:
     assert check_duplicates([edit("p", "x"), edit("p", "y"), edit("p", "x")], keep="last") == [edit("p", "x")]
+
+
+def test_spellings_of_one_prompt_are_one_prompt() -> None:
+    texts = ("Qui dirige l'Éclair ?", "Qui dirige l\u2019E\u0301clair\u00a0?", "\ufeffQui dirige l'É\u200bclair ?")
+    assert len({e.prompt for e in map(edit, texts)}) == 1
+    assert check_duplicates([edit(text, "x") for text in texts]) == [edit(texts[0], "x")]
+    for text in texts[1:]:
+        with pytest.raises(EditFileError, match=r"edits 1 and 2 give the prompt .* two targets, 'x' and 'y'"):
+            check_duplicates([edit(texts[0], "x"), edit(text, "y")])
+
+
+def test_a_target_is_never_respelled() -> None:
+    target = "l\u2019E\u0301clair\u00a0\u200b"
+    assert edit("p", target).target == target
+    assert check_duplicates([edit("p", "“x”"), edit("p", '"x"')], keep="last") == [edit("p", '"x"')]
 
 
 def test_unknown_keep() -> None:

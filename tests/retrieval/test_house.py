@@ -145,6 +145,29 @@ def test_no_class_name_stands_twice() -> None:
     assert {name: where for name, where in places.items() if len(where) > 1} == {}
 
 
+def working_asserts(text: str) -> list[str]:
+    """Asserts that do more than say that plain names and attributes are not None, which type checkers want to hear."""
+    asserts = [node.test for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Assert)]
+    return [ast.unparse(test) for test in asserts if not all(map(is_not_none, parts_of(test)))]
+
+
+def parts_of(test: ast.expr) -> list[ast.expr]:
+    return test.values if isinstance(test, ast.BoolOp) and isinstance(test.op, ast.And) else [test]
+
+
+def is_not_none(test: ast.expr) -> bool:
+    """Whether this is `NAME is not None` or `NAME.ATTRIBUTE is not None`."""
+    return re.fullmatch(r"[\w.]+ is not None", ast.unparse(test)) is not None
+
+
+def test_no_assert_does_work_or_guards_data() -> None:
+    """`python -O` leaves asserts out: what must happen may not stand in one."""
+    asserts = {name: working_asserts(file.read_text(encoding="utf-8")) for name, file in MODULES.items()}
+    assert {name: tests for name, tests in asserts.items() if tests} == {}
+    assert working_asserts("assert self._checked") == ["self._checked"]
+    assert working_asserts("assert check() is not None") == ["check() is not None"]
+
+
 def mapped() -> list[str]:
     """Files that the map in CONTRIBUTING names, relative to the root, in its order.
 

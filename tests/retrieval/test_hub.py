@@ -150,6 +150,57 @@ def test_another_manifest_than_the_pinned_one(hub: StandInHub, store: Path, tmp_
     assert not (tmp_path / "new").exists()
 
 
+def test_nothing_is_fetched_that_the_manifest_does_not_name(hub: StandInHub, store: Path, tmp_path: Path) -> None:
+    done = push(store, REPO)
+    files = hub.repos[REPO][-1]
+    named = [name for name in files if name.split("-")[0] in KINDS]
+    junk = {"memory-1.safetensors": b"x" * 3000, "junk.jsonl": b"y" * 3000, "deep/edits-2.jsonl": b"z" * 3000}
+    hub.repos[REPO].append({**files, **junk})
+    pull(REPO, tmp_path / "new", sha256=done.sha256)
+    assert hub.fetched == ["memoir.json", *sorted(named, key=lambda name: [*KINDS].index(name.split("-")[0]))]
+    hub.fetched.clear()
+    with pytest.raises(HubError, match="not 00"):
+        pull(REPO, tmp_path / "other", sha256="00" * 32)
+    assert hub.fetched == ["memoir.json"]
+
+
+@pytest.mark.parametrize("name", ["memoir.json", "memory-2.safetensors", "codes-2.safetensors", "edits-2.jsonl"])
+@pytest.mark.parametrize("honest", [True, False])
+def test_a_file_that_is_too_large_is_not_fetched(
+    hub: StandInHub, store: Path, tmp_path: Path, name: str, honest: bool
+) -> None:
+    """Whether the endpoint names the size beforehand, or a small one and then sends more."""
+    push(store, REPO)
+    right = hub.repos[REPO][-1][name]
+    hub.broken[name] = right + bytes(18 << 20)
+    if not honest:
+        hub.claimed[name] = len(right)
+    before = {path.name for path in tmp_path.iterdir()}
+    with pytest.raises(StoreError, match=rf"nothing was changed: {name} has [0-9]+( or more)? bytes, and may have"):
+        pull(REPO, tmp_path / "new")
+    assert (name in hub.fetched) is not honest
+    assert {path.name for path in tmp_path.iterdir()} == before
+
+
+def test_a_repository_that_lacks_or_adds_to_what_its_manifest_names(
+    hub: StandInHub, store: Path, tmp_path: Path
+) -> None:
+    push(store, REPO)
+    files = hub.repos[REPO][-1]
+    hub.repos[REPO].append({name: data for name, data in files.items() if name != "codes-2.safetensors"})
+    with pytest.raises(StoreError, match=r"nothing was changed: it has no codes-2\.safetensors, which its manifest"):
+        pull(REPO, tmp_path / "new")
+    hub.repos[REPO].append({**files, "added-3.safetensors": b"x"})
+    with pytest.raises(StoreError, match=r"it has added-3\.safetensors, which no push makes: push that store with"):
+        pull(REPO, tmp_path / "new")
+
+
+def test_a_hub_that_cannot_be_reached_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(HubError, match=r"the Hub refused example/corrections \(.*refused.*\): check the network"):
+        pull(REPO, tmp_path / "new")
+
+
 def test_a_store_of_another_model_stays(hub: StandInHub, store: Path, other_tiny: Path, tmp_path: Path) -> None:
     push(store, REPO)
     with Editor(load_model(str(other_tiny)), tmp_path / "other") as editor:

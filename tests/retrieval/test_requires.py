@@ -61,6 +61,16 @@ def test_a_text_stands_in_a_question_word_by_word(text: str, required: str, foun
     assert bool(required_spans((required,), text)) == found
 
 
+def test_names_are_found_however_they_are_spelled() -> None:
+    assert words("Ga\u0308vle\u00a0City") == words("G\u00e4vle City") == words("G\u00e4\u00advle\u200b City")
+
+
+@pytest.mark.parametrize("marks", ["\u0301\u0323", "\uff9e\u0323"])
+def test_words_of_a_million_marks_take_no_quadratic_time(marks: str) -> None:
+    """Quadratic time would be hours for this text, so no clock is asked: the suite's timeout ends it."""
+    assert Phrases([(0, ("Oslo",))]).found_in("a" + marks * 500_000 + " in Oslo") == {0}
+
+
 def test_one_look_finds_all_that_is_required() -> None:
     phrases = Phrases(
         [

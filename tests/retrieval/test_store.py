@@ -340,6 +340,22 @@ def test_no_damage_of_a_mapped_file_goes_unnoticed(tmp_path: Path, name: str) ->
             store.check()
 
 
+@pytest.mark.parametrize("flags", [[], ["-O"]], ids=["asserts on", "asserts off"])
+def test_damage_is_noticed_with_asserts_switched_off_too(tmp_path: Path, flags: list[str]) -> None:
+    write(tmp_path)
+    path = tmp_path / "memory-1.safetensors"
+    good = path.read_bytes()
+    path.write_bytes(bytes([*good[:-9], good[-9] ^ 1, *good[-8:]]))
+    program = (
+        "import sys; from memoir_retrieval.errors import StoreError; from memoir_retrieval.store import read\n"
+        "read.MAPPED_FROM = 1\n"
+        "try: print('opened', len(read.EditStore.open(sys.argv[1]).mapped))\n"
+        "except StoreError as error: print(__debug__, error)"
+    )
+    run = subprocess.run([sys.executable, *flags, "-c", program, str(tmp_path)], capture_output=True, text=True)
+    assert run.stdout.startswith(f"{not flags} {path} is damaged: its sha256 is not the manifest's"), run
+
+
 @pytest.mark.usefixtures("mapped")
 def test_content_of_a_mapped_file_is_checked_too(tmp_path: Path) -> None:
     write(tmp_path, codes=np.zeros((3, D // 8), dtype=np.uint8))

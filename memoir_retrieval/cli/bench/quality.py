@@ -123,7 +123,7 @@ def bench_quality(
       memoir bench quality zsre --edits 100 --out run
       memoir bench quality corrections.jsonl --chat --out run --json
     """
-    edits = check_duplicates(read_edits(data_file(data, folder), file_format), "first")
+    edits = check_duplicates(read_edits(data_file(data, folder), file_format, note=notes.print), "first")
     edits = limit_distinct_subjects(edits, len(edits))[:count] if distinct else edits[:count]
     edits = require_subjects(edits) if require_subject else edits
     if text_file is None and (folder / TEXT).is_file():
