@@ -148,45 +148,57 @@ def freeze(
     rows: list[_Row] = []
     means: list[torch.Tensor] = []
     for group in groups:
-        made, activations = _run_rows(base, past, [wordings[i] for i in group], answer)
+        made = _run_rows(base, past, [wordings[i] for i in group], answer)
+        means += [span_mean(row.activations, pooled[i]) for i, row in zip(group, made, strict=True)]
         rows += made
-        means += [span_mean(one, pooled[i]) for i, one in zip(group, activations, strict=True)]
-    if others := wordings[len(pooled) :]:
-        with quick or nullcontext():
-            rows += _run_rows(base, past, others, answer)[0]
+    with quick or nullcontext():
+        if others := wordings[len(pooled) :]:
+            rows += _run_rows(base, past, others, answer)
+        states = _states(base, past, wordings, [row.hidden for row in rows])
     ids, lengths = right_pad([[*one.ids[one.acts :], *answer[:-1]] for one in wordings], base.device)
-    labels = _labels(ids, [len(one.ids) - one.acts for one in wordings], answer)
-    masks = torch.ones(len(wordings), base.d, dtype=torch.bool, device=base.device)
     hidden, activations = (
-        torch.cat([_longer(part[None], ids.shape[1]) for part in parts])
+        pad_sequence([part[one.acts :] for one, part in zip(wordings, parts, strict=True)], batch_first=True)
         for parts in ([row.hidden for row in rows], [row.activations for row in rows])
     )
-    before = [Before(past, one.context, row.states) for one, row in zip(wordings, rows, strict=True)]
-    return Frozen(ids, lengths, before, hidden, activations, labels, masks, len(pooled)), means
+    return Frozen(
+        ids=ids,
+        lengths=lengths,
+        before=[Before(past, one.context, part) for one, part in zip(wordings, states, strict=True)],
+        hidden=hidden,
+        activations=activations,
+        labels=_labels(ids, [len(one.ids) - one.acts for one in wordings], answer),
+        masks=torch.ones(len(wordings), base.d, dtype=torch.bool, device=base.device),
+        pooled=len(pooled),
+    ), means
 
 
 class _Row(NamedTuple):
-    """Of one row what `Frozen` holds."""
+    """Of the tokens of one row what enters `first_block`, [T, H], and the edited projection, [T, D]."""
 
     hidden: torch.Tensor
     activations: torch.Tensor
-    states: list[tuple[torch.Tensor, torch.Tensor]]
 
 
-def _run_rows(
-    base: BaseModel, past: FrozenPast, wordings: Sequence[Wording], answer: Sequence[int]
-) -> tuple[list[_Row], torch.Tensor]:
-    """The rows, and the activations of all their tokens: [B, T, D]."""
+def _run_rows(base: BaseModel, past: FrozenPast, wordings: Sequence[Wording], answer: Sequence[int]) -> list[_Row]:
     ids, lengths = right_pad([[*one.ids, *answer[:-1]] for one in wordings], base.device)
     before = past.take([one.context for one in wordings])
     hidden, activations = frozen_run(base, before.inputs(ids), above=first_block(base) > base.layer)
-    acts = [one.acts for one in wordings]
-    states = frozen_states(base, before, ids[:, : max(acts)], hidden[:, : max(acts)]) if max(acts) else []
-    rows = [
-        _Row(hidden[i, n:end], activations[i, n:end], [(k[i, :, :n], v[i, :, :n]) for k, v in states] if n else [])
-        for i, (n, end) in enumerate(zip(acts, lengths.tolist(), strict=True))
+    return [_Row(hidden[i, :n], activations[i, :n]) for i, n in enumerate(lengths.tolist())]
+
+
+def _states(
+    base: BaseModel, past: FrozenPast, wordings: Sequence[Wording], hidden: Sequence[torch.Tensor]
+) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Of each row the `states` of `Before`."""
+    if not any(one.acts for one in wordings):
+        return [[] for _ in wordings]
+    ids, _ = right_pad([one.ids[: one.acts] for one in wordings], base.device)
+    given = pad_sequence([part[: one.acts] for one, part in zip(wordings, hidden, strict=True)], batch_first=True)
+    layers = frozen_states(base, past.take([one.context for one in wordings]), ids, given)
+    return [
+        [(keys[i, :, : one.acts], values[i, :, : one.acts]) for keys, values in layers] if one.acts else []
+        for i, one in enumerate(wordings)
     ]
-    return rows, activations
 
 
 def train_edits(

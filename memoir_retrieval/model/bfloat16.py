@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
-from torch.nn import functional
 
 from memoir_retrieval.model.base import BaseModel
 
@@ -36,7 +36,7 @@ class HalfProducts:
         for module in base.model.modules():
             if isinstance(module, (torch.nn.Linear, Conv1D)):
                 weight = module.weight.T if isinstance(module, Conv1D) else module.weight
-                self._layers.append((module, _product(weight, module.bias)))
+                self._layers.append((module, _Product(weight, module.bias)))
 
     @contextmanager
     def used(self) -> Iterator[None]:
@@ -56,31 +56,59 @@ _WIDE = 8192
 _LEAST = 1e-5
 
 
-class _WideProduct(torch.autograd.Function):
-    """A product whose gradient goes back through the few outputs that have any, not through a whole vocabulary."""
+class _Product:
+    """x W^T and its gradient, with weights in the order in which the processor's instructions read them.
 
+    Ordered anew in each product, as `functional.linear` does it, weights take as long as a product with few rows.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None):
+        self._half = weight.detach().to(torch.bfloat16).contiguous()
+        self._bias = bias
+
+    @cached_property
+    def _forth(self) -> torch.Tensor:
+        return _packed(self._half)
+
+    @cached_property
+    def _back(self) -> torch.Tensor:
+        return _packed(self._half.T.contiguous())
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = _Differentiable.apply(x, self) if x.requires_grad else self.forward(x)
+        return out if self._bias is None else out + self._bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _times(x.to(torch.bfloat16), self._forth).to(x.dtype)
+
+    def backward(self, gradient: torch.Tensor) -> torch.Tensor:
+        if len(self._half) < _WIDE:
+            return _times(gradient.to(torch.bfloat16), self._back).to(gradient.dtype)
+        rows = gradient.flatten(0, -2)
+        chosen = (rows.abs().amax(0) > _LEAST).nonzero()[:, 0]
+        back = rows[:, chosen].to(torch.bfloat16) @ self._half[chosen]
+        return back.to(gradient.dtype).view(*gradient.shape[:-1], -1)
+
+
+class _Differentiable(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, half: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(half)
-        return functional.linear(x.to(torch.bfloat16), half).to(x.dtype)
+    def forward(ctx: Any, x: torch.Tensor, product: _Product) -> torch.Tensor:
+        ctx.product = product
+        return product.forward(x)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        (half,) = ctx.saved_tensors
-        rows = gradient.flatten(0, -2)
-        chosen = (rows.abs().amax(0) > _LEAST).nonzero()[:, 0]
-        back = rows[:, chosen].to(torch.bfloat16) @ half[chosen]
-        return back.to(gradient.dtype).view(*gradient.shape[:-1], -1), None
+        return ctx.product.backward(gradient), None
 
 
-def _product(weight: torch.Tensor, bias: torch.Tensor | None) -> Any:
-    half = weight.detach().to(torch.bfloat16).contiguous()
+_ROWS = 64  # of a product, about: the order of the weights is chosen for so many
 
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        if len(half) >= _WIDE and x.requires_grad:
-            out: torch.Tensor = _WideProduct.apply(x, half)
-        else:
-            out = functional.linear(x.to(torch.bfloat16), half).to(x.dtype)
-        return out if bias is None else out + bias
 
-    return forward
+def _packed(half: torch.Tensor) -> torch.Tensor:
+    ordered: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(half, _ROWS)
+    return ordered
+
+
+def _times(x: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
+    out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+    return out

@@ -57,9 +57,16 @@ class FrozenPast:
         self.cache = cache
         self.lengths = lengths
         self.width = int(lengths.max())
+        self._parts: dict[tuple[int, ...], FrozenPast] = {}
 
     def take(self, rows: Sequence[int]) -> FrozenPast:
-        """Some of the contexts, in the order and as often as they are named."""
+        """Some of the contexts, in the order and as often as they are named. Each choice is copied once."""
+        key = tuple(rows)
+        if key not in self._parts:
+            self._parts[key] = self._copy(key)
+        return self._parts[key]
+
+    def _copy(self, rows: Sequence[int]) -> FrozenPast:
         lengths = self.lengths[list(rows)]
         n = int(lengths.max())
         if self.cache is None or n == 0:

@@ -234,7 +234,7 @@ def test_products_in_half_precision_are_close_and_leave_the_model_as_it_was(base
 def test_the_gradient_of_a_vocabulary_goes_through_what_is_likely(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     layer = torch.nn.Linear(16, 1000, bias=False).requires_grad_(False)
-    half = bfloat16._product(layer.weight, None)
+    half = bfloat16._Product(layer.weight, None)
     x = (20 * torch.randn(1, 5, 16)).requires_grad_()
     labels = torch.arange(5)
     gradients = []
