@@ -65,11 +65,11 @@ def main() -> None:
 def known_otherwise(model: EditedModel, edit: Edit) -> dict[str, list[float]]:
     """The share of the tokens of each text in other words that the model without edits knows: where it has read the
     edit before, and where each pair of tokens that stands in the edit counts as known."""
-    told = model.prompt_ids(f"{edit.prompt} {edit.target}\n\n")
-    pairs = set(pairwise(told))
+    edit_ids = model.prompt_ids(f"{edit.prompt} {edit.target}\n\n")
+    pairs = set(pairwise(edit_ids))
     shares: dict[str, list[float]] = {"after reading it": [], "with its pairs": []}
     for ids in map(model.prompt_ids, edit.ood):
-        (read,) = model.predict([[*told, ids[0]]], [ids[1:]], edited=False)
+        (read,) = model.predict([[*edit_ids, ids[0]]], [ids[1:]], edited=False)
         (alone,) = model.score([ids], edited=False)
         shares["after reading it"].append(float(np.mean([p >= LIKELY for p in read.logprobs])))
         known = [p >= LIKELY or pair in pairs for p, pair in zip(alone.logprobs, pairwise(ids), strict=True)]

@@ -38,17 +38,17 @@ def main() -> None:
     }
     with HalfProducts(base).used() if half_is_faster(base) else nullcontext():
         for kind in ("prompts", "rephrasings"):
-            asked = [(e, p) for e in edits for p in ([e.prompt] if kind == "prompts" else e.rephrases)]
-            targets = [[*model.target_ids(edit.target), end_token(base.tokenizer)] for edit, _ in asked]
-            answers = model.predict([prompt for _, prompt in asked], targets)
+            questions = [(e, p) for e in edits for p in ([e.prompt] if kind == "prompts" else e.rephrases)]
+            targets = [[*model.target_ids(edit.target), end_token(base.tokenizer)] for edit, _ in questions]
+            answers = model.predict([prompt for _, prompt in questions], targets)
             pairs = list(zip(answers, targets, strict=True))
             right = np.array([np.mean([a == b for a, b in zip(x.tokens[:-1], t[:-1], strict=True)]) for x, t in pairs])
             exact = np.array([list(answer.tokens) == target for answer, target in pairs])
-            found = [x.edit == own[e.prompt, e.target] for x, (e, _) in zip(answers, asked, strict=True)]
+            own_matches = [x.edit == own[e.prompt, e.target] for x, (e, _) in zip(answers, questions, strict=True)]
             result[kind] = {
                 "tokens": round(float(right.mean()), 4),
                 "exact": round(float(exact.mean()), 4),
-                "own_edit_found": round(float(np.mean(found)), 4),
+                "own_edit_found": round(float(np.mean(own_matches)), 4),
                 "tokens_by_age": [round(float(part.mean()), 3) for part in np.array_split(right, options.bins)],
                 "exact_by_age": [round(float(part.mean()), 3) for part in np.array_split(exact, options.bins)],
             }

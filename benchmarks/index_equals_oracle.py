@@ -39,9 +39,9 @@ def real_masks(files: Sequence[str], wanted: int) -> tuple[int, int, np.ndarray]
 
     texts: list[str] = []
     for name in files:
-        found = read_edits(data_file(name, Path(os.environ.get("MEMOIR_DATA", "."))))
-        asked = [[edit.prompt, *edit.rephrases, *(probe.prompt for probe in edit.locality)] for edit in found]
-        texts += [text for group in asked for text in group][:wanted]
+        edits = read_edits(data_file(name, Path(os.environ.get("MEMOIR_DATA", "."))))
+        prompts = [[edit.prompt, *edit.rephrases, *(probe.prompt for probe in edit.locality)] for edit in edits]
+        texts += [text for group in prompts for text in group][:wanted]
     texts = list(dict.fromkeys(texts))
     random.Random(0).shuffle(texts)
     texts = texts[:wanted]
@@ -75,11 +75,11 @@ def main() -> None:
     ask.add_argument("--seed", type=int, default=0)
     given = ask.parse_args()
 
-    d, k, made = real_masks(given.edits, given.rows + OTHERS) if given.edits else (14336, 4096, None)
+    d, k, masks = real_masks(given.edits, given.rows + OTHERS) if given.edits else (14336, 4096, None)
     source = MaskSource(d, k, given.seed)
-    if made is None:
-        made = source.masks(given.rows + OTHERS)
-    stored, others = made[: given.rows], made[given.rows :]
+    if masks is None:
+        masks = source.masks(given.rows + OTHERS)
+    stored, others = masks[: given.rows], masks[given.rows :]
     twice = source.rng.random(len(stored)) < 0.05
     stored[np.flatnonzero(twice)[1:]] = stored[np.flatnonzero(twice)[:-1]]
     oracle = faiss.IndexBinaryFlat(d)
@@ -93,7 +93,7 @@ def main() -> None:
     radii = [hamming_radius(tau, k) for tau in taus]
     while done * len(taus) < given.lookups:
         batch = queries(source, stored, others, k - source.rng.choice(radii, BATCH) // 2)
-        distance, row = (found[:, 0] for found in oracle.search(batch, 1))
+        distance, row = (result[:, 0] for result in oracle.search(batch, 1))
         true = (k - distance / 2) / k
         for at, tau in enumerate(taus):
             hits, match = index.search(batch, tau), distance <= radii[at]

@@ -90,10 +90,10 @@ def anonymous() -> int:
 
 def measure(folder: Path) -> dict[str, float]:
     before = anonymous()
-    found: dict[str, float] = {}
+    figures: dict[str, float] = {}
 
     def lap(name: str, started: float) -> None:
-        found[name] = round(time.perf_counter() - started, 3)
+        figures[name] = round(time.perf_counter() - started, 3)
 
     started = time.perf_counter()
     store = EditStore.open(folder, check=False)
@@ -107,31 +107,31 @@ def measure(folder: Path) -> dict[str, float]:
     store.check()
     lap("check_s", started)
     started = time.perf_counter()
-    made = store.manifest
+    manifest = store.manifest
     index = store.index()
-    hits = index.search(store.codes[[0, count // 2, count - 1]], made.tau)
+    hits = index.search(store.codes[[0, count // 2, count - 1]], manifest.tau)
     lap("index_and_first_search_s", started)
     assert (hits.overlaps == 1).all()
-    found["memory_added_mb"] = round((anonymous() - before) / 1e6)
-    found |= adding(store)
+    figures["memory_added_mb"] = round((anonymous() - before) / 1e6)
+    figures |= adding(store)
     started = time.perf_counter()
     again = EditStore.open(folder, check=False)
     lap("open_with_additions_s", started)
     assert len(again.edits) == count + len(again.additions) and len(again.additions) == ADDED + 1
-    return found | {"files_mb": round(store.size / 1e6)}
+    return figures | {"files_mb": round(store.size / 1e6)}
 
 
 def adding(store: EditStore) -> dict[str, float]:
     """One edit at a time, durable: with its mask alone, and one with the columns that training has changed."""
-    made, tail, spent = store.manifest, store.tail, []
-    for changed in [0] * ADDED + [made.k]:
-        number = made.next_id
+    manifest, tail, spent = store.manifest, store.tail, []
+    for changed in [0] * ADDED + [manifest.k]:
+        number = manifest.next_id
         edit = StoredEdit(id=number, prompt="Who?", target="Somebody", created="", loss=0.0, steps=1)
-        weights = np.ones((made.h, changed), dtype=np.float32)
+        weights = np.ones((manifest.h, changed), dtype=np.float32)
         started = time.perf_counter()
         added = append(
             store.path,
-            made,
+            manifest,
             tail,
             codes=store.masks.codes[:1],
             ids=np.array([number]),
@@ -141,7 +141,7 @@ def adding(store: EditStore) -> dict[str, float]:
         )
         spent.append((time.perf_counter() - started) * 1000)
         assert added
-        made, tail = added
+        manifest, tail = added
     name = "add_one_with_columns_ms"
     return {"add_one_ms": round(sorted(spent[:-1])[ADDED // 2], 3), name: round(spent[-1], 1)}
 
@@ -165,11 +165,11 @@ def main() -> None:
         done = subprocess.run(
             [sys.executable, __file__, "--measure", scratch], check=True, capture_output=True, text=True
         )
-    found = {"edits": given.edits, "d": given.d, "write_s": written} | json.loads(done.stdout)
+    figures = {"edits": given.edits, "d": given.d, "write_s": written} | json.loads(done.stdout)
     if given.json:
-        print(json.dumps(found))
+        print(json.dumps(figures))
         return
-    for name, value in found.items():
+    for name, value in figures.items():
         print(f"{name:26s} {value}")
 
 

@@ -29,13 +29,13 @@ def main() -> None:
     several = [edit for edit in check_duplicates(read_edits(options.file), "first") if len(edit.rephrases) > 1]
     edits = limit_distinct_subjects(several, options.edits)
     trained = [msgspec.structs.replace(edit, rephrases=edit.rephrases[:1]) for edit in edits]
-    asked = [msgspec.structs.replace(edit, rephrases=edit.rephrases[1:2]) for edit in edits]
+    questions = [msgspec.structs.replace(edit, rephrases=edit.rephrases[1:2]) for edit in edits]
     result: dict[str, object] = {"edits": len(edits)}
     for name, masks in (("without", False), ("with", True)):
         with Editor(base, options.folder / name, chat=False) as editor:
             editor.add(trained, on_conflict="both", keep_failed=True, rephrase_masks=masks)
         model = EditedModel(Retriever(EditStore.open(options.folder / name), base))
-        report = evaluate(model, model.retriever.store.edits, asked, tau=model.retriever.tau)
+        report = evaluate(model, model.retriever.store.edits, questions, tau=model.retriever.tau)
         result[name] = {
             "reliability": report.reliability,
             "generality": report.generality,

@@ -15,13 +15,13 @@ def main(store: str, file: str, url: str) -> int:
     """Exit code 0 if every answer and every matched edit is the same."""
     server, reference = ServerModel(url, EditStore.open(store)), EditedModel.open(store)
     edits = read_edits(file)
-    asked = {
+    questions = {
         "edited": [e.prompt for e in edits],
         "rephrased": [r for e in edits for r in e.rephrases],
         "unrelated": [p.prompt for e in edits for p in e.locality],
     }
     wrong = 0
-    for kind, prompts in asked.items():
+    for kind, prompts in questions.items():
         pairs = list(
             zip(
                 server.generate(prompts, max_new_tokens=16), reference.generate(prompts, max_new_tokens=16), strict=True

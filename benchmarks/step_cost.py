@@ -52,19 +52,11 @@ class Bench(NamedTuple):
 
     def layer(self) -> tuple[ResidualLayer, torch.Tensor]:
         """A layer with a store, and for each of its edits the activations of a question: [edits, TOKENS, D]."""
-        asked = self.random(self.edits, TOKENS, self.d)
+        questions = self.random(self.edits, TOKENS, self.d)
         background, permutation = np.zeros(self.d, dtype=np.float32), np.random.default_rng(0).permutation(self.d)
         rule = SpanRule(weighted=True)
-        means = torch.stack([span_mean(question, Span(0, TOKENS, rule.weighted)) for question in asked])
-        fields: dict[str, Any] = {
-            "generation": 1,
-            "sha256": "1" * 64,
-            "span": rule,
-            "d": self.d,
-            "h": self.h,
-            "k": self.k,
-            "tau": 0.9,
-        }
+        means = torch.stack([span_mean(question, Span(0, TOKENS, rule.weighted)) for question in questions])
+        fields: dict[str, Any] = {"generation": 1, "span": rule, "d": self.d, "h": self.h, "k": self.k, "tau": 0.9}
         store = EditStore(
             path=Path(),
             manifest=SimpleNamespace(**fields),  # type: ignore[arg-type]
@@ -79,7 +71,7 @@ class Bench(NamedTuple):
             edits=(),
         )
         router, memories = Router(store, None, self.device, lambda ids: ""), torch.from_numpy(store.memories)
-        return ResidualLayer(router, memories, dtype=self.dtype, device=self.device), asked
+        return ResidualLayer(router, memories, dtype=self.dtype, device=self.device), questions
 
     def wait(self) -> None:
         if self.device != "cpu":
@@ -116,10 +108,10 @@ class Bench(NamedTuple):
 
 def steps(bench: Bench, n: int, kind: str) -> dict[str, float]:
     """kind: what the n requests match: "nothing", "one edit", or "different edits"."""
-    layer, asked = bench.layer()
+    layer, questions = bench.layer()
     ids = [f"request-{i}" for i in range(n)]
     chosen = [0 if kind == "one edit" else i % bench.edits for i in range(n)]
-    x = bench.random(n, TOKENS, bench.d) if kind == "nothing" else asked[chosen]
+    x = bench.random(n, TOKENS, bench.d) if kind == "nothing" else questions[chosen]
     x, y = x.reshape(-1, bench.d), bench.random(n * TOKENS, bench.h)
     asking = StepRows(ids, np.arange(n + 1) * TOKENS, np.zeros(n, dtype=np.int64))
 
@@ -133,24 +125,24 @@ def steps(bench: Bench, n: int, kind: str) -> dict[str, float]:
         layer.begin_step(asking)
         layer.run(x, y)
 
-    found = {"routing": bench.median_us(ask, ask_again)}
+    microseconds = {"routing": bench.median_us(ask, ask_again)}
     stats = layer.stats()
     assert stats["matched"] == (0 if kind == "nothing" else stats["routed"])
     edges = np.arange(n + 1)
     x, y = bench.random(n, bench.d), bench.random(n, bench.h)
     rows = bench.median_us(lambda step: layer.begin_step(StepRows(list(ids), edges.copy(), np.full(n, TOKENS + step))))
     run = bench.median_us(lambda _: layer.run(x, y))
-    found["rows"] = rows + run
+    microseconds["rows"] = rows + run
     if kind != "nothing":
         mask, index, memory = (
             bench.random(n, bench.d).sign(),
             torch.arange(n, device=bench.device),
             layer.now.memories[0],
         )
-        found["arithmetic"] = bench.median_us(lambda _: y.index_add_(0, index, memory(x[index] * mask)))
-        found["rows"] -= found["arithmetic"]
-        found["device"] = bench.device_us(lambda _: layer.run(x, y))
-    return found
+        microseconds["arithmetic"] = bench.median_us(lambda _: y.index_add_(0, index, memory(x[index] * mask)))
+        microseconds["rows"] -= microseconds["arithmetic"]
+        microseconds["device"] = bench.device_us(lambda _: layer.run(x, y))
+    return microseconds
 
 
 def main() -> None:
@@ -169,15 +161,12 @@ def main() -> None:
         result["device"] = torch.cuda.get_device_name(given.device)
     with torch.inference_mode():
         for n in given.requests:
-            made = {kind: steps(bench, n, kind) for kind in ("nothing", "one edit", "different edits")}
+            timings = {kind: steps(bench, n, kind) for kind in ("nothing", "one edit", "different edits")}
             sums, slots = BlockSums(1000, 16, bench.d, bench.device), torch.arange(n, device=bench.device) * 16 + 3
             x = bench.random(n, bench.d)
-            begins, ones = np.zeros(n, bool), torch.ones(n, device=bench.device)
-            made["all"] = {
-                "sums": bench.median_us(lambda _, s=sums, x=x, w=ones, at=slots, b=begins: s.add(x, w, at, b))
-            }
+            timings["all"] = {"sums": bench.median_us(lambda _, s=sums, x=x, at=slots: s.add(x, at))}
             result[str(n)] = {
-                kind: {part: round(us, 1) for part, us in parts.items() if us == us} for kind, parts in made.items()
+                kind: {part: round(us, 1) for part, us in parts.items() if us == us} for kind, parts in timings.items()
             }
     print(json.dumps(result, indent=1))
 

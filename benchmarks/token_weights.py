@@ -29,10 +29,10 @@ EDITS, LIKE = 100, 300
 
 def main(file: str) -> None:
     base = load_model("smollm2-135m")
-    asked = limit_distinct_subjects(check_duplicates(read_edits(file), "first"), EDITS + LIKE)
+    records = limit_distinct_subjects(check_duplicates(read_edits(file), "first"), EDITS + LIKE)
     controls = [prompt for prompt in control_prompts() if prompt not in background_prompts()]
-    rephrases = [edit.rephrases[0] for edit in asked[:EDITS]]
-    groups = [background_prompts(), [edit.prompt for edit in asked], rephrases, controls]
+    rephrases = [edit.rephrases[0] for edit in records[:EDITS]]
+    groups = [background_prompts(), [edit.prompt for edit in records], rephrases, controls]
     ends = np.cumsum([len(group) for group in groups])[:-1]
     k = preset_for(base.model.config).k
     print("form  weighted   tau  rephrasings  like questions")
@@ -49,8 +49,8 @@ def main(file: str) -> None:
             overlaps = others @ edits.T / k
             own = overlaps.diagonal() * (overlaps.argmax(1) == np.arange(EDITS))
             matched = (like @ edits.T).max(1) / k >= tau
-            found = f"{(own >= tau).mean():.3f}        {matched.mean():.3f}"
-            print(f"{'chat' if chat else 'raw':5} {weighted!s:8}  {tau:.2f}  {found}", flush=True)
+            scores = f"{(own >= tau).mean():.3f}        {matched.mean():.3f}"
+            print(f"{'chat' if chat else 'raw':5} {weighted!s:8}  {tau:.2f}  {scores}", flush=True)
 
 
 if __name__ == "__main__":

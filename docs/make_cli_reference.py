@@ -44,12 +44,12 @@ def reference() -> str:
 
 
 def main() -> None:
-    made = reference()
+    text = reference()
     if sys.argv[1:] == ["--check"]:
-        if not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != made:
+        if not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != text:
             sys.exit(f"{PAGE} is not what --help says: run `python docs/make_cli_reference.py`")
         return
-    PAGE.write_text(made, encoding="utf-8")
+    PAGE.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

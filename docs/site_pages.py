@@ -86,11 +86,7 @@ def _code(name: str, thing: Any) -> str:
         signature = inspect.signature(thing)
     except (TypeError, ValueError):
         return f"```python\n{name}\n```\n"
-    shown = [
-        p.replace(annotation=_Bare(p.annotation)) if isinstance(p.annotation, str) else p
-        for p in signature.parameters.values()
-        if p.name not in ("self", "cls")
-    ]
+    shown = [_shown(p) for p in signature.parameters.values() if p.name not in ("self", "cls")]
     result = signature.return_annotation
     bare = signature.replace(parameters=shown, return_annotation=_Bare(result) if isinstance(result, str) else result)
     text = f"{name}{bare}"
@@ -101,9 +97,28 @@ def _code(name: str, thing: Any) -> str:
     return f"```python\n{text}\n```\n"
 
 
+def _shown(parameter: inspect.Parameter) -> inspect.Parameter:
+    if inspect.isfunction(parameter.default):  # its address would differ with every build
+        parameter = parameter.replace(default=_Bare("..."))
+    return (
+        parameter.replace(annotation=_Bare(parameter.annotation))
+        if isinstance(parameter.annotation, str)
+        else parameter
+    )
+
+
 def _prose(thing: Any) -> str:
-    """A docstring, with indented examples kept as code."""
+    """A docstring as Markdown: parameters and fields become a list, examples are kept as code."""
     text = inspect.getdoc(thing) or ""
     if inspect.isclass(thing) and (start := inspect.getdoc(thing.__init__)) and "Initialize self" not in start:
         text += f"\n\n{start}"
-    return text.replace("*", r"\*").replace("<", "&lt;") + "\n"
+    return "\n\n".join(_markdown(part) for part in re.split(r"\n\n+", text)) + "\n"
+
+
+def _markdown(paragraph: str) -> str:
+    if paragraph.startswith(">>> "):
+        return f"```pycon\n{paragraph}\n```"
+    shown = paragraph.replace("*", r"\*").replace("<", "&lt;")
+    entries = re.sub(r"^((?:[a-z]\w*, )*[a-z]\w*): ", r"* **\1**: ", shown, flags=re.M)
+    # A list needs a blank line before its first entry.
+    return re.sub(r"^(?!\* )(.*)\n(\* \*\*)", r"\1\n\n\2", entries, count=1, flags=re.M)

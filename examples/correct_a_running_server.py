@@ -20,9 +20,9 @@ async def main(url: str, token: str, prompt: str, target: str) -> None:
         edit = await server.add(
             Edit(prompt=prompt, target=target), replace=True, watch=show
         )  # returns once it is served
-        found = await server.lookup([{"role": "user", "content": prompt}])
-        print(f"edit {edit.id} is served, generation {found.generation}, loss {edit.loss:.3f}")
-        print(f"the prompt is {found.result}, overlap {found.matches[0].overlap:.2f} (tau {found.tau})")
+        lookup = await server.lookup([{"role": "user", "content": prompt}])
+        print(f"edit {edit.id} is served, generation {lookup.generation}, loss {edit.loss:.3f}")
+        print(f"the prompt is {lookup.result}, overlap {lookup.matches[0].overlap:.2f} (tau {lookup.tau})")
 
 
 asyncio.run(main(*sys.argv[1:5]))

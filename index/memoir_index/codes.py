@@ -28,7 +28,9 @@ def check_shape(d: int, k: int) -> tuple[int, int]:
 
 
 def pack(masks: Masks) -> Codes:
-    """Pack bool masks [N, D] to uint8 codes [N, D/8]; bit i of a mask is bit i % 8 of byte i // 8.
+    """Pack masks to uint8 codes [N, D/8]; bit i of a mask is bit i % 8 of byte i // 8.
+
+    masks: bool [N, D].
 
     Raises CodeError for another dtype, another number of axes, or D not a multiple of 8.
     """
@@ -42,7 +44,10 @@ def pack(masks: Masks) -> Codes:
 
 
 def unpack(codes: Codes, d: int) -> Masks:
-    """Undo `pack`: uint8 codes [N, D/8] to bool masks [N, D].
+    """Undo `pack`: bool masks [N, D].
+
+    codes: uint8 [N, D/8].
+    d: D, bits of a mask.
 
     Raises CodeError for another dtype, number of axes or width than d gives.
     """
@@ -50,9 +55,11 @@ def unpack(codes: Codes, d: int) -> Masks:
 
 
 def popcount(codes: Codes) -> NDArray[np.int64]:
-    """Number of ones in every row of uint8 codes [N, W], as int64 [N].
+    """Number of ones in every row, int64 [N].
 
-    Raises CodeError unless codes are uint8 with two axes.
+    codes: uint8 [N, W].
+
+    Raises CodeError for another dtype or number of axes.
     """
     codes = _check_bytes(codes)
     if not hasattr(np, "bitwise_count"):  # numpy 1.26
@@ -64,6 +71,9 @@ def popcount(codes: Codes) -> NDArray[np.int64]:
 def overlap_from_hamming(dist: NDArray[np.integer] | int, k: int) -> NDArray[np.float64]:
     """Share of the k ones that two masks have in common, float64 in [0, 1], of the shape of dist.
 
+    dist: Hamming distance in bits, whole numbers of any shape.
+    k: ones of either mask.
+
     Two masks of k ones that share b of them differ in dist = 2(k - b) bits, so b/k = (k - dist/2)/k.
     """
     return np.asarray((k - np.asarray(dist, dtype=np.float64) / 2) / k, dtype=np.float64)
@@ -72,9 +82,13 @@ def overlap_from_hamming(dist: NDArray[np.integer] | int, k: int) -> NDArray[np.
 def hamming_radius(tau: float, k: int) -> int:
     """Largest Hamming distance, in bits, at which two masks of k ones still overlap by tau or more.
 
+    tau: the least overlap/k, in (0, 1].
+    k: ones of a mask.
+
     The rule is overlap/k >= tau, decided on whole bits: at least ceil(tau*k - 1e-9) shared ones, and never
     fewer than one. The 1e-9 absorbs the rounding of tau*k: 0.07 * 100 is 7.000000000000001 in floating
     point, and a mask with exactly 7 shared ones must still match.
+
     Raises CodeError unless 0 < tau <= 1.
     """
     if not 0 < tau <= 1:
@@ -83,10 +97,15 @@ def hamming_radius(tau: float, k: int) -> int:
 
 
 def check_codes(codes: Codes, d: int, k: int, *, first_row: int = 0) -> Codes:
-    """Return uint8 codes [N, d/8], C-contiguous (copied only if they were not), each row with exactly k ones.
+    """Return codes, C-contiguous (copied only if they were not), each row with exactly k ones.
 
-    Raises CodeError for a wrong d or k, dtype, number of axes or width, and for a row with another number
-    of ones, naming the first such row; first_row is the number of the first one given.
+    codes: uint8 [N, d/8].
+    d: bits of a mask.
+    k: its ones.
+    first_row: what errors call the first row.
+
+    Raises CodeError for a wrong d or k, dtype, number of axes or width, and for a row with another number of ones,
+    naming the first such row.
     """
     d, k = check_shape(d, k)
     codes = check_layout(codes, d)

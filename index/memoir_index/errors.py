@@ -6,7 +6,14 @@ from typing import Any
 
 
 class MemoirError(Exception):
-    """One line: the value that is wrong, why, and what to do instead.
+    """The root of all errors of this distribution. One line: the value that is wrong, why, and what to do instead.
+
+    >>> from memoir_retrieval import EditStore, MemoirError
+    >>> try:
+    ...     EditStore.open("nowhere")
+    ... except MemoirError as error:
+    ...     print(error)
+    store nowhere does not exist: make one with `memoir edit FILE --store nowhere`
 
     fact: the line without its end.
     cure: its end, what to do; a front end may say what to type instead.

@@ -36,9 +36,10 @@ class Hits(NamedTuple):
 
     ids: int64 [Q], the edit id, or -1 where no stored code reaches tau.
     overlaps: float64 [Q], overlap/k of the match. Where nothing matches: of the nearest row that was looked at, which
-    is the nearest of all after a full scan, and may be a little less than that after a sketch; 0.0 in an empty index.
-    rows: int64 [Q], the row of the matching code, or -1. Rows are those of the index at the time of the
-    search: a removal moves later rows down.
+        is the nearest of all after a full scan, and may be a little less than that after a sketch; 0.0 in an empty
+        index.
+    rows: int64 [Q], the row of the matching code, or -1. Rows are those of the index at the time of the search: a
+        removal moves later rows down.
     """
 
     ids: Ids
@@ -47,17 +48,33 @@ class Hits(NamedTuple):
 
 
 class HammingIndex:
-    """Packed masks of d bits with k ones, each under an edit id; an id may own several rows.
+    """Packed masks of d bits with k ones, each under an edit id; an id may have several rows.
 
     Any number of threads may read while others write; each call sees the index wholly before or wholly after
-    a write. Memory is d/8 + 8 bytes a row, and sketch/8 more once a search used the sketch.
-    sketch: bits of the sketch that searches at a high tau try first, 0 for none (default: by d, see
-    `memoir_index.plan`). It presumes masks whose positions were permuted at random, as TopHash does: then a search
-    overlooks a match with a probability of at most 1e-12. Where stored rows contradict that, they are scanned in full.
-    Raises CodeError unless d is a positive multiple of 8, 1 <= k <= d and sketch is a multiple of 8 below d.
+    a write. Memory is d/8 + 8 bytes per row, and sketch/8 more once a search used the sketch.
+
+    >>> import numpy as np
+    >>> from memoir_index import HammingIndex, pack
+    >>> masks = np.zeros((2, 16), dtype=bool)
+    >>> masks[0, :4] = masks[1, 4:8] = True
+    >>> index = HammingIndex(d=16, k=4)
+    >>> index.add([7, 9], pack(masks))
+    >>> index.search(pack(masks[:1]), tau=0.5).ids
+    array([7])
     """
 
     def __init__(self, d: int, k: int, *, sketch: int | None = None) -> None:
+        """Make an empty index.
+
+        d: bits of a mask, a multiple of 8.
+        k: ones of every mask, 1 to d.
+        sketch: bits of the sketch that searches at a high tau try first, a multiple of 8 below d, or 0 for none
+            (default: by d, see `memoir_index.plan`). It presumes masks whose positions were permuted at random, as
+            TopHash does: then a search overlooks a match with a probability of at most 1e-12. Where stored rows
+            contradict that, they are scanned in full.
+
+        Raises CodeError for any other d, k or sketch.
+        """
         self.d, self.k = check_shape(d, k)
         self.sketch = sketch_bits(self.d) if sketch is None else check_bits(as_int(sketch), self.d)
         self._write = threading.Lock()
@@ -76,12 +93,17 @@ class HammingIndex:
         copy: bool = True,
         checked: bool = False,
     ) -> HammingIndex:
-        """An index of the given rows; arguments and errors are those of the constructor and of `add`.
+        """An index that holds rows from the start.
 
-        copy=False: look at `codes` (C-contiguous uint8 [N, d/8], for instance a read-only `numpy.memmap`) where they
-        are and keep them alive; nobody may change them afterwards. Later additions go to memory of the index' own.
-        checked=True: do not count the ones of every row now, which reads all of them: the caller vouches that
-        each has k. A row that a search returns is then counted at that time, and CodeError names it if it is damaged.
+        d, k, sketch: as for the constructor.
+        ids: integers >= 0 [N], the edit of each row.
+        codes: uint8 [N, d/8].
+        copy: False looks at `codes` where they are, C-contiguous, for instance a read-only `numpy.memmap`, and keeps
+            them alive. Nobody may change them afterwards. Later additions go to memory of the index itself.
+        checked: True does not count the ones of every row now, which reads all of them: the caller vouches that each
+            has k. A row that a search returns is then counted at that time, and CodeError names it if it is damaged.
+
+        Raises CodeError as the constructor and `add` do, and for codes that cannot be used in place.
         """
         index = cls(d, k, sketch=sketch)
         new_ids = _check_ids(ids)
@@ -125,7 +147,9 @@ class HammingIndex:
     def code(self, row: int) -> Codes:
         """The code stored at a row, uint8 [d/8], read-only.
 
-        Raises CodeError unless 0 <= row < len(self).
+        row: 0 to len(self) - 1.
+
+        Raises CodeError for any other row.
         """
         now = self._now
         if not 0 <= row < now.alive:
@@ -133,9 +157,11 @@ class HammingIndex:
         return now.code(row)
 
     def take(self, rows: ArrayLike) -> Codes:
-        """The codes stored at many rows, integers [N]: uint8 [N, d/8], a copy.
+        """The codes stored at many rows, uint8 [N, d/8], a copy.
 
-        Raises CodeError unless each is a row, and for one that is damaged where codes were taken unchecked.
+        rows: integers [N].
+
+        Raises CodeError for a number that is no row, and for a row that is damaged where codes were taken unchecked.
         """
         at, now = np.asarray(rows, dtype=np.int64), self._now
         wrong = at[(at < 0) | (at >= now.alive)]
@@ -149,13 +175,20 @@ class HammingIndex:
         return codes
 
     def plan(self, tau: float) -> Plan:
-        """How `search` would look for matches at this tau now. Raises CodeError for tau outside (0, 1]."""
+        """How `search` would look for matches now.
+
+        tau: the least overlap that matches, in (0, 1].
+
+        Raises CodeError for any other tau.
+        """
         return choose_plan(len(self), self.d, self.k, tau, self.sketch)
 
     def prepare(self, tau: float) -> None:
-        """Make now what the first search at this tau would make: the sketch, which reads every row once.
+        """Make now what the first search would make: the sketch, which reads every row once.
 
-        Raises CodeError for tau outside (0, 1].
+        tau: the least overlap that matches, in (0, 1].
+
+        Raises CodeError for any other tau.
         """
         bits = self.plan(tau).bits
         if bits:
@@ -163,7 +196,10 @@ class HammingIndex:
                 block.sketch(bits, self.k)
 
     def add(self, ids: ArrayLike, codes: Codes) -> None:
-        """Append codes, uint8 [N, d/8], under edit ids, integers >= 0 [N]; an id may be stored already.
+        """Append rows.
+
+        ids: integers >= 0 [N], the edit of each row; an id may be stored already.
+        codes: uint8 [N, d/8].
 
         Raises CodeError, before anything changes, for ids or codes of the wrong dtype, shape or length, a
         negative id, or a code without exactly k ones.
@@ -174,9 +210,11 @@ class HammingIndex:
             self._now = Snapshot(storage.append(self._now.blocks, new_ids, codes))
 
     def remove(self, ids: ArrayLike) -> int:
-        """Drop every row of the given edit ids, integers >= 0 [N]; return how many rows went.
+        """Drop every row of some edits. Returns how many rows went.
 
-        Ids that are not stored are ignored. Raises CodeError for ids of the wrong dtype or shape, or a negative id.
+        ids: integers >= 0 [N]; those that are not stored are ignored.
+
+        Raises CodeError for ids of the wrong dtype or shape, or a negative id.
         """
         gone = _check_ids(ids)
         with self._write:
@@ -187,10 +225,13 @@ class HammingIndex:
         return removed
 
     def search(self, codes: Codes, tau: float, *, exact: bool = False) -> Hits:
-        """Best match with overlap/k >= tau for each query, uint8 [Q, d/8]; among equals the earliest stored.
+        """The stored row of largest overlap for each query, if that is at least tau; among equals the earliest stored.
 
-        How tau is rounded to whole bits is told under `hamming_radius`. exact=True scans every row whatever `plan`
-        says: the overlaps of queries without a match are then those of the nearest row.
+        codes: uint8 [Q, d/8], the queries.
+        tau: the least overlap/k that matches, in (0, 1]; `hamming_radius` says how it is rounded to whole bits.
+        exact: scan every row whatever `plan` says. The overlaps of queries without a match are then those of the
+            nearest row.
+
         Raises CodeError for tau outside (0, 1] and for queries that `check_codes` refuses.
         """
         radius = hamming_radius(tau, self.k)
@@ -213,10 +254,14 @@ class HammingIndex:
         return Hits(ids=ids, overlaps=overlap_from_hamming(dist, self.k), rows=rows)
 
     def nearest(self, codes: Codes, n: int) -> tuple[Ids, NDArray[np.float64]]:
-        """The n distinct edits of largest overlap for each query, uint8 [Q, d/8], best first; always a full scan.
+        """The n distinct edits of largest overlap for each query, best first; always a full scan.
 
         An edit counts with its best row; among equals the edit of the earlier row comes first. Returns ids
         int64 [Q, n] and overlaps float64 [Q, n], filled up with -1 and 0.0 where fewer edits are stored.
+
+        codes: uint8 [Q, d/8], the queries.
+        n: how many edits, 1 or more.
+
         Raises CodeError for n < 1 and for queries that `check_codes` refuses.
         """
         n = as_int(n)
@@ -232,11 +277,11 @@ class HammingIndex:
         with threads_for(len(codes)):
             distances, places = now.nearest(codes, min(now.alive, (n - 1) * now.most_rows + 1))
         for query, (dist, at) in enumerate(zip(distances, places, strict=True)):
-            rows, found = now.resolve(at)
-            best = np.sort(np.unique(found, return_index=True)[1])[:n]
+            rows, owners = now.resolve(at)
+            best = np.sort(np.unique(owners, return_index=True)[1])[:n]
             if self._recheck:
                 self._check_returned(now, rows[best])
-            ids[query, : len(best)] = found[best]
+            ids[query, : len(best)] = owners[best]
             overlaps[query, : len(best)] = overlap_from_hamming(dist[best], self.k)
         return ids, overlaps
 

@@ -25,7 +25,7 @@ MISS = 5e-13
 ODD = 1e-15
 """A mask whose share of ones in the sketch is less likely than this did not go through a random permutation."""
 
-# Sizes, see docs/index.md: where a sketch begins to pay, and the overlap beyond chance that unrelated masks have.
+# Sizes, see docs/lookup.md: where a sketch begins to pay, and the overlap beyond chance that unrelated masks have.
 FEWEST_ROWS = 4096
 MOST_BITS = 2048
 UNRELATED_EXCESS = 0.06
@@ -36,9 +36,12 @@ _STEP = 64
 
 @dataclass(frozen=True)
 class Plan:
-    """How a lookup is done. `bits`: of the sketch, 0 for a full scan. `why`: one line for people.
+    """How a lookup is done.
 
-    `passing`: the share of unrelated rows that the sketch is expected to let pass.
+    kind: "scan" reads every row, "sketch" a part of each first.
+    bits: of the sketch, 0 for a full scan.
+    why: one line for people.
+    passing: the share of unrelated rows that the sketch is expected to let pass.
     """
 
     kind: Literal["scan", "sketch"]
@@ -48,7 +51,9 @@ class Plan:
 
 
 def sketch_bits(d: int) -> int:
-    """Bits of the sketch of masks of d bits, a multiple of 512; 0 where a sketch would be too small to tell.
+    """Bits of the sketch of a mask, a multiple of 512; 0 where a sketch would be too small to tell rows apart.
+
+    d: bits of the mask.
 
     The bound keeps codes, sketch and ids together below 1.2 * d/8 bytes a row.
     """
@@ -56,9 +61,16 @@ def sketch_bits(d: int) -> int:
 
 
 def choose_plan(n: int, d: int, k: int, tau: float, bits: int | None = None) -> Plan:
-    """The plan for n rows of d bits with k ones at threshold tau; bits: of the sketch (default: `sketch_bits(d)`).
+    """The plan for a lookup.
 
     A pure function, and one of the store alone: the size of a batch must not change an answer.
+
+    n: rows.
+    d: bits of a mask.
+    k: its ones.
+    tau: the least overlap that matches, in (0, 1].
+    bits: of the sketch, 0 for none (default: `sketch_bits(d)`).
+
     Raises CodeError for a d, k or tau that the index refuses.
     """
     d, k = check_shape(d, k)
@@ -94,8 +106,8 @@ def _passing(d: int, k: int, radius: int, bits: int) -> float:
 @lru_cache(maxsize=64)
 def limits(d: int, radius: int, bits: int) -> NDArray[np.int64]:
     """At [i]: `limit` for rows that differ in min(64 * i, radius) bits, for every i up to radius / 64 rounded up."""
-    found = [limit(d, min(step * _STEP, radius), bits, MISS) for step in range(-(-radius // _STEP) + 1)]
-    table = np.array(found, dtype=np.int64)
+    steps = [limit(d, min(step * _STEP, radius), bits, MISS) for step in range(-(-radius // _STEP) + 1)]
+    table = np.array(steps, dtype=np.int64)
     table.flags.writeable = False
     return table
 

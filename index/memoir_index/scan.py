@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import faiss
 import numpy as np
@@ -14,6 +15,9 @@ from memoir_index.codes import Codes, popcount
 
 Distances = NDArray[np.int32]
 Rows = NDArray[np.int64]
+
+# Not among the functions that FAISS declares for type checkers.
+_range_search: Any = vars(faiss)["hamming_range_search"]
 
 FAR = np.iinfo(np.int32).max
 """The distance of a row that is not there."""
@@ -35,12 +39,12 @@ def knn(queries: Codes, rows: Codes, n: int) -> tuple[Distances, Rows]:
     step = len(rows) if len(queries) == 1 else max(n, PASS_BYTES // rows.shape[1])
     if step >= len(rows):
         return faiss.knn_hamming(queries, rows, n)
-    found = [
+    passes = [
         faiss.knn_hamming(queries, rows[at : at + step], min(n, len(rows) - at)) for at in range(0, len(rows), step)
     ]
-    starts = np.repeat(np.arange(len(found)) * step, [d.shape[1] for d, _ in found])
-    distances = np.concatenate([d for d, _ in found], axis=1)
-    positions = np.concatenate([p for _, p in found], axis=1) + starts
+    starts = np.repeat(np.arange(len(passes)) * step, [d.shape[1] for d, _ in passes])
+    distances = np.concatenate([d for d, _ in passes], axis=1)
+    positions = np.concatenate([p for _, p in passes], axis=1) + starts
     return first(distances, positions, n)
 
 
@@ -66,16 +70,16 @@ def nearest_there(block: Block, queries: Codes, n: int) -> tuple[Distances, Rows
 
 def within(queries: Codes, rows: Codes, radius: int) -> tuple[Rows, Rows, Distances]:
     """Every pair at a Hamming distance of at most radius: query int64 [P], position int64 [P], distance int32 [P]."""
-    found = faiss.RangeSearchResult(len(queries))
-    faiss.hamming_range_search(  # type: ignore[attr-defined]
-        faiss.swig_ptr(queries), faiss.swig_ptr(rows), len(queries), len(rows), radius + 1, rows.shape[1], found
+    pairs_of = faiss.RangeSearchResult(len(queries))
+    _range_search(
+        faiss.swig_ptr(queries), faiss.swig_ptr(rows), len(queries), len(rows), radius + 1, rows.shape[1], pairs_of
     )  # FAISS means less than the radius, not up to it
-    ends = faiss.rev_swig_ptr(found.lims, len(queries) + 1).astype(np.int64)
+    ends = faiss.rev_swig_ptr(pairs_of.lims, len(queries) + 1).astype(np.int64)
     pairs = int(ends[-1])
     if not pairs:
         return np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.int32)
-    positions = faiss.rev_swig_ptr(found.labels, pairs).astype(np.int64)
-    distances = faiss.rev_swig_ptr(found.distances, pairs).astype(np.int32)
+    positions = faiss.rev_swig_ptr(pairs_of.labels, pairs).astype(np.int64)
+    distances = faiss.rev_swig_ptr(pairs_of.distances, pairs).astype(np.int32)
     return np.repeat(np.arange(len(queries)), np.diff(ends)), positions, distances
 
 

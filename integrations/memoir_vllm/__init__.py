@@ -3,7 +3,15 @@
 Configured by `--additional-config '{"memoir": {"store": DIR}}'` and nothing else. Without that section one function
 is wrapped, `EngineArgs.create_engine_config`, which then calls through; with it, everything else is handed to vLLM
 through its own configuration: the worker class, the scheduler class, the splitting ops. The scheduler wraps one more
-function, which hashes KV blocks. The map of the modules, by the process in which each runs, is in CONTRIBUTING.md.
+function, which hashes KV blocks. Folders go by the process in which a file runs:
+
+config.py      our section of the configuration, and what of vLLM's we refuse
+requests.py    `InputProcessor.process_inputs`: options of one request, checked where a client can be answered
+front/         the API server: `EngineArgs.create_engine_config`, the decision in streams and metrics
+core/          the engine core: scheduling, the prefix cache, reloads
+worker/        a worker: the edited layer, lookups, residual; GPU and CPU
+admin/         `vllm.endpoint_plugins`: administration, in the API server
+bench/         `memoir bench`; no part of a server
 """
 
 __all__ = ["register"]

@@ -10,16 +10,8 @@ import msgspec
 import numpy as np
 from rich.table import Table
 
-from memoir_retrieval.cli.common import (
-    echo_json,
-    edit_file_options,
-    json_option,
-    load_edits,
-    model_option,
-    notes,
-    tables,
-    threads_option,
-)
+from memoir_retrieval.cli.common import echo_json, json_option, notes, tables, threads_option
+from memoir_retrieval.cli.options import FileOptions, ModelOptions, file_options, model_options
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.store.files import publish
 from memoir_retrieval.store.read import EditStore
@@ -49,27 +41,22 @@ class _Numbers(click.ParamType):
 
 @click.command()
 @click.argument("paths", metavar="[DIR] [FILE]", nargs=-1, type=click.Path(path_type=Path))
-@edit_file_options
-@model_option
+@file_options
+@model_options(dtype="Without DIR: float32 (default), bfloat16 or float16, as the model will be edited.")
 @click.option("--layers", type=_Numbers(), help="Without DIR: blocks to compare (default: each tenth of the depth).")
 @click.option("--ks", type=_Numbers(), help="Without DIR: sizes of masks to compare (default: the preset's, and half).")
 @click.option("--chat/--no-chat", default=None, help="Without DIR: ask through the chat template (default), or raw.")
-@click.option("--dtype", help="Without DIR: float32 (default), bfloat16 or float16, as it shall be edited.")
-@click.option("--device", default="cpu", show_default=True, help="Where the model runs, such as cuda.")
 @click.option("--html", type=click.Path(path_type=Path), help="Write the pictures to this file, a page of its own.")
 @click.option("--write", is_flag=True, help="Put the suggested tau into the store, as a new generation.")
 @json_option
 @threads_option
 def calibrate(
     paths: tuple[Path, ...],
-    file_format: str | None,
-    limit: int | None,
-    model: str | None,
+    source: FileOptions,
+    model: ModelOptions,
     layers: list[int] | None,
     ks: list[int] | None,
     chat: bool | None,
-    dtype: str | None,
-    device: str,
     html: Path | None,
     write: bool,
     as_json: bool,
@@ -89,31 +76,27 @@ def calibrate(
     if not 1 <= len(paths) <= 2:
         raise ConfigError(f"{len(paths)} paths are given: name a store DIR, a FILE of edits with --model, or both")
     # A lone path is FILE where it is a file, or is to be one since a model is measured.
-    alone = len(paths) == 1 and (paths[0].is_file() or (model is not None and not paths[0].is_dir()))
+    alone = len(paths) == 1 and (paths[0].is_file() or (model.model_name is not None and not paths[0].is_dir()))
     store = None if alone else paths[0]
     file = paths[-1] if alone or len(paths) == 2 else None
-    edits = load_edits(file, file_format, limit, "first") if file else []
+    edits = source.load(file, "first") if file else []
     if store is not None:
-        for option, value in (("--layers", layers), ("--ks", ks), ("--chat", chat), ("--dtype", dtype)):
+        for option, value in (("--layers", layers), ("--ks", ks), ("--chat", chat), ("--dtype", model.dtype)):
             if value is not None:
                 raise ConfigError(f"{option} cannot be set for store {store}, which keeps its own: leave it out")
-        _calibrate_store(store, edits, model, device, html, write, as_json)
+        _calibrate_store(store, edits, model, html, write, as_json)
         return
     if write:
         raise ConfigError("--write needs a store: memoir calibrate DIR --write")
-    if model is None:
+    if model.model_name is None:
         raise ConfigError(f"{file} is a file: put the store before it, or add --model NAME to measure a model")
-    from memoir_retrieval.model.base import load_model
-
-    base = load_model(model, dtype=dtype or "float32", device=device)
-    _calibrate_model(base, edits, layers, ks, chat is not False, html, as_json)
+    _calibrate_model(model.load(), edits, layers, ks, chat is not False, html, as_json)
 
 
 def _calibrate_store(
     store: Path,
     edits: list[Edit],
-    model: str | None,
-    device: str,
+    model: ModelOptions,
     html: Path | None,
     write: bool,
     as_json: bool,
@@ -123,46 +106,45 @@ def _calibrate_store(
     from memoir_retrieval.evaluation.calibration import calibrate_store, unrelated_to, write_tau
     from memoir_retrieval.evaluation.measure import stored_ids
     from memoir_retrieval.lookup.retriever import Retriever
-    from memoir_retrieval.model.base import load_model
 
-    made = opened.manifest
+    manifest = opened.manifest
     if edits:
         own = stored_ids(opened.edits, edits)
         rephrases = [(i, text) for i, edit in zip(own, edits, strict=True) for text in edit.rephrases]
     else:
         rephrases = [(edit.id, text) for edit in opened.edits for text in edit.rephrases]
     unrelated = unrelated_to(edits)
-    base = load_model(model or made.model, layer=made.layer, dtype=made.dtype, device=device)
+    base = model.load(manifest)
     notes.print(f"measuring {len(opened.edits)} edits, {len(rephrases)} rephrasings, {len(unrelated)} other prompts")
-    found = calibrate_store(Retriever(opened, base), rephrases, unrelated)
-    tau = found.suggested.tau
+    calibration = calibrate_store(Retriever(opened, base), rephrases, unrelated)
+    tau = calibration.suggested.tau
     if html:
         from memoir_retrieval.evaluation.report import calibration_page
 
-        publish(html, calibration_page(found, str(store)).encode())
+        publish(html, calibration_page(calibration, str(store)).encode())
         notes.print(f"pictures written to {html}")
     if write:
         generation = write_tau(opened, tau).generation
-        notes.print(f"tau {tau} written to {store} as generation {generation}; a running server keeps {made.tau}")
+        notes.print(f"tau {tau} written to {store} as generation {generation}; a running server keeps {manifest.tau}")
     if as_json:
-        echo_json(msgspec.to_builtins(found))
+        echo_json(msgspec.to_builtins(calibration))
         return
-    _show_taus(found, store)
-    _show_overlaps(found.overlaps)
-    for near in found.nearest:
+    _show_taus(calibration, store)
+    _show_overlaps(calibration.overlaps)
+    for near in calibration.nearest:
         click.echo(f"nearest unrelated: {near.overlap:.3f} {near.prompt!r} to edit {near.edit}")
     click.echo(
-        f"tau {tau} suggested, {made.tau} is the store's" + ("" if write else "; --write puts it into the store")
+        f"tau {tau} suggested, {manifest.tau} is the store's" + ("" if write else "; --write puts it into the store")
     )
 
 
-def _show_taus(found: Calibration, store: Path) -> None:
+def _show_taus(calibration: Calibration, store: Path) -> None:
     table = Table("tau", "rephrasings that find their edit", "unrelated that match", title=str(store))
-    tau = found.suggested.tau
-    around = {p.tau: p for p in found.curve if abs(p.tau - tau) < 0.085 and round(100 * (p.tau - tau)) % 2 == 0}
-    for _, point in sorted((around | {found.now.tau: found.now, tau: found.suggested}).items()):
-        said = " now" * (point.tau == found.now.tau) + " suggested" * (point.tau == tau)
-        table.add_row(f"{point.tau:g}{said}", f"{point.rephrases_found:.3f}", f"{point.unrelated_matched:.3f}")
+    tau = calibration.suggested.tau
+    around = {p.tau: p for p in calibration.curve if abs(p.tau - tau) < 0.085 and round(100 * (p.tau - tau)) % 2 == 0}
+    for _, point in sorted((around | {calibration.now.tau: calibration.now, tau: calibration.suggested}).items()):
+        label = " now" * (point.tau == calibration.now.tau) + " suggested" * (point.tau == tau)
+        table.add_row(f"{point.tau:g}{label}", f"{point.rephrases_found:.3f}", f"{point.unrelated_matched:.3f}")
     tables.print(table)
 
 
@@ -174,9 +156,9 @@ def _show_overlaps(overlaps: Overlaps) -> None:
     table = Table("overlap", *kinds)
     first = min(min(numbers) for numbers in bins.values())
     counts = {kind: np.bincount(numbers, minlength=round(1 / BIN)) for kind, numbers in bins.items()}
-    for at in range(first, round(1 / BIN)):
-        cells = [_bar(int(count[at]), int(count.max())) for count in counts.values()]
-        table.add_row(f"{at * BIN:.2f}-{(at + 1) * BIN:.2f}", *cells)
+    for number in range(first, round(1 / BIN)):
+        cells = [_bar(int(count[number]), int(count.max())) for count in counts.values()]
+        table.add_row(f"{number * BIN:.2f}-{(number + 1) * BIN:.2f}", *cells)
     tables.print(table)
 
 
@@ -199,21 +181,21 @@ def _calibrate_model(
     preset = preset_for(base.model.config)
     blocks = len(base.blocks)
     layers = layers or sorted({blocks * tenth // 10 for tenth in range(2, 10)} | {preset.layer})
-    found = calibrate_model(base, edits, unrelated_to(edits), layers, ks or [preset.k // 2, preset.k], chat)
+    settings = calibrate_model(base, edits, unrelated_to(edits), layers, ks or [preset.k // 2, preset.k], chat)
     if html:
         from memoir_retrieval.evaluation.report import settings_page
 
-        publish(html, settings_page(found, base.name).encode())
+        publish(html, settings_page(settings, base.name).encode())
         notes.print(f"pictures written to {html}")
     if as_json:
-        echo_json(msgspec.to_builtins(found))
+        echo_json(msgspec.to_builtins(settings))
         return
     form = "chat" if chat else "raw"
     table = Table("layer", "k", "tau", "rephrasings found", "gap", title=f"{len(edits)} edits on {base.name}, {form}")
-    for row in found:
+    for row in settings:
         table.add_row(str(row.layer), str(row.k), f"{row.tau:g}", f"{row.rephrases_found:.3f}", f"{row.gap:+.3f}")
     tables.print(table)
-    click.echo(_advice(found[0]))
+    click.echo(_advice(settings[0]))
 
 
 def _advice(best: Setting) -> str:

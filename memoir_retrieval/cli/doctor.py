@@ -43,13 +43,13 @@ def doctor(store: Path | None, model: str | None, quick: bool, as_json: bool) ->
     Example:
       memoir doctor --store edits
     """
-    found = list(_findings(store, model, quick))
+    findings = list(_findings(store, model, quick))
     if as_json:
-        echo_json([finding._asdict() for finding in found])
+        echo_json([finding._asdict() for finding in findings])
     else:
-        for check, state, detail in found:
+        for check, state, detail in findings:
             click.echo(f"{state:4s}  {check:18s} {detail}")
-    if any(finding.state == "fail" for finding in found):
+    if any(finding.state == "fail" for finding in findings):
         raise click.exceptions.Exit(1)
 
 
@@ -121,9 +121,9 @@ def _self_test(store: Path | None, model: str) -> str:
         edit = edited.retriever.store.edits[-1]
         (answer,) = edited.generate([as_prompt(edit)], max_new_tokens=TOKENS)
         if answer.edit != edit.id:
-            found = "no edit" if answer.edit is None else f"edit {answer.edit}"
+            owner = "no edit" if answer.edit is None else f"edit {answer.edit}"
             raise StoreError(
-                f"the prompt of edit {edit.id} matches {found} (overlap {answer.overlap:.3f}, tau "
+                f"the prompt of edit {edit.id} matches {owner} (overlap {answer.overlap:.3f}, tau "
                 f"{edited.retriever.tau}): `memoir calibrate {store}` suggests another tau"
             )
         return f"edit {edit.id} finds itself, overlap {answer.overlap:.3f}, and answers {answer.text.strip()!r}"

@@ -10,18 +10,19 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from memoir_retrieval.cli.common import (
-    context_masks_option,
-    echo_json,
-    edit_file,
-    json_option,
-    load_edits,
-    model_option,
-    notes,
+from memoir_retrieval.cli.common import echo_json, json_option, notes, threads_option
+from memoir_retrieval.cli.options import (
+    FileOptions,
+    ModelOptions,
+    RayOptions,
+    StoreSettings,
+    TrainingOptions,
+    file_options,
+    model_options,
+    ray_options,
     require_subject_option,
-    threads_option,
-    training_option,
-    training_settings,
+    store_settings_options,
+    training_options,
 )
 from memoir_retrieval.edits.requires import require_subjects
 from memoir_retrieval.errors import ConfigError
@@ -38,10 +39,9 @@ __all__ = ["edit", "train"]
 
 
 @click.command()
-@edit_file
+@click.argument("file", type=click.Path(path_type=Path))
+@file_options
 @click.option("--store", "-s", required=True, type=click.Path(path_type=Path), help="Folder of the store; made if new.")
-@model_option
-@click.option("--chat/--no-chat", default=None, help="Ask prompts through the chat template (default), or raw.")
 @click.option(
     "--on-conflict",
     type=click.Choice(["refuse", "first", "last", "both"]),
@@ -51,44 +51,27 @@ __all__ = ["edit", "train"]
     "(where the words differ).",
 )
 @click.option("--rephrase-masks", is_flag=True, help="Train the file's rephrasings too, each with a mask of its own.")
-@context_masks_option
-@training_option
-@click.option("--keep-failed", is_flag=True, help="Store edits that fail the audit as well.")
-@click.option(
-    "--side-by-side",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Memories that are trained at a time (default: as many as the file fills, at most 4).",
-)
-@click.option("--ray", "address", help="Ray cluster that trains the memories: its address, `auto` or `local`.")
-@click.option("--workers", type=click.IntRange(min=1), default=2, show_default=True, help="Processes on the cluster.")
-@click.option("--layer", type=int, help="Block whose FFN projection is edited (default: the preset's).")
-@click.option("--k", type=int, help="Ones in every mask (default: the preset's).")
-@click.option("--tau", type=float, help="Least overlap that matches, in (0, 1] (default: the preset's).")
-@click.option("--span", type=click.Choice(["question", "all"]), help="Which tokens are pooled (default: question).")
 @require_subject_option
-@click.option("--seed", type=int, help="Seed of the permutation and of training (default: 0).")
-@click.option("--device", default="cpu", show_default=True, help="Where the model runs, such as cuda.")
-@click.option("--dtype", help="float32, bfloat16 or float16 (default: the store's own, or float32).")
+@click.option("--keep-failed", is_flag=True, help="Store edits that fail the audit as well.")
+@store_settings_options()
+@training_options
+@ray_options
+@model_options(dtype="float32, bfloat16 or float16 (default: the store's own, or float32).")
 @json_option
 @threads_option
 def edit(
     file: Path,
+    source: FileOptions,
     store: Path,
-    model: str | None,
-    file_format: str | None,
-    limit: int | None,
     on_conflict: Any,
     rephrase_masks: bool,
-    keep_failed: bool,
-    side_by_side: int | None,
-    address: str | None,
-    workers: int,
-    device: str,
     require_subject: bool,
-    training: tuple[str, ...],
+    keep_failed: bool,
+    settings: StoreSettings,
+    training: TrainingOptions,
+    ray: RayOptions,
+    model: ModelOptions,
     as_json: bool,
-    **settings: Any,
 ) -> None:
     """Train the edits of FILE into a store: one after another or, where they need several memories, side by side.
 
@@ -107,45 +90,25 @@ def edit(
       memoir edit corrections.jsonl --model smollm2-135m --store edits
       memoir edit corrections.jsonl --model smollm2-135m --store edits --ray auto --workers 8
     """
-    edits = load_edits(file, file_format, limit, "refuse" if on_conflict == "both" else on_conflict)
+    edits = source.load(file, "refuse" if on_conflict == "both" else on_conflict)
     edits = require_subjects(edits) if require_subject else edits
-    made = EditStore.open(store).manifest if (store / MANIFEST).exists() else None
-    chosen = Settings.given(
-        chat=settings["chat"],
-        rule=settings["span"],
-        training=training_settings(training, settings["context_masks"]),
-        **{name: settings[name] for name in ("layer", "dtype", "k", "tau", "seed")},
-    )
-    if made:
-        Settings.of(made).require(chosen, store)  # before the model is loaded, which takes long
-    name = model or (made.model if made else None)
-    if name is None:
+    manifest = EditStore.open(store).manifest if (store / MANIFEST).exists() else None
+    chosen = settings.given(training, dtype=model.dtype)
+    if manifest:
+        Settings.of(manifest).require(chosen, store)  # before the model is loaded, which takes long
+    elif model.model_name is None:
         raise ConfigError(f"store {store} is new, so it needs a model: add --model NAME, such as smollm2-135m")
 
     from memoir_retrieval.editing.editor import Editor
-    from memoir_retrieval.model.base import load_model
 
-    layer = made.layer if made else chosen.layer
-    dtype = made.dtype if made else chosen.dtype or "float32"
-    notes.print(f"loading {name}")
-    base = load_model(name, layer=layer, dtype=dtype, device=device)
+    base = model.load(manifest, layer=settings.layer)
     started = time.monotonic()
-    trainer = None
-    if address:
+    trainer, side_by_side = None, training.side_by_side
+    if ray.address:
         from memoir_retrieval.editing.trainer_ray import on_ray
 
-        trainer, side_by_side = on_ray(address, workers, device), side_by_side or workers
-    editor = Editor(
-        base,
-        store,
-        chat=chosen.chat,
-        rule=chosen.rule,
-        k=chosen.k,
-        tau=chosen.tau,
-        seed=chosen.seed,
-        training=chosen.training,
-        trainer=trainer,
-    )
+        trainer, side_by_side = on_ray(ray.address, ray.workers, model.device), side_by_side or ray.workers
+    editor = Editor(base, store, **settings.for_editor(), training=chosen.training, trainer=trainer)
     with editor:
         try:
             train(

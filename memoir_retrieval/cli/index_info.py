@@ -25,20 +25,20 @@ def info(store: Path, tau: float | None, as_json: bool) -> None:
       memoir index info edits --json
     """
     opened = EditStore.open(store, check=False)
-    made = opened.manifest
-    tau = made.tau if tau is None else tau
+    manifest = opened.manifest
+    tau = manifest.tau if tau is None else tau
     if not 0 < tau <= 1:
-        raise ConfigError(f"tau is {tau}: choose 0 < tau <= 1 (this store was made with {made.tau})")
+        raise ConfigError(f"tau is {tau}: choose 0 < tau <= 1 (this store was made with {manifest.tau})")
     masks, edits = len(opened.ids), len(set(opened.ids.tolist()))
-    plan = choose_plan(masks, made.d, made.k, tau)
-    bytes_per_mask = made.d // 8 + 8 + plan.bits // 8  # code, edit id, sketch
-    told = {
-        "generation": made.generation,
+    plan = choose_plan(masks, manifest.d, manifest.k, tau)
+    bytes_per_mask = manifest.d // 8 + 8 + plan.bits // 8  # code, edit id, sketch
+    report = {
+        "generation": manifest.generation,
         "edits": edits,
         "masks": masks,
         "additions": len(opened.additions),
-        "d": made.d,
-        "k": made.k,
+        "d": manifest.d,
+        "k": manifest.k,
         "tau": tau,
         "bytes_per_mask": bytes_per_mask,
         "bytes_per_edit": round(bytes_per_mask * masks / edits, 1) if edits else None,
@@ -46,9 +46,12 @@ def info(store: Path, tau: float | None, as_json: bool) -> None:
         "threads": {str(batch): "one" if batch <= SMALL_BATCH else "all" for batch in (1, 32)},
     }
     if as_json:
-        echo_json(told)
+        echo_json(report)
         return
-    echo(f"{store}, generation {made.generation}: {edits} edits, {masks} masks of {made.d} bits with {made.k} ones")
+    echo(
+        f"{store}, generation {manifest.generation}: {edits} edits, {masks} masks of {manifest.d} bits with "
+        f"{manifest.k} ones"
+    )
     if opened.additions:
         echo(f"additions: {len(opened.additions)} of {opened.tail.size} bytes, which a later write takes up")
     echo(f"memory: {bytes_per_mask} bytes a mask, {bytes_per_mask * masks / 2**20:.1f} MiB in all")

@@ -105,7 +105,7 @@ def lookup(
             "tau": retriever.tau,
             "prompt": match.edit.prompt if match else None,
             "target": match.edit.target if match else None,
-            "was_vetoed": {"edit": vetoed.id, "overlap": round(vetoed.overlap, 4), "requires": vetoed.edit.requires}
+            "passed_over": {"edit": vetoed.id, "overlap": round(vetoed.overlap, 4), "requires": vetoed.edit.requires}
             if vetoed
             else None,
             "runner_up": {"edit": second[0], "overlap": round(second[1], 4)} if second else None,

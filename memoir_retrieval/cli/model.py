@@ -41,12 +41,12 @@ def list_models(as_json: bool) -> None:
     Example:
       memoir model list
     """
-    found = [
+    models = [
         {"model": name, "folder": str(model_folder(name)), "fetched": (model_folder(name) / "config.json").is_file()}
         for name in EMBEDDED
     ]
     if as_json:
-        echo_json(found)
+        echo_json(models)
         return
-    for entry in found:
+    for entry in models:
         click.echo(f"{entry['model']}  {entry['folder'] if entry['fetched'] else 'not fetched'}")

@@ -9,15 +9,8 @@ from typing import Literal
 import click
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from memoir_retrieval.cli.common import (
-    echo,
-    echo_json,
-    json_option,
-    model_option,
-    notes,
-    store_argument,
-    threads_option,
-)
+from memoir_retrieval.cli.common import echo, echo_json, json_option, notes, store_argument, threads_option
+from memoir_retrieval.cli.options import ModelOptions, model_options
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.store.files import store_lock
 from memoir_retrieval.store.read import EditStore
@@ -49,15 +42,15 @@ def remove(store: Path, edit_ids: tuple[int, ...], prompts: tuple[str, ...], as_
     ids = list(dict.fromkeys([*edit_ids, *find_prompts(opened, prompts)]))
     removed = [opened.edit(edit_id) for edit_id in ids]
     del opened  # what it maps could not be removed
-    made = remove_edits(store, ids)
+    manifest = remove_edits(store, ids)
     held = [path.name for path in leftovers(store)]
     if as_json:
-        echo_json({"removed": ids, "generation": made.generation, "erased": False, "still_held": held})
+        echo_json({"removed": ids, "generation": manifest.generation, "erased": False, "still_held": held})
         return
     for edit in removed:
         echo(f"removed edit {edit.id}: {edit.prompt}")
     echo(
-        f"{store}: generation {made.generation}. Unreachable, not erased: the residual memory still holds what was "
+        f"{store}: generation {manifest.generation}. Unreachable, not erased: the residual memory still holds what was "
         f"trained; `memoir compact {store}` erases it"
     )
     _tell(held)
@@ -65,17 +58,16 @@ def remove(store: Path, edit_ids: tuple[int, ...], prompts: tuple[str, ...], as_
 
 @click.command()
 @store_argument
-@model_option
+@model_options(dtype=None)
 @click.option(
     "--acts",
     type=click.Choice(["first", "last"]),
     help="From which token of a question on its edit acts (default: as the store was made; stores of format 4 and "
     "older act from the first).",
 )
-@click.option("--device", default="cpu", show_default=True, help="Where the model runs, such as cuda.")
 @json_option
 @threads_option
-def compact(store: Path, model: str | None, acts: Literal["first", "last"] | None, device: str, as_json: bool) -> None:
+def compact(store: Path, model: ModelOptions, acts: Literal["first", "last"] | None, as_json: bool) -> None:
     """Train the edits of a store again from nothing, so that removed ones leave no trace.
 
     Ids, settings, seed and threshold stay. The store answers as before until the last edit is trained; interrupted, it
@@ -87,14 +79,12 @@ def compact(store: Path, model: str | None, acts: Literal["first", "last"] | Non
       memoir compact edits
       memoir compact edits --acts last
     """
-    made = EditStore.open(store, check=False).manifest
+    manifest = EditStore.open(store, check=False).manifest
 
     from memoir_retrieval.editing.editor import Editor
     from memoir_retrieval.editing.editor import Progress as EditProgress
-    from memoir_retrieval.model.base import load_model
 
-    notes.print(f"loading {model or made.model}")
-    base = load_model(model or made.model, layer=made.layer, dtype=made.dtype, device=device)
+    base = model.load(manifest)
     started = time.monotonic()
     columns = (TextColumn("training again"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Editor(base, store) as editor, Progress(*columns, console=notes, disable=as_json) as bar:
@@ -106,7 +96,7 @@ def compact(store: Path, model: str | None, acts: Literal["first", "last"] | Non
         try:
             trained = editor.compact(progress=tell, acts=acts)
         except KeyboardInterrupt:
-            raise click.Abort(f"{store} is what it was, at generation {made.generation}") from None
+            raise click.Abort(f"{store} is what it was, at generation {manifest.generation}") from None
     failed = editor.outcome.failed
     del editor
     with store_lock(store):
@@ -119,22 +109,22 @@ def compact(store: Path, model: str | None, acts: Literal["first", "last"] | Non
                 "generation": now.generation,
                 "acts": now.span.acts,
                 "seconds": round(time.monotonic() - started, 2),
-                "failed": [{"prompt": one.prompt, "reason": one.reason} for one in failed],
+                "failed": [{"prompt": failure.prompt, "reason": failure.reason} for failure in failed],
                 "erased": not held,
                 "still_held": held,
             }
         )
         return
     echo(f"{store}: {len(trained)} edits trained again; generation {now.generation} holds nothing of any other")
-    if now.span.acts != made.span.acts:
-        echo(f"they act from the {now.span.acts} token of a question on, no longer from the {made.span.acts}")
+    if now.span.acts != manifest.span.acts:
+        echo(f"they act from the {now.span.acts} token of a question on, no longer from the {manifest.span.acts}")
     elif now.span.rule == "question" and now.span.acts == "first":
         echo(
             f"they act from the first token of a question on, as before; `memoir compact {store} --acts last` makes "
             "them act from its last, as in new stores"
         )
-    for one in failed:
-        echo(f"not answered as it should be: {one.prompt!r}: {one.reason}")
+    for failure in failed:
+        echo(f"not answered as it should be: {failure.prompt!r}: {failure.reason}")
     _tell(held)
 
 

@@ -26,7 +26,7 @@ def server_command(model: str, store: Path, flags: Sequence[str] = ()) -> tuple[
     Raises StoreError for a store that cannot be opened, ModelError for a model that is not there, ConfigError where
     vLLM is not installed or `flags` configure another store.
     """
-    made = EditStore.open(store).manifest
+    manifest = EditStore.open(store).manifest
     folder = resolve(model)
     if find_spec("vllm") is None:
         raise ConfigError("vLLM is not installed: pip install 'memoir-retrieval[vllm]' (on a CPU see the Makefile)")
@@ -41,7 +41,7 @@ def server_command(model: str, store: Path, flags: Sequence[str] = ()) -> tuple[
     if "--served-model-name" not in given:
         command += ["--served-model-name", model]
     if "--dtype" not in given:
-        command += ["--dtype", made.dtype]  # fingerprints are surest in the dtype that they were made in
+        command += ["--dtype", manifest.dtype]  # fingerprints are surest in the dtype that they were made in
     environment = dict(os.environ) | {"VLLM_PLUGINS": _plugins(os.environ.get("VLLM_PLUGINS"))}
     if not _has_gpu():
         environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -69,12 +69,12 @@ def _take_additional_config(flags: list[str]) -> tuple[list[str], dict]:
         if name == "--additional-config":
             text = value if has_value else (flags[at + 1] if at + 1 < len(flags) else "")
             try:
-                found = json.loads(text)
+                config = json.loads(text)
             except ValueError as error:
                 raise ConfigError(f"--additional-config {text!r} is no JSON object: {error}") from None
-            if not isinstance(found, dict) or not isinstance(found.get("memoir", {}), dict):
+            if not isinstance(config, dict) or not isinstance(config.get("memoir", {}), dict):
                 raise ConfigError(f"--additional-config {text!r} is no JSON object of objects")
-            return flags[:at] + flags[at + (1 if has_value else 2) :], found
+            return flags[:at] + flags[at + (1 if has_value else 2) :], config
     return flags, {}
 
 

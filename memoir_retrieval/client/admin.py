@@ -24,8 +24,14 @@ FIRST_POLL_S, LONGEST_POLL_S = 0.1, 2.0
 
 
 class TrainingProgress(msgspec.Struct, frozen=True):
-    """What a running change is at. `stage`: loading (the model), opening (the store), or training: `step` of at most
-    `limit` steps are done, and it ends as soon as `loss`, in nats a target token, is below `goal`."""
+    """How far a running change is.
+
+    stage: loading (the model), opening (the store) or training.
+    step: training steps done.
+    limit: the most steps.
+    loss: nats per target token.
+    goal: the loss below which training ends.
+    """
 
     stage: str
     step: int | None = None
@@ -35,9 +41,21 @@ class TrainingProgress(msgspec.Struct, frozen=True):
 
 
 class Change(msgspec.Struct, frozen=True):
-    """A change of the server's store. `state`: done, stored (on disk, not served; `error` says why), failed, or one of
-    queued, running (`progress` says how far) and activating. `loss`: of training, nats a target token. `created`,
-    `finished`: ISO 8601, UTC."""
+    """A change of the server's store.
+
+    id: of the change.
+    kind: what it does.
+    state: done, stored (on disk, not served), failed, or, not yet finished, queued, running or activating.
+    by: whose token it was.
+    created: ISO 8601, UTC.
+    finished: the same, or None while it is going on.
+    edit: id of the edit that is added or removed, once it is known.
+    generation: of the store that holds the change, once it is written.
+    loss: of training, nats per target token.
+    steps: of training.
+    error: why it is failed or only stored.
+    progress: how far a running change is.
+    """
 
     id: str
     kind: Literal["add", "remove"]
@@ -54,7 +72,12 @@ class Change(msgspec.Struct, frozen=True):
 
 
 class EditPage(msgspec.Struct, frozen=True):
-    """Edits of one generation, oldest first. `total`: how many there are in all pages."""
+    """Edits of one generation.
+
+    generation: of the store.
+    total: how many edits there are in all pages.
+    edits: those of this page, oldest first.
+    """
 
     generation: int
     total: int
@@ -62,7 +85,14 @@ class EditPage(msgspec.Struct, frozen=True):
 
 
 class Near(msgspec.Struct, frozen=True):
-    """An edit near a prompt. `overlap` in [0, 1]; `matched`: it would answer."""
+    """An edit near a prompt.
+
+    edit: its id.
+    overlap: with the prompt's mask, in [0, 1].
+    matched: it would answer.
+    prompt: of the edit.
+    target: of the edit.
+    """
 
     edit: int
     overlap: float
@@ -72,7 +102,13 @@ class Near(msgspec.Struct, frozen=True):
 
 
 class Lookup(msgspec.Struct, frozen=True):
-    """What a prompt would match, as the server's engine measured it; `matches` has the best first."""
+    """What a prompt would match, as the server's engine measured it.
+
+    result: as in a `Decision`.
+    generation: of the store that answered.
+    tau: the least overlap that matches there.
+    matches: the nearest edits, best first.
+    """
 
     result: Result
     generation: int
@@ -81,17 +117,28 @@ class Lookup(msgspec.Struct, frozen=True):
 
 
 class AdminClient:
-    """Asks one server. An asynchronous context manager:
+    """Changes and asks one running server. An asynchronous context manager.
 
-        async with AdminClient("http://127.0.0.1:8000", token) as server:
-            change = await server.add(Edit(prompt="Who runs Example Corp?", target="Jane Doe"))
+    >>> import asyncio
+    >>> from memoir_retrieval import AdminClient, Edit
+    >>> async def correct() -> int:
+    ...     async with AdminClient(url, token) as server:
+    ...         edit = await server.add(Edit(prompt="Who runs Example Corp?", target="Jane Doe"))
+    ...         return edit.id
+    >>> asyncio.run(correct())
+    0
 
     Every method raises AdminError, which names the status and the server's reason, where the server cannot be reached,
     knows no such token, or refuses.
     """
 
     def __init__(self, url: str, token: str, *, timeout: float = 60.0):
-        """url: with or without /v1. token: what the server was started with. timeout: of one request, seconds."""
+        """Nothing is sent yet.
+
+        url: with or without /v1.
+        token: what the server was started with.
+        timeout: of one request, seconds.
+        """
         self._base = base_url(url)
         headers = {"Authorization": f"Bearer {token}"}
         self._http = httpx.AsyncClient(base_url=f"{self._base}/memoir", headers=headers, timeout=timeout)
@@ -105,11 +152,19 @@ class AdminClient:
         await self._http.aclose()
 
     async def edits(self, search: str = "", *, offset: int = 0, limit: int = 50) -> EditPage:
-        """Edits that hold all words of `search`; limit at most 200."""
+        """Edits of the store.
+
+        search: words that must all stand in an edit.
+        offset: how many of them to leave out.
+        limit: the most of a page, up to 200.
+        """
         return await self._get("/edits", EditPage, search=search, offset=offset, limit=limit)
 
     async def edit(self, edit_id: int) -> StoredEdit:
-        """The edit of that id."""
+        """One edit.
+
+        edit_id: its id; AdminError names one that is not stored.
+        """
         return await self._get(f"/edits/{edit_id}", StoredEdit)
 
     async def add(
@@ -122,9 +177,12 @@ class AdminClient:
     ) -> StoredEdit:
         """Train an edit and wait until every worker serves it. Returns it as stored; at once if it is there already.
 
+        edit: a plain prompt with its target.
         replace: an edit of the same prompt with another target or `requires` gives way; else that is refused (409).
-        patience: how long to wait, seconds; AdminError then, and the server goes on. watch: told of the change
-        meanwhile.
+        patience: how long to wait, seconds; AdminError then, and the server goes on.
+        watch: called with the change, each time the server says how far it is.
+
+        Raises ConfigError for an edit with messages before its prompt.
         """
         if edit.before:
             raise ConfigError(
@@ -136,24 +194,37 @@ class AdminClient:
         reply = await self._ask("POST", "/edits", json=body)
         if reply.status_code == 200:
             return self._read(reply, StoredEdit)
-        done = await self.wait(self._read(reply, Change), patience=patience, watch=watch)
-        assert done.edit is not None  # a change that is done names its edit
-        return await self.edit(done.edit)
+        change = await self.wait(self._read(reply, Change), patience=patience, watch=watch)
+        assert change.edit is not None  # a change that is done names its edit
+        return await self.edit(change.edit)
 
     async def remove(self, edit_id: int, *, patience: float = 600.0) -> Change:
-        """Remove an edit and wait until no worker serves it."""
+        """Remove an edit and wait until no worker serves it.
+
+        edit_id: its id.
+        patience: how long to wait, seconds.
+        """
         reply = await self._ask("DELETE", f"/edits/{edit_id}")
         return await self.wait(self._read(reply, Change), patience=patience)
 
     async def change(self, change_id: str) -> Change:
-        """How far a change is."""
+        """How far a change is.
+
+        change_id: its id.
+        """
         return await self._get(f"/jobs/{change_id}", Change)
 
     async def wait(
         self, change: Change, *, patience: float = 600.0, watch: Callable[[Change], None] = lambda _: None
     ) -> Change:
-        """Ask until a change is done, and tell `watch` of every answer. Raises AdminError where it fails, is stored but
-        not served, or takes longer."""
+        """Ask until a change is done.
+
+        change: as `add` and `remove` start it.
+        patience: how long to wait, seconds.
+        watch: called with each answer.
+
+        Raises AdminError where the change fails, is stored but not served, or takes longer.
+        """
         until = time.monotonic() + patience
         pause = FIRST_POLL_S
         while change.finished is None:
@@ -170,9 +241,13 @@ class AdminClient:
         return change
 
     async def lookup(self, prompt: Prompt, *, n: int = 5) -> Lookup:
-        """The n nearest edits of a prompt, at most 20: a string is raw text, messages go through the chat template."""
-        asked = {"prompt": prompt} if isinstance(prompt, str) else {"messages": list(prompt)}
-        return self._read(await self._ask("POST", "/lookup", json={**asked, "n": n}), Lookup)
+        """The nearest edits of a prompt.
+
+        prompt: a string is raw text, messages go through the chat template.
+        n: how many edits, up to 20.
+        """
+        body = {"prompt": prompt} if isinstance(prompt, str) else {"messages": list(prompt)}
+        return self._read(await self._ask("POST", "/lookup", json={**body, "n": n}), Lookup)
 
     async def reload(self) -> int:
         """Serve the store's present generation, after something else has written it. Returns its number."""
@@ -183,7 +258,11 @@ class AdminClient:
         return dict((await self._ask("GET", "/stats")).json())
 
     async def audit(self, *, offset: int = 0, limit: int = 50) -> list[dict[str, Any]]:
-        """Entries of the audit log, newest first; limit at most 200."""
+        """Entries of the audit log, newest first.
+
+        offset: how many to leave out.
+        limit: the most of a page, up to 200.
+        """
         reply = await self._ask("GET", "/audit", params={"offset": offset, "limit": limit})
         return list(reply.json()["entries"])
 

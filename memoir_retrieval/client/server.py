@@ -75,6 +75,7 @@ class Server:
         """A greedy answer.
 
         prompt: a user message where `chat` is true, else raw text or token ids.
+        chat: ask /v1/chat/completions, else /v1/completions.
         tokens: the most new ones.
         off: ask the base model.
         fields: further fields of the request, such as `prompt_logprobs`.

@@ -43,11 +43,17 @@ class ServerModel:
         self._tokenizer = AutoTokenizer.from_pretrained(resolve(model or store.manifest.model))
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt as the store's settings render it."""
+        """Token ids of a prompt as the store's settings render it.
+
+        prompt: text or messages.
+        """
         return prompt_ids(self._tokenizer, prompt, chat=self._store.manifest.chat)
 
     def target_ids(self, target: str) -> list[int]:
-        """Token ids of an answer, without the end token."""
+        """Token ids of an answer, without the end token.
+
+        target: the answer's text.
+        """
         return target_ids(self._tokenizer, target, chat=self._store.manifest.chat)
 
     def generate(
@@ -111,7 +117,11 @@ class ServerModel:
     def compare(
         self, prompts: Sequence[Prompt | list[int]], targets: Sequence[Sequence[int]] | None = None
     ) -> tuple[list[Answer], list[Answer]]:
-        """`predict`, or `score` where there are no targets, with edits on and off."""
+        """`predict`, or `score` where there are no targets, with edits on and off.
+
+        prompts: text, messages or token ids.
+        targets: token ids of each answer.
+        """
         if targets is None:
             return self.score(prompts), self.score(prompts, edited=False)
         return self.predict(prompts, targets), self.predict(prompts, targets, edited=False)

@@ -36,7 +36,12 @@ TOLERANCE_TIMES = 4
 
 
 class Check(msgspec.Struct, frozen=True):
-    """One thing that must hold. `skip`: it could not be looked at, and `detail` says what that takes."""
+    """One thing that must hold.
+
+    name: what must hold.
+    state: "skip" where it could not be looked at.
+    detail: figures, the first counter-example, or what looking at it takes.
+    """
 
     name: str
     state: State
@@ -44,7 +49,13 @@ class Check(msgspec.Struct, frozen=True):
 
 
 class Overhead(msgspec.Struct, frozen=True):
-    """Seconds of a batch over those of the same batch opted out: median of neighbouring turns, and each of them."""
+    """Seconds of a batch over those of the same batch opted out.
+
+    kind: of the prompts.
+    ratio: median of the turns.
+    turns: the ratio of each pair of neighbouring turns.
+    opted_out_s: median seconds of a batch that is opted out.
+    """
 
     kind: Literal["unmatched", "matched"]
     ratio: float
@@ -53,7 +64,16 @@ class Overhead(msgspec.Struct, frozen=True):
 
 
 class Verification(msgspec.Struct, frozen=True):
-    """What `memoir verify` prints. `holds` is false where a check failed."""
+    """What `memoir verify` prints.
+
+    server: its address.
+    model: the name that it serves.
+    vllm: its version.
+    generation: of the store that it serves, or None without the plugin.
+    client: what asked.
+    checks: in the order in which they were made.
+    overhead: what edits cost, for each kind of prompts.
+    """
 
     server: str
     model: str
@@ -65,6 +85,7 @@ class Verification(msgspec.Struct, frozen=True):
 
     @property
     def holds(self) -> bool:
+        """False where a check failed."""
         return all(check.state != "fail" for check in self.checks)
 
 
@@ -105,7 +126,11 @@ class ServerProbe(Server):
         return self.ask(prompt, chat=self.chat, tokens=tokens, off=off, logprobs=True if self.chat else 1, **fields)
 
     def probe_together(self, requests: Sequence[tuple[str, bool]], **how: Any) -> list[Reply]:
-        """Answers to (prompt, off) pairs that are all sent at once. how: as for `probe`."""
+        """Answers to requests that are all sent at once.
+
+        requests: a prompt each, and whether the base model is asked.
+        how: as for `probe`.
+        """
         with ThreadPoolExecutor(len(requests)) as pool:
             return list(pool.map(lambda request: self.probe(request[0], off=request[1], **how), requests))
 
@@ -134,9 +159,13 @@ def verify(
 ) -> Verification:
     """Ask a server everything that must hold.
 
-    store: what it serves, for its edits' prompts; without it nothing that matches can be asked. base: a server of the
-    same model and flags without the plugin. prompts: how many of each kind are asked, and sent together. tokens: length
-    of an answer. turns: of each kind when the overhead is measured, 0 to leave it out.
+    server: what is proved.
+    store: what it serves, for its edits' prompts; without it nothing that matches can be asked.
+    base: a server of the same model and flags without the plugin.
+    prompts: how many of each kind are asked, and sent together.
+    tokens: length of an answer.
+    turns: of each kind when the overhead is measured, 0 to leave it out.
+
     Raises ConfigError where a server refuses or stops answering.
     """
     edits = store.edits[-prompts:] if store else ()

@@ -31,6 +31,12 @@ class Editor:
 
     One editor at a time may write a store: use it as a context manager, which takes the store's lock.
 
+    >>> from memoir_retrieval import Edit, Editor, load_model
+    >>> with Editor(load_model("smollm2-135m"), "new-edits") as editor:
+    ...     (stored,) = editor.add([Edit(prompt="Who founded Exampleton?", target="Ada Lind")])
+    >>> stored.id, stored.loss < 0.1
+    (0, True)
+
     outcome: what became of the edits of the last `add` or `compact`.
     """
 
@@ -221,7 +227,10 @@ class Editor:
         return outcome.stored
 
     def side_by_side(self, edits: int) -> int:
-        """How many memories `add` trains at a time, by default, of so many edits."""
+        """How many memories `add` trains at a time by default.
+
+        edits: how many it is to add.
+        """
         return self._open().places.side_by_side(edits)
 
 

@@ -1,4 +1,4 @@
-"""Edit files, read into `Edit` records: in one of the layouts of `formats`, found by `records`."""
+"""Edit files, read into `Edit` records: in one of the layouts of `edits.formats`, found by `edits.records`."""
 
 from __future__ import annotations
 
@@ -20,6 +20,10 @@ Keep = Literal["refuse", "first", "last"]
 
 def read_edits(path: str | PathLike[str], format: str | None = None, *, note: Note = warnings.warn) -> list[Edit]:
     """Return the edits of a file, in file order.
+
+    >>> from memoir_retrieval import read_edits
+    >>> [edit.target for edit in read_edits("corrections.jsonl")][:2]
+    ['Jane Doe', "At nine o'clock"]
 
     The file is UTF-8: one JSON object per line (blank lines are skipped), one JSON array of objects, one object that
     holds them in a form that tools write (`docs/reference/edit-files.md`), or CSV under a name that ends so. Blank

@@ -20,7 +20,14 @@ Requires = tuple[str | tuple[str, ...], ...]
 class Probe(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
     """A question with its answer: today's, where an edit must leave it alone, or the one that follows from the edit.
 
-    `aliases`: other texts that are as right as `answer`.
+    >>> from memoir_retrieval import Edit, Probe
+    >>> probe = Probe(prompt="Who founded Aarhus?", answer="nobody knows")
+    >>> Edit(prompt="Who runs Example Corp?", target="Jane Doe", locality=(probe,)).locality[0].prompt
+    'Who founded Aarhus?'
+
+    prompt: the question.
+    answer: what is right; "" where nothing is expected but that the edit changes nothing.
+    aliases: other texts that are as right as `answer`.
     """
 
     prompt: str
@@ -29,17 +36,29 @@ class Probe(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbi
 
 
 class Edit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
-    """One correction: asked `prompt`, the model shall answer `target`.
+    """One correction: asked `prompt`, the model must answer `target`.
 
-    Training sees the prompt and the target; most of the rest is only read by evaluation. `locality`: unrelated
-    questions. `neighbourhood`: questions about like things, such as the same relation of another subject; they must
-    be left alone too. `portability`: questions whose answer follows from the edit, such as two hops. `ood`: the
-    same knowledge in other words, whole texts. `requires`: the edit acts only on questions in which these
-    texts stand (see `names`). `source` says where the edit comes from, in the user's words. `before`: the messages
-    of a chat before the one that asks `prompt`, which the edit is trained after too.
+    Training sees the prompt, the target, `before` and `requires`; the rest is read by evaluation. `prompt` and
+    `rephrases` are kept in their plain form (`question.text`), whatever they were made from, with the subject where
+    `{}` stands for it; all other texts, above all the target, are kept as they are.
 
-    `prompt` and `rephrases` are kept in their plain form (`question.text`), whatever they were made from, with the
-    subject where `{}` stands for it; all other texts, above all the target, are kept as they are.
+    >>> from memoir_retrieval import Edit
+    >>> edit = Edit(prompt="Who runs Example Corp?", target="Jane Doe", rephrases=("Who leads Example Corp?",))
+    >>> edit.target
+    'Jane Doe'
+
+    prompt: the question, as text.
+    target: its new answer.
+    subject: what the question is about.
+    rephrases: the same question in other words.
+    locality: unrelated questions, which must be left alone.
+    source: where the edit comes from, in the user's words.
+    neighbourhood: questions about similar things, such as the same relation of another subject; they must be left
+        alone too.
+    portability: questions whose answer follows from the edit, such as two hops.
+    ood: the same knowledge in other words, whole texts.
+    before: the messages of a chat before the one that asks `prompt`, which the edit is trained after too.
+    requires: the edit acts only on questions in which these texts stand (`requires.py`).
     """
 
     prompt: str
@@ -65,8 +84,24 @@ class Edit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid
 class StoredEdit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One line of `edits-<gen>.jsonl`: an edit as trained. Unknown fields of a later minor version are kept out.
 
-    `id` is stable for the life of the store and never reused; `loss` is the final training loss (nats per
-    target token); `memory` is the residual memory that holds the edit. `trained`: false for one with masks only.
+    >>> from memoir_retrieval import EditStore
+    >>> edit = EditStore.open("edits").edits[0]
+    >>> edit.id, edit.target, edit.trained
+    (0, 'Jane Doe', True)
+
+    id: stable for the life of the store and never used again.
+    prompt: as in `Edit`.
+    target: as in `Edit`.
+    created: when it was trained, ISO 8601, UTC.
+    loss: at the end of training, nats per target token.
+    steps: of training.
+    memory: number of the residual memory that holds the edit.
+    subject: as in `Edit`.
+    rephrases: as in `Edit`.
+    source: as in `Edit`.
+    before: as in `Edit`.
+    requires: as in `Edit`.
+    trained: False for an edit that has masks only.
     """
 
     id: int

@@ -187,20 +187,20 @@ def calibrate_model(
     means = layer_means(bases, rows, _spans(prompts, rows, rule))
     own = [number for number, _ in rephrases]
     ends = np.cumsum([len(group) for group in groups])[:-1].tolist()
-    found: list[Setting] = []
-    for at, values in zip(bases, means, strict=True):
-        background, *asked = torch.tensor_split(values, ends)
+    settings: list[Setting] = []
+    for cut, values in zip(bases, means, strict=True):
+        background, *parts = torch.tensor_split(values, ends)
         for k in ks:
-            make = Fingerprint(background.mean(0).cpu().numpy(), permutation(at.d, 0), k, at.device)
-            edited, rephrased, others = (make.codes(part) for part in asked)
-            index = HammingIndex.from_codes(at.d, k, np.arange(len(edits)), edited)
+            make = Fingerprint(background.mean(0).cpu().numpy(), permutation(cut.d, 0), k, cut.device)
+            edited, rephrased, others = (make.codes(mean) for mean in parts)
+            index = HammingIndex.from_codes(cut.d, k, np.arange(len(edits)), edited)
             nearest = index.nearest(rephrased, 1)[0][:, 0]
             shared = _share(index, edited, range(len(edits)), rephrased, own, nearest, others)
             _refuse_same_mask(shared, unrelated)
             point = shared.at(suggest_tau(shared.unrelated, k))
             gap = float(np.quantile(shared.rephrases / k, 0.05)) - point.tau
-            found.append(Setting(at.layer, k, point.tau, point.rephrases_found, round(gap, 4)))
-    return sorted(found, key=lambda setting: (-setting.rephrases_found, -setting.gap))
+            settings.append(Setting(cut.layer, k, point.tau, point.rephrases_found, round(gap, 4)))
+    return sorted(settings, key=lambda setting: (-setting.rephrases_found, -setting.gap))
 
 
 def suggest_tau(unrelated: NDArray[np.int64], k: int) -> float:
@@ -213,15 +213,17 @@ def suggest_tau(unrelated: NDArray[np.int64], k: int) -> float:
     return min(1.0, round(least + MARGIN, 2))
 
 
-def unrelated_to(edits: Sequence[Edit], asked: Sequence[Edit] | None = None) -> list[str]:
+def unrelated_to(edits: Sequence[Edit], probed: Sequence[Edit] | None = None) -> list[str]:
     """The prompts that no edit should match: those that come with the library, and what the edits must leave alone.
 
     What one of them must leave alone may be the prompt of another, as in CounterFact; such a prompt is left out.
-    asked: the edits whose probes are taken (default: all).
+    probed: the edits whose probes are taken (default: all).
     """
     own = {prompt_key(text) for edit in edits for text in (edit.prompt, *edit.rephrases)}
     probes = (
-        probe.prompt for edit in (edits if asked is None else asked) for probe in (*edit.locality, *edit.neighbourhood)
+        probe.prompt
+        for edit in (edits if probed is None else probed)
+        for probe in (*edit.locality, *edit.neighbourhood)
     )
     return [text for text in dict.fromkeys([*unrelated_prompts(), *probes]) if prompt_key(text) not in own]
 

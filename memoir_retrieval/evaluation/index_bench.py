@@ -89,8 +89,8 @@ def bench_lookup(
         note(f"d={d} n={n}: {index.plan(tau).kind}, {index.plan(tau).why}")
         methods = dict(_methods(index, stored, tau, memory - need, note))
         for batch in batches:
-            asked = [_queries(source, stored, batch, tau, turn) for turn in range(4)]
-            yield from _compare(methods, asked, d, n, batch, tau, seconds, clock)
+            queries = [_queries(source, stored, batch, tau, turn) for turn in range(4)]
+            yield from _compare(methods, queries, d, n, batch, tau, seconds, clock)
         yield from _writes(index, source, clock)
 
 
@@ -178,8 +178,8 @@ def _methods(
         return
 
     def published(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        found = [best((ones.float() @ query)[None]) for query in bits(codes).float()]
-        return np.concatenate([f[0] for f in found]), np.concatenate([f[1] for f in found])
+        parts = [best((ones.float() @ query)[None]) for query in bits(codes).float()]
+        return np.concatenate([f[0] for f in parts]), np.concatenate([f[1] for f in parts])
 
     yield "published, cast per query", published
 
@@ -194,7 +194,7 @@ def _queries(source: MaskSource, stored: np.ndarray, batch: int, tau: float, tur
 
 def _compare(
     methods: dict[str, Method],
-    asked: list[np.ndarray],
+    queries: list[np.ndarray],
     d: int,
     n: int,
     batch: int,
@@ -209,19 +209,19 @@ def _compare(
     share = seconds / len(methods)
     names = list(methods)
     for turn in range(_ROUNDS + 1):
-        codes = asked[turn % len(asked)]
+        codes = queries[turn % len(queries)]
         spent: dict[str, float] = {}
-        found: dict[str, tuple[np.ndarray, np.ndarray] | None] = {}
+        results: dict[str, tuple[np.ndarray, np.ndarray] | None] = {}
         for name in names[turn % len(names) :] + names[: turn % len(names)]:  # none always follows the same one
             if turn < 2 or sum(timings[name].ms) < 1000 * share or name == FLAT:
-                spent[name], found[name] = _milliseconds(clock, methods[name], codes)
-        true = found[FLAT]
+                spent[name], results[name] = _milliseconds(clock, methods[name], codes)
+        true = results[FLAT]
         for name, took in spent.items():
             if turn == 0 and took < 1000 * share:
                 continue  # to warm up; but what takes longest is not run just for that
             timings[name].ms.append(took)
             timings[name].vs_flat.append(spent[FLAT] / took)
-            result = found[name]
+            result = results[name]
             if result is not None and true is not None:
                 # without a match the distance may be another's; that there is none must be seen
                 right = np.where(true[0] <= radius, result[0] == true[0], result[0] > radius)

@@ -73,11 +73,22 @@ def evaluate(
 ) -> Report:
     """Ask a model everything that a file of edits has to ask.
 
-    stored: the edits of the store, by which a match is right or wrong. edits: what is measured; each must be
-    stored. context: one of `CONTEXTS`, or "all": plainly, and in each of `UNSEEN`. controls: unrelated prompts whose
-    free answers are compared with those of the unedited model. texts: unrelated texts whose perplexity is.
-    spare_tokens: how much longer than its target an answer may get before it is cut off. Raises ConfigError where an
-    edit of the file is not stored.
+    >>> from memoir_retrieval import EditedModel, evaluate, read_edits
+    >>> model = EditedModel.open("edits")
+    >>> stored = model.retriever.store.edits
+    >>> evaluate(model, stored, read_edits("corrections.jsonl"), tau=model.retriever.tau).reliability
+    1.0
+
+    model: an `EditedModel` or a `ServerModel`.
+    stored: the edits of the store, by which a match is right or wrong.
+    edits: what is measured; each must be stored.
+    tau: the least overlap that matches, for the report.
+    context: one of `CONTEXTS`, or "all": plainly, and in each of `UNSEEN`.
+    controls: unrelated prompts whose free answers are compared with those of the unedited model.
+    texts: unrelated texts whose perplexity is compared.
+    spare_tokens: how much longer than its target an answer may get before it is cut off.
+
+    Raises ConfigError where an edit of the file is not stored.
     """
     return measure(
         model, stored, edits, tau=tau, context=context, controls=controls, texts=texts, spare_tokens=spare_tokens
@@ -162,7 +173,7 @@ def _in_context(
     targets = [model.target_ids(edits[at].target) for at in of]
     answers = model.predict(prompts, targets)
     accuracy = [_same_share(a.tokens, t) for a, t in zip(answers, targets, strict=True)]
-    found = [a.edit == own[at] for a, at in zip(answers, of, strict=True)]
+    own_matches = [a.edit == own[at] for a, at in zip(answers, of, strict=True)]
     exact = _exact(model, prompts, targets, [edits[at].target for at in of], spare_tokens)
 
     n = len(edits)
@@ -172,7 +183,7 @@ def _in_context(
     per_edit = [
         EditScores(
             id=own[at],
-            found=found[at],
+            found=own_matches[at],
             reliability=round(accuracy[at], 5),
             generality=_mean([accuracy[q] for q in grouped[at]]),
             exact=exact[at],
@@ -194,7 +205,7 @@ def _in_context(
         locality=locality,
         average=sum(known) / len(known),
         exact_match=ExactMatch(_mean(exact[:n]) or 0.0, _mean(exact[n:])),
-        match=Matching(_mean(found[:n]) or 0.0, _mean(found[n:]), _mean(matched)),
+        match=Matching(_mean(own_matches[:n]) or 0.0, _mean(own_matches[n:]), _mean(matched)),
         tau=tau,
         context=context,
         neighbourhood=_mean(unchanged[len(away[0]) :]),
@@ -265,8 +276,8 @@ def known_in_other_words(model: AskableModel, texts: Sequence[tuple[int, str]]) 
     def known(answers: Sequence[Answer]) -> float:
         return _mean([_mean([p >= LIKELY for p in a.logprobs]) or 0.0 for a in answers]) or 0.0
 
-    found = _mean([a.edit == own for a, (own, _) in zip(after, texts, strict=True)])
-    return OtherWords(len(texts), found or 0.0, known(after), known(before))
+    matched = _mean([a.edit == own for a, (own, _) in zip(after, texts, strict=True)])
+    return OtherWords(len(texts), matched or 0.0, known(after), known(before))
 
 
 def _text(model: AskableModel, texts: Sequence[str]) -> TextPerplexity | None:

@@ -119,17 +119,17 @@ def run_quality(
             model = EditedModel(Retriever(EditStore.open(editor.path), editor.base))
             stored = model.retriever.store.edits
             passed.seconds |= trained
-            at = Checkpoint(reached, *asked_back(model, stored, edits[:reached:every]))
-            passed.checkpoints = [*(one for one in passed.checkpoints if one.edits < reached), at]
+            now = Checkpoint(reached, *asked_back(model, stored, edits[:reached:every]))
+            passed.checkpoints = [*(checkpoint for checkpoint in passed.checkpoints if checkpoint.edits < reached), now]
             passed.asked = _digest(edits[:reached])
             publish(folder / PASSED, msgspec.json.encode(passed))
-            tell(f"{reached} edits: reliability {at.reliability:.4f}, found {at.found:.4f}")
-    asked = edits[::every]
-    tell(f"asking {len(asked)} edits, their rephrasings and unrelated prompts ({context})")
+            tell(f"{reached} edits: reliability {now.reliability:.4f}, found {now.found:.4f}")
+    probed = edits[::every]
+    tell(f"asking {len(probed)} edits, their rephrasings and unrelated prompts ({context})")
     report, per_edit = measure(
         model,
         stored,
-        asked,
+        probed,
         tau=model.retriever.tau,
         context=context,
         controls=control_prompts()[:controls],
@@ -137,16 +137,16 @@ def run_quality(
         partly=True,
     )
     own = stored_ids(stored, edits, partly=True)
-    pairs = zip(own[::every], asked, strict=True)
+    pairs = zip(own[::every], probed, strict=True)
     rephrases = [(i, text) for i, edit in pairs if i >= 0 for text in edit.rephrases]
-    made = model.retriever.store.manifest
+    manifest = model.retriever.store.manifest
     run = Run(
         command=command,
         library=library_version(),
         started=started,
         data=data,
-        model=made.model,
-        settings={"module": made.module} | msgspec.to_builtins(Settings.of(made)),
+        model=manifest.model,
+        settings={"module": manifest.module} | msgspec.to_builtins(Settings.of(manifest)),
         edits=len(edits),
         stored=sum(i >= 0 for i in own),
         every=every,
@@ -155,7 +155,7 @@ def run_quality(
         checkpoints=passed.checkpoints,
         report=report,
         per_edit=per_edit,
-        calibration=_calibration(model.retriever, rephrases, unrelated_to(edits, asked), tell),
+        calibration=_calibration(model.retriever, rephrases, unrelated_to(edits, probed), tell),
     )
     publish(folder / RESULT, msgspec.json.format(msgspec.json.encode(run), indent=1) + b"\n")
     (folder / PASSED).unlink()
@@ -184,8 +184,8 @@ def read_run(folder: Path) -> Run:
 
 
 def _digest(edits: Sequence[Edit]) -> str:
-    told = [(edit.prompt, edit.target, edit.requires) for edit in edits]
-    return hashlib.sha256(msgspec.json.encode(told)).hexdigest()
+    records = [(edit.prompt, edit.target, edit.requires) for edit in edits]
+    return hashlib.sha256(msgspec.json.encode(records)).hexdigest()
 
 
 def _passed(folder: Path, data: str, every: int, edits: Sequence[Edit]) -> Passed:
@@ -211,18 +211,20 @@ def _passed(folder: Path, data: str, every: int, edits: Sequence[Edit]) -> Passe
 def _train(
     editor: Editor, edits: Sequence[Edit], side_by_side: int, progress: Callable[[Progress], None]
 ) -> dict[int, float]:
-    told: list[Progress] = []
+    steps: list[Progress] = []
 
-    def timed(one: Progress) -> None:
-        told.append(one)
-        progress(one)
+    def timed(step: Progress) -> None:
+        steps.append(step)
+        progress(step)
 
     # What the audit or a contradiction would keep out of a store belongs into its figures.
     editor.add(edits, on_conflict="both", keep_failed=True, side_by_side=side_by_side, progress=timed)
     seconds: dict[int, float] = {}
     before = 0.0
-    for end, group in groupby(told, key=lambda one: one.seconds):  # those that were trained side by side share a time
+    for end, group in groupby(
+        steps, key=lambda step: step.seconds
+    ):  # those that were trained side by side share a time
         together = list(group)
-        seconds |= {one.edit.id: round((end - before) / len(together), 4) for one in together if one.edit}
+        seconds |= {step.edit.id: round((end - before) / len(together), 4) for step in together if step.edit}
         before = end
     return seconds

@@ -97,7 +97,13 @@ class Scores(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Report(Scores, frozen=True, kw_only=True):
-    """One evaluation: the scores of its context, what is only asked plainly, and the scores of further contexts."""
+    """One evaluation: the scores of its context, what is only asked plainly, and the scores of further contexts.
+
+    portability: questions whose answers follow from the edits, or None where the file has none.
+    ood: the edits' knowledge in other words, or None.
+    text: perplexity of unrelated texts, or None.
+    contexts: the scores of each further context, by its name.
+    """
 
     portability: Portability | None = None
     ood: OtherWords | None = None

@@ -1,8 +1,8 @@
 """From the masks of questions to the edits that act on them: the nearest of those that may.
 
 Masks may be alike for questions that differ in a name, or ask something else about the same one. An edit that
-`requires` texts acts only on questions in which they stand (`names`). Of the edits that may act on a question the
-nearest one matches, so another edit in its way, however near, does not hide it.
+`requires` texts acts only on questions in which they stand (`edits.requires`). Of the edits that may act on a question
+the nearest one matches, so another edit in its way, however near, does not hide it.
 """
 
 from __future__ import annotations

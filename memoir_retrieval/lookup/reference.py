@@ -24,10 +24,14 @@ __all__ = ["Answer", "EditedModel"]
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer. `edit`: id of the matched edit, or None; `overlap`: that of `memoir_index.Hits`.
+    """One answer.
 
-    `tokens`: the new token ids, with the end token where the model stopped by itself. `logprobs`: natural logarithms of
-    the probabilities of the tokens that were given, by `EditedModel.predict` and `EditedModel.score`.
+    text: the answer as text, without special tokens.
+    tokens: the new token ids, with the end token where the model stopped by itself.
+    edit: id of the matched edit, or None.
+    overlap: that of `memoir_index.Hits`.
+    logprobs: natural logarithms of the probabilities of the tokens that `EditedModel.predict` and `EditedModel.score`
+        were given.
     """
 
     text: str
@@ -38,7 +42,7 @@ class Answer:
 
 
 @dataclass
-class _Row:
+class _BatchRow:
     """One request of a batch: where its question is, its tokens, and once looked up what acts on it.
 
     `offset`: what is to be added to a position in the prompt to get the position in the first pass.
@@ -58,9 +62,21 @@ _CACHE_OPTIONS: dict[str, Any] = {"use_cache": True, "prefill_chunk_size": None,
 
 
 class EditedModel:
-    """A model with a store's edits switched on, each request routed on its own."""
+    """A model with a store's edits switched on, each request routed on its own.
+
+    >>> from memoir_retrieval import EditedModel
+    >>> model = EditedModel.open("edits")
+    >>> model.generate(["Who is the CEO of Example Corp?"])[0].text
+    'Jane Doe'
+    """
 
     def __init__(self, retriever: Retriever):
+        """Switch the edits of a store on.
+
+        retriever: the store and its model.
+
+        Raises StoreError for a store with edits that are not trained.
+        """
         retriever.store.require_trained()
         self.retriever = retriever
         self.base = retriever.base
@@ -72,7 +88,10 @@ class EditedModel:
     def open(
         cls, store: str | Path, model: str | None = None, *, tau: float | None = None, device: str = "cpu"
     ) -> EditedModel:
-        """Like `Retriever.open`, and with the same errors."""
+        """Like `Retriever.open`, and with the same errors.
+
+        store, model, tau, device: as there.
+        """
         return cls(Retriever.open(store, model, tau=tau, device=device))
 
     @torch.no_grad()
@@ -87,9 +106,14 @@ class EditedModel:
     ) -> list[Answer]:
         """Greedy answers, each until the model ends it or has given `max_new_tokens` tokens.
 
-        prompts: strings, chat messages or token ids. edited=False is the base model. batch_size: prompts that are run
-        at once. wanted: for each prompt the text it is hoped for. An answer is given up, and told as far as it got, as
-        soon as it can no longer become that. Raises ConfigError where a prompt and its answer would be longer than the
+        prompts: strings, chat messages or token ids.
+        max_new_tokens: the most tokens of an answer.
+        edited: False asks the base model.
+        batch_size: prompts that are run at once.
+        wanted: for each prompt the text it is hoped for. An answer is given up, and returned as far as it got, as soon
+            as it can no longer become that.
+
+        Raises ConfigError where a prompt and its answer would be longer than the
         model takes.
         """
         rows = [given_ids(p, self.prompt_ids) for p in prompts]
@@ -119,7 +143,11 @@ class EditedModel:
     ) -> list[Answer]:
         """Teacher forcing: the model's most likely token at each position of each target.
 
-        targets: token ids. The answers' `tokens` and `logprobs` have the length of their target.
+        The answers' `tokens` and `logprobs` have the length of their target.
+
+        prompts: strings, chat messages or token ids.
+        targets: token ids of each answer.
+        edited: False asks the base model.
         """
         return self._read(prompts, targets, [edited])[0]
 
@@ -127,6 +155,9 @@ class EditedModel:
         """How likely the model finds the questions themselves, each looked up as a whole.
 
         The answers' `tokens` and `logprobs` stand for the question's tokens from the second one on.
+
+        prompts: strings, chat messages or token ids.
+        edited: False asks the base model.
         """
         return self._read(prompts, None, [edited])[0]
 
@@ -136,16 +167,25 @@ class EditedModel:
         """`predict`, or `score` where there are no targets, with edits on and off.
 
         What lies below the edited projection is the same for both and run once.
+
+        prompts: strings, chat messages or token ids.
+        targets: token ids of each answer.
         """
         on, off = self._read(prompts, targets, [True, False])
         return on, off
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
-        """See `Retriever.prompt_ids`."""
+        """See `Retriever.prompt_ids`.
+
+        prompt: text or messages.
+        """
         return self.retriever.prompt_ids(prompt)
 
     def target_ids(self, target: str) -> list[int]:
-        """Token ids of an answer, without the end token, as the store's settings render it."""
+        """Token ids of an answer, without the end token, as the store's settings render it.
+
+        target: the answer's text.
+        """
         return target_ids(self.base.tokenizer, target, chat=self.retriever.store.manifest.chat)
 
     @torch.no_grad()
@@ -174,7 +214,7 @@ class EditedModel:
                 if len(edited) > 1:
                     below.enter_context(run_from_block(self.base, frozen_run(self.base, given)[0]))
                 for on, found in zip(edited, answers, strict=True):
-                    states = [_Row(spans[i], -past.width, _question(rows[i], spans[i])) for i in batch]
+                    states = [_BatchRow(spans[i], -past.width, _question(rows[i], spans[i])) for i in batch]
                     with self._edits_on(states, on):  # no logits are needed before the first of those asked for
                         logits = self.base.model(**given, logits_to_keep=kept).logits
                     for r, i in enumerate(batch):
@@ -212,7 +252,7 @@ class EditedModel:
             ids[r, :shared] = torch.tensor(row[:shared])
             ids[r, width - len(row) + shared :] = torch.tensor(row[shared:])
             attention[r, width - len(row) + shared :] = 1
-            states.append(_Row(spans[r], width - len(row) - shared, _question(row, spans[r])))
+            states.append(_BatchRow(spans[r], width - len(row) - shared, _question(row, spans[r])))
         options: dict[str, Any] = {"past_key_values": past.repeated(len(rows)).growing()} if shared else {}
         if wanted is not None:
             options["stopping_criteria"] = StoppingCriteriaList([_GivenUp(self.base.tokenizer, wanted, width)])
@@ -233,12 +273,12 @@ class EditedModel:
                 del tokens[tokens.index(end) + 1 :]
         return [self._answer(tokens, state) for tokens, state in zip(out, states, strict=True)]
 
-    def _answer(self, tokens: list[int], row: _Row, logprobs: tuple[float, ...] = ()) -> Answer:
+    def _answer(self, tokens: list[int], row: _BatchRow, logprobs: tuple[float, ...] = ()) -> Answer:
         text = self.base.tokenizer.decode(tokens, skip_special_tokens=True)
         return Answer(text, tuple(tokens), row.edit, row.overlap, logprobs)
 
     @contextmanager
-    def _edits_on(self, rows: list[_Row], edited: bool) -> Iterator[None]:
+    def _edits_on(self, rows: list[_BatchRow], edited: bool) -> Iterator[None]:
         """Within the context the first pass looks every row up and each pass adds what was found (Eq. 4)."""
         if not edited:
             yield
@@ -264,7 +304,7 @@ class EditedModel:
         finally:
             handle.remove()
 
-    def _route(self, rows: list[_Row], activations: torch.Tensor) -> None:
+    def _route(self, rows: list[_BatchRow], activations: torch.Tensor) -> None:
         asked = [r for r, row in enumerate(rows) if row.span.start < row.span.end]
         if not asked or not len(self.retriever.index):
             return

@@ -26,10 +26,16 @@ __all__ = ["Match", "Retriever"]
 
 @dataclass(frozen=True)
 class Match:
-    """The edit nearest to a prompt. `overlap` is |M(q) & M(edit)| / k; what `lookup` gives has at least tau, and is the
-    nearest of those that may act.
+    """The edit nearest to a prompt. What `lookup` gives has at least tau, and is the nearest of those that may act.
 
-    `runner_up`: id and overlap of the best other edit, or None in a store of one edit.
+    >>> from memoir_retrieval import Retriever
+    >>> match = Retriever.open("edits").lookup("Who is the CEO of Example Corp?")
+    >>> match.id, match.edit.target, round(match.overlap, 1)
+    (0, 'Jane Doe', 1.0)
+
+    edit: as the store has it.
+    overlap: |M(q) & M(edit)| / k, in [0, 1].
+    runner_up: id and overlap of the best other edit, or None in a store of one edit.
     """
 
     edit: StoredEdit
@@ -43,10 +49,23 @@ class Match:
 
 
 class Retriever:
-    """A store together with the model it was made on."""
+    """A store together with the model it was made on.
+
+    >>> from memoir_retrieval import Retriever
+    >>> retriever = Retriever.open("edits")
+    >>> retriever.lookup("What is the capital of France?") is None
+    True
+    """
 
     def __init__(self, store: EditStore, base: BaseModel, tau: float | None = None):
-        """Raises StoreMismatch for another model, ConfigError for a tau outside (0, 1], StoreError for damage."""
+        """Put a store and its model together.
+
+        store: checked here.
+        base: the model that the store was made on.
+        tau: the least overlap that matches, in (0, 1] (default: the store's own).
+
+        Raises StoreMismatch for another model, ConfigError for another tau, StoreError for damage.
+        """
         store.check()
         store.require(base.identity, base.name)
         self.store = store
@@ -64,7 +83,11 @@ class Retriever:
     ) -> Retriever:
         """Open a store with its model: `Retriever.open("edits", "smollm2-135m")`.
 
+        store: its folder.
         model: a folder, an embedded model's name or a Hub id; by default the one the store names.
+        tau: the least overlap that matches, in (0, 1] (default: the store's own).
+        device: where the model runs, such as "cuda".
+
         Raises StoreError for a store that cannot be opened, ModelError for a model that cannot be loaded, and what the
         constructor raises.
         """
@@ -75,7 +98,12 @@ class Retriever:
         return cls(opened, base, tau)
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt as the store's settings render it. Raises ConfigError where the model is too short."""
+        """Token ids of a prompt as the store's settings render it.
+
+        prompt: text or messages.
+
+        Raises ConfigError for more tokens than the model takes.
+        """
         ids = prompt_ids(self.base.tokenizer, prompt, chat=self.store.manifest.chat)
         if len(ids) > self.base.max_length:
             raise ConfigError(
@@ -84,18 +112,26 @@ class Retriever:
         return ids
 
     def lookup(self, prompt: Prompt) -> Match | None:
-        """The stored edit that a prompt (a string or chat messages) matches, or None.
+        """The stored edit that a prompt matches, or None.
+
+        prompt: text or messages.
 
         Raises ConfigError for a prompt that is longer than the model takes, or messages without a chat template.
         """
         return self.lookup_batch([prompt])[0]
 
     def lookup_batch(self, prompts: Sequence[Prompt]) -> list[Match | None]:
-        """`lookup` for many prompts at once."""
+        """`lookup` for many prompts at once.
+
+        prompts: text or messages each.
+        """
         return [match for match, _ in self.decide_batch(prompts)]
 
     def decide_batch(self, prompts: Sequence[Prompt]) -> list[tuple[Match | None, Match | None]]:
-        """`lookup` of each prompt, and the edit that is nearest to it, whether it may act on the prompt or not."""
+        """`lookup` of each prompt, and the edit that is nearest to it, whether it may act on the prompt or not.
+
+        prompts: text or messages each.
+        """
         rows = [self.prompt_ids(p) for p in prompts]
         spans = [find_span(ids, self.store.manifest.span) for ids in rows]
         asked = [i for i, span in enumerate(spans) if span.start < span.end]
@@ -118,16 +154,28 @@ class Retriever:
         return found
 
     def nearest_acting(self, codes: NDArray[np.uint8], questions: Sequence[Sequence[int]]) -> NDArray[np.int64]:
-        """Of each question, given its mask and its tokens, the nearest edit that may act at any overlap; else -1."""
+        """For each question the nearest edit that may act, at any overlap; else -1. int64 [Q].
+
+        codes: uint8 [Q, D/8], the questions' masks.
+        questions: token ids of each.
+        """
         return self._lookup.search(codes, 1 / self.store.manifest.k, questions, exact=True).ids
 
     def was_vetoed(self, match: Match | None, nearest: Match | None) -> bool:
-        """Whether the nearest edit was near enough to match, and required what the prompt lacks."""
+        """Whether the nearest edit was near enough to match, and required what the prompt lacks.
+
+        match: as `decide_batch` gives it.
+        nearest: the same.
+        """
         if match or not nearest:
             return bool(match and nearest and match.id != nearest.id)
         k = self.store.manifest.k
         return round(2 * k * (1 - nearest.overlap)) <= hamming_radius(self.tau, k)
 
     def route(self, means: torch.Tensor, questions: Sequence[Sequence[int]]) -> Hits:
-        """What a server decides. means: float32 [Q, D], the mean activation of each question; questions: their ids."""
+        """What a server decides.
+
+        means: float32 [Q, D], the mean activation of each question.
+        questions: token ids of each.
+        """
         return self._lookup.search(self.fingerprint.codes(means), self.tau, questions)

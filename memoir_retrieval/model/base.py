@@ -33,7 +33,17 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A loaded Hugging Face causal language model and the one linear projection that edits act on."""
+    """A loaded Hugging Face causal language model and the one linear projection that edits act on.
+
+    model: the model, in evaluation mode.
+    tokenizer: its tokenizer.
+    path: folder of its files.
+    name: as it was asked for; stores and messages name it.
+    blocks: its decoder blocks, in order.
+    layer: number of the edited block.
+    module: dotted name of the edited projection.
+    projection: the module itself.
+    """
 
     model: Any
     tokenizer: Any
@@ -61,6 +71,7 @@ class BaseModel:
 
     @property
     def device(self) -> torch.device:
+        """Where the projection's weight lies."""
         return next(self.projection.parameters()).device
 
     @property
@@ -121,10 +132,16 @@ class BaseModel:
 
     @cached_property
     def identity(self) -> Identity:
+        """What a store compares a model by."""
         return identify(self.path, self.module)
 
     def at(self, layer: int) -> BaseModel:
-        """The same model with edits in another block. Raises ModelError where it has no such block."""
+        """The same model with edits in another block.
+
+        layer: number of the block.
+
+        Raises ModelError where the model has no such block.
+        """
         module, projection = _edited(self.model, self.blocks, layer, self.name)
         return replace(self, layer=layer, module=module, projection=projection)
 
@@ -160,7 +177,16 @@ def resolve(name: str) -> Path:
 def load_model(name: str, *, layer: int | None = None, dtype: str = "float32", device: str = "cpu") -> BaseModel:
     """Load a causal language model for editing or lookup.
 
-    name: see `resolve`. layer: the block whose projection is edited; by default the preset's.
+    >>> from memoir_retrieval import load_model
+    >>> base = load_model("smollm2-135m")
+    >>> base.module, base.d, base.h
+    ('model.layers.24.mlp.down_proj', 1536, 576)
+
+    name: a folder, an embedded model's name or a Hub id that is in the local cache.
+    layer: the block whose projection is edited; by default the preset's.
+    dtype: "float32", "bfloat16" or "float16".
+    device: where the model runs, such as "cuda".
+
     Raises ModelError for a model that cannot be found, read or edited.
     """
     import torch

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 from memoir_retrieval.errors import ConfigError, Reason
 
@@ -34,7 +34,7 @@ def given_ids(prompt: Prompt | list[int], render: Callable[[Prompt], list[int]])
     """Token ids as they are, or a prompt rendered to them."""
     if isinstance(prompt, list) and prompt and isinstance(prompt[0], int):
         return list(prompt)
-    return render(prompt)  # type: ignore[arg-type]
+    return render(cast(Prompt, prompt))
 
 
 def end_token(tokenizer: Any) -> int:

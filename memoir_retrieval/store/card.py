@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
+from huggingface_hub import ModelCardData
 
 from memoir_retrieval.store.read import EditStore
 
@@ -19,15 +19,24 @@ SHOWN = 20  # edits in the card
 
 
 def model_card(store: EditStore, repo: str, scores: dict[str, Any] | None = None, licence: str | None = None) -> str:
-    """The README.md of a store on the Hub: what it changes in which model, how well, and how to serve it."""
-    made = store.manifest
-    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", made.model) is not None
-    head = ["library_name: memoir-retrieval", "tags: [model-editing, memoir, vllm]"]
-    head += [f"base_model: {made.model}"] if on_hub else []
-    head += [f"license: {json.dumps(licence)}"] if licence else []
-    model = made.model if on_hub else Path(made.model).name  # a folder's path is nobody's business
-    digests = ", ".join(f"`{digest[:16]}`" for digest in msgspec.structs.astuple(made.base))
-    lines = ["---", *head, "---", f"# {len(store.edits)} edits of {model}", ""]
+    """The README.md of a store on the Hub: what it changes in which model, how well, and how to serve it.
+
+    store: what is pushed.
+    repo: owner/name, for the command that fetches it.
+    scores: as `memoir eval --json` prints them.
+    licence: of the edits, such as "cc-by-4.0".
+    """
+    manifest = store.manifest
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", manifest.model) is not None
+    head = ModelCardData(
+        base_model=manifest.model if on_hub else None,
+        library_name="memoir-retrieval",
+        license=licence,
+        tags=["model-editing", "memoir", "vllm"],
+    )
+    model = manifest.model if on_hub else Path(manifest.model).name  # a folder's path is nobody's business
+    digests = ", ".join(f"`{digest[:16]}`" for digest in msgspec.structs.astuple(manifest.base))
+    lines = ["---", head.to_yaml(), "---", f"# {len(store.edits)} edits of {model}", ""]
     lines += [
         "Corrections in the sense of MEMOIR (arXiv 2506.07899) for `memoir-retrieval`: each acts on the prompts that "
         "ask for it, all others get the base model bit for bit.",
@@ -35,11 +44,11 @@ def model_card(store: EditStore, repo: str, scores: dict[str, Any] | None = None
         "| | |",
         "|---|---|",
         f"| base model | {_cell(model)} |",
-        f"| edited layer | `{made.module}` |",
+        f"| edited layer | `{manifest.module}` |",
         f"| sha256 of config, layer, tokenizer | {digests} |",
-        f"| k of D, tau | {made.k} of {made.d}, {made.tau:g} |",
-        f"| prompts | {'through the chat template' if made.chat else 'raw text'}, {made.dtype} |",
-        f"| generation | {made.generation}, written by memoir-retrieval {made.library} |",
+        f"| k of D, tau | {manifest.k} of {manifest.d}, {manifest.tau:g} |",
+        f"| prompts | {'through the chat template' if manifest.chat else 'raw text'}, {manifest.dtype} |",
+        f"| generation | {manifest.generation}, written by memoir-retrieval {manifest.library} |",
         "",
         "## Serve",
         "",
@@ -61,7 +70,7 @@ def model_card(store: EditStore, repo: str, scores: dict[str, Any] | None = None
         required = msgspec.json.encode(edit.requires).decode() if edit.requires else ""
         lines += [f"| {edit.id} | {_cell(edit.prompt)} | {_cell(edit.target)} | {_cell(required)} |"]
     if len(store.edits) > SHOWN:
-        lines += ["", f"and {len(store.edits) - SHOWN} more in `{made.edits.name}`."]
+        lines += ["", f"and {len(store.edits) - SHOWN} more in `{manifest.edits.name}`."]
     return "\n".join(lines) + "\n"
 
 

@@ -1,6 +1,6 @@
 """The edit store: a folder, and the only thing that passes from editing to serving.
 
-A store is read as one immutable generation; `write_store` makes the next one. `docs/format.md` describes every byte.
+A store is read as one immutable generation; `store.write` makes the next one. `docs/format.md` describes every byte.
 """
 
 from __future__ import annotations
@@ -79,10 +79,24 @@ class Content(NamedTuple):
 class EditStore:
     """One generation of a store.
 
+    What comes from a large file is a view of that file, mapped, which no writer removes as long as the view is used.
+
+    >>> from memoir_retrieval import EditStore
+    >>> store = EditStore.open("edits")
+    >>> len(store.edits), store.manifest.generation, store.edit(0).prompt
+    (3, 1, 'Who is the CEO of Example Corp?')
+
+    path: its folder.
     manifest: with the numbers of this generation, where additions follow the one that names the files; its sha256 is
-    then that of the last addition. memories: float32 [M, H, D]. background: float32 [D]. permutation: int64 [D]. masks:
-    those of the file of masks. additions: what came after the files. edits: all. What comes from a large file is a view
-    of that file, mapped, which no writer removes as long as the view is used.
+        then that of the last addition.
+    memories: float32 [M, H, D], the residual memories.
+    background: float32 [D], the mean activation of unrelated prompts.
+    permutation: int64 [D], of the positions of a mask.
+    masks: those of the file of masks.
+    edits: all of them.
+    mapped: the files that are mapped, with their content.
+    additions: what came after the files.
+    tail: where the next addition goes.
     """
 
     path: Path
@@ -100,9 +114,10 @@ class EditStore:
     def open(cls, path: str | Path, *, check: bool = True) -> EditStore:
         """Read and check the current generation.
 
-        check=False leaves what takes time in a large store to `check()`: the digests of mapped files and what is in
-        them. Sizes, headers, shapes, ids and everything in smaller files are checked at once in any case. It is meant
-        for looking at a store; nothing may be answered or written from one that was not checked.
+        path: the store's folder.
+        check: False leaves what takes time in a large store to `check()`: the digests of mapped files and what is in
+            them. Sizes, headers, shapes, ids and everything in smaller files are checked at once in any case. It is
+            meant for looking at a store; nothing may be answered or written from one that was not checked.
 
         Raises StoreError for a folder that is no store, is half-written or damaged; StoreMismatch for a store of
         a newer format. A writer that replaces the generation meanwhile is no error: the new one is read.
@@ -198,7 +213,11 @@ class EditStore:
         return index
 
     def require(self, identity: Identity, model: str) -> None:
-        """Raise StoreMismatch, naming both values, unless the store belongs to this base model."""
+        """Raise StoreMismatch, naming both values, unless the store belongs to this base model.
+
+        identity: of the model.
+        model: what messages call it.
+        """
         for field, what in (("config", "config.json"), ("layer", self.manifest.module), ("tokenizer", "tokenizer")):
             ours, theirs = getattr(self.manifest.base, field), getattr(identity, field)
             if ours != theirs:
@@ -220,7 +239,12 @@ class EditStore:
         return np.fromiter((edit.id for edit in self.edits), np.int64, len(self.edits))
 
     def edit(self, edit_id: int) -> StoredEdit:
-        """The edit of that id. Raises StoreError where there is none."""
+        """One edit.
+
+        edit_id: its id.
+
+        Raises StoreError where the store has no such edit.
+        """
         at = np.flatnonzero(self._edit_ids == edit_id)
         if not len(at):
             raise StoreError(f"store {self.path} has no edit {edit_id}: `memoir list {self.path}` shows the ids")

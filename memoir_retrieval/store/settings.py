@@ -25,7 +25,12 @@ class Training(msgspec.Struct, frozen=True):
     """How edits are trained. Raises ConfigError for a value out of its range.
 
     An edit is trained on the bare prompt, after some contexts and on prompts with random words in them, a stand-in for
-    rephrasings. What the edit requires (see `requires`) stands in all of them.
+    rephrasings. What the edit requires (see `edits.requires`) stands in all of them.
+
+    >>> from memoir_retrieval import Training
+    >>> training = Training(variants=16)
+    >>> training.variants, training.contexts
+    (16, 1)
 
     contexts: after so many of the library's contexts a prompt is trained too.
     context_masks: after so many of them a question has a mask of its own, which finds the edit in chats that have

@@ -42,17 +42,17 @@ class Line(NamedTuple):
 
 def blocks(page: Path, language: str) -> list[tuple[int, list[str]]]:
     """First line number and lines of each fenced block of a language."""
-    found: list[tuple[int, list[str]]] = []
+    fenced: list[tuple[int, list[str]]] = []
     inside = False
     for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
         if line.lstrip().startswith("```"):
             inside = not inside and line.strip() == f"```{language}"
             if inside:
-                found.append((number + 1, []))
+                fenced.append((number + 1, []))
                 indent = len(line) - len(line.lstrip())
         elif inside:
-            found[-1][1].append(line[indent:])
-    return found
+            fenced[-1][1].append(line[indent:])
+    return fenced
 
 
 def command_lines(page: Path) -> list[Line]:
@@ -85,9 +85,9 @@ def parse(command: click.Command, name: str, arguments: list[str], parent: click
     with command.make_context(name, list(arguments), parent=parent) as context:
         if isinstance(command, click.Group):
             rest = [*context._protected_args, *context.args]
-            found, inner, rest = command.resolve_command(context, rest)
-            assert inner is not None and found is not None
-            parse(inner, found, rest, context)
+            child, inner, rest = command.resolve_command(context, rest)
+            assert inner is not None and child is not None
+            parse(inner, child, rest, context)
 
 
 def numberless(text: str) -> str:

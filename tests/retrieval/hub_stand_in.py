@@ -52,12 +52,12 @@ class Handler(JsonHandler):
 
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path)
-        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
-            self._info(found[1], found[2] or "main")
-        elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/]+)", path):
-            self._tree(found[1], found[2])
-        elif found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
-            self._file(found[1], found[2], found[3])
+        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
+            self._info(match[1], match[2] or "main")
+        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/]+)", path):
+            self._tree(match[1], match[2])
+        elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+            self._file(match[1], match[2], match[3])
         else:
             self._json({"error": f"the stand-in has no {path}"}, 404)
 
@@ -67,13 +67,13 @@ class Handler(JsonHandler):
         path = unquote(urlsplit(self.path).path)
         data = self.read()
         if path == "/api/repos/create":
-            asked = json.loads(data)
-            name = f"{asked['organization']}/{asked['name']}"
+            request = json.loads(data)
+            name = f"{request['organization']}/{request['name']}"
             if name in self.server.repos:
                 self._json({"error": "You already created this model repo", "url": f"{self.server.url}/{name}"}, 409)
                 return
             self.server.repos[name] = [{".gitattributes": b""}]
-            self.server.private[name] = asked.get("visibility", "public") == "private" or bool(asked.get("private"))
+            self.server.private[name] = request.get("visibility", "public") == "private" or bool(request.get("private"))
             self._json({"url": f"{self.server.url}/{name}"})
         elif path == "/api/validate-yaml":
             self._json({"errors": [], "warnings": []})
@@ -81,8 +81,8 @@ class Handler(JsonHandler):
             files = json.loads(data)["files"]
             modes = [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]
             self._json({"files": modes})
-        elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/commit/main", path):
-            self._commit(found[1], data)
+        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/commit/main", path):
+            self._commit(match[1], data)
         else:
             self._json({"error": f"the stand-in has no {path}"}, 404)
 
@@ -108,33 +108,33 @@ class Handler(JsonHandler):
     def _info(self, repo: str, revision: str) -> None:
         if repo not in self.server.repos:
             self._json({"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"})
-        elif (found := self.server.find(repo, revision)) is None:
+        elif (commit := self.server.find(repo, revision)) is None:
             self._json({"error": f"Invalid rev id: {revision}"}, 404, {"X-Error-Code": "RevisionNotFound"})
         else:
-            oid, files = found
+            oid, files = commit
             siblings = [{"rfilename": name} for name in files]
             self._json({"id": repo, "modelId": repo, "sha": oid, "siblings": siblings, "tags": [], "downloads": 0})
 
     def _tree(self, repo: str, revision: str) -> None:
-        found = self.server.find(repo, revision)
-        if found is None:
+        commit = self.server.find(repo, revision)
+        if commit is None:
             self._json({"error": "no such revision"}, 404, {"X-Error-Code": "RevisionNotFound"})
             return
-        entries = [{"type": "file", "path": n, "size": len(b), "oid": _oid(b)} for n, b in found[1].items()]
+        entries = [{"type": "file", "path": n, "size": len(b), "oid": _oid(b)} for n, b in commit[1].items()]
         self._json(entries)
 
     def _file(self, repo: str, revision: str, name: str) -> None:
-        found = self.server.find(repo, revision)
-        if found is None or name not in found[1]:
+        commit = self.server.find(repo, revision)
+        if commit is None or name not in commit[1]:
             self._json({"error": "no such file"}, 404, {"X-Error-Code": "EntryNotFound"})
             return
-        data = self.server.broken.get(name, found[1][name])
+        data = self.server.broken.get(name, commit[1][name])
         if self.command == "GET":
             self.server.fetched.append(name)
             claim = {}
         else:
             claim = {"X-Linked-Size": str(self.server.claimed[name])} if name in self.server.claimed else {}
-        self.send(data, 200, {"X-Repo-Commit": found[0], "ETag": f'"{_oid(data)}"', **claim})
+        self.send(data, 200, {"X-Repo-Commit": commit[0], "ETag": f'"{_oid(data)}"', **claim})
 
     def _json(self, body: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
         error = {"X-Error-Message": body["error"]} if isinstance(body, dict) and "error" in body else {}

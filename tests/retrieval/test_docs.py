@@ -182,6 +182,40 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
     assert not [url for url in external if url.endswith((".js", ".css", ".woff2"))]
 
 
+def test_what_is_quoted_for_chats_is_what_was_measured() -> None:
+    """The README and the comparison repeat the first line of the measurements."""
+    measured = (ROOT / "docs/measurements.md").read_text()
+    (scores,) = re.findall(r"in chat (reliability \S+, generality \S+, locality [\d.]+);", measured)
+    assert scores in (ROOT / "docs/comparison.md").read_text().replace("\n", " ")
+    readme = (ROOT / "README.md").read_text()
+    for name, score in re.findall(r"(\w+) ([\d.]+)", scores):
+        assert re.search(rf"^\| {name}: [^|]*\| {re.escape(score)} \|", readme, re.M), f"{name} {score}"
+
+
+def test_pages_that_the_code_names_are_there() -> None:
+    seen = 0
+    for file in [
+        path for folder in ("memoir_retrieval", "index", "integrations") for path in ROOT.glob(f"{folder}/**/*.py")
+    ]:
+        for page in re.findall(r"\bdocs/[\w/-]+\.md\b", file.read_text(encoding="utf-8")):
+            assert (ROOT / page).is_file(), f"{file.relative_to(ROOT)} names {page}"
+            seen += 1
+    assert seen > 3
+
+
+def test_each_finding_is_listed_and_pins_what_it_runs() -> None:
+    scripts = sorted((ROOT / "findings").glob("*.sh"))
+    listed = re.findall(r"^\| \[\S+\]\((\S+\.sh)\) \|", (ROOT / "findings/README.md").read_text(), re.M)
+    assert sorted(listed) == [script.name for script in scripts] and len(scripts) >= 6
+    for script in scripts:
+        text = script.read_text(encoding="utf-8")
+        subprocess.run(["bash", "-n", script], check=True)
+        (packages,) = re.findall(r"pip\" install --quiet --disable-pip-version-check (.*)", text)
+        for package in packages.split():
+            name, version = package.split("==")
+            assert "memoir" not in name and version in text.replace(packages, ""), f"{script.name}: {package}"
+
+
 def test_links_between_pages_and_files_lead_somewhere() -> None:
     """MkDocs checks links inside docs/; these are those of the README and its neighbours, anchors aside."""
     for page in ROOT.glob("*.md"):

@@ -168,6 +168,17 @@ def test_no_assert_does_work_or_guards_data() -> None:
     assert working_asserts("assert check() is not None") == ["check() is not None"]
 
 
+def test_files_that_the_code_names_are_there() -> None:
+    """Comments and docstrings name neighbours as `file.py`."""
+    files = {file.name for file in MODULES.values()}
+    seen = 0
+    for name, path in MODULES.items():
+        for file in re.findall(r"`(?:\w+/)?(\w+\.py)`", path.read_text(encoding="utf-8")):
+            assert file in files, f"{name} names {file}"
+            seen += 1
+    assert seen > 10
+
+
 def mapped() -> list[str]:
     """Files that the map in CONTRIBUTING names, relative to the root, in its order.
 

@@ -198,7 +198,7 @@ def test_lookup_tells_what_the_nearest_edit_requires(capsys: pytest.CaptureFixtu
     assert code == 0 and "no edit matches" in out
     assert 'which requires ["Lyon"]' in out or 'which requires ["mayor", ["Turin", "Torino"]]' in out
     code, out, _ = run(capsys, "lookup", store, "Who is the mayor of Genoa?", "--json")
-    assert json.loads(out)["edit"] is None and json.loads(out)["was_vetoed"]["overlap"] >= 0.05
+    assert json.loads(out)["edit"] is None and json.loads(out)["passed_over"]["overlap"] >= 0.05
     code, out, _ = run(capsys, "lookup", store, LYON.prompt, "--json")
     assert json.loads(out)["edit"] == 0 and json.loads(out)["overlap"] == 1.0
     code, out, _ = run(capsys, "show", store, "1", "--json")

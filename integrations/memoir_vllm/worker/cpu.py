@@ -1,4 +1,4 @@
-"""The worker class for CPU; apart from gpu_worker.py because vLLM's module configures the CPU at import."""
+"""The worker class for CPU; apart from `gpu.py` because vLLM's module configures the CPU at import."""
 
 from vllm.v1.worker.cpu_worker import CPUWorker
 

@@ -59,7 +59,7 @@ class MemoirWorker(Worker):
         )
 
     def determine_available_memory(self) -> int:
-        """Bytes for the KV cache, less what the sums of its blocks take (`sums.py`)."""
+        """Bytes for the KV cache, less what the sums of its blocks take (`block_sums.py`)."""
         available = super().determine_available_memory()
         if self._memoir is None or not config.keeps_sums(self.vllm_config, 1):
             return available

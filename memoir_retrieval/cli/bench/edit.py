@@ -10,17 +10,19 @@ from typing import Any
 
 import click
 
-from memoir_retrieval.cli.common import echo_json, edit_file, json_option, load_edits, notes, threads_option
+from memoir_retrieval.cli.common import echo_json, json_option, notes, threads_option
+from memoir_retrieval.cli.options import FileOptions, ModelOptions, file_options, model_options
 
 __all__ = ["bench_edit"]
 
 
 @click.command("edit")
-@edit_file
-@click.option("--model", "-m", default="smollm2-135m", show_default=True, help="Folder, embedded model or Hub id.")
+@click.argument("file", type=click.Path(path_type=Path))
+@file_options
+@model_options(default="smollm2-135m", dtype=None)
 @json_option
 @threads_option
-def bench_edit(file: Path, model: str, file_format: str | None, limit: int | None, as_json: bool) -> None:
+def bench_edit(file: Path, source: FileOptions, model: ModelOptions, as_json: bool) -> None:
     """Seconds an edit, ours and the published loop, taking turns; and how well the edits are answered afterwards.
 
     Raw prompts in both. The published loop takes about a minute an edit on a CPU, so without --limit three are trained.
@@ -29,7 +31,7 @@ def bench_edit(file: Path, model: str, file_format: str | None, limit: int | Non
     Example:
       memoir bench edit examples/zsre-100.jsonl --json
     """
-    edits = load_edits(file, file_format, limit or 3, "first")
+    edits = source._replace(limit=source.limit or 3).load(file, "first")
 
     import torch
 
@@ -38,10 +40,9 @@ def bench_edit(file: Path, model: str, file_format: str | None, limit: int | Non
     from memoir_retrieval.editing.contexts import own_prefixes
     from memoir_retrieval.editing.editor import Editor
     from memoir_retrieval.evaluation.published_loop import PREFIXES, accuracy, train_published
-    from memoir_retrieval.model.base import load_model
     from memoir_retrieval.question.prompts import prompt_ids, target_ids
 
-    base = load_model(model)
+    base = model.load()
 
     def ids(text: str) -> list[int]:
         return prompt_ids(base.tokenizer, text, chat=False)
@@ -64,10 +65,10 @@ def bench_edit(file: Path, model: str, file_format: str | None, limit: int | Non
             seconds["published"].append(time.perf_counter() - started)
             notes.print(f"{len(masks)}/{len(edits)}: {', '.join(f'{k} {v[-1]:.2f} s' for k, v in seconds.items())}")
         ours = [editor.memories[stored.memory] for stored in editor.edits]
-        asked = list(zip(masks, [ids(edit.prompt) for edit in edits], answers, strict=True))
+        questions = list(zip(masks, [ids(edit.prompt) for edit in edits], answers, strict=True))
         scores = {
-            "ours": [accuracy(base, weight, *one) for weight, one in zip(ours, asked, strict=True)],
-            "published": [accuracy(base, published, *one) for one in asked],
+            "ours": [accuracy(base, weight, *row) for weight, row in zip(ours, questions, strict=True)],
+            "published": [accuracy(base, published, *row) for row in questions],
         }
     result = {
         "edits": len(edits),

@@ -11,23 +11,23 @@ import msgspec
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from memoir_retrieval.cli.common import (
-    echo_json,
-    json_option,
-    notes,
-    require_subject_option,
-    tables,
-    threads_option,
-    training_option,
-    training_settings,
-)
+from memoir_retrieval.cli.common import echo_json, json_option, notes, tables, threads_option
 from memoir_retrieval.cli.evaluate import flat
+from memoir_retrieval.cli.options import (
+    MeasuringOptions,
+    ModelOptions,
+    StoreSettings,
+    TrainingOptions,
+    measuring_options,
+    model_options,
+    require_subject_option,
+    store_settings_options,
+    training_options,
+)
 from memoir_retrieval.cli.report import PAGE
 from memoir_retrieval.edits.files import FORMATS, check_duplicates, limit_distinct_subjects, read_edits
 from memoir_retrieval.edits.requires import require_subjects
-from memoir_retrieval.evaluation.contexts import CONTEXTS
 from memoir_retrieval.evaluation.datasets import TEXT, data_file
-from memoir_retrieval.evaluation.texts import read_texts
 from memoir_retrieval.store.files import publish
 
 __all__ = ["bench_quality"]
@@ -45,13 +45,8 @@ COLUMNS = (
 @click.argument("data", metavar="DATA")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the run; made if new.")
 @click.option("--edits", "count", type=click.IntRange(min=1), help="Only the first N edits (default: all of them).")
-@click.option("--distinct", is_flag=True, help="Only the first edit of each subject.")
-@click.option("--model", "-m", default="smollm2-135m", show_default=True, help="Folder, embedded model or Hub id.")
-@click.option("--chat/--no-chat", default=False, help="Ask through the chat template, or raw as published (default).")
 @click.option(
-    "--context",
-    type=click.Choice([*CONTEXTS, "all"]),
-    help="Where the edits are asked (default: all with --chat, else plain); see `memoir eval`.",
+    "--distinct", is_flag=True, help="Only the first edit of each subject, as --limit of other commands does."
 )
 @click.option(
     "--data",
@@ -66,23 +61,13 @@ COLUMNS = (
     "--format", "file_format", type=click.Choice(list(FORMATS)), help="Format of the file (default: detected)."
 )
 @require_subject_option
-@click.option("--layer", type=int, help="Block whose FFN projection is edited (default: the preset's).")
-@click.option("--k", type=int, help="Ones in every mask (default: the preset's).")
-@click.option("--tau", type=float, help="Least overlap that matches, in (0, 1] (default: the preset's).")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the permutation and of training.")
-@training_option
-@click.option(
-    "--side-by-side", type=click.IntRange(min=1), metavar="N", help="Memories trained at a time; see `memoir edit`."
-)
 @click.option(
     "--every", type=click.IntRange(min=1), default=1, show_default=True, help="Train all edits, but ask every Nth only."
 )
-@click.option("--controls", type=click.IntRange(0, 256), default=256, show_default=True, help="See `memoir eval`.")
-@click.option(
-    "--text", "text_file", type=click.Path(path_type=Path), help="Unrelated text (default: WikiText in --data)."
-)
-@click.option("--device", default="cpu", show_default=True, help="Where the model runs, such as cuda.")
-@click.option("--dtype", default="float32", show_default=True, help="float32, bfloat16 or float16.")
+@measuring_options(usual="all with --chat, else plain", text="WikiText in --data")
+@store_settings_options(chat=False)
+@training_options
+@model_options(default="smollm2-135m", dtype="float32 (default), bfloat16 or float16.")
 @json_option
 @threads_option
 def bench_quality(
@@ -90,23 +75,14 @@ def bench_quality(
     out: Path,
     count: int | None,
     distinct: bool,
-    model: str,
-    chat: bool,
-    context: str | None,
     folder: Path,
     file_format: str | None,
     require_subject: bool,
-    layer: int | None,
-    k: int | None,
-    tau: float | None,
-    seed: int,
-    training: tuple[str, ...],
-    side_by_side: int | None,
     every: int,
-    controls: int,
-    text_file: Path | None,
-    device: str,
-    dtype: str,
+    measuring: MeasuringOptions,
+    settings: StoreSettings,
+    training: TrainingOptions,
+    model: ModelOptions,
     as_json: bool,
 ) -> None:
     """Edit one after another what DATA, a file or a data set's name, has to correct; ask on the way and at the end.
@@ -126,21 +102,15 @@ def bench_quality(
     edits = check_duplicates(read_edits(data_file(data, folder), file_format, note=notes.print), "first")
     edits = limit_distinct_subjects(edits, len(edits))[:count] if distinct else edits[:count]
     edits = require_subjects(edits) if require_subject else edits
-    if text_file is None and (folder / TEXT).is_file():
-        text_file = folder / TEXT
-    texts = read_texts(text_file) if text_file else []
+    texts = measuring.texts(folder / TEXT)
 
     from memoir_retrieval.editing.editor import Editor
     from memoir_retrieval.evaluation.quality_run import run_quality
     from memoir_retrieval.evaluation.report import run_page
-    from memoir_retrieval.model.base import load_model
-    from memoir_retrieval.store.settings import Settings
 
-    chosen = training_settings(training)
-    Settings.given(training=chosen)  # refused before the model is loaded
-    notes.print(f"loading {model}")
-    base = load_model(model, layer=layer, dtype=dtype, device=device)
-    editor = Editor(base, out / "store", chat=chat, k=k, tau=tau, seed=seed, training=chosen)
+    chosen = settings.given(training)  # refused before the model is loaded
+    base = model.load(layer=settings.layer)
+    editor = Editor(base, out / "store", **settings.for_editor(chat=False), training=chosen.training)
     out.mkdir(parents=True, exist_ok=True)
     with Progress(*COLUMNS, console=notes, disable=as_json) as bar:
         task = bar.add_task("", total=len(edits), loss=float("nan"))
@@ -150,13 +120,13 @@ def bench_quality(
             out,
             command=shlex.join(["memoir", *sys.argv[1:]]),
             data=data,
-            context=context or ("all" if chat else "plain"),
-            controls=controls,
+            context=measuring.context or ("all" if settings.chat else "plain"),
+            controls=measuring.controls,
             texts=texts,
-            side_by_side=side_by_side,
+            side_by_side=training.side_by_side,
             every=every,
             tell=notes.print,
-            progress=lambda told: bar.update(task, advance=1, loss=told.edit.loss if told.edit else float("nan")),
+            progress=lambda now: bar.update(task, advance=1, loss=now.edit.loss if now.edit else float("nan")),
         )
     publish(out / PAGE, run_page(run).encode())
     notes.print(f"written to {out / PAGE}")

@@ -71,7 +71,7 @@ def lines(
     marks: Mapping[str, float] | None = None,
 ) -> str:
     """Lines (or dots) over a common x axis. log_x: decades on the x axis, whose values must then be positive."""
-    points = [point for one in series for point in one.points]
+    points = [point for line in series for point in line.points]
     height, top, bottom = 220, 34, 44
     least, most = min(p[0] for p in points), max(p[0] for p in points)
     if least == most:
@@ -95,20 +95,20 @@ def lines(
     body.append(_text(LEFT, 12, y_name, "start"))
     shown = {name: value for name, value in (marks or {}).items() if least <= value <= most}
     body += _marks(shown, x, top, top + height, top + 14)
-    for at, one in enumerate(series):
-        if not one.dots:
-            path = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in one.points)
-            body.append(f'<polyline class="s{one.colour}" points="{path}"/>')
-        if one.dots or len(one.points) < 40:
+    for number, line in enumerate(series):
+        if not line.dots:
+            path = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in line.points)
+            body.append(f'<polyline class="s{line.colour}" points="{path}"/>')
+        if line.dots or len(line.points) < 40:
             body += [
-                f'<circle class="c{one.colour}" cx="{x(a):.1f}" cy="{y(b):.1f}" r="{2 if one.dots else 3}">'
-                f"<title>{escape(one.name)}: {a:g}, {b:g}</title></circle>"
-                for a, b in one.points
+                f'<circle class="c{line.colour}" cx="{x(a):.1f}" cy="{y(b):.1f}" r="{2 if line.dots else 3}">'
+                f"<title>{escape(line.name)}: {a:g}, {b:g}</title></circle>"
+                for a, b in line.points
             ]
         if len(series) > 1:
-            at_x = WIDTH - RIGHT - min(190, (WIDTH - LEFT - RIGHT - 130) // len(series)) * (len(series) - at)
-            body.append(f'<rect class="c{one.colour}" x="{at_x}" y="4" width="10" height="10"/>')
-            body.append(_text(at_x + 15, 13, one.name, "start"))
+            at_x = WIDTH - RIGHT - min(190, (WIDTH - LEFT - RIGHT - 130) // len(series)) * (len(series) - number)
+            body.append(f'<rect class="c{line.colour}" x="{at_x}" y="4" width="10" height="10"/>')
+            body.append(_text(at_x + 15, 13, line.name, "start"))
     return _svg(top + height + bottom, body, f"{y_name} over {x_name}")
 
 

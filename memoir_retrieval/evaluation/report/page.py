@@ -45,10 +45,10 @@ svg{width:100%;height:auto}svg text{font:12px system-ui,sans-serif;fill:var(--di
 def run_page(run: Run) -> str:
     """The report of a quality run."""
     report = run.report
-    asked = "all" if run.every == 1 else f"one of {run.every}"
+    share = "all" if run.every == 1 else f"one of {run.every}"
     parts = [
         f"<h1>{run.edits} edits of {escape(Path(run.data).name)} on {escape(Path(run.model).name)}</h1>",
-        f"<p>Trained one after another, {run.stored} taken up, {asked} asked after the last. {escape(run.started)}, "
+        f"<p>Trained one after another, {run.stored} taken up, {share} asked after the last. {escape(run.started)}, "
         "memoir-retrieval "
         f"{escape(run.library)}.<br><code>{escape(run.command)}</code></p>",
         _section("Scores", _scores([report, *report.contexts.values()])),
@@ -61,7 +61,7 @@ def run_page(run: Run) -> str:
             Series("reliability", [(c.edits, c.reliability) for c in run.checkpoints], 1),
             Series("own edit found", [(c.edits, c.found) for c in run.checkpoints], 2),
         ]
-        low = _below(value for one in series for _, value in one.points)
+        low = _below(value for line in series for _, value in line.points)
         picture = lines(series, x_name="edits so far", y_name="share", y_range=(low, 1.0), log_x=True)
         parts.append(_section("Accuracy against number of edits", picture, "All edits so far, asked on the way."))
     parts.append(_section("Accuracy by age of the edit", _ages(run), _AGES_NOTE))
@@ -74,23 +74,26 @@ def run_page(run: Run) -> str:
     return _page(f"{run.edits} edits of {Path(run.data).name}", parts)
 
 
-def calibration_page(found: Calibration, store: str) -> str:
+def calibration_page(calibration: Calibration, store: str) -> str:
     """The report of `memoir calibrate DIR`."""
-    rows = [("prompt", "nearest edit", "overlap"), *((n.prompt, n.edit, f"{n.overlap:.3f}") for n in found.nearest)]
-    parts = [f"<h1>Overlaps of {escape(store)}</h1>", *_overlaps(found)]
+    rows = [
+        ("prompt", "nearest edit", "overlap"),
+        *((n.prompt, n.edit, f"{n.overlap:.3f}") for n in calibration.nearest),
+    ]
+    parts = [f"<h1>Overlaps of {escape(store)}</h1>", *_overlaps(calibration)]
     parts.append(_section("Unrelated prompts nearest to an edit", _table(rows)))
     return _page(f"Overlaps of {store}", parts)
 
 
-def settings_page(found: Sequence[Setting], model: str) -> str:
+def settings_page(settings: Sequence[Setting], model: str) -> str:
     """The report of `memoir calibrate --model`: layers and sizes of masks."""
-    ks = sorted({setting.k for setting in found}, reverse=True)
+    ks = sorted({setting.k for setting in settings}, reverse=True)
     series = [
-        Series(f"k {k}", sorted((float(s.layer), s.rephrases_found) for s in found if s.k == k), colour % 4 + 1)
+        Series(f"k {k}", sorted((float(s.layer), s.rephrases_found) for s in settings if s.k == k), colour % 4 + 1)
         for colour, k in enumerate(ks)
     ]
     rows: list[Sequence[Any]] = [("layer", "k", "tau", "rephrasings found", "gap")]
-    rows += [(s.layer, s.k, f"{s.tau:g}", f"{s.rephrases_found:.3f}", f"{s.gap:+.3f}") for s in found]
+    rows += [(s.layer, s.k, f"{s.tau:g}", f"{s.rephrases_found:.3f}", f"{s.gap:+.3f}") for s in settings]
     picture = lines(series[:4], x_name="layer", y_name="rephrasings found at the suggested tau", y_range=(0.0, 1.0))
     parts = [f"<h1>Layers of {escape(model)}</h1>", _section("Where edits stand apart", picture)]
     return _page(f"Layers of {model}", [*parts, _section("Best first", _table(rows))])
@@ -147,11 +150,11 @@ def latency_page(rows: Sequence[dict[str, Any]], model: str) -> str:
     names = {"first_token": "Time to the first token", "between_tokens": "Between tokens", "lookup": "Lookup alone"}
     for what, title in names.items():
         for at_a_time in sorted({row["concurrent"] for row in rows}):
-            found: dict[str, list[tuple[float, float]]] = {}
+            by_kind: dict[str, list[tuple[float, float]]] = {}
             for row in rows:
                 if (row["what"], row["concurrent"]) == (what, at_a_time):
-                    found.setdefault(row["kind"], []).append((row["edits"], row["p50"]))
-            series = [Series(kind, points, colour) for colour, (kind, points) in enumerate(found.items(), 1)]
+                    by_kind.setdefault(row["kind"], []).append((row["edits"], row["p50"]))
+            series = [Series(kind, points, colour) for colour, (kind, points) in enumerate(by_kind.items(), 1)]
             if series:
                 picture = lines(series, x_name="stored edits", y_name="milliseconds, median", log_x=True)
                 parts.append(_section(f"{title}, {at_a_time} at a time", picture))
@@ -162,24 +165,25 @@ def latency_page(rows: Sequence[dict[str, Any]], model: str) -> str:
     return _page("Latency", parts)
 
 
-def _overlaps(found: Calibration) -> list[str]:
+def _overlaps(calibration: Calibration) -> list[str]:
     kinds = {
-        "edits": found.overlaps.edits,
-        "rephrasings": found.overlaps.rephrases,
-        "unrelated prompts": found.overlaps.unrelated,
+        "edits": calibration.overlaps.edits,
+        "rephrasings": calibration.overlaps.rephrases,
+        "unrelated prompts": calibration.overlaps.unrelated,
     }
-    marks = {"tau": found.now.tau}
-    if found.suggested.tau != found.now.tau:
-        marks["suggested"] = found.suggested.tau
+    now, suggested = calibration.now, calibration.suggested
+    marks = {"tau": now.tau}
+    if suggested.tau != now.tau:
+        marks["suggested"] = suggested.tau
     note = (
         "Edits and rephrasings with their own edit's mask, unrelated prompts with the mask nearest to them. At tau "
-        f"{found.now.tau:g} {found.now.rephrases_found:.3f} of the rephrasings find their edit and "
-        f"{found.now.unrelated_matched:.3f} of the unrelated prompts match one; suggested is {found.suggested.tau:g} "
-        f"({found.suggested.rephrases_found:.3f} and {found.suggested.unrelated_matched:.3f})."
+        f"{now.tau:g} {now.rephrases_found:.3f} of the rephrasings find their edit and "
+        f"{now.unrelated_matched:.3f} of the unrelated prompts match one; suggested is {suggested.tau:g} "
+        f"({suggested.rephrases_found:.3f} and {suggested.unrelated_matched:.3f})."
     )
     curve = [
-        Series("rephrasings found", [(p.tau, p.rephrases_found) for p in found.curve], 2),
-        Series("unrelated matched", [(p.tau, p.unrelated_matched) for p in found.curve], 3),
+        Series("rephrasings found", [(p.tau, p.rephrases_found) for p in calibration.curve], 2),
+        Series("unrelated matched", [(p.tau, p.unrelated_matched) for p in calibration.curve], 3),
     ]
     return [
         _section("Overlap", histograms(kinds, marks), note),
@@ -212,10 +216,10 @@ def _scores(contexts: Sequence[Scores]) -> str:
 
 def _further(run: Run) -> str:
     report = run.report
-    told = {"portability": report.portability, "other words": report.ood, "unrelated text": report.text}
+    measured = {"portability": report.portability, "other words": report.ood, "unrelated text": report.text}
     rows = [
         (name, what, f"{value:.4g}" if isinstance(value, float) else value)
-        for name, scores in told.items()
+        for name, scores in measured.items()
         if scores
         for what, value in msgspec.structs.asdict(scores).items()
     ]
@@ -232,7 +236,7 @@ def _ages(run: Run) -> str:
         Series("reliability", [(x, fmean(o.reliability for o in g)) for x, g in zip(middle, groups, strict=True)], 1),
         Series("exact answers", [(x, fmean(o.exact for o in g)) for x, g in zip(middle, groups, strict=True)], 4),
     ]
-    low = _below(value for one in series for _, value in one.points)
+    low = _below(value for line in series for _, value in line.points)
     return lines(series, x_name="edits made after it", y_name="share", y_range=(low, 1.0))
 
 

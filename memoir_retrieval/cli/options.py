@@ -1,0 +1,309 @@
+"""Options that several commands take, by subject: each decorator adds them and hands them on as one value.
+
+@model_options()
+def command(model: ModelOptions) -> None: ...
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from inspect import signature
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import click
+
+from memoir_retrieval.cli.common import notes
+from memoir_retrieval.edits.files import FORMATS, Keep, check_duplicates, limit_distinct_subjects, read_edits
+from memoir_retrieval.edits.record import Edit
+from memoir_retrieval.errors import ConfigError
+from memoir_retrieval.evaluation.contexts import CONTEXTS
+from memoir_retrieval.evaluation.texts import read_texts
+from memoir_retrieval.store.read import Manifest
+from memoir_retrieval.store.settings import Settings
+
+if TYPE_CHECKING:
+    from memoir_retrieval.model.base import BaseModel
+
+__all__ = [
+    "FileOptions",
+    "MeasuringOptions",
+    "ModelOptions",
+    "RayOptions",
+    "StoreSettings",
+    "TrainingOptions",
+    "context_masks_option",
+    "file_options",
+    "measuring_options",
+    "model_options",
+    "ray_options",
+    "require_subject_option",
+    "store_settings_options",
+    "training_options",
+]
+
+R = TypeVar("R")
+Decorator = Callable[[Callable[..., R]], Callable[..., R]]
+
+
+def bundle(name: str, kind: Callable[..., Any], options: Sequence[Decorator]) -> Decorator:
+    """A decorator that adds options to a command, which gets their values as one `kind` under `name`.
+
+    Fields of `kind` that no option sets keep their defaults.
+    """
+    names = signature(kind).parameters
+
+    def decorate(command: Callable[..., R]) -> Callable[..., R]:
+        @functools.wraps(command)
+        def run(*args: Any, **kwargs: Any) -> R:
+            fields = {field: kwargs.pop(field) for field in names if field in kwargs}
+            return command(*args, **{name: kind(**fields)}, **kwargs)
+
+        for option in reversed(options):
+            run = option(run)
+        return run
+
+    return decorate
+
+
+require_subject_option = click.option(
+    "--require-subject", is_flag=True, help="Edits with a subject act only on questions in which it stands."
+)
+context_masks_option = click.option(
+    "--context-masks",
+    type=click.IntRange(0, 1),
+    metavar="N",
+    help="Masks of each question after an earlier turn: found more often in chats, for twice the index (default: 1; "
+    "0 for raw prompts).",
+)
+
+
+class FileOptions(NamedTuple):
+    """How an edit file is read. limit: only the first so many records with distinct subjects."""
+
+    file_format: str | None = None
+    limit: int | None = None
+
+    def load(self, file: Path, keep: Keep) -> list[Edit]:
+        """The edits of a file, each prompt once; `keep` says what to do with others. Raises EditFileError."""
+        edits = check_duplicates(read_edits(file, self.file_format, note=notes.print), keep)
+        return limit_distinct_subjects(edits, self.limit) if self.limit else edits
+
+
+file_options = bundle(
+    "source",
+    FileOptions,
+    (
+        click.option(
+            "--format", "file_format", type=click.Choice(list(FORMATS)), help="Format of FILE (default: detected)."
+        ),
+        click.option("--limit", type=click.IntRange(min=1), help="Only the first N records with distinct subjects."),
+    ),
+)
+
+
+class ModelOptions(NamedTuple):
+    """Which model, and where and in which precision it runs. None: the store's own."""
+
+    model_name: str | None = None
+    device: str = "cpu"
+    dtype: str | None = None
+
+    def load(self, manifest: Manifest | None = None, *, layer: int | None = None) -> BaseModel:
+        """Load it. made: of a store whose model, layer and dtype count where none is given. Raises ModelError."""
+        from memoir_retrieval.model.base import load_model
+
+        name = self.model_name or (manifest.model if manifest else None)
+        if name is None:
+            raise ConfigError("no model is named: add --model NAME, such as smollm2-135m")
+        notes.print(f"loading {name}")
+        return load_model(
+            name,
+            layer=manifest.layer if manifest and layer is None else layer,
+            dtype=self.dtype or (manifest.dtype if manifest else "float32"),
+            device=self.device,
+        )
+
+
+def model_options(
+    *, default: str | None = None, required: bool = False, dtype: str | None = "float32, bfloat16 or float16."
+) -> Decorator:
+    """--model, --device and, unless its help is None, --dtype."""
+    own = "" if default or required else " (default: the store's own)"
+    options = [
+        click.option(
+            "--model",
+            "-m",
+            "model_name",
+            default=default,
+            required=required,
+            show_default=default is not None,
+            help=f"Folder, embedded model or Hub id{own}.",
+        ),
+        click.option("--device", default="cpu", show_default=True, help="Where the model runs, such as cuda."),
+    ]
+    if dtype is not None:
+        options.append(click.option("--dtype", help=dtype))
+    return bundle("model", ModelOptions, options)
+
+
+class StoreSettings(NamedTuple):
+    """What a store is made with; None where it was not given."""
+
+    chat: bool | None = None
+    layer: int | None = None
+    k: int | None = None
+    tau: float | None = None
+    span: str | None = None
+    seed: int | None = None
+
+    def given(self, training: TrainingOptions, dtype: str | None = None) -> Settings:
+        """These and other options as the library judges them. Raises ConfigError for what cannot be."""
+        return Settings.given(
+            layer=self.layer,
+            dtype=dtype,
+            chat=self.chat,
+            rule=self.span,
+            k=self.k,
+            tau=self.tau,
+            seed=self.seed,
+            training=training.fields(),
+        )
+
+    def for_editor(self, *, chat: bool | None = None) -> dict[str, Any]:
+        """Arguments of `Editor`. chat: where --chat and --no-chat are not given."""
+        usual = chat if self.chat is None else self.chat
+        return {"chat": usual, "rule": self.span, "k": self.k, "tau": self.tau, "seed": self.seed}
+
+
+def store_settings_options(*, chat: bool = True) -> Decorator:
+    """--chat, --layer, --k, --tau, --span and --seed. chat: whether prompts go through the template by default."""
+    usual = "through the chat template (default), or raw" if chat else "through the chat template, or raw (default)"
+    return bundle(
+        "settings",
+        StoreSettings,
+        (
+            click.option("--chat/--no-chat", default=None, help=f"Ask prompts {usual}."),
+            click.option("--layer", type=int, help="Block whose FFN projection is edited (default: the preset's)."),
+            click.option("--k", type=int, help="Ones in every mask (default: the preset's)."),
+            click.option("--tau", type=float, help="Least overlap that matches, in (0, 1] (default: the preset's)."),
+            click.option(
+                "--span", type=click.Choice(["question", "all"]), help="Which tokens are pooled (default: question)."
+            ),
+            click.option("--seed", type=int, help="Seed of the permutation and of training (default: 0)."),
+        ),
+    )
+
+
+class TrainingOptions(NamedTuple):
+    """How edits are trained, as it was typed."""
+
+    training: tuple[str, ...] = ()
+    context_masks: int | None = None
+    side_by_side: int | None = None
+
+    def fields(self) -> dict[str, int | float | str]:
+        """The fields of `Training` that were given; the library judges them.
+
+        Raises ConfigError for what is no NAME=VALUE.
+        """
+        fields: dict[str, int | float | str] = {}
+        for text in self.training:
+            name, equals, value = text.partition("=")
+            if not equals:
+                raise ConfigError(f"--training {text}: write NAME=VALUE such as contexts=3")
+            fields[name] = _number(value)
+        return fields if self.context_masks is None else fields | {"context_masks": self.context_masks}
+
+
+def _number(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+training_options = bundle(
+    "training",
+    TrainingOptions,
+    (
+        context_masks_option,
+        click.option(
+            "--training",
+            multiple=True,
+            metavar="NAME=VALUE",
+            help="A setting of training, such as variants=16: more wordings are made up, so that rephrasings are "
+            "answered better, in more time.",
+        ),
+        click.option(
+            "--side-by-side",
+            type=click.IntRange(min=1),
+            metavar="N",
+            help="Memories that are trained at a time (default: as many as the file fills, at most 4).",
+        ),
+    ),
+)
+
+
+class RayOptions(NamedTuple):
+    """A Ray cluster that does the work, or none. address: as `ray.init` takes it."""
+
+    address: str | None = None
+    workers: int = 2
+
+
+ray_options = bundle(
+    "ray",
+    RayOptions,
+    (
+        click.option("--ray", "address", help="Ray cluster that does the work: its address, `auto` or `local`."),
+        click.option(
+            "--workers", type=click.IntRange(min=1), default=2, show_default=True, help="Processes on the cluster."
+        ),
+    ),
+)
+
+
+class MeasuringOptions(NamedTuple):
+    """What is measured beside the edits. context: None where it was not given."""
+
+    context: str | None = None
+    controls: int = 256
+    text_file: Path | None = None
+
+    def texts(self, default: Path | None = None) -> list[str]:
+        """Texts whose perplexity is compared. default: a file to take where none is given and this one exists."""
+        file = self.text_file or (default if default and default.is_file() else None)
+        return read_texts(file) if file else []
+
+
+def measuring_options(*, usual: str, text: str = "none") -> Decorator:
+    """--context, --controls and --text. usual, text: what the help calls the default context and text."""
+    return bundle(
+        "measuring",
+        MeasuringOptions,
+        (
+            click.option(
+                "--context",
+                type=click.Choice([*CONTEXTS, "all"]),
+                help="Ask alone, under a long system prompt, as third turn, after passages in a system message, or in "
+                f"all of these; inline: after passages in the user's own. None is used in training (default: {usual}).",
+            ),
+            click.option(
+                "--controls",
+                type=click.IntRange(0, 256),
+                default=256,
+                show_default=True,
+                help="Unrelated prompts whose free answers are compared with the unedited model's.",
+            ),
+            click.option(
+                "--text",
+                "text_file",
+                type=click.Path(path_type=Path),
+                help=f"Text or JSONL whose perplexity is compared (default: {text}).",
+            ),
+        ),
+    )
