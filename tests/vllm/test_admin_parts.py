@@ -7,6 +7,7 @@ import errno
 import os
 import re
 import shutil
+import signal
 import threading
 import time
 from argparse import Namespace
@@ -148,6 +149,19 @@ def test_the_audit_log_outlives_a_cut_off_line(tmp_path: Path) -> None:
 
 def nothing_stored(change: dict[str, Any]) -> None:
     return None
+
+
+@pytest.mark.anyio
+async def test_the_trainer_ends_with_a_server_that_a_script_has_put_in_the_background(tmp_path: Path) -> None:
+    """Such a server ignores SIGINT, and what it starts inherits that."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        trainer = TrainerProcess({"store": str(tmp_path), "model": "none", "device": "cpu"})
+        with pytest.raises(StoreError, match="is not a store"):
+            await trainer.ask({"remove": 0}, lambda _: None)
+        await asyncio.wait_for(trainer.stop(), 60)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.anyio

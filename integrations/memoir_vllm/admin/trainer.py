@@ -71,6 +71,8 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     os.nice(10)
+    # A server that a script started in the background ignores this signal, and so would we, by which `_listen` ends us.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     setting = json.loads(sys.argv[1])
     requests: queue.SimpleQueue[str] = queue.SimpleQueue()
 
