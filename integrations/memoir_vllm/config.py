@@ -33,6 +33,7 @@ __all__ = [
     "open_store",
     "parse_section",
     "prefer",
+    "refusal_of",
     "refuse",
     "section_of",
     "span_rule",
@@ -96,6 +97,18 @@ def parse_section(section: Any) -> MemoirConfig:
     # Every process of the engine must find the same folder, whatever its working directory.
     store, tokens = (path and str(Path(path).expanduser().resolve()) for path in (config.store, config.token_file))
     return msgspec.structs.replace(config, store=store, token_file=tokens)
+
+
+def refusal_of(call: str) -> str | None:
+    """Why a call of an engine or a worker, such as "sleep level 2", is not made; None for one that is."""
+    advice = {
+        "sleep level 2": "use level 1",
+        "reload_weights": "start the engine again with the store of the model",
+        "start_weight_update": "start the engine again with the store of the model",
+    }.get(call)
+    if advice is None:
+        return None
+    return f"memoir refuses {call}: edits only hold on the weights that they were made on; {advice}"
 
 
 def section_of(vllm_config: VllmConfig) -> MemoirConfig | None:

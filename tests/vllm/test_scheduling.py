@@ -14,6 +14,27 @@ from memoir_retrieval.question.span import find_span
 from memoir_vllm.core import blocks
 
 
+def test_a_decision_comes_with_the_first_output(simulate: Simulate, here: World) -> None:
+    """Whatever ends a request later. Looked up, remembered, long, opted out and unroutable ones."""
+    sim = simulate()
+    prompts = {"edited": here.questions[0], "long": here.questions[2], "other": other(9), "empty": []}
+    for turn in ("first", "again"):
+        for name, question in prompts.items():
+            sim.add(f"{name} {turn}", chat(question, 20), max_tokens=6)
+        sim.add(f"off {turn}", chat(here.questions[0], 20), {"memoir": "off"}, max_tokens=6)
+        while sim.step():
+            assert {name for name, answer in sim.answers.items() if answer} == set(sim.said)
+    results = {name: decision["result"] for name, decision in sim.said.items()}
+    for turn in ("first", "again"):
+        assert [results[f"{name} {turn}"] for name in ("edited", "long", "other", "empty", "off")] == [
+            "matched",
+            "matched",
+            "unmatched",
+            "unroutable",
+            "off",
+        ]
+
+
 @pytest.mark.parametrize("before", [40, 58, 64, 90])
 def test_a_question_is_split_anywhere(before: int, simulate: Simulate, here: World) -> None:
     """Before it, in it, after it: chunks are those of vLLM alone. It is decided when its last token passes."""
