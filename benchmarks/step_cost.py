@@ -60,6 +60,7 @@ class Bench(NamedTuple):
             "generation": 1,
             "sha256": "1" * 64,
             "span": rule,
+            "chat": False,
             "d": self.d,
             "h": self.h,
             "k": self.k,

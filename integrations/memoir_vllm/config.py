@@ -14,7 +14,7 @@ from vllm.logger import init_logger
 from memoir_retrieval.errors import ConfigError, ModelError
 from memoir_retrieval.lookup.masks import Decode
 from memoir_retrieval.model.base import identify, resolve
-from memoir_retrieval.question.span import SpanRule
+from memoir_retrieval.question.span import ChatSpanRule, SpanRule
 from memoir_retrieval.store.manifest import read_manifest
 from memoir_retrieval.store.read import EditStore, Manifest, library_version
 
@@ -36,6 +36,7 @@ __all__ = [
     "refusal_of",
     "refuse",
     "section_of",
+    "served_rule",
     "span_rule",
     "token_decoder",
     "with_mode",
@@ -117,9 +118,19 @@ def section_of(vllm_config: VllmConfig) -> MemoirConfig | None:
     return None if section is None else msgspec.convert(section, MemoirConfig)
 
 
+def served_rule(manifest: Manifest) -> SpanRule:
+    """How a server finds the question in a prompt: the store's rule, under which raw text has none in a chat store."""
+    return _rule(msgspec.to_builtins(manifest.span), manifest.chat)
+
+
 def span_rule(vllm_config: VllmConfig) -> SpanRule:
-    """The store's rule, from a VllmConfig that `apply` has seen: the scheduler opens no store."""
-    return msgspec.convert(vllm_config.additional_config["memoir_span"], SpanRule)
+    """The same, from a VllmConfig that `apply` has seen: the scheduler opens no store."""
+    section = vllm_config.additional_config
+    return _rule(section["memoir_span"], section["memoir_chat"])
+
+
+def _rule(span: dict[str, Any], chat: bool) -> SpanRule:
+    return msgspec.convert(span, ChatSpanRule if chat else SpanRule)
 
 
 def is_inline(vllm_config: VllmConfig) -> bool:
@@ -294,6 +305,7 @@ def apply(config: MemoirConfig, vllm_config: VllmConfig, manifest: Manifest) -> 
         # must be here. The edits are read inside the opaque op, so a new generation needs no new compilation.
         "memoir_graph": {"version": library_version(), "module": manifest.module},
         "memoir_span": msgspec.to_builtins(manifest.span),
+        "memoir_chat": manifest.chat,
     }
     kind = "MemoirAsyncScheduler" if vllm_config.scheduler_config.async_scheduling else "MemoirScheduler"
     vllm_config.scheduler_config.scheduler_cls = f"memoir_vllm.core.scheduler.{kind}"
