@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from simulation import ALL, Simulate, Simulation, World, chat, other, right, world
+from simulation import ALL, Simulate, Simulation, World, chat, oracle, other, right, world
 from vllm.v1.request import RequestStatus
 
 from memoir_retrieval.model.forward import span_mean
