@@ -56,7 +56,16 @@ class Bench(NamedTuple):
         background, permutation = np.zeros(self.d, dtype=np.float32), np.random.default_rng(0).permutation(self.d)
         rule = SpanRule(weighted=True)
         means = torch.stack([span_mean(question, Span(0, TOKENS, rule.weighted)) for question in questions])
-        fields: dict[str, Any] = {"generation": 1, "span": rule, "d": self.d, "h": self.h, "k": self.k, "tau": 0.9}
+        fields: dict[str, Any] = {
+            "generation": 1,
+            "sha256": "1" * 64,
+            "span": rule,
+            "chat": False,
+            "d": self.d,
+            "h": self.h,
+            "k": self.k,
+            "tau": 0.9,
+        }
         store = EditStore(
             path=Path(),
             manifest=SimpleNamespace(**fields),  # type: ignore[arg-type]

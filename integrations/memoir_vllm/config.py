@@ -14,7 +14,7 @@ from vllm.logger import init_logger
 from memoir_retrieval.errors import ConfigError, ModelError
 from memoir_retrieval.lookup.masks import Decode
 from memoir_retrieval.model.base import identify, resolve
-from memoir_retrieval.question.span import SpanRule
+from memoir_retrieval.question.span import ChatSpanRule, SpanRule
 from memoir_retrieval.store.manifest import read_manifest
 from memoir_retrieval.store.read import EditStore, Manifest, library_version
 
@@ -33,8 +33,10 @@ __all__ = [
     "open_store",
     "parse_section",
     "prefer",
+    "refusal_of",
     "refuse",
     "section_of",
+    "served_rule",
     "span_rule",
     "token_decoder",
     "with_mode",
@@ -98,15 +100,37 @@ def parse_section(section: Any) -> MemoirConfig:
     return msgspec.structs.replace(config, store=store, token_file=tokens)
 
 
+def refusal_of(call: str) -> str | None:
+    """Why a call of an engine or a worker, such as "sleep level 2", is not made; None for one that is."""
+    advice = {
+        "sleep level 2": "use level 1",
+        "reload_weights": "start the engine again with the store of the model",
+        "start_weight_update": "start the engine again with the store of the model",
+    }.get(call)
+    if advice is None:
+        return None
+    return f"memoir refuses {call}: edits only hold on the weights that they were made on; {advice}"
+
+
 def section_of(vllm_config: VllmConfig) -> MemoirConfig | None:
     """The checked section of a VllmConfig that `apply` has seen, or None."""
     section = (vllm_config.additional_config or {}).get("memoir")
     return None if section is None else msgspec.convert(section, MemoirConfig)
 
 
+def served_rule(manifest: Manifest) -> SpanRule:
+    """How a server finds the question in a prompt: the store's rule, under which raw text has none in a chat store."""
+    return _rule(msgspec.to_builtins(manifest.span), manifest.chat)
+
+
 def span_rule(vllm_config: VllmConfig) -> SpanRule:
-    """The store's rule, from a VllmConfig that `apply` has seen: the scheduler opens no store."""
-    return msgspec.convert(vllm_config.additional_config["memoir_span"], SpanRule)
+    """The same, from a VllmConfig that `apply` has seen: the scheduler opens no store."""
+    section = vllm_config.additional_config
+    return _rule(section["memoir_span"], section["memoir_chat"])
+
+
+def _rule(span: dict[str, Any], chat: bool) -> SpanRule:
+    return msgspec.convert(span, ChatSpanRule if chat else SpanRule)
 
 
 def is_inline(vllm_config: VllmConfig) -> bool:
@@ -281,6 +305,7 @@ def apply(config: MemoirConfig, vllm_config: VllmConfig, manifest: Manifest) -> 
         # must be here. The edits are read inside the opaque op, so a new generation needs no new compilation.
         "memoir_graph": {"version": library_version(), "module": manifest.module},
         "memoir_span": msgspec.to_builtins(manifest.span),
+        "memoir_chat": manifest.chat,
     }
     kind = "MemoirAsyncScheduler" if vllm_config.scheduler_config.async_scheduling else "MemoirScheduler"
     vllm_config.scheduler_config.scheduler_cls = f"memoir_vllm.core.scheduler.{kind}"

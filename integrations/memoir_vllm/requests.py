@@ -117,7 +117,7 @@ def parse_options(extra_args: Mapping[str, Any] | None, prompt_len: int) -> Opti
     nearest = ours.pop("memoir_nearest", 0)
     if type(nearest) is not int or not 0 <= nearest <= NEAREST:
         raise ConfigError(f"vllm_xargs memoir_nearest is {nearest!r}: use a number of edits, 1 to {NEAREST}")
-    report = ours.pop("memoir_report", 1)  # read by stream.py
+    report = ours.pop("memoir_report", 1)  # read by front/responses.py
     if report != 1:
         raise ConfigError(f"vllm_xargs memoir_report is {report!r}: use 1 to have a stream end with the decision")
     if ours:

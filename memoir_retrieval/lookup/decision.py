@@ -23,6 +23,7 @@ class Decision(msgspec.Struct, frozen=True, omit_defaults=True):
     result: "off" where the request opted out, "unroutable" where it holds no question.
     generation: of the store that answered.
     nearest: id and overlap of as many edits as the request wants named, best first.
+    reason: why the result is "unroutable", where more is known than that the prompt holds no question.
     """
 
     edit: int | None
@@ -30,6 +31,7 @@ class Decision(msgspec.Struct, frozen=True, omit_defaults=True):
     result: Result
     generation: int
     nearest: tuple[tuple[int, float], ...] = ()
+    reason: str = ""
 
 
 def decision_of(reply: Mapping[str, Any]) -> Decision | None:

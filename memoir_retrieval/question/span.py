@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 import numpy as np
 
-__all__ = ["Span", "SpanRule", "derive_span_rule", "find_span"]
+__all__ = ["ChatSpanRule", "Span", "SpanRule", "derive_span_rule", "find_span"]
 
 
 class Span(NamedTuple):
@@ -59,6 +59,13 @@ class SpanRule(msgspec.Struct, frozen=True, kw_only=True):
     acts: Literal["first", "last"] = "first"
 
 
+class ChatSpanRule(SpanRule, frozen=True, kw_only=True):
+    """The rule under which a server finds the span where edits were made in chats: raw text has no question.
+
+    An edit that was trained in a chat would be found by raw text, but its answer is only right in a chat.
+    """
+
+
 def find_span(ids: Sequence[int], rule: SpanRule) -> Span:
     """The span of one prompt.
 
@@ -71,6 +78,8 @@ def find_span(ids: Sequence[int], rule: SpanRule) -> Span:
     tokens = np.asarray(ids, dtype=np.int32)
     found = max((_find_last(tokens, marker) for marker in rule.starts), default=-1)
     if found < 0:
+        if isinstance(rule, ChatSpanRule) and rule.starts:
+            return Span(n, n, rule.weighted, rule.acts)
         start = 0
         while start < n and ids[start] in rule.leading:
             start += 1

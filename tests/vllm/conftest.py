@@ -125,7 +125,10 @@ def simulate(request: pytest.FixtureRequest, here: World, model_folder: Path, st
             configs[key] = EngineArgs(**given).create_engine_config()
         config = copy.deepcopy(configs[key])
         config.scheduler_config.async_scheduling = later
-        config.additional_config["memoir_span"] = msgspec.to_builtins(rule)
+        config.additional_config |= {
+            "memoir_span": msgspec.to_builtins(rule),
+            "memoir_chat": served.store.manifest.chat,
+        }
         manifest = SimpleNamespace(**vars(served.store.manifest) | {"span": rule})
         layer = ResidualLayer(
             Router(dataclasses.replace(served.store, manifest=manifest), None, "cpu", str),

@@ -35,11 +35,23 @@ SEAMS = {
     "entrypoints/openai/completion/serving.py": (
         "OpenAIServingCompletion.create_completion",
         "OpenAIServingCompletion.completion_stream_generator",
+        "OpenAIServingCompletion.request_output_to_completion_response",
     ),
+    "entrypoints/openai/chat_completion/batch_serving.py": (
+        "OpenAIServingChatBatch.chat_completion_full_generator_batch",
+    ),
+    "entrypoints/anthropic/serving.py": ("AnthropicServingMessages.message_stream_converter",),
+    "v1/executor/multiproc_executor.py": ("MultiprocExecutor.collective_rpc",),
     "v1/engine/core_client.py": ("AsyncMPClient.call_utility_all_async",),
-    "v1/engine/output_processor.py": ("OutputProcessor.process_outputs",),
+    "v1/engine/output_processor.py": (
+        "RequestState.make_request_output",
+        "OutputProcessor.process_outputs",
+        "OutputProcessor.abort_requests",
+    ),
+    "v1/engine/parallel_sampling.py": ("ParentRequest.get_outputs",),
     "v1/engine/core.py": (
         "EngineCore.collective_rpc",
+        "EngineCore.sleep",
         "EngineCore.step",
         "EngineCore.step_with_batch_queue",
         "EngineCoreProc._invoke_utility_method",

@@ -29,7 +29,7 @@ from memoir_retrieval.model.base import BaseModel
 from memoir_retrieval.store.read import EditStore
 from memoir_retrieval.store.remove import remove_edits
 from memoir_vllm import config
-from memoir_vllm.admin import audit, jobs
+from memoir_vllm.admin import audit, engines, jobs
 from memoir_vllm.admin.audit import AUDIT, AuditLog
 from memoir_vllm.admin.engines import Engines
 from memoir_vllm.admin.jobs import QUEUE
@@ -407,3 +407,19 @@ async def test_two_servers_change_one_store(server: Server, folder: Path, model_
         assert torn == 0 and {entry["server"] for entry in lines} == {"here:1", "there:2"}
     finally:
         await other.stop()
+
+
+async def test_a_store_that_cannot_be_read_to_its_end_fails_the_reload(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A network file system that hangs. The workers are asked whether they are done, and never are."""
+
+    class Hanging:
+        async def collective_rpc(self, method: str) -> list[Any]:
+            assert method != "memoir_reload"
+            return [None if method == "memoir_stage" else False]
+
+    monkeypatch.setattr(engines, "READ_S", 0.2)
+    monkeypatch.setattr(server.service, "engines", Engines(Hanging()))  # type: ignore[arg-type]
+    reply = await server.http.post("/reload")
+    assert (reply.status_code, "have not read the store" in reply.json()["detail"]) == (503, True)

@@ -25,11 +25,11 @@ from memoir_vllm.front import engine
 def _restore_patches(monkeypatch: pytest.MonkeyPatch) -> None:
     """The hooks of this process go with each test."""
     from vllm.v1.engine.input_processor import InputProcessor
-    from vllm.v1.engine.output_processor import OutputProcessor
+    from vllm.v1.engine.output_processor import RequestState
 
     monkeypatch.setattr(EngineArgs, "create_engine_config", EngineArgs.create_engine_config)
     monkeypatch.setattr(InputProcessor, "process_inputs", InputProcessor.process_inputs)
-    monkeypatch.setattr(OutputProcessor, "process_outputs", OutputProcessor.process_outputs)
+    monkeypatch.setattr(RequestState, "make_request_output", RequestState.make_request_output)
     engine.install()
 
 

@@ -53,6 +53,12 @@ def test_a_reload_that_fails_on_one_rank_fails_on_all_and_the_engine_serves_on(
             assert (reply.tokens, reply.memoir["edit"]) == (list(wanted.tokens), wanted.edit)
             assert reply.memoir["generation"] == generation
 
+    for call in ("reload_weights", "start_weight_update"):
+        with pytest.raises(Exception, match="only hold on the weights"):
+            engine.llm.collective_rpc(call, timeout=60)
+    with pytest.raises(Exception, match="only hold on the weights"):
+        engine.llm.sleep(level=2)
+    served_by(before, 3)
     for staged in (False, True):
         engine.llm.collective_rpc(_out_of_memory, timeout=60, args=(1,))
         if staged:

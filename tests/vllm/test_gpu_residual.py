@@ -81,7 +81,7 @@ def served(request: pytest.FixtureRequest, shape: tuple[int, int, int]) -> Itera
     asked = torch.randn(EDITS, TOKENS, d, device="cuda").to(dtype)
     background, perm = np.zeros(d, dtype=np.float32), permutation(d, 0)
     means = torch.stack([span_mean(question, Span(0, TOKENS, True)) for question in asked])
-    fields: dict[str, Any] = {"generation": 1, "sha256": "1" * 64, "span": SpanRule(weighted=True)}
+    fields: dict[str, Any] = {"generation": 1, "sha256": "1" * 64, "span": SpanRule(weighted=True), "chat": False}
     fields |= {"d": d, "h": h, "k": k, "tau": 0.9}
     store = EditStore(
         path=Path(),

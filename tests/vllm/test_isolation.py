@@ -53,6 +53,17 @@ def test_tenants_share_nothing_of_any_kind(block: int, simulate: Simulate, here:
             assert sim.hits[name] == wanted, name
 
 
+def test_no_tenant_learns_from_another_whether_a_prompt_was_asked(simulate: Simulate, here: World) -> None:
+    """A remembered decision spares a lookup, which takes time and is counted: each salt has its own."""
+    sim = simulate(model_len=512)
+    prompts = [chat(here.questions[1], BEFORE, AFTER), chat(other(9), BEFORE, AFTER)]
+    for looked_up, salt in ((2, "x"), (4, "y"), (6, None), (6, "x"), (6, "y"), (6, None)):
+        for number, prompt in enumerate(prompts):
+            sim.add(f"{len(sim.requests)} {salt} {number}", prompt, salt=salt)
+            sim.run()
+        assert sim.layer.stats()["routed"] == looked_up, salt
+
+
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("reverse", [False, True])
 def test_twins_of_one_step(reverse: bool, block: int, simulate: Simulate, here: World) -> None:

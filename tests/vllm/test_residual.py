@@ -55,7 +55,8 @@ def store_of(activations: torch.Tensor, **manifest: Any) -> EditStore:
         if n
         else empty
     )
-    fields = {"generation": 7, "sha256": "7" * 64, "span": RULE, "d": D, "h": H, "k": K, "tau": 0.9, **manifest}
+    fields = {"generation": 7, "sha256": "7" * 64, "span": RULE, "chat": False, "d": D, "h": H, "k": K, "tau": 0.9}
+    fields |= manifest
     return EditStore(
         path=Path(),
         manifest=SimpleNamespace(**fields),  # type: ignore[arg-type]

@@ -2,16 +2,58 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from simulation import ALL, Simulate, Simulation, World, chat, other, right, world
+from simulation import ALL, Simulate, Simulation, World, chat, oracle, other, right, world
 from vllm.v1.request import RequestStatus
 
 from memoir_retrieval.model.forward import span_mean
 from memoir_retrieval.question.span import find_span
 from memoir_vllm.core import blocks
+
+
+def test_raw_text_has_no_question_where_edits_were_made_in_chats(simulate: Simulate, here: World) -> None:
+    """The base model answers and the decision says why; a client that names the question is believed."""
+    manifest = SimpleNamespace(**vars(here.store.manifest) | {"chat": True})
+    chats = here._replace(store=dataclasses.replace(here.store, manifest=manifest))  # type: ignore[arg-type]
+    sim = simulate(served=chats)
+    question = here.questions[1]
+    sim.add("raw", question)
+    sim.add("raw, named", question, {"memoir_span": f"0:{len(question)}"})
+    sim.add("chat", chat(question, 20))
+    sim.run()
+    assert {name: decision["result"] for name, decision in sim.said.items()} == {
+        "raw": "unroutable",
+        "raw, named": "matched",
+        "chat": "matched",
+    }
+    assert "/v1/chat/completions" in sim.said["raw"]["reason"] and "reason" not in sim.said["chat"]
+    assert sim.answers["raw"] == oracle(here.embedding, question, 0, None, 3)
+
+
+def test_a_decision_comes_with_the_first_output(simulate: Simulate, here: World) -> None:
+    """Whatever ends a request later. Looked up, remembered, long, opted out and unroutable ones."""
+    sim = simulate()
+    prompts = {"edited": here.questions[0], "long": here.questions[2], "other": other(9), "empty": []}
+    for turn in ("first", "again"):
+        for name, question in prompts.items():
+            sim.add(f"{name} {turn}", chat(question, 20), max_tokens=6)
+        sim.add(f"off {turn}", chat(here.questions[0], 20), {"memoir": "off"}, max_tokens=6)
+        while sim.step():
+            assert {name for name, answer in sim.answers.items() if answer} == set(sim.said)
+    results = {name: decision["result"] for name, decision in sim.said.items()}
+    for turn in ("first", "again"):
+        assert [results[f"{name} {turn}"] for name in ("edited", "long", "other", "empty", "off")] == [
+            "matched",
+            "matched",
+            "unmatched",
+            "unroutable",
+            "off",
+        ]
 
 
 @pytest.mark.parametrize("before", [40, 58, 64, 90])

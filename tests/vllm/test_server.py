@@ -151,3 +151,80 @@ def test_verify_finds_that_a_server_serves_another_store(
     out = capsys.readouterr().out
     assert done.value.code == 1 and "DOES NOT HOLD" in out
     assert "fail  edited prompts match their edit: 2 of 2 do not" in out and "ok    unmatched equals opted out" in out
+
+
+def reported(reply: httpx.Response) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The chunks of a stream with choices, and what it reports."""
+    lines = [line.removeprefix("data: ") for line in reply.raise_for_status().text.splitlines() if line]
+    assert lines[-1] == "[DONE]"
+    *chunks, last = (json.loads(line) for line in lines[:-1])
+    assert last["choices"] == []
+    return [chunk for chunk in chunks if chunk["choices"]], last["kv_transfer_params"]
+
+
+def counted(client: httpx.Client) -> float:
+    lines = client.get("/metrics").text.splitlines()
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("memoir_requests_total"))
+
+
+@pytest.mark.parametrize("name", ["edit 0", "unrelated 0", "chat edit"])
+@pytest.mark.parametrize(
+    "more", [{}, {"include_stop_str_in_output": True}, {"n": 2, "temperature": 0.01, "seed": 1}], ids=str
+)
+def test_an_answer_that_ends_at_a_stop_string_has_its_decision(
+    client: httpx.Client, name: str, more: dict[str, Any], expected: dict[str, Expected]
+) -> None:
+    def text(choice: dict[str, Any]) -> str:
+        return choice["message"]["content"] if "message" in choice else choice["text"]
+
+    whole = text(ask(client, name).raise_for_status().json()["choices"][0])
+    stop = whole.strip()[3:6]
+    before = counted(client)
+    body = ask(client, name, stop=[stop], **more).raise_for_status().json()
+    assert {choice["stop_reason"] for choice in body["choices"]} == {stop}
+    assert text(body["choices"][0]).endswith(stop) is bool(more.get("include_stop_str_in_output"))
+    assert body["kv_transfer_params"]["memoir"]["edit"] == expected[name].edit
+    chunks, params = reported(ask(client, name, stop=[stop], stream=True, vllm_xargs={"memoir_report": 1}, **more))
+    assert chunks[-1]["choices"][0]["stop_reason"] == stop
+    assert params["memoir"]["edit"] == expected[name].edit
+    assert counted(client) - before == 2 * more.get("n", 1)
+
+
+def test_several_prompts_of_one_request_have_a_decision_each(
+    client: httpx.Client, expected: dict[str, Expected]
+) -> None:
+    names = ["unrelated 0", "edit 0", "edit 1"]
+    edits = [expected[name].edit for name in names]
+    body = {"model": "m", "prompt": [PROMPTS[name] for name in names], "temperature": 0, "max_tokens": 4}
+    params = client.post("/v1/completions", json=body).raise_for_status().json()["kv_transfer_params"]
+    assert "memoir" not in params and [decision["edit"] for decision in params["memoir_choices"]] == edits
+    twice = client.post("/v1/completions", json=body | {"n": 2, "temperature": 0.01}).raise_for_status().json()
+    each = [decision["edit"] for decision in twice["kv_transfer_params"]["memoir_choices"]]
+    assert each == [edit for edit in edits for _ in range(2)] and len(each) == len(twice["choices"])
+    stream = body | {"stream": True, "vllm_xargs": {"memoir_report": 1}}
+    _, params = reported(client.post("/v1/completions", json=stream))
+    assert [decision["edit"] for decision in params["memoir_choices"]] == edits
+
+
+def test_a_batch_of_chats_has_a_decision_each(client: httpx.Client, expected: dict[str, Expected]) -> None:
+    names = ["chat unrelated after system", "chat edit"]
+    body = {"model": "m", "messages": [PROMPTS[name] for name in names], "temperature": 0, "max_tokens": 4}
+    params = client.post("/v1/chat/completions/batch", json=body).raise_for_status().json()["kv_transfer_params"]
+    assert [decision["edit"] for decision in params["memoir_choices"]] == [expected[name].edit for name in names]
+
+
+def test_a_stream_of_messages_reports_the_decision_before_its_end(
+    client: httpx.Client, expected: dict[str, Expected]
+) -> None:
+    body = {"model": "m", "messages": PROMPTS["chat edit"], "temperature": 0, "max_tokens": 4, "stream": True}
+
+    def events(**more: Any) -> list[tuple[str, dict[str, Any]]]:
+        text = client.post("/v1/messages", json=body | more).raise_for_status().text
+        pairs = [event.split("\n") for event in text.strip().split("\n\n")]
+        return [(kind.removeprefix("event: "), json.loads(data.removeprefix("data: "))) for kind, data in pairs]
+
+    plain, with_report = events(), events(vllm_xargs={"memoir_report": 1})
+    assert [kind for kind, _ in with_report] == [*[kind for kind, _ in plain][:-1], "memoir", "message_stop"]
+    assert with_report[-2][1]["kv_transfer_params"]["memoir"]["edit"] == expected["chat edit"].edit
+    whole = client.post("/v1/messages", json=body | {"stream": False}).raise_for_status().json()
+    assert whole["kv_transfer_params"]["memoir"]["edit"] == expected["chat edit"].edit

@@ -130,6 +130,26 @@ def test_a_lookup_measures_what_the_reference_measures(server: Server, base: Bas
         if matched is not None:
             assert first["matched"] is matched and found["result"] == ("matched" if matched else "unmatched")
     assert server.http.post("/memoir/lookup", json={}).status_code == 422
+    plain = server.http.post("/memoir/lookup", json={"messages": [{"role": "user", "content": QUESTIONS[0]}]}).json()
+    call = {"id": "a", "type": "function", "function": {"name": "look", "arguments": "{}"}}
+    for messages in (
+        [{"role": "user", "content": [{"type": "text", "text": QUESTIONS[0]}]}],
+        [{"role": "user", "name": "ann", "content": QUESTIONS[0]}],
+        [
+            {"role": "user", "content": "Look it up."},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "a", "content": "nothing"},
+            {"role": "user", "content": QUESTIONS[0]},
+        ],
+    ):
+        found = server.http.post("/memoir/lookup", json={"messages": messages})
+        assert found.status_code == 200, found.text
+        assert (found.json()["result"], found.json()["matches"][0]["edit"]) == ("matched", 0), messages
+        if len(messages) == 1:
+            assert found.json()["matches"] == plain["matches"]
+    for wrong in ([{"role": "user", "content": 5}], [{"content": "x"}], [{"role": "user", "content": [{"type": "x"}]}]):
+        refused = server.http.post("/memoir/lookup", json={"messages": wrong})
+        assert refused.status_code == 400 and "\n" not in refused.json()["detail"], refused.text
     too_long = server.http.post("/memoir/lookup", json={"prompt": "word " * 2 * MAX_MODEL_LEN})
     assert too_long.status_code == 400 and "\n" not in too_long.json()["detail"]
 

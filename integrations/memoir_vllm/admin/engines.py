@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import TYPE_CHECKING, Any
 
 from memoir_retrieval.errors import StoreError
@@ -14,6 +15,7 @@ __all__ = ["Engines"]
 
 # A store that is written while it is read is read again, so often.
 TRIES = 3
+READ_S = 1800.0  # a file system that gives nothing for so long fails the reload; the engines go on all the while
 
 
 class Engines:
@@ -38,9 +40,14 @@ class Engines:
             for _ in range(TRIES):
                 try:
                     await self._call("memoir_stage")
+                    until = time.monotonic() + READ_S
                     while not all(all(workers) for workers in await self._call("memoir_staged")):
+                        if time.monotonic() > until:
+                            raise TimeoutError
                         await asyncio.sleep(0.02)
                     generations = {number for workers in await self._call("memoir_reload") for number in workers}
+                except TimeoutError:
+                    raise StoreError(f"the workers have not read the store within {READ_S:.0f} seconds") from None
                 except Exception as error:  # vLLM knows one class for whatever a worker raises
                     raise StoreError(await self._explain(error)) from error
                 if len(generations) == 1:

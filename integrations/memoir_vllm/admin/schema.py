@@ -152,9 +152,11 @@ class NamedEdit(BaseModel):
 
 
 class LookupResult(BaseModel):
-    """The nearest edits, best first, as the engine measured them. `result`: what became of the prompt."""
+    """The nearest edits, best first, as the engine measured them. `result`: what became of the prompt. `reason`: why it
+    is unroutable, where that is known."""
 
     result: Literal["matched", "unmatched", "unroutable"]
+    reason: str | None = None
     generation: int
     tau: float
     matches: list[NamedEdit]

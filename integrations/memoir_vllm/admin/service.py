@@ -157,6 +157,7 @@ class Service:
         store = await asyncio.to_thread(self.store)
         return LookupResult(
             result=said["result"],
+            reason=said.get("reason"),
             generation=said["generation"],
             tau=self._tau(store),
             matches=[

@@ -5,7 +5,8 @@ the workers adopt a generation and the moment in which the scheduler knows.
 
 No worker's method of ours raises. vLLM reads no further answer after the first failed one
 (vllm/v1/executor/multiproc_executor.py), so the answers of the other ranks would be taken for those of the next call,
-and of every later one. A worker returns its reason as text, and it is raised here.
+and of every later one. A worker returns its reason as text, and it is raised here. What our workers refuse of vLLM's
+own calls is refused here before they hear of it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from memoir_retrieval.errors import StoreError
+from memoir_vllm import config
 from memoir_vllm.patches import wrap_once
 
 if TYPE_CHECKING:
@@ -23,10 +25,11 @@ __all__ = ["install"]
 
 
 def install() -> None:
-    """Wrap `EngineCore.collective_rpc` once, in a process that holds one of our schedulers."""
+    """Wrap `EngineCore.collective_rpc` and `sleep` once, in a process that holds one of our schedulers."""
     from vllm.v1.engine.core import EngineCore
 
     wrap_once(EngineCore, "collective_rpc", _beside_the_scheduler)
+    wrap_once(EngineCore, "sleep", _refusing)
 
 
 def _beside_the_scheduler(original: Any) -> Any:
@@ -37,6 +40,8 @@ def _beside_the_scheduler(original: Any) -> Any:
         args: tuple = (),
         kwargs: dict[str, Any] | None = None,
     ) -> list[Any]:
+        if isinstance(method, str):
+            _refuse(method)
         results = original(self, method, timeout, args, kwargs)
         if method in ("memoir_reload", "memoir_stats"):  # only one stage of a pipeline has something to say
             results = [result for result in results if result is not None]
@@ -49,3 +54,16 @@ def _beside_the_scheduler(original: Any) -> Any:
         return results
 
     return collective_rpc
+
+
+def _refusing(original: Any) -> Any:
+    def sleep(self: EngineCore, level: int = 1, *args: Any, **kwargs: Any) -> Any:
+        _refuse(f"sleep level {level}")  # the original would stop scheduling before the workers refuse
+        return original(self, level, *args, **kwargs)
+
+    return sleep
+
+
+def _refuse(call: str) -> None:
+    if refusal := config.refusal_of(call):
+        raise RuntimeError(refusal)

@@ -59,6 +59,7 @@ class MemoirScheduler(Scheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._states: dict[str, _State] = {}
+        self._unreported: set[str] = set()  # decided, and no output has taken it to the front end yet
         self._generation = 0
         self._remembered: LRUCache[bytes, Routed] = LRUCache(REMEMBERED)
         self._rule = config.span_rule(self.vllm_config)
@@ -125,10 +126,22 @@ class MemoirScheduler(Scheduler):
                 # What `allocate_slots` would have published before the forward.
                 computed = request.num_computed_tokens - request.num_output_placeholders
                 self.kv_cache_manager.cache_blocks(request, min(computed, request.num_tokens))
-        return super().update_from_output(scheduler_output, model_runner_output)
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        if self._unreported:
+            self._report(outputs)
+        return outputs
+
+    def _report(self, outputs: Any) -> None:
+        """The front end may end a request itself, so it learns of a decision with the first output, not the last."""
+        for output in (output for of_client in outputs.values() for output in of_client.outputs):
+            if output.request_id in self._unreported:
+                self._unreported.remove(output.request_id)
+                routed = self._states[output.request_id].routed
+                output.kv_transfer_params = _with_decision(output.kv_transfer_params, routed)
 
     def _settle(self, request: Request, state: _State, routed: Routed) -> None:
         state.routed = routed
+        self._unreported.add(request.request_id)
         if self._inline and routed.row >= 0:
             name = f"{routed.store}:{routed.decision.generation}:{routed.row}"
             blocks.own(request, name, state.query.span.acts_from, self.hash_block_size)
@@ -153,6 +166,7 @@ class MemoirScheduler(Scheduler):
                 if state.routed.row >= 0:
                     blocks.disown(self.requests[request_id], self.hash_block_size)
                 state.routed = None
+                self._unreported.discard(request_id)
 
     def memoir_stats(self) -> dict[str, int]:
         """What the scheduler adds to the counters of its workers."""
@@ -163,17 +177,27 @@ class MemoirScheduler(Scheduler):
         """Adds to the KV transfer parameters: the one free-form dict that travels from here to the response."""
         kv_params, ec_params = super()._free_request(request, *args, **kwargs)
         state = self._states.pop(request.request_id, None)
-        if state is not None and state.routed is not None:
-            kv_params = {**(kv_params or {}), "memoir": msgspec.to_builtins(state.routed.decision)}
-        return kv_params, ec_params
+        self._unreported.discard(request.request_id)
+        return _with_decision(kv_params, state.routed if state else None), ec_params
+
+
+def _with_decision(params: dict[str, Any] | None, routed: Routed | None) -> dict[str, Any] | None:
+    return params if routed is None else {**(params or {}), "memoir": msgspec.to_builtins(routed.decision)}
 
 
 def _prompt_key(request: Request, span: Span) -> bytes | None:
-    """Equal keys have equal decisions: what is pooled depends on the tokens up to the question's end alone."""
+    """Equal keys have equal decisions: what is pooled depends on the tokens up to the question's end alone.
+
+    Requests of several cache salts share no key, as they share no cached block: how soon a request is decided must not
+    tell one tenant what another has asked.
+    """
     if request.mm_features or request.prompt_token_ids is None:
         return None
     tokens = np.asarray(request.prompt_token_ids[: span.end], dtype=np.int64)
-    return blake2b(tokens.tobytes(), digest_size=16, salt=span.start.to_bytes(8, "little")).digest()
+    key = blake2b(tokens.tobytes(), digest_size=16, salt=span.start.to_bytes(8, "little"))
+    if request.cache_salt:
+        key.update(b"salt" + request.cache_salt.encode("utf-8", "surrogatepass"))
+    return key.digest()
 
 
 class MemoirAsyncScheduler(MemoirScheduler, AsyncScheduler):

@@ -39,10 +39,10 @@ def _with_edits(original: Any) -> Any:
             return create()
         made = _create_with_edits(self, create)
         if UsageContext.OPENAI_API_SERVER in (*args, kwargs.get("usage_context")):
-            from memoir_vllm.front import stream
+            from memoir_vllm.front import responses
 
             _require_routes(made.additional_config["memoir"].get("token_file"))
-            stream.install()
+            responses.install()
         return made
 
     return create_engine_config
@@ -51,7 +51,7 @@ def _with_edits(original: Any) -> Any:
 def _create_with_edits(args: EngineArgs, create: Callable[[], VllmConfig]) -> VllmConfig:
     """Raises ConfigError for flags that cannot work, StoreError for a store that cannot be served."""
     from memoir_vllm import config, requests
-    from memoir_vllm.front import metrics
+    from memoir_vllm.front import decisions
 
     config.check_version()
     ours = config.with_mode(config.parse_section(args.additional_config["memoir"]))
@@ -60,7 +60,7 @@ def _create_with_edits(args: EngineArgs, create: Callable[[], VllmConfig]) -> Vl
     config.refuse(ours, vllm_config)
     config.apply(ours, vllm_config, config.open_store(ours, vllm_config.model_config).manifest)
     requests.install()
-    metrics.install()
+    decisions.install()
     return vllm_config
 
 

@@ -1,12 +1,12 @@
 """What this API process sees of decisions: Prometheus series, and one log line for each matched request at debug level.
 
-Workers and engine core run in other processes, whose registries /metrics never shows. Every response passes
-`OutputProcessor.process_outputs` (vllm/v1/engine/output_processor.py) here, with the decision in it.
+Workers and engine core run in other processes, whose registries /metrics never shows. Every request ends here, with its
+decision (`decisions.py`).
 """
 
 from __future__ import annotations
 
-import functools
+import secrets
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
@@ -19,15 +19,14 @@ from vllm.logger import init_logger
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
-    from vllm.v1.engine import EngineCoreOutput
-    from vllm.v1.engine.output_processor import OutputProcessor
 
-__all__ = ["LOOKUP_ID", "TRAFFIC", "EngineCollector", "Traffic", "install"]
+__all__ = ["LOOKUP_ID", "TRAFFIC", "EngineCollector", "Traffic"]
 
 logger = init_logger("vllm.memoir")
 
-# In the ids of requests that administration makes of its own: they are no traffic.
-LOOKUP_ID = "memoir-lookup"
+# In the ids of requests that administration makes itself: they are no traffic. A client can name its requests too, so
+# this is nothing that one could know.
+LOOKUP_ID = f"memoir-lookup-{secrets.token_hex(16)}"
 TOP = 20  # edits that are named on /metrics
 RECENT = 50
 
@@ -72,28 +71,6 @@ class Traffic:
 
 
 TRAFFIC = Traffic()
-
-
-def install() -> None:
-    """Wrap `OutputProcessor.process_outputs` once; called in a process that has seen a `memoir` section."""
-    from vllm.v1.engine.output_processor import OutputProcessor
-
-    original = OutputProcessor.process_outputs
-    if hasattr(original, "_memoir"):
-        return
-
-    @functools.wraps(original)
-    def process_outputs(
-        self: OutputProcessor, engine_core_outputs: list[EngineCoreOutput], *args: Any, **kwargs: Any
-    ) -> Any:
-        for output in engine_core_outputs:
-            said = (output.kv_transfer_params or {}).get("memoir")
-            if said is not None:
-                TRAFFIC.count(output.request_id, said)
-        return original(self, engine_core_outputs, *args, **kwargs)
-
-    process_outputs._memoir = True  # type: ignore[attr-defined]
-    OutputProcessor.process_outputs = process_outputs
 
 
 # Counters of a worker (`ResidualLayer.stats`) and its scheduler -> series; a name that ends in _total only grows.

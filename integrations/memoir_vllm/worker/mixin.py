@@ -28,9 +28,6 @@ __all__ = ["MemoirWorker"]
 logger = init_logger("vllm.memoir")
 
 
-_OTHER_WEIGHTS = "memoir refuses {}: edits only hold on the weights that they were made on; {}"
-
-
 class MemoirWorker(Worker):
     """A vLLM worker with edits. Put in front of a subclass of vLLM's it calls that one's methods."""
 
@@ -83,19 +80,15 @@ class MemoirWorker(Worker):
 
     def sleep(self, level: int = 1) -> None:
         """Level 1 keeps the weights in host memory, and the residual memory stays where it is."""
-        if level > 1:
-            raise RuntimeError(_OTHER_WEIGHTS.format(f"sleep level {level}", "use level 1"))
+        if refusal := config.refusal_of(f"sleep level {level}"):
+            raise RuntimeError(refusal)
         super().sleep(level)
 
     def reload_weights(self, *args: Any, **kwargs: Any) -> None:
-        raise RuntimeError(
-            _OTHER_WEIGHTS.format("reload_weights", "start the engine again with the store of the model")
-        )
+        raise RuntimeError(config.refusal_of("reload_weights"))
 
     def start_weight_update(self, *args: Any, **kwargs: Any) -> None:
-        raise RuntimeError(
-            _OTHER_WEIGHTS.format("a weight update", "start the engine again with the store of the model")
-        )
+        raise RuntimeError(config.refusal_of("start_weight_update"))
 
     def memoir_stage(self) -> None:
         """Begin to read the store's present generation in the background."""

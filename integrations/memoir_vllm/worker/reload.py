@@ -32,7 +32,7 @@ logger = init_logger("vllm.memoir")
 # Generations that may be held beside the present one: each is a residual memory as long as one request needs it.
 OLDER = 2
 # What must stay as it was when the engine started; the rest of a manifest may change from one generation to the next.
-_FIXED = ("base", "module", "d", "h", "span")
+_FIXED = ("base", "module", "d", "h", "span", "chat")
 
 _Loaded = tuple[Manifest, "Generation"]
 

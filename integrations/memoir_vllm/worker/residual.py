@@ -154,7 +154,7 @@ class ResidualLayer:
             self._decide(request_id, route, *self._on_device([route]))
             self._stats["recalled"] += 1
         elif not query.is_looked_up:
-            route = router.off() if query.off else router.unroutable()
+            route = router.off() if query.off else router.no_question()
             self._decide(request_id, route, None)
             self._routed[request_id] = route.routed
 

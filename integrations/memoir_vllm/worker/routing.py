@@ -13,11 +13,14 @@ from memoir_index import unpack
 from memoir_retrieval.lookup.decision import Result
 from memoir_retrieval.lookup.masks import Decode, EditLookup
 from memoir_retrieval.question.fingerprint import Fingerprint
-from memoir_retrieval.question.span import SpanRule
+from memoir_retrieval.question.span import ChatSpanRule, SpanRule
 from memoir_retrieval.store.read import EditStore
+from memoir_vllm.config import served_rule
 from memoir_vllm.requests import Decision, Routed
 
-__all__ = ["Route", "Router"]
+__all__ = ["NO_CHAT", "Route", "Router"]
+
+NO_CHAT = "no user message with text; the edits were made in chats, so ask through /v1/chat/completions"
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Router:
         self.generation = manifest.generation
         # Numbers of generations and rows are the same in two stores. Manifests of format 1 have no digest of their own.
         self.digest = manifest.sha256 or manifest.memory.sha256 + manifest.codes.sha256
-        self.rule: SpanRule = manifest.span
+        self.rule: SpanRule = served_rule(manifest)
         self.d = manifest.d
         self.tau = manifest.tau if tau is None else tau
         self.edits = len(store.edits)
@@ -47,15 +50,19 @@ class Router:
         self._lookup.prepare(self.tau)
         self._memory_of = store.memory_of
 
-    def _unedited(self, result: Result, overlap: float = 0.0) -> Route:
-        return Route(Routed(Decision(None, overlap, result, self.generation)))
+    def _unedited(self, result: Result, overlap: float = 0.0, reason: str = "") -> Route:
+        return Route(Routed(Decision(None, overlap, result, self.generation, reason=reason)))
 
     def off(self) -> Route:
         """Of a request that opted out."""
         return self._unedited("off")
 
+    def no_question(self) -> Route:
+        """Of a request that holds no question."""
+        return self._unedited("unroutable", reason=NO_CHAT if isinstance(self.rule, ChatSpanRule) else "")
+
     def unroutable(self) -> Route:
-        """Of a request that holds no question, or one without a fingerprint."""
+        """Of a request whose question has no fingerprint, or whose options are wrong."""
         return self._unedited("unroutable")
 
     def route(

@@ -1,0 +1,101 @@
+"""A request's decision in the API process: kept from its first output on, counted and given away with its last.
+
+The scheduler sends a decision with the first output of a request. The front end may end a request itself, at a stop
+string or because its client has left; then nothing more comes from the scheduler. So every last output is made with
+what was kept, by a wrapper of `RequestState.make_request_output` (vllm/v1/engine/output_processor.py).
+
+A response has one field for all of its choices. Where these have several decisions, as the answers to several prompts
+in one request have, it names them choice by choice under `memoir_choices` instead of `memoir`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from memoir_vllm.front.metrics import TRAFFIC
+
+if TYPE_CHECKING:
+    from vllm.outputs import RequestOutput
+    from vllm.v1.engine import FinishReason
+    from vllm.v1.engine.output_processor import RequestState
+
+__all__ = ["choice_decisions", "install", "params_of", "without_decisions"]
+
+Params = dict[str, Any]
+
+
+def install() -> None:
+    """Wrap `RequestState.make_request_output` once; called in a process that has seen a `memoir` section."""
+    from vllm.v1.engine.output_processor import RequestState
+
+    original = RequestState.make_request_output
+    if hasattr(original, "_memoir"):
+        return
+
+    @functools.wraps(original)
+    def make_request_output(
+        self: RequestState,
+        new_token_ids: list[int],
+        pooling_output: Any,
+        finish_reason: FinishReason | None,
+        stop_reason: int | str | None,
+        kv_transfer_params: Params | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        decision = (kv_transfer_params or {}).get("memoir")
+        if decision is not None:
+            self._memoir = decision
+        if finish_reason is not None:
+            decision = getattr(self, "_memoir", None)
+            if decision is not None:
+                TRAFFIC.count(self.external_req_id, decision)
+                kv_transfer_params = _among_siblings(self, kv_transfer_params, decision)
+        return original(
+            self, new_token_ids, pooling_output, finish_reason, stop_reason, kv_transfer_params, *args, **kwargs
+        )
+
+    make_request_output._memoir = True  # type: ignore[attr-defined]
+    RequestState.make_request_output = make_request_output
+
+
+def _among_siblings(request: Any, params: Params | None, decision: Params) -> Params:
+    """Of a request that samples n answers: each is decided by itself, so a reload may lie between two of them."""
+    others = without_decisions(params)
+    if request.parent_req is None or not _is_gathered(request):
+        return others | {"memoir": decision}
+    decisions = request.parent_req.__dict__.setdefault("_memoir", {})
+    decisions[request.request_index] = decision
+    return others | params_of([decisions[index] for index in sorted(decisions)])
+
+
+def _is_gathered(request: Any) -> bool:
+    """Whether n answers come in one output, the last one's."""
+    from vllm.sampling_params import RequestOutputKind
+
+    return bool(request.output_kind == RequestOutputKind.FINAL_ONLY)
+
+
+def choice_decisions(outputs: Sequence[RequestOutput]) -> list[Params | None]:
+    """The decision of each choice of a response. outputs: the last one of each prompt, in order."""
+    decisions: list[Params | None] = []
+    for output in outputs:
+        params = output.kv_transfer_params or {}
+        decisions += params.get("memoir_choices") or [params.get("memoir")] * len(output.outputs)
+    return decisions
+
+
+def params_of(decisions: Sequence[Params | None], prompts: int = 1) -> Params:
+    """The part of `kv_transfer_params` for the choices of one response to so many prompts; empty without a decision."""
+    if all(decision is None for decision in decisions):
+        return {}
+    if prompts == 1 and all(decision == decisions[0] for decision in decisions):
+        return {"memoir": decisions[0]}
+    return {"memoir_choices": list(decisions)}
+
+
+def without_decisions(params: Mapping[str, Any] | None) -> Params:
+    """What else is in `kv_transfer_params`."""
+    return {key: value for key, value in (params or {}).items() if not key.startswith("memoir")}

@@ -1,0 +1,155 @@
+"""Decisions in the responses of the API server, where vLLM has no place for them or one for several.
+
+A stream: vLLM's chunks have no field for a decision. With `vllm_xargs` `{"memoir_report": 1}` the chunk that follows
+the last one has no choices, as the chunk of `stream_options.include_usage`, and `kv_transfer_params` as a whole
+response has it. On `/v1/messages` it is an event `memoir` before `message_stop`.
+
+Several prompts: `/v1/completions` with a list, and `/v1/chat/completions/batch`, answer with the choices of all. Their
+decisions stand choice by choice under `memoir_choices`.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from memoir_vllm.front.decisions import choice_decisions, params_of, without_decisions
+
+__all__ = ["install"]
+
+_DONE = "data: [DONE]\n\n"
+
+
+class _Report(str):
+    """The chunk that names the decisions. decisions: its `kv_transfer_params`."""
+
+    decisions: dict[str, Any]
+
+
+def install() -> None:
+    """Wrap the response makers of the OpenAI and Anthropic routes (vllm/entrypoints/*/serving.py) once."""
+    from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
+    from vllm.entrypoints.openai.chat_completion.batch_serving import OpenAIServingChatBatch
+    from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+    from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
+
+    wraps: tuple[tuple[Any, str, Callable[[Any], Any]], ...] = (
+        (OpenAIServingChat, "chat_completion_stream_generator", _reporting),
+        (OpenAIServingCompletion, "completion_stream_generator", _reporting),
+        (OpenAIServingCompletion, "request_output_to_completion_response", _naming_choices),
+        (OpenAIServingChatBatch, "chat_completion_full_generator_batch", _naming_conversations),
+        (AnthropicServingMessages, "message_stream_converter", _passing_the_report),
+    )
+    for owner, name, make in wraps:
+        original = getattr(owner, name)
+        if not hasattr(original, "_memoir"):
+            wrapper: Any = functools.wraps(original)(make(original))
+            wrapper._memoir = True
+            setattr(owner, name, wrapper)
+
+
+# ---- streams -------------------------------------------------------------------------------------------------------
+
+
+def _reporting(original: Any) -> Any:
+    signature = inspect.signature(original)
+
+    def stream(self: Any, request: Any, *args: Any, **kwargs: Any) -> AsyncIterator[str]:
+        if "memoir_report" not in (request.vllm_xargs or {}):
+            return original(self, request, *args, **kwargs)
+        call = signature.bind(self, request, *args, **kwargs)
+        prompts = call.arguments.get("num_prompts", 1)
+        decisions: dict[int, Any] = {}
+        call.arguments["result_generator"] = _listen(call.arguments["result_generator"], decisions, request.n or 1)
+        return _report(original(*call.args, **call.kwargs), decisions, prompts)
+
+    return stream
+
+
+async def _listen(results: AsyncIterator[Any], decisions: dict[int, Any], n: int) -> AsyncIterator[Any]:
+    """Passes a request's outputs through, and notes the decision of each choice. Completions come as pairs."""
+    async for result in results:
+        prompt, output = result if isinstance(result, tuple) else (0, result)
+        decision = (output.kv_transfer_params or {}).get("memoir")
+        if decision is not None:
+            decisions |= {prompt * n + choice.index: decision for choice in output.outputs}
+        yield result
+
+
+async def _report(chunks: AsyncIterator[str], decisions: Mapping[int, Any], prompts: int) -> AsyncIterator[str]:
+    last = ""
+    async for chunk in chunks:
+        if chunk == _DONE and decisions and last:
+            fields = msgspec.json.decode(last.removeprefix("data: "), type=dict[str, Any])
+            if "object" in fields:  # else the stream ends with an error
+                params = params_of([decisions.get(choice) for choice in range(max(decisions) + 1)], prompts)
+                kept = {key: fields[key] for key in ("id", "object", "created", "model")}
+                body = msgspec.json.encode({**kept, "choices": [], "kv_transfer_params": params}).decode()
+                report = _Report(f"data: {body}\n\n")
+                report.decisions = params
+                yield report
+        last = chunk
+        yield chunk
+
+
+def _passing_the_report(original: Any) -> Any:
+    """vLLM would take the chunk without choices for the end of the message, which it has had by then."""
+
+    async def convert(self: Any, generator: AsyncIterator[str]) -> AsyncIterator[str]:
+        reports: list[dict[str, Any]] = []
+
+        async def chunks() -> AsyncIterator[str]:
+            async for chunk in generator:
+                if isinstance(chunk, _Report):
+                    reports.append(chunk.decisions)
+                else:
+                    yield chunk
+
+        async for event in original(self, chunks()):
+            if reports and event.startswith("event: message_stop"):
+                body = msgspec.json.encode({"type": "memoir", "kv_transfer_params": reports.pop()}).decode()
+                yield f"event: memoir\ndata: {body}\n\n"
+            yield event
+
+    return convert
+
+
+# ---- several prompts -----------------------------------------------------------------------------------------------
+
+
+def _naming_choices(original: Any) -> Any:
+    def response(self: Any, final_res_batch: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
+        answer = original(self, final_res_batch, *args, **kwargs)
+        return _with(answer, final_res_batch) if len(final_res_batch) > 1 else answer
+
+    return response
+
+
+def _naming_conversations(original: Any) -> Any:
+    async def response(
+        self: Any, request: Any, generators: Sequence[AsyncIterator[Any]], *args: Any, **kwargs: Any
+    ) -> Any:
+        outputs: dict[int, Any] = {}
+
+        async def listen(number: int, results: AsyncIterator[Any]) -> AsyncIterator[Any]:
+            async for result in results:
+                outputs[number] = result
+                yield result
+
+        listened = [listen(number, results) for number, results in enumerate(generators)]
+        answer = await original(self, request, listened, *args, **kwargs)
+        return _with(answer, [outputs[number] for number in sorted(outputs)])
+
+    return response
+
+
+def _with(response: Any, outputs: Sequence[Any]) -> Any:
+    """The decisions of all choices, in a response to several prompts; an error stays as it is."""
+    if hasattr(response, "choices"):
+        params = without_decisions(response.kv_transfer_params) | params_of(choice_decisions(outputs), len(outputs))
+        response.kv_transfer_params = params or None
+    return response
