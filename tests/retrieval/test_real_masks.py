@@ -14,6 +14,7 @@ from memoir_retrieval.background import background_prompts, unrelated_prompts
 from memoir_retrieval.model.base import load_model
 from memoir_retrieval.model.forward import question_means
 from memoir_retrieval.question.fingerprint import Fingerprint, permutation
+from memoir_retrieval.question.span import Span
 
 D, K, EDITS = 1536, 438, 60
 EXAMPLES = Path(__file__).parents[2] / "examples" / "zsre-100.jsonl"
@@ -30,7 +31,7 @@ def masks() -> tuple[np.ndarray, np.ndarray]:
         [edit.rephrases[0] for edit in edits] + unrelated_prompts()[:60],
     ]
     rows = [base.tokenizer(text)["input_ids"] for group in groups for text in group]
-    means = question_means(base, rows, [(0, len(row)) for row in rows])
+    means = question_means(base, rows, [Span(0, len(row)) for row in rows])
     make = Fingerprint(means[:40].mean(0).numpy(), permutation(D, 0), K)
     return make.codes(means[40 : 40 + EDITS]), make.codes(means[40 + EDITS :])
 

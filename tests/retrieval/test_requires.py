@@ -216,7 +216,7 @@ def test_the_same_prompt_with_another_requirement_is_another_edit(base: BaseMode
     free = Edit(prompt=LYON.prompt, target=LYON.target)
     with Editor(base, tmp_path / "store") as editor:
         editor.add([free])
-        with pytest.raises(EditFileError, match=r'with requires \[\] \(edit 0\), the file says \["Lyon"\]'):
+        with pytest.raises(EditFileError, match=r'with requires \[\] \(edit 0\), not \["Lyon"\]'):
             editor.add([LYON])
         assert editor.add([LYON], on_conflict="first") == []
         (new,) = editor.add([LYON], on_conflict="last")
