@@ -36,6 +36,7 @@ def real_masks(files: Sequence[str], wanted: int) -> tuple[int, int, np.ndarray]
     from memoir_retrieval.model.forward import question_means
     from memoir_retrieval.model.presets import preset_for
     from memoir_retrieval.question.fingerprint import Fingerprint, permutation
+    from memoir_retrieval.question.span import Span
 
     texts: list[str] = []
     for name in files:
@@ -47,7 +48,7 @@ def real_masks(files: Sequence[str], wanted: int) -> tuple[int, int, np.ndarray]
     texts = texts[:wanted]
     base = load_model("smollm2-135m")
     rows = [base.tokenizer(text)["input_ids"] for text in [*background_prompts(), *texts]]
-    means = question_means(base, rows, [(0, len(row)) for row in rows])
+    means = question_means(base, rows, [Span(0, len(row)) for row in rows])
     background = means[: len(rows) - len(texts)].mean(0).numpy()
     k = preset_for(base.model.config).k
     return base.d, k, Fingerprint(background, permutation(base.d, 0), k).codes(means[len(rows) - len(texts) :])
