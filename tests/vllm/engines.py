@@ -135,7 +135,7 @@ def make_store(
         codes = Fingerprint(background, perm, k).codes(means(asked))
     ids = np.tile(np.arange(len(edits), dtype=np.int64), 2)
     generator = torch.Generator().manual_seed(0)
-    spread = float(base.projection.weight.std()) * 3
+    spread = float(base.projection.weight.std()) * 6
     folder.mkdir()
     write_generation(
         folder,
