@@ -35,4 +35,4 @@ def test_a_cloze_that_is_posted_is_about_the_question_that_it_stands_for(tmp_pat
     body = b'{"prompt": "{}0", "target": "%s", "subject": "p"}'
     assert asyncio.run(requests.post("/edits", body % b"t")).json()["id"] == 0  # as it is stored already
     reply = asyncio.run(requests.post("/edits", body % b"other"))
-    assert reply.status_code == 409 and "edit 0 answers this prompt with 't'" in reply.json()["detail"]
+    assert reply.status_code == 409 and "stored with target 't' (edit 0)" in reply.json()["detail"]

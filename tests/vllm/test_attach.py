@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from vllm.model_executor.layers.linear import RowParallelLinear, UnquantizedLinearMethod
+from vllm.v1.worker.gpu_worker import Worker
 
 from memoir_retrieval.errors import ConfigError
 from memoir_vllm.worker import attach
@@ -132,14 +133,17 @@ def test_the_op_goes_behind_every_kind_of_quantised_product(module: str, name: s
     assert type(with_op).apply is not method.apply
 
 
-class Worker:
+class Bed(Worker):
     """Of vLLM's worker only what can be slept on."""
+
+    def __init__(self) -> None:
+        pass
 
     def sleep(self, level: int) -> None:
         self.level = level
 
 
-class Sleeper(MemoirWorker, Worker):
+class Sleeper(MemoirWorker, Bed):
     pass
 
 
