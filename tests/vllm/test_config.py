@@ -342,7 +342,7 @@ hook = EngineArgs.create_engine_config
 memoir_vllm.register()
 assert EngineArgs.create_engine_config is hook, "registered twice"
 ours = sorted(m for m in sys.modules if m.startswith(("memoir", "faiss")))
-assert ours == ["memoir_vllm", "memoir_vllm.front", "memoir_vllm.front.engine"], ours
+assert ours == ["memoir_vllm", "memoir_vllm.front", "memoir_vllm.front.engine", "memoir_vllm.patches"], ours
 """
 
 
