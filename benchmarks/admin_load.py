@@ -5,7 +5,8 @@
 The real routes, queue and audit log over a copy of a store. No engine, and nobody makes the changes: what is measured
 is what a request costs the loop that also serves `/v1`. A third of the requests add edits, half of these with a text of
 combining marks only; the others list edits and search them. Prints one JSON object: answers by method and status, and
-the longest time in milliseconds in which the loop ran nothing else.
+the longest time in milliseconds until the loop came round again. The client shares that loop and sends all requests in
+one turn of it, so this bounds what a server's loop would see from above.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ async def longest_pause(pauses: list[float]) -> None:
 
 
 async def measure(store: Path, requests: int) -> dict[str, Any]:
-    engines = cast(Engines, None)
+    engines = Engines(cast(Any, None))  # nobody asks them
     service = Service(config.parse_section({"store": str(store)}), "", "here:1", engines, None)
     tokens = Tokens({sha256(token.encode()).digest(): token for token in TOKENS})
     app = make_app(tokens, lambda: service, schema=False)
