@@ -24,7 +24,7 @@ __all__ = ["Learnt", "MemoryTrainer", "Task", "Trainer"]
 # Earlier edits that are asked again after each new one: those whose masks overlap most with its own.
 NEIGHBOURS = 4
 # Nats by which the last step of training must put every right token ahead to count as the exact model's first choice.
-# Rounded products were seen to move logits by a tenth of that (docs).
+# A margin by choice: how far rounded products move logits was not measured.
 SURE = 2.0
 
 
