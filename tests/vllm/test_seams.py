@@ -10,7 +10,7 @@ from seams import SEAMS, changed, installed, read, seams_of, table, version_of
 from memoir_vllm import requests
 from memoir_vllm.config import COMPARED, TESTED
 from memoir_vllm.core import blocks, rpc
-from memoir_vllm.front import engine
+from memoir_vllm.front import decisions, engine, responses
 from memoir_vllm.patches import patched, wrap_once
 
 CONTRACT = read()
@@ -39,9 +39,9 @@ def test_what_we_build_on_is_what_we_have_read(seam: str) -> None:
 
 
 def test_what_is_wrapped_is_recorded() -> None:
-    for module in (engine, requests, rpc, blocks):
+    for module in (engine, requests, decisions, responses, rpc, blocks):
         module.install()
-    assert len(patched()) >= 4
+    assert len(patched()) >= 10
     assert set(patched()) <= set(CONTRACT[VERSION]["seams"])
 
 

@@ -112,14 +112,18 @@ def own(request: Request, name: str, start: int, hash_block_size: int) -> None:
     tokens under the same edit have other rows where it acts from another token on.
     """
     request._memoir_blocks = (name, start)
-    del request.block_hashes[start // hash_block_size :]
-    request.update_block_hashes()
+    _hash_again(request, start, hash_block_size)
 
 
 def disown(request: Request, hash_block_size: int) -> None:
     """Take back what `own` did, for a request of which nothing is computed yet."""
     _, start = request._memoir_blocks
     del request._memoir_blocks
+    _hash_again(request, start, hash_block_size)
+
+
+def _hash_again(request: Request, start: int, hash_block_size: int) -> None:
+    """Make the hashes of the blocks from the one that holds token `start` on anew."""
     del request.block_hashes[start // hash_block_size :]
     request.update_block_hashes()
 

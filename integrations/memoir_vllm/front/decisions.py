@@ -10,11 +10,11 @@ in one request have, it names them choice by choice under `memoir_choices` inste
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from memoir_vllm.front.metrics import TRAFFIC
+from memoir_vllm.patches import wrap_once
 
 if TYPE_CHECKING:
     from vllm.outputs import RequestOutput
@@ -30,11 +30,10 @@ def install() -> None:
     """Wrap `RequestState.make_request_output` once; called in a process that has seen a `memoir` section."""
     from vllm.v1.engine.output_processor import RequestState
 
-    original = RequestState.make_request_output
-    if hasattr(original, "_memoir"):
-        return
+    wrap_once(RequestState, "make_request_output", _keeping_the_decision)
 
-    @functools.wraps(original)
+
+def _keeping_the_decision(original: Any) -> Any:
     def make_request_output(
         self: RequestState,
         new_token_ids: list[int],
@@ -57,8 +56,7 @@ def install() -> None:
             self, new_token_ids, pooling_output, finish_reason, stop_reason, kv_transfer_params, *args, **kwargs
         )
 
-    make_request_output._memoir = True  # type: ignore[attr-defined]
-    RequestState.make_request_output = make_request_output
+    return make_request_output
 
 
 def _among_siblings(request: Any, params: Params | None, decision: Params) -> Params:

@@ -10,7 +10,6 @@ decisions stand choice by choice under `memoir_choices`.
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import msgspec
 
 from memoir_vllm.front.decisions import choice_decisions, params_of, without_decisions
+from memoir_vllm.patches import wrap_once
 
 __all__ = ["install"]
 
@@ -45,11 +45,7 @@ def install() -> None:
         (AnthropicServingMessages, "message_stream_converter", _passing_the_report),
     )
     for owner, name, make in wraps:
-        original = getattr(owner, name)
-        if not hasattr(original, "_memoir"):
-            wrapper: Any = functools.wraps(original)(make(original))
-            wrapper._memoir = True
-            setattr(owner, name, wrapper)
+        wrap_once(owner, name, make)
 
 
 # ---- streams -------------------------------------------------------------------------------------------------------
