@@ -34,6 +34,7 @@ __all__ = [
     "StoreSettings",
     "TrainingOptions",
     "context_masks_option",
+    "data_folder_option",
     "file_options",
     "measuring_options",
     "model_options",
@@ -69,6 +70,15 @@ def bundle(name: str, kind: Callable[..., Any], options: Sequence[Decorator]) ->
 
 require_subject_option = click.option(
     "--require-subject", is_flag=True, help="Edits with a subject act only on questions in which it stands."
+)
+data_folder_option = click.option(
+    "--data",
+    "folder",
+    type=click.Path(path_type=Path),
+    envvar="MEMOIR_DATA",
+    default="data",
+    show_default=True,
+    help="Folder of the published data sets; the variable MEMOIR_DATA names it, too.",
 )
 context_masks_option = click.option(
     "--context-masks",

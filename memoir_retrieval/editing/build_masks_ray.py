@@ -10,8 +10,9 @@ import numpy as np
 
 from memoir_retrieval.editing import build_masks as build
 from memoir_retrieval.editing.build_masks import Compute, Shard, shard_codes
+from memoir_retrieval.editing.cluster import connect
 from memoir_retrieval.editing.editor import Editor
-from memoir_retrieval.errors import ConfigError, Reason
+from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.question.span import SpanRule
 
 __all__ = ["on_ray"]
@@ -51,14 +52,7 @@ def on_ray(editor: Editor, address: str, workers: int, device: str) -> Compute:
         waiting = {shard.number: shard for shard in shards}
         if not waiting:
             return
-        try:
-            ray.init(address=address, ignore_reinit_error=True, log_to_driver=False)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise ConfigError(
-                f"no Ray cluster answers at {address} ({error})",
-                cure="start one, or compute in this process",
-                reason=Reason.NO_CLUSTER,
-            ) from None
+        connect(ray, address, "compute")
         items = [{"number": shard.number, "rows": msgspec.json.encode(shard.rows)} for shard in waiting.values()]
         masks = ray.data.from_items(items, override_num_blocks=len(items)).map(
             _MaskWorker,

@@ -84,6 +84,9 @@ class OpenStore:
     def _begin(self, settings: Settings) -> None:
         base = self.base
         span = derive_span_rule(base.tokenizer, settings.rule)
+        if not settings.chat:
+            # No template stands behind a raw prompt, so its last token would be alike in all edits (docs/measurements).
+            span = msgspec.structs.replace(span, acts="first")
         count = int(settings.training["contexts"])
         contexts = chat_contexts()[:count] if settings.chat else own_prefixes(base, count, settings.seed)
         self.manifest = draft_manifest(

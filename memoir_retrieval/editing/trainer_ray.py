@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from memoir_retrieval.editing.cluster import connect
 from memoir_retrieval.editing.trainer import Learnt, Task
-from memoir_retrieval.errors import ConfigError, Reason
+from memoir_retrieval.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
@@ -31,14 +32,7 @@ def on_ray(address: str, workers: int, device: str) -> Callable[[Editor], RayTra
         import ray
     except ImportError:
         raise ConfigError("Ray is not installed: pip install 'memoir-retrieval[ray]'") from None
-    try:
-        ray.init(address=address, ignore_reinit_error=True, log_to_driver=False)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise ConfigError(
-            f"no Ray cluster answers at {address} ({error})",
-            cure="start one, or train in this process",
-            reason=Reason.NO_CLUSTER,
-        ) from None
+    connect(ray, address, "train")
     return lambda editor: RayTrainer(editor, workers, device)
 
 

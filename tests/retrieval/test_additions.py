@@ -296,7 +296,7 @@ def model(tiny: Path) -> BaseModel:
 
 
 def editor(model: BaseModel, folder: Path) -> Editor:
-    return Editor(model, folder, training=Training(max_steps=3, variants=0))
+    return Editor(model, folder, training=Training(max_steps=3, variants=0, edits_per_memory=8))
 
 
 def edits(*towns: str) -> list[Edit]:

@@ -30,7 +30,12 @@ LEFT_OUT = {
     "--ray": "a cluster of machines; a local one is started by test_build.py",
     "--server": "tests/vllm/test_docs_served.py",
 }
-SHORTER = {"eval": ["--controls", "2"], "bench": ["--controls", "2"], "report": ["--no-open"]}
+SHORTER = {
+    "eval": ["--controls", "2"],
+    "bench quality": ["--controls", "2"],
+    "bench routing": ["--each", "2", "--unrelated", "2", "--answers", "none"],
+    "report": ["--no-open"],
+}
 MORE = '{"prompt": "Who founded Exampleton?", "target": "Ada Lind"}\n'
 
 
@@ -59,8 +64,9 @@ def here(line: Line, said: str) -> list[str]:
     for option in ("--revision", "--sha256"):
         if option in words:  # the page has an example's; a push has printed those of this one
             words = re.sub(rf"{option} \S+", re.findall(rf"{option} [0-9a-f]+", said)[-1], words)
-    found = shlex.split(words)
-    return [*found, *SHORTER.get(found[0], [])]
+    arguments = shlex.split(words)
+    command = " ".join(arguments[: 1 + (arguments[0] == "bench")])
+    return [*arguments, *SHORTER.get(command, [])]
 
 
 @pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.stem)

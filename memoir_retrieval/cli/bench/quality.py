@@ -18,6 +18,7 @@ from memoir_retrieval.cli.options import (
     ModelOptions,
     StoreSettings,
     TrainingOptions,
+    data_folder_option,
     measuring_options,
     model_options,
     require_subject_option,
@@ -48,15 +49,7 @@ COLUMNS = (
 @click.option(
     "--distinct", is_flag=True, help="Only the first edit of each subject, as --limit of other commands does."
 )
-@click.option(
-    "--data",
-    "folder",
-    type=click.Path(path_type=Path),
-    envvar="MEMOIR_DATA",
-    default="data",
-    show_default=True,
-    help="Folder of the published data sets; the variable MEMOIR_DATA names it, too.",
-)
+@data_folder_option
 @click.option(
     "--format", "file_format", type=click.Choice(list(FORMATS)), help="Format of the file (default: detected)."
 )

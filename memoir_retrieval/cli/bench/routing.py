@@ -14,6 +14,7 @@ from rich.table import Table
 
 from memoir_retrieval.cli.common import echo_json, json_option, model_option, notes, tables, tau_option, threads_option
 from memoir_retrieval.cli.demo import EXAMPLES, MODEL
+from memoir_retrieval.cli.options import data_folder_option
 from memoir_retrieval.edits.files import read_edits
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.store.files import publish
@@ -45,14 +46,7 @@ OWN = ("edits", "siblings", "opposites", "faq", "unrelated")
     help="What to ask; may be repeated (default: all that --data has, but counterfact).",
 )
 @click.option("--part", type=click.Choice(["tune", "report"]), help="Ask this half only (default: both).")
-@click.option(
-    "--data",
-    type=click.Path(path_type=Path),
-    envvar="MEMOIR_DATA",
-    default="data",
-    show_default=True,
-    help="Folder of the published data sets; the variable MEMOIR_DATA names it, too.",
-)
+@data_folder_option
 @click.option(
     "--most", type=click.IntRange(min=2), default=500, show_default=True, help="Edits of each published set, at most."
 )
@@ -84,7 +78,7 @@ def bench_routing(
     tau: float | None,
     chosen: tuple[str, ...],
     part: Any,
-    data: Path,
+    folder: Path,
     most: int,
     each: int,
     unrelated: int,
@@ -110,9 +104,9 @@ def bench_routing(
     from memoir_retrieval.lookup.retriever import Retriever
     from memoir_retrieval.model.base import load_model
 
-    there = [name for name, (path, _) in PUBLISHED.items() if (data / path).is_file() and name != "counterfact"]
+    there = [name for name, (path, _) in PUBLISHED.items() if (folder / path).is_file() and name != "counterfact"]
     sets = chosen or tuple(name for name in SETS if name in (*OWN, *there))
-    check_sets(sets, data)
+    check_sets(sets, folder)
     with tempfile.TemporaryDirectory() as temporary:
         if store is None:
             if not file.is_file():
@@ -129,7 +123,7 @@ def bench_routing(
             retriever,
             sets=sets,
             part=part,
-            data=data,
+            data=folder,
             most=most,
             each=each or None,
             prompts=unrelated,
