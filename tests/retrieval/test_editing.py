@@ -61,12 +61,14 @@ def test_unrelated_prompts_keep_the_bits_of_the_base_model(edited: EditedModel, 
     assert not torch.equal(logits[True][0][3], logits[False][0][3])
 
 
-def test_tokens_before_the_last_of_the_question_keep_the_bits_of_the_base_model(
+def test_tokens_before_those_on_which_an_edit_acts_keep_the_bits_of_the_base_model(
     edited: EditedModel, edits: list[Edit]
 ) -> None:
     ids = edited.prompt_ids(edits[0].prompt)
-    first = find_span(ids, edited.retriever.store.manifest.span).acts_from
-    assert 0 < first < len(ids)
+    span = find_span(ids, edited.retriever.store.manifest.span)
+    first = span.acts_from
+    # No template stands behind a raw question, so an edit of one acts on all of it.
+    assert first == (span.end - 1 if edited.retriever.store.manifest.chat else span.start)
     states: list[torch.Tensor] = []
     handle = edited.base.blocks[-1].register_forward_hook(
         lambda m, a, out: states.append((out[0] if isinstance(out, tuple) else out)[0].clone())
