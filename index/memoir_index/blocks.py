@@ -106,7 +106,7 @@ class Block:
         return bool(((ids >= least) & (ids <= largest)).any())
 
     @cached_property
-    def there(self) -> Ids:
+    def positions(self) -> Ids:
         """Positions of the rows that are there, int64, ascending."""
         return np.arange(self.rows) if self.gone is None else np.flatnonzero(~self.gone)
 
@@ -129,8 +129,8 @@ class Block:
 def lend(ids: Ids, codes: Codes) -> tuple[Block, ...]:
     """Blocks that look at the given arrays and copy nothing."""
     blocks = []
-    for at in range(0, len(ids), BLOCK):
-        part = slice(at, at + BLOCK)
+    for start in range(0, len(ids), BLOCK):
+        part = slice(start, start + BLOCK)
         room = Room(codes[part], ids[part], len(ids[part]))
         blocks.append(Block(room, room.used))
     return tuple(blocks)
@@ -138,18 +138,18 @@ def lend(ids: Ids, codes: Codes) -> tuple[Block, ...]:
 
 def append(blocks: tuple[Block, ...], ids: Ids, codes: Codes) -> tuple[Block, ...]:
     """The blocks with rows added behind the last. Callers hold the index' lock."""
-    out, at = list(blocks), 0
-    while at < len(ids):
+    out, start = list(blocks), 0
+    while start < len(ids):
         if not out or out[-1].room.used > out[-1].rows or not out[-1].room.free:
             out.append(Block(Room.empty(codes.shape[1]), 0))
         last = out[-1]
-        part = slice(at, at + last.room.free)
+        part = slice(start, start + last.room.free)
         last.room.append(ids[part], codes[part])
         gone = last.gone
         if gone is not None:
             gone = np.concatenate([gone, np.zeros(last.room.used - last.rows, np.bool_)])
         out[-1] = Block(last.room, last.room.used, gone)
-        at = part.stop
+        start = part.stop
     return tuple(out)
 
 

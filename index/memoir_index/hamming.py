@@ -113,8 +113,8 @@ class HammingIndex:
         if checked:
             index._recheck = True
         else:
-            for at in range(0, len(codes), storage.BLOCK):
-                check_codes(codes[at : at + storage.BLOCK], index.d, index.k, first_row=at)
+            for start in range(0, len(codes), storage.BLOCK):
+                check_codes(codes[start : start + storage.BLOCK], index.d, index.k, first_row=start)
         _check_lengths(new_ids, codes)
         index._now = Snapshot(storage.append((), new_ids, codes) if copy else storage.lend(new_ids, codes))
         return index
@@ -139,7 +139,7 @@ class HammingIndex:
         now = self._now
         if len(now.blocks) == 1 and now.blocks[0].gone is None:
             return now.blocks[0].codes
-        parts = [block.codes[block.there] for block in now.blocks]
+        parts = [block.codes[block.positions] for block in now.blocks]
         copy = np.concatenate(parts) if parts else np.empty((0, self.d // 8), np.uint8)
         copy.flags.writeable = False
         return copy
@@ -163,15 +163,15 @@ class HammingIndex:
 
         Raises CodeError for a number that is no row, and for a row that is damaged where codes were taken unchecked.
         """
-        at, now = np.asarray(rows, dtype=np.int64), self._now
-        wrong = at[(at < 0) | (at >= now.alive)]
+        positions, now = np.asarray(rows, dtype=np.int64), self._now
+        wrong = positions[(positions < 0) | (positions >= now.alive)]
         if wrong.size:
             raise CodeError(f"row {wrong[0]} is not stored: the index has rows 0..{now.alive - 1}")
-        if not at.size:
+        if not positions.size:
             return np.empty((0, self.d // 8), np.uint8)
-        codes = now.take(at)
+        codes = now.take(positions)
         if self._recheck:
-            self._check_taken(codes, at)
+            self._check_taken(codes, positions)
         return codes
 
     def plan(self, tau: float) -> Plan:
@@ -243,12 +243,12 @@ class HammingIndex:
         plan = choose_plan(now.alive, self.d, self.k, tau, self.sketch)
         with threads_for(len(codes)):
             if plan.bits and not exact:
-                dist, at = search_sketch(now.blocks, codes, plan, self.k, radius)
+                dist, nearest = search_sketch(now.blocks, codes, plan, self.k, radius)
             else:
                 distances, places = now.nearest(codes, 1)
-                dist, at = distances[:, 0].astype(np.int64), places[:, 0]
+                dist, nearest = distances[:, 0].astype(np.int64), places[:, 0]
         match = dist <= radius
-        rows, ids = now.resolve(np.where(match, at, -1))
+        rows, ids = now.resolve(np.where(match, nearest, -1))
         if self._recheck:
             self._check_returned(now, rows)
         return Hits(ids=ids, overlaps=overlap_from_hamming(dist, self.k), rows=rows)
@@ -276,8 +276,8 @@ class HammingIndex:
         # n - 1 edits own at most (n - 1) * most_rows rows, so one row more always reaches an n-th edit
         with threads_for(len(codes)):
             distances, places = now.nearest(codes, min(now.alive, (n - 1) * now.most_rows + 1))
-        for query, (dist, at) in enumerate(zip(distances, places, strict=True)):
-            rows, owners = now.resolve(at)
+        for query, (dist, line) in enumerate(zip(distances, places, strict=True)):
+            rows, owners = now.resolve(line)
             best = np.sort(np.unique(owners, return_index=True)[1])[:n]
             if self._recheck:
                 self._check_returned(now, rows[best])
@@ -301,13 +301,13 @@ def _check_lengths(ids: Ids, codes: Codes) -> None:
 
 
 def _check_ids(ids: ArrayLike) -> Ids:
-    given = np.asarray(ids)
-    if given.ndim != 1:
-        raise CodeError(f"ids have shape {given.shape}, not [N]: pass one edit id per code")
-    if given.size and given.dtype.kind not in "iu":
-        raise CodeError(f"ids have dtype {given.dtype}, not int64: pass whole numbers")
-    out_of_range = np.flatnonzero((given < 0) | (given > np.iinfo(np.int64).max))
+    numbers = np.asarray(ids)
+    if numbers.ndim != 1:
+        raise CodeError(f"ids have shape {numbers.shape}, not [N]: pass one edit id per code")
+    if numbers.size and numbers.dtype.kind not in "iu":
+        raise CodeError(f"ids have dtype {numbers.dtype}, not int64: pass whole numbers")
+    out_of_range = np.flatnonzero((numbers < 0) | (numbers > np.iinfo(np.int64).max))
     if out_of_range.size:
-        worst = given[out_of_range[0]]
+        worst = numbers[out_of_range[0]]
         raise CodeError(f"edit id {worst} at position {out_of_range[0]} is refused: ids lie in 0..2**63-1")
-    return given.astype(np.int64)
+    return numbers.astype(np.int64)

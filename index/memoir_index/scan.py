@@ -40,7 +40,8 @@ def knn(queries: Codes, rows: Codes, n: int) -> tuple[Distances, Rows]:
     if step >= len(rows):
         return faiss.knn_hamming(queries, rows, n)
     passes = [
-        faiss.knn_hamming(queries, rows[at : at + step], min(n, len(rows) - at)) for at in range(0, len(rows), step)
+        faiss.knn_hamming(queries, rows[start : start + step], min(n, len(rows) - start))
+        for start in range(0, len(rows), step)
     ]
     starts = np.repeat(np.arange(len(passes)) * step, [d.shape[1] for d, _ in passes])
     distances = np.concatenate([d for d, _ in passes], axis=1)
@@ -87,8 +88,8 @@ def between(queries: Codes, query: Rows, rows: Codes, position: Rows) -> Distanc
     """Hamming distance of each pair of a query and a row, int32 [P]; queries [Q, W], rows [N, W]."""
     out = np.empty(len(query), np.int32)
     step = max(1, PASS_BYTES // max(1, rows.shape[1]))
-    for at in range(0, len(query), step):
-        part = slice(at, at + step)
+    for start in range(0, len(query), step):
+        part = slice(start, start + step)
         out[part] = popcount(queries[query[part]] ^ rows[position[part]])
     return out
 

@@ -35,8 +35,8 @@ def search_sketch(
     for block in blocks:
         sketch = block.sketch(plan.bits, k)
         if sketch is None:
-            dist, at = nearest_there(block, codes, 1)
-            search.best.offer(search.all, dist[:, 0], at[:, 0] + start)
+            dist, position = nearest_there(block, codes, 1)
+            search.best.offer(search.all, dist[:, 0], position[:, 0] + start)
         else:
             search.verify(block, start, search.candidates(block, sketch, start))
         start += block.rows
@@ -58,7 +58,7 @@ class _SketchSearch:
         self._bits = plan.bits
         self._radius = radius
         self._many = plan.passing * BLOCK > TOP
-        self._asked = np.ascontiguousarray(codes[:, : plan.bits // 8])
+        self._sketches = np.ascontiguousarray(codes[:, : plan.bits // 8])
         self._closest = _Best(len(codes))  # by the sketch alone
 
     def candidates(self, block: Block, sketch: Codes, start: int) -> _Pairs:
@@ -66,44 +66,44 @@ class _SketchSearch:
         limit = self._limits(self._bits)
         if self._many:
             return self._within(block, sketch, self.all, limit)
-        dist, at = knn(self._asked, sketch, min(TOP, block.rows))
+        dist, position = knn(self._sketches, sketch, min(TOP, block.rows))
         # If even the last of the nearest is within the limit, others may be.
         open_ = np.flatnonzero(dist.max(axis=1) <= limit) if block.rows > TOP else self.all[:0]
         if block.gone is not None:
-            dist = np.where(block.gone[at], FAR, dist)
+            dist = np.where(block.gone[position], FAR, dist)
         first = dist.argmin(axis=1)
-        self._closest.offer(self.all, dist[self.all, first], at[self.all, first] + start)
+        self._closest.offer(self.all, dist[self.all, first], position[self.all, first] + start)
         near = dist <= limit[:, None]
         near[open_] = False
         query, column = np.nonzero(near)
-        found = query, at[query, column], dist[query, column]
+        matches = query, position[query, column], dist[query, column]
         if not len(open_):
-            return found
+            return matches
         more = self._within(block, sketch, open_, limit)
-        query, positions, dist = (np.concatenate([found[i], more[i]]) for i in range(3))
+        query, positions, dist = (np.concatenate([matches[i], more[i]]) for i in range(3))
         return query, positions, dist
 
     def verify(self, block: Block, start: int, pairs: _Pairs) -> None:
         """Compare candidates on all bits; first the closest of each query, after which most others cannot win."""
-        query, at, dist = pairs
+        query, position, dist = pairs
         if not len(query):
             return
         lead = _Best(len(self.codes))
-        lead.offer(query, dist, at)
+        lead.offer(query, dist, position)
         leading = np.flatnonzero(lead.place >= 0)
         self._offer(block, start, leading, lead.place[leading])
 
-        keep = (dist <= self._limits(self._bits)[query]) & (at != lead.place[query])
-        query, at, dist = query[keep], at[keep], dist[keep]
+        keep = (dist <= self._limits(self._bits)[query]) & (position != lead.place[query])
+        query, position, dist = query[keep], position[keep], dist[keep]
         wider = self._bits + self._bits // 16 * 8
         if wider < self._d and len(query):
             # Half as many bits again, read for these rows alone, leave few of them. Done however few there are: which
             # rows are compared must follow from the query alone, not from its batch.
             more = slice(self._bits // 8, wider // 8)
-            dist = dist + between(self.codes[:, more], query, block.codes[:, more], at)
+            dist = dist + between(self.codes[:, more], query, block.codes[:, more], position)
             keep = dist <= self._limits(wider)[query]
-            query, at = query[keep], at[keep]
-        self._offer(block, start, query, at)
+            query, position = query[keep], position[keep]
+        self._offer(block, start, query, position)
 
     def look_at_closest(self, blocks: Sequence[Block], queries: Rows, k: int) -> None:
         """Compare these queries, for which no row was within the limit, with the row closest by the sketch."""
@@ -112,36 +112,38 @@ class _SketchSearch:
             for block in blocks:
                 sketch = block.sketch(self._bits, k)
                 if sketch is not None:
-                    dist, at = knn(self._asked[queries], sketch, min(TOP, block.rows))
-                    query, column = np.nonzero(np.ones(at.shape, np.bool_) if block.gone is None else ~block.gone[at])
-                    self._closest.offer(queries[query], dist[query, column], at[query, column] + start)
+                    dist, position = knn(self._sketches[queries], sketch, min(TOP, block.rows))
+                    query, column = np.nonzero(
+                        np.ones(position.shape, np.bool_) if block.gone is None else ~block.gone[position]
+                    )
+                    self._closest.offer(queries[query], dist[query, column], position[query, column] + start)
                 start += block.rows
         start = 0
         for block in blocks:
             place = self._closest.place[queries] - start
-            here = (place >= 0) & (place < block.rows)
-            self._offer(block, start, queries[here], place[here])
+            in_block = (place >= 0) & (place < block.rows)
+            self._offer(block, start, queries[in_block], place[in_block])
             start += block.rows
         left = queries[self.best.place[queries] < 0]  # all that a sketch showed of them is gone
         start = 0
         for block in blocks if len(left) else ():
-            dist, at = nearest_there(block, self.codes[left], 1)
-            self.best.offer(left, dist[:, 0], at[:, 0] + start)
+            dist, position = nearest_there(block, self.codes[left], 1)
+            self.best.offer(left, dist[:, 0], position[:, 0] + start)
             start += block.rows
 
     def _limits(self, bits: int) -> NDArray[np.int64]:
         return limits_for(self._d, self._radius, bits, self.best.distance)
 
     def _within(self, block: Block, sketch: Codes, queries: Rows, limit: NDArray[np.int64]) -> _Pairs:
-        query, at, dist = within(self._asked[queries], sketch, int(limit[queries].max()))
+        query, position, dist = within(self._sketches[queries], sketch, int(limit[queries].max()))
         query = queries[query]
         keep = dist <= limit[query]
         if block.gone is not None:
-            keep &= ~block.gone[at]
-        return query[keep], at[keep], dist[keep]
+            keep &= ~block.gone[position]
+        return query[keep], position[keep], dist[keep]
 
-    def _offer(self, block: Block, start: int, query: Rows, at: Rows) -> None:
-        self.best.offer(query, between(self.codes, query, block.codes, at), at + start)
+    def _offer(self, block: Block, start: int, query: Rows, position: Rows) -> None:
+        self.best.offer(query, between(self.codes, query, block.codes, position), position + start)
 
 
 class _Best:

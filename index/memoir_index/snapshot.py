@@ -35,7 +35,7 @@ class Snapshot:
 
     @cached_property
     def ids(self) -> Ids:
-        parts = [block.ids if block.gone is None else block.ids[block.there] for block in self.blocks]
+        parts = [block.ids if block.gone is None else block.ids[block.positions] for block in self.blocks]
         ids = np.concatenate(parts) if parts else np.empty(0, np.int64)
         ids.flags.writeable = False
         return ids
@@ -55,15 +55,15 @@ class Snapshot:
     def code(self, row: int) -> Codes:
         number = int(np.searchsorted(self.starts, row, side="right")) - 1
         block = self.blocks[number]
-        return block.codes[block.there[row - self.starts[number]]]
+        return block.codes[block.positions[row - self.starts[number]]]
 
     def take(self, rows: Rows) -> Codes:
         """The codes of many rows, a copy."""
         numbers = np.searchsorted(self.starts, rows, side="right") - 1
         codes = np.empty((len(rows), self.blocks[0].codes.shape[1]), np.uint8)
         for number in np.unique(numbers).tolist():
-            block, here = self.blocks[number], numbers == number
-            codes[here] = block.codes[block.there[rows[here] - self.starts[number]]]
+            block, in_block = self.blocks[number], numbers == number
+            codes[in_block] = block.codes[block.positions[rows[in_block] - self.starts[number]]]
         return codes
 
     def resolve(self, places: Rows) -> tuple[Rows, Ids]:
@@ -71,10 +71,10 @@ class Snapshot:
         rows, ids = np.full(len(places), -1, np.int64), np.full(len(places), -1, np.int64)
         numbers = np.searchsorted(self.places, places, side="right") - 1
         for number in np.unique(numbers[places >= 0]).tolist():
-            block, here = self.blocks[number], numbers == number
-            at = places[here] - self.places[number]
-            rows[here] = self.starts[number] + block.rank[at]
-            ids[here] = block.ids[at]
+            block, in_block = self.blocks[number], numbers == number
+            positions = places[in_block] - self.places[number]
+            rows[in_block] = self.starts[number] + block.rank[positions]
+            ids[in_block] = block.ids[positions]
         return rows, ids
 
     def nearest(self, codes: Codes, n: int) -> tuple[Distances, Rows]:
@@ -82,7 +82,7 @@ class Snapshot:
         earlier row first among equals."""
         distances, places = [], []
         for start, block in zip(self.places.tolist(), self.blocks, strict=False):
-            dist, at = nearest_there(block, codes, min(n, block.alive))
+            dist, positions = nearest_there(block, codes, min(n, block.alive))
             distances.append(dist)
-            places.append(at + start)
+            places.append(positions + start)
         return first(np.concatenate(distances, axis=1), np.concatenate(places, axis=1), n)

@@ -27,8 +27,8 @@ class MaskSource:
         """n new masks of random topics, uint8 [n, d/8]."""
         codes = np.empty((n, self.d // 8), np.uint8)
         topics = self.rng.integers(len(self._chance), size=n)
-        for at in range(0, n, _ROWS):
-            part = slice(at, at + _ROWS)
+        for start in range(0, n, _ROWS):
+            part = slice(start, start + _ROWS)
             threshold = np.minimum(self._chance * 256, 255).astype(np.uint8)[topics[part]]
             on = np.frombuffer(self.rng.bytes(threshold.size), np.uint8).reshape(threshold.shape) < threshold
             for row, excess in zip(on, (on.sum(axis=1) - self.k).tolist(), strict=True):

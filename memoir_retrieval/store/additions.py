@@ -49,7 +49,12 @@ _DIGEST = 32
 
 
 class Tail(NamedTuple):
-    """Where the next addition goes. sha256: of what it follows. additions: so far. size: of them together, in bytes."""
+    """Where the next addition goes.
+
+    sha256: of what it follows.
+    additions: how many there are so far.
+    size: of them together, in bytes.
+    """
 
     sha256: str
     additions: int = 0
@@ -61,17 +66,25 @@ START = Tail("")
 
 
 class Columns(NamedTuple):
-    """Columns of one residual memory as training has left them. numbers: int64 [C]; weights: float32 [H, C]."""
+    """Columns of one residual memory as training has left them.
+
+    numbers: int64 [C], which.
+    weights: float32 [H, C].
+    """
 
     numbers: np.ndarray
     weights: np.ndarray
 
 
 class Addition(NamedTuple):
-    """What one small commit adds. next_id, untrained: the manifest's from then on.
+    """What one small commit adds.
 
-    codes: uint8 [n, D/8], ids: int64 [n], memory_of: int32 [n], as in a store. columns: int64 [C], the inputs, of
-    memories int32 [C], that have other weights from then on: float32 [C, H].
+    next_id, untrained: the manifest's from then on.
+    codes: uint8 [n, D/8], ids: int64 [n], memory_of: int32 [n], as in a store.
+    columns: int64 [C], the inputs that have other weights from then on.
+    memories: int32 [C], the memory of each.
+    weights: float32 [C, H].
+    edits: the new ones.
     """
 
     next_id: int
@@ -104,9 +117,13 @@ def append(
 ) -> tuple[Manifest, Tail] | None:
     """Publish an addition; the caller holds `store_lock`. Returns the manifest and the tail after it.
 
-    None, and nothing is written, where the files shall be written instead: there are `MOST` additions, or with this one
-    they would be larger than the files, or the store has an older format. manifest: as the store is now. columns: by
-    number of the memory. Raises StoreError where the disk refuses, or the store is at the end of its numbers.
+    folder: the store's.
+    manifest, tail: as the store is now.
+    codes, ids, memory_of, edits: what is added; see `Addition`.
+    columns: what training has changed, by number of the memory.
+    Returns None, and writes nothing, where the files must be written instead: there are `MOST` additions, or with this
+    one they would be larger than the files, or the store has an older format.
+    Raises StoreError where the disk refuses, or the store is at the end of its numbers.
     """
     if manifest.format < FORMAT or tail.additions >= MOST:
         return None
@@ -119,17 +136,17 @@ def append(
     after = msgspec.structs.replace(manifest, generation=generation, next_id=next_id, untrained=untrained)
     require_range(folder, after)
     head = msgspec.json.encode(_Head(tail.sha256, next_id, untrained))
-    changed = [(number, one) for number, one in sorted(columns.items()) if len(one.numbers)]
+    changed = [(number, change) for number, change in sorted(columns.items()) if len(change.numbers)]
     none = [np.empty((0, manifest.h), np.float32)]
     tensors = {
         "codes": codes,
         "ids": ids,
         "memory_of": memory_of,
-        "columns": np.concatenate([np.empty(0, np.int64), *(one.numbers for _, one in changed)]),
+        "columns": np.concatenate([np.empty(0, np.int64), *(change.numbers for _, change in changed)]),
         "memories": np.repeat(
-            np.array([number for number, _ in changed], dtype=np.int32), [len(one.numbers) for _, one in changed]
+            np.array([number for number, _ in changed], dtype=np.int32), [len(change.numbers) for _, change in changed]
         ),
-        "weights": np.concatenate(none + [one.weights.T for _, one in changed]),
+        "weights": np.concatenate(none + [change.weights.T for _, change in changed]),
         "edits": np.frombuffer(b"".join(edit_chunks(edits)), np.uint8),
         "head": np.frombuffer(head, np.uint8),
         "sha256": np.zeros(_DIGEST, np.uint8),
@@ -157,7 +174,7 @@ def find_additions(folder: Path, manifest: Manifest) -> int:
 
 def numbers_of(folder: Path) -> list[int]:
     """The generations of all additions that lie in a folder, whatever they follow."""
-    return [int(found[1]) for name in os.listdir(folder) if (found := _NAME.fullmatch(name)) and not found[2]]
+    return [int(match[1]) for name in os.listdir(folder) if (match := _NAME.fullmatch(name)) and not match[2]]
 
 
 def fetch_additions(folder: Path, manifest: Manifest) -> list[bytes]:
@@ -166,14 +183,14 @@ def fetch_additions(folder: Path, manifest: Manifest) -> list[bytes]:
     Raises FileNotFoundError where one is missing before another, being removed or locked by another program, and
     StoreError for one that cannot be read.
     """
-    found: list[bytes] = []
+    contents: list[bytes] = []
     size, missed = 0, 0
     while manifest.format >= FIRST_WITH_ADDITIONS:
-        generation = manifest.generation + len(found) + 1
+        generation = manifest.generation + len(contents) + 1
         path = folder / _name(generation)
         try:
-            found.append(read_small(path, _room(manifest, Tail("", len(found), size))))
-            size, missed = size + len(found[-1]), 0
+            contents.append(read_small(path, _room(manifest, Tail("", len(contents), size))))
+            size, missed = size + len(contents[-1]), 0
         except OSError as error:
             if error.errno == errno.ENOENT:
                 if not os.path.lexists(path) and max(numbers_of(folder), default=0) <= generation:
@@ -185,34 +202,40 @@ def fetch_additions(folder: Path, manifest: Manifest) -> list[bytes]:
             if error.errno in (errno.ENOENT, errno.ESTALE):
                 raise FileNotFoundError(errno.ENOENT, "missing", str(path)) from error
             raise StoreError(f"{path} cannot be read: {error.strerror}") from error
-    return found
+    return contents
 
 
 def parse_additions(
     folder: Path, manifest: Manifest, fetched: Sequence[bytes], memories: int
 ) -> tuple[tuple[Addition, ...], Tail]:
-    """What `fetch_additions` found, checked, and where the next addition goes.
+    """What `fetch_additions` read, checked, and where the next addition goes.
 
-    memories: how many there are. Raises StoreError for an addition that is damaged or follows something else.
+    folder: the store's.
+    manifest: the one that the first addition follows.
+    fetched: the bytes of each.
+    memories: how many there are.
+    Raises StoreError for an addition that is damaged or follows something else.
     """
-    found: list[Addition] = []
+    additions: list[Addition] = []
     tail = Tail(manifest.sha256)
     for data in fetched:
-        path = folder / _name(manifest.generation + len(found) + 1)
+        path = folder / _name(manifest.generation + len(additions) + 1)
         try:
             if hashlib.sha256(memoryview(data)[:-_DIGEST]).digest() != data[-_DIGEST:]:
                 raise ValueError("its sha256 is not that of its content")
-            head, made = _parse(path, bytearray(data), manifest)
+            head, addition = _parse(path, bytearray(data), manifest)
             if head.after != tail.sha256:
-                raise ValueError(f"it does not follow generation {manifest.generation + len(found)}")
-            for fault in _faults(manifest, made, memories, found[-1].next_id if found else manifest.next_id):
+                raise ValueError(f"it does not follow generation {manifest.generation + len(additions)}")
+            for fault in _faults(
+                manifest, addition, memories, additions[-1].next_id if additions else manifest.next_id
+            ):
                 raise ValueError(fault)
         except (ValueError, StoreError) as error:
             why = " ".join(str(error).split())
             raise StoreError(f"{path} is damaged ({why:.200}): restore the store from a backup") from error
-        found.append(made)
-        tail = Tail(data[-_DIGEST:].hex(), len(found), tail.size + len(data))
-    return tuple(found), tail
+        additions.append(addition)
+        tail = Tail(data[-_DIGEST:].hex(), len(additions), tail.size + len(data))
+    return tuple(additions), tail
 
 
 def _room(manifest: Manifest, tail: Tail) -> int:
@@ -222,8 +245,8 @@ def _room(manifest: Manifest, tail: Tail) -> int:
 
 def is_taken_up(name: str, manifest: Manifest) -> bool:
     """Whether a file of this name is an addition, or half of one, whose content the manifest's own files hold."""
-    found = _NAME.fullmatch(name)
-    return found is not None and int(found[1]) <= manifest.generation
+    match = _NAME.fullmatch(name)
+    return match is not None and int(match[1]) <= manifest.generation
 
 
 def _name(generation: int) -> str:
@@ -250,23 +273,23 @@ def _parse(path: Path, data: bytearray, manifest: Manifest) -> tuple[_Head, Addi
     return head, Addition(head.next_id, head.untrained, edits=edits, **held)
 
 
-def _faults(manifest: Manifest, made: Addition, memories: int, next_id: int) -> Iterator[str]:
+def _faults(manifest: Manifest, addition: Addition, memories: int, next_id: int) -> Iterator[str]:
     """What cannot be in an addition by itself; what it must have in common with the rest `EditStore.faults` tells."""
     for names in (("codes", "ids", "memory_of"), ("columns", "memories", "weights")):
-        lengths = [len(getattr(made, name)) for name in names]
+        lengths = [len(getattr(addition, name)) for name in names]
         if len(set(lengths)) > 1:
             yield f"{', '.join(names)} have {lengths} rows"
             return
-    if not next_id <= made.next_id < 1 << 63 or made.untrained < 0:
-        yield f"next_id {made.next_id}, untrained {made.untrained}"
+    if not next_id <= addition.next_id < 1 << 63 or addition.untrained < 0:
+        yield f"next_id {addition.next_id}, untrained {addition.untrained}"
         return
-    after = msgspec.structs.replace(manifest, next_id=made.next_id)
-    yield from id_faults(after, memories, made.ids, made.memory_of)
-    yield from code_faults(after, made.codes)
-    columns, numbers = made.columns, made.memories
+    after = msgspec.structs.replace(manifest, next_id=addition.next_id)
+    yield from id_faults(after, memories, addition.ids, addition.memory_of)
+    yield from code_faults(after, addition.codes)
+    columns, numbers = addition.columns, addition.memories
     if len(columns) and (columns.min() < 0 or columns.max() >= manifest.d):
         yield f"it changes a column outside 0..{manifest.d - 1}"
     if len(numbers) and (numbers.min() < 0 or numbers.max() >= memories):
         yield f"it changes a memory outside 0..{memories - 1}"
-    if not np.isfinite(made.weights).all():
+    if not np.isfinite(addition.weights).all():
         yield "it holds NaN or infinite weights"

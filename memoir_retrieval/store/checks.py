@@ -27,7 +27,7 @@ def weight_faults(manifest: Manifest, memories: np.ndarray) -> Iterator[str]:
     """Of the residual memories themselves, float32 [M, H, D]."""
     flat = memories.reshape(-1)
     step = CHUNK // 4
-    if not all(np.isfinite(flat[at : at + step]).all() for at in range(0, len(flat), step)):
+    if not all(np.isfinite(flat[start : start + step]).all() for start in range(0, len(flat), step)):
         yield f"{manifest.memory.name} holds NaN or infinite numbers"
 
 
@@ -46,11 +46,11 @@ def code_faults(manifest: Manifest, codes: np.ndarray) -> Iterator[str]:
     """Of the masks, uint8 [N, D/8]."""
     step = max(1, CHUNK // codes.shape[1])
     wrong, first = 0, ""
-    for at in range(0, len(codes), step):
-        ones = popcount(codes[at : at + step])
+    for start in range(0, len(codes), step):
+        ones = popcount(codes[start : start + step])
         rows = np.flatnonzero(ones != manifest.k)
         if len(rows) and not wrong:
-            first = f"row {at + rows[0]} has {ones[rows[0]]} ones, not k={manifest.k}"
+            first = f"row {start + rows[0]} has {ones[rows[0]]} ones, not k={manifest.k}"
         wrong += len(rows)
     if wrong:
         yield f"{manifest.codes.name}: {first}" + (f", and so have {wrong - 1} other rows" if wrong > 1 else "")

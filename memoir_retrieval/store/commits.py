@@ -22,7 +22,7 @@ class Commits:
     """The unwritten changes of one store; its writer's lock is held as long as they are collected."""
 
     def __init__(self, folder: Path, store: EditStore | None = None):
-        """store: what the folder holds, if anything."""
+        """folder: the store's. store: what it holds, if anything."""
         self._folder = folder
         self._now = (store.manifest, store.tail, len(store.memories)) if store else None
         self._forget()
@@ -34,7 +34,12 @@ class Commits:
         self._columns: dict[int, set[int]] = {}
 
     def add(self, edit: StoredEdit, codes: np.ndarray, columns: torch.Tensor) -> None:
-        """An edit was stored. codes: uint8 [R, D/8], its masks. columns: int64, those of its memory that changed."""
+        """An edit was stored.
+
+        edit: as it is stored.
+        codes: uint8 [R, D/8], its masks.
+        columns: int64 [C], those of its memory that changed.
+        """
         self.changed = True
         self._added.append((edit, codes))
         self._columns.setdefault(edit.memory, set()).update(columns.tolist())

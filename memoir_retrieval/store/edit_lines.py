@@ -52,8 +52,10 @@ class StoredEdits(_Edits):
     def _ends(self) -> np.ndarray:
         """Offset behind the newline of each line: int64 [N]."""
         ends = [
-            np.flatnonzero(np.frombuffer(self._data, np.uint8, min(CHUNK, len(self._data) - at), at) == 10) + at + 1
-            for at in range(0, len(self._data), CHUNK)
+            np.flatnonzero(np.frombuffer(self._data, np.uint8, min(CHUNK, len(self._data) - start), start) == 10)
+            + start
+            + 1
+            for start in range(0, len(self._data), CHUNK)
         ]
         return np.concatenate(ends) if ends else np.empty(0, dtype=np.int64)
 

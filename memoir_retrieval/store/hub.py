@@ -203,13 +203,13 @@ def _adopt(fetched: EditStore, folder: Path, repo: str, replace: bool) -> tuple[
     with store_lock(folder):
         if not (folder / MANIFEST).exists():
             return write_again(folder, fetched, generation=theirs.generation).generation, True
-        here = EditStore.open(folder)
-        ours = here.manifest
-        here.require(theirs.base, f"the store of {repo}")
+        held = EditStore.open(folder)
+        ours = held.manifest
+        held.require(theirs.base, f"the store of {repo}")
         digests = [[getattr(manifest, kind).sha256 for kind in KINDS] for manifest in (ours, theirs)]
         if digests[0] == digests[1] and without_files(ours, generation=0) == without_files(theirs, generation=0):
             return ours.generation, False
-        has = [{(e.prompt, e.target, e.requires) for e in store.edits} for store in (here, fetched)]
+        has = [{(e.prompt, e.target, e.requires) for e in store.edits} for store in (held, fetched)]
         lost = {prompt for prompt, *_ in has[0] - has[1]}
         if lost and not replace:
             raise StoreMismatch(

@@ -48,7 +48,12 @@ _LAST_ID = (1 << 63) - 1
 
 
 class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One file of a generation: its name in the folder, size in bytes and sha256 in hexadecimal."""
+    """One file of a generation.
+
+    name: in the store's folder.
+    size: in bytes.
+    sha256: of its content, in hexadecimal.
+    """
 
     name: str
     size: int
@@ -58,11 +63,25 @@ class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`memoir.json`: everything that must be the same at edit time and at serve time.
 
-    `d`, `h`: inputs and outputs of the edited projection `module` in block `layer`. `k`: ones in every mask.
-    `tau`: least overlap that matches, 0 < tau <= 1. `chat`: whether a plain string is asked through the chat
-    template. `contexts`: what was put before each prompt in training (messages for chat, text for raw prompts).
-    `next_id`: the id of the next edit; ids are never used twice. `untrained`: how many edits have masks only.
-    `sha256`: of the manifest itself, written with zeros in its place; format 1 has none.
+    format: number of the layout.
+    library: the version that wrote it.
+    generation: counts the commits.
+    model: the name under which the base model was loaded.
+    base: its digests.
+    module: the edited projection, in block `layer`.
+    d, h: its inputs and outputs.
+    k: ones in every mask.
+    tau: least overlap that matches, 0 < tau <= 1.
+    span: which tokens of a prompt are pooled, and from which on the residual acts.
+    chat: whether a plain string is asked through the chat template.
+    dtype: of the model's weights.
+    seed: of the permutation and of training.
+    contexts: what was put before each prompt in training (messages for chat, text for raw prompts).
+    training: the fields of `Training`.
+    next_id: the id of the next edit; ids are never used twice.
+    memory, codes, edits: the files.
+    untrained: how many edits have masks only.
+    sha256: of the manifest itself, written with zeros in its place; format 1 has none.
     """
 
     format: int

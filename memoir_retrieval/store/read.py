@@ -46,8 +46,12 @@ MAPPED_FROM = 64 << 20
 
 
 class Masks(NamedTuple):
-    """Masks, uint8 [N, D/8] in little bit order, the edit each belongs to, int64 [N], and the memory that holds it,
-    int32 [N]."""
+    """The masks of a store's file.
+
+    codes: uint8 [N, D/8], in little bit order.
+    ids: int64 [N], the edit that each belongs to.
+    memory_of: int32 [N], the memory that holds it.
+    """
 
     codes: np.ndarray
     ids: np.ndarray
@@ -165,12 +169,12 @@ class EditStore:
 
     def faults(self) -> Iterator[str]:
         """What of the content cannot be, one line each. Raises StoreError for a line that is no edit."""
-        made = self.manifest
-        yield from checks.memory_faults(made, self.background, self.permutation)
-        yield from checks.weight_faults(made, self.memories)
-        yield from checks.id_faults(made, len(self.memories), self.ids, self.memory_of)
-        yield from checks.code_faults(made, self.masks.codes)
-        yield from checks.edit_faults(made, self.ids, self.memory_of, self.edits)
+        manifest = self.manifest
+        yield from checks.memory_faults(manifest, self.background, self.permutation)
+        yield from checks.weight_faults(manifest, self.memories)
+        yield from checks.id_faults(manifest, len(self.memories), self.ids, self.memory_of)
+        yield from checks.code_faults(manifest, self.masks.codes)
+        yield from checks.edit_faults(manifest, self.ids, self.memory_of, self.edits)
 
     @property
     def size(self) -> int:
@@ -193,9 +197,9 @@ class EditStore:
         return self._joined("memory_of")
 
     def _joined(self, name: str) -> np.ndarray:
-        added = [getattr(one, name) for one in self.additions]
-        own: np.ndarray = getattr(self.masks, name)
-        return np.concatenate([own, *added]) if added else own
+        added = [getattr(addition, name) for addition in self.additions]
+        file_rows: np.ndarray = getattr(self.masks, name)
+        return np.concatenate([file_rows, *added]) if added else file_rows
 
     @property
     def content(self) -> Content:
@@ -206,10 +210,12 @@ class EditStore:
 
     def index(self) -> HammingIndex:
         """The index of all masks, over the file's where they lie. The store must have been checked."""
-        made = self.manifest
-        index = HammingIndex.from_codes(made.d, made.k, self.masks.ids, self.masks.codes, copy=False, checked=True)
-        for one in self.additions:
-            index.add(one.ids, one.codes)
+        manifest = self.manifest
+        index = HammingIndex.from_codes(
+            manifest.d, manifest.k, self.masks.ids, self.masks.codes, copy=False, checked=True
+        )
+        for addition in self.additions:
+            index.add(addition.ids, addition.codes)
         return index
 
     def require(self, identity: Identity, model: str) -> None:
@@ -245,17 +251,17 @@ class EditStore:
 
         Raises StoreError where the store has no such edit.
         """
-        at = np.flatnonzero(self._edit_ids == edit_id)
-        if not len(at):
+        numbers = np.flatnonzero(self._edit_ids == edit_id)
+        if not len(numbers):
             raise StoreError(f"store {self.path} has no edit {edit_id}: `memoir list {self.path}` shows the ids")
-        return self.edits[int(at[0])]
+        return self.edits[int(numbers[0])]
 
 
 def sha256(data: Data) -> str:
     """The digest of a file's content, in hexadecimal."""
     digest, view = hashlib.sha256(), memoryview(data)
-    for at in range(0, len(view), CHUNK):
-        digest.update(view[at : at + CHUNK])
+    for start in range(0, len(view), CHUNK):
+        digest.update(view[start : start + CHUNK])
     return digest.hexdigest()
 
 
@@ -342,16 +348,16 @@ def assemble(
     additions, tail = parse_additions(folder, manifest, fetched, len(parts.memories))
     edits: Sequence[StoredEdit] = parts.edits
     if additions:
-        edits = JoinedEdits(parts.edits, *(one.edits for one in additions))
+        edits = JoinedEdits(parts.edits, *(addition.edits for addition in additions))
         last = additions[-1]
         generation = manifest.generation + len(additions)
         manifest = msgspec.structs.replace(
             manifest, generation=generation, next_id=last.next_id, untrained=last.untrained, sha256=tail.sha256
         )
-    for one in additions:
-        for number in np.unique(one.memories).tolist():
-            of_it = one.memories == number
-            parts.memories[number][:, one.columns[of_it]] = one.weights[of_it].T
+    for addition in additions:
+        for number in np.unique(addition.memories).tolist():
+            of_it = addition.memories == number
+            parts.memories[number][:, addition.columns[of_it]] = addition.weights[of_it].T
     return EditStore(
         folder,
         manifest,

@@ -37,7 +37,7 @@ def remove_edits(folder: Path, ids: Sequence[int]) -> Manifest:
         store = EditStore.open(folder)
         gone = {edit_id: store.edit(edit_id) for edit_id in ids}
         untrained = store.manifest.untrained - sum(not edit.trained for edit in gone.values())
-        made = write_again(
+        manifest = write_again(
             folder,
             store,
             edits=(edit for edit in store.edits if edit.id not in gone),
@@ -47,4 +47,4 @@ def remove_edits(folder: Path, ids: Sequence[int]) -> Manifest:
         )
         del store
         sweep(folder)
-    return made
+    return manifest

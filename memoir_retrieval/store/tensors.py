@@ -25,14 +25,22 @@ _NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
 
 
 class Tensor(NamedTuple):
-    """What a file must hold under one name. shape: None stands for any length."""
+    """What a file must hold under one name.
+
+    dtype: of numpy.
+    shape: None stands for any length.
+    """
 
     dtype: Any
     shape: tuple[int | None, ...]
 
 
 def tensor_chunks(tensors: Mapping[str, np.ndarray], rows: np.ndarray | None = None) -> Iterator[bytes | memoryview]:
-    """The bytes of a safetensors file. rows: int64, those of every tensor that are written; by default all."""
+    """The bytes of a safetensors file.
+
+    tensors: by name.
+    rows: int64 [R], those of every tensor that are written; by default all.
+    """
     order = list(_NAMES)
     arrays = sorted(tensors.items(), key=lambda item: (order.index(item[1].dtype), item[0]))
     header: dict[str, Any] = {}

@@ -58,11 +58,13 @@ def _faults(folder: Path) -> Iterator[str]:
         except StoreError as error:
             yield str(error)
         else:
-            if (found := sha256(data[kind])) != entry.sha256:
-                yield f"{entry.name} has sha256 {found}, the manifest says {entry.sha256}"
+            if (digest := sha256(data[kind])) != entry.sha256:
+                yield f"{entry.name} has sha256 {digest}, the manifest says {entry.sha256}"
     if len(data) < len(KINDS):
         return
-    mapped = tuple((getattr(manifest, kind), one) for kind, one in data.items() if isinstance(one, mmap.mmap))
+    mapped = tuple(
+        (getattr(manifest, kind), content) for kind, content in data.items() if isinstance(content, mmap.mmap)
+    )
     try:
         parts = parse(folder, manifest, data)
         parts.edits.check()
@@ -85,23 +87,23 @@ def verify_masks(store: EditStore, base: BaseModel, progress: Callable[[int], No
     from memoir_retrieval.question.prompts import prompt_ids
     from memoir_retrieval.question.span import find_span
 
-    made = store.manifest
+    manifest = store.manifest
     store.require(base.identity, base.name)
-    fingerprint = Fingerprint(store.background, store.permutation, made.k, base.device)
+    fingerprint = Fingerprint(store.background, store.permutation, manifest.k, base.device)
     faults = []
     for done, edit in enumerate(store.edits, 1):
-        texts = masked(edit, made.masked_contexts, len(edit.rephrases))
-        rows = [prompt_ids(base.tokenizer, text, chat=made.chat) for text in texts]
-        spans = [find_span(ids, made.span) for ids in rows]
+        texts = masked(edit, manifest.masked_contexts, len(edit.rephrases))
+        rows = [prompt_ids(base.tokenizer, text, chat=manifest.chat) for text in texts]
+        spans = [find_span(ids, manifest.span) for ids in rows]
         pooled = [(ids, span) for ids, span in zip(rows, spans, strict=True) if span.start < span.end]
         # One at a time, as the editor does: another batch would round otherwise.
         again = [fingerprint.codes(question_means(base, [ids], [span]))[0] for ids, span in pooled]
         for row in np.flatnonzero(store.ids == edit.id).tolist():
             shared = [int(popcount((store.codes[row] & code)[None])[0]) for code in again]
-            if max(shared, default=0) < SAME_MASK * made.k:
+            if max(shared, default=0) < SAME_MASK * manifest.k:
                 faults.append(
-                    f"mask {row} of edit {edit.id} overlaps {max(shared, default=0) / made.k:.3f} with the one that "
-                    f"{edit.prompt!r} gives on {base.name}"
+                    f"mask {row} of edit {edit.id} overlaps {max(shared, default=0) / manifest.k:.3f} with the one "
+                    f"that {edit.prompt!r} gives on {base.name}"
                 )
         progress(done)
     return faults

@@ -45,8 +45,8 @@ def write_generation(
     """
     generation = manifest.generation
     if (folder / MANIFEST).exists():
-        there = read_manifest(folder)
-        now = there.generation + find_additions(folder, there)
+        manifest_now = read_manifest(folder)
+        now = manifest_now.generation + find_additions(folder, manifest_now)
         if now >= generation:
             raise StoreError(f"store {folder} is at generation {now} already, {generation} is old: open it again")
     if strays := [number for number in numbers_of(folder) if number > generation]:
