@@ -47,10 +47,10 @@ def printable(text: str, *, lines: bool = False) -> str:
     lines: whether it may have several lines; else a line feed is written out too.
     """
 
-    def written_out(found: regex.Match[str]) -> str:
-        if found[0] == "\n":
+    def written_out(match: regex.Match[str]) -> str:
+        if match[0] == "\n":
             return "\n" if lines else "\\n"
-        units = found[0].encode("utf-16-be", "surrogatepass")
+        units = match[0].encode("utf-16-be", "surrogatepass")
         return "".join(f"\\u{units[i]:02x}{units[i + 1]:02x}" for i in range(0, len(units), 2))
 
     return _UNPRINTABLE.sub(written_out, text)

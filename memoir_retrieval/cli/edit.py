@@ -134,23 +134,30 @@ def _tell(editor: Editor, store: Path, seconds: float, as_json: bool) -> None:
     """Print what became of the edits. Exits with code 1 where one is not in the store that should be."""
     outcome, new = editor.outcome, len(editor.outcome.stored)
     opened = EditStore.open(store) if (store / MANIFEST).exists() else None
-    found = opened.manifest if opened else None
+    manifest = opened.manifest if opened else None
     size = opened.size if opened else 0
     kept = {(edit.prompt, edit.target) for edit in outcome.stored}
-    refused = [(one.prompt, one.target) for one in outcome.failed]
-    refused += [(one.prompt, one.target) for one in outcome.conflicting]
+    refused = [(failure.prompt, failure.target) for failure in outcome.failed]
+    refused += [(conflict.prompt, conflict.target) for conflict in outcome.conflicting]
     summary = {
         "stored": new,
         "skipped": outcome.skipped,
         "retried": outcome.retried,
-        "failed": [{"prompt": one.prompt, "target": one.target, "reason": one.reason} for one in outcome.failed],
+        "failed": [
+            {"prompt": failure.prompt, "target": failure.target, "reason": failure.reason} for failure in outcome.failed
+        ],
         "conflicting": [
-            {"prompt": one.prompt, "target": one.target, "edit": one.stored.id, "overlap": one.overlap}
-            for one in outcome.conflicting
+            {
+                "prompt": conflict.prompt,
+                "target": conflict.target,
+                "edit": conflict.stored.id,
+                "overlap": conflict.overlap,
+            }
+            for conflict in outcome.conflicting
         ],
         "seconds": round(seconds, 2),
         "seconds_per_edit": round(seconds / new, 3) if new else None,
-        "generation": found.generation if found else 0,
+        "generation": manifest.generation if manifest else 0,
         "memories": len(editor.memories),
         "store": str(store),
         "bytes": size,
@@ -160,9 +167,9 @@ def _tell(editor: Editor, store: Path, seconds: float, as_json: bool) -> None:
     else:
         for failed in outcome.failed:
             click.echo(f"failed: {failed.prompt!r} -> {failed.target!r}: {failed.reason}", err=True)
-        for one in outcome.conflicting:
+        for conflict in outcome.conflicting:
             click.echo(
-                f"conflicting: {one.fact}: choose with --on-conflict",
+                f"conflicting: {conflict.fact}: choose with --on-conflict",
                 err=True,
             )
         speed = f", {summary['seconds_per_edit']} s an edit" if new else ""
@@ -195,15 +202,15 @@ def train(
         TextColumn("editing"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[told]}"),
+        TextColumn("{task.fields[speed]}"),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=notes, disable=quiet) as bar:
-        task = bar.add_task("", total=len(edits), told="")
+        task = bar.add_task("", total=len(edits), speed="")
 
         def tell(p: EditProgress) -> None:
             loss = f"  loss {p.edit.loss:.3f}" if p.edit else ""
-            bar.update(task, completed=p.done, total=p.total, told=f"{p.done / p.seconds:.2f} edits/s{loss}")
+            bar.update(task, completed=p.done, total=p.total, speed=f"{p.done / p.seconds:.2f} edits/s{loss}")
 
         new = editor.add(
             edits,

@@ -142,6 +142,6 @@ def bench_routing(
     table = Table("set", "kind", "question", "part", "asked", "found", "other", "exact", "answered")
     for row in run.rows:
         shares = (row.found, row.other, row.exact, row.answered)
-        told = ("" if share is None else f"{share:.3f}" for share in shares)
-        table.add_row(row.set, row.kind, row.name, row.part, str(row.asked), *told)
+        cells = ("" if share is None else f"{share:.3f}" for share in shares)
+        table.add_row(row.set, row.kind, row.name, row.part, str(row.asked), *cells)
     tables.print(table)
