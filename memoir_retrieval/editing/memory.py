@@ -34,21 +34,23 @@ class Memory:
         self._count(self.lessons.pop(edit, []), -1)
 
     def _count(self, lessons: list[Lesson], sign: int) -> None:
-        for one in lessons:
-            a = one.activations
-            self.used[one.columns[:, None], one.columns] += sign * (a.T @ a)
+        for lesson in lessons:
+            a = lesson.activations
+            self.used[lesson.columns[:, None], lesson.columns] += sign * (a.T @ a)
 
     def nearest(self, columns: torch.Tensor, n: int) -> list[int]:
         """Ids of the n edits whose masks have most ones among `columns`, int64: those that a change there can hurt."""
         mask = torch.zeros(self.weight.shape[1], dtype=torch.bool, device=columns.device)
         mask[columns] = True
-        common = {edit: max(int(mask[one.columns].sum()) for one in own) for edit, own in self.lessons.items()}
+        common = {
+            edit: max(int(mask[lesson.columns].sum()) for lesson in lessons) for edit, lessons in self.lessons.items()
+        }
         return sorted(common, key=lambda edit: -common[edit])[:n]
 
 
 def forgotten(base: BaseModel, edits: Sequence[tuple[Memory, int]]) -> list[tuple[Memory, int]]:
     """Which edits, each with its memory, are no longer answered with the weights as they are now."""
-    asked = [(memory, edit, one) for memory, edit in edits for one in memory.lessons[edit]]
-    right = answered(base, [(one, memory.weight) for memory, _, one in asked])
-    wrong = {edit for (_, edit, _), good in zip(asked, right, strict=True) if not good}
+    questions = [(memory, edit, lesson) for memory, edit in edits for lesson in memory.lessons[edit]]
+    right = answered(base, [(lesson, memory.weight) for memory, _, lesson in questions])
+    wrong = {edit for (_, edit, _), good in zip(questions, right, strict=True) if not good}
     return [(memory, edit) for memory, edit in edits if edit in wrong]

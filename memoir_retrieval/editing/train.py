@@ -148,25 +148,25 @@ def freeze(
     rows: list[_Row] = []
     means: list[torch.Tensor] = []
     for group in groups:
-        made = _run_rows(base, past, [wordings[i] for i in group], answer)
-        means += [span_mean(row.activations, pooled[i]) for i, row in zip(group, made, strict=True)]
-        rows += made
+        group_rows = _run_rows(base, past, [wordings[i] for i in group], answer)
+        means += [span_mean(row.activations, pooled[i]) for i, row in zip(group, group_rows, strict=True)]
+        rows += group_rows
     with quick or nullcontext():
         if others := wordings[len(pooled) :]:
             rows += _run_rows(base, past, others, answer)
         states = _states(base, past, wordings, [row.hidden for row in rows])
-    ids, lengths = right_pad([[*one.ids[one.acts :], *answer[:-1]] for one in wordings], base.device)
+    ids, lengths = right_pad([[*wording.ids[wording.acts :], *answer[:-1]] for wording in wordings], base.device)
     hidden, activations = (
-        pad_sequence([part[one.acts :] for one, part in zip(wordings, parts, strict=True)], batch_first=True)
+        pad_sequence([part[wording.acts :] for wording, part in zip(wordings, parts, strict=True)], batch_first=True)
         for parts in ([row.hidden for row in rows], [row.activations for row in rows])
     )
     return Frozen(
         ids=ids,
         lengths=lengths,
-        before=[Before(past, one.context, part) for one, part in zip(wordings, states, strict=True)],
+        before=[Before(past, wording.context, part) for wording, part in zip(wordings, states, strict=True)],
         hidden=hidden,
         activations=activations,
-        labels=_labels(ids, [len(one.ids) - one.acts for one in wordings], answer),
+        labels=_labels(ids, [len(wording.ids) - wording.acts for wording in wordings], answer),
         masks=torch.ones(len(wordings), base.d, dtype=torch.bool, device=base.device),
         pooled=len(pooled),
     ), means
@@ -180,8 +180,8 @@ class _Row(NamedTuple):
 
 
 def _run_rows(base: BaseModel, past: FrozenPast, wordings: Sequence[Wording], answer: Sequence[int]) -> list[_Row]:
-    ids, lengths = right_pad([[*one.ids, *answer[:-1]] for one in wordings], base.device)
-    before = past.take([one.context for one in wordings])
+    ids, lengths = right_pad([[*wording.ids, *answer[:-1]] for wording in wordings], base.device)
+    before = past.take([wording.context for wording in wordings])
     hidden, activations = frozen_run(base, before.inputs(ids), above=first_block(base) > base.layer)
     return [_Row(hidden[i, :n], activations[i, :n]) for i, n in enumerate(lengths.tolist())]
 
@@ -190,14 +190,16 @@ def _states(
     base: BaseModel, past: FrozenPast, wordings: Sequence[Wording], hidden: Sequence[torch.Tensor]
 ) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
     """Of each row the `states` of `Before`."""
-    if not any(one.acts for one in wordings):
+    if not any(wording.acts for wording in wordings):
         return [[] for _ in wordings]
-    ids, _ = right_pad([one.ids[: one.acts] for one in wordings], base.device)
-    given = pad_sequence([part[: one.acts] for one, part in zip(wordings, hidden, strict=True)], batch_first=True)
-    layers = frozen_states(base, past.take([one.context for one in wordings]), ids, given)
+    ids, _ = right_pad([wording.ids[: wording.acts] for wording in wordings], base.device)
+    inputs = pad_sequence(
+        [part[: wording.acts] for wording, part in zip(wordings, hidden, strict=True)], batch_first=True
+    )
+    layers = frozen_states(base, past.take([wording.context for wording in wordings]), ids, inputs)
     return [
-        [(keys[i, :, : one.acts], values[i, :, : one.acts]) for keys, values in layers] if one.acts else []
-        for i, one in enumerate(wordings)
+        [(keys[i, :, : wording.acts], values[i, :, : wording.acts]) for keys, values in layers] if wording.acts else []
+        for i, wording in enumerate(wordings)
     ]
 
 
@@ -215,31 +217,31 @@ def train_edits(
     searches = [_ChangeSearch(*edit, training.ridge) for edit in edits]
     left, steps = searches, 0
     while left:
-        together = _side_by_side([one.frozen for one in left])
+        together = _side_by_side([search.frozen for search in left])
         wanted = together.labels != IGNORED
         labels, before = together.labels[wanted], Before.side_by_side(together.before, first_block(base))
-        counts = [int((one.frozen.labels != IGNORED).sum()) for one in left]
+        counts = [int((search.frozen.labels != IGNORED).sum()) for search in left]
 
         with run_with_added(base, before, together.ids, together.hidden, wanted) as logits, torch.enable_grad():
-            while all(one.steps < 0 for one in left):
-                added = torch.cat([_longer(one.added(), together.ids.shape[1]) for one in left])
+            while all(search.steps < 0 for search in left):
+                added = torch.cat([_longer(search.added(), together.ids.shape[1]) for search in left])
                 scores = logits(added).float()
                 losses = functional.cross_entropy(scores, labels, reduction="none")
                 means = torch.stack([part.mean() for part in losses.split(counts)])
                 watch(TrainingStep(steps, training.max_steps, means.max().item(), training.stop_loss))
                 parts = zip(scores.detach().split(counts), labels.split(counts), strict=True)
-                for one, value, part in zip(left, means.tolist(), parts, strict=True):
-                    one.loss = value
+                for search, value, part in zip(left, means.tolist(), parts, strict=True):
+                    search.loss = value
                     if value < training.stop_loss or steps == training.max_steps:
-                        one.end(steps, *part)
-                going = [one for one in left if one.steps < 0]
+                        search.end(steps, *part)
+                going = [search for search in left if search.steps < 0]
                 if going:
-                    gradients = torch.autograd.grad(means.sum(), [one.change for one in going])
-                    for one, gradient in zip(going, gradients, strict=True):
-                        one.step(gradient, training.stop_loss)
+                    gradients = torch.autograd.grad(means.sum(), [search.change for search in going])
+                    for search, gradient in zip(going, gradients, strict=True):
+                        search.step(gradient, training.stop_loss)
                 steps += 1
         left = going
-    return [one.trained() for one in searches]
+    return [search.trained() for search in searches]
 
 
 class _ChangeSearch:

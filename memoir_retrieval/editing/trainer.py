@@ -120,13 +120,13 @@ class Trainer:
 
     def prepare(self, tasks: Sequence[Task]) -> list[np.ndarray]:
         """Run what is frozen of the tasks that are next, by ascending ids: the masks of each, uint8 [R, D/8]."""
-        self._prepared = {i: one for i, one in self._prepared.items() if tasks and i >= tasks[0].id}
-        made: list[np.ndarray] = []
+        self._prepared = {i: pair for i, pair in self._prepared.items() if tasks and i >= tasks[0].id}
+        masks: list[np.ndarray] = []
         for task in tasks:
             frozen, codes = self._wordings.freeze_for_training(task.edit, task.id, task.rephrases, self._quick())
             self._prepared[task.id] = frozen, [frozen.lesson(row) for row in range(len(codes))]
-            made.append(codes)
-        return made
+            masks.append(codes)
+        return masks
 
     def learn(self, tasks: Sequence[Task]) -> list[Learnt]:
         """Train prepared tasks, each of another memory, and ask them and their neighbours back; nothing is taken up.
@@ -174,43 +174,43 @@ class Trainer:
         memories = [self.memories[task.memory] for task in tasks]
         prepared = [self._prepared[task.id] for task in tasks]
         with self._quick():
-            given = [(frozen, m.weight, m.used) for m, (frozen, _) in zip(memories, prepared, strict=True)]
-            trained = train_edits(self.base, given, training, self.watch)
-        before = [memory.weight[:, one.columns] for memory, one in zip(memories, trained, strict=True)]
-        for memory, one in zip(memories, trained, strict=True):
-            memory.weight[:, one.columns] = one.weights
+            rows = [(frozen, m.weight, m.used) for m, (frozen, _) in zip(memories, prepared, strict=True)]
+            trained = train_edits(self.base, rows, training, self.watch)
+        before = [memory.weight[:, change.columns] for memory, change in zip(memories, trained, strict=True)]
+        for memory, change in zip(memories, trained, strict=True):
+            memory.weight[:, change.columns] = change.weights
         try:
             return self._audit(memories, [lessons for _, lessons in prepared], trained)
         finally:
-            for memory, one, weights in zip(memories, trained, before, strict=True):
-                memory.weight[:, one.columns] = weights
+            for memory, change, weights in zip(memories, trained, before, strict=True):
+                memory.weight[:, change.columns] = weights
 
     def _audit(
         self, memories: Sequence[Memory], lessons: Sequence[list[Lesson]], trained: Sequence[Trained]
     ) -> list[Learnt]:
         unsure = [
             (lesson, memory.weight)
-            for memory, rows, one in zip(memories, lessons, trained, strict=True) if one.lead < SURE
+            for memory, rows, change in zip(memories, lessons, trained, strict=True) if change.lead < SURE
             for lesson in rows
         ]  # fmt: skip
         right = answered(self.base, unsure)
         wrong = {id(lesson) for (lesson, _), good in zip(unsure, right, strict=True) if not good}
-        learnt = [not any(id(one) in wrong for one in own) for own in lessons]
+        learnt = [not any(id(lesson) in wrong for lesson in rows) for rows in lessons]
         near = [
             (memory, edit)
-            for memory, one, good in zip(memories, trained, learnt, strict=True) if good
-            for edit in memory.nearest(one.columns, NEIGHBOURS)
+            for memory, change, good in zip(memories, trained, learnt, strict=True) if good
+            for edit in memory.nearest(change.columns, NEIGHBOURS)
         ]  # fmt: skip
         with self._quick():
             near = forgotten(self.base, near)
         near = forgotten(self.base, near)  # what seems lost is asked again without rounding
         lost = {id(memory): edit for memory, edit in reversed(near)}
         done: list[Learnt] = []
-        for memory, one, good in zip(memories, trained, learnt, strict=True):
+        for memory, change, good in zip(memories, trained, learnt, strict=True):
             reason = ""
             if not good:
-                reason = f"the target is not the first choice after {one.steps} steps (loss {one.loss:.3f})"
+                reason = f"the target is not the first choice after {change.steps} steps (loss {change.loss:.3f})"
             elif id(memory) in lost:
                 reason = f"it would overwrite edit {lost[id(memory)]}"
-            done.append(Learnt(one, reason, good and bool(reason), False))
+            done.append(Learnt(change, reason, good and bool(reason), False))
         return done

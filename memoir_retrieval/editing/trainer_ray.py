@@ -106,12 +106,12 @@ class RayTrainer:
         for task in tasks:
             parts.setdefault(task.memory % len(self._workers), []).append(task)
         answers = self._get([self._workers[n].call.remote(method, part) for n, part in parts.items()])
-        found = {
-            task.id: one
-            for part, own in zip(parts.values(), answers, strict=True)
-            for task, one in zip(part, own, strict=True)
+        results = {
+            task.id: result
+            for part, part_results in zip(parts.values(), answers, strict=True)
+            for task, result in zip(part, part_results, strict=True)
         }
-        return [found[task.id] for task in tasks]
+        return [results[task.id] for task in tasks]
 
 
 class _TrainerWorker:

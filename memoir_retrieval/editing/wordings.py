@@ -152,9 +152,9 @@ class Wordings:
         contexts = [self._own(edit)] * len(cuts)
         after = range(1, 1 + self.training.context_masks)
         cuts[1:1], contexts[1:1] = cuts[:1] * len(after), after
-        rows = [Wording(c, one.ids, one.pooled.acts_from) for c, one in zip(contexts, cuts, strict=True)]
+        rows = [Wording(c, cut.ids, cut.pooled.acts_from) for c, cut in zip(contexts, cuts, strict=True)]
         past = self._past.beside(frozen_past(self.base, [cuts[0].before])) if edit.before else self._past
-        pooled = [one.pooled for one in cuts]
+        pooled = [cut.pooled for cut in cuts]
         frozen, means = freeze(self.base, past, [*rows, *others], self._answer(edit), pooled, quick)
         codes = self.fingerprint.codes(torch.stack(means))
         bits = torch.as_tensor(unpack(codes, self.base.d), device=self.base.device)

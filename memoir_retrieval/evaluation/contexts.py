@@ -26,10 +26,10 @@ def in_context(name: str, prompts: Sequence[Prompt]) -> list[Prompt]:
     if name == "plain":
         return list(prompts)
     around = json.loads(shipped("unseen.json"))[name]
-    return [_asked(around, prompt) for prompt in prompts]
+    return [_wrap(around, prompt) for prompt in prompts]
 
 
-def _asked(around: list[Message], prompt: Prompt) -> list[Message]:
+def _wrap(around: list[Message], prompt: Prompt) -> list[Message]:
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     *before, last = around
     *earlier, question = messages

@@ -335,7 +335,7 @@ def _layer_digest(folder: Path, module: str) -> str:
     prefixes = (module + ".", module.partition(".")[2] + ".")
     files = {name for key, name in weight_map.items() if key.startswith(prefixes)} or {"model.safetensors"}
     digest = hashlib.sha256()
-    found = 0
+    count = 0
     for name in sorted(files):
         if not (folder / name).is_file():
             raise ModelError(f"{folder} has no {name}: save the model as safetensors (`model.save_pretrained(folder)`)")
@@ -348,7 +348,7 @@ def _layer_digest(folder: Path, module: str) -> str:
                     tensor = tensor.to(torch.bfloat16)
                 digest.update(key.rsplit(".", 1)[-1].encode() + str(tuple(tensor.shape)).encode())
                 digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
-                found += 1
-    if not found:
+                count += 1
+    if not count:
         raise ModelError(f"{folder} holds no tensor of {module}: the checkpoint and its config.json do not fit")
     return digest.hexdigest()
