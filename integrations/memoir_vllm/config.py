@@ -224,9 +224,9 @@ def prefer(config: MemoirConfig, args: EngineArgs) -> None:
 
 def refuse(config: MemoirConfig, vllm_config: VllmConfig) -> None:
     """Raises one ConfigError that names every setting under which the edits would be wrong or missing."""
-    found = [text for wrong, text in _checks(config, vllm_config) if wrong]
-    if found:
-        raise ConfigError("memoir cannot serve edits with these settings: " + "; ".join(found))
+    faults = [text for wrong, text in _checks(config, vllm_config) if wrong]
+    if faults:
+        raise ConfigError("memoir cannot serve edits with these settings: " + "; ".join(faults))
 
 
 def _checks(config: MemoirConfig, vllm_config: VllmConfig) -> list[tuple[bool, str]]:

@@ -247,9 +247,9 @@ class Jobs:
             return None
 
     async def _finish(self, job: Job, state: str, error: str | None = None, unlogged: str | None = None) -> None:
-        told = {"error": error} if error else {}
+        fault = {"error": error} if error else {}
         what = "active" if state == "done" else "failed"
-        unlogged = await self._log(job, what, edit=job.edit, generation=job.generation, **told) or unlogged
+        unlogged = await self._log(job, what, edit=job.edit, generation=job.generation, **fault) or unlogged
         job.error, job.finished = "; ".join(filter(None, (error, unlogged))) or None, _now()
         job.state = state  # type: ignore[assignment]
 

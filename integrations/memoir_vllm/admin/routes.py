@@ -90,8 +90,8 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         """FastAPI's own answer repeats the input, which may be no text at all."""
-        told = [{"loc": list(e["loc"]), "msg": e["msg"], "type": e["type"]} for e in error.errors()]
-        return JSONResponse({"detail": told}, 422)
+        faults = [{"loc": list(e["loc"]), "msg": e["msg"], "type": e["type"]} for e in error.errors()]
+        return JSONResponse({"detail": faults}, 422)
 
 
 def _add_console(app: FastAPI) -> None:
@@ -108,8 +108,8 @@ def _add_console(app: FastAPI) -> None:
 def _add_reads(app: FastAPI, service: Callable[[], Service]) -> None:
     @app.get("/edits", summary="Edits of the store", responses=_said(503))
     async def list_edits(search: Search = "", offset: Offset = 0, limit: Limit = 50) -> EditList:
-        generation, total, found = await asyncio.to_thread(service().search, search, offset, limit)
-        return EditList(generation=generation, total=total, edits=[_out(edit) for edit in found])
+        generation, total, page = await asyncio.to_thread(service().search, search, offset, limit)
+        return EditList(generation=generation, total=total, edits=[_out(edit) for edit in page])
 
     @app.get("/edits/{edit_id}", summary="One edit", responses=_said(404, 503))
     async def get_edit(edit_id: EditId) -> StoredEditOut:
@@ -136,8 +136,8 @@ def _add_reads(app: FastAPI, service: Callable[[], Service]) -> None:
         return await service().stats()
 
     @app.post("/lookup", summary="The edits nearest to a prompt", responses=_said(400, 503))
-    async def lookup(asked: LookupPrompt | LookupMessages) -> LookupResult:
-        return await service().lookup(asked)
+    async def lookup(prompt: LookupPrompt | LookupMessages) -> LookupResult:
+        return await service().lookup(prompt)
 
 
 def _add_changes(app: FastAPI, service: Callable[[], Service]) -> None:
@@ -148,11 +148,11 @@ def _add_changes(app: FastAPI, service: Callable[[], Service]) -> None:
         response_model=Job,
         responses=_said(400, 409, 503) | {200: {"model": StoredEditOut, "description": "The store has it already."}},
     )
-    async def add_edit(given: AddEdit, request: Request) -> Any:
-        made = await service().add(request.scope["memoir_holder"], given)
-        if isinstance(made, StoredEdit):
-            return JSONResponse(_out(made).model_dump())
-        return made
+    async def add_edit(edit: AddEdit, request: Request) -> Any:
+        answer = await service().add(request.scope["memoir_holder"], edit)
+        if isinstance(answer, StoredEdit):
+            return JSONResponse(_out(answer).model_dump())
+        return answer
 
     @app.delete("/edits/{edit_id}", summary="Remove an edit", status_code=202, responses=_said(404, 409, 503))
     async def remove_edit(edit_id: EditId, request: Request) -> Job:

@@ -88,8 +88,8 @@ class Service:
 
     def store(self) -> EditStore:
         """The store's present generation, read again when a file came or went. Raises StoreError."""
-        found = os.stat(self.folder / MANIFEST)
-        stamp = (os.stat(self.folder).st_mtime_ns, found.st_ino)
+        status = os.stat(self.folder / MANIFEST)
+        stamp = (os.stat(self.folder).st_mtime_ns, status.st_ino)
         if self._store is None or self._store[0] != stamp:
             self._store = (stamp, EditStore.open(self.folder, check=False))
         return self._store[1]
@@ -98,8 +98,8 @@ class Service:
         """Generation, how many edits have all words of `text` in them, and a page of those."""
         store = self.store()
         words = text.casefold().split()
-        found = [edit for edit in store.edits if _has(edit, words)] if words else store.edits
-        return store.manifest.generation, len(found), list(found[offset : offset + limit])
+        edits = [edit for edit in store.edits if _has(edit, words)] if words else store.edits
+        return store.manifest.generation, len(edits), list(edits[offset : offset + limit])
 
     def edit(self, edit_id: int) -> StoredEdit:
         """Raises Missing."""
@@ -131,7 +131,7 @@ class Service:
     def _tau(self, store: EditStore) -> float:
         return store.manifest.tau if self._ours.tau is None else self._ours.tau
 
-    async def lookup(self, asked: LookupPrompt | LookupMessages) -> LookupResult:
+    async def lookup(self, prompt: LookupPrompt | LookupMessages) -> LookupResult:
         """Let vLLM render and the engine pool the prompt, exactly as a client's; one token is sampled and dropped.
 
         Raises Refused where vLLM refuses the request.
@@ -139,11 +139,11 @@ class Service:
         from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
         from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
-        how: dict[str, Any] = {"max_tokens": 1, "temperature": 0, "vllm_xargs": {"memoir_nearest": asked.n}}
+        how: dict[str, Any] = {"max_tokens": 1, "temperature": 0, "vllm_xargs": {"memoir_nearest": prompt.n}}
         how["request_id"] = f"{LOOKUP_ID}-{os.urandom(8).hex()}"
         reply: Any
-        if isinstance(asked, LookupMessages):
-            chat = asked.model_dump(exclude={"n"}, exclude_none=True)
+        if isinstance(prompt, LookupMessages):
+            chat = prompt.model_dump(exclude={"n"}, exclude_none=True)
             reply = await self._ask(
                 self._state.openai_serving_chat.create_chat_completion, ChatCompletionRequest, how | chat
             )
@@ -151,7 +151,7 @@ class Service:
             reply = await self._ask(
                 self._state.openai_serving_completion.create_completion,
                 CompletionRequest,
-                how | {"prompt": asked.prompt},
+                how | {"prompt": prompt.prompt},
             )
         said = reply.kv_transfer_params["memoir"]
         store = await asyncio.to_thread(self.store)

@@ -52,12 +52,12 @@ class Tokens:
     def holder(self, authorization: str | None) -> str | None:
         """The name of who sends this `Authorization` header, or None. Takes the same time for every wrong token."""
         scheme, _, token = (authorization or "").partition(" ")
-        given = sha256(token.strip().encode("utf-8", "surrogateescape")).digest()
-        found = None
+        token_digest = sha256(token.strip().encode("utf-8", "surrogateescape")).digest()
+        holder = None
         for digest, name in self._names.items():
-            if hmac.compare_digest(given, digest):
-                found = name
-        return found if scheme.lower() == "bearer" else None
+            if hmac.compare_digest(token_digest, digest):
+                holder = name
+        return holder if scheme.lower() == "bearer" else None
 
 
 def _read_file(path: Path) -> list[tuple[str, str, str]]:

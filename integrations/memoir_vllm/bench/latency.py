@@ -72,22 +72,22 @@ def inflate(store: EditStore, folder: Path, edits: int) -> Path:
 
     The memories are those of `store`; the edits that are made up lie in the first.
     """
-    made = store.manifest
+    manifest = store.manifest
     kept = list(store.edits)[:edits]
     rows = np.isin(store.ids, [edit.id for edit in kept])
     count = edits - len(kept)
-    ids = made.next_id + np.arange(count)
+    ids = manifest.next_id + np.arange(count)
     dice = np.random.default_rng(0)
     codes = [store.codes[rows]]
-    for at in range(0, count, 4096):
-        drawn = dice.random((min(4096, count - at), made.d), dtype=np.float32)
+    for start in range(0, count, 4096):
+        drawn = dice.random((min(4096, count - start), manifest.d), dtype=np.float32)
         mask = np.zeros(drawn.shape, dtype=bool)
-        np.put_along_axis(mask, drawn.argpartition(made.k, axis=1)[:, : made.k], True, axis=1)
+        np.put_along_axis(mask, drawn.argpartition(manifest.k, axis=1)[:, : manifest.k], True, axis=1)
         codes.append(pack(mask))
     folder.mkdir(parents=True)
     write_generation(
         folder,
-        msgspec.structs.replace(made, generation=1, next_id=made.next_id + count),
+        msgspec.structs.replace(manifest, generation=1, next_id=manifest.next_id + count),
         store.content._replace(
             codes=np.concatenate(codes),
             ids=np.concatenate([store.ids[rows], ids]),
@@ -156,23 +156,23 @@ def _requests(
     settings: LatencySettings, edits: int, concurrent: int, without: BenchEngine, with_plugin: BenchEngine
 ) -> list[Percentiles]:
     """Alternate turns of all kinds. A cached request is a matched one that was asked in the turn before."""
-    asked = max(settings.requests, concurrent)
+    count = max(settings.requests, concurrent)
     prompts = {
-        kind: [given[i % len(given)] for i in range(asked)]
-        for kind, given in (("unmatched", settings.unmatched), ("matched", settings.matched))
+        kind: [texts[i % len(texts)] for i in range(count)]
+        for kind, texts in (("unmatched", settings.unmatched), ("matched", settings.matched))
     }
     turns: dict[str, list[Turn]] = {kind: [] for kind in KINDS}
     for turn in range(settings.rounds + 1):
-        made = {
+        turn_by_kind = {
             "no plugin": without.run(prompts["unmatched"], settings.tokens, concurrent=concurrent),
             "unmatched": with_plugin.run(prompts["unmatched"], settings.tokens, concurrent=concurrent),
             "matched": with_plugin.run(prompts["matched"], settings.tokens, concurrent=concurrent),
             "cached": with_plugin.run(prompts["matched"], settings.tokens, concurrent=concurrent, warm=True),
         }
-        for kind, done in made.items():
-            wanted = asked if kind in ("matched", "cached") else 0
+        for kind, done in turn_by_kind.items():
+            wanted = count if kind in ("matched", "cached") else 0
             if sum(done.matched) != wanted:
-                raise RuntimeError(f"{sum(done.matched)} of {asked} {kind} requests matched, not {wanted}")
+                raise RuntimeError(f"{sum(done.matched)} of {count} {kind} requests matched, not {wanted}")
             if turn:  # the first turn warms up
                 turns[kind].append(done)
     rows = []

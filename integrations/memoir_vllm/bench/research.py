@@ -29,9 +29,9 @@ class ResearchModel:
     def __init__(self, store: str | Path, model: str):
         self._store = EditStore.open(store)
         self._base = load_model(model, layer=self._store.manifest.layer)
-        made = self._store.manifest
-        self._fingerprint = Fingerprint(self._store.background, self._store.permutation, made.k, self._base.device)
-        self._masks = torch.from_numpy(unpack(self._store.codes, made.d))
+        manifest = self._store.manifest
+        self._fingerprint = Fingerprint(self._store.background, self._store.permutation, manifest.k, self._base.device)
+        self._masks = torch.from_numpy(unpack(self._store.codes, manifest.d))
         self._memories = torch.from_numpy(self._store.memories)
 
     @torch.no_grad()

@@ -59,8 +59,8 @@ def measure(settings: ServeSettings, say: Say = lambda _: None) -> dict[str, Any
         result = _throughput(settings, without, with_plugin, say)
         result["ttft_ratio_inline"] = _first_token(settings, with_plugin, settings.matched[:FIRST], say, "inline")
         if settings.cached:
-            found = with_plugin.run(settings.cached, 1).matched  # behind such a message not every edit is found
-            cached = [prompt for prompt, matched in zip(settings.cached, found, strict=True) if matched]
+            matches = with_plugin.run(settings.cached, 1).matched  # behind such a message not every edit is found
+            cached = [prompt for prompt, matched in zip(settings.cached, matches, strict=True) if matched]
             result["ttft_ratio_cached"] = _first_token(settings, with_plugin, cached[:FIRST], say, "cached", warm=True)
         result["vs_research_ratio"] = _research(settings, with_plugin, say)
     say("starting an engine whose steps are too small for a question")

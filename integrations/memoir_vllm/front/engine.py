@@ -37,13 +37,13 @@ def _with_edits(original: Any) -> Any:
         create = functools.partial(original, self, *args, **kwargs)
         if not isinstance(self.additional_config, dict) or "memoir" not in self.additional_config:
             return create()
-        made = _create_with_edits(self, create)
+        config = _create_with_edits(self, create)
         if UsageContext.OPENAI_API_SERVER in (*args, kwargs.get("usage_context")):
             from memoir_vllm.front import responses
 
-            _require_routes(made.additional_config["memoir"].get("token_file"))
+            _require_routes(config.additional_config["memoir"].get("token_file"))
             responses.install()
-        return made
+        return config
 
     return create_engine_config
 

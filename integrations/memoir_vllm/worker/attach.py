@@ -16,8 +16,8 @@ from memoir_retrieval.errors import ConfigError, StoreError
 from memoir_retrieval.store.read import EditStore
 from memoir_vllm.config import MemoirConfig, token_decoder
 from memoir_vllm.worker.op import context_key, register_op
-from memoir_vllm.worker.pipeline import told_by_stages
-from memoir_vllm.worker.reload import Reloader, told_by_all
+from memoir_vllm.worker.pipeline import values_of_stages
+from memoir_vllm.worker.reload import Reloader, values_of_ranks
 from memoir_vllm.worker.residual import ResidualLayer
 from memoir_vllm.worker.routing import Router
 
@@ -36,7 +36,7 @@ def attach(
     Raises ConfigError where the module is not one that we know how to edit.
     """
     manifest, read = store.manifest, token_decoder(vllm_config.model_config)
-    held = told_by_stages(manifest.module in dict(model.named_modules()))
+    held = values_of_stages(manifest.module in dict(model.named_modules()))
     linear = _find(model, manifest.module, manifest.d, manifest.h, elsewhere=any(held))
     if linear is None:
         return None
@@ -59,31 +59,31 @@ def attach(
 def _find(model: torch.nn.Module, module: str, d: int, h: int, *, elsewhere: bool = False) -> RowParallelLinear | None:
     from vllm.model_executor.layers.linear import RowParallelLinear
 
-    found: Any = dict(model.named_modules()).get(module)
-    if found is None and elsewhere:
+    projection: Any = dict(model.named_modules()).get(module)
+    if projection is None and elsewhere:
         return None
-    if found is None:
+    if projection is None:
         raise ConfigError(
             f"the store edits {module}, which {type(model).__name__} does not have in vLLM: "
             "this architecture cannot be served with edits"
         )
-    found = getattr(found, "base_layer", found)
-    if not isinstance(found, RowParallelLinear):
+    projection = getattr(projection, "base_layer", projection)
+    if not isinstance(projection, RowParallelLinear):
         raise ConfigError(
-            f"the store edits {module}, which is a {type(found).__name__} in vLLM: only a dense RowParallelLinear "
+            f"the store edits {module}, which is a {type(projection).__name__} in vLLM: only a dense RowParallelLinear "
             "can be served with edits"
         )
-    if (found.input_size, found.output_size) != (d, h):
+    if (projection.input_size, projection.output_size) != (d, h):
         raise ConfigError(
-            f"the store edits {module} as {d} -> {h}, vLLM has it as {found.input_size} -> {found.output_size}: "
-            "serve the model that the store was made on"
+            f"the store edits {module} as {d} -> {h}, vLLM has it as {projection.input_size} -> "
+            f"{projection.output_size}: serve the model that the store was made on"
         )
-    return found
+    return projection
 
 
 def _agree(generation: int, ranks: int) -> None:
     """Raises StoreError where the ranks have read different generations: the store was written meanwhile."""
-    read = told_by_all(generation, ranks)
+    read = values_of_ranks(generation, ranks)
     if len(set(read)) > 1:
         raise StoreError(f"the store changed while the workers read it (generations {read}): start the engine again")
 
@@ -105,6 +105,6 @@ def _with_op(quant_method: Any, name: str) -> Any:
             return y
 
     WithResidual.__name__ = WithResidual.__qualname__ = f"Memoir{base.__name__}"
-    made = copy.copy(quant_method)
-    made.__class__ = WithResidual
-    return made
+    method = copy.copy(quant_method)
+    method.__class__ = WithResidual
+    return method

@@ -17,7 +17,7 @@ from memoir_vllm.requests import Routed
 if TYPE_CHECKING:
     from vllm.sequence import IntermediateTensors
 
-__all__ = ["load", "told_by_stages", "unload"]
+__all__ = ["load", "unload", "values_of_stages"]
 
 _KEY = "memoir_routed"
 
@@ -39,12 +39,12 @@ def unload(tensors: IntermediateTensors | None) -> dict[str, Routed]:
     return {} if held is None else msgspec.json.decode(held.numpy().tobytes(), type=dict[str, Routed])
 
 
-def told_by_stages(value: Any) -> list[Any]:
-    """What this rank's counterpart in every stage tells, in order of stages; a call of all of them."""
+def values_of_stages(value: Any) -> list[Any]:
+    """The value of this rank's counterpart in every stage, in order of stages; all of them must call this."""
     from vllm.distributed import get_pp_group
 
     stages = get_pp_group()
-    told = [value] * stages.world_size
-    if len(told) > 1:
-        torch.distributed.all_gather_object(told, value, group=stages.cpu_group)
-    return told
+    values = [value] * stages.world_size
+    if len(values) > 1:
+        torch.distributed.all_gather_object(values, value, group=stages.cpu_group)
+    return values

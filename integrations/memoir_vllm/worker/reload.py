@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from memoir_vllm.config import MemoirConfig
     from memoir_vllm.worker.residual import Generation, ResidualLayer
 
-__all__ = ["Reloader", "told_by_all"]
+__all__ = ["Reloader", "values_of_ranks"]
 
 # A child of vLLM's logger, so that vLLM's logging configuration applies to it.
 logger = init_logger("vllm.memoir")
@@ -67,9 +67,9 @@ class Reloader:
         failure = staged.exception()
         loaded = None if failure else staged.result()
         if failure:
-            answers = told_by_all(_reason(failure), self._ranks)
+            answers = values_of_ranks(_reason(failure), self._ranks)
         else:
-            answers = told_by_all(loaded[0].generation if loaded else self.manifest.generation, self._ranks)
+            answers = values_of_ranks(loaded[0].generation if loaded else self.manifest.generation, self._ranks)
         refusals = [answer for answer in answers if isinstance(answer, str)]
         if refusals:
             raise StoreError(refusals[0])
@@ -126,12 +126,12 @@ def _reason(failure: BaseException) -> str:
     return f"{type(failure).__name__}: {text:.300}"
 
 
-def told_by_all(value: Any, ranks: int) -> list[Any]:
-    """What every tensor-parallel rank tells, in order of rank; a call of all of them."""
+def values_of_ranks(value: Any, ranks: int) -> list[Any]:
+    """The value of every tensor-parallel rank, in order of rank; all of them must call this."""
     if ranks == 1:
         return [value]
     from vllm.distributed import get_tp_group
 
-    told = [value] * ranks
-    torch.distributed.all_gather_object(told, value, group=get_tp_group().cpu_group)
-    return told
+    values = [value] * ranks
+    torch.distributed.all_gather_object(values, value, group=get_tp_group().cpu_group)
+    return values
