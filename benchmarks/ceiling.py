@@ -33,17 +33,17 @@ def main() -> None:
     parser.add_argument("store", type=Path)
     parser.add_argument("file", type=Path, help="the edits with their texts, as the store was made from")
     parser.add_argument("--every", type=int, default=1, help="ask every n-th edit")
-    given = parser.parse_args()
-    whole = Retriever.open(given.store)
+    options = parser.parse_args()
+    whole = Retriever.open(options.store)
     store = whole.store
     stored = {(edit.prompt, edit.target): edit for edit in store.edits}
-    known = [edit for edit in read_edits(given.file) if (edit.prompt, edit.target) in stored][:: given.every]
+    known = [edit for edit in read_edits(options.file) if (edit.prompt, edit.target) in stored][:: options.every]
     scores: dict[str, list[float]] = {}
     for edit in known:
-        own = msgspec.structs.replace(stored[edit.prompt, edit.target], requires=())
-        rows = store.ids == own.id
+        edit_alone = msgspec.structs.replace(stored[edit.prompt, edit.target], requires=())
+        rows = store.ids == edit_alone.id
         masks = Masks(store.codes[rows], store.ids[rows], store.memory_of[rows])
-        alone = replace(store, masks=masks, additions=(), edits=(own,))
+        alone = replace(store, masks=masks, additions=(), edits=(edit_alone,))
         model = EditedModel(Retriever(alone, whole.base, tau=0.01))
         target = model.target_ids(edit.target)
         prompts, targets = [model.prompt_ids(text) for text in edit.rephrases], [target] * len(edit.rephrases)
@@ -51,7 +51,7 @@ def main() -> None:
             answers = model.predict(prompts, targets, edited=edited) if prompts else []
             right = [float(np.mean([a == b for a, b in zip(x.tokens, target, strict=True)])) for x in answers]
             scores.setdefault(name, []).extend(right)
-        if texts := known_in_other_words(model, [(own.id, text) for text in edit.ood]):
+        if texts := known_in_other_words(model, [(edit_alone.id, text) for text in edit.ood]):
             for field, values in known_otherwise(model, edit).items():
                 scores.setdefault(f"ood {field}", []).extend(values)
             for field in ("known", "known_before"):

@@ -28,9 +28,9 @@ def main() -> None:
     options = parser.parse_args()
     model = EditedModel.open(options.store)
     base, stored = model.base, list(model.retriever.store.edits)
-    own = {(edit.prompt, edit.target): edit.id for edit in stored}
-    known = [edit for edit in read_edits(options.file) if (edit.prompt, edit.target) in own]
-    edits = sorted(known, key=lambda edit: own[edit.prompt, edit.target])[:: options.every]
+    ids = {(edit.prompt, edit.target): edit.id for edit in stored}
+    known = [edit for edit in read_edits(options.file) if (edit.prompt, edit.target) in ids]
+    edits = sorted(known, key=lambda edit: ids[edit.prompt, edit.target])[:: options.every]
     result: dict[str, object] = {
         "edits": len(stored),
         "asked": len(edits),
@@ -44,7 +44,7 @@ def main() -> None:
             pairs = list(zip(answers, targets, strict=True))
             right = np.array([np.mean([a == b for a, b in zip(x.tokens[:-1], t[:-1], strict=True)]) for x, t in pairs])
             exact = np.array([list(answer.tokens) == target for answer, target in pairs])
-            own_matches = [x.edit == own[e.prompt, e.target] for x, (e, _) in zip(answers, questions, strict=True)]
+            own_matches = [x.edit == ids[e.prompt, e.target] for x, (e, _) in zip(answers, questions, strict=True)]
             result[kind] = {
                 "tokens": round(float(right.mean()), 4),
                 "exact": round(float(exact.mean()), 4),

@@ -18,16 +18,16 @@ TAUS = (0.50, 0.51, 0.52, 0.53, 0.54, 0.55, 0.56)
 def main(store: str, file: str) -> None:
     model = EditedModel.open(store, tau=0.001)  # so that every answer names the nearest edit
     edits = read_edits(file)
-    own = stored_ids(model.retriever.store.edits, edits)
-    rephrases = [(i, text) for i, edit in zip(own, edits, strict=True) for text in edit.rephrases]
+    ids = stored_ids(model.retriever.store.edits, edits)
+    rephrases = [(i, text) for i, edit in zip(ids, edits, strict=True) for text in edit.rephrases]
     unrelated = unrelated_to(edits)
-    wanted = [*own, *(i for i, _ in rephrases)]
+    wanted = [*ids, *(i for i, _ in rephrases)]
     prompts = [*(edit.prompt for edit in edits), *(text for _, text in rephrases), *unrelated]
     print("context   tau   edits  rephrasings  unrelated")
     for context in ("plain", *UNSEEN):
         answers = model.predict(in_context(context, prompts), [model.target_ids("Yes")] * len(prompts))
         right = [a.overlap if a.edit == i else 0.0 for a, i in zip(answers, wanted, strict=False)]
-        groups = right[: len(own)], right[len(own) :], [a.overlap for a in answers[len(wanted) :]]
+        groups = right[: len(ids)], right[len(ids) :], [a.overlap for a in answers[len(wanted) :]]
         for tau in TAUS:
             shares = [sum(overlap >= tau for overlap in group) / len(group) for group in groups]
             print(f"{context:9} {tau:.2f}  {shares[0]:.3f}  {shares[1]:.3f}        {shares[2]:.3f}", flush=True)

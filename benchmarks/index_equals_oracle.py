@@ -74,13 +74,13 @@ def main() -> None:
     ask.add_argument("--lookups", type=int, default=1_000_000)
     ask.add_argument("--rows", type=int, default=5000)
     ask.add_argument("--seed", type=int, default=0)
-    given = ask.parse_args()
+    options = ask.parse_args()
 
-    d, k, masks = real_masks(given.edits, given.rows + OTHERS) if given.edits else (14336, 4096, None)
-    source = MaskSource(d, k, given.seed)
+    d, k, masks = real_masks(options.edits, options.rows + OTHERS) if options.edits else (14336, 4096, None)
+    source = MaskSource(d, k, options.seed)
     if masks is None:
-        masks = source.masks(given.rows + OTHERS)
-    stored, others = masks[: given.rows], masks[given.rows :]
+        masks = source.masks(options.rows + OTHERS)
+    stored, others = masks[: options.rows], masks[options.rows :]
     twice = source.rng.random(len(stored)) < 0.05
     stored[np.flatnonzero(twice)[1:]] = stored[np.flatnonzero(twice)[:-1]]
     oracle = faiss.IndexBinaryFlat(d)
@@ -92,21 +92,21 @@ def main() -> None:
     began, done = time.monotonic(), 0
     matched, differ = np.zeros(len(taus), int), np.zeros(len(taus), int)
     radii = [hamming_radius(tau, k) for tau in taus]
-    while done * len(taus) < given.lookups:
+    while done * len(taus) < options.lookups:
         batch = queries(source, stored, others, k - source.rng.choice(radii, BATCH) // 2)
         distance, row = (result[:, 0] for result in oracle.search(batch, 1))
         true = (k - distance / 2) / k
-        for at, tau in enumerate(taus):
-            hits, match = index.search(batch, tau), distance <= radii[at]
+        for i, tau in enumerate(taus):
+            hits, match = index.search(batch, tau), distance <= radii[i]
             same = (hits.rows == np.where(match, row, -1)) & (hits.ids == np.where(match, row * 3, -1))
             same &= np.where(match, hits.overlaps == true, hits.overlaps <= true)
-            differ[at] += (~same).sum()
-            matched[at] += match.sum()
+            differ[i] += (~same).sum()
+            matched[i] += match.sum()
         done += BATCH
     print(f"d={d}, {len(stored)} masks, {time.monotonic() - began:.0f} s")
-    for at, tau in enumerate(taus):
+    for i, tau in enumerate(taus):
         plan = index.plan(tau).kind
-        print(f"tau={tau} plan={plan}: {done} lookups, {matched[at]} matched, {differ[at]} differ")
+        print(f"tau={tau} plan={plan}: {done} lookups, {matched[i]} matched, {differ[i]} differ")
     raise SystemExit(1 if differ.any() else 0)
 
 

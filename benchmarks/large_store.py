@@ -154,19 +154,19 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where to put the store (default: a temporary folder)")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.measure:
-        print(json.dumps(measure(given.measure)))
+    options = parser.parse_args()
+    if options.measure:
+        print(json.dumps(measure(options.measure)))
         return
-    with tempfile.TemporaryDirectory(dir=given.folder) as scratch:
+    with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
         started = time.perf_counter()
-        make(Path(scratch), given.edits, given.d, given.h)
+        make(Path(scratch), options.edits, options.d, options.h)
         written = round(time.perf_counter() - started, 1)
         done = subprocess.run(
             [sys.executable, __file__, "--measure", scratch], check=True, capture_output=True, text=True
         )
-    figures = {"edits": given.edits, "d": given.d, "write_s": written} | json.loads(done.stdout)
-    if given.json:
+    figures = {"edits": options.edits, "d": options.d, "write_s": written} | json.loads(done.stdout)
+    if options.json:
         print(json.dumps(figures))
         return
     for name, value in figures.items():

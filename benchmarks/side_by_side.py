@@ -36,11 +36,11 @@ def main() -> None:
                 seconds[n].append((time.process_time() - started) / len(stored))
             steps[n] = round(sum(edit.steps for edit in stored) / len(stored), 2)
     ratios = {
-        n: median(a / b for a, b in zip(seconds[options.counts[0]], own, strict=True)) for n, own in seconds.items()
+        n: median(a / b for a, b in zip(seconds[options.counts[0]], times, strict=True)) for n, times in seconds.items()
     }
     result = {
-        n: {"cpu_seconds": round(median(own), 3), "times_faster": round(ratios[n], 2), "steps": steps[n]}
-        for n, own in seconds.items()
+        n: {"cpu_seconds": round(median(times), 3), "times_faster": round(ratios[n], 2), "steps": steps[n]}
+        for n, times in seconds.items()
     }
     print(json.dumps({"edits": len(edits), "turns": options.turns, "side_by_side": result}))
 

@@ -162,14 +162,14 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--layer", choices=list(LAYERS), default="smollm2-135m")
     parser.add_argument("--edits", type=int, default=100)
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    bench = Bench(*LAYERS[given.layer], given.edits, given.device, getattr(torch, given.dtype))
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    bench = Bench(*LAYERS[options.layer], options.edits, options.device, getattr(torch, options.dtype))
     result: dict[str, Any] = {"torch": torch.__version__}
-    if given.device != "cpu":
-        result["device"] = torch.cuda.get_device_name(given.device)
+    if options.device != "cpu":
+        result["device"] = torch.cuda.get_device_name(options.device)
     with torch.inference_mode():
-        for n in given.requests:
+        for n in options.requests:
             timings = {kind: steps(bench, n, kind) for kind in ("nothing", "one edit", "different edits")}
             sums, slots = BlockSums(1000, 16, bench.d, bench.device), torch.arange(n, device=bench.device) * 16 + 3
             x = bench.random(n, bench.d)

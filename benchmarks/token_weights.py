@@ -47,9 +47,9 @@ def main(file: str) -> None:
             edits, like = questions[:EDITS], questions[EDITS:]
             tau = np.ceil((unrelated @ edits.T).max() / k * 100 + 1e-9) / 100
             overlaps = others @ edits.T / k
-            own = overlaps.diagonal() * (overlaps.argmax(1) == np.arange(EDITS))
+            own_overlaps = overlaps.diagonal() * (overlaps.argmax(1) == np.arange(EDITS))
             matched = (like @ edits.T).max(1) / k >= tau
-            scores = f"{(own >= tau).mean():.3f}        {matched.mean():.3f}"
+            scores = f"{(own_overlaps >= tau).mean():.3f}        {matched.mean():.3f}"
             print(f"{'chat' if chat else 'raw':5} {weighted!s:8}  {tau:.2f}  {scores}", flush=True)
 
 

@@ -136,14 +136,14 @@ def query_of(prompt: Sequence[int], extra_args: Mapping[str, Any] | None, rule: 
     return Query(span, options.off, options.nearest)
 
 
-def _parse_span(given: Any, prompt_len: int) -> Span | None:
-    if given is None:
+def _parse_span(option: Any, prompt_len: int) -> Span | None:
+    if option is None:
         return None
-    numbers = _SPAN.fullmatch(given) if isinstance(given, str) else None
+    numbers = _SPAN.fullmatch(option) if isinstance(option, str) else None
     span = Span(int(numbers[1]), int(numbers[2])) if numbers else None
     if span is None or not 0 <= span.start < span.end <= prompt_len:
         raise ConfigError(
-            f'vllm_xargs memoir_span is {given!r}: use "start:end" with 0 <= start < end <= {prompt_len}, '
+            f'vllm_xargs memoir_span is {option!r}: use "start:end" with 0 <= start < end <= {prompt_len}, '
             "the number of prompt tokens"
         )
     return span

@@ -109,8 +109,8 @@ def _calibrate_store(
 
     manifest = opened.manifest
     if edits:
-        own = stored_ids(opened.edits, edits)
-        rephrases = [(i, text) for i, edit in zip(own, edits, strict=True) for text in edit.rephrases]
+        ids = stored_ids(opened.edits, edits)
+        rephrases = [(i, text) for i, edit in zip(ids, edits, strict=True) for text in edit.rephrases]
     else:
         rephrases = [(edit.id, text) for edit in opened.edits for text in edit.rephrases]
     unrelated = unrelated_to(edits)

@@ -93,7 +93,7 @@ def edit(
     edits = source.load(file, "refuse" if on_conflict == "both" else on_conflict)
     edits = require_subjects(edits) if require_subject else edits
     manifest = EditStore.open(store).manifest if (store / MANIFEST).exists() else None
-    chosen = settings.given(training, dtype=model.dtype)
+    chosen = settings.to_settings(training, dtype=model.dtype)
     if manifest:
         Settings.of(manifest).require(chosen, store)  # before the model is loaded, which takes long
     elif model.model_name is None:

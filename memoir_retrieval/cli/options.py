@@ -140,7 +140,7 @@ def model_options(
     *, default: str | None = None, required: bool = False, dtype: str | None = "float32, bfloat16 or float16."
 ) -> Decorator:
     """--model, --device and, unless its help is None, --dtype."""
-    own = "" if default or required else " (default: the store's own)"
+    default_note = "" if default or required else " (default: the store's own)"
     options = [
         click.option(
             "--model",
@@ -149,7 +149,7 @@ def model_options(
             default=default,
             required=required,
             show_default=default is not None,
-            help=f"Folder, embedded model or Hub id{own}.",
+            help=f"Folder, embedded model or Hub id{default_note}.",
         ),
         click.option("--device", default="cpu", show_default=True, help="Where the model runs, such as cuda."),
     ]
@@ -168,9 +168,9 @@ class StoreSettings(NamedTuple):
     span: str | None = None
     seed: int | None = None
 
-    def given(self, training: TrainingOptions, dtype: str | None = None) -> Settings:
+    def to_settings(self, training: TrainingOptions, dtype: str | None = None) -> Settings:
         """These and other options as the library judges them. Raises ConfigError for what cannot be."""
-        return Settings.given(
+        return Settings.from_options(
             layer=self.layer,
             dtype=dtype,
             chat=self.chat,

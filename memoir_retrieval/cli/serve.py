@@ -37,10 +37,10 @@ def server_command(model: str, store: Path, flags: Sequence[str] = ()) -> tuple[
         raise ConfigError(f"--additional-config names the store {named}, --store says {store}: give one")
     section["store"] = str(store.resolve())
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
-    given = {flag.split("=")[0] for flag in flags}
-    if "--served-model-name" not in given:
+    names = {flag.split("=")[0] for flag in flags}
+    if "--served-model-name" not in names:
         command += ["--served-model-name", model]
-    if "--dtype" not in given:
+    if "--dtype" not in names:
         command += ["--dtype", manifest.dtype]  # fingerprints are surest in the dtype that they were made in
     environment = dict(os.environ) | {"VLLM_PLUGINS": _plugins(os.environ.get("VLLM_PLUGINS"))}
     if not _has_gpu():
@@ -48,33 +48,33 @@ def server_command(model: str, store: Path, flags: Sequence[str] = ()) -> tuple[
     return [*command, "--additional-config", json.dumps(additional), *flags], environment
 
 
-def _plugins(given: str | None) -> str:
+def _plugins(plugins: str | None) -> str:
     """What VLLM_PLUGINS must be. Raises ConfigError for a given list without us.
 
     vLLM loads all plugins while it is unset, but those that add routes only where it names them. So it names all that
     would be loaded anyway, and with our own name our routes.
     """
-    if given is not None:
-        if "memoir" not in given.split(","):
-            raise ConfigError(f"VLLM_PLUGINS is {given!r}, so vLLM would load no edits: add memoir to it")
-        return given
+    if plugins is not None:
+        if "memoir" not in plugins.split(","):
+            raise ConfigError(f"VLLM_PLUGINS is {plugins!r}, so vLLM would load no edits: add memoir to it")
+        return plugins
     groups = ("general", "platform", "io_processor", "stat_logger")
     return ",".join(sorted({point.name for group in groups for point in entry_points(group=f"vllm.{group}_plugins")}))
 
 
 def _take_additional_config(flags: list[str]) -> tuple[list[str], dict]:
     """Take the user's own --additional-config out of the flags, to be merged with ours."""
-    for at, flag in enumerate(flags):
+    for i, flag in enumerate(flags):
         name, has_value, value = flag.partition("=")
         if name == "--additional-config":
-            text = value if has_value else (flags[at + 1] if at + 1 < len(flags) else "")
+            text = value if has_value else (flags[i + 1] if i + 1 < len(flags) else "")
             try:
                 config = json.loads(text)
             except ValueError as error:
                 raise ConfigError(f"--additional-config {text!r} is no JSON object: {error}") from None
             if not isinstance(config, dict) or not isinstance(config.get("memoir", {}), dict):
                 raise ConfigError(f"--additional-config {text!r} is no JSON object of objects")
-            return flags[:at] + flags[at + (1 if has_value else 2) :], config
+            return flags[:i] + flags[i + (1 if has_value else 2) :], config
     return flags, {}
 
 

@@ -104,7 +104,7 @@ def build(
             done += len(kept)
     resumed = done
     progress(BuildProgress(done, len(texts), resumed))
-    for shard, masks in compute(todo) if compute else _here(editor, todo):
+    for shard, masks in compute(todo) if compute else _compute_here(editor, todo):
         codes[shard.places] = masks
         publish(_part(editor.path, key, shard), hashlib.sha256(masks.data).digest() + masks.tobytes())
         done += len(masks)
@@ -141,7 +141,7 @@ def shard_codes(base: BaseModel, fingerprint: Fingerprint, rule: SpanRule, shard
     return fingerprint.codes(question_means(base, shard.rows, spans, batch))
 
 
-def _here(editor: Editor, shards: Iterable[Shard]) -> Iterator[tuple[Shard, np.ndarray]]:
+def _compute_here(editor: Editor, shards: Iterable[Shard]) -> Iterator[tuple[Shard, np.ndarray]]:
     fingerprint, rule = editor.store.fingerprint, editor.manifest.span
     for shard in shards:
         yield shard, shard_codes(editor.base, fingerprint, rule, shard, BATCH)

@@ -70,7 +70,7 @@ class Editor:
         """
         self.base = base
         self.path = Path(store)
-        self._settings = Settings.given(
+        self._settings = Settings.from_options(
             layer=base.layer, dtype=base.dtype, chat=chat, rule=rule, k=k, tau=tau, seed=seed, training=training
         )
         if not (self.path / MANIFEST).exists():

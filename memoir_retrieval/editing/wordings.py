@@ -70,8 +70,8 @@ class Wordings:
             raise EditFileError(f"prompt {edit.prompt!r} has no tokens to pool: give a longer prompt")
         if not target:
             raise EditFileError(f"target {edit.target!r} of prompt {edit.prompt!r} has no tokens: give a longer target")
-        given = max([self._past.width + len(prompt), *map(len, self._in_contexts(edit.prompt))])
-        longest = given + len(target) + 1
+        prompt_length = max([self._past.width + len(prompt), *map(len, self._in_contexts(edit.prompt))])
+        longest = prompt_length + len(target) + 1
         if longest > self.base.max_length:
             raise EditFileError(
                 f"prompt {edit.prompt[:60]!r} and its target need {longest} tokens, {self.base.name} takes "
@@ -122,7 +122,7 @@ class Wordings:
             if variant % 2 and question.pooled.acts == "last" and replaceable[-1] and len(words) > 1:
                 noisy.pop()
             acts = question.pooled.acts_from + min(0, len(noisy) - len(words))
-            variants.append(Wording(self._own(edit), [*noisy, *question.ids[question.pooled.end :]], acts))
+            variants.append(Wording(self._context_of(edit), [*noisy, *question.ids[question.pooled.end :]], acts))
         return variants
 
     def _required(self, edit: Edit | StoredEdit, ids: list[int]) -> np.ndarray:
@@ -137,7 +137,7 @@ class Wordings:
                 required[np.searchsorted(ends, start, "right") : stop] = True
         return required
 
-    def _own(self, edit: Edit | StoredEdit) -> int:
+    def _context_of(self, edit: Edit | StoredEdit) -> int:
         """Which context an edit has before it: the bare one, or the chat's own, which is put behind the others."""
         return len(self._past.lengths) if edit.before else 0
 
@@ -149,7 +149,7 @@ class Wordings:
         quick: AbstractContextManager[None],
     ) -> tuple[Frozen, np.ndarray]:
         cuts = [self._cut(as_prompt(edit, text)) for text in (edit.prompt, *edit.rephrases[:rephrases])]
-        contexts = [self._own(edit)] * len(cuts)
+        contexts = [self._context_of(edit)] * len(cuts)
         after = range(1, 1 + self.training.context_masks)
         cuts[1:1], contexts[1:1] = cuts[:1] * len(after), after
         rows = [Wording(c, cut.ids, cut.pooled.acts_from) for c, cut in zip(contexts, cuts, strict=True)]

@@ -165,8 +165,8 @@ def _methods(
         note(f"d={d} n={n}: no matmuls, they take {n * d >> 20} MiB or more, {memory >> 20} may be used")
         return
     ones = torch.empty((n, d), dtype=torch.int8)
-    for at in range(0, n, 4096):
-        ones[at : at + 4096] = bits(stored[at : at + 4096])
+    for start in range(0, n, 4096):
+        ones[start : start + 4096] = bits(stored[start : start + 4096])
     yield "int8 matmul", lambda codes: best(torch._int_mm(bits(codes), ones.T))
     if 5 * n * d > memory:
         note(f"d={d} n={n}: no float32 matmuls, they take {5 * n * d >> 20} MiB, {memory >> 20} may be used")
@@ -243,7 +243,7 @@ def _writes(index: HammingIndex, source: MaskSource, clock: Callable[[], float])
     yield IndexTiming(index.d, n, 1, "remove one", median(removing))
 
 
-def _milliseconds(clock: Callable[[], float], act: Callable[..., T], *given: object) -> tuple[float, T]:
+def _milliseconds(clock: Callable[[], float], act: Callable[..., T], *arguments: object) -> tuple[float, T]:
     start = clock()
-    result = act(*given)
+    result = act(*arguments)
     return 1000 * (clock() - start), result

@@ -112,11 +112,11 @@ def measure(
     partly: edits that are not stored, since training refused them, are asked all the same and count as not found.
     """
     started = time.monotonic()
-    own = stored_ids(stored, edits, partly)
+    ids = stored_ids(stored, edits, partly)
     first = "plain" if context == "all" else context
-    scores, per_edit = _in_context(model, own, edits, tau, first, controls, spare_tokens)
-    probes = [(i, probe) for i, edit in zip(own, edits, strict=True) for probe in edit.portability]
-    ood = [(i, text) for i, edit in zip(own, edits, strict=True) for text in edit.ood]
+    scores, per_edit = _in_context(model, ids, edits, tau, first, controls, spare_tokens)
+    probes = [(i, probe) for i, edit in zip(ids, edits, strict=True) for probe in edit.portability]
+    ood = [(i, text) for i, edit in zip(ids, edits, strict=True) for text in edit.ood]
     report = Report(
         **{name: getattr(scores, name) for name in scores.__struct_fields__},
         portability=_portability(model, [probe for _, probe in probes], first),
@@ -124,7 +124,7 @@ def measure(
         text=_text(model, texts),
     )
     if context == "all":
-        others = {name: _in_context(model, own, edits, tau, name, controls, spare_tokens)[0] for name in UNSEEN}
+        others = {name: _in_context(model, ids, edits, tau, name, controls, spare_tokens)[0] for name in UNSEEN}
         report = msgspec.structs.replace(report, contexts=others, context="all")
     return msgspec.structs.replace(report, seconds=round(time.monotonic() - started, 2)), per_edit
 
@@ -134,17 +134,17 @@ def asked_back(model: AskableModel, stored: Sequence[StoredEdit], edits: Sequenc
 
     Edits that are not stored count as not found.
     """
-    own = stored_ids(stored, edits, partly=True)
+    ids = stored_ids(stored, edits, partly=True)
     targets = [model.target_ids(edit.target) for edit in edits]
     answers = model.predict([model.prompt_ids(as_prompt(edit)) for edit in edits], targets)
     accuracy = [_same_share(a.tokens, t) for a, t in zip(answers, targets, strict=True)]
-    return _mean(accuracy) or 0.0, _mean([a.edit == i for a, i in zip(answers, own, strict=True)]) or 0.0
+    return _mean(accuracy) or 0.0, _mean([a.edit == i for a, i in zip(answers, ids, strict=True)]) or 0.0
 
 
 def stored_ids(stored: Sequence[StoredEdit], edits: Sequence[Edit], partly: bool = False) -> list[int]:
     """The id under which each edit of a file is stored. Raises ConfigError where one is not, or `partly` gives -1."""
-    own = {(edit.prompt, edit.target): edit.id for edit in stored}
-    missing = [edit.prompt for edit in edits if (edit.prompt, edit.target) not in own]
+    ids = {(edit.prompt, edit.target): edit.id for edit in stored}
+    missing = [edit.prompt for edit in edits if (edit.prompt, edit.target) not in ids]
     if not edits:
         raise ConfigError("the file has no edits: measure a store with the file it was made from")
     if missing and not partly:
@@ -153,12 +153,12 @@ def stored_ids(stored: Sequence[StoredEdit], edits: Sequence[Edit], partly: bool
             cure="measure a store with the file it was made from, or with fewer of its edits",
             reason=Reason.MANY,
         )
-    return [own.get((edit.prompt, edit.target), -1) for edit in edits]
+    return [ids.get((edit.prompt, edit.target), -1) for edit in edits]
 
 
 def _in_context(
     model: AskableModel,
-    own: Sequence[int],
+    ids: Sequence[int],
     edits: Sequence[Edit],
     tau: float,
     context: str,
@@ -166,31 +166,31 @@ def _in_context(
     spare_tokens: int,
 ) -> tuple[Scores, list[EditScores]]:
     started = time.monotonic()
-    rephrases = [(at, text) for at, edit in enumerate(edits) for text in edit.rephrases]
-    questions = [*(as_prompt(edit) for edit in edits), *(as_prompt(edits[at], text) for at, text in rephrases)]
-    of = [*range(len(edits)), *(at for at, _ in rephrases)]
+    rephrases = [(i, text) for i, edit in enumerate(edits) for text in edit.rephrases]
+    questions = [*(as_prompt(edit) for edit in edits), *(as_prompt(edits[i], text) for i, text in rephrases)]
+    of = [*range(len(edits)), *(i for i, _ in rephrases)]
     prompts = [model.prompt_ids(prompt) for prompt in in_context(context, questions)]
-    targets = [model.target_ids(edits[at].target) for at in of]
+    targets = [model.target_ids(edits[i].target) for i in of]
     answers = model.predict(prompts, targets)
     accuracy = [_same_share(a.tokens, t) for a, t in zip(answers, targets, strict=True)]
-    own_matches = [a.edit == own[at] for a, at in zip(answers, of, strict=True)]
-    exact = _exact(model, prompts, targets, [edits[at].target for at in of], spare_tokens)
+    own_matches = [a.edit == ids[i] for a, i in zip(answers, of, strict=True)]
+    exact = _exact(model, prompts, targets, [edits[i].target for i in of], spare_tokens)
 
     n = len(edits)
     grouped: list[list[int]] = [[] for _ in edits]  # which questions are rephrasings of each edit
-    for question, at in enumerate(of[n:], n):
-        grouped[at].append(question)
+    for question, i in enumerate(of[n:], n):
+        grouped[i].append(question)
     per_edit = [
         EditScores(
-            id=own[at],
-            found=own_matches[at],
-            reliability=round(accuracy[at], 5),
-            generality=_mean([accuracy[q] for q in grouped[at]]),
-            exact=exact[at],
-            rephrases=_mean([exact[q] for q in grouped[at]]),
-            perplexity=_perplexity(answers[at].logprobs),
+            id=ids[i],
+            found=own_matches[i],
+            reliability=round(accuracy[i], 5),
+            generality=_mean([accuracy[q] for q in grouped[i]]),
+            exact=exact[i],
+            rephrases=_mean([exact[q] for q in grouped[i]]),
+            perplexity=_perplexity(answers[i].logprobs),
         )
-        for at in range(n)
+        for i in range(n)
     ]
     reliability, generality = _mean(accuracy[:n]), _mean(accuracy[n:])
     away = [p for e in edits for p in e.locality], [p for e in edits for p in e.neighbourhood]

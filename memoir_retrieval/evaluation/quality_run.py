@@ -136,8 +136,8 @@ def run_quality(
         texts=texts,
         partly=True,
     )
-    own = stored_ids(stored, edits, partly=True)
-    pairs = zip(own[::every], probed, strict=True)
+    ids = stored_ids(stored, edits, partly=True)
+    pairs = zip(ids[::every], probed, strict=True)
     rephrases = [(i, text) for i, edit in pairs if i >= 0 for text in edit.rephrases]
     manifest = model.retriever.store.manifest
     run = Run(
@@ -148,7 +148,7 @@ def run_quality(
         model=manifest.model,
         settings={"module": manifest.module} | msgspec.to_builtins(Settings.of(manifest)),
         edits=len(edits),
-        stored=sum(i >= 0 for i in own),
+        stored=sum(i >= 0 for i in ids),
         every=every,
         seconds=passed.seconds,
         edit_seconds=round(statistics.median(passed.seconds.values()), 4) if passed.seconds else None,

@@ -71,8 +71,8 @@ class FrozenPast:
         n = int(lengths.max())
         if self.cache is None or n == 0:
             return FrozenPast(None, lengths)
-        at, skip = list(rows), self.width - n
-        kept = [_FrozenLayer(x.keys[at, :, skip:], x.values[at, :, skip:]) for x in self.cache.layers]
+        order, skip = list(rows), self.width - n
+        kept = [_FrozenLayer(x.keys[order, :, skip:], x.values[order, :, skip:]) for x in self.cache.layers]
         return FrozenPast(Cache(layers=kept), lengths)
 
     def repeated(self, n: int) -> FrozenPast:
@@ -113,12 +113,12 @@ class FrozenPast:
         """Model inputs that continue every context with ids: int64 [B, T]."""
         b, t = ids.shape
         steps = torch.arange(t, device=ids.device)
-        given = {"input_ids": ids, "position_ids": self.lengths[:, None] + steps, "use_cache": False}
+        inputs = {"input_ids": ids, "position_ids": self.lengths[:, None] + steps, "use_cache": False}
         if self.cache is None:
-            return given
+            return inputs
         seen = torch.arange(self.width, device=ids.device) >= self.width - self.lengths[:, None]
         mask = torch.cat([seen, seen.new_ones(b, t)], dim=1).long()
-        return given | {"attention_mask": mask, "past_key_values": self.cache}
+        return inputs | {"attention_mask": mask, "past_key_values": self.cache}
 
 
 class Before(NamedTuple):
@@ -427,19 +427,19 @@ def layer_means(
     seen: dict[int, torch.Tensor] = {}
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     with ExitStack() as hooks:
-        for at, base in enumerate(bases):
+        for number, base in enumerate(bases):
 
-            def keep(_module: Any, args: tuple[Any, ...], at: int = at) -> None:
-                seen[at] = args[0]
+            def keep(_module: Any, args: tuple[Any, ...], number: int = number) -> None:
+                seen[number] = args[0]
 
             hooks.callback(base.projection.register_forward_pre_hook(keep).remove)
         for first in range(0, len(order), batch_size):
             batch = order[first : first + batch_size]
             ids, _ = right_pad([prompts[i] for i in batch], deepest.device)
             frozen_run(deepest, {"input_ids": ids, "use_cache": False})
-            for at, activations in seen.items():
+            for number, activations in seen.items():
                 for row, i in enumerate(batch):
-                    out[at][i] = span_mean(activations[row], spans[i])
+                    out[number][i] = span_mean(activations[row], spans[i])
     return out
 
 

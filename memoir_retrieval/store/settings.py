@@ -115,7 +115,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     training: dict[str, float | int | str] = msgspec.field(default_factory=dict)
 
     @classmethod
-    def given(cls, *, training: Training | Mapping[str, Any] | None = None, **options: Any) -> Settings:
+    def from_options(cls, *, training: Training | Mapping[str, Any] | None = None, **options: Any) -> Settings:
         """The settings of a caller, of which each may be None.
 
         training: all of it, or some fields by name.

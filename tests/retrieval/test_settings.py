@@ -71,16 +71,16 @@ def test_a_store_is_not_gone_on_with_in_another_dtype(tiny: Path, store: Path) -
 def test_settings_of_a_store_are_those_that_a_new_one_is_given(base: BaseModel, store: Path) -> None:
     manifest = EditStore.open(store).manifest
     settings = Settings.of(manifest)
-    assert settings == Settings.given(training={"max_steps": 0, "variants": 0}).resolved(base)
+    assert settings == Settings.from_options(training={"max_steps": 0, "variants": 0}).resolved(base)
     assert None not in msgspec.structs.asdict(settings).values()
     assert settings.contradiction(Settings()) is None and settings.contradiction(settings) is None
     assert training_of(manifest) == Training(max_steps=0, variants=0)
 
 
 def test_context_masks_are_as_many_as_a_store_can_have(base: BaseModel) -> None:
-    raw = Settings.given(chat=False).resolved(base)
+    raw = Settings.from_options(chat=False).resolved(base)
     assert raw.training["context_masks"] == 0
-    assert raw.contradiction(Settings.given(training=Training())) is None
+    assert raw.contradiction(Settings.from_options(training=Training())) is None
 
 
 def test_an_editor_that_is_not_open_says_so(base: BaseModel, tmp_path: Path, store: Path) -> None:

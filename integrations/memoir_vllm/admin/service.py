@@ -203,13 +203,13 @@ class Service:
 
     # ---- changing --------------------------------------------------------------------------------------------------
 
-    async def add(self, who: str, given: AddEdit) -> Job | StoredEdit:
+    async def add(self, who: str, body: AddEdit) -> Job | StoredEdit:
         """Queue an edit; one that the store has already is returned as it is.
 
         Raises Refused for an edit that could never act; Conflict for a prompt that the store, or a change that waits,
-        answers otherwise; QueueFull.
+        answers differently; QueueFull.
         """
-        change = given.model_dump(exclude={"on_conflict"})
+        change = body.model_dump(exclude={"on_conflict"})
         edit, key, stored = await asyncio.to_thread(self._check, change)
         # From here to its place in the queue nothing else runs, so of several at once the first one has it.
         for job in self.jobs.open():
@@ -217,10 +217,10 @@ class Service:
                 raise Conflict(f"job {job.id} is about the same prompt: wait until it is done")
         if stored is not None and same_edit(stored, edit):
             return stored
-        if stored is not None and given.on_conflict == "refuse":
+        if stored is not None and body.on_conflict == "refuse":
             raise Conflict(f"{contradiction(stored, edit)}: {CURE}")
-        request = {"add": change, "on_conflict": given.on_conflict}
-        about = {"kind": "add", "prompt": given.prompt, "prompt_key": key, "target": given.target}
+        request = {"add": change, "on_conflict": body.on_conflict}
+        about = {"kind": "add", "prompt": body.prompt, "prompt_key": key, "target": body.target}
         return await self.jobs.submit(who, request, **about)
 
     async def remove(self, who: str, edit_id: int) -> Job:

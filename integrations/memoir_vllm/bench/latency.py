@@ -186,7 +186,7 @@ def _requests(
 
 def _row(what: str, kind: str, edits: int, concurrent: int, seconds: Sequence[float]) -> Percentiles:
     cuts = statistics.quantiles(seconds, n=100, method="inclusive")
-    p50, p95, p99 = (round(1e3 * cuts[at - 1], 4) for at in (50, 95, 99))
+    p50, p95, p99 = (round(1e3 * cuts[percentile - 1], 4) for percentile in (50, 95, 99))
     return Percentiles(
         what=what, kind=kind, edits=edits, concurrent=concurrent, p50=p50, p95=p95, p99=p99, samples=len(seconds)
     )

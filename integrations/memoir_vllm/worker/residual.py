@@ -326,8 +326,8 @@ class ResidualLayer:
         masks = [route.mask[self._shard] for route in routes if route.mask is not None]
         if not masks:
             return [None] * len(routes)
-        there = iter(torch.from_numpy(np.stack(masks)).to(self._device, non_blocking=True).to(self._dtype))
-        return [None if route.mask is None else next(there) for route in routes]
+        tensors = iter(torch.from_numpy(np.stack(masks)).to(self._device, non_blocking=True).to(self._dtype))
+        return [None if route.mask is None else next(tensors) for route in routes]
 
     def _decide(self, request_id: str, route: Route, mask: torch.Tensor | None) -> None:
         """mask: that of a match, on the device."""
@@ -351,12 +351,12 @@ class ResidualLayer:
             last, acting, batches = self._last
             if step.ids == last.ids and np.array_equal(step.edges, last.edges) and acting.all_rows(step):
                 return batches
-        at = [i for i, request_id in enumerate(step.ids) if request_id in self._edited]
-        if not at:
+        rows = [i for i, request_id in enumerate(step.ids) if request_id in self._edited]
+        if not rows:
             return []
         starts, masks, numbers = [], [], []
         memories: dict[tuple[int, int], tuple[int, ResidualProduct]] = {}
-        for i in at:
+        for i in rows:
             request = self._edited[step.ids[i]]
             assert request.route is not None and request.of is not None and request.mask is not None
             key = (request.of.router.generation, request.route.memory)
@@ -364,7 +364,7 @@ class ResidualLayer:
             starts.append(request.span.acts_from)
             masks.append(request.mask)
             numbers.append(number)
-        acting = Acting(np.array(at), np.array(starts), np.array(numbers), masks, [m for _, m in memories.values()])
+        acting = Acting(np.array(rows), np.array(starts), np.array(numbers), masks, [m for _, m in memories.values()])
         batches = acting_rows(step, acting)
         self._last = (step, acting, batches) if acting.all_rows(step) else None
         return batches

@@ -15,10 +15,10 @@ from memoir_retrieval.question.prompts import Prompt, prompt_ids
 from memoir_retrieval.store.read import EditStore
 
 
-def _counts(_context: click.Context, _option: click.Parameter, given: str) -> list[int]:
-    counts = [int(number) for number in given.split(",") if number.strip().isdigit()]
-    if not counts or len(counts) != len(given.split(",")) or min(counts) < 1:
-        raise click.BadParameter(f"{given!r} is no list of counts: write for example 100,10000")
+def _counts(_context: click.Context, _option: click.Parameter, text: str) -> list[int]:
+    counts = [int(number) for number in text.split(",") if number.strip().isdigit()]
+    if not counts or len(counts) != len(text.split(",")) or min(counts) < 1:
+        raise click.BadParameter(f"{text!r} is no list of counts: write for example 100,10000")
     return counts
 
 

@@ -101,7 +101,7 @@ def bench_quality(
     from memoir_retrieval.evaluation.quality_run import run_quality
     from memoir_retrieval.evaluation.report import run_page
 
-    chosen = settings.given(training)  # refused before the model is loaded
+    chosen = settings.to_settings(training)  # refused before the model is loaded
     base = model.load(layer=settings.layer)
     editor = Editor(base, out / "store", **settings.for_editor(chat=False), training=chosen.training)
     out.mkdir(parents=True, exist_ok=True)

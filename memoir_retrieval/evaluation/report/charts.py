@@ -125,33 +125,33 @@ def bars(rows: Mapping[str, Sequence[float | None]], names: Sequence[str]) -> st
         return left + (WIDTH - left - RIGHT - 34) * value
 
     body: list[str] = []
-    for at, name in enumerate(names):
-        body.append(f'<rect class="c{at + 1}" x="{left + 110 * at}" y="4" width="10" height="10"/>')
-        body.append(_text(left + 110 * at + 15, 13, name, "start"))
+    for i, name in enumerate(names):
+        body.append(f'<rect class="c{i + 1}" x="{left + 110 * i}" y="4" width="10" height="10"/>')
+        body.append(_text(left + 110 * i + 15, 13, name, "start"))
     for tick in _ticks(0.0, 1.0):
         body.append(f'<line class="grid" x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="{top}" y2="{bottom}"/>')
         body.append(_text(x(tick), bottom + 14, f"{tick:g}", "middle"))
     for row, (name, values) in enumerate(rows.items()):
         y = top + row * step + 4
         body.append(_text(left - 8, y + height * len(names) / 2 + 4, name, "end"))
-        for at, value in enumerate(values):
+        for i, value in enumerate(values):
             if value is None:
                 continue
             body.append(
-                f'<rect class="c{at + 1}" x="{left}" y="{y + at * height}" width="{max(1.0, x(value) - left):.1f}" '
-                f'height="{height - 2}"><title>{escape(name)}, {escape(names[at])}: {value:.3f}</title></rect>'
+                f'<rect class="c{i + 1}" x="{left}" y="{y + i * height}" width="{max(1.0, x(value) - left):.1f}" '
+                f'height="{height - 2}"><title>{escape(name)}, {escape(names[i])}: {value:.3f}</title></rect>'
             )
-            body.append(_text(max(x(value), left + 1) + 4, y + at * height + 9, f"{value:.2f}", "start"))
+            body.append(_text(max(x(value), left + 1) + 4, y + i * height + 9, f"{value:.2f}", "start"))
     return _svg(bottom + 20, body, "Shares of " + ", ".join(names))
 
 
-def _marks(marks: Mapping[str, float], x: Callable[[float], float], top: float, bottom: float, at: float) -> list[str]:
-    """Vertical lines and their names at height `at`: that of the leftmost of several on its left, else on the right."""
+def _marks(marks: Mapping[str, float], x: Callable[[float], float], top: float, bottom: float, y: float) -> list[str]:
+    """Vertical lines and their names at height `y`: that of the leftmost of several on its left, else on the right."""
     drawn: list[str] = []
     for name, value in marks.items():
         left = len(marks) > 1 and value == min(marks.values())
         drawn.append(f'<line class="mark" x1="{x(value):.1f}" x2="{x(value):.1f}" y1="{top:g}" y2="{bottom:g}"/>')
-        drawn.append(_text(x(value) + (-5 if left else 5), at, f"{name} {value:g}", "end" if left else "start"))
+        drawn.append(_text(x(value) + (-5 if left else 5), y, f"{name} {value:g}", "end" if left else "start"))
     return drawn
 
 
