@@ -29,7 +29,7 @@ def top_mask(values: torch.Tensor, k: int) -> torch.Tensor:
     """
     if values.device.type == "cpu":
         rows = values.detach().float().numpy()
-        masks = [_top_of_rows(rows[at : at + _ROWS], k) for at in range(0, len(rows), _ROWS)]
+        masks = [_top_of_rows(rows[start : start + _ROWS], k) for start in range(0, len(rows), _ROWS)]
         return torch.from_numpy(np.concatenate(masks)) if masks else torch.zeros(values.shape, dtype=torch.bool)
     if bool(torch.isnan(values).any()):
         raise ConfigError(_NAN)
@@ -59,19 +59,19 @@ def _kth_largest(values: np.ndarray, k: int) -> np.ndarray:
     n, d = values.shape
     sample = np.sort(values[:, :: -(-d // _SAMPLE)], axis=1)
     size = sample.shape[1]
-    at = (d - k) * size // d
-    above = values > sample[:, at, None]
+    guess = (d - k) * size // d
+    above = values > sample[:, guess, None]
     beyond = _counts(above)
     off = (beyond - k) * (size / d)  # in entries of the sample; two standard deviations are added
-    there = (at + off + np.copysign(2 * np.sqrt(np.abs(off)) + 2, off)).astype(np.int64)
-    end = sample[np.arange(n), np.minimum(np.maximum(there, 0), size - 1)]
+    bound = (guess + off + np.copysign(2 * np.sqrt(np.abs(off)) + 2, off)).astype(np.int64)
+    end = sample[np.arange(n), np.minimum(np.maximum(bound, 0), size - 1)]
     past_end = values > end[:, None]
     beyond_end = _counts(past_end)
-    found = values.reshape(-1)[np.flatnonzero(above ^ past_end)]
+    between = values.reshape(-1)[np.flatnonzero(above ^ past_end)]
     least = np.empty(n, np.float32)
     start = 0
-    for row, (one, other) in enumerate(zip(beyond.tolist(), beyond_end.tolist(), strict=True)):
-        bracket, rank = found[start : start + abs(one - other)], k - min(one, other)
+    for row, (above_guess, above_bound) in enumerate(zip(beyond.tolist(), beyond_end.tolist(), strict=True)):
+        bracket, rank = between[start : start + abs(above_guess - above_bound)], k - min(above_guess, above_bound)
         start += len(bracket)
         if not 0 < rank <= len(bracket):
             bracket, rank = values[row], k
@@ -106,7 +106,7 @@ class Fingerprint:
         self._background = torch.as_tensor(background, dtype=torch.float32, device=device)
         # bit perm[i] of a mask stands for position i, so bit j stands for position argsort(perm)[j]
         self._position = np.argsort(np.asarray(perm))
-        self._there = [torch.from_numpy(array).to(device) for array in (self._position, _BITS[:, 0])]
+        self._on_device = [torch.from_numpy(array).to(device) for array in (self._position, _BITS[:, 0])]
 
     def codes(self, means: torch.Tensor) -> np.ndarray:
         """means: float32 [N, D] on the device of this object. Returns uint8 [N, D/8], little bit order."""
@@ -115,15 +115,15 @@ class Fingerprint:
         rows, background = means.detach().float().numpy(), self._background.numpy()
         out = np.empty((len(rows), self.d // 8), np.uint8)
         room = np.empty((min(_ROWS, len(rows)), self.d), np.float32)
-        for at in range(0, len(rows), _ROWS):
-            part = rows[at : at + _ROWS]
+        for start in range(0, len(rows), _ROWS):
+            part = rows[start : start + _ROWS]
             values = np.subtract(part, background, out=room[: len(part)])
-            out[at : at + _ROWS] = self._packed(_top_of_rows(np.abs(values, out=values), self.k))
+            out[start : start + _ROWS] = self._packed(_top_of_rows(np.abs(values, out=values), self.k))
         return out
 
     def _codes_there(self, means: torch.Tensor) -> np.ndarray:
         """Codes made on the device, which is waited for once: for what a mask has packed, an eighth of its bytes."""
-        position, bits = self._there
+        position, bits = self._on_device
         masks = _top_of_tensor((means - self._background).abs(), self.k).index_select(1, position)
         packed = (masks.view(len(means), -1, 8) * bits).sum(dim=2, dtype=torch.uint8).cpu().numpy()
         if not packed.any(axis=1).all():  # nothing is above NaN or equal to it, so such a row has no ones
@@ -133,11 +133,11 @@ class Fingerprint:
     def _packed(self, masks: np.ndarray) -> np.ndarray:
         """Permute and pack bool [N, D]: uint8 [N, D/8]."""
         out = np.empty((len(masks), self.d // 8), np.uint8)
-        for at in range(0, len(masks), 8):
+        for start in range(0, len(masks), 8):
             # Bit r of each byte is row r's, so that the permutation, the slowest step, is done once for eight rows.
-            rows, shared = masks[at : at + 8], np.zeros(self.d, np.uint8)
+            rows, shared = masks[start : start + 8], np.zeros(self.d, np.uint8)
             for mask in rows[::-1]:
                 shared += shared
                 shared += mask.view(np.uint8)
-            out[at : at + 8] = np.packbits(shared[self._position] & _BITS[: len(rows)], axis=1, bitorder="little")
+            out[start : start + 8] = np.packbits(shared[self._position] & _BITS[: len(rows)], axis=1, bitorder="little")
         return out

@@ -76,15 +76,15 @@ def find_span(ids: Sequence[int], rule: SpanRule) -> Span:
     if rule.rule == "all":
         return Span(0, n, rule.weighted, rule.acts)
     tokens = np.asarray(ids, dtype=np.int32)
-    found = max((_find_last(tokens, marker) for marker in rule.starts), default=-1)
-    if found < 0:
+    marker_end = max((_find_last(tokens, marker) for marker in rule.starts), default=-1)
+    if marker_end < 0:
         if isinstance(rule, ChatSpanRule) and rule.starts:
             return Span(n, n, rule.weighted, rule.acts)
         start = 0
         while start < n and ids[start] in rule.leading:
             start += 1
         return Span(start, n, rule.weighted, rule.acts)
-    start = found
+    start = marker_end
     if start < n and ids[start] in rule.newlines:
         start += 1
     end = _find_first(tokens, rule.end, start) if rule.end else -1
@@ -104,14 +104,14 @@ def _matches(tokens: np.ndarray, marker: Sequence[int]) -> np.ndarray:
 
 def _find_last(tokens: np.ndarray, marker: Sequence[int]) -> int:
     """The position right after the last occurrence, or -1."""
-    at = _matches(tokens, marker)
-    return int(at[-1]) + len(marker) if len(at) else -1
+    positions = _matches(tokens, marker)
+    return int(positions[-1]) + len(marker) if len(positions) else -1
 
 
 def _find_first(tokens: np.ndarray, marker: Sequence[int], start: int) -> int:
     """The position of the first occurrence at or after `start`, or -1."""
-    at = _matches(tokens[start:], marker)
-    return int(at[0]) + start if len(at) else -1
+    positions = _matches(tokens[start:], marker)
+    return int(positions[0]) + start if len(positions) else -1
 
 
 def derive_span_rule(tokenizer: Any, rule: Literal["question", "all"] = "question") -> SpanRule:
