@@ -65,17 +65,17 @@ class EditLookup:
         if not self._phrases:
             return hits
         ids, overlaps, rows = hits.ids, hits.overlaps, hits.rows
-        there = rows >= 0
-        rows[there] = self._free_rows[rows[there]]
+        matches = rows >= 0
+        rows[matches] = self._free_rows[rows[matches]]
         k, radius = self.index.k, hamming_radius(tau, self.index.k)
-        for at, question in enumerate(questions):
-            row, bits = self._nearest_tied(codes[at], self._phrases.found_in(self._decode(question)))
+        for q, question in enumerate(questions):
+            row, bits = self._nearest_tied(codes[q], self._phrases.found_in(self._decode(question)))
             overlap = bits / k
-            if row < 0 or overlap < overlaps[at] or (overlap == overlaps[at] and 0 <= rows[at] < row):
+            if row < 0 or overlap < overlaps[q] or (overlap == overlaps[q] and 0 <= rows[q] < row):
                 continue
-            overlaps[at] = overlap
+            overlaps[q] = overlap
             if 2 * (k - bits) <= radius:
-                ids[at], rows[at] = self.index.ids[row], row
+                ids[q], rows[q] = self.index.ids[row], row
         return Hits(ids, overlaps, rows)
 
     def _nearest_tied(self, code: NDArray[np.uint8], edits: set[int]) -> tuple[int, int]:
@@ -91,7 +91,7 @@ class EditLookup:
         for start in range(0, len(rows), _MOST):
             part = rows[start : start + _MOST]
             bits = popcount(self.index.take(part) & code)
-            at = int(bits.argmax())
-            if best < 0 or bits[at] > most:
-                best, most = int(part[at]), int(bits[at])
+            nearest = int(bits.argmax())
+            if best < 0 or bits[nearest] > most:
+                best, most = int(part[nearest]), int(bits[nearest])
         return best, most

@@ -128,10 +128,10 @@ class EditedModel:
         answers: dict[int, Answer] = {}
         for batch in _by_length([len(row) - past.width for row in rows], batch_size, tokens=4096):
             hoped = [wanted[i] for i in batch] if wanted is not None else None
-            found = self._generate(
+            batch_answers = self._generate(
                 [rows[i] for i in batch], [spans[i] for i in batch], past, max_new_tokens, edited, hoped
             )
-            answers.update(zip(batch, found, strict=True))
+            answers.update(zip(batch, batch_answers, strict=True))
         return [answers[i] for i in range(len(rows))]
 
     def predict(
@@ -199,30 +199,30 @@ class EditedModel:
         rows = [given_ids(p, self.prompt_ids) for p in prompts]
         spans = [find_span(row, self.retriever.store.manifest.span) for row in rows]
         if targets is None:
-            asked = [range(span.start + 1, span.end) for span in spans]
+            places = [range(span.start + 1, span.end) for span in spans]
         else:
-            asked = [range(len(row), len(row) + len(target)) for row, target in zip(rows, targets, strict=True)]
+            places = [range(len(row), len(row) + len(target)) for row, target in zip(rows, targets, strict=True)]
             rows = [[*row, *target] for row, target in zip(rows, targets, strict=True)]
         past = self._common_past(rows, spans)
         answers: list[dict[int, Answer]] = [{} for _ in edited]
         for batch in _by_length([len(row) - past.width for row in rows], 64, tokens=2048):
             ids, _ = right_pad([rows[i][past.width :] for i in batch], self.base.device)
-            first = min([asked[i].start - 1 for i in batch if len(asked[i])], default=past.width)
+            first = min([places[i].start - 1 for i in batch if len(places[i])], default=past.width)
             kept = torch.arange(first - past.width, ids.shape[1], device=self.base.device)
-            given = past.repeated(len(batch)).inputs(ids)
+            inputs = past.repeated(len(batch)).inputs(ids)
             with ExitStack() as below:
                 if len(edited) > 1:
-                    below.enter_context(run_from_block(self.base, frozen_run(self.base, given)[0]))
-                for on, found in zip(edited, answers, strict=True):
+                    below.enter_context(run_from_block(self.base, frozen_run(self.base, inputs)[0]))
+                for on, by_row in zip(edited, answers, strict=True):
                     states = [_BatchRow(spans[i], -past.width, _question(rows[i], spans[i])) for i in batch]
                     with self._edits_on(states, on):  # no logits are needed before the first of those asked for
-                        logits = self.base.model(**given, logits_to_keep=kept).logits
+                        logits = self.base.model(**inputs, logits_to_keep=kept).logits
                     for r, i in enumerate(batch):
-                        expected = logits[r, asked[i].start - 1 - first :][: len(asked[i])].float()
-                        tokens = torch.tensor(rows[i][asked[i].start : asked[i].stop], device=self.base.device)
+                        expected = logits[r, places[i].start - 1 - first :][: len(places[i])].float()
+                        tokens = torch.tensor(rows[i][places[i].start : places[i].stop], device=self.base.device)
                         logprobs = functional.log_softmax(expected, dim=-1).gather(1, tokens.long()[:, None])[:, 0]
-                        found[i] = self._answer(expected.argmax(-1).tolist(), states[r], tuple(logprobs.tolist()))
-        return [[found[i] for i in range(len(rows))] for found in answers]
+                        by_row[i] = self._answer(expected.argmax(-1).tolist(), states[r], tuple(logprobs.tolist()))
+        return [[by_row[i] for i in range(len(rows))] for by_row in answers]
 
     def _common_past(self, rows: Sequence[list[int]], spans: Sequence[Span]) -> FrozenPast:
         """What all rows have in common before their questions, such as a system prompt: run once for all of them."""
@@ -305,17 +305,17 @@ class EditedModel:
             handle.remove()
 
     def _route(self, rows: list[_BatchRow], activations: torch.Tensor) -> None:
-        asked = [r for r, row in enumerate(rows) if row.span.start < row.span.end]
-        if not asked or not len(self.retriever.index):
+        questions = [r for r, row in enumerate(rows) if row.span.start < row.span.end]
+        if not questions or not len(self.retriever.index):
             return
-        means = torch.stack([span_mean(activations[r], rows[r].span.moved(rows[r].offset)) for r in asked])
-        found = self.retriever.route(means, [rows[r].question for r in asked])
+        means = torch.stack([span_mean(activations[r], rows[r].span.moved(rows[r].offset)) for r in questions])
+        routes = self.retriever.route(means, [rows[r].question for r in questions])
         store = self.retriever.store
-        for at, r in enumerate(asked):
-            rows[r].overlap = float(found.overlaps[at])
-            code_row = int(found.rows[at])
+        for q, r in enumerate(questions):
+            rows[r].overlap = float(routes.overlaps[q])
+            code_row = int(routes.rows[q])
             if code_row >= 0:
-                rows[r].edit = int(found.ids[at])
+                rows[r].edit = int(routes.ids[q])
                 bits = unpack(self.retriever.index.code(code_row)[None], store.manifest.d)[0]
                 rows[r].mask = torch.as_tensor(bits, device=activations.device).to(activations.dtype)
                 rows[r].memory = int(store.memory_of[code_row])

@@ -134,24 +134,24 @@ class Retriever:
         """
         rows = [self.prompt_ids(p) for p in prompts]
         spans = [find_span(ids, self.store.manifest.span) for ids in rows]
-        asked = [i for i, span in enumerate(spans) if span.start < span.end]
-        found: list[tuple[Match | None, Match | None]] = [(None, None)] * len(rows)
-        if not asked or not len(self.index):
-            return found
-        means = question_means(self.base, [rows[i] for i in asked], [spans[i] for i in asked])
+        questions = [i for i, span in enumerate(spans) if span.start < span.end]
+        decisions: list[tuple[Match | None, Match | None]] = [(None, None)] * len(rows)
+        if not questions or not len(self.index):
+            return decisions
+        means = question_means(self.base, [rows[i] for i in questions], [spans[i] for i in questions])
         codes = self.fingerprint.codes(means)
-        hits = self._lookup.search(codes, self.tau, [rows[i][spans[i].start : spans[i].end] for i in asked])
+        hits = self._lookup.search(codes, self.tau, [rows[i][spans[i].start : spans[i].end] for i in questions])
         near, overlaps = self.index.nearest(codes, 2)
-        for at, i in enumerate(asked):
-            ranked = [(int(n), float(o)) for n, o in zip(near[at], overlaps[at], strict=True) if n >= 0]
+        for q, i in enumerate(questions):
+            ranked = [(int(n), float(o)) for n, o in zip(near[q], overlaps[q], strict=True) if n >= 0]
 
-            def told(number: int, overlap: float, ranked: list[tuple[int, float]] = ranked) -> Match:
-                others = [one for one in ranked if one[0] != number]
+            def match_of(number: int, overlap: float, ranked: list[tuple[int, float]] = ranked) -> Match:
+                others = [other for other in ranked if other[0] != number]
                 return Match(self.store.edit(number), overlap, others[0] if others else None)
 
-            match = told(int(hits.ids[at]), float(hits.overlaps[at])) if hits.ids[at] >= 0 else None
-            found[i] = match, told(*ranked[0])
-        return found
+            match = match_of(int(hits.ids[q]), float(hits.overlaps[q])) if hits.ids[q] >= 0 else None
+            decisions[i] = match, match_of(*ranked[0])
+        return decisions
 
     def nearest_acting(self, codes: NDArray[np.uint8], questions: Sequence[Sequence[int]]) -> NDArray[np.int64]:
         """For each question the nearest edit that may act, at any overlap; else -1. int64 [Q].
