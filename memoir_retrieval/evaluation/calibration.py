@@ -106,7 +106,7 @@ class _Shared:
     k: int
     edits: NDArray[np.int64]
     rephrases: NDArray[np.int64]
-    found: NDArray[np.bool_]
+    is_nearest: NDArray[np.bool_]
     unrelated: NDArray[np.int64]
     nearest: NDArray[np.int64]
 
@@ -114,7 +114,7 @@ class _Shared:
         needed = _needed(tau, self.k)
         return Point(
             tau,
-            round(float(np.mean(self.found & (self.rephrases >= needed))), 5),
+            round(float(np.mean(self.is_nearest & (self.rephrases >= needed))), 5),
             round(float(np.mean(self.unrelated >= needed)), 5),
         )
 
@@ -279,7 +279,7 @@ def _share(
         k=index.k,
         edits=with_own(prompts, edits),
         rephrases=with_own(rephrases, own),
-        found=nearest == np.asarray(own),
+        is_nearest=nearest == np.asarray(own),
         unrelated=np.rint(overlaps[:, 0] * index.k).astype(np.int64),
         nearest=to_unrelated[:, 0],
     )

@@ -158,7 +158,7 @@ def _filled(text: str, edit: StoredEdit, other: StoredEdit) -> str:
         "subject": edit.subject,
         "other": other.prompt,
     }
-    return re.sub(r"\{(question|lowered|target|subject|other)\}", lambda found: values[found[1]], text)
+    return re.sub(r"\{(question|lowered|target|subject|other)\}", lambda match: values[match[1]], text)
 
 
 def writings(edits: Sequence[StoredEdit]) -> Iterator[Question]:
@@ -241,12 +241,12 @@ def other_questions(edits: Sequence[StoredEdit], each: int = 3) -> Iterator[Ques
     stored = {edit.prompt for edit in edits} | {text for edit in edits for text in edit.rephrases}
     for part in PARTS:
         for edit in _of(named, part):
-            made = {
+            others = {
                 other.prompt.replace(other.subject, edit.subject)
                 for other in _of(named, part)
                 if not _may_be_one_fact(edit.prompt, other.prompt, edit.subject, other.subject)
             }
-            texts = sorted(made - stored)
+            texts = sorted(others - stored)
             for at in random.permutation(len(texts))[:each]:
                 yield Question("other question", "made up, about the same name", part, texts[at], (), edit.id)
 
@@ -267,8 +267,8 @@ def siblings() -> Trial:
             )
             questions.append(Question("plain", f"edits: {relation}", part, edits[-1].prompt, (number,), number))
         for name in names[len(names) // 2 :]:
-            for asked in (text, rephrasing):
-                questions.append(Question("sibling", relation, part, asked.format(name=name), ()))
+            for wording in (text, rephrasing):
+                questions.append(Question("sibling", relation, part, wording.format(name=name), ()))
     return Trial("siblings", edits, questions)
 
 
@@ -286,9 +286,11 @@ def opposites() -> Trial:
 def faq() -> Trial:
     """Twenty-four edits of a help page with their answers, and ten questions like them that have no edit."""
     edits = [Edit(prompt=prompt, target=target) for prompt, target in _data()["faq"]["edits"]]
-    asked = [Question("faq", "own edits", "report", edit.prompt, (i,), i) for i, edit in enumerate(edits)]
+    questions = [Question("faq", "own edits", "report", edit.prompt, (i,), i) for i, edit in enumerate(edits)]
     return Trial(
-        "faq", edits, [*asked, *(Question("faq", "siblings", "report", text, ()) for text in _data()["faq"]["others"])]
+        "faq",
+        edits,
+        [*questions, *(Question("faq", "siblings", "report", text, ()) for text in _data()["faq"]["others"])],
     )
 
 

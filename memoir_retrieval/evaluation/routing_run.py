@@ -141,15 +141,15 @@ def run_routing(
                         build(editor, trial.edits)
                     of = Retriever(EditStore.open(editor.path), retriever.base, retriever.tau)
                 ask(name, of, trial.questions, name == "faq")
-    made = retriever.store.manifest
+    manifest = retriever.store.manifest
     return RoutingRun(
         command=command,
         library=library_version(),
         started=started,
-        model=made.model,
+        model=manifest.model,
         settings={"edits": len(retriever.store.edits), "tau": retriever.tau}
         | {
-            name: msgspec.to_builtins(getattr(made, name))
+            name: msgspec.to_builtins(getattr(manifest, name))
             for name in ("chat", "k", "layer", "dtype", "seed", "training")
         },
         seconds=round(time.monotonic() - began, 1),
@@ -196,10 +196,16 @@ def _trial(name: str, data: Path, most: int) -> Trial:
 
 def _editor(retriever: Retriever, folder: Path) -> Editor:
     """An editor with the settings of the store."""
-    made = retriever.store.manifest
-    training = {name: value for name, value in made.training.items() if name == "context_masks"}
+    manifest = retriever.store.manifest
+    training = {name: value for name, value in manifest.training.items() if name == "context_masks"}
     return Editor(
-        retriever.base, folder, chat=made.chat, k=made.k, tau=retriever.tau, seed=made.seed, training=training
+        retriever.base,
+        folder,
+        chat=manifest.chat,
+        k=manifest.k,
+        tau=retriever.tau,
+        seed=manifest.seed,
+        training=training,
     )
 
 
@@ -220,9 +226,9 @@ def _of_edits(retriever: Retriever, each: int | None) -> list[Question]:
     questions = [*plain, *forms(edits), *writings(edits), *other_questions(edits), *tasks(edits)]
     if retriever.store.manifest.chat and _trained(retriever):
         chosen = {question.edit for question in _spread(plain, each) if question.name == "edits"}
-        asked = [edit for edit in edits if edit.id in chosen]
-        base = EditedModel(retriever).generate([edit.prompt for edit in asked], max_new_tokens=24, edited=False)
-        questions += chats(asked, [answer.text.strip() for answer in base])
+        chosen_edits = [edit for edit in edits if edit.id in chosen]
+        base = EditedModel(retriever).generate([edit.prompt for edit in chosen_edits], max_new_tokens=24, edited=False)
+        questions += chats(chosen_edits, [answer.text.strip() for answer in base])
     return questions
 
 
@@ -238,13 +244,13 @@ def _rows(name: str, retriever: Retriever, questions: Sequence[Question], answer
         groups.setdefault(_row(question), []).append(at)
     rows = []
     for (kind, what, part), group in groups.items():
-        found = [at for at in group if edits[at] in questions[at].right]
+        right = [at for at in group if edits[at] in questions[at].right]
         other = [at for at in group if edits[at] >= 0 and edits[at] not in questions[at].right]
         wanted = bool(questions[group[0]].right)
         read = texts is not None and (answers == "all" or kind in ANSWERED)
-        exact = [texts[at] == targets[edits[at]].strip() for at in found] if read and texts and wanted else None
+        exact = [texts[at] == targets[edits[at]].strip() for at in right] if read and texts and wanted else None
         harm = [_holds(texts[at], targets[edits[at]]) for at in other] if read and texts and other else None
-        wrong = [at for at in group if at not in set(found)] if wanted else other
+        wrong = [at for at in group if at not in set(right)] if wanted else other
         rows.append(
             Row(
                 set=name,
@@ -252,7 +258,7 @@ def _rows(name: str, retriever: Retriever, questions: Sequence[Question], answer
                 name=what,
                 part=part,
                 asked=len(group),
-                found=round(len(found) / len(group), 4) if wanted else None,
+                found=round(len(right) / len(group), 4) if wanted else None,
                 other=round(len(other) / len(group), 4),
                 exact=None if exact is None else round(sum(exact) / len(group), 4),
                 answered=None if harm is None else round(sum(harm) / len(harm), 4),
@@ -268,14 +274,14 @@ def _texts(
     """By place the free answers of the questions that got an edit."""
     if answers == "none":
         return None
-    asked = [
+    places = [
         at
         for at, question in enumerate(questions)
         if edits[at] >= 0 and (answers == "all" or question.kind in ANSWERED)
     ]
     model = EditedModel(retriever)
-    told = model.generate([questions[at].prompt for at in asked], max_new_tokens=ANSWER_TOKENS)
-    return {at: answer.text.strip() for at, answer in zip(asked, told, strict=True)}
+    replies = model.generate([questions[at].prompt for at in places], max_new_tokens=ANSWER_TOKENS)
+    return {at: answer.text.strip() for at, answer in zip(places, replies, strict=True)}
 
 
 def _holds(text: str, target: str) -> bool:
