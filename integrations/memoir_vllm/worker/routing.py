@@ -98,8 +98,8 @@ class Router:
     def _named(self, codes: np.ndarray, n: int) -> Iterator[tuple[tuple[int, float], ...]]:
         """Id and overlap of the n nearest edits of each question, best first; fewer where the store holds fewer."""
         ids, overlaps = self._lookup.index.nearest(codes, n)
-        for row, found in zip(ids.tolist(), overlaps.tolist(), strict=True):
-            yield tuple((edit, round(overlap, 4)) for edit, overlap in zip(row, found, strict=True) if edit >= 0)
+        for row, values in zip(ids.tolist(), overlaps.tolist(), strict=True):
+            yield tuple((edit, round(overlap, 4)) for edit, overlap in zip(row, values, strict=True) if edit >= 0)
 
     def recall(self, routed: Routed) -> Route:
         """The route of a request that was decided before. Raises RuntimeError for another generation's decision."""

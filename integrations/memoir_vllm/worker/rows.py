@@ -39,10 +39,10 @@ class Batch:
 
 
 class Acting(NamedTuple):
-    """Edited requests of a step. at: int [S], their places in it. starts: int [S], the position from which each is
+    """Edited requests of a step. places: int [S], theirs in it. starts: int [S], the position from which each is
     edited. numbers: int [S], that of its memory in `memories`. masks: of each, [D]."""
 
-    at: np.ndarray
+    places: np.ndarray
     starts: np.ndarray
     numbers: np.ndarray
     masks: Sequence[torch.Tensor]
@@ -50,15 +50,15 @@ class Acting(NamedTuple):
 
     def all_rows(self, step: StepRows) -> bool:
         """Whether every row of these requests is edited, as it is once they generate."""
-        return bool((step.positions[self.at] >= self.starts).all())
+        return bool((step.positions[self.places] >= self.starts).all())
 
 
 def acting_rows(step: StepRows, acting: Acting) -> list[Batch]:
     """One batch for each memory."""
-    ends = step.edges[acting.at + 1]
-    first = step.edges[acting.at] + np.maximum(0, acting.starts - step.positions[acting.at])
+    ends = step.edges[acting.places + 1]
+    first = step.edges[acting.places] + np.maximum(0, acting.starts - step.positions[acting.places])
     counts = np.maximum(0, ends - first)
-    made = []
+    batches = []
     for number, memory in enumerate(acting.memories):
         chosen = np.flatnonzero((acting.numbers == number) & (counts > 0))
         if not len(chosen):
@@ -68,6 +68,6 @@ def acting_rows(step: StepRows, acting: Acting) -> list[Batch]:
         index = np.arange(len(owner)) + np.repeat(first[chosen] - (np.cumsum(rows) - rows), rows)
         masks = torch.stack([acting.masks[i] for i in chosen.tolist()])
         # The host runs ahead of the device. Memory that is not pinned has been read when this returns.
-        told = torch.from_numpy(np.stack([index, owner])).to(masks.device, non_blocking=True)
-        made.append(Batch(memory, told[0], masks, told[1]))
-    return made
+        numbers = torch.from_numpy(np.stack([index, owner])).to(masks.device, non_blocking=True)
+        batches.append(Batch(memory, numbers[0], masks, numbers[1]))
+    return batches
