@@ -145,6 +145,89 @@ def test_no_class_name_stands_twice() -> None:
     assert {name: where for name, where in places.items() if len(where) > 1} == {}
 
 
+BARE = {"found", "made", "asked", "told", "one"}
+"""What says of a value only that somebody has it: no name of a thing that has a noun."""
+
+KEYS = {"found": {"Checkpoint", "EditScores", "OtherWords", "Row"}, "asked": {"Passed", "Row"}}
+"""Fields of files that a run writes, by the classes that describe them; readers of those files know them."""
+
+
+def bare_names(text: str) -> list[str]:
+    """Identifiers of a module that are among BARE, underscores in front aside, but for the fields in KEYS."""
+    tree = ast.parse(text)
+    fields = {
+        id(statement.target)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef)
+        for statement in node.body
+        if isinstance(statement, ast.AnnAssign)
+        and isinstance(statement.target, ast.Name)
+        and node.name in KEYS.get(statement.target.id, ())
+    }
+    names = [name for node in ast.walk(tree) if id(node) not in fields for name in identifiers(node)]
+    return [name for name in names if name.lstrip("_") in BARE]
+
+
+def identifiers(node: ast.AST) -> Iterator[str]:
+    """The names that a node of a syntax tree gives to something or reads; attributes in KEYS are fields of records."""
+    match node:
+        case ast.Name(id=name) | ast.arg(arg=name) | ast.alias(asname=str(name)) | ast.ExceptHandler(name=str(name)):
+            yield name
+        case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
+            yield name
+        case ast.MatchAs(name=str(name)) | ast.MatchStar(name=str(name)):
+            yield name
+        case ast.Attribute(attr=name) if name not in KEYS:
+            yield name
+        case ast.Attribute(attr=name, value=ast.Name(id="self"), ctx=ast.Store()):
+            yield name
+        case ast.keyword(arg=str(name)) if name not in KEYS:
+            yield name
+        case ast.Global(names=names) | ast.Nonlocal(names=names):
+            yield from names
+
+
+def test_nothing_is_called_found_made_asked_told_or_one() -> None:
+    names = {name: bare_names(file.read_text(encoding="utf-8")) for name, file in MODULES.items()}
+    assert {name: bare for name, bare in names.items() if bare} == {}
+    classes = {
+        node.name: {part.target.id for part in node.body if isinstance(part, ast.AnnAssign)}
+        for file in MODULES.values()
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ClassDef)
+    }
+    assert all(key in classes[owner] for key, owners in KEYS.items() for owner in owners)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "found = 1",
+        "[one.prompt for one in edits]",
+        "def told(x): pass",
+        "def f(*, _made): pass",
+        "class F:\n    async def asked(self): pass",
+        "class Hits:\n    found: int",
+        "self.found = 1",
+        "bar.update(told=1)",
+        "import os as made",
+        "with lock as (one, _): pass",
+        "match x:\n    case [found]: pass",
+        "try: pass\nexcept OSError as told: pass",
+        "f'{one!r}'",
+    ],
+)
+def test_a_bare_name_is_seen(text: str) -> None:
+    assert bare_names(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["row.found", "Row(asked=1, found=2)", "class Row:\n    asked: int", "x['one']", "one_row = 1"]
+)
+def test_keys_of_files_and_longer_names_are_let_through(text: str) -> None:
+    assert bare_names(text) == []
+
+
 def working_asserts(text: str) -> list[str]:
     """Asserts that do more than say that plain names and attributes are not None, which type checkers want to hear."""
     asserts = [node.test for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Assert)]
