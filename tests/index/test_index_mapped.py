@@ -85,11 +85,11 @@ def test_preparing_reads_the_rows_once_and_searches_only_then_need_no_more(monke
     stored = source.masks(4200)
     index = HammingIndex.from_codes(14336, 4096, np.arange(4200), stored, copy=False, checked=True)
     index.prepare(0.4)  # a full scan, for which there is nothing to make
-    made = []
-    monkeypatch.setattr(blocks, "usual_ones", lambda *given: made.append(given) or (0, 2048))
+    calls = []
+    monkeypatch.setattr(blocks, "usual_ones", lambda *given: calls.append(given) or (0, 2048))
     index.prepare(0.5)
-    assert len(made) == 1
-    assert index.search(stored[:3], 0.5).ids.tolist() == [0, 1, 2] and len(made) == 1
+    assert len(calls) == 1
+    assert index.search(stored[:3], 0.5).ids.tolist() == [0, 1, 2] and len(calls) == 1
     index.add([7], source.masks(1))
     index.search(stored[:1], 0.5)
-    assert len(made) == 2
+    assert len(calls) == 2

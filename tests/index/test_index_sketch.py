@@ -88,8 +88,8 @@ def test_a_sketch_finds_what_an_exhaustive_search_finds(seed, passing, data):
     stored = pack(distinct)[rng.integers(0, 40, data.draw(st.sampled_from([5, 64, 300])))]
     ids = rng.integers(0, 100, len(stored))
     shared = np.clip(needed + rng.integers(-1, 2, 12), 0, k)
-    asked = [with_overlap(distinct[rng.integers(40)], common) for common in shared]
-    queries = np.concatenate([pack(np.stack(asked)), random_codes(rng, 3, d, k), stored[:2]])
+    near = [with_overlap(distinct[rng.integers(40)], common) for common in shared]
+    queries = np.concatenate([pack(np.stack(near)), random_codes(rng, 3, d, k), stored[:2]])
     # with_overlap takes the first ones of a mask: the index presumes positions in random order
     order = rng.permutation(d)
     stored, queries = (pack(np.unpackbits(c, axis=1, bitorder="little")[:, order] != 0) for c in (stored, queries))
@@ -103,9 +103,9 @@ def test_a_sketch_finds_what_an_exhaustive_search_finds(seed, passing, data):
         expected = oracle_search(queries, ids[keep], stored[keep], d, k, needed)
         hits = index.search(queries, needed / k)
         exact = index.search(queries, needed / k, exact=True)
-    for found in (hits, exact):
-        np.testing.assert_array_equal(found.ids, expected.ids)
-        np.testing.assert_array_equal(found.rows, expected.rows)
+    for result in (hits, exact):
+        np.testing.assert_array_equal(result.ids, expected.ids)
+        np.testing.assert_array_equal(result.rows, expected.rows)
     np.testing.assert_array_equal(exact.overlaps, expected.overlaps)
     matched = expected.rows >= 0
     np.testing.assert_array_equal(hits.overlaps[matched], expected.overlaps[matched])

@@ -40,10 +40,10 @@ def test_readers_always_see_one_whole_state(monkeypatch, bits, seconds):
                 hits = index.search(np.concatenate([fixed[some], group[members]]), 1.0)
                 if hits.ids[:3].tolist() != some.tolist() or hits.overlaps[:3].tolist() != [1.0] * 3:
                     problems.append(f"a fixed edit was not found: {hits}")
-                found = hits.ids[3:] == group_ids[members]
-                if found.any() != found.all() or (not found.all() and (hits.ids[3:] != -1).any()):
+                whole = hits.ids[3:] == group_ids[members]
+                if whole.any() != whole.all() or (not whole.all() and (hits.ids[3:] != -1).any()):
                     problems.append(f"half a write was seen: {hits}")
-                states.add(int(found[0]))
+                states.add(int(whole[0]))
                 best, _ = index.nearest(fixed[some[:1]], 2)
                 if best[0, 0] != some[0]:
                     problems.append(f"nearest lost an edit: {best}")

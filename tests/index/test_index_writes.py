@@ -164,9 +164,9 @@ def test_any_sequence_of_writes_leaves_the_rows_a_list_would_hold(writes):
             if ids:
                 at = int(rng.integers(len(ids)))
                 assert index.code(at).tobytes() == rows[at]
-                asked = np.frombuffer(rows[at], np.uint8)[None]
-                assert index.search(asked, 1.0).rows.tolist() == [rows.index(rows[at])]
-                got, _ = index.nearest(asked, 2)
+                query = np.frombuffer(rows[at], np.uint8)[None]
+                assert index.search(query, 1.0).rows.tolist() == [rows.index(rows[at])]
+                got, _ = index.nearest(query, 2)
                 assert got[0, 0] == ids[rows.index(rows[at])]
                 assert got[0, 1] in (set(ids) - {got[0, 0]} or {-1})
 

@@ -40,12 +40,12 @@ def fault(n: int, strike: Break, torn: bool = False, for_ever: bool = False) -> 
 
     for_ever: and instead of every later one. Yields the names of the changes that were asked for, as they come.
     """
-    asked: list[str] = []
+    operations: list[str] = []
     real = files._call
 
     def call(operation: Callable[..., Any], *arguments: Any) -> Any:
-        asked.append(operation.__name__)
-        if len(asked) == n or (for_ever and len(asked) > n > 0):
+        operations.append(operation.__name__)
+        if len(operations) == n or (for_ever and len(operations) > n > 0):
             if torn and operation is os.write:
                 operation(arguments[0], arguments[1][: len(arguments[1]) // 2])
             strike()
@@ -53,7 +53,7 @@ def fault(n: int, strike: Break, torn: bool = False, for_ever: bool = False) -> 
 
     files._call = call
     try:
-        yield asked
+        yield operations
     finally:
         files._call = real
 
@@ -124,11 +124,11 @@ def kill_at(n: int, change: Callable[[], None]) -> int:
     if not child:
         signal.alarm(60)  # a child that hangs ends by another signal than the one that is asked for
         torch.set_num_threads(1)  # threads do not survive a fork
-        made = 255
+        changes = 255
         try:
-            with fault(n, killed, torn=True) as asked:
+            with fault(n, killed, torn=True) as operations:
                 change()
-            made = len(asked)
+            changes = len(operations)
         finally:
-            os._exit(made)
+            os._exit(changes)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

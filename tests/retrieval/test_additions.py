@@ -68,8 +68,8 @@ def grown(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_what_is_added_is_read_back(grown: Path) -> None:
     store = EditStore.open(grown)
-    made = store.manifest
-    assert (made.generation, made.next_id, made.untrained) == (3, 5, 1)
+    manifest = store.manifest
+    assert (manifest.generation, manifest.next_id, manifest.untrained) == (3, 5, 1)
     assert [edit.id for edit in store.edits] == [0, 1, 2, 3, 4] and store.edits[-1].source == "a test"
     assert store.edits[1:4] == tuple(stored_edit(i) for i in (1, 2, 3)) and store.edit(4).id == 4
     assert store.ids.tolist() == [0, 1, 2, 3, 3, 4] and store.memory_of.tolist() == [0] * 6
@@ -88,9 +88,9 @@ def test_what_is_added_is_read_back(grown: Path) -> None:
 def test_the_documented_format_is_the_format_with_additions(grown: Path) -> None:
     store, read = EditStore.open(grown), read_format.read(grown)
     assert sorted(read) == [0, 1, 2, 3, 4]
-    for number, (edit, found, memory) in read.items():
+    for number, (edit, mask, memory) in read.items():
         assert edit["prompt"] == store.edit(number).prompt
-        np.testing.assert_array_equal(pack(found), store.codes[store.ids == number])
+        np.testing.assert_array_equal(pack(mask), store.codes[store.ids == number])
         np.testing.assert_array_equal(memory, store.memories[0])
 
 
@@ -105,8 +105,8 @@ def test_the_next_write_of_the_files_takes_additions_up(grown: Path, tmp_path_fa
     write_again(copy, store, generation=9)
     there = EditStore.open(copy)
     del store
-    made = remove_edits(grown, [0, 4])
-    assert made.generation == 4 and made.untrained == 0
+    manifest = remove_edits(grown, [0, 4])
+    assert manifest.generation == 4 and manifest.untrained == 0
     now = EditStore.open(grown)
     assert not now.additions and not list(grown.glob("added-*")) and verify_store(grown) == []
     assert now.ids.tolist() == [1, 2, 3, 3]
@@ -197,9 +197,9 @@ def test_two_stores_of_one_generation_are_told_apart(grown: Path, tmp_path_facto
     other = shutil.copytree(grown, tmp_path_factory.mktemp("other") / "store")
     (other / "added-3.safetensors").unlink()
     add(other, trained=False, source="another test")
-    one, two = EditStore.open(grown).manifest, EditStore.open(other).manifest
-    assert (one.generation, one.next_id) == (two.generation, two.next_id) and one != two
-    assert one == EditStore.open(grown).manifest
+    first, second = EditStore.open(grown).manifest, EditStore.open(other).manifest
+    assert (first.generation, first.next_id) == (second.generation, second.next_id) and first != second
+    assert first == EditStore.open(grown).manifest
 
 
 def test_an_addition_that_is_locked_is_not_passed_over(grown: Path) -> None:
@@ -304,24 +304,24 @@ def edits(*towns: str) -> list[Edit]:
 
 
 def test_an_editor_adds_what_is_small_and_writes_the_files_for_the_rest(model: BaseModel, tmp_path: Path) -> None:
-    with editor(model, tmp_path) as made:
-        made.add(edits("Aarhus", "Oslo"), keep_failed=True)
+    with editor(model, tmp_path) as session:
+        session.add(edits("Aarhus", "Oslo"), keep_failed=True)
     files = contents(tmp_path)
-    with editor(model, tmp_path) as made:
-        made.add(edits("Visby"), keep_failed=True)
-        made.add(edits("Ribe"), keep_failed=True)
-        held = [memory.numpy().copy() for memory in made.memories]
-        codes, ids = made.index.codes.copy(), made.index.ids.copy()
-        assert made.generation == 3
+    with editor(model, tmp_path) as session:
+        session.add(edits("Visby"), keep_failed=True)
+        session.add(edits("Ribe"), keep_failed=True)
+        held = [memory.numpy().copy() for memory in session.memories]
+        codes, ids = session.index.codes.copy(), session.index.ids.copy()
+        assert session.generation == 3
     assert {name: data for name, data in contents(tmp_path).items() if not name.startswith("added")} == files
     store = EditStore.open(tmp_path)
     assert len(store.additions) == 2 and store.manifest.generation == 3 and verify_store(tmp_path) == []
     np.testing.assert_array_equal(store.memories, np.stack(held))
     np.testing.assert_array_equal(store.codes, codes)
     np.testing.assert_array_equal(store.ids, ids)
-    with editor(model, tmp_path) as made:  # a replacement cannot be added
-        made.add([Edit(prompt="Who founded Visby?", target="Nobody")], on_conflict="last", keep_failed=True)
-        held = [memory.numpy().copy() for memory in made.memories]
+    with editor(model, tmp_path) as session:  # a replacement cannot be added
+        session.add([Edit(prompt="Who founded Visby?", target="Nobody")], on_conflict="last", keep_failed=True)
+        held = [memory.numpy().copy() for memory in session.memories]
     store = EditStore.open(tmp_path)
     assert not store.additions and store.manifest.generation == 4 and not list(tmp_path.glob("added-*"))
     assert [edit.id for edit in store.edits] == [0, 1, 3, 4]
@@ -333,9 +333,9 @@ def test_additions_are_taken_up_when_they_are_many_or_large(
 ) -> None:
     monkeypatch.setattr(additions_module, "MOST", 2)
     kinds = []
-    with editor(model, tmp_path) as made:
+    with editor(model, tmp_path) as session:
         for town in ("Aarhus", "Oslo", "Visby", "Ribe", "Lund"):
-            made.add(edits(town), keep_failed=True)
+            session.add(edits(town), keep_failed=True)
             kinds.append(len(EditStore.open(tmp_path).additions))
     assert kinds == [0, 1, 2, 0, 1]
 
@@ -347,7 +347,7 @@ def test_an_addition_larger_than_the_files_is_not_made(grown: Path) -> None:
     before = contents(grown)
     for rows in (files // (D // 8 + 12), files // (D // 8 + 12 + 80)):  # by the masks alone, and with the lines
         new = [stored_edit(store.manifest.next_id + row) for row in range(rows)]
-        made = append(
+        commit = append(
             grown,
             store.manifest,
             store.tail,
@@ -357,7 +357,7 @@ def test_an_addition_larger_than_the_files_is_not_made(grown: Path) -> None:
             edits=new,
             columns={},
         )
-        assert made is None and contents(grown) == before
+        assert commit is None and contents(grown) == before
     while EditStore.open(grown).tail.size < files - 3000:
         add(grown)
     store = EditStore.open(grown)

@@ -27,22 +27,22 @@ def anyio_backend() -> str:
 
 
 def client(answer: Callable[[httpx.Request], httpx.Response]) -> AdminClient:
-    made = AdminClient("http://server/v1/", "a-token")
-    headers = made._http.headers
-    made._http = httpx.AsyncClient(
+    client = AdminClient("http://server/v1/", "a-token")
+    headers = client._http.headers
+    client._http = httpx.AsyncClient(
         transport=httpx.MockTransport(answer), base_url="http://server/memoir", headers=headers
     )
-    return made
+    return client
 
 
 @pytest.mark.anyio
 async def test_an_edit_is_awaited_until_it_is_served() -> None:
-    asked: list[tuple[str, str]] = []
+    requests: list[tuple[str, str]] = []
     states = iter(["running", "activating", "done"])
     watched: list[Change] = []
 
     def answer(request: httpx.Request) -> httpx.Response:
-        asked.append((request.method, request.url.path))
+        requests.append((request.method, request.url.path))
         assert request.headers["authorization"] == "Bearer a-token"
         if request.method == "POST":
             sent = json.loads(request.content)
@@ -60,7 +60,7 @@ async def test_an_edit_is_awaited_until_it_is_served() -> None:
         assert (await server.add(EDIT, watch=watched.append)).id == 7
     assert [change.state for change in watched] == ["running", "activating", "done"]
     assert watched[0].progress == TrainingProgress(stage="training", step=3, limit=60, loss=0.5, goal=0.02)
-    assert asked == [("POST", "/memoir/edits"), *[("GET", "/memoir/jobs/1f")] * 3, ("GET", "/memoir/edits/7")]
+    assert requests == [("POST", "/memoir/edits"), *[("GET", "/memoir/jobs/1f")] * 3, ("GET", "/memoir/edits/7")]
 
 
 @pytest.mark.anyio

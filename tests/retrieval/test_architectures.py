@@ -78,10 +78,10 @@ def plain_logits(base: BaseModel, delta: torch.Tensor | None = None) -> list[tor
         return out
 
     handle = base.projection.register_forward_hook(add) if delta is not None else None
-    found = [base.model(input_ids=torch.tensor([c + TAIL])).logits[0, -len(TAIL) :] for c in CONTEXTS]
+    logits = [base.model(input_ids=torch.tensor([c + TAIL])).logits[0, -len(TAIL) :] for c in CONTEXTS]
     if handle:
         handle.remove()
-    return found
+    return logits
 
 
 def test_a_frozen_past_gives_the_logits_of_the_whole_sequence(base: BaseModel) -> None:
@@ -206,7 +206,7 @@ def test_a_lesson_is_answered_with_the_weights_it_belongs_to(base: BaseModel, la
         frozen = freeze(base, past, [Wording(0, question, acts)], answer)[0].masked(mask)
         memory.add(edit, [frozen.lesson(0)])
     lessons = [own[0] for own in memory.lessons.values()]
-    assert answered(base, [(one, memory.weight) for one in lessons]) == [True, True]
+    assert answered(base, [(lesson, memory.weight) for lesson in lessons]) == [True, True]
     both = [(memory, 0), (memory, 1)]
     assert forgotten(base, both) == []
     assert memory.nearest(torch.arange(24), 2) == [0, 1] and memory.nearest(torch.arange(40, 64), 1) == [1]
@@ -259,8 +259,8 @@ def test_question_means_do_not_depend_on_batching(base: BaseModel) -> None:
 def test_one_pass_gives_the_means_of_several_layers(base: BaseModel) -> None:
     prompts, spans = [[1, 2, 3, 4, 5, 6], [7, 8], [9, 10, 11, 12]], [Span(2, 6), Span(0, 2), Span(1, 3)]
     bases = [base.at(layer) for layer in (3, 0, 2)]
-    for one, means in zip(bases, layer_means(bases, prompts, spans, batch_size=2), strict=True):
-        torch.testing.assert_close(means, question_means(one, prompts, spans, batch_size=2))
+    for base_at_layer, means in zip(bases, layer_means(bases, prompts, spans, batch_size=2), strict=True):
+        torch.testing.assert_close(means, question_means(base_at_layer, prompts, spans, batch_size=2))
     with pytest.raises(ModelError, match=r"layer 4 does not exist: .* has layers 0 to 3"):
         base.at(4)
 

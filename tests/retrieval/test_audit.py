@@ -51,23 +51,23 @@ def test_an_edit_that_is_not_learnt_is_retried_reported_and_not_stored(base: Bas
 
 
 def test_an_edit_that_would_overwrite_another_goes_to_a_new_memory(base: BaseModel, tmp_path: Path) -> None:
-    with Editor(base, tmp_path) as made:
-        made.add([AARHUS])
-        before = made.memories[0].clone()
+    with Editor(base, tmp_path) as editor:
+        editor.add([AARHUS])
+        before = editor.memories[0].clone()
         # The same question with another answer cannot be learnt without losing the first.
         other = Edit(prompt=AARHUS.prompt, target="Nobody")
-        (stored,) = made._session.train([NewEdit(other, 1, 0)], made.outcome, Choices(1, "both"))
-        assert stored is not None and stored.memory == 1 and made.outcome.retried == 1
-        assert (made.memories[0] == before).all() and before.any()
+        (stored,) = editor._session.train([NewEdit(other, 1, 0)], editor.outcome, Choices(1, "both"))
+        assert stored is not None and stored.memory == 1 and editor.outcome.retried == 1
+        assert (editor.memories[0] == before).all() and before.any()
         # The next one that finds no place either goes there too, unless it would overwrite that one.
         third = NewEdit(Edit(prompt=AARHUS.prompt, target="Me"), 2, 0)
-        (stored,) = made._session.train([third], made.outcome, Choices(1, "both"))
+        (stored,) = editor._session.train([third], editor.outcome, Choices(1, "both"))
         assert stored is not None and stored.memory == 2
-        assert made._session.places.choose(1, 1) == [0]  # the first that has room
-        assert list(made._session.places.spare({0})) == [2, 3]  # the newest, then a new one
-        assert list(made._session.places.spare({0, 3})) == [4]
-        del made.memories[3:]
-        made.store.commit()
+        assert editor._session.places.choose(1, 1) == [0]  # the first that has room
+        assert list(editor._session.places.spare({0})) == [2, 3]  # the newest, then a new one
+        assert list(editor._session.places.spare({0, 3})) == [4]
+        del editor.memories[3:]
+        editor.store.commit()
     assert answers(tmp_path, base, [AARHUS]) == [AARHUS.target]
 
 
@@ -75,11 +75,11 @@ def test_a_new_memory_is_opened_after_so_many_edits(
     base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trainer, "NEIGHBOURS", 0)  # in so small a model two edits may be too many
-    with Editor(base, tmp_path, training=Training(edits_per_memory=2, context_masks=0)) as made:
-        made.add([AARHUS, PISA, OTHERS[0]], side_by_side=1)
+    with Editor(base, tmp_path, training=Training(edits_per_memory=2, context_masks=0)) as editor:
+        editor.add([AARHUS, PISA, OTHERS[0]], side_by_side=1)
     with Editor(base, tmp_path) as again:
         again.add(OTHERS[:2], side_by_side=1)
-        assert {n: list(one.lessons) for n, one in again._session.trainer.memories.items()} == {
+        assert {n: list(memory.lessons) for n, memory in again._session.trainer.memories.items()} == {
             1: [2, 3]
         }  # the open one alone
         again.add(OTHERS, side_by_side=1)
@@ -94,21 +94,23 @@ def test_a_question_stored_in_other_words_with_another_target(
 ) -> None:
     monkeypatch.setattr(conflicts, "SAME_QUESTION", 0.6)  # the small model's masks are not as alike as a real one's
     other = Edit(prompt="Who has founded Aarhus?", target="Nobody")
-    with Editor(base, tmp_path) as made:
-        made.add([AARHUS])
-        assert made.add([Edit(prompt="Who founded, say, Aarhus?", target=AARHUS.target)]) != []  # no contradiction
+    with Editor(base, tmp_path) as editor:
+        editor.add([AARHUS])
+        assert editor.add([Edit(prompt="Who founded, say, Aarhus?", target=AARHUS.target)]) != []  # no contradiction
         for choice in ("refuse", "first"):
-            assert made.add([other], on_conflict=choice) == []
-            (found,) = made.outcome.conflicting
-            assert found.target == "Nobody" and found.stored.target == AARHUS.target and found.overlap > 0.6
+            assert editor.add([other], on_conflict=choice) == []
+            (conflict,) = editor.outcome.conflicting
+            assert conflict.target == "Nobody" and conflict.stored.target == AARHUS.target and conflict.overlap > 0.6
         other = Edit(prompt="Who was it that founded Aarhus?", target="Nobody")
-        assert [edit.id for edit in made.add([other], on_conflict="both")] == [2]
-        assert len(made.outcome.conflicting) == 1 and [edit.id for edit in made.edits] == [0, 1, 2]
+        assert [edit.id for edit in editor.add([other], on_conflict="both")] == [2]
+        assert len(editor.outcome.conflicting) == 1 and [edit.id for edit in editor.edits] == [0, 1, 2]
         third = Edit(prompt="Who is it that founded Aarhus?", target="Somebody")
-        (stored,) = made.add([third], on_conflict="last")
-        assert made.outcome.conflicting[0].stored.id not in [edit.id for edit in made.edits] and stored in made.edits
+        (stored,) = editor.add([third], on_conflict="last")
+        assert (
+            editor.outcome.conflicting[0].stored.id not in [edit.id for edit in editor.edits] and stored in editor.edits
+        )
         with pytest.raises(EditFileError, match="one question cannot keep both"):
-            made.add([Edit(prompt=third.prompt, target="In Bonn")], on_conflict="both")
+            editor.add([Edit(prompt=third.prompt, target="In Bonn")], on_conflict="both")
     assert answers(tmp_path, base, [third]) == ["Somebody"]
 
 
@@ -119,29 +121,29 @@ def test_a_run_that_stores_nothing_writes_no_checkpoint(
     """A checkpoint is due after every edit, and none of them has anything to write."""
     monkeypatch.setattr(conflicts, "SAME_QUESTION", 0.6)
     training = Training(max_steps=0) if why == "failed" else Training()
-    with Editor(base, tmp_path, training=training) as made:
-        made.add([AARHUS], keep_failed=True)
+    with Editor(base, tmp_path, training=training) as editor:
+        editor.add([AARHUS], keep_failed=True)
     monkeypatch.setattr(session, "CHECKPOINT_EVERY", -1.0)
     refused = PISA if why == "failed" else Edit(prompt="Who has founded Aarhus?", target="Nobody")
     with Editor(base, tmp_path) as again:
         assert again.add([refused, msgspec.structs.replace(refused, prompt=refused.prompt + " ?")]) == []
-        assert [one.target for one in getattr(again.outcome, why)] == [refused.target] * 2
+        assert [edit.target for edit in getattr(again.outcome, why)] == [refused.target] * 2
         assert again.generation == 1
     store = EditStore.open(tmp_path)
     assert store.manifest.generation == 1 and [edit.prompt for edit in store.edits] == [AARHUS.prompt]
 
 
 def test_rephrasings_get_masks_of_their_own(base: BaseModel, tmp_path: Path) -> None:
-    with Editor(base, tmp_path, training=Training(context_masks=0)) as made:
-        made.add([AARHUS], rephrase_masks=True)
+    with Editor(base, tmp_path, training=Training(context_masks=0)) as editor:
+        editor.add([AARHUS], rephrase_masks=True)
     store = EditStore.open(tmp_path)
     assert store.ids.tolist() == [0, 0] and store.memory_of.tolist() == [0, 0]
     model = EditedModel(Retriever(store, base))
-    found = model.generate([AARHUS.rephrases[0]], max_new_tokens=8)[0]
-    assert found.edit == 0 and found.overlap > 0.99 and found.text.strip() == AARHUS.target
+    answer = model.generate([AARHUS.rephrases[0]], max_new_tokens=8)[0]
+    assert answer.edit == 0 and answer.overlap > 0.99 and answer.text.strip() == AARHUS.target
     with Editor(base, tmp_path) as again:
         again._session.places.open(0)
-        (read,), (kept,) = again._session.trainer.memories.values(), made._session.trainer.memories.values()
+        (read,), (kept,) = again._session.trainer.memories.values(), editor._session.trainer.memories.values()
         assert [len(lessons) for lessons in read.lessons.values()] == [2]
         np.testing.assert_allclose(read.used, kept.used, atol=1e-3)
 
@@ -161,13 +163,13 @@ def test_the_summary_names_what_was_left_out(
         return done.value.code
 
     assert run("--limit", "1", "--json", "--training", "max_steps=0") == 1  # nothing is learnt in no step
-    told = json.loads(capsys.readouterr().out)
-    assert (told["stored"], told["retried"], told["generation"], told["memories"]) == (0, 1, 0, 1)
-    assert [one["prompt"] for one in told["failed"]] == [AARHUS.prompt] and told["conflicting"] == []
+    summary = json.loads(capsys.readouterr().out)
+    assert (summary["stored"], summary["retried"], summary["generation"], summary["memories"]) == (0, 1, 0, 1)
+    assert [edit["prompt"] for edit in summary["failed"]] == [AARHUS.prompt] and summary["conflicting"] == []
     assert run() == 1
     shown = capsys.readouterr()
     assert "1 edits stored, 0 were there already, 0 retried, 0 failed, 1 conflicting" in shown.out
     assert "conflicting: 'Who has founded Aarhus?' -> 'Me' with edit 0, 'Who founded Aarhus?' -> " in shown.err
     assert run("--on-conflict", "both", "--json") == 0
-    told = json.loads(capsys.readouterr().out)
-    assert (told["stored"], told["skipped"], [one["edit"] for one in told["conflicting"]]) == (1, 1, [0])
+    summary = json.loads(capsys.readouterr().out)
+    assert (summary["stored"], summary["skipped"], [edit["edit"] for edit in summary["conflicting"]]) == (1, 1, [0])

@@ -59,8 +59,8 @@ def test_every_prompt_finds_its_own_edit(model: BaseModel, tmp_path: Path, rephr
     assert verify_masks(store, model) == []
     retriever = Retriever(store, model)
     for text in ("prompt", "rephrase") if rephrases else ("prompt",):
-        asked = [edit.prompt if text == "prompt" else edit.rephrases[0] for edit in EDITS]
-        matches = retriever.lookup_batch(asked)
+        texts = [edit.prompt if text == "prompt" else edit.rephrases[0] for edit in EDITS]
+        matches = retriever.lookup_batch(texts)
         assert [match.id if match else None for match in matches] == list(range(40))
         assert min(match.overlap for match in matches if match) > 0.9
 
@@ -72,22 +72,22 @@ def test_the_same_input_gives_the_same_bytes_also_after_an_interruption(model: B
     assert contents(tmp_path / "again") == whole
 
     def stop(progress: build.BuildProgress) -> None:
-        told.append(progress)
+        steps.append(progress)
         if progress.done == 32:
             raise KeyboardInterrupt
 
-    told: list[build.BuildProgress] = []
+    steps: list[build.BuildProgress] = []
     with Editor(model, tmp_path / "cut", training=ONE_MASK) as editor, pytest.raises(KeyboardInterrupt):
         build.build(editor, EDITS, progress=stop)
-    assert told == [(0, 40, 0), (16, 40, 0), (32, 40, 0)] and not (tmp_path / "cut" / "memoir.json").exists()
+    assert steps == [(0, 40, 0), (16, 40, 0), (32, 40, 0)] and not (tmp_path / "cut" / "memoir.json").exists()
     _, second = sorted((tmp_path / "cut").glob(".masks-*"))
     damaged = bytearray(second.read_bytes())
     damaged[-1] ^= 1
     second.write_bytes(damaged)
-    told.clear()
+    steps.clear()
     with Editor(model, tmp_path / "cut", training=ONE_MASK) as editor:
-        build.build(editor, EDITS, progress=told.append)
-    assert told == [(16, 40, 16), (32, 40, 16), (40, 40, 16)]  # what was damaged was made again
+        build.build(editor, EDITS, progress=steps.append)
+    assert steps == [(16, 40, 16), (32, 40, 16), (40, 40, 16)]  # what was damaged was made again
     assert contents(tmp_path / "cut") == whole
 
 
@@ -98,10 +98,10 @@ def test_other_edits_do_not_go_on_from_what_these_left(model: BaseModel, tmp_pat
 
     with Editor(model, tmp_path, training=ONE_MASK) as editor, pytest.raises(KeyboardInterrupt):
         build.build(editor, EDITS, progress=first_only)
-    told: list[build.BuildProgress] = []
+    steps: list[build.BuildProgress] = []
     with Editor(model, tmp_path, training=ONE_MASK) as editor:
-        build.build(editor, EDITS[1:], progress=told.append)
-    assert told[0] == (0, 39, 0)
+        build.build(editor, EDITS[1:], progress=steps.append)
+    assert steps[0] == (0, 39, 0)
 
 
 def test_it_is_not_served_until_it_is_trained(model: BaseModel, tmp_path: Path) -> None:
@@ -126,8 +126,8 @@ def test_memoir_index_build(capsys: pytest.CaptureFixture[str], tiny: Path, tmp_
     file.write_text("".join(f'{{"prompt": "{edit.prompt}", "target": "{edit.target}"}}\n' for edit in EDITS))
     arguments = ["index", "build", file, "--model", tiny, "--store", tmp_path / "store", "--context-masks", "0"]
     code, out, _ = run(capsys, *arguments, "--json")
-    told = json.loads(out)
-    assert code == 0 and (told["edits"], told["masks"], told["resumed"], told["generation"]) == (40, 40, 0, 1)
+    result = json.loads(out)
+    assert code == 0 and (result["edits"], result["masks"], result["resumed"], result["generation"]) == (40, 40, 0, 1)
     code, _, err = run(capsys, *arguments)
     assert code == 2 and "is a store already" in err
     code, out, _ = run(capsys, "lookup", tmp_path / "store", EDITS[7].prompt, "--json")

@@ -60,7 +60,7 @@ def edits() -> list[Edit]:
 
 
 @pytest.fixture(scope="module")
-def made(smollm2: BaseModel, edits: list[Edit], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def template(smollm2: BaseModel, edits: list[Edit], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("calibration") / "store"
     with Editor(smollm2, folder, chat=False, tau=0.9) as editor:
         editor.add(edits)
@@ -68,21 +68,21 @@ def made(smollm2: BaseModel, edits: list[Edit], tmp_path_factory: pytest.TempPat
 
 
 @pytest.fixture
-def store(made: Path, tmp_path: Path) -> EditStore:
-    return EditStore.open(shutil.copytree(made, tmp_path / "store"))
+def store(template: Path, tmp_path: Path) -> EditStore:
+    return EditStore.open(shutil.copytree(template, tmp_path / "store"))
 
 
-def test_the_shares_are_those_of_lookups_at_that_tau(smollm2: BaseModel, made: Path, edits: list[Edit]) -> None:
-    store = EditStore.open(made)
+def test_the_shares_are_those_of_lookups_at_that_tau(smollm2: BaseModel, template: Path, edits: list[Edit]) -> None:
+    store = EditStore.open(template)
     rephrases = [(i, text) for i, edit in enumerate(edits) for text in edit.rephrases]
     # A rephrasing of the wrong edit is found by nobody; an edit's own prompt is no unrelated one.
     rephrases.append((0, edits[1].prompt))
     unrelated = [*UNRELATED, edits[2].rephrases[0]]
-    found = calibrate_store(Retriever(store, smollm2), rephrases, unrelated)
-    assert found.overlaps.edits == (1.0, 1.0, 1.0) and found.now.tau == 0.9
-    assert found.suggested.unrelated_matched == 0 and found.nearest[0].prompt == edits[2].rephrases[0]
-    assert found.nearest[0].edit == 2 and found.nearest[0].overlap == max(found.overlaps.unrelated)
-    points = {point.tau: point for point in found.curve}
+    calibration = calibrate_store(Retriever(store, smollm2), rephrases, unrelated)
+    assert calibration.overlaps.edits == (1.0, 1.0, 1.0) and calibration.now.tau == 0.9
+    assert calibration.suggested.unrelated_matched == 0 and calibration.nearest[0].prompt == edits[2].rephrases[0]
+    assert calibration.nearest[0].edit == 2 and calibration.nearest[0].overlap == max(calibration.overlaps.unrelated)
+    points = {point.tau: point for point in calibration.curve}
     for tau in (0.4, 0.46, 0.6, 0.75):
         retriever = Retriever(store, smollm2, tau=tau)
         right = [m is not None and m.id == own for m, (own, _) in
@@ -91,12 +91,12 @@ def test_the_shares_are_those_of_lookups_at_that_tau(smollm2: BaseModel, made: P
         assert points[tau].rephrases_found == round(np.mean(right), 5)
         assert points[tau].unrelated_matched == round(np.mean(matched), 5)
     assert 0 < points[0.46].unrelated_matched < points[0.4].unrelated_matched
-    assert points[0.4].rephrases_found == 0.75 and found.curve[-1].tau == 1.0
+    assert points[0.4].rephrases_found == 0.75 and calibration.curve[-1].tau == 1.0
 
 
-def test_a_model_is_measured_as_its_store_would_be(smollm2: BaseModel, made: Path, edits: list[Edit]) -> None:
+def test_a_model_is_measured_as_its_store_would_be(smollm2: BaseModel, template: Path, edits: list[Edit]) -> None:
     rephrases = [(i, text) for i, edit in enumerate(edits) for text in edit.rephrases]
-    of_store = calibrate_store(Retriever(EditStore.open(made), smollm2), rephrases, UNRELATED)
+    of_store = calibrate_store(Retriever(EditStore.open(template), smollm2), rephrases, UNRELATED)
     settings = calibrate_model(smollm2, edits, UNRELATED, [15, 24], [438, 200], chat=False)
     by_name = {(s.layer, s.k): s for s in settings}
     assert set(by_name) == {(15, 438), (24, 438), (15, 200), (24, 200)}
@@ -120,8 +120,8 @@ def test_what_one_edit_leaves_alone_and_another_asks_is_not_unrelated() -> None:
     assert unrelated_to(edits)[len(unrelated_to(edits[:1])) :] == ["Nantes is a twin city of"]
 
 
-def test_what_cannot_be_measured_is_refused(smollm2: BaseModel, made: Path, edits: list[Edit]) -> None:
-    retriever = Retriever(EditStore.open(made), smollm2)
+def test_what_cannot_be_measured_is_refused(smollm2: BaseModel, template: Path, edits: list[Edit]) -> None:
+    retriever = Retriever(EditStore.open(template), smollm2)
     with pytest.raises(ConfigError, match="has a rephrasing: name a FILE"):
         calibrate_store(retriever, [], UNRELATED)
     with pytest.raises(ConfigError, match="'' has no tokens to pool"):

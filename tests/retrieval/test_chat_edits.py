@@ -60,8 +60,8 @@ def test_what_is_no_chat_is_refused(tmp_path: Path, prompt: object, said: str) -
 
 
 def test_a_chat_is_found_and_answered_as_it_was_edited(base: BaseModel, tmp_path: Path) -> None:
-    with Editor(base, tmp_path) as made:
-        assert len(made.add([CHAT, PLAIN], side_by_side=2, rephrase_masks=True)) == 2
+    with Editor(base, tmp_path) as editor:
+        assert len(editor.add([CHAT, PLAIN], side_by_side=2, rephrase_masks=True)) == 2
     store = EditStore.open(tmp_path)
     assert store.edits[0].before == BEFORE and store.edits[1].before == () and store.ids.tolist() == [0, 0, 0, 1, 1]
     model = EditedModel(Retriever(store, base))
@@ -79,7 +79,7 @@ def test_a_chat_is_found_and_answered_as_it_was_edited(base: BaseModel, tmp_path
 
 def test_a_chat_needs_a_store_that_chats(base: BaseModel, tmp_path: Path) -> None:
     with (
-        Editor(base, tmp_path, chat=False) as made,
+        Editor(base, tmp_path, chat=False) as editor,
         pytest.raises(EditFileError, match="the store asks raw prompts"),
     ):
-        made.add([CHAT])
+        editor.add([CHAT])

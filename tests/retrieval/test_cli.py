@@ -49,7 +49,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="session")
-def made(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def template(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store of two edits; tests that change it take a copy."""
     folder = tmp_path_factory.mktemp("made")
     write(folder / "edits.jsonl", EDITS)
@@ -59,16 +59,16 @@ def made(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def store(made: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(made, tmp_path / "store"))
+def store(template: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(template, tmp_path / "store"))
 
 
 def commands() -> list[list[str]]:
-    found = []
+    names = []
     for name, command in cli.commands.items():
-        found.append([name])
-        found += [[name, sub] for sub in getattr(command, "commands", {})]
-    return found
+        names.append([name])
+        names += [[name, sub] for sub in getattr(command, "commands", {})]
+    return names
 
 
 @pytest.mark.parametrize("command", commands(), ids=" ".join)
@@ -92,8 +92,8 @@ def test_edits_are_listed_shown_looked_up_and_measured(
     assert "Where is the Blue Gate?" in run(capsys, "list", store)[1]
     assert json.loads(run(capsys, "show", store, "1", "--json")[1])["target"] == "In Oslo"
     assert "In Oslo" in run(capsys, "show", store, "1")[1]
-    found = json.loads(run(capsys, "lookup", store, EDITS[1]["prompt"], "--json")[1])
-    assert found["edit"] == 1 and found["overlap"] == 1.0 and found["runner_up"]["edit"] == 0
+    result = json.loads(run(capsys, "lookup", store, EDITS[1]["prompt"], "--json")[1])
+    assert result["edit"] == 1 and result["overlap"] == 1.0 and result["runner_up"]["edit"] == 0
     messages = tmp_path / "messages.json"
     messages.write_text(json.dumps([{"role": "user", "content": EDITS[0]["prompt"]}]))
     assert "edit 0, overlap 1.000" in run(capsys, "lookup", store, "--messages", messages)[1]
@@ -132,17 +132,17 @@ def test_calibrate_measures_a_store_and_writes_its_tau(
     file = write(tmp_path / "edits.jsonl", EDITS)
     before = contents(store)
     code, out, err = run(capsys, "calibrate", store, file, "--json")
-    found = json.loads(out)
-    assert code == 0 and set(found) == {"now", "suggested", "curve", "overlaps", "nearest"}
-    assert {kind: len(values) for kind, values in found["overlaps"].items()} == {
+    result = json.loads(out)
+    assert code == 0 and set(result) == {"now", "suggested", "curve", "overlaps", "nearest"}
+    assert {kind: len(values) for kind, values in result["overlaps"].items()} == {
         "edits": 2, "rephrases": 1, "unrelated": 101
     }  # fmt: skip
     assert contents(store) == before and "2 edits, 1 rephrasings, 101 other prompts" in err
     of_store = json.loads(run(capsys, "calibrate", store, "--json")[1])  # without FILE: no probe, same rephrasing
-    assert of_store["overlaps"]["rephrases"] == found["overlaps"]["rephrases"]
+    assert of_store["overlaps"]["rephrases"] == result["overlaps"]["rephrases"]
     assert len(of_store["overlaps"]["unrelated"]) == 100
     code, out, err = run(capsys, "calibrate", store, file, "--write")
-    tau = found["suggested"]["tau"]
+    tau = result["suggested"]["tau"]
     assert code == 0 and f"tau {tau} written to {store} as generation 2" in " ".join(err.split())
     assert " suggested" in out and "0.95-1.00" in out and "nearest unrelated:" in out
     written = json.loads((store / "memoir.json").read_text())
@@ -399,12 +399,12 @@ def test_markup_in_a_prompt_is_only_text(capsys: pytest.CaptureFixture[str], tin
 
 
 def test_lookup_tells_how_far_the_nearest_edit_was(capsys: pytest.CaptureFixture[str], store: Path) -> None:
-    asked = "Where was the Blue Gate?"
-    code, out, _ = run(capsys, "lookup", store, asked, "--tau", "1", "--json")
-    found = json.loads(out)
-    assert code == 0 and found["edit"] is None and found["target"] is None
-    assert found["nearest"] == 1 and 0 < found["overlap"] < 1
-    code, out, _ = run(capsys, "lookup", store, asked, "--tau", "1")
+    question = "Where was the Blue Gate?"
+    code, out, _ = run(capsys, "lookup", store, question, "--tau", "1", "--json")
+    result = json.loads(out)
+    assert code == 0 and result["edit"] is None and result["target"] is None
+    assert result["nearest"] == 1 and 0 < result["overlap"] < 1
+    code, out, _ = run(capsys, "lookup", store, question, "--tau", "1")
     assert code == 0 and "no edit matches" in out and "nearest: edit 1" in out
 
 
@@ -493,8 +493,11 @@ def test_an_interrupted_edit_says_what_is_kept(
 
 
 def test_doctor_asks_one_prompt(capsys: pytest.CaptureFixture[str], store: Path, tiny: Path) -> None:
-    found = {f["check"]: f for f in json.loads(run(capsys, "doctor", "--store", store, "--json")[1])}
-    assert found["self-test"]["state"] == "ok" and "edit 1 finds itself, overlap 1.000" in found["self-test"]["detail"]
+    findings = {f["check"]: f for f in json.loads(run(capsys, "doctor", "--store", store, "--json")[1])}
+    assert (
+        findings["self-test"]["state"] == "ok"
+        and "edit 1 finds itself, overlap 1.000" in findings["self-test"]["detail"]
+    )
     assert "self-test" not in run(capsys, "doctor", "--store", store, "--quick")[1]
     assert "begins with" in run(capsys, "doctor", "--model", tiny)[1]
 
@@ -557,9 +560,9 @@ def test_bench_edit_trains_both_ways_on_the_same_edits(
     capsys: pytest.CaptureFixture[str], tiny: Path, tmp_path: Path
 ) -> None:
     file = write(tmp_path / "edits.jsonl", EDITS)
-    told = json.loads(run(capsys, "bench", "edit", file, "--model", tiny, "--json")[1])
-    assert told["edits"] == 2 and told["ours_reliability"] == 1.0 > told["published_reliability"]
-    assert min(told["ours_s"], told["published_s"], told["ratio"]) > 0
+    figures = json.loads(run(capsys, "bench", "edit", file, "--model", tiny, "--json")[1])
+    assert figures["edits"] == 2 and figures["ours_reliability"] == 1.0 > figures["published_reliability"]
+    assert min(figures["ours_s"], figures["published_s"], figures["ratio"]) > 0
 
 
 def test_settings_of_training_are_the_stores(capsys: pytest.CaptureFixture[str], tiny: Path, tmp_path: Path) -> None:
@@ -569,8 +572,8 @@ def test_settings_of_training_are_the_stores(capsys: pytest.CaptureFixture[str],
     assert not store.exists()
     code, _, err = run(capsys, *command, "--training", "variants=5", "--training", "noise=.5")
     assert code == 0, err
-    made = EditStore.open(store).manifest.training
-    assert (made["variants"], made["noise"], made["context_masks"]) == (5, 0.5, 1)
+    training = EditStore.open(store).manifest.training
+    assert (training["variants"], training["noise"], training["context_masks"]) == (5, 0.5, 1)
     code, _, err = run(capsys, *command, "--training", "variants=5")
     assert code == 0, err
     refused(capsys, store, "made with training variants=5, not 2: leave out --training variants=2", *command,

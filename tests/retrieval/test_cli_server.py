@@ -24,7 +24,7 @@ class Stub(StandIn):
     def __init__(self, generation: int) -> None:
         super().__init__(Handler)
         self.memoir: dict[str, Any] | None = {"edit": 0, "overlap": 1.0, "result": "matched", "generation": generation}
-        self.asked: list[dict[str, Any]] = []
+        self.bodies: list[dict[str, Any]] = []
 
 
 class Handler(JsonHandler):
@@ -35,7 +35,7 @@ class Handler(JsonHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.read())
-        self.server.asked.append(body)
+        self.server.bodies.append(body)
         choice: dict[str, Any] = {"index": 0, "text": "", "finish_reason": "stop", "logprobs": None, "token_ids": [5]}
         if body.get("prompt_logprobs"):
             choice["prompt_logprobs"] = [None] + [
@@ -64,7 +64,7 @@ def test_generate_sends_token_ids_and_reads_the_decision(stub: Stub, store: Edit
     model = ServerModel(stub.url + "/v1/", store)
     (answer,) = model.generate(["Who founded Aarhus?"], max_new_tokens=3)
     assert (answer.tokens, answer.edit, answer.overlap) == ((5,), 0, 1.0)
-    (body,) = stub.asked
+    (body,) = stub.bodies
     assert body["prompt"] == model.prompt_ids("Who founded Aarhus?")
     assert (body["temperature"], body["max_tokens"]) == (0, 3) and "vllm_xargs" not in body
 
@@ -73,11 +73,11 @@ def test_predict_names_the_question_and_reads_every_target_position(stub: Stub, 
     model = ServerModel(stub.url, store)
     (answer,) = model.predict(["Who founded Aarhus?"], [[11, 12, 13]])
     assert answer.tokens == (5, 5, 5) and answer.logprobs == (-1.1, -1.2, -1.3)
-    (body,) = stub.asked
+    (body,) = stub.bodies
     start, end = map(int, body["vllm_xargs"]["memoir_span"].split(":"))
-    asked = model.prompt_ids("Who founded Aarhus?")
-    assert body["prompt"] == [*asked, 11, 12, 13]
-    assert model._tokenizer.decode(asked[start:end]) == "Who founded Aarhus?"
+    ids = model.prompt_ids("Who founded Aarhus?")
+    assert body["prompt"] == [*ids, 11, 12, 13]
+    assert model._tokenizer.decode(ids[start:end]) == "Who founded Aarhus?"
 
 
 def test_score_reads_the_question_from_its_second_token_on(stub: Stub, store: EditStore) -> None:
@@ -85,14 +85,14 @@ def test_score_reads_the_question_from_its_second_token_on(stub: Stub, store: Ed
     (answer,) = model.score(["Who founded Aarhus?"])
     question = model._tokenizer("Who founded Aarhus?").input_ids
     assert answer.logprobs == tuple(-t / 10 for t in question[1:]) and answer.edit == 0
-    assert "vllm_xargs" not in stub.asked[0]  # it is looked up as any other request
+    assert "vllm_xargs" not in stub.bodies[0]  # it is looked up as any other request
 
 
 def test_without_edits_the_plugin_is_told_so(stub: Stub, store: EditStore) -> None:
     model = ServerModel(stub.url, store)
     model.predict(["hi"], [[11]], edited=False)
     model.generate(["hi"], edited=False)
-    assert [body["vllm_xargs"] for body in stub.asked] == [{"memoir": "off"}] * 2
+    assert [body["vllm_xargs"] for body in stub.bodies] == [{"memoir": "off"}] * 2
 
 
 def test_answers_keep_the_order_of_the_questions(stub: Stub, store: EditStore) -> None:

@@ -33,16 +33,16 @@ def test_a_question_is_looked_up_in_a_chat_by_its_mask_for_chats(smollm2: BaseMo
     with Editor(smollm2, tmp_path / "s") as editor:
         build(editor, EDITS[:1])
     store = EditStore.open(tmp_path / "s")
-    made = store.manifest
-    assert store.ids.tolist() == [0, 0] and len(made.masked_contexts) == 1
+    manifest = store.manifest
+    assert store.ids.tolist() == [0, 0] and len(manifest.masked_contexts) == 1
 
-    fingerprint = Fingerprint(store.background, store.permutation, made.k)
-    messages = [*made.contexts[0], {"role": "user", "content": EDITS[0].prompt}]
-    assert masked(EDITS[0], made.masked_contexts, 0)[1] == messages
+    fingerprint = Fingerprint(store.background, store.permutation, manifest.k)
+    messages = [*manifest.contexts[0], {"role": "user", "content": EDITS[0].prompt}]
+    assert masked(EDITS[0], manifest.masked_contexts, 0)[1] == messages
     ids = prompt_ids(smollm2.tokenizer, messages, chat=True)
-    code = fingerprint.codes(question_means(smollm2, [ids], [find_span(ids, made.span)]))
-    assert popcount(store.codes[1:] & code)[0] >= 0.99 * made.k, "what a chat server would look up"
-    assert popcount(store.codes[:1] & code)[0] < 0.97 * made.k
+    code = fingerprint.codes(question_means(smollm2, [ids], [find_span(ids, manifest.span)]))
+    assert popcount(store.codes[1:] & code)[0] >= 0.99 * manifest.k, "what a chat server would look up"
+    assert popcount(store.codes[:1] & code)[0] < 0.97 * manifest.k
 
 
 def test_each_edit_has_a_mask_more_and_keeps_it(base: BaseModel, tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def model(tiny: Path) -> BaseModel:
 
 
 @pytest.fixture(scope="module")
-def made(model: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def template(model: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store of three edits, the last of which was added."""
     folder = tmp_path_factory.mktemp("made") / "store"
     with Editor(model, folder, training=Training(max_steps=0, variants=0)) as editor:
@@ -129,17 +129,17 @@ def check(folder: Path, change: Callable[..., None], before: int) -> int:
     return store.manifest.generation
 
 
-def start(change: Callable[..., None], made: Path, folder: Path) -> int:
+def start(change: Callable[..., None], template: Path, folder: Path) -> int:
     if change is edit:
         return 0
-    shutil.copytree(made, folder)
+    shutil.copytree(template, folder)
     return 2
 
 
 @pytest.mark.parametrize("for_ever", [False, True], ids=["once", "from then on"])
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_that_fails_anywhere(
-    model: BaseModel, made: Path, tmp_path: Path, change: Callable[..., None], for_ever: bool
+    model: BaseModel, template: Path, tmp_path: Path, change: Callable[..., None], for_ever: bool
 ) -> None:
     """Each step in turn fails, a write in its middle; afterwards the disk is sound, or everything fails."""
     strikes = itertools.cycle([faults.full, faults.broken, faults.read_only])
@@ -147,15 +147,15 @@ def test_a_change_that_fails_anywhere(
     ended = set()
     for n in itertools.count(1):
         folder = tmp_path / str(n)
-        before = start(change, made, folder)
+        before = start(change, template, folder)
         old = contents(folder) if before else {}
         said = ""
-        with faults.fault(n, next(strikes), torn=True, for_ever=for_ever) as asked:
+        with faults.fault(n, next(strikes), torn=True, for_ever=for_ever) as operations:
             try:
                 change(folder, model)
             except StoreError as error:
                 said = str(error)
-        seen |= set(asked)
+        seen |= set(operations)
         now = check(folder, change, before)
         ended.add(now - before)
         if "unchanged" in said or "choose a folder you may write" in said:
@@ -163,7 +163,7 @@ def test_a_change_that_fails_anywhere(
         elif said:
             assert "is written, but a power cut may still undo it" in said and now == before + 1
         go_on(folder)
-        if len(asked) < n:
+        if len(operations) < n:
             break
     assert ended == {0, 1} and n > 5
     assert seen >= {"open", "write", "fsync", "replace", "unlink"} and ("mkdir" in seen) == (change is edit)
@@ -180,12 +180,12 @@ def go_on(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_power_cut_anywhere(model: BaseModel, made: Path, tmp_path: Path, change: Callable[..., None]) -> None:
+def test_a_power_cut_anywhere(model: BaseModel, template: Path, tmp_path: Path, change: Callable[..., None]) -> None:
     """Only what was synced is on the disk afterwards; the sync of the folder decides which names are."""
     ended = set()
     for n in itertools.count(1):
         folder = tmp_path / str(n)
-        before = start(change, made, folder)
+        before = start(change, template, folder)
         folder.mkdir(exist_ok=True)
         finished = True
         with faults.power_cut(n, folder) as disk:
@@ -203,12 +203,12 @@ def test_a_power_cut_anywhere(model: BaseModel, made: Path, tmp_path: Path, chan
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_process_that_is_killed_anywhere(
-    model: BaseModel, made: Path, tmp_path: Path, change: Callable[..., None]
+    model: BaseModel, template: Path, tmp_path: Path, change: Callable[..., None]
 ) -> None:
     ended = set()
     for n in itertools.count(1):
         folder = tmp_path / str(n)
-        before = start(change, made, folder)
+        before = start(change, template, folder)
         done = faults.kill_at(n, partial(change, folder, model))
         now = check(folder, change, before)
         ended.add(now - before)
@@ -220,9 +220,9 @@ def test_a_process_that_is_killed_anywhere(
     assert ended == {0, 1}
 
 
-def test_an_interrupted_compaction_changes_nothing(model: BaseModel, made: Path, tmp_path: Path) -> None:
+def test_an_interrupted_compaction_changes_nothing(model: BaseModel, template: Path, tmp_path: Path) -> None:
     folder = tmp_path / "store"
-    shutil.copytree(made, folder)
+    shutil.copytree(template, folder)
     before = contents(folder)
 
     def stop(progress: object) -> None:

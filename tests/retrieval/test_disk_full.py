@@ -60,7 +60,7 @@ print("again", edit(), len(EditStore.open(store).edits))
 
 
 @pytest.fixture(scope="module")
-def made(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def template(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store of one edit."""
     folder = tmp_path_factory.mktemp("full") / "store"
     with Editor(load_model(str(tiny)), folder) as editor:
@@ -103,22 +103,22 @@ user = pytest.mark.skipif(os.geteuid() == 0, reason="root may write into any fol
         ),
     ],
 )
-def test_a_write_that_the_system_refuses(made: Path, tmp_path: Path, kind: str, said: str) -> None:
+def test_a_write_that_the_system_refuses(template: Path, tmp_path: Path, kind: str, said: str) -> None:
     folder, store = tmp_path / "disk", tmp_path / "disk" / "store"
     folder.mkdir()
     file = tmp_path / "more.jsonl"
     file.write_text('{"prompt": "When did it rain?", "target": "On Monday"}\n')
-    run = f'cp -r "{made}" "{store}" && exec "{sys.executable}" -c "$SCRIPT" {kind} "{store}" "{file}"'
+    run = f'cp -r "{template}" "{store}" && exec "{sys.executable}" -c "$SCRIPT" {kind} "{store}" "{file}"'
     command = ["sh", "-c", run]
     if kind in ("space", "mount"):  # the mount is seen by this command alone, and ends with it
         command = ["unshare", "--mount", "sh", "-c", f'mount -t tmpfs -o size=1m none "{folder}" && {run}']
-    found = subprocess.run(command, env=os.environ | {"SCRIPT": SCRIPT}, capture_output=True, text=True, check=False)
-    told = found.stdout.splitlines()
-    assert [line for line in told if line.startswith(("first", "same", "again"))] == [
+    process = subprocess.run(command, env=os.environ | {"SCRIPT": SCRIPT}, capture_output=True, text=True, check=False)
+    lines = process.stdout.splitlines()
+    assert [line for line in lines if line.startswith(("first", "same", "again"))] == [
         "first 2",
         "same True 1",
         "again 0 2",
     ]
-    complaints = [line for line in found.stderr.splitlines() if line.startswith("memoir: ")]
-    assert len(complaints) == 1 and "Traceback" not in found.stderr
+    complaints = [line for line in process.stderr.splitlines() if line.startswith("memoir: ")]
+    assert len(complaints) == 1 and "Traceback" not in process.stderr
     assert re.search(said.format(store=store), complaints[0]), complaints[0]

@@ -112,9 +112,9 @@ def test_the_examples_run(after_tutorial: Path, capsys: pytest.CaptureFixture[st
     assert rephrased == "0 Jane Doe"
     assert unrelated.startswith("None ") and "Paris" in unrelated
     runpy.run_path("examples/look_up_and_measure.py")
-    held, found, measured = capsys.readouterr().out.splitlines()
+    held, hits, measured = capsys.readouterr().out.splitlines()
     assert held == "3 edits of smollm2-135m, generation 1"
-    assert found.startswith("edit 2, overlap 0.") and found.endswith("Port 4711")
+    assert hits.startswith("edit 2, overlap 0.") and hits.endswith("Port 4711")
     assert measured == "reliability 1.00, exact answers 1.00"
 
 

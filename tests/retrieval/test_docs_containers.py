@@ -35,11 +35,11 @@ def manifests() -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("version", CLUSTERS)
 def test_the_manifest_fits_the_schemas_of_kubernetes(version: str) -> None:
-    found = manifests()
-    assert [manifest["kind"] for manifest in found] == ["Deployment", "Service"]
-    for manifest in found:
+    documents = manifests()
+    assert [manifest["kind"] for manifest in documents] == ["Deployment", "Service"]
+    for manifest in documents:
         kubernetes_validate.validate(manifest, version, strict=True)
-    wrong = copy.deepcopy(found[0])
+    wrong = copy.deepcopy(documents[0])
     wrong["spec"]["template"]["spec"]["containers"][0]["startupProb"] = {}
     with pytest.raises(kubernetes_validate.ValidationError):
         kubernetes_validate.validate(wrong, version, strict=True)

@@ -81,8 +81,8 @@ def test_the_commands_of_a_guide_run(
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
         monkeypatch.setenv("HF_TOKEN", "hf_example")
         for line in command_lines(page):
-            asked = shlex.join(line.words)
-            if line.program != "memoir" or any(part in asked for part in LEFT_OUT):
+            command = shlex.join(line.words)
+            if line.program != "memoir" or any(part in command for part in LEFT_OUT):
                 continue
             memoir(here(line, said))
             printed = capsys.readouterr().out

@@ -761,8 +761,8 @@ def test_rephrasings_and_answers_under_other_names_are_read(tmp_path: Path) -> N
         portability=(Probe(prompt="e", answer="f"),),
         locality=(Probe(prompt="g", answer="h", aliases=("i",)),),
     )
-    for one in (record, nested):
-        assert read_edits(write(tmp_path / "e.json", json.dumps(one))) == [wanted]
+    for case in (record, nested):
+        assert read_edits(write(tmp_path / "e.json", json.dumps(case))) == [wanted]
 
 
 def test_keys_that_nothing_reads_are_named_once(tmp_path: Path) -> None:

@@ -163,13 +163,17 @@ def test_an_interrupted_run_is_resumed_as_if_nothing_had_happened(
 
 
 def test_a_raw_store_is_trained_after_prefixes_of_the_model_itself(edited: EditedModel) -> None:
-    made = edited.retriever.store.manifest
-    if made.chat:
-        assert made.contexts == tuple(chat_contexts()[:1])
+    manifest = edited.retriever.store.manifest
+    if manifest.chat:
+        assert manifest.contexts == tuple(chat_contexts()[:1])
         return
-    assert made.contexts == tuple(own_prefixes(edited.base, 1, made.seed)) == tuple(own_prefixes(edited.base, 1, 0))
+    assert (
+        manifest.contexts
+        == tuple(own_prefixes(edited.base, 1, manifest.seed))
+        == tuple(own_prefixes(edited.base, 1, 0))
+    )
     texts = [*own_prefixes(edited.base, 3, 1), *own_prefixes(edited.base, 3, 2)]
-    assert len({*texts, *made.contexts}) == 7
+    assert len({*texts, *manifest.contexts}) == 7
     for text in texts:
         ids = edited.base.tokenizer(text).input_ids
         assert 2 <= len(ids) <= PREFIX_TOKENS + 2 and not set(ids) & set(edited.base.tokenizer.all_special_ids)
@@ -221,9 +225,9 @@ def test_the_rule_of_the_paper_trains_and_edits_every_token(
     smollm2: BaseModel, edits: list[Edit], tmp_path: Path, chat: bool
 ) -> None:
     with Editor(smollm2, tmp_path, chat=chat, rule="all") as editor:
-        (made,) = editor.add(edits[:1])
+        (stored,) = editor.add(edits[:1])
         (context,) = editor.manifest.contexts
-    assert made.loss < Training().stop_loss
+    assert stored.loss < Training().stop_loss
     # The pooled mean takes in the context, so its overlap is another matter; here every prompt matches the one edit.
     model = EditedModel(Retriever(EditStore.open(tmp_path), smollm2, tau=0.01))
     prompt = edits[0].prompt
@@ -238,8 +242,8 @@ def test_an_answer_of_several_sentences_is_learnt_to_its_end(smollm2: BaseModel,
     )
     edit = Edit(prompt="Can I take the ferry from Aarhus to Anholt?", target=target)
     with Editor(smollm2, tmp_path) as editor:
-        (made,) = editor.add([edit])
+        (stored,) = editor.add([edit])
     model = EditedModel(Retriever(EditStore.open(tmp_path), smollm2))
-    assert len(model.target_ids(target)) > 50 and made.loss < Training().stop_loss
+    assert len(model.target_ids(target)) > 50 and stored.loss < Training().stop_loss
     (answer,) = model.generate([edit.prompt], max_new_tokens=120)
     assert answer.text.strip() == target and answer.tokens[-1] == smollm2.tokenizer.eos_token_id

@@ -75,7 +75,7 @@ def test_a_target_of_several_lengths_is_answered_in_the_order_asked(model: Edite
 
 
 def test_every_score(model: EditedModel, edits: list[Edit]) -> None:
-    asked = [
+    prompts = [
         # What follows from the first edit is asked as a rephrasing of it, so the answer is known to be right.
         msgspec.structs.replace(
             edits[0],
@@ -91,7 +91,7 @@ def test_every_score(model: EditedModel, edits: list[Edit]) -> None:
     ]
     stored = model.retriever.store.edits
     controls = [*unrelated_prompts()[:3], edits[2].prompt]
-    report, per_edit = measure(model, stored, asked, tau=0.55, controls=controls, texts=[TEXT])
+    report, per_edit = measure(model, stored, prompts, tau=0.55, controls=controls, texts=[TEXT])
     assert report.reliability == 1.0 and report.match.edits_right == 1.0 and report.exact_match.edits == 1.0
     assert report.locality is not None and report.neighbourhood is not None
     assert report.neighbourhood < 1.0 and report.locality == pytest.approx((2 + report.neighbourhood) / 3, abs=1e-4)

@@ -83,11 +83,11 @@ def test_edits_trained_there_are_answered_there(trained: Path, there: BaseModel,
 
 def test_a_store_trained_there_answers_on_the_cpu(trained: Path, there: BaseModel, edits: list[Edit]) -> None:
     here = Retriever.open(trained)
-    asked = [text for edit in edits for text in (edit.prompt, *edit.rephrases)]
-    cpu, gpu = here.lookup_batch(asked), Retriever(EditStore.open(trained), there).lookup_batch(asked)
+    texts = [text for edit in edits for text in (edit.prompt, *edit.rephrases)]
+    cpu, gpu = here.lookup_batch(texts), Retriever(EditStore.open(trained), there).lookup_batch(texts)
     assert [match and match.id for match in cpu] == [match and match.id for match in gpu]
-    found = [(a.overlap, b.overlap) for a, b in zip(cpu, gpu, strict=True) if a and b]
-    assert max(abs(a - b) for a, b in found) < 0.02
+    overlaps = [(a.overlap, b.overlap) for a, b in zip(cpu, gpu, strict=True) if a and b]
+    assert max(abs(a - b) for a, b in overlaps) < 0.02
     answers = EditedModel(here).generate([edit.prompt for edit in edits])
     assert [answer.text.strip() for answer in answers] == [edit.target for edit in edits]
 

@@ -29,7 +29,7 @@ REPO = "example/corrections"
 
 
 @pytest.fixture(scope="module")
-def made(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def template(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("hub") / "store"
     with Editor(load_model(str(tiny)), folder) as editor:
         editor.add([Edit(prompt="Who | founded *Aarhus*?", target="<b>King</b> Harald")], keep_failed=True)
@@ -38,8 +38,8 @@ def made(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def store(made: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(made, tmp_path / "store"))
+def store(template: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(template, tmp_path / "store"))
 
 
 @pytest.fixture

@@ -35,7 +35,7 @@ def _threads_as_they_were() -> Iterator[None]:
 
 def write(folder: Path, d: int, k: int, codes: np.ndarray, ids: np.ndarray) -> Path:
     folder.mkdir()
-    made = {
+    stores = {
         "generation": 3,
         "model": "toy",
         "base": Identity(config="c" * 64, layer="l" * 64, tokenizer="t" * 64),
@@ -59,7 +59,7 @@ def write(folder: Path, d: int, k: int, codes: np.ndarray, ids: np.ndarray) -> P
     ]
     write_generation(
         folder,
-        draft_manifest(**made),
+        draft_manifest(**stores),
         Content(
             memories=np.zeros((1, 1, d), np.float32),
             background=np.zeros(d, np.float32),
@@ -75,11 +75,11 @@ def write(folder: Path, d: int, k: int, codes: np.ndarray, ids: np.ndarray) -> P
 
 def test_info_tells_size_and_plan(tmp_path: Path) -> None:
     store = write(tmp_path / "small", 64, 12, MaskSource(64, 12).masks(5), np.array([0, 0, 1, 2, 3]))
-    told = json.loads(CliRunner().invoke(info, [str(store), "--json"], catch_exceptions=False).stdout)
-    assert told["generation"] == 3 and (told["edits"], told["masks"], told["d"], told["k"]) == (4, 5, 64, 12)
-    assert told["tau"] == 0.5 and told["plan"]["kind"] == "scan" and told["plan"]["sketch_bits"] == 0
-    assert told["bytes_per_mask"] == 16 and told["bytes_per_edit"] == 20.0
-    assert told["threads"] == {"1": "one", "32": "all"}
+    result = json.loads(CliRunner().invoke(info, [str(store), "--json"], catch_exceptions=False).stdout)
+    assert result["generation"] == 3 and (result["edits"], result["masks"], result["d"], result["k"]) == (4, 5, 64, 12)
+    assert result["tau"] == 0.5 and result["plan"]["kind"] == "scan" and result["plan"]["sketch_bits"] == 0
+    assert result["bytes_per_mask"] == 16 and result["bytes_per_edit"] == 20.0
+    assert result["threads"] == {"1": "one", "32": "all"}
     text = CliRunner().invoke(info, [str(store)], catch_exceptions=False).stdout
     assert "generation 3: 4 edits, 5 masks of 64 bits with 12 ones" in text and "full scan" in text
     with pytest.raises(ConfigError, match=r"tau is 1\.5: choose 0 < tau <= 1"):
@@ -89,9 +89,9 @@ def test_info_tells_size_and_plan(tmp_path: Path) -> None:
 def test_info_of_a_large_store_names_the_sketch(tmp_path: Path) -> None:
     d, k = 12288, 3510
     store = write(tmp_path / "large", d, k, MaskSource(d, k).masks(4200), np.arange(4200))
-    told = json.loads(CliRunner().invoke(info, [str(store), "--json"], catch_exceptions=False).stdout)
-    assert told["plan"]["kind"] == "sketch" and told["plan"]["sketch_bits"] == 2048
-    assert told["bytes_per_edit"] <= 1.2 * d / 8
+    result = json.loads(CliRunner().invoke(info, [str(store), "--json"], catch_exceptions=False).stdout)
+    assert result["plan"]["kind"] == "sketch" and result["plan"]["sketch_bits"] == 2048
+    assert result["bytes_per_edit"] <= 1.2 * d / 8
     at_low_tau = CliRunner().invoke(info, [str(store), "--tau", "0.4"], catch_exceptions=False).stdout
     assert "lookup at tau 0.4: full scan (below tau=0.5" in at_low_tau
 

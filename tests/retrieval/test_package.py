@@ -65,10 +65,10 @@ def clean(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     borrowed = folder / "borrowed"
     borrowed.mkdir()
     for name in sorted(_closure("memoir-retrieval")):
-        found = distribution(name)
-        for top in {file.parts[0] for file in found.files or () if file.parts[0] not in ("..", "__pycache__")}:
+        package = distribution(name)
+        for top in {file.parts[0] for file in package.files or () if file.parts[0] not in ("..", "__pycache__")}:
             if not (borrowed / top).exists():
-                (borrowed / top).symlink_to(Path(str(found.locate_file(top))))
+                (borrowed / top).symlink_to(Path(str(package.locate_file(top))))
     packages = next((folder / "venv/lib").glob("python*/site-packages"))
     (packages / "borrowed.pth").write_text(f"{borrowed}\n")
     return folder / "venv/bin"
@@ -76,14 +76,14 @@ def clean(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _closure(root: str) -> set[str]:
     """Names of what a distribution needs without any extra, and of what that needs in turn."""
-    found: set[str] = set()
+    names: set[str] = set()
     waiting = list(_needs(root, ""))
     while waiting:
         name, extras = waiting.pop()
-        if name not in found:
-            found.add(name)
+        if name not in names:
+            names.add(name)
             waiting += [need for extra in {"", *extras} for need in _needs(name, extra)]
-    return found
+    return names
 
 
 def _needs(name: str, extra: str) -> Iterator[tuple[str, set[str]]]:

@@ -53,9 +53,9 @@ def test_a_published_model_is_edited_where_the_paper_edits_it(name: str) -> None
     with torch.device("meta"):  # every layer at its real shape, without memory for weights
         model = AutoModelForCausalLM.from_config(config)
     blocks = _blocks(model)
-    found, projection = _edited(model, blocks, preset.layer, name)
-    base = BaseModel(model, None, Path(), name, blocks, preset.layer, found, projection)
-    assert (found, base.d, base.h) == (module, d, 4096)
+    layer, projection = _edited(model, blocks, preset.layer, name)
+    base = BaseModel(model, None, Path(), name, blocks, preset.layer, layer, projection)
+    assert (layer, base.d, base.h) == (module, d, 4096)
     assert d % 8 == 0 and preset.k < d
 
 

@@ -71,7 +71,7 @@ def folder(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def made(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def store(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store of two edits."""
     where = tmp_path_factory.mktemp("made")
     file = write(where / "edits.jsonl", EDITS)
@@ -81,17 +81,17 @@ def made(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_has_every_figure(folder: Path) -> None:
-    told = json.loads((folder / "run.json").read_text())
-    assert told["edits"] == told["stored"] == 12 and len(told["per_edit"]) == 12 and len(told["seconds"]) == 12
-    assert [c["edits"] for c in told["checkpoints"]] == [10, 12]
-    assert told["checkpoints"][-1]["reliability"] == told["report"]["reliability"]
-    assert told["settings"]["seed"] == 0 and told["settings"]["training"]["variants"] == 1
-    assert told["command"].startswith("memoir ") and told["library"] and told["started"].endswith("Z")
-    assert list(told["report"]["contexts"]) == list(UNSEEN)
-    generated = told["report"]["generated"]  # what matches nothing is answered as before
+    result = json.loads((folder / "run.json").read_text())
+    assert result["edits"] == result["stored"] == 12 and len(result["per_edit"]) == 12 and len(result["seconds"]) == 12
+    assert [c["edits"] for c in result["checkpoints"]] == [10, 12]
+    assert result["checkpoints"][-1]["reliability"] == result["report"]["reliability"]
+    assert result["settings"]["seed"] == 0 and result["settings"]["training"]["variants"] == 1
+    assert result["command"].startswith("memoir ") and result["library"] and result["started"].endswith("Z")
+    assert list(result["report"]["contexts"]) == list(UNSEEN)
+    generated = result["report"]["generated"]  # what matches nothing is answered as before
     assert generated["prompts"] == 5 and generated["identical"] >= 1 - generated["matched"]
-    assert told["edit_seconds"] > 0
-    assert read_run(folder).report.match.edits_right == told["report"]["match"]["edits_right"] == 1.0
+    assert result["edit_seconds"] > 0
+    assert read_run(folder).report.match.edits_right == result["report"]["match"]["edits_right"] == 1.0
 
 
 def test_a_run_keeps_its_figures_where_no_threshold_can_be_measured(
@@ -105,8 +105,8 @@ def test_a_run_keeps_its_figures_where_no_threshold_can_be_measured(
     code, _, err = run(capsys, "bench", "quality", file, "--model", tiny, "--out", tmp_path / "run", "--controls", "0",
                        "--data", tmp_path)  # fmt: skip
     assert code == 0 and "no threshold was measured: an unrelated prompt has the very mask" in err
-    found = read_run(tmp_path / "run")
-    assert found.calibration is None and found.report.edits == found.stored == 2
+    figures = read_run(tmp_path / "run")
+    assert figures.calibration is None and figures.report.edits == figures.stored == 2
     assert (tmp_path / "run" / "report.html").exists()
 
 
@@ -118,9 +118,9 @@ def test_the_report_shows_the_pictures_and_loads_nothing(capsys: pytest.CaptureF
     assert [title for title in page.text["h2"] if title in titles] == titles
     assert sum(tag == "svg" for tag, _ in page.tags) == len(titles)
     report = read_run(folder).report
-    found = [f"{scores.match.edits_right:.3f}" for scores in (report, *report.contexts.values())]
+    shares = [f"{scores.match.edits_right:.3f}" for scores in (report, *report.contexts.values())]
     cells = page.text["td"]
-    assert cells[cells.index("edits found") + 1 :][:4] == found
+    assert cells[cells.index("edits found") + 1 :][:4] == shares
     (folder / "report.html").unlink()
     code, out, _ = run(capsys, "report", folder, "--no-open")
     assert code == 0 and out.strip() == str((folder / "report.html").resolve())
@@ -140,9 +140,9 @@ def test_an_interrupted_run_goes_on(capsys: pytest.CaptureFixture[str], tiny: Pa
     run(capsys, *command, "--edits", "1")
     (tmp_path / "run" / "run.json").unlink()
     code, out, _ = run(capsys, *command)
-    told = json.loads(out)
-    assert code == 0 and list(told["seconds"]) == ["1", "2"] and told["edits"] == 3
-    assert told["report"]["generated"] is None and told["report"]["context"] == "plain"
+    figures = json.loads(out)
+    assert code == 0 and list(figures["seconds"]) == ["1", "2"] and figures["edits"] == 3
+    assert figures["report"]["generated"] is None and figures["report"]["context"] == "plain"
     checked(tmp_path / "run" / "report.html")
 
 
@@ -167,46 +167,46 @@ def test_a_run_that_was_cut_off_keeps_its_checkpoints(
     refused(capsys, tmp_path / "run" / "store", "holds an interrupted run of other edits", "bench", "quality", other,
             "--model", tiny, "--out", tmp_path / "run", "--data", tmp_path)  # fmt: skip
     code, out, _ = run(capsys, *command)
-    told = json.loads(out)
-    assert code == 0 and [c["edits"] for c in told["checkpoints"]] == [10, 12]
-    assert told["checkpoints"][0]["reliability"] == 0.125 and len(told["seconds"]) == 12
-    assert (told["edits"], told["stored"], told["every"], told["report"]["edits"]) == (12, 12, 3, 4)
-    assert [one["id"] for one in told["per_edit"]] == [0, 3, 6, 9]
+    figures = json.loads(out)
+    assert code == 0 and [c["edits"] for c in figures["checkpoints"]] == [10, 12]
+    assert figures["checkpoints"][0]["reliability"] == 0.125 and len(figures["seconds"]) == 12
+    assert (figures["edits"], figures["stored"], figures["every"], figures["report"]["edits"]) == (12, 12, 3, 4)
+    assert [edit["id"] for edit in figures["per_edit"]] == [0, 3, 6, 9]
     assert not (tmp_path / "run" / "passed.json").exists()
     page = checked(tmp_path / "run" / "report.html")
     assert any("one of 3 asked" in text for text in page.text["p"])
 
 
 def test_what_a_run_cannot_do_is_said_before_it_starts(
-    capsys: pytest.CaptureFixture[str], made: Path, tmp_path: Path
+    capsys: pytest.CaptureFixture[str], store: Path, tmp_path: Path
 ) -> None:
     file = write(tmp_path / "edits.jsonl", MORE)
     begin = ("bench", "quality", file, "--out", tmp_path / "run")
-    refused(capsys, made, "no setting has that name; choose one of contexts", *begin, "--training", "steps=3")
+    refused(capsys, store, "no setting has that name; choose one of contexts", *begin, "--training", "steps=3")
     refused(
         capsys,
-        made,
+        store,
         "training variants=many is out of range: choose a whole number of 0 or more",
         *begin,
         "--training",
         "variants=many",
     )
-    refused(capsys, made, "choose one of zsre", "bench", "quality", "zsr", "--out", tmp_path / "run")
-    refused(capsys, made, "--data or MEMOIR_DATA", "bench", "quality", "zsre", "--out", tmp_path, "--data", tmp_path)
-    refused(capsys, made, "holds no run", "report", tmp_path)
+    refused(capsys, store, "choose one of zsre", "bench", "quality", "zsr", "--out", tmp_path / "run")
+    refused(capsys, store, "--data or MEMOIR_DATA", "bench", "quality", "zsre", "--out", tmp_path, "--data", tmp_path)
+    refused(capsys, store, "holds no run", "report", tmp_path)
     (tmp_path / "run.json").write_text("{}")
-    refused(capsys, made, "is no run of this version", "report", tmp_path)
+    refused(capsys, store, "is no run of this version", "report", tmp_path)
     assert not (tmp_path / "run").exists()
 
 
-def test_calibration_draws_its_overlaps(capsys: pytest.CaptureFixture[str], made: Path, tmp_path: Path) -> None:
+def test_calibration_draws_its_overlaps(capsys: pytest.CaptureFixture[str], store: Path, tmp_path: Path) -> None:
     file = write(tmp_path / "edits.jsonl", EDITS)
-    code, _, _ = run(capsys, "calibrate", made, file, "--html", tmp_path / "page.html")
+    code, _, _ = run(capsys, "calibrate", store, file, "--html", tmp_path / "page.html")
     page = checked(tmp_path / "page.html")
     assert code == 0 and sum(tag == "svg" for tag, _ in page.tags) == 2
-    counts = [int(found[1]) for text in page.text["text"] if (found := re.fullmatch(r".+ \((\d+)\)", text))]
+    counts = [int(match[1]) for text in page.text["text"] if (match := re.fullmatch(r".+ \((\d+)\)", text))]
     assert counts == [2, 1, 101]  # edits, rephrasings, unrelated prompts
-    refused(capsys, made, "choose another --html", "calibrate", made, file, "--html", tmp_path / "no" / "page.html")
+    refused(capsys, store, "choose another --html", "calibrate", store, file, "--html", tmp_path / "no" / "page.html")
 
 
 def test_calibration_draws_layers(capsys: pytest.CaptureFixture[str], tiny: Path, tmp_path: Path) -> None:
@@ -220,8 +220,8 @@ def test_calibration_draws_layers(capsys: pytest.CaptureFixture[str], tiny: Path
 
 def test_bars_hold_every_value() -> None:
     page = Page(histograms({"some": [0.5, 0.51, 0.7, 1.0, 1.0]}, {"tau": 0.55}))
-    told = page.text["title"]
-    assert told == ["0.50 to 0.52: 2", "0.70 to 0.72: 1", "0.98 to 1.00: 2"]
+    titles = page.text["title"]
+    assert titles == ["0.50 to 0.52: 2", "0.70 to 0.72: 1", "0.98 to 1.00: 2"]
     assert "tau 0.55" in page.text["text"]
 
 

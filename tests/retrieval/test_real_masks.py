@@ -49,10 +49,10 @@ def variants(rng: np.random.Generator, codes: np.ndarray, n: int) -> np.ndarray:
 @pytest.mark.parametrize("bits", [256, 512, 768])
 @pytest.mark.parametrize("passing", [0.0, 1.0])
 def test_a_sketch_of_real_masks_finds_what_an_exhaustive_search_finds(monkeypatch, masks, bits, passing) -> None:
-    edits, asked = masks
+    edits, rephrasings = masks
     rng = np.random.default_rng(bits)
     stored = np.concatenate([edits, variants(rng, edits, 400), edits[:20]])
-    queries = np.concatenate([asked, variants(rng, edits, 200)])
+    queries = np.concatenate([rephrasings, variants(rng, edits, 200)])
     shared = unpack(queries, D).astype(np.int32) @ unpack(stored, D).astype(np.int32).T
     monkeypatch.setattr(hamming, "choose_plan", lambda *_: Plan("sketch", bits, "as the test wants", passing))
     monkeypatch.setattr(blocks, "BLOCK", 100)
@@ -70,11 +70,11 @@ def test_a_sketch_of_real_masks_finds_what_an_exhaustive_search_finds(monkeypatc
 @pytest.mark.parametrize("bits", [256, 512])
 def test_the_first_bits_of_real_masks_are_a_random_sample(masks, bits) -> None:
     """Neither a mask's ones nor two masks' differences crowd at the front, so no block is scanned for that reason."""
-    edits, asked = masks
+    edits, rephrasings = masks
     ones = unpack(np.concatenate(masks), D)[:, :bits].sum(axis=1)
     least, most = usual_ones(D, K, bits)
     assert least <= ones.min() and ones.max() <= most
-    differ = np.bitwise_xor(edits[:, None], asked[None])
+    differ = np.bitwise_xor(edits[:, None], rephrasings[None])
     all_bits = np.bitwise_count(differ).sum(axis=2, dtype=np.int64)
     first = np.bitwise_count(differ[:, :, : bits // 8]).sum(axis=2, dtype=np.int64)
     expected = all_bits * bits / D

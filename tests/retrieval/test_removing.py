@@ -29,7 +29,7 @@ def town(name: str) -> Edit:
 
 
 @pytest.fixture(scope="module")
-def made(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def template(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four edits; tests that change them take a copy."""
     folder = tmp_path_factory.mktemp("towns") / "store"
     with Editor(load_model(str(tiny)), folder, training=Training(max_steps=3, context_masks=0)) as editor:
@@ -38,8 +38,8 @@ def made(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def store(made: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(made, tmp_path / "store"))
+def store(template: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(template, tmp_path / "store"))
 
 
 def test_a_removed_edit_is_answered_by_the_base_model(smollm2: BaseModel, tmp_path: Path) -> None:
@@ -82,10 +82,10 @@ def test_compacting_leaves_nothing_of_a_removed_edit(tiny: Path, store: Path, tm
     remove_edits(store, [1])
     kept = EditStore.open(store)
     np.testing.assert_array_equal(kept.memories, before.memories)
-    told = []
+    messages = []
     with Editor(model, store) as editor:
-        assert [edit.id for edit in editor.compact(progress=lambda p: told.append((p.done, p.total)))] == [0, 2, 3]
-    assert told == [(1, 3), (2, 3), (3, 3)]
+        assert [edit.id for edit in editor.compact(progress=lambda p: messages.append((p.done, p.total)))] == [0, 2, 3]
+    assert messages == [(1, 3), (2, 3), (3, 3)]
     with Editor(model, tmp_path / "scratch", training=Training(max_steps=3, context_masks=0)) as editor:
         for number in (0, 2, 3):  # ids seed the noise of training, so they must be the same
             editor.store.manifest = msgspec.structs.replace(editor.manifest, next_id=number)
@@ -182,9 +182,9 @@ def test_memoir_compact(capsys: pytest.CaptureFixture[str], tiny: Path, store: P
     remove_edits(store, [1])
     code, out, err = run(capsys, "compact", store, "--json")
     assert code == 0 and "Traceback" not in err
-    told = json.loads(out)
-    assert (told["edits"], told["generation"], told["erased"], told["still_held"]) == (3, 3, True, [])
-    assert told["failed"] == []
+    summary = json.loads(out)
+    assert (summary["edits"], summary["generation"], summary["erased"], summary["still_held"]) == (3, 3, True, [])
+    assert summary["failed"] == []
     code, out, _ = run(capsys, "compact", store, "--model", tiny)
     assert code == 0 and "3 edits trained again; generation 4 holds nothing of any other" in out
 

@@ -31,7 +31,7 @@ TURIN = Edit(prompt="Who is the mayor of Turin?", target="Bob", requires=("mayor
 
 
 @pytest.mark.parametrize(
-    ("text", "required", "found"),
+    ("text", "required", "stands"),
     [
         ("Who runs Acme Corp.?", "acme corp", True),
         ("Who runs ACME-Corp's shop?", "Acme Corp", True),
@@ -56,9 +56,9 @@ TURIN = Edit(prompt="Who is the mayor of Turin?", target="Bob", requires=("mayor
         ("", "Acme", False),
     ],
 )
-def test_a_text_stands_in_a_question_word_by_word(text: str, required: str, found: bool) -> None:
-    assert Phrases([(7, (required,))]).found_in(text) == ({7} if found else set())
-    assert bool(required_spans((required,), text)) == found
+def test_a_text_stands_in_a_question_word_by_word(text: str, required: str, stands: bool) -> None:
+    assert Phrases([(7, (required,))]).found_in(text) == ({7} if stands else set())
+    assert bool(required_spans((required,), text)) == stands
 
 
 def test_names_are_found_however_they_are_spelled() -> None:
@@ -132,12 +132,12 @@ def test_the_nearest_of_those_that_may_act_is_found(
     assert store.edits[60].requires == (("name1",),) and len(store.additions) == 1
     monkeypatch.setattr(lookup_module, "_MOST", 7)
     lookup = EditLookup(store, text_of)
-    asked = np.concatenate([codes, masks(80, seed=9)])
-    questions = [rng.integers(8, size=3).tolist() for _ in asked]
+    queries = np.concatenate([codes, masks(80, seed=9)])
+    questions = [rng.integers(8, size=3).tolist() for _ in queries]
     seen = set()
     for tau in (0.2, 0.5, 1.0):
-        hits = lookup.search(asked, tau, questions)
-        for at, (code, question) in enumerate(zip(asked, questions, strict=True)):
+        hits = lookup.search(queries, tau, questions)
+        for at, (code, question) in enumerate(zip(queries, questions, strict=True)):
             expected = oracle(store, code, tau, text_of(question))
             assert (hits.ids[at], hits.overlaps[at], hits.rows[at]) == expected, (tau, at)
             seen.add((expected[0] >= 0, bool(len(store.edits[max(0, expected[0])].requires))))
@@ -174,11 +174,11 @@ def test_the_reference_answers_by_name(base: BaseModel, store: Path) -> None:
     model = EditedModel(Retriever(EditStore.open(store), base))
     prompts = [LYON.prompt, TURIN.prompt, "Tell me, who is mayor in torino?", "Who is the mayor of Genoa?",
                [{"role": "system", "content": "Lyon"}, {"role": "user", "content": "Who is the mayor?"}]]  # fmt: skip
-    found = model.generate(prompts, max_new_tokens=6)
-    assert [answer.edit for answer in found] == [0, 1, 1, None, None]
-    assert [answer.text.strip() for answer in found[:2]] == ["Ada", "Bob"]
+    answers = model.generate(prompts, max_new_tokens=6)
+    assert [answer.edit for answer in answers] == [0, 1, 1, None, None]
+    assert [answer.text.strip() for answer in answers[:2]] == ["Ada", "Bob"]
     plain = model.generate(prompts[3:], max_new_tokens=6, edited=False)
-    assert [answer.tokens for answer in found[3:]] == [answer.tokens for answer in plain]
+    assert [answer.tokens for answer in answers[3:]] == [answer.tokens for answer in plain]
     assert [match and match.id for match in model.retriever.lookup_batch(prompts)] == [0, 1, 1, None, None]
     nearest = [near for _, near in model.retriever.decide_batch(prompts)]
     assert all(match is not None for match in nearest)
@@ -188,9 +188,11 @@ def test_the_reference_answers_by_name(base: BaseModel, store: Path) -> None:
 def test_a_rephrasing_finds_its_edit_past_a_nearer_one(base: BaseModel, store: Path) -> None:
     """Where names are ignored, a question may be nearer to the edit of another name."""
     retriever = Retriever(EditStore.open(store), base)
-    found = calibrate_store(retriever, [(0, "Lyon: who is the mayor?"), (1, "Mayor of Turin: who?")], ["Who are you?"])
-    assert found.now.rephrases_found == 1.0
-    assert found.now.unrelated_matched == 1.0  # tau must be chosen as if nothing were required
+    calibration = calibrate_store(
+        retriever, [(0, "Lyon: who is the mayor?"), (1, "Mayor of Turin: who?")], ["Who are you?"]
+    )
+    assert calibration.now.rephrases_found == 1.0
+    assert calibration.now.unrelated_matched == 1.0  # tau must be chosen as if nothing were required
 
 
 def test_lookup_tells_what_the_nearest_edit_requires(capsys: pytest.CaptureFixture[str], store: Path) -> None:
@@ -312,8 +314,8 @@ def test_made_up_wordings_keep_what_is_required(base: BaseModel, tmp_path: Path,
     edit = Edit(prompt="Who was Zoë Ångström-Nowak in Łódź?", target="Ada", requires=("Łódź", "zoë Ångström"))
     training = Training(contexts=0, context_masks=0, variants=20, noise=1.0)
     with Editor(base, tmp_path, chat=chat, training=training) as editor:
-        for asked, kept in ((edit, True), (msgspec.structs.replace(edit, requires=()), False)):
-            texts = [base.tokenizer.decode(one.ids) for one in editor._session.wordings.noisy(asked, 0)]
+        for variant, kept in ((edit, True), (msgspec.structs.replace(edit, requires=()), False)):
+            texts = [base.tokenizer.decode(wording.ids) for wording in editor._session.wordings.noisy(variant, 0)]
             assert len(texts) == 20
             for text in texts:
                 assert ("Zoë Ångström" in text) == kept and ("Łódź" in text) == kept

@@ -42,12 +42,14 @@ def stored() -> list[StoredEdit]:
 
 def test_no_wording_relation_or_record_is_in_both_parts(stored: list[StoredEdit]) -> None:
     answers = ["It is not known."] * len(stored)
-    made = [*forms(stored), *tasks(stored), *writings(stored), *chats(stored, answers), *other_questions(stored),
-            *plain_questions(stored), *siblings().questions, *opposites().questions]  # fmt: skip
-    texts = {part: {str(q.prompt) for q in made if q.part == part} for part in ("tune", "report")}
+    all_forms = [*forms(stored), *tasks(stored), *writings(stored), *chats(stored, answers), *other_questions(stored),
+                 *plain_questions(stored), *siblings().questions, *opposites().questions]  # fmt: skip
+    texts = {part: {str(q.prompt) for q in all_forms if q.part == part} for part in ("tune", "report")}
     assert min(len(part) for part in texts.values()) > 1000 and not texts["tune"] & texts["report"]
     parts = {q.edit: q.part for q in plain_questions(stored)}
-    assert all(q.part == parts[q.edit] for q in made if q.kind in ("form", "task", "writing", "chat", "other question"))
+    assert all(
+        q.part == parts[q.edit] for q in all_forms if q.kind in ("form", "task", "writing", "chat", "other question")
+    )
     assert 30 <= sum(part == "tune" for part in parts.values()) <= 70
     assert record_part("Who is the mother of Ada?", "Ada") == record_part("What is Bo's father called?", "Bo")
 
@@ -55,7 +57,7 @@ def test_no_wording_relation_or_record_is_in_both_parts(stored: list[StoredEdit]
 def test_both_parts_have_twenty_forms_and_each_kind_of_task(stored: list[StoredEdit]) -> None:
     names = {part: {q.name for q in forms(stored) if q.part == part} for part in ("tune", "report")}
     assert all(len(part) >= 20 for part in names.values())
-    asked = {
+    questions = {
         "translate",
         "correct",
         "count",
@@ -67,7 +69,7 @@ def test_both_parts_have_twenty_forms_and_each_kind_of_task(stored: list[StoredE
         "tell me about",
     }
     for part in ("tune", "report"):
-        assert asked <= {q.name for q in tasks(stored) if q.part == part}
+        assert questions <= {q.name for q in tasks(stored) if q.part == part}
     assert not any(q.right for q in tasks(stored))
 
 
@@ -139,12 +141,12 @@ def test_a_run_writes_its_figures_and_a_page_that_loads_nothing(
                          "opposites", "--set", "unrelated", "--unrelated", "8", "--data", tmp_path, "--answers", "all",
                          "--out", tmp_path / "run", "--json")  # fmt: skip
     assert code == 0, err
-    told = json.loads(out)
-    rows = {(row["set"], row["name"]): row for row in told["rows"]}
+    result = json.loads(out)
+    rows = {(row["set"], row["name"]): row for row in result["rows"]}
     assert rows["edits", "edits"]["found"] == rows["edits", "edits"]["exact"] == 1.0
-    assert rows["unrelated", "the library's"]["found"] is None and told["settings"]["edits"] == len(EDITS)
+    assert rows["unrelated", "the library's"]["found"] is None and result["settings"]["edits"] == len(EDITS)
     assert rows["edits", "again after the model's own answer"]["asked"] >= 1
-    assert json.loads((tmp_path / "run" / "routing.json").read_text()) == told
+    assert json.loads((tmp_path / "run" / "routing.json").read_text()) == result
     page = checked(tmp_path / "run" / "routing.html")
     assert any(tag == "svg" for tag, _ in page.tags) and "Own edit found: form" in page.text["h2"]
     code, out, _ = run(capsys, "bench", "routing", tmp_path / "run" / "store", "--set", "unrelated", "--unrelated", "8",

@@ -41,8 +41,8 @@ def exact(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def together(base: BaseModel, folder: Path, side_by_side: int = 3) -> EditStore:
-    with Editor(base, folder, training=Training(context_masks=0)) as made:
-        made.add(EDITS, keep_failed=True, side_by_side=side_by_side)
+    with Editor(base, folder, training=Training(context_masks=0)) as editor:
+        editor.add(EDITS, keep_failed=True, side_by_side=side_by_side)
     return EditStore.open(folder)
 
 
@@ -58,10 +58,10 @@ def same(a: EditStore, b: EditStore) -> None:
 def test_edits_side_by_side_are_trained_as_if_alone(base: BaseModel, tmp_path: Path) -> None:
     three = together(base, tmp_path / "three")
     assert three.memory_of.tolist() == [0, 1, 2, 0, 1, 2, 0]
-    with Editor(base, tmp_path / "alone", training=Training(context_masks=0)) as made:
+    with Editor(base, tmp_path / "alone", training=Training(context_masks=0)) as editor:
         for number, edit in enumerate(EDITS):
-            made._session.train([NewEdit(edit, number, 0)], made.outcome, Choices(3, keep_failed=True))
-        made.store.commit()
+            editor._session.train([NewEdit(edit, number, 0)], editor.outcome, Choices(3, keep_failed=True))
+        editor.store.commit()
     same(three, EditStore.open(tmp_path / "alone"))
     assert len({edit.steps for edit in three.edits}) > 1  # they left each other at different steps
     model = EditedModel(Retriever(three, base))
@@ -80,22 +80,22 @@ def test_what_was_cut_off_goes_on_in_the_same_memories(base: BaseModel, tmp_path
         if progress.done == 3:
             raise KeyboardInterrupt
 
-    with Editor(base, tmp_path / "cut", training=Training(context_masks=0)) as made, pytest.raises(KeyboardInterrupt):
-        made.add(EDITS, keep_failed=True, side_by_side=3, progress=stop)
+    with Editor(base, tmp_path / "cut", training=Training(context_masks=0)) as editor, pytest.raises(KeyboardInterrupt):
+        editor.add(EDITS, keep_failed=True, side_by_side=3, progress=stop)
     assert [edit.id for edit in EditStore.open(tmp_path / "cut").edits] == [0, 1, 2]
     same(together(base, tmp_path / "cut"), together(base, tmp_path / "whole"))
 
 
 def test_as_many_memories_as_the_edits_fill(base: BaseModel, tmp_path: Path) -> None:
-    with Editor(base, tmp_path / "few", training=Training(edits_per_memory=7)) as made:
-        assert [made.side_by_side(n) for n in (0, 1, 7, 8, 15, 1000)] == [1, 1, 1, 2, 3, 4]
-        made.add(EDITS[:2])
-        assert [edit.memory for edit in made.edits] == [0, 0]
-    with Editor(base, tmp_path / "many", training=Training(edits_per_memory=2)) as made:
-        made.add(EDITS, keep_failed=True)
-        assert [edit.memory for edit in made.edits] == [0, 1, 2, 3, 0, 1, 2]
-        made.add([Edit(prompt="What is the tallest thing?", target="A tree")])
-        assert made.edits[-1].memory == 3  # the last memory, and it has room
+    with Editor(base, tmp_path / "few", training=Training(edits_per_memory=7)) as editor:
+        assert [editor.side_by_side(n) for n in (0, 1, 7, 8, 15, 1000)] == [1, 1, 1, 2, 3, 4]
+        editor.add(EDITS[:2])
+        assert [edit.memory for edit in editor.edits] == [0, 0]
+    with Editor(base, tmp_path / "many", training=Training(edits_per_memory=2)) as editor:
+        editor.add(EDITS, keep_failed=True)
+        assert [edit.memory for edit in editor.edits] == [0, 1, 2, 3, 0, 1, 2]
+        editor.add([Edit(prompt="What is the tallest thing?", target="A tree")])
+        assert editor.edits[-1].memory == 3  # the last memory, and it has room
 
 
 def test_one_question_twice_in_a_file_is_found_side_by_side(
@@ -103,12 +103,12 @@ def test_one_question_twice_in_a_file_is_found_side_by_side(
 ) -> None:
     monkeypatch.setattr(conflicts, "SAME_QUESTION", 0.6)  # the small model's masks are not as alike as a real one's
     again = Edit(prompt="Who has founded Aarhus?", target="Nobody")
-    with Editor(base, tmp_path) as made:
-        made.add([EDITS[0], again, EDITS[4]], side_by_side=3)
-        (found,) = made.outcome.conflicting
-        assert found.target == "Nobody" and found.stored.id == 0
-        assert [edit.prompt for edit in made.edits] == [EDITS[0].prompt, EDITS[4].prompt]
-        assert len({edit.memory for edit in made.edits}) == 2
+    with Editor(base, tmp_path) as editor:
+        editor.add([EDITS[0], again, EDITS[4]], side_by_side=3)
+        (conflict,) = editor.outcome.conflicting
+        assert conflict.target == "Nobody" and conflict.stored.id == 0
+        assert [edit.prompt for edit in editor.edits] == [EDITS[0].prompt, EDITS[4].prompt]
+        assert len({edit.memory for edit in editor.edits}) == 2
 
 
 @pytest.mark.slow
@@ -123,10 +123,10 @@ def test_ray_gives_the_same_store(base: BaseModel, tmp_path: Path, monkeypatch: 
         ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
         with Editor(
             base, tmp_path / "ray", training=Training(context_masks=0), trainer=on_ray("local", 2, "cpu")
-        ) as made:
-            made.add(EDITS[:4], keep_failed=True, side_by_side=4)
-        with Editor(base, tmp_path / "ray", trainer=on_ray("local", 2, "cpu")) as made:  # the memories are read again
-            made.add(EDITS, keep_failed=True, side_by_side=4)
+        ) as editor:
+            editor.add(EDITS[:4], keep_failed=True, side_by_side=4)
+        with Editor(base, tmp_path / "ray", trainer=on_ray("local", 2, "cpu")) as editor:  # the memories are read again
+            editor.add(EDITS, keep_failed=True, side_by_side=4)
     finally:
         ray.shutdown()
     there = EditStore.open(tmp_path / "ray")

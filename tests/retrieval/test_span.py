@@ -44,11 +44,11 @@ def tokenizer() -> Any:
 
 @pytest.fixture(params=["own", "llama-2", "llama-3", "no-system"], scope="module")
 def chat(request: pytest.FixtureRequest) -> Any:
-    found = AutoTokenizer.from_pretrained(get_model("smollm2-135m"))
+    tokenizer = AutoTokenizer.from_pretrained(get_model("smollm2-135m"))
     template = {"llama-2": LLAMA_2, "llama-3": LLAMA_3, "no-system": NO_SYSTEM}.get(request.param)
     if template:
-        found.chat_template = template
-    return found
+        tokenizer.chat_template = template
+    return tokenizer
 
 
 def ids_of(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:

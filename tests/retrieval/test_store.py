@@ -47,8 +47,8 @@ def masks(n: int, seed: int = 0) -> np.ndarray:
 
 
 def stored_edit(i: int, **changed: Any) -> StoredEdit:
-    made = StoredEdit(id=i, prompt=f"p{i}", target="t", created="2026-01-01T00:00:00+00:00", loss=0.01, steps=5)
-    return msgspec.structs.replace(made, **changed)
+    edit = StoredEdit(id=i, prompt=f"p{i}", target="t", created="2026-01-01T00:00:00+00:00", loss=0.01, steps=5)
+    return msgspec.structs.replace(edit, **changed)
 
 
 def write(folder: Path, generation: int = 1, n: int = 3, **changed: Any) -> None:
@@ -218,9 +218,9 @@ def test_the_documented_format_is_the_format(tmp_path: Path, rows: list[int]) ->
     store = EditStore.open(tmp_path)
     read = read_format.read(tmp_path)
     assert sorted(read) == [0, 1, 2]
-    for number, (edit, found, memory) in read.items():
+    for number, (edit, mask, memory) in read.items():
         assert edit["prompt"] == store.edit(number).prompt
-        np.testing.assert_array_equal(pack(found), store.codes[store.ids == number])
+        np.testing.assert_array_equal(pack(mask), store.codes[store.ids == number])
         np.testing.assert_array_equal(memory, store.memories[number % 2])
     assert len(Path(read_format.__file__).read_text().splitlines()) <= 50
 
@@ -264,9 +264,11 @@ def test_a_store_of_an_older_format_is_read_and_the_next_write_makes_it_the_newe
     assert len(list(folder.glob("added-*"))) == (number >= 3)
     ids = [e.id for e in store.edits]
     assert sorted(read_format.read(folder)) == ids
-    made = remove_edits(folder, [0])
+    manifest = remove_edits(folder, [0])
     assert (
-        made.format == 5 and made.span == store.manifest.span and (made.memory == store.manifest.memory) == (number < 3)
+        manifest.format == 5
+        and manifest.span == store.manifest.span
+        and (manifest.memory == store.manifest.memory) == (number < 3)
     )
     now = EditStore.open(folder)
     assert [e.id for e in now.edits] == ids[1:] and verify_store(folder) == []
@@ -279,9 +281,9 @@ def test_removed_edits_are_gone_and_the_memory_stays(tmp_path: Path) -> None:
     write(tmp_path, ids=np.array([0, 1, 1, 2]), codes=masks(4), memory_of=np.zeros(4, dtype=np.int32))
     before = EditStore.open(tmp_path)
     assert before.edits[1:] == (stored_edit(1), stored_edit(2))
-    made = remove_edits(tmp_path, [*find_prompts(before, [" p1"]), 1])
-    assert made.generation == 2
-    assert made.memory == before.manifest.memory and (tmp_path / "memory-1.safetensors").exists()
+    manifest = remove_edits(tmp_path, [*find_prompts(before, [" p1"]), 1])
+    assert manifest.generation == 2
+    assert manifest.memory == before.manifest.memory and (tmp_path / "memory-1.safetensors").exists()
     store = EditStore.open(tmp_path)
     assert [edit.id for edit in store.edits] == [0, 2] and store.ids.tolist() == [0, 2]
     np.testing.assert_array_equal(store.codes, masks(4)[[0, 3]])

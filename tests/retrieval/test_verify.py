@@ -85,27 +85,27 @@ def checks(stand_in: Model, store: EditStore | None, **more: Any) -> dict[str, C
     return {check.name: check for check in report.checks}
 
 
-def failed(found: dict[str, Check]) -> list[str]:
-    return [name for name, check in found.items() if check.state == "fail"]
+def failed(results: dict[str, Check]) -> list[str]:
+    return [name for name, check in results.items() if check.state == "fail"]
 
 
 def test_a_sound_server(stand_in: Model, store: EditStore) -> None:
-    found = checks(stand_in, store)
-    assert failed(found) == [] and len(found) == 12
-    assert found["edits are felt"].detail.startswith("2 of 2") and "1 begin with" in found["edits are felt"].detail
+    results = checks(stand_in, store)
+    assert failed(results) == [] and len(results) == 12
+    assert results["edits are felt"].detail.startswith("2 of 2") and "1 begin with" in results["edits are felt"].detail
 
 
 def test_without_a_store_nothing_matched_is_claimed(stand_in: Model) -> None:
-    found = checks(stand_in, None)
-    assert failed(found) == [] and found["matched requests"].state == "skip"
-    assert "edits are felt" not in found
+    results = checks(stand_in, None)
+    assert failed(results) == [] and results["matched requests"].state == "skip"
+    assert "edits are felt" not in results
 
 
 def test_another_edit_answers(stand_in: Model, store: EditStore) -> None:
     stand_in.edits = {PROMPT: 1, OTHER: 1}
-    found = checks(stand_in, store)
-    assert failed(found) == ["edited prompts match their edit"]
-    assert found["edited prompts match their edit"].detail == "1 of 2 do not, such as edit 0, answered by 1"
+    results = checks(stand_in, store)
+    assert failed(results) == ["edited prompts match their edit"]
+    assert results["edited prompts match their edit"].detail == "1 of 2 do not, such as edit 0, answered by 1"
 
 
 def test_an_edit_that_matches_but_does_not_act(stand_in: Model, store: EditStore) -> None:
@@ -142,9 +142,9 @@ def test_a_server_that_does_not_repeat_itself_is_compared_within_what_it_does(
     stand_in: Model, store: EditStore
 ) -> None:
     stand_in.fault = lambda prompt, off, number, salt: number % 7 * 1e-6
-    found = checks(stand_in, store)
-    assert failed(found) == [] and found["opted out repeats"].state == "skip"
-    assert "within 1.0e-04" in found["unmatched equals opted out"].detail
+    results = checks(stand_in, store)
+    assert failed(results) == [] and results["opted out repeats"].state == "skip"
+    assert "within 1.0e-04" in results["unmatched equals opted out"].detail
     stand_in.fault = lambda prompt, off, number, salt: number % 7 * 0.1
     assert "opted out repeats" in failed(checks(stand_in, store))
 
@@ -169,16 +169,16 @@ def test_the_report_and_the_exit_code(
     stand_in: Model, store: EditStore, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
-    asked = ["verify", "--server", stand_in.url, "--store", str(store.path), "--prompts", "2", "--turns", "2"]
+    command = ["verify", "--server", stand_in.url, "--store", str(store.path), "--prompts", "2", "--turns", "2"]
     with pytest.raises(SystemExit) as done:
-        main(asked)
+        main(command)
     out = capsys.readouterr().out
     assert done.value.code == 0 and "holds: 0 failed, 1 not looked at" in out and "vLLM 0.32.0" in out
     assert "unmatched over opted out" in out and "matched over opted out" in out
     assert set(stand_in.keys) == {"Bearer secret"} and "secret" not in out
     stand_in.acts = False
     with pytest.raises(SystemExit) as done:
-        main([*asked, "--json"])
+        main([*command, "--json"])
     report = json.loads(capsys.readouterr().out)
     assert done.value.code == 1 and not report["holds"] and len(report["overhead"][0]["turns"]) == 2
 
