@@ -23,17 +23,17 @@ def sign(folder: Path, content: dict[str, Any] | bytes) -> None:
     if isinstance(content, dict):
         data = json.dumps({key: value for key, value in content.items() if key != "sha256"} | {"sha256": "0" * 64})
         content = data.encode()
-    head, found, tail = content.rpartition(zeros)
+    head, separator, tail = content.rpartition(zeros)
     digest = hashlib.sha256(content).hexdigest().encode()
-    (folder / "memoir.json").write_bytes(head + digest + tail if found else content)
+    (folder / "memoir.json").write_bytes(head + digest + tail if separator else content)
 
 
 def put(folder: Path, kind: str, data: bytes) -> None:
     """Replace the content of one of the three files, and what the manifest says of it."""
-    made = manifest(folder)
-    (folder / made[kind]["name"]).write_bytes(data)
-    made[kind] |= {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    sign(folder, made)
+    entries = manifest(folder)
+    (folder / entries[kind]["name"]).write_bytes(data)
+    entries[kind] |= {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    sign(folder, entries)
 
 
 def get(folder: Path, kind: str) -> bytes:

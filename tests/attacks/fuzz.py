@@ -202,14 +202,14 @@ class StoreFuzz:
         store_module.MAPPED_FROM = 1 if draw.random() < 0.3 else 64 << 20
         names = [name for name in self.sound if name != ADDED or kind == "addition"]
         damaged = any((self.folder / name).read_bytes() != self.sound[name] for name in names)
-        told = ""
+        message = ""
         try:
             store = EditStore.open(self.folder)
         except StoreError as error:
-            told = str(error)
-        if told:
-            assert damaged, f"a sound store was refused: {told}"
-            assert "\n" not in told and len(told) < 900, told
+            message = str(error)
+        if message:
+            assert damaged, f"a sound store was refused: {message}"
+            assert "\n" not in message and len(message) < 900, message
             return f"{kind}: refused"
         assert signed or not damaged, f"damage to {kind} went unnoticed"
         consistent(store)
@@ -229,35 +229,35 @@ class StoreFuzz:
         (self.folder / ADDED).write_bytes(forge.signed(after) if signed and len(after) > 32 else after)
 
     def _manifest(self, draw: random.Random, signed: bool) -> None:
-        made = forge.manifest(self.folder)
+        manifest = forge.manifest(self.folder)
         if draw.random() < 0.3:
-            data = json.dumps({k: v for k, v in made.items() if k != "sha256"} | {"sha256": "0" * 64}).encode()
+            data = json.dumps({k: v for k, v in manifest.items() if k != "sha256"} | {"sha256": "0" * 64}).encode()
             after: Any = mutate_bytes(data if signed else self.sound["memoir.json"], draw)
         else:
-            after = mutate_json(made, draw)
+            after = mutate_json(manifest, draw)
         if signed:
             forge.sign(self.folder, after if isinstance(after, bytes | dict) else b"")
         else:
             data = after if isinstance(after, bytes) else json.dumps(after).encode()
-            same = isinstance(after, dict) and after == made
+            same = isinstance(after, dict) and after == manifest
             (self.folder / "memoir.json").write_bytes(self.sound["memoir.json"] if same else data)
 
 
 def consistent(store: EditStore) -> None:
     """What was opened is what an independent reader reads, and every mask finds its own edit."""
     read = read_format.read(store.path)
-    made = store.manifest
+    manifest = store.manifest
     assert {edit.id for edit in store.edits} == {*read} == {*store.ids.tolist()}
-    assert 0 < made.tau <= 1 and all(0 <= number < made.next_id for number in read)
+    assert 0 < manifest.tau <= 1 and all(0 <= number < manifest.next_id for number in read)
     assert np.isfinite(store.memories).all() and np.isfinite(store.background).all()
-    assert sorted(store.permutation.tolist()) == list(range(made.d))
-    assert store.memories.shape[1:] == (made.h, made.d) and (popcount(store.codes) == made.k).all()
+    assert sorted(store.permutation.tolist()) == list(range(manifest.d))
+    assert store.memories.shape[1:] == (manifest.h, manifest.d) and (popcount(store.codes) == manifest.k).all()
     for row, (number, memory) in enumerate(zip(store.ids.tolist(), store.memory_of.tolist(), strict=True)):
         edit, masks, weights = read[number]
         assert edit["prompt"] == store.edit(number).prompt and edit["target"] == store.edit(number).target
         assert (np.packbits(masks, axis=1, bitorder="little") == store.codes[row]).all(1).any()
         np.testing.assert_array_equal(weights, store.memories[memory])
-    hits = store.index().search(store.codes, made.tau)
+    hits = store.index().search(store.codes, manifest.tau)
     assert (hits.overlaps == 1).all()
     assert all((store.codes[row] == code).all() for row, code in zip(hits.rows, store.codes, strict=True))
 
@@ -423,11 +423,11 @@ def _run(targets: list[Any], inputs: int, seed: int) -> Counter[str]:
         max_examples=inputs, deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck)
     )
     @hypothesis.given(st.integers(0, 1 << 64), st.sampled_from([0, 0, 0, 0, 1, 1, 1, 2, 3, 3]))
-    def one(number: int, target: int) -> None:
+    def attack(number: int, target: int) -> None:
         became[targets[target].run(number)] += 1
 
     try:
-        one()
+        attack()
     finally:
         store_module.MAPPED_FROM = 64 << 20
     return became

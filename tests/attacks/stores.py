@@ -52,8 +52,8 @@ def manifest_with(**values: Any) -> Attack:
 
 def file_with(kind: str, **values: Any) -> Attack:
     def change(folder: Path) -> None:
-        made = forge.manifest(folder)
-        forge.sign(folder, made | {kind: made[kind] | values})
+        entries = forge.manifest(folder)
+        forge.sign(folder, entries | {kind: entries[kind] | values})
 
     return change
 
@@ -146,8 +146,8 @@ def manifest_format_1_with_a_digest(folder: Path) -> None:
 
 @attack("span.acts last in format 4")
 def manifest_of_a_reader_that_acts_elsewhere(folder: Path) -> None:
-    made = forge.manifest(folder)
-    forge.sign(folder, made | {"format": 4, "span": made["span"] | {"acts": "last"}})
+    entries = forge.manifest(folder)
+    forge.sign(folder, entries | {"format": 4, "span": entries["span"] | {"acts": "last"}})
 
 
 @attack("damaged")
@@ -392,7 +392,7 @@ for name, says, make in (
 
 @attack("header claims|the manifest says")
 def codes_of_a_gigabyte_of_nothing(folder: Path) -> None:
-    made = forge.manifest(folder)
-    os.truncate(folder / made["codes"]["name"], 0)
-    os.truncate(folder / made["codes"]["name"], 1 << 30)
-    forge.sign(folder, made | {"codes": made["codes"] | {"size": 1 << 30}})
+    entries = forge.manifest(folder)
+    os.truncate(folder / entries["codes"]["name"], 0)
+    os.truncate(folder / entries["codes"]["name"], 1 << 30)
+    forge.sign(folder, entries | {"codes": entries["codes"] | {"size": 1 << 30}})

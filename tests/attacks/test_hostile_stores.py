@@ -42,8 +42,8 @@ def test_an_attack_is_refused_by_name(sound: Path, tmp_path: Path, monkeypatch: 
                 monkeypatch.setattr(store_module, "MAPPED_FROM", 1)
             with pytest.raises(StoreError) as caught:
                 EditStore.open(folder)
-            told = str(caught.value)
-            assert re.search(says, told) and "\n" not in told and len(told) < 900, told
+            message = str(caught.value)
+            assert re.search(says, message) and "\n" not in message and len(message) < 900, message
         try:
             faults = verify_store(folder)
         except StoreError as error:

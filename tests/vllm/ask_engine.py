@@ -15,14 +15,14 @@ from engines import Engine
 
 
 def main() -> None:
-    asked = json.load(sys.stdin)
-    if asked.get("naive"):
+    order = json.load(sys.stdin)
+    if order.get("naive"):
         _leave_the_cache_alone()
-    engine = Engine(**asked["flags"])
+    engine = Engine(**order["flags"])
     try:
         replies = []
-        for turn in asked.get("turns", [asked]):
-            replies += engine.ask(turn["prompts"], turn.get("options"), **asked.get("how", {}))
+        for turn in order.get("turns", [order]):
+            replies += engine.ask(turn["prompts"], turn.get("options"), **order.get("how", {}))
         answer = {"replies": [dataclasses.asdict(reply) for reply in replies], "stats": engine.stats()}
     finally:
         engine.close()

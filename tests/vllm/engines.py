@@ -100,14 +100,14 @@ class Expected:
 
 def answers(model: EditedModel) -> dict[str, Expected]:
     """One prompt at a time, in float32: what every engine here must reproduce token for token."""
-    found = {}
+    texts = {}
     for name, prompt in PROMPTS.items():
         ids = model.prompt_ids(prompt)
         edited, plain = (
             model.generate([ids], max_new_tokens=NEW_TOKENS, edited=on, batch_size=1)[0] for on in (True, False)
         )
-        found[name] = Expected(ids, list(edited.tokens), list(plain.tokens), edited.edit, edited.overlap)
-    return found
+        texts[name] = Expected(ids, list(edited.tokens), list(plain.tokens), edited.edit, edited.overlap)
+    return texts
 
 
 def make_store(
@@ -131,8 +131,8 @@ def make_store(
     perm = permutation(base.d, seed=0)
     codes = np.empty((0, base.d // 8), dtype=np.uint8)
     if edits:
-        asked: list[Prompt] = [*edits, *([user(text)] for text in edits)]
-        codes = Fingerprint(background, perm, k).codes(means(asked))
+        questions: list[Prompt] = [*edits, *([user(text)] for text in edits)]
+        codes = Fingerprint(background, perm, k).codes(means(questions))
     ids = np.tile(np.arange(len(edits), dtype=np.int64), 2)
     generator = torch.Generator().manual_seed(0)
     spread = float(base.projection.weight.std()) * 6
@@ -242,17 +242,19 @@ class Engine:
         how = {"temperature": 0, "max_tokens": NEW_TOKENS, "logprobs": 1, **how}
         params = [SamplingParams(extra_args=given, **how) for given in options or [None] * len(prompts)]
         self.llm.sleep(level=0)  # pauses the scheduler only
-        asked = [{"prompt_token_ids": ids, **({"cache_salt": salt} if salt else {})} for ids in prompts]
-        self.llm.enqueue(asked, params, use_tqdm=False)
+        inputs = [{"prompt_token_ids": ids, **({"cache_salt": salt} if salt else {})} for ids in prompts]
+        self.llm.enqueue(inputs, params, use_tqdm=False)
         self.llm.wake_up(tags=["scheduling"])
         return self.llm.wait_for_completion(use_tqdm=False)
 
     @staticmethod
     def _reply(output: Any, n: int) -> Reply:
-        made = output.outputs[n]
-        logprobs = [step[token].logprob for step, token in zip(made.logprobs or [], made.token_ids, strict=False)]
+        completion = output.outputs[n]
+        logprobs = [
+            step[token].logprob for step, token in zip(completion.logprobs or [], completion.token_ids, strict=False)
+        ]
         said = (output.kv_transfer_params or {}).get("memoir")
-        return Reply(list(made.token_ids), logprobs, said, output.num_cached_tokens or 0)
+        return Reply(list(completion.token_ids), logprobs, said, output.num_cached_tokens or 0)
 
     def stats(self) -> dict[str, Any]:
         return self.llm.collective_rpc("memoir_stats")[0]

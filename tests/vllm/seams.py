@@ -147,14 +147,14 @@ def _describe(path: Path, name: str) -> str:
         return ""
     node: Any = _tree(path)
     for part in name.split("."):
-        found = [
+        seams = [
             child
             for child in ast.iter_child_nodes(node)
             if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and child.name == part
         ]
-        if not found:
+        if not seams:
             return ""
-        node = found[-1]
+        node = seams[-1]
     code = ast.unparse(ast.Module([node], []))  # comments and formatting may change
     signature = "" if isinstance(node, ast.ClassDef) else ast.unparse(node.args)
     return f"({signature}) {hashlib.sha256(code.encode()).hexdigest()[:16]}"
@@ -202,15 +202,15 @@ def main(arguments: list[str]) -> None:
         return
     folders = [Path(given) for given in arguments if not given.startswith("--")]
     folder = folders[0] if folders else installed()
-    version, found, recorded = version_of(folder), seams_of(folder), read()
+    version, seams, recorded = version_of(folder), seams_of(folder), read()
     if "--write" in arguments:
         entry = recorded.get(version, {"served": False, "runs": "nothing", "read": {}})
-        recorded[version] = {**entry, "seams": found}
+        recorded[version] = {**entry, "seams": seams}
         RECORDED.write_text(json.dumps(recorded, indent=1) + "\n")
         return
     print(f"vLLM {version}; first recorded: {next(iter(recorded))}")
-    for seam in changed(found, recorded):
-        print(f"changed: {seam}\n  now {found[seam]}")
+    for seam in changed(seams, recorded):
+        print(f"changed: {seam}\n  now {seams[seam]}")
 
 
 if __name__ == "__main__":

@@ -154,10 +154,10 @@ class Simulation:
         while self._in_flight and (len(self._in_flight) > self.lag or not scheduled.total_num_scheduled_tokens):
             done, output = self._in_flight.popleft()
             for outputs in self.scheduler.update_from_output(done, output).values():
-                for made in outputs.outputs:
-                    self.answers[made.request_id] += made.new_token_ids
-                    if made.kv_transfer_params:
-                        self.said[made.request_id] = made.kv_transfer_params["memoir"]
+                for request in outputs.outputs:
+                    self.answers[request.request_id] += request.new_token_ids
+                    if request.kv_transfer_params:
+                        self.said[request.request_id] = request.kv_transfer_params["memoir"]
         return self.scheduler.has_requests() or bool(self._in_flight)
 
     def run(self, limit: int = 2000) -> None:

@@ -34,13 +34,13 @@ async def test_a_server_is_administered_from_python(server: Server) -> None:
         assert (await admin.add(Edit(prompt=QUESTIONS[0], target=TARGETS[0]))).id == 0  # it is there already
         with pytest.raises(AdminError, match="with 409"):
             await admin.add(Edit(prompt=QUESTIONS[0], target="Nobody"))
-        made = await admin.add(Edit(prompt=NEW, target=ANSWER, source="test"))
-        assert await admin.edit(made.id) == made and made.source == "test"
-        asked = [{"role": "user", "content": NEW}]
-        found = await admin.lookup(asked)
-        assert found.result == "matched" and found.matches[0].edit == made.id
-        gone = await admin.remove(made.id)
-        assert gone.state == "done" and (await admin.lookup(asked)).result == "unmatched"
+        edit = await admin.add(Edit(prompt=NEW, target=ANSWER, source="test"))
+        assert await admin.edit(edit.id) == edit and edit.source == "test"
+        messages = [{"role": "user", "content": NEW}]
+        result = await admin.lookup(messages)
+        assert result.result == "matched" and result.matches[0].edit == edit.id
+        gone = await admin.remove(edit.id)
+        assert gone.state == "done" and (await admin.lookup(messages)).result == "unmatched"
         assert await admin.reload() == gone.generation == (await admin.stats())["generation"]
         assert "active" in [entry["what"] for entry in await admin.audit()]
     async with AdminClient(url, "another token that is not it") as stranger:

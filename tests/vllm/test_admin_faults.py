@@ -391,18 +391,18 @@ async def test_two_servers_change_one_store(server: Server, folder: Path, model_
     """At the same moment, each with its own trainer. The lock lets one write; whoever is refused says so."""
     other = Server(folder, str(model_folder), "there:2")
     try:
-        for one in (server, other):
-            one.start()
+        for service in (server, other):
+            service.start()
         replies = await asyncio.gather(server.http.delete("/edits/0"), other.http.delete("/edits/1"))
-        made = await asyncio.gather(*(s.finish(r) for s, r in zip((server, other), replies, strict=True)))
-        for number, (one, job) in enumerate(zip((server, other), made, strict=True)):
+        jobs = await asyncio.gather(*(s.finish(r) for s, r in zip((server, other), replies, strict=True)))
+        for number, (service, job) in enumerate(zip((server, other), jobs, strict=True)):
             if job["state"] != "done":
                 assert job["state"] == "failed" and "being written by another process" in job["error"], job
-                again = await one.finish(await one.http.delete(f"/edits/{number}"))
+                again = await service.finish(await service.http.delete(f"/edits/{number}"))
                 assert again["state"] == "done", again
         assert {edit.id for edit in EditStore.open(folder).edits} == {2, 3}
-        for one in (server, other):
-            assert (await one.http.post("/reload")).json() == {"generation": FIRST + 2}
+        for service in (server, other):
+            assert (await service.http.post("/reload")).json() == {"generation": FIRST + 2}
         lines, torn = server.service.audit.read()
         assert torn == 0 and {entry["server"] for entry in lines} == {"here:1", "there:2"}
     finally:

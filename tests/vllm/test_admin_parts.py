@@ -110,12 +110,12 @@ async def test_the_door(monkeypatch: pytest.MonkeyPatch) -> None:
             yield b"x" * (guard.LARGEST_BODY // 2)
 
     async with door() as client:
-        told = await client.post("/echo", content=b"abc")
-        assert (told.status_code, told.headers["www-authenticate"]) == (401, "Bearer")
-        assert "script-src 'self'" in told.headers["content-security-policy"]
+        reply = await client.post("/echo", content=b"abc")
+        assert (reply.status_code, reply.headers["www-authenticate"]) == (401, "Bearer")
+        assert "script-src 'self'" in reply.headers["content-security-policy"]
         assert (await client.get("/open")).status_code == 200
-        told = await client.post("/echo", content=b"abc", headers=known)
-        assert told.json() == {"by": "ann", "size": 3}
+        reply = await client.post("/echo", content=b"abc", headers=known)
+        assert reply.json() == {"by": "ann", "size": 3}
         assert (await client.post("/echo", content=b"x" * (guard.LARGEST_BODY + 1), headers=known)).status_code == 413
         assert (await client.post("/echo", content=pieces(), headers=known)).status_code == 413
         bad = {**known, "Content-Length": "many"}
@@ -187,9 +187,10 @@ async def test_a_job_tells_how_far_its_training_is(base: BaseModel, model_folder
     worker.cancel()
     await trainer.stop()
     assert (job.state, job.edit, job.progress) == ("done", 1, None)
-    assert list(dict.fromkeys(told.stage for told in seen)) == ["loading", "opening", "training"]
+    assert list(dict.fromkeys(progress.stage for progress in seen)) == ["loading", "opening", "training"]
     trained = seen[2:]
-    assert [told.step for told in trained] == sorted({told.step for told in trained}) and trained[-1].step == job.steps
+    steps = [progress.step for progress in trained]
+    assert steps == sorted(set(steps)) and steps[-1] == job.steps
     assert trained[-1].limit == 60 and trained[-1].loss == pytest.approx(job.loss, abs=1e-5)
     assert trained[-1].loss < trained[-1].goal < trained[0].loss
 
@@ -265,8 +266,8 @@ def test_the_dashboard_asks_for_series_that_exist() -> None:
     own = {family.name for family in registry.collect()} | {"memoir_requests", "memoir_overlap"}
     assert {family.name for family in REGISTRY.collect()} >= {"memoir_requests", "memoir_overlap"}
     board = (Path(__file__).parents[2] / "examples/grafana/memoir.json").read_text()
-    asked = {name.removesuffix("_total").removesuffix("_bucket") for name in re.findall(r"memoir_\w+(?=\{)", board)}
-    assert asked == own - {"memoir_residual_rows"}
+    queried = {name.removesuffix("_total").removesuffix("_bucket") for name in re.findall(r"memoir_\w+(?=\{)", board)}
+    assert queried == own - {"memoir_residual_rows"}
 
 
 _KEYS = ("edits", "generation", "older_generations", "remembered", "routed", "recalled", "rows")

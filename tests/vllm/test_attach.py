@@ -40,10 +40,10 @@ class FusedExperts(torch.nn.Module):
 
 
 def model(**modules: torch.nn.Module) -> torch.nn.Module:
-    made = torch.nn.Module()
+    root = torch.nn.Module()
     for name, module in modules.items():
-        made.add_module(name, module)
-    return made
+        root.add_module(name, module)
+    return root
 
 
 def test_the_layer_is_found_also_under_an_adapter() -> None:

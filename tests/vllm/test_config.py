@@ -58,9 +58,9 @@ def test_vllms_flags_are_kept(model_folder: Path, store_folder: Path) -> None:
 
 
 def test_open_flags_are_chosen_in_mode_single(model_folder: Path, store_folder: Path) -> None:
-    made = create(model_folder, store_folder, memoir=SINGLE)
-    assert made.cache_config.enable_prefix_caching is False
-    assert made.scheduler_config.enable_chunked_prefill is False
+    vllm_config = create(model_folder, store_folder, memoir=SINGLE)
+    assert vllm_config.cache_config.enable_prefix_caching is False
+    assert vllm_config.scheduler_config.enable_chunked_prefill is False
 
 
 @pytest.fixture(scope="module")
@@ -86,9 +86,9 @@ def test_a_store_that_acts_from_the_first_token_is_served_in_mode_single(
 
 
 def test_our_classes_are_named(model_folder: Path, store_folder: Path) -> None:
-    made = create(model_folder, store_folder)
-    assert made.scheduler_config.scheduler_cls == "memoir_vllm.core.scheduler.MemoirScheduler"
-    assert made.parallel_config.worker_cls == "memoir_vllm.worker.cpu.MemoirCPUWorker"
+    vllm_config = create(model_folder, store_folder)
+    assert vllm_config.scheduler_config.scheduler_cls == "memoir_vllm.core.scheduler.MemoirScheduler"
+    assert vllm_config.parallel_config.worker_cls == "memoir_vllm.worker.cpu.MemoirCPUWorker"
 
 
 def test_full_cuda_graphs_are_never_the_default(model_folder: Path, store_folder: Path) -> None:
@@ -127,8 +127,11 @@ def test_the_log_says_what_mode_single_turns_off(
 
 def test_the_graph_is_split_at_the_op(model_folder: Path, store_folder: Path) -> None:
     split = CompilationConfig(splitting_ops=["vllm::unified_attention_with_output"])
-    made = create(model_folder, store_folder, enforce_eager=False, compilation_config=split)
-    assert made.compilation_config.splitting_ops == ["vllm::unified_attention_with_output", "vllm::memoir_residual"]
+    vllm_config = create(model_folder, store_folder, enforce_eager=False, compilation_config=split)
+    assert vllm_config.compilation_config.splitting_ops == [
+        "vllm::unified_attention_with_output",
+        "vllm::memoir_residual",
+    ]
 
 
 def test_the_compile_cache_tells_engines_with_and_without_edits_apart(model_folder: Path, store_folder: Path) -> None:
@@ -216,18 +219,18 @@ def test_refused_settings_are_named(flag: str, model_folder: Path, store_folder:
     ours = config.parse_section({"store": str(store_folder)})
     args = EngineArgs(**flags(model_folder))
     config.prefer(ours, args)
-    made = args.create_engine_config()
-    config.refuse(ours, made)
+    vllm_config = args.create_engine_config()
+    config.refuse(ours, vllm_config)
     part, name, value = REFUSED_ELSEWHERE[flag]
-    object.__setattr__(getattr(made, part), name, value)
+    object.__setattr__(getattr(vllm_config, part), name, value)
     with pytest.raises(ConfigError) as refused:
-        config.refuse(ours, made)
+        config.refuse(ours, vllm_config)
     assert flag in str(refused.value)
 
 
 def test_a_pipeline_is_served_in_mode_single(model_folder: Path, store_folder: Path) -> None:
-    made = create(model_folder, store_folder, memoir=SINGLE, pipeline_parallel_size=2)
-    assert made.parallel_config.worker_cls == "memoir_vllm.worker.cpu.MemoirCPUWorker"
+    vllm_config = create(model_folder, store_folder, memoir=SINGLE, pipeline_parallel_size=2)
+    assert vllm_config.parallel_config.worker_cls == "memoir_vllm.worker.cpu.MemoirCPUWorker"
     with pytest.raises(ConfigError, match=r"pipeline parallelism in mode inline \(use mode single"):
         create(model_folder, store_folder, pipeline_parallel_size=2)
 
@@ -236,15 +239,15 @@ def test_what_a_model_is_may_be_refused(
     model_folder: Path, store_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ours = config.parse_section({"store": str(store_folder)})
-    made = EngineArgs(**flags(model_folder)).create_engine_config()
-    monkeypatch.setattr(type(made.model_config), "is_hybrid", True)
+    vllm_config = EngineArgs(**flags(model_folder)).create_engine_config()
+    monkeypatch.setattr(type(vllm_config.model_config), "is_hybrid", True)
     with pytest.raises(ConfigError, match=r"recurrent layers \(use --no-enable-prefix-caching\)"):
-        config.refuse(ours, made)
-    made.cache_config.enable_prefix_caching = False
-    made.model_config.model = made.model_config.tokenizer = "org/name"
-    made.model_config.revision = "main"
+        config.refuse(ours, vllm_config)
+    vllm_config.cache_config.enable_prefix_caching = False
+    vllm_config.model_config.model = vllm_config.model_config.tokenizer = "org/name"
+    vllm_config.model_config.revision = "main"
     with pytest.raises(ConfigError, match="settings: revision main of a Hub model"):
-        config.refuse(ours, made)
+        config.refuse(ours, vllm_config)
 
 
 def test_all_problems_come_in_one_message(model_folder: Path, store_folder: Path) -> None:

@@ -38,14 +38,14 @@ def page(request: pytest.FixtureRequest, browser: Any, server: Server) -> Iterat
     page = context.new_page()
     page.set_default_timeout(60_000)
     complaints: list[str] = []
-    asked: list[str] = []
+    urls: list[str] = []
     page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on("request", lambda request: asked.append(request.url))
+    page.on("request", lambda request: urls.append(request.url))
     page.goto(f"{server.http.base_url}/memoir/")
     yield page
     context.close()
-    assert not [url for url in asked if not url.startswith((str(server.http.base_url), "data:"))]
+    assert not [url for url in urls if not url.startswith((str(server.http.base_url), "data:"))]
     assert not [text for text in complaints if "401" not in text and "409" not in text]
 
 
@@ -123,8 +123,8 @@ def test_an_edit_is_added_found_and_removed_by_keyboard(page: Any) -> None:
     page.locator("#words").fill("moon gate")
     page.locator("#words").press("Enter")
     page.locator("#page:has-text('1 to 1 of 1')").wait_for()
-    found = page.locator("#edits tr").inner_text()
-    assert ANSWER in found and "source: ticket 4" in found
+    row = page.locator("#edits tr").inner_text()
+    assert ANSWER in row and "source: ticket 4" in row
     page.locator("#edits button").focus()
     page.keyboard.press("Enter")
     assert page.locator("#confirm").is_visible()

@@ -83,9 +83,9 @@ class Front:
         output = EngineCoreOutput(
             request_id=name, new_token_ids=tokens, finish_reason=finish, kv_transfer_params=params
         )
-        made = self.processor.process_outputs([output]).request_outputs
-        self.outputs += made
-        return made
+        outputs = self.processor.process_outputs([output]).request_outputs
+        self.outputs += outputs
+        return outputs
 
 
 @pytest.fixture
@@ -176,8 +176,10 @@ def output_of(decision: Any, choices: int = 1) -> RequestOutput:
 
 
 def test_several_prompts_have_a_decision_for_each_choice() -> None:
-    one, two = output_of(UNMATCHED, 2), output_of(MATCHED, 2)
-    assert params_of(choice_decisions([one, two]), 2) == {"memoir_choices": [UNMATCHED, UNMATCHED, MATCHED, MATCHED]}
+    unmatched, matched = output_of(UNMATCHED, 2), output_of(MATCHED, 2)
+    assert params_of(choice_decisions([unmatched, matched]), 2) == {
+        "memoir_choices": [UNMATCHED, UNMATCHED, MATCHED, MATCHED]
+    }
     assert params_of(choice_decisions([output_of(MATCHED)] * 2), 2) == {"memoir_choices": [MATCHED, MATCHED]}
     assert params_of(choice_decisions([output_of(None)] * 2), 2) == {}
 

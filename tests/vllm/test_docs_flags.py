@@ -16,14 +16,14 @@ from memoir_vllm import config
 
 def servers() -> dict[str, list[str]]:
     """Where it is said -> model and flags."""
-    found = {str(line): line.arguments[1:] for line in ALL if line.words and line.arguments[:1] == ["serve"]}
+    commands = {str(line): line.arguments[1:] for line in ALL if line.words and line.arguments[:1] == ["serve"]}
     for line in ALL:
         if line.words[:2] == ["docker", "run"]:
-            found[str(line)] = line.words[line.words.index("memoir") + 1 :]
+            commands[str(line)] = line.words[line.words.index("memoir") + 1 :]
     ((_, manifest),) = blocks(ROOT / "docs/how-to/kubernetes.md", "yaml")
     deployment = next(yaml.safe_load_all("\n".join(manifest)))
-    found["kubernetes.md"] = deployment["spec"]["template"]["spec"]["containers"][0]["args"]
-    return found
+    commands["kubernetes.md"] = deployment["spec"]["template"]["spec"]["containers"][0]["args"]
+    return commands
 
 
 @pytest.mark.parametrize(("where", "given"), servers().items(), ids=list(servers()))

@@ -84,11 +84,11 @@ def test_the_commands_of_administration_run(server: Server, folder: Path) -> Non
             continue
         text = line.text if job is None else re.sub("3f0c2a9b71d4e856", job, line.text)
         said = shell(f"{exports}; {sent(text, server)}", folder, MEMOIR_ADMIN_TOKEN=TOKEN)
-        told = json.loads(said)
-        assert "detail" not in told, line
+        reply = json.loads(said)
+        assert "detail" not in reply, line
         routes.add(f"{method(line)} {re.search(r'memoir(/[a-z.]+)', line.text)[1]}")
         if "Exampleton bridge" in text:
-            job = told["id"]
+            job = reply["id"]
         elif job is not None and "DELETE" not in text and "/jobs/" in text:
             finish(server, job)
     assert routes == {

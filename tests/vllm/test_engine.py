@@ -91,12 +91,12 @@ def test_a_span_from_the_client_replaces_the_found_one(engine: Engine, expected:
     """Behind a raw preamble the question has no marker: the whole prompt is pooled, unless the client knows better."""
     question, preamble = expected["edit 0"].ids, expected["unrelated 0"].ids * 6
     ids, start = preamble + question, len(preamble)
-    found, given, other = engine.ask(
+    fused, given, other = engine.ask(
         [ids] * 3, [None, {"memoir_span": f"{start}:{len(ids)}"}, {"memoir_span": f"0:{start}"}]
     )
-    assert found.memoir["result"] == other.memoir["result"] == "unmatched"
+    assert fused.memoir["result"] == other.memoir["result"] == "unmatched"
     assert given.memoir["edit"] == 0
-    assert given.memoir["overlap"] > found.memoir["overlap"] + 0.1
+    assert given.memoir["overlap"] > fused.memoir["overlap"] + 0.1
 
 
 def test_seeded_samples_of_unmatched_prompts_are_unchanged(

@@ -34,15 +34,15 @@ def answers(
     engine: Engine, folder: Path, model_folder: Path, expected: dict
 ) -> dict[int, dict[str, tuple[list[int], int | None]]]:
     """By generation: the reference's tokens and edit. The second lacks edit 1 and answers the others differently."""
-    found = {FIRST: {name: (expected[name].tokens, expected[name].edit) for name in ASKED}}
+    answers = {FIRST: {name: (expected[name].tokens, expected[name].edit) for name in ASKED}}
     assert next_generation(folder, without=(1,)) == SECOND
     model = EditedModel.open(folder, str(model_folder))
     prompts = [expected[name].ids for name in ASKED]
-    made = model.generate(prompts, max_new_tokens=NEW_TOKENS, batch_size=1)
-    found[SECOND] = {name: (list(a.tokens), a.edit) for name, a in zip(ASKED, made, strict=True)}
-    assert found[FIRST]["edit 0"][0] != found[SECOND]["edit 0"][0]
-    assert found[SECOND]["edit 1"] == (expected["edit 1"].base, None)
-    return found
+    second = model.generate(prompts, max_new_tokens=NEW_TOKENS, batch_size=1)
+    answers[SECOND] = {name: (list(a.tokens), a.edit) for name, a in zip(ASKED, second, strict=True)}
+    assert answers[FIRST]["edit 0"][0] != answers[SECOND]["edit 0"][0]
+    assert answers[SECOND]["edit 1"] == (expected["edit 1"].base, None)
+    return answers
 
 
 def test_requests_in_flight_finish_on_their_generation(engine: Engine, answers: dict, expected: dict) -> None:
@@ -117,18 +117,18 @@ def test_an_edit_acts_where_what_it_requires_stands(
 ) -> None:
     """Like questions about other names: matched while nothing is required, and the base model's bits after that."""
     prompts = [EDITS[0], EDITS[0].replace("Zubrovia", "Zubrowka"), EDITS[0].replace("The", "the").replace("Z", "z")]
-    asked = [prompt_ids(base.tokenizer, prompt, chat=False) for prompt in prompts]
+    rows = [prompt_ids(base.tokenizer, prompt, chat=False) for prompt in prompts]
     for requires, edits in (({}, [0, 0, 0]), ({0: ("president", ("Zembla", "ZUBROVIA"))}, [0, None, 0])):
         generation = next_generation(folder, requires=requires)
         assert engine.llm.collective_rpc("memoir_reload") == [generation]
         model = EditedModel.open(folder, str(model_folder))
-        wanted = model.generate(asked, max_new_tokens=NEW_TOKENS, batch_size=1)
+        wanted = model.generate(rows, max_new_tokens=NEW_TOKENS, batch_size=1)
         assert [answer.edit for answer in wanted] == edits
-        for batch in (asked, asked, [asked[1]]):  # decided, remembered, alone
+        for batch in (rows, rows, [rows[1]]):  # decided, remembered, alone
             for reply, answer in zip(engine.ask(batch), wanted if len(batch) == 3 else wanted[1:2], strict=True):
                 assert (list(reply.tokens), reply.memoir["edit"]) == (list(answer.tokens), answer.edit)
-    (matched_not,) = engine.ask([asked[1]])
-    (opted_out,) = engine.ask([asked[1]], [{"memoir": "off"}])
+    (matched_not,) = engine.ask([rows[1]])
+    (opted_out,) = engine.ask([rows[1]], [{"memoir": "off"}])
     assert matched_not.tokens == opted_out.tokens and matched_not.memoir["result"] == "unmatched"
 
 

@@ -141,16 +141,16 @@ def test_an_undecided_question_is_taken_from_the_cache(
     prompt = ids[name]
     engine.llm.reset_prefix_cache()
     before = engine.stats()["routed"]
-    off, asked = (
+    off, answered = (
         engine.ask([prompt], [option], warm=True, max_tokens=TOKENS)[0] for option in ({"memoir": "off"}, None)
     )
     span = find_span(prompt, reference.retriever.store.manifest.span)
-    assert asked.hit == span.acts_from // BLOCK * BLOCK > span.start
+    assert answered.hit == span.acts_from // BLOCK * BLOCK > span.start
     assert engine.stats()["routed"] == before + 1
     assert wrong(reference, prompt, off, edited=False) < CLOSE
-    assert wrong(reference, prompt, asked) < CLOSE
-    (answer,) = reference.predict([prompt], [asked.tokens])
-    assert asked.memoir["overlap"] == pytest.approx(answer.overlap, abs=0.005)
+    assert wrong(reference, prompt, answered) < CLOSE
+    (answer,) = reference.predict([prompt], [answered.tokens])
+    assert answered.memoir["overlap"] == pytest.approx(answer.overlap, abs=0.005)
 
 
 @pytest.mark.parametrize("name", ["library long edit", "long edit", "long unrelated"])

@@ -58,16 +58,16 @@ def quantised(
     model = small_model(folder, model_folder)
     tensors = _quantise(model, scheme)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    made = json.loads((folder / "config.json").read_text())
+    settings = json.loads((folder / "config.json").read_text())
     group = {"targets": ["Linear"], "weights": scheme.weights, "input_activations": scheme.inputs}
-    made["quantization_config"] = {
+    settings["quantization_config"] = {
         "quant_method": "compressed-tensors",
         "format": scheme.format,
         "quantization_status": "compressed",
         "ignore": ["lm_head"],
         "config_groups": {"group_0": group},
     }
-    (folder / "config.json").write_text(json.dumps(made))
+    (folder / "config.json").write_text(json.dumps(settings))
     return folder, scheme
 
 
@@ -103,10 +103,10 @@ def _quantise(model: LlamaForCausalLM, scheme: Scheme) -> dict[str, torch.Tensor
 
 def _largest_inputs(model: LlamaForCausalLM) -> dict[str, float]:
     """Of every linear layer of the blocks, over a few hundred tokens."""
-    found: dict[str, float] = {}
+    largest: dict[str, float] = {}
 
     def look(name: str) -> Callable[..., None]:
-        return lambda _module, args: found.update({name: max(found.get(name, 0.0), float(args[0].abs().max()))})
+        return lambda _module, args: largest.update({name: max(largest.get(name, 0.0), float(args[0].abs().max()))})
 
     layers = [(name, m) for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and name != "lm_head"]
     handles = [module.register_forward_pre_hook(look(name)) for name, module in layers]
@@ -114,7 +114,7 @@ def _largest_inputs(model: LlamaForCausalLM) -> dict[str, float]:
         model(torch.randint(0, 49152, (4, 100), generator=torch.Generator().manual_seed(1)))
     for handle in handles:
         handle.remove()
-    return found
+    return largest
 
 
 def test_answers_are_the_quantised_references(
@@ -127,7 +127,7 @@ def test_answers_are_the_quantised_references(
     engine = start(
         **flags(path, folder, max_num_seqs=16, max_num_batched_tokens=26, block_size=32) | {"dtype": scheme.dtype}
     )
-    found = 0
+    matches = 0
     for off in (False, True):
         replies = engine.ask(list(prompts.values()), [{"memoir": "off"} if off else None] * len(prompts))
         for (name, ids), reply in zip(prompts.items(), replies, strict=True):
@@ -136,8 +136,8 @@ def test_answers_are_the_quantised_references(
             assert _apart(reply, plain if off else acting) < scheme.close, name
             if acting.edit is not None:
                 assert _apart(reply, acting if off else plain) > 3 * scheme.close, name
-                found += not off
-    assert 2 < found < len(PROMPTS)
+                matches += not off
+    assert 2 < matches < len(PROMPTS)
 
 
 def _apart(reply: Reply, answer: Answer) -> float:

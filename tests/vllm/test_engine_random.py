@@ -48,9 +48,9 @@ def engine(served: EditedModel, start: Callable[..., Engine], model_folder: Path
 
 def prompts_of(model: EditedModel) -> list[list[int]]:
     """Edits raw, in a chat and behind a system message, what resembles them, and what begins alike."""
-    made: list[Prompt] = [*EDITS, *UNRELATED, LONG, LONG + "and why", "Hello", [user(LONG)]]
-    made += [[user(text)] for text in EDITS] + [[PIRATE, user(text)] for text in (EDITS[1], UNRELATED[2])]
-    ids = [model.prompt_ids(prompt) for prompt in made]
+    mix: list[Prompt] = [*EDITS, *UNRELATED, LONG, LONG + "and why", "Hello", [user(LONG)]]
+    mix += [[user(text)] for text in EDITS] + [[PIRATE, user(text)] for text in (EDITS[1], UNRELATED[2])]
+    ids = [model.prompt_ids(prompt) for prompt in mix]
     return [*ids, [ids[0][0]], ids[8][:70], ids[8][:40] + ids[0]]
 
 
@@ -58,14 +58,14 @@ def prompts_of(model: EditedModel) -> list[list[int]]:
 def test_any_mix_of_requests(seed: int, engine: Engine, served: EditedModel) -> None:
     dice, core = random.Random(seed), engine.llm.llm_engine
     prompts = prompts_of(served)
-    asked: dict[str, tuple[list[int], bool, SamplingParams]] = {}
+    requests: dict[str, tuple[list[int], bool, SamplingParams]] = {}
     done: dict[str, Any] = {}
     aborted: set[str] = set()
-    while len(asked) < 18 or core.has_unfinished_requests():
+    while len(requests) < 18 or core.has_unfinished_requests():
         for _ in range(dice.choice((0, 1, 3))):
-            if len(asked) == 18:
+            if len(requests) == 18:
                 break
-            name, off = f"{seed}-{len(asked)}", dice.random() < 0.25
+            name, off = f"{seed}-{len(requests)}", dice.random() < 0.25
             how = (
                 {"temperature": 0.0}
                 if dice.random() < 0.6
@@ -73,30 +73,30 @@ def test_any_mix_of_requests(seed: int, engine: Engine, served: EditedModel) -> 
             )
             extra = {"memoir": "off"} if off else None
             params = SamplingParams(max_tokens=dice.choice((1, 3, 9)), logprobs=1, extra_args=extra, **how)
-            asked[name] = (dice.choice(prompts), off, params)
-            core.add_request(name, {"prompt_token_ids": asked[name][0]}, params)
-        if asked and dice.random() < 0.1:
-            gone = dice.choice(list(asked))
-            if gone not in done and asked[gone][2].n == 1:
+            requests[name] = (dice.choice(prompts), off, params)
+            core.add_request(name, {"prompt_token_ids": requests[name][0]}, params)
+        if requests and dice.random() < 0.1:
+            gone = dice.choice(list(requests))
+            if gone not in done and requests[gone][2].n == 1:
                 aborted.add(gone)
                 core.abort_request([gone])
         if core.has_unfinished_requests():  # with none, a step would wait for ever
             done.update((output.request_id, output) for output in core.step() if output.finished)
-    assert asked.keys() - aborted <= done.keys()
-    found = 0
+    assert requests.keys() - aborted <= done.keys()
+    matches = 0
     for name, output in done.items():
-        ids, off, params = asked[name]
-        for made in output.outputs:
-            tokens = list(made.token_ids)
+        ids, off, params = requests[name]
+        for completion in output.outputs:
+            tokens = list(completion.token_ids)
             if not tokens:
                 assert name in aborted
                 continue
             (wanted,) = served.predict([ids], [tokens], edited=not off)
-            given = [step[token].logprob for step, token in zip(made.logprobs, tokens, strict=True)]
+            given = [step[token].logprob for step, token in zip(completion.logprobs, tokens, strict=True)]
             assert max(abs(a - b) for a, b in zip(given, wanted.logprobs, strict=True)) < CLOSE, name
             assert params.temperature or tokens == list(wanted.tokens), name
-            found += wanted.edit is not None
-    assert found > 3, "the mix holds edits"
+            matches += wanted.edit is not None
+    assert matches > 3, "the mix holds edits"
     engine.ask([[5, 6, 7]], warm=True)
     assert engine.stats()["live"] == 0
 
@@ -106,8 +106,8 @@ def test_raw_prompts_are_found_in_the_cache(engine: Engine, served: EditedModel)
     long = served.prompt_ids(LONG)
     engine.llm.reset_prefix_cache()
     hits = []
-    asked = [(long, {"memoir": "off"}), ([*long, 11, 12], None), (long, None), (long, None)]
-    for ids, option in asked:
+    requests = [(long, {"memoir": "off"}), ([*long, 11, 12], None), (long, None), (long, None)]
+    for ids, option in requests:
         (reply,) = engine.ask([ids], [option], warm=True, max_tokens=4)
         (wanted,) = served.predict([ids], [reply.tokens], edited=option is None)
         assert max(abs(a - b) for a, b in zip(reply.logprobs, wanted.logprobs, strict=True)) < CLOSE
@@ -127,7 +127,7 @@ def test_without_the_protocol_edits_reach_other_requests(
     model = EditedModel.open(store_folder, str(model_folder))
     ids = model.prompt_ids([SYSTEM, user(EDITS[1])])
     off = {"memoir": "off"}
-    asked = {
+    order = {
         "flags": flags(model_folder, store_folder, block_size=32),
         "naive": naive,
         "turns": [{"prompts": [ids], "options": [option]} for option in (None, off)],
@@ -135,7 +135,7 @@ def test_without_the_protocol_edits_reach_other_requests(
     }
     done = subprocess.run(
         [sys.executable, str(HERE / "ask_engine.py")],
-        input=json.dumps(asked),
+        input=json.dumps(order),
         capture_output=True,
         text=True,
         timeout=500,

@@ -22,7 +22,7 @@ def test_v2_answers_are_the_references(small: Path, small_edits: Path, small_exp
     pytest.importorskip("triton")
     wanted = [small_expected[name] for name in NAMES]
     paths = [str(HERE / "gpu_stand_in"), str(HERE), *sys.path]
-    asked = {
+    order = {
         # Steps of 40 tokens, so that questions are split.
         "flags": flags(small, small_edits, max_num_seqs=32, max_num_batched_tokens=40, block_size=32),
         "prompts": [e.ids for e in wanted] + [wanted[0].ids],
@@ -31,7 +31,7 @@ def test_v2_answers_are_the_references(small: Path, small_edits: Path, small_exp
     }
     done = subprocess.run(
         [sys.executable, str(HERE / "ask_engine.py")],
-        input=json.dumps(asked),
+        input=json.dumps(order),
         capture_output=True,
         text=True,
         timeout=500,

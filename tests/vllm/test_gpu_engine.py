@@ -74,6 +74,6 @@ def test_answers_are_the_references_and_others_keep_their_bits(
         assert edited[i].memoir["edit"] is None, texts[i]
         assert (edited[i].tokens, edited[i].logprobs) == (off[i].tokens, off[i].logprobs), texts[i]
     if eager:  # compiled, the op splits a graph that Inductor fuses without it
-        for one, other, edit in zip(off, without, edited, strict=True):
-            assert (one.tokens, one.logprobs) == (other.tokens, other.logprobs)
+        for opted_out, other, edit in zip(off, without, edited, strict=True):
+            assert (opted_out.tokens, opted_out.logprobs) == (other.tokens, other.logprobs)
             assert edit.memoir["edit"] is not None or edit.logprobs == other.logprobs

@@ -36,18 +36,18 @@ class Served(NamedTuple):
 
     layer: ResidualLayer
     store: EditStore
-    asked: torch.Tensor
+    questions: torch.Tensor
 
     @property
     def d(self) -> int:
         return int(self.store.manifest.d)
 
     def random(self, *shape: int) -> torch.Tensor:
-        return torch.randn(*shape, device="cuda").to(self.asked.dtype)
+        return torch.randn(*shape, device="cuda").to(self.questions.dtype)
 
     def ask(self, edits: list[int | None], name: str = "r") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """One step in which each request asks the question of an edit, or of none. Returns x, y before and y after."""
-        x = torch.stack([self.random(TOKENS, self.d) if edit is None else self.asked[edit] for edit in edits])
+        x = torch.stack([self.random(TOKENS, self.d) if edit is None else self.questions[edit] for edit in edits])
         rows = [Rows(f"{name}{i}", TOKENS * i, TOKENS * (i + 1), 0) for i in range(len(edits))]
         for row in rows:
             self.layer.admit(row.request_id, [5] * TOKENS, Query(Span(0, TOKENS, True)))
@@ -78,9 +78,9 @@ def served(request: pytest.FixtureRequest, shape: tuple[int, int, int]) -> Itera
     d, h, k = shape
     dtype = getattr(torch, request.param)
     torch.manual_seed(0)
-    asked = torch.randn(EDITS, TOKENS, d, device="cuda").to(dtype)
+    questions = torch.randn(EDITS, TOKENS, d, device="cuda").to(dtype)
     background, perm = np.zeros(d, dtype=np.float32), permutation(d, 0)
-    means = torch.stack([span_mean(question, Span(0, TOKENS, True)) for question in asked])
+    means = torch.stack([span_mean(question, Span(0, TOKENS, True)) for question in questions])
     fields: dict[str, Any] = {"generation": 1, "sha256": "1" * 64, "span": SpanRule(weighted=True), "chat": False}
     fields |= {"d": d, "h": h, "k": k, "tau": 0.9}
     store = EditStore(
@@ -97,14 +97,14 @@ def served(request: pytest.FixtureRequest, shape: tuple[int, int, int]) -> Itera
         edits=(),
     )
     router, memories = Router(store, None, "cuda", str), torch.from_numpy(store.memories)
-    yield Served(ResidualLayer(router, memories, dtype=dtype, device="cuda"), store, asked)
+    yield Served(ResidualLayer(router, memories, dtype=dtype, device="cuda"), store, questions)
     torch.cuda.empty_cache()
 
 
 def test_every_question_finds_its_edit_alone_and_in_a_batch(served: Served) -> None:
     edits: list[int | None] = [*range(0, EDITS, 2), None, *range(1, EDITS, 2), None]
     served.ask(edits, "batch ")
-    together = {name.removeprefix("batch "): one.decision for name, one in served.layer.take_routed().items()}
+    together = {name.removeprefix("batch "): routed.decision for name, routed in served.layer.take_routed().items()}
     assert [together[str(i)].edit for i in range(len(edits))] == edits
     for i in range(0, len(edits), 5):
         served.ask(edits[i : i + 1], f"alone {i} ")
@@ -115,7 +115,7 @@ def test_every_question_finds_its_edit_alone_and_in_a_batch(served: Served) -> N
 
 def test_edited_rows_are_near_and_others_keep_their_bits(served: Served) -> None:
     """Questions first, then steps of one token each, in which every second request is edited."""
-    close = max(4 * torch.finfo(served.asked.dtype).eps, 1e-5)
+    close = max(4 * torch.finfo(served.questions.dtype).eps, 1e-5)
     edits: list[int | None] = [3, None, 4, None, 3, None, 11, None]
     x, before, after = served.ask(edits, "q")
     for position in range(TOKENS, TOKENS + 3):

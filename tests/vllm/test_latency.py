@@ -25,14 +25,14 @@ EDITS = (100, 10_000, 100_000)
 
 @pytest.mark.parametrize("edits", [3, 5000])
 def test_a_store_is_made_larger_with_masks_of_its_own_size(edits: int, store: EditStore, tmp_path: Path) -> None:
-    made = EditStore.open(inflate(store, tmp_path / "large", edits))
+    large = EditStore.open(inflate(store, tmp_path / "large", edits))
     kept = min(edits, len(store.edits))
-    assert len(made.edits) == edits and len(set(made.ids.tolist())) == edits
-    assert (popcount(made.codes) == store.manifest.k).all()
-    np.testing.assert_array_equal(made.memories, store.memories)
-    assert [edit.prompt for edit in list(made.edits)[:kept]] == [edit.prompt for edit in list(store.edits)[:kept]]
+    assert len(large.edits) == edits and len(set(large.ids.tolist())) == edits
+    assert (popcount(large.codes) == store.manifest.k).all()
+    np.testing.assert_array_equal(large.memories, store.memories)
+    assert [edit.prompt for edit in list(large.edits)[:kept]] == [edit.prompt for edit in list(store.edits)[:kept]]
     own = np.isin(store.ids, [edit.id for edit in list(store.edits)[:kept]])
-    np.testing.assert_array_equal(made.codes[: own.sum()], store.codes[own])
+    np.testing.assert_array_equal(large.codes[: own.sum()], store.codes[own])
 
 
 def test_the_questions_of_a_store_find_their_edits_among_made_up_ones(

@@ -33,12 +33,12 @@ KNOWN = {"Authorization": f"Bearer {TOKEN}"}
 def rows(section: str) -> dict[str, str]:
     """What stands in backticks in the first column of a section's table, and the second column beside it."""
     (text,) = re.findall(rf"^### {re.escape(section)}\n(.*?)(?=^### |\Z)", PAGE, re.S | re.M)
-    found: dict[str, str] = {}
+    doors: dict[str, str] = {}
     for line in text.splitlines():
         if line.startswith("| "):
             first, second = line.split(" | ")[:2]
-            found |= dict.fromkeys(re.findall(r"`([^`]+)`", first), second)
-    return found
+            doors |= dict.fromkeys(re.findall(r"`([^`]+)`", first), second)
+    return doors
 
 
 @pytest.fixture(scope="module")

@@ -58,7 +58,7 @@ def test_a_report_is_asked_for_or_not(value: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "says"),
+    ("options", "says"),
     [
         ({"resumable": True}, "streaming input: its prompt has no end"),
         ({"max_tokens": 1, "watermarking": False, "detokenize": False}, "beam search: use sampling"),
@@ -66,12 +66,12 @@ def test_a_report_is_asked_for_or_not(value: Any) -> None:
     ],
     ids=["streaming input", "beam search", "bad option"],
 )
-def test_requests_that_cannot_be_served_are_refused_to_their_client(asked: dict[str, Any], says: str) -> None:
+def test_requests_that_cannot_be_served_are_refused_to_their_client(options: dict[str, Any], says: str) -> None:
     """The error that vLLM answers with 400."""
-    asked = dict(asked)
-    request = SimpleNamespace(resumable=asked.pop("resumable", False), prompt_token_ids=[1, 2, 3])
+    options = dict(options)
+    request = SimpleNamespace(resumable=options.pop("resumable", False), prompt_token_ids=[1, 2, 3])
     with pytest.raises(VLLMValidationError, match=says):
-        requests._check(request, SamplingParams(**asked))
+        requests._check(request, SamplingParams(**options))
     requests._check(SimpleNamespace(resumable=False, prompt_token_ids=[1]), SamplingParams(max_tokens=1))
 
 

@@ -354,13 +354,13 @@ def test_every_answer_is_that_of_the_generation_it_reports(seed: int, simulate: 
     dice = random.Random(seed)
     sim = simulate(kv_blocks=dice.choice((16, 22, 200)), budget=dice.choice((24, 40, 64)), seqs=dice.choice((3, 8)))
     worlds = {7: here}
-    asked: dict[str, tuple[list[int], int | None, int]] = {}
+    requests: dict[str, tuple[list[int], int | None, int]] = {}
     for n in range(40):
         edit = dice.choice((None, 0, 1, 2))
         question = other(9) if edit is None else here.questions[edit]
         prompt, tokens = chat(question, dice.choice((8, 40)), dice.choice((2, 30))), dice.choice((1, 3, 20))
         sim.add(f"{n}", prompt, max_tokens=tokens)
-        asked[f"{n}"] = (prompt, edit, tokens)
+        requests[f"{n}"] = (prompt, edit, tokens)
         for _ in range(dice.choice((0, 0, 1, 3))):
             sim.step()
         if dice.random() < 0.25:
@@ -369,7 +369,7 @@ def test_every_answer_is_that_of_the_generation_it_reports(seed: int, simulate: 
             sim.adopt(worlds[latest].store)
     sim.run()
     assert len(worlds) > 3 and len({said["generation"] for said in sim.said.values()}) > 3
-    for name, (prompt, edit, tokens) in asked.items():
+    for name, (prompt, edit, tokens) in requests.items():
         assert sim.answers[name] == right(worlds[sim.said[name]["generation"]], prompt, edit, tokens), name
     assert sim.layer.stats()["older_generations"] == 0
 

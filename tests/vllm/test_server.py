@@ -129,9 +129,9 @@ def test_the_example_client(client: httpx.Client, expected: dict[str, Expected])
 def test_verify_finds_that_everything_holds(
     client: httpx.Client, store_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked = ["verify", "--server", str(client.base_url), "--store", str(store_folder), "--prompts", "4", "--turns", "1"]
+    words = ["verify", "--server", str(client.base_url), "--store", str(store_folder), "--prompts", "4", "--turns", "1"]
     with pytest.raises(SystemExit) as done:
-        main([*asked, "--tokens", "8", "--json"])
+        main([*words, "--tokens", "8", "--json"])
     report = json.loads(capsys.readouterr().out)
     assert done.value.code == 0 and report["holds"] and report["model"] == "m" and report["vllm"].startswith("0.")
     states = {check["name"]: check["state"] for check in report["checks"]}
@@ -145,9 +145,9 @@ def test_verify_finds_that_a_server_serves_another_store(
 ) -> None:
     """Its masks belong to other prompts, so what shall match does not: exit code 1, and the report says where."""
     other = make_store(base, tmp_path / "other", edits=UNRELATED)
-    asked = ["verify", "--server", str(client.base_url), "--store", str(other), "--prompts", "2", "--turns", "0"]
+    words = ["verify", "--server", str(client.base_url), "--store", str(other), "--prompts", "2", "--turns", "0"]
     with pytest.raises(SystemExit) as done:
-        main(asked)
+        main(words)
     out = capsys.readouterr().out
     assert done.value.code == 1 and "DOES NOT HOLD" in out
     assert "fail  edited prompts match their edit: 2 of 2 do not" in out and "ok    unmatched equals opted out" in out

@@ -77,7 +77,7 @@ def ask(server: Server, question: str, **more: Any) -> dict[str, Any]:
     return server.http.post("/v1/chat/completions", json=body | {"return_token_ids": True} | more).json()
 
 
-def told(answer: dict[str, Any]) -> tuple[str, int | None, int]:
+def decision_of(answer: dict[str, Any]) -> tuple[str, int | None, int]:
     said = answer["kv_transfer_params"]["memoir"]
     return answer["choices"][0]["message"]["content"], said["edit"], said["generation"]
 
@@ -119,16 +119,16 @@ def test_a_lookup_measures_what_the_reference_measures(server: Server, base: Bas
         ("Name three colours.", False),
     ):
         messages = [{"role": "user", "content": text}]
-        found = server.http.post("/memoir/lookup", json={"messages": messages, "n": 2}).json()
+        result = server.http.post("/memoir/lookup", json={"messages": messages, "n": 2}).json()
         ((_, nearest),) = retriever.decide_batch([text])
         assert nearest is not None and nearest.runner_up is not None
-        first, second = found["matches"]
+        first, second = result["matches"]
         assert (first["edit"], second["edit"]) == (nearest.id, nearest.runner_up[0])
         assert first["overlap"] == pytest.approx(nearest.overlap, abs=0.01)
         assert second["overlap"] == pytest.approx(nearest.runner_up[1], abs=0.01)
         assert first["prompt"] == QUESTIONS[first["edit"]] and not second["matched"]
         if matched is not None:
-            assert first["matched"] is matched and found["result"] == ("matched" if matched else "unmatched")
+            assert first["matched"] is matched and result["result"] == ("matched" if matched else "unmatched")
     assert server.http.post("/memoir/lookup", json={}).status_code == 422
     plain = server.http.post("/memoir/lookup", json={"messages": [{"role": "user", "content": QUESTIONS[0]}]}).json()
     call = {"id": "a", "type": "function", "function": {"name": "look", "arguments": "{}"}}
@@ -142,11 +142,11 @@ def test_a_lookup_measures_what_the_reference_measures(server: Server, base: Bas
             {"role": "user", "content": QUESTIONS[0]},
         ],
     ):
-        found = server.http.post("/memoir/lookup", json={"messages": messages})
-        assert found.status_code == 200, found.text
-        assert (found.json()["result"], found.json()["matches"][0]["edit"]) == ("matched", 0), messages
+        result = server.http.post("/memoir/lookup", json={"messages": messages})
+        assert result.status_code == 200, result.text
+        assert (result.json()["result"], result.json()["matches"][0]["edit"]) == ("matched", 0), messages
         if len(messages) == 1:
-            assert found.json()["matches"] == plain["matches"]
+            assert result.json()["matches"] == plain["matches"]
     for wrong in ([{"role": "user", "content": 5}], [{"content": "x"}], [{"role": "user", "content": [{"type": "x"}]}]):
         refused = server.http.post("/memoir/lookup", json={"messages": wrong})
         assert refused.status_code == 400 and "\n" not in refused.json()["detail"], refused.text
@@ -156,7 +156,7 @@ def test_a_lookup_measures_what_the_reference_measures(server: Server, base: Bas
 
 def test_an_edit_is_added_served_and_removed(server: Server, folder: Path, base: BaseModel) -> None:
     before = EditStore.open(folder).manifest.generation
-    plain, edit, generation = told(ask(server, NEW))
+    plain, edit, generation = decision_of(ask(server, NEW))
     assert (edit, generation) == (None, before)
     given = {"prompt": NEW, "target": ANSWER, "source": "a test", "rephrases": ["The moon gate is of which metal?"]}
     given["requires"] = ["gate", ["moon", "lunar"]]
@@ -168,13 +168,13 @@ def test_an_edit_is_added_served_and_removed(server: Server, folder: Path, base:
     assert twin.status_code == 409 and "same prompt" in twin.json()["detail"]
     answers = []
     while server.http.get(f"/memoir/jobs/{reply.json()['id']}").json()["finished"] is None:
-        answers.append(told(ask(server, QUESTIONS[0])))
+        answers.append(decision_of(ask(server, QUESTIONS[0])))
     job = finish(server, reply.json())
     assert (job["state"], job["edit"], job["generation"], job["error"]) == ("done", 2, before + 1, None), job
     assert {edit for _, edit, _ in answers} == {0} and len(answers) > 1, "answers go on while an edit is trained"
-    text, edit, generation = told(ask(server, NEW))
+    text, edit, generation = decision_of(ask(server, NEW))
     assert (edit, generation) == (2, before + 1) and ANSWER in text
-    assert told(ask(server, NEW, vllm_xargs={"memoir": "off"}))[0] == plain
+    assert decision_of(ask(server, NEW, vllm_xargs={"memoir": "off"}))[0] == plain
     model = EditedModel(Retriever(EditStore.open(folder), base))
     for question in (NEW, *QUESTIONS):
         (wanted,) = model.generate([question], max_new_tokens=TOKENS)
@@ -182,10 +182,10 @@ def test_an_edit_is_added_served_and_removed(server: Server, folder: Path, base:
     stored = server.http.get("/memoir/edits/2").json()
     assert (stored["rephrases"], stored["requires"]) == (given["rephrases"], given["requires"])
     like = NEW.replace("gate", "door")
-    assert told(ask(server, like))[1] is None, "the gate is required"
-    found = server.http.post("/memoir/lookup", json={"messages": [{"role": "user", "content": like}]}).json()
-    assert (found["result"], found["matches"][0]["edit"]) == ("unmatched", 2)
-    assert found["matches"][0]["overlap"] >= found["tau"] and found["matches"][0]["requires"] == given["requires"]
+    assert decision_of(ask(server, like))[1] is None, "the gate is required"
+    result = server.http.post("/memoir/lookup", json={"messages": [{"role": "user", "content": like}]}).json()
+    assert (result["result"], result["matches"][0]["edit"]) == ("unmatched", 2)
+    assert result["matches"][0]["overlap"] >= result["tau"] and result["matches"][0]["requires"] == given["requires"]
 
     same = server.http.post("/memoir/edits", json=given)
     assert (same.status_code, same.json()["id"]) == (200, 2)
@@ -196,7 +196,7 @@ def test_an_edit_is_added_served_and_removed(server: Server, folder: Path, base:
 
     job = finish(server, server.http.delete("/memoir/edits/2").json())
     assert (job["state"], job["generation"]) == ("done", before + 2), job
-    assert told(ask(server, NEW)) == (plain, None, before + 2)
+    assert decision_of(ask(server, NEW)) == (plain, None, before + 2)
     assert server.http.delete("/memoir/edits/2").status_code == 404
     entries = server.http.get("/memoir/audit").json()["entries"]
     assert [entry["what"] for entry in entries] == ["active", "stored", "accepted"] * 2
@@ -214,16 +214,16 @@ def test_a_change_that_cannot_be_made_fails_with_one_line(server: Server, folder
 
 def test_every_answer_under_load_is_its_generations(server: Server, folder: Path, base: BaseModel) -> None:
     """Generations follow each other while clients ask; each answer is the reference's for the one that it reports."""
-    asked = (*QUESTIONS, "Name three colours.")
+    questions = (*QUESTIONS, "Name three colours.")
     stores = {(store := EditStore.open(folder)).manifest.generation: store}
     answers: list[tuple[str, list[int], int | None, int]] = []
     done = threading.Event()
 
     def client(at: int) -> None:
         while not done.is_set():
-            question = asked[at % 3]
+            question = questions[at % 3]
             reply = ask(server, question)
-            answers.append((question, reply["choices"][0]["token_ids"], *told(reply)[1:]))
+            answers.append((question, reply["choices"][0]["token_ids"], *decision_of(reply)[1:]))
             at += 1
 
     threads = [threading.Thread(target=client, args=(at,)) for at in range(3)]
@@ -242,8 +242,8 @@ def test_every_answer_under_load_is_its_generations(server: Server, folder: Path
     wanted = {}
     for generation, store in stores.items():
         model = EditedModel(Retriever(store, base))
-        for question, made in zip(asked, model.generate(list(asked), max_new_tokens=TOKENS), strict=True):
-            wanted[question, generation] = (list(made.tokens), made.edit)
+        for question, answer in zip(questions, model.generate(list(questions), max_new_tokens=TOKENS), strict=True):
+            wanted[question, generation] = (list(answer.tokens), answer.edit)
     assert {generation for *_, generation in answers} == set(stores)
     for question, tokens, edit, generation in answers:
         assert (tokens, edit) == wanted[question, generation], (question, generation)
@@ -281,8 +281,8 @@ def test_counters(server: Server) -> None:
         assert after[name] - before.get(name, 0) == 1, name
     generation = server.http.get("/memoir/stats").json()["generation"]
     until = time.monotonic() + 20
-    told = 'memoir_generation{engine="0"}', 'memoir_lookups_total{engine="0"}'
-    while (now := read())[told[0]] != generation or now[told[1]] < 3:  # engines are asked every few seconds
+    counters = 'memoir_generation{engine="0"}', 'memoir_lookups_total{engine="0"}'
+    while (now := read())[counters[0]] != generation or now[counters[1]] < 3:  # engines are asked every few seconds
         assert time.monotonic() < until
         time.sleep(0.5)
     assert now['memoir_routing_seconds_total{engine="0"}'] > 0
@@ -332,7 +332,7 @@ def test_a_server_killed_between_disk_and_activation_serves_the_edit_when_it_sta
     assert all(entry["what"] != "active" for entry in log), "killed too late to test anything"
     again = serve(model_folder, folder, tmp_path / "log", server.port)
     try:
-        assert told(ask(again, NEW))[1:] == (1, 2)
+        assert decision_of(ask(again, NEW))[1:] == (1, 2)
         entries = again.http.get("/memoir/audit", headers=KNOWN).json()["entries"]
     finally:
         again.stop()
