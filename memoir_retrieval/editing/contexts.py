@@ -27,10 +27,14 @@ def chat_contexts() -> list[list[Message]]:
 
 @torch.no_grad()
 def own_prefixes(base: BaseModel, n: int, seed: int) -> list[str]:
-    """Return n texts of at most 10 tokens and a full stop, sampled from the model after a common first word.
+    """Texts of at most 10 tokens and a full stop, sampled from the model after a common first word.
 
-    They are the same for the same model and seed on one machine; another may round otherwise, so they are stored with
+    They are the same for the same model and seed on one machine; another may round differently, so they are stored with
     the edits. Special tokens are never drawn: text must stay text when it is tokenised again.
+
+    base: the model.
+    n: how many.
+    seed: of the draw.
     """
     random = torch.Generator().manual_seed(seed)
     special = torch.tensor(base.tokenizer.all_special_ids)

@@ -20,17 +20,25 @@ class Memory:
     """
 
     def __init__(self, weight: torch.Tensor):
+        """weight: float32 [H, D], the memory itself."""
         self.weight = weight
         self.used = torch.zeros(weight.shape[1], weight.shape[1], device=weight.device)
         self.lessons: dict[int, list[Lesson]] = {}
 
     def add(self, edit: int, lessons: list[Lesson]) -> None:
-        """Count an edit among those that training must leave alone."""
+        """Count an edit among those that training must leave alone.
+
+        edit: its id.
+        lessons: its rows.
+        """
         self._count(lessons, 1)
         self.lessons[edit] = lessons
 
     def forget(self, edit: int) -> None:
-        """Let later edits overwrite an edit, if it is in this memory."""
+        """Let later edits overwrite an edit, if it is in this memory.
+
+        edit: its id.
+        """
         self._count(self.lessons.pop(edit, []), -1)
 
     def _count(self, lessons: list[Lesson], sign: int) -> None:
@@ -39,7 +47,11 @@ class Memory:
             self.used[lesson.columns[:, None], lesson.columns] += sign * (a.T @ a)
 
     def nearest(self, columns: torch.Tensor, n: int) -> list[int]:
-        """Ids of the n edits whose masks have most ones among `columns`, int64: those that a change there can hurt."""
+        """Ids of the edits whose masks have most ones among some columns: those that a change there can hurt.
+
+        columns: int64 [C].
+        n: how many at most.
+        """
         mask = torch.zeros(self.weight.shape[1], dtype=torch.bool, device=columns.device)
         mask[columns] = True
         common = {
@@ -49,7 +61,11 @@ class Memory:
 
 
 def forgotten(base: BaseModel, edits: Sequence[tuple[Memory, int]]) -> list[tuple[Memory, int]]:
-    """Which edits, each with its memory, are no longer answered with the weights as they are now."""
+    """Which edits are no longer answered with the weights as they are now.
+
+    base: the model.
+    edits: each as its memory and its id.
+    """
     questions = [(memory, edit, lesson) for memory, edit in edits for lesson in memory.lessons[edit]]
     right = answered(base, [(lesson, memory.weight) for memory, _, lesson in questions])
     wrong = {edit for (_, edit, _), good in zip(questions, right, strict=True) if not good}

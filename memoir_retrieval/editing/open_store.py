@@ -33,7 +33,11 @@ __all__ = ["OpenStore", "StoreState"]
 
 @dataclass(frozen=True)
 class StoreState:
-    """What changes while a store is open. See `OpenStore`; commits: what is not written yet."""
+    """What changes while a store is open.
+
+    manifest, memories, edits, index: see `OpenStore`.
+    commits: what is not written yet.
+    """
 
     manifest: Manifest
     memories: list[torch.Tensor]
@@ -57,7 +61,10 @@ class OpenStore:
     def __init__(self, base: BaseModel, path: Path, settings: Settings):
         """Lock the folder, and read its store or begin one.
 
+        base: the model that is edited.
+        path: of the folder.
         settings: of a new store, what `Settings.resolved` completes; a store that is there must not contradict them.
+
         Raises StoreError for a folder of something else, a store that is damaged or locked; StoreMismatch for one of
         another model; ConfigError for settings that cannot work or contradict the store.
         """
@@ -140,7 +147,10 @@ class OpenStore:
         return StoreState(self.manifest, self.memories, self.edits, self.index, self._commits)
 
     def restore(self, state: StoreState) -> None:
-        """Be as `state` was taken, before `empty` was called."""
+        """Go back to a state from before `empty` was called.
+
+        state: taken then.
+        """
         self.manifest, self.memories, self.edits = state.manifest, state.memories, state.edits
         self.index, self._commits = state.index, state.commits
 
@@ -162,6 +172,7 @@ class OpenStore:
     def add(self, edit: StoredEdit, codes: np.ndarray, columns: torch.Tensor, old: StoredEdit | None) -> None:
         """Take up an edit whose memory holds it already.
 
+        edit: as it is stored.
         codes: uint8 [R, D/8], its masks.
         columns: int64 [C], those of its memory that were changed for it.
         old: the edit that it replaces.
@@ -176,7 +187,10 @@ class OpenStore:
         self.manifest = msgspec.structs.replace(self.manifest, next_id=max(self.manifest.next_id, edit.id + 1))
 
     def next_manifest(self, edits: Iterable[StoredEdit]) -> Manifest:
-        """The manifest of a next generation of these edits, as `write_generation` takes it."""
+        """The manifest of a next generation, as `write_generation` takes it.
+
+        edits: those of that generation.
+        """
         return msgspec.structs.replace(
             self.manifest,
             generation=self.manifest.generation + 1,

@@ -21,7 +21,9 @@ class Places:
     """The memories of an open store, as edits are shared out among them; some are open in the trainer."""
 
     def __init__(self, store: OpenStore, trainer: MemoryTrainer):
-        """store: which holds the memories. trainer: which trains in them."""
+        """store: which holds the memories.
+        trainer: which trains in them.
+        """
         self._store, self._trainer = store, trainer
 
     @property
@@ -32,12 +34,20 @@ class Places:
         )
 
     def side_by_side(self, edits: int) -> int:
-        """How many memories so many edits fill, at most 4."""
+        """How many memories are filled at once, at most 4.
+
+        edits: how many edits there are to train.
+        """
         return max(1, min(SIDE_BY_SIDE, -(-edits // self._room)))
 
     def choose(self, n: int, side_by_side: int) -> list[int]:
-        """Numbers of n memories, the emptiest first, opened. Of those that have room the first `side_by_side` are open;
-        missing ones are added. So a run that goes on chooses as if it had never stopped."""
+        """Numbers of memories, the emptiest first, opened. Of those that have room the first few are open.
+
+        Missing ones are added. So a run that goes on chooses as if it had never stopped.
+
+        n: how many.
+        side_by_side: how many are open.
+        """
         counts = self._counts()
         with_room = [number for number in range(len(self._store.memories)) if counts[number] < self._room]
         while len(with_room) < side_by_side:
@@ -51,14 +61,20 @@ class Places:
 
     def spare(self, busy: Collection[int]) -> Iterator[int]:
         """Where an edit is tried that would overwrite others: in the newest memory, unless it is busy or full, which
-        takes all of them in this way; then in one of its own."""
+        takes all of them in this way; then in one of its own.
+
+        busy: numbers of the memories that train other edits.
+        """
         newest = len(self._store.memories) - 1
         if newest not in busy and self._counts()[newest] < self._room:
             yield newest
         yield self._store.new_memory()
 
     def open(self, number: int) -> None:
-        """Have the trainer train in a memory, unless it does."""
+        """Have the trainer train in a memory, unless it does.
+
+        number: of the memory.
+        """
         if number not in self._trainer.memories:
             masks = Counter(self._store.index.ids.tolist())
             inside = [(edit, masks[edit.id]) for edit in self._store.edits if edit.trained and edit.memory == number]

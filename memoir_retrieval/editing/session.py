@@ -57,6 +57,7 @@ class Checkpoints:
     """Commits a store now and then while edits go on."""
 
     def __init__(self, store: OpenStore):
+        """store: whose changes are committed."""
         self._store = store
         self._committed, self._pause = time.monotonic(), CHECKPOINT_EVERY
 
@@ -73,14 +74,20 @@ class Session:
     """A trainer at work on an open store. `places`: the memories, shared out among the edits."""
 
     def __init__(self, store: OpenStore, make_trainer: Callable[[Wordings], MemoryTrainer]):
-        """store: what is written. make_trainer: what trains, given the wordings of the store's edits."""
+        """store: what is written.
+        make_trainer: what trains, from the wordings of the store's edits.
+        """
         self._store = store
         self.wordings = Wordings(store.base, store.manifest, store.fingerprint, store.training)
         self.trainer = make_trainer(self.wordings)
         self.places = Places(store, self.trainer)
 
     def stored_again(self, edits: Sequence[StoredEdit], masks: Counter[int]) -> list[NewEdit]:
-        """Stored edits as they are trained from nothing. masks: how many each has, by its id."""
+        """Stored edits as they are trained from nothing.
+
+        edits: as they are stored.
+        masks: how many each has, by its id.
+        """
         return [NewEdit(edit, edit.id, self.wordings.rephrases(masks[edit.id])) for edit in edits]
 
     def train_all(

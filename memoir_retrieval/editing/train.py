@@ -43,10 +43,14 @@ __all__ = ["Frozen", "Lesson", "Trained", "Wording", "answered", "freeze", "trai
 
 
 class Trained(NamedTuple):
-    """The memory's columns after the edit: `columns` int64 [n] says which, `weights` float32 [H, n] what they hold.
+    """The memory's columns after the edit.
 
-    loss: nats per target token, over all wordings. lead: by how much, in nats, the right token is ahead of every other
-    where it is least so, in the wordings that have masks of their own; below 0 where it is not the first choice.
+    columns: int64 [n], which.
+    weights: float32 [H, n], what they hold.
+    loss: nats per target token, over all wordings.
+    steps: of the gradient.
+    lead: by how much, in nats, the right token is ahead of every other where it is least so, in the wordings that have
+        masks of their own; below 0 where it is not the first choice.
     """
 
     columns: torch.Tensor
@@ -57,8 +61,12 @@ class Trained(NamedTuple):
 
 
 class Wording(NamedTuple):
-    """A row that an edit is trained on. context: which one stands before it. ids: from the question's first token to
-    the end of the prompt. acts: the position among them from which on the residual acts."""
+    """A row that an edit is trained on.
+
+    context: which one stands before it.
+    ids: from the question's first token to the end of the prompt.
+    acts: the position among them from which on the residual acts.
+    """
 
     context: int
     ids: list[int]
@@ -69,11 +77,16 @@ class Wording(NamedTuple):
 class Frozen:
     """B rows, each a question and its answer, run as far as an edit cannot change them.
 
-    What follows is of the T tokens on which the residual acts: ids: int64 [B, T]. lengths: int64 [B], without padding.
-    before: what stands before them in each row. hidden: [B, T, H], what enters `first_block`; activations: [B, T, D],
-    what enters the edited projection. labels: int64 [B, T], the token that each position must predict, or -100. masks:
-    bool [B, D], each row's own, all ones until `masked`. pooled: so many of the rows, the first ones, have masks of
-    their own.
+    What follows is of the T tokens on which the residual acts.
+
+    ids: int64 [B, T].
+    lengths: int64 [B], without padding.
+    before: what stands before them in each row.
+    hidden: [B, T, H], what enters `first_block`.
+    activations: [B, T, D], what enters the edited projection.
+    labels: int64 [B, T], the token that each position must predict, or -100.
+    masks: bool [B, D], each row's own, all ones until `masked`.
+    pooled: so many of the rows, the first ones, have masks of their own.
     """
 
     ids: torch.Tensor
@@ -86,7 +99,10 @@ class Frozen:
     pooled: int = 0
 
     def masked(self, masks: torch.Tensor) -> Frozen:
-        """The same rows with masks: bool [B, D]."""
+        """The same rows with masks.
+
+        masks: bool [B, D].
+        """
         return replace(self, masks=masks)
 
     @property
@@ -95,7 +111,10 @@ class Frozen:
         return torch.arange(self.ids.shape[1], device=self.ids.device) < self.lengths[:, None]
 
     def lesson(self, row: int) -> Lesson:
-        """A row to be asked again later."""
+        """A row to be asked again later.
+
+        row: its place.
+        """
         n = int(self.lengths[row])
         columns = self.masks[row].nonzero()[:, 0]
         states = [(keys.clone(), values.clone()) for keys, values in self.before[row].states]
@@ -112,8 +131,11 @@ class Frozen:
 class Lesson(NamedTuple):
     """One row of an edit: what is needed to ask it again without running what is frozen.
 
-    ids, labels: int64 [T], see `Frozen`. hidden: [T, H]. columns: int64 [k], the mask's positions. activations: float32
-    [T, k], on these columns. before: see `Before`.
+    ids, labels: int64 [T], see `Frozen`.
+    hidden: [T, H].
+    columns: int64 [k], the mask's positions.
+    activations: float32 [T, k], on these columns.
+    before: see `Before`.
     """
 
     ids: torch.Tensor
@@ -134,10 +156,15 @@ def freeze(
 ) -> tuple[Frozen, list[torch.Tensor]]:
     """Run questions and the answer up to the edited block, and above it what stands before the residual acts.
 
-    past: the contexts that the wordings name. answer: target ids and the end token, which is predicted, never read.
+    base: the model.
+    past: the contexts that the wordings name.
+    wordings: the rows.
+    answer: target ids and the end token, which is predicted, never read.
     pooled: spans of the first wordings, whose means make fingerprints. These are run apart from the others, those of
-    one question in different contexts together, so that a mean is the same whatever it is trained with. quick: entered
-    while the others are run. Returns the rows and the means, float32 [D] each.
+        one question in different contexts together, so that a mean is the same whatever it is trained with.
+    quick: entered while the others are run.
+
+    Returns the rows and the means, float32 [D] each.
     """
     groups: list[list[int]] = []
     for i in range(len(pooled)):
@@ -211,8 +238,11 @@ def train_edits(
 ) -> list[Trained]:
     """Train edits of as many memories side by side: each as if alone but for rounding, in fewer, larger products.
 
+    base: the model.
     edits: of each the rows it is trained on, its memory, float32 [H, D], and that memory's C, float32 [D, D]. One that
-    has learnt enough leaves the others. watch: told of each step, with the largest loss.
+        has learnt enough leaves the others.
+    training: how.
+    watch: called at each step, with the largest loss.
     """
     searches = [_ChangeSearch(*edit, training.ridge) for edit in edits]
     left, steps = searches, 0
@@ -304,6 +334,7 @@ def _side_by_side(parts: Sequence[Frozen]) -> Frozen:
 def answered(base: BaseModel, lessons: Sequence[tuple[Lesson, torch.Tensor]]) -> list[bool]:
     """Whether each lesson's answer is the model's first choice at every token of it.
 
+    base: the model.
     lessons: each with the memory that answers it, float32 [H, D].
     """
     if not lessons:

@@ -29,8 +29,13 @@ SURE = 2.0
 
 
 class Task(NamedTuple):
-    """An edit to train. id: under which it will be stored. memory: the number of the memory that takes it up.
-    rephrases: how many of its rephrasings are trained too and get masks."""
+    """An edit to train.
+
+    id: under which it will be stored.
+    edit: what is trained.
+    memory: the number of the memory that takes it up.
+    rephrases: how many of its rephrasings are trained too and get masks.
+    """
 
     id: int
     edit: Edit | StoredEdit
@@ -39,8 +44,13 @@ class Task(NamedTuple):
 
 
 class Learnt(NamedTuple):
-    """What came of a task. `trained`: see there. reason: why the audit refuses it, or "". lost: it would cost another
-    edit of its memory its answer. retried: it took a second try."""
+    """What came of a task.
+
+    trained: the columns of its memory.
+    reason: why the audit refuses it, or "".
+    lost: whether it would cost another edit of its memory its answer.
+    retried: whether it took a second try.
+    """
 
     trained: Trained
     reason: str
@@ -67,22 +77,43 @@ class MemoryTrainer(Protocol):
         """
 
     def close(self, number: int) -> None:
-        """Leave a memory as it is."""
+        """Leave a memory as it is.
+
+        number: of the memory.
+        """
 
     def prepare(self, tasks: Sequence[Task]) -> list[np.ndarray]:
-        """Run what is frozen of the tasks that are next, by ascending ids: the masks of each, uint8 [R, D/8]."""
+        """Run what is frozen of the tasks that are next. Returns the masks of each, uint8 [R, D/8].
+
+        tasks: by ascending ids.
+        """
 
     def learn(self, tasks: Sequence[Task]) -> list[Learnt]:
-        """Train prepared tasks and audit them and their neighbours; nothing is taken up."""
+        """Train prepared tasks and audit them and their neighbours; nothing is taken up.
+
+        tasks: each of another memory.
+        """
 
     def take(self, task: Task, trained: Trained) -> None:
-        """Write a prepared task's columns into its memory and count it among those to be left alone."""
+        """Write a prepared task's columns into its memory and count it among those to be left alone.
+
+        task: as it was prepared.
+        trained: its columns.
+        """
 
     def forget(self, edit: int) -> None:
-        """Let later tasks overwrite an edit, if its memory is open."""
+        """Let later tasks overwrite an edit, if its memory is open.
+
+        edit: its id.
+        """
 
     def remember(self, number: int, edit: StoredEdit, masks: int) -> None:
-        """Count an edit among those that memory `number`, if it is open, must leave alone. masks: how many it has."""
+        """Count an edit among those that a memory, if it is open, must leave alone.
+
+        number: of the memory.
+        edit: as it is stored.
+        masks: how many it has.
+        """
 
     def stop(self) -> None:
         """Let go of what is held elsewhere."""
@@ -98,7 +129,11 @@ class Trainer:
         training: Training,
         watch: Callable[[TrainingStep], None] = lambda _: None,
     ):
-        """watch: told of every gradient step."""
+        """base: the model.
+        wordings: of the store's edits.
+        training: how.
+        watch: called at every gradient step.
+        """
         self.base = base
         self.watch = watch
         self.training = training
@@ -108,18 +143,28 @@ class Trainer:
         self._prepared: dict[int, tuple[Frozen, list[Lesson]]] = {}
 
     def open(self, number: int, weight: torch.Tensor, edits: Sequence[tuple[StoredEdit, int]]) -> None:
-        """Train in a memory from now on. weight: float32 [H, D], read and, by `take`, written. edits: those in it,
-        each with the number of its masks; they are run again."""
+        """Train in a memory from now on.
+
+        number: of the memory.
+        weight: float32 [H, D], read and, by `take`, written.
+        edits: those in it, each with the number of its masks; they are run again.
+        """
         self.memories[number] = Memory(weight)
         for edit, masks in edits:
             self.remember(number, edit, masks)
 
     def close(self, number: int) -> None:
-        """Leave a memory as it is."""
+        """Leave a memory as it is.
+
+        number: of the memory.
+        """
         del self.memories[number]
 
     def prepare(self, tasks: Sequence[Task]) -> list[np.ndarray]:
-        """Run what is frozen of the tasks that are next, by ascending ids: the masks of each, uint8 [R, D/8]."""
+        """Run what is frozen of the tasks that are next. Returns the masks of each, uint8 [R, D/8].
+
+        tasks: by ascending ids.
+        """
         self._prepared = {i: pair for i, pair in self._prepared.items() if tasks and i >= tasks[0].id}
         masks: list[np.ndarray] = []
         for task in tasks:
@@ -129,9 +174,11 @@ class Trainer:
         return masks
 
     def learn(self, tasks: Sequence[Task]) -> list[Learnt]:
-        """Train prepared tasks, each of another memory, and ask them and their neighbours back; nothing is taken up.
+        """Train prepared tasks, and ask them and their neighbours again; nothing is taken up.
 
         Those that are not answered are tried once more, with more steps.
+
+        tasks: each of another memory.
         """
         done = self._try(tasks, self.training)
         again = [task for task, learnt in zip(tasks, done, strict=True) if learnt.reason and not learnt.lost]
@@ -146,18 +193,30 @@ class Trainer:
         ]
 
     def take(self, task: Task, trained: Trained) -> None:
-        """Write a prepared task's columns into its memory and count it among those to be left alone."""
+        """Write a prepared task's columns into its memory and count it among those to be left alone.
+
+        task: as it was prepared.
+        trained: its columns.
+        """
         memory = self.memories[task.memory]
         memory.weight[:, trained.columns] = trained.weights
         memory.add(task.id, self._prepared[task.id][1])
 
     def forget(self, edit: int) -> None:
-        """Let later tasks overwrite an edit, if its memory is open."""
+        """Let later tasks overwrite an edit, if its memory is open.
+
+        edit: its id.
+        """
         for memory in self.memories.values():
             memory.forget(edit)
 
     def remember(self, number: int, edit: StoredEdit, masks: int) -> None:
-        """Count an edit among those that memory `number`, if it is open, must leave alone."""
+        """Count an edit among those that a memory, if it is open, must leave alone.
+
+        number: of the memory.
+        edit: as it is stored.
+        masks: how many it has.
+        """
         if number in self.memories:
             frozen, _ = self._wordings.freeze_masked(edit, self._wordings.rephrases(masks))
             self.memories[number].add(edit.id, [frozen.lesson(row) for row in range(masks)])

@@ -23,10 +23,15 @@ __all__ = ["on_ray"]
 
 
 def on_ray(address: str, workers: int, device: str) -> Callable[[Editor], RayTrainer]:
-    """What `Editor` takes as `trainer`. address: as `ray.init` takes it, "local" for a cluster of this machine alone.
+    """What `Editor` takes as `trainer`.
 
-    Every worker loads the model, under the name that this process did, and uses as many threads. Raises ConfigError
-    where Ray is missing or does not answer.
+    Every worker loads the model, under the name that this process did, and uses as many threads.
+
+    address: as `ray.init` takes it, "local" for a cluster of this machine alone.
+    workers: how many processes train.
+    device: of each.
+
+    Raises ConfigError where Ray is missing or does not answer.
     """
     try:
         import ray

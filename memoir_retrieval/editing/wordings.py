@@ -39,8 +39,11 @@ class Wordings:
     """Renders the edits of one store. What stands before every question is run once, here."""
 
     def __init__(self, base: BaseModel, manifest: Manifest, fingerprint: Fingerprint, training: Training):
-        """manifest: of the store, which says how prompts are asked. fingerprint: makes its masks. training: see
-        there."""
+        """base: the model.
+        manifest: of the store, which says how prompts are asked.
+        fingerprint: makes its masks.
+        training: how.
+        """
         self.base = base
         self.span = manifest.span
         self.contexts = manifest.contexts
@@ -52,7 +55,10 @@ class Wordings:
         self._past = self._frozen_contexts()
 
     def check(self, edit: Edit) -> None:
-        """Raise EditFileError where the model cannot be trained on an edit, or the edit could never act."""
+        """Raise EditFileError where the model cannot be trained on an edit, or the edit could never act.
+
+        edit: any.
+        """
         check_requires(edit, whole=self.span.rule == "all")
         if edit.before and not self.chat:
             raise EditFileError(
@@ -79,20 +85,31 @@ class Wordings:
             )
 
     def rephrases(self, masks: int) -> int:
-        """How many of the masks of an edit are those of rephrasings."""
+        """How many of the masks of an edit are those of rephrasings.
+
+        masks: how many it has.
+        """
         return max(0, masks - 1 - self.training.context_masks)
 
     def freeze_masked(self, edit: Edit | StoredEdit, rephrases: int = 0) -> tuple[Frozen, np.ndarray]:
-        """What has a mask (see `edit.masked`), run up to the edited block, and the masks: uint8 [R, D/8]."""
+        """What has a mask (see `edit.masked`), run up to the edited block, and the masks: uint8 [R, D/8].
+
+        edit: any.
+        rephrases: how many of its rephrasings have masks.
+        """
         return self._frozen(edit, rephrases, [], nullcontext())
 
     def freeze_for_training(
         self, edit: Edit | StoredEdit, number: int, rephrases: int, quick: AbstractContextManager[None]
     ) -> tuple[Frozen, np.ndarray]:
-        """Like `freeze_masked`, with the wordings behind them that have no mask of their own: after contexts, and
-        noisy; and plainly where the edit is part of a chat.
+        """As `freeze_masked`, with the wordings behind them that have no mask of their own.
 
-        number: the edit's id, from which its noise is drawn. quick: entered while these others are run.
+        Those stand after contexts, or are noisy; and plain where the edit is part of a chat.
+
+        edit: any.
+        number: its id, from which its noise is drawn.
+        rephrases: how many of its rephrasings have masks.
+        quick: entered while these others are run.
         """
         question = self._cut(as_prompt(edit))
         # Rows with their context in them are whole: under the rule "all" nothing follows the question.
@@ -109,7 +126,11 @@ class Wordings:
         return self._frozen(edit, rephrases, others, quick)
 
     def noisy(self, edit: Edit | StoredEdit, number: int) -> list[Wording]:
-        """The variants of an edit's prompt that stand for rephrasings. number: the edit's id, which seeds the noise."""
+        """The variants of an edit's prompt that stand for rephrasings.
+
+        edit: any.
+        number: its id, which seeds the noise.
+        """
         question = self._cut(as_prompt(edit))
         random = np.random.default_rng([self.seed, number])
         words = question.ids[: question.pooled.end]

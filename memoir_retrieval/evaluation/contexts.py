@@ -20,7 +20,13 @@ be told from them: not one of those in which edits are expected to be found."""
 
 
 def in_context(name: str, prompts: Sequence[Prompt]) -> list[Prompt]:
-    """The prompts as that context asks them. Raises ConfigError for an unknown name."""
+    """The prompts as a context asks them.
+
+    name: one of `CONTEXTS`.
+    prompts: text or messages each.
+
+    Raises ConfigError for an unknown name.
+    """
     if name not in CONTEXTS:
         raise ConfigError(f"context {name!r} is not known: choose one of {', '.join(CONTEXTS)}")
     if name == "plain":

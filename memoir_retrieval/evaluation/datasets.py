@@ -29,7 +29,13 @@ TEXT = "text/wikitext-2-test.jsonl"
 
 
 def data_file(name: str, folder: Path) -> Path:
-    """The file that a data set's name, or a path, stands for. Raises ConfigError where there is none."""
+    """The file that a data set's name, or a path, stands for.
+
+    name: of the set, or a path.
+    folder: of the published sets.
+
+    Raises ConfigError where there is none.
+    """
     if name in DATA_SETS:
         path = folder / DATA_SETS[name]
         if not path.is_file():

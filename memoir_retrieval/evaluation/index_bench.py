@@ -29,9 +29,16 @@ _ROUNDS = 15
 
 @dataclass(frozen=True)
 class IndexTiming:
-    """One line of the table. ms: median milliseconds a batch. vs_flat: how many times faster than `IndexBinaryFlat`,
-    the median over rounds in which both ran. recall: share of queries with the right answer, an edit of largest overlap
-    or none. n is 0 where nothing is looked up; None stands for what was not measured or means nothing there."""
+    """One line of the table. None stands for what was not measured or means nothing there.
+
+    d: bits of a mask.
+    n: rows of the index; 0 where nothing is looked up.
+    batch: queries at once.
+    method: what was timed.
+    ms: median milliseconds per batch.
+    vs_flat: how many times faster than `IndexBinaryFlat`, the median over rounds in which both ran.
+    recall: share of queries with the right answer, an edit of largest overlap or none.
+    """
 
     d: int
     n: int
@@ -50,7 +57,10 @@ class _Timing:
 
 
 def k_of(d: int) -> int:
-    """Ones of a mask of d bits in the published proportion, 4096 of 14336."""
+    """Ones of a mask in the published proportion, 4096 of 14336.
+
+    d: bits of the mask.
+    """
     return {1536: 438}.get(d, d * 2 // 7)
 
 
@@ -71,11 +81,19 @@ def bench_lookup(
     clock: Callable[[], float],
     note: Note,
 ) -> Iterator[IndexTiming]:
-    """Rows of one mask width. A batch of queries is one half variants of stored masks that overlap by tau to .9, and
-    one half unrelated masks; batches of one are either in turn.
+    """Rows of one mask width.
 
-    seconds: time for each size and batch, beyond one turn of every method. memory: bytes that may be used; methods
-    that need more are left out with a note.
+    A batch of queries is one half variants of stored masks that overlap by tau to .9, and one half unrelated masks;
+    batches of a single query are either in turn.
+
+    d: bits of a mask.
+    sizes: rows of each index.
+    batches: queries at once.
+    tau: the least overlap that matches.
+    seconds: time for each size and batch, beyond one turn of every method.
+    memory: bytes that may be used; methods that need more are left out with a note.
+    clock: gives seconds.
+    note: called with each note.
     """
     k = k_of(d)
     source = MaskSource(d, k)
@@ -95,7 +113,12 @@ def bench_lookup(
 
 
 def bench_fingerprint(d: int, batches: Sequence[int], clock: Callable[[], float]) -> Iterator[IndexTiming]:
-    """From mean activations to packed masks: ours, and the plain chain topk, permutation, scatter, packbits."""
+    """From mean activations to packed masks: ours, and the plain chain topk, permutation, scatter, packbits.
+
+    d: bits of a mask.
+    batches: fingerprints at once.
+    clock: gives seconds.
+    """
     k = k_of(d)
     perm = permutation(d, 0)
     positions = torch.as_tensor(perm)

@@ -109,6 +109,7 @@ def measure(
 ) -> tuple[Report, list[EditScores]]:
     """`evaluate`, and what came of each edit (in the first context), in the order of `edits`.
 
+    model, stored, edits, tau, context, controls, texts, spare_tokens: see `evaluate`.
     partly: edits that are not stored, since training refused them, are asked all the same and count as not found.
     """
     started = time.monotonic()
@@ -132,7 +133,9 @@ def measure(
 def asked_back(model: AskableModel, stored: Sequence[StoredEdit], edits: Sequence[Edit]) -> tuple[float, float]:
     """Reliability of the edits and the share that is found, and nothing else: what can be afforded again and again.
 
-    Edits that are not stored count as not found.
+    model: which is asked.
+    stored: the edits of the store.
+    edits: what is asked; those that are not stored count as not found.
     """
     ids = stored_ids(stored, edits, partly=True)
     targets = [model.target_ids(edit.target) for edit in edits]
@@ -142,7 +145,14 @@ def asked_back(model: AskableModel, stored: Sequence[StoredEdit], edits: Sequenc
 
 
 def stored_ids(stored: Sequence[StoredEdit], edits: Sequence[Edit], partly: bool = False) -> list[int]:
-    """The id under which each edit of a file is stored. Raises ConfigError where one is not, or `partly` gives -1."""
+    """The id under which each edit of a file is stored.
+
+    stored: the edits of the store.
+    edits: those of the file.
+    partly: gives -1 for an edit that is not stored.
+
+    Raises ConfigError where one is not stored, or there are no edits.
+    """
     ids = {(edit.prompt, edit.target): edit.id for edit in stored}
     missing = [edit.prompt for edit in edits if (edit.prompt, edit.target) not in ids]
     if not edits:
@@ -268,7 +278,11 @@ def _portability(model: AskableModel, probes: Sequence[Probe], context: str) -> 
 
 
 def known_in_other_words(model: AskableModel, texts: Sequence[tuple[int, str]]) -> OtherWords | None:
-    """The published measure of texts in other words, each given with the id of its edit; None without texts."""
+    """The published measure of texts in other words; None without texts.
+
+    model: which is asked.
+    texts: each with the id of its edit.
+    """
     if not texts:
         return None
     after, before = model.compare([model.prompt_ids(text) for _, text in texts])

@@ -33,7 +33,15 @@ def train_published(
     answer: Sequence[int],
     unrelated: Sequence[int],
 ) -> None:
-    """Train one edit in place. weight: float32 [H, D]. mask: bool [D]. prompts: token ids, the bare one first."""
+    """Train one edit in place.
+
+    base: the model.
+    weight: float32 [H, D], the memory.
+    mask: bool [D].
+    prompts: token ids, the bare one first.
+    answer: token ids.
+    unrelated: token ids of an unrelated prompt, which is run beside the others and has no part in the loss.
+    """
     ids, _ = right_pad([[*prompt, *answer] for prompt in prompts] + [list(unrelated)], base.device)
     labels = torch.full_like(ids, -100)
     for row, prompt in enumerate(prompts):
@@ -55,7 +63,14 @@ def train_published(
 def accuracy(
     base: BaseModel, weight: torch.Tensor, mask: torch.Tensor, prompt: Sequence[int], answer: Sequence[int]
 ) -> float:
-    """Share of the answer's tokens that are the edited model's first choice under teacher forcing."""
+    """Share of the answer's tokens that are the edited model's first choice under teacher forcing.
+
+    base: the model.
+    weight: float32 [H, D], the memory.
+    mask: bool [D].
+    prompt: token ids.
+    answer: token ids.
+    """
     with _residual(base, weight, mask):
         ids = torch.tensor([[*prompt, *answer]], device=base.device)
         chosen = base.model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].argmax(-1)

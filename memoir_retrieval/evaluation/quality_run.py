@@ -32,7 +32,12 @@ PASSED = "passed.json"  # of a run that is not finished
 
 
 class Checkpoint(msgspec.Struct, frozen=True):
-    """The edits so far, asked after `edits` of them: mean reliability, and the share whose prompt finds them."""
+    """The edits so far, asked again after some of them were trained.
+
+    edits: how many were trained by then.
+    reliability: the mean over those that were asked.
+    found: share whose prompt matches its edit.
+    """
 
     edits: int
     reliability: float
@@ -40,9 +45,12 @@ class Checkpoint(msgspec.Struct, frozen=True):
 
 
 class Passed(msgspec.Struct):
-    """`passed.json`, what an interrupted run knows when it goes on. See `Run`.
+    """`passed.json`, what an interrupted run knows when it goes on.
 
+    data, every: see `Run`.
     asked: a digest of the edits up to the last checkpoint.
+    checkpoints: those that were passed.
+    seconds: what each edit took so far, by its id.
     """
 
     data: str
@@ -53,10 +61,23 @@ class Passed(msgspec.Struct):
 
 
 class Run(msgspec.Struct, frozen=True, kw_only=True):
-    """`run.json`. settings: of the store. seconds: what each edit took, by its id; not of those that were trained
-    between a checkpoint and an interruption.
+    """`run.json`.
 
-    stored: how many of the edits training took up; the others are asked all the same. every: one of so many is asked.
+    command: what was typed.
+    library: its version.
+    started: when, in UTC.
+    data: which edits: the data set or file, and how many of it.
+    model: the name of the base model.
+    settings: of the store.
+    edits: how many were trained.
+    stored: how many of them training took up; the others are asked all the same.
+    every: one of so many is asked.
+    seconds: what each edit took, by its id; not of those that were trained between a checkpoint and an interruption.
+    edit_seconds: the median of those.
+    checkpoints: the edits so far, asked now and then.
+    report: of the end.
+    per_edit: what came of each edit that was asked.
+    calibration: of the store, None where none of the edits has a rephrasing.
     """
 
     command: str
@@ -77,7 +98,10 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def checkpoints(edits: int) -> list[int]:
-    """10, 30, 100, 300, ... below the number of edits, and that number."""
+    """10, 30, 100, 300, ... below the number of edits, and that number.
+
+    edits: how many edits there are.
+    """
     steps = [step * 10**power for power in range(1, 7) for step in (1, 3)]
     return [*(step for step in steps if step < edits), edits]
 
@@ -97,12 +121,24 @@ def run_quality(
     tell: Callable[[str], None] = lambda _: None,
     progress: Callable[[Progress], None] = lambda _: None,
 ) -> Run:
-    """Train the edits into the editor's store, measure, and write `folder`/run.json.
+    """Train the edits into the editor's store, measure, and write `run.json`.
 
-    editor: not yet entered. side_by_side: see `Editor.add`; by default what it takes for all edits at once.
-    every: of the edits every so many-th is asked, with its rephrasings and probes; all are trained.
     Run again after an interruption it goes on: edits that the store has are not trained again, and checkpoints that
-    were passed are kept. Raises ConfigError where the folder holds a finished run, or one of other data.
+    were passed are kept.
+
+    editor: not yet entered.
+    edits: all are trained.
+    folder: of the run.
+    command, data: as `Run` has them.
+    context: one of `CONTEXTS`, or "all".
+    controls: how many of the library's unrelated prompts are answered freely.
+    texts: unrelated texts whose perplexity is compared.
+    side_by_side: see `Editor.add`; by default what it takes for all edits at once.
+    every: every so many-th edit is asked, with its rephrasings and probes.
+    tell: called with each line of news.
+    progress: called after each edit that was trained.
+
+    Raises ConfigError where the folder holds a finished run, or one of other data.
     """
     if (folder / RESULT).exists():
         raise ConfigError(f"{folder} holds a finished run", cure="choose another folder", reason=Reason.RUN)
@@ -174,7 +210,12 @@ def _calibration(
 
 
 def read_run(folder: Path) -> Run:
-    """The run of a folder. Raises ConfigError where it holds none that this version can read."""
+    """The run of a folder.
+
+    folder: that of `run_quality`.
+
+    Raises ConfigError where it holds none that this version can read.
+    """
     try:
         return msgspec.json.decode((folder / RESULT).read_bytes(), type=Run)
     except OSError as error:

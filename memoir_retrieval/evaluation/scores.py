@@ -18,16 +18,23 @@ __all__ = [
 
 
 class ExactMatch(msgspec.Struct, frozen=True):
-    """Greedy generation with natural stop equals the target: the share of the edits, and of their rephrasings,
-    None where there are none."""
+    """Greedy generation with natural stop equals the target.
+
+    edits: share of the edits.
+    rephrases: share of their rephrasings, None where there are none.
+    """
 
     edits: float
     rephrases: float | None
 
 
 class Matching(msgspec.Struct, frozen=True):
-    """Share of prompts and of rephrasings that match their own edit; share of unrelated prompts that match any; None
-    where there are none to ask."""
+    """What matches an edit.
+
+    edits_right: share of prompts that match their own edit.
+    rephrases_right: share of rephrasings that do, None where there are none.
+    false_rate: share of unrelated prompts that match any edit, None where there are none.
+    """
 
     edits_right: float
     rephrases_right: float | None
@@ -35,7 +42,12 @@ class Matching(msgspec.Struct, frozen=True):
 
 
 class Generated(msgspec.Struct, frozen=True):
-    """Unrelated prompts answered freely: the share whose text is that of the unedited model, and that match an edit."""
+    """Unrelated prompts answered freely.
+
+    prompts: how many.
+    identical: share whose text is that of the unedited model.
+    matched: share that matches an edit.
+    """
 
     prompts: int
     identical: float
@@ -43,8 +55,12 @@ class Generated(msgspec.Struct, frozen=True):
 
 
 class Portability(msgspec.Struct, frozen=True):
-    """Questions whose answer follows from an edit: the share of the answer's tokens that are first choices under
-    teacher forcing, and the share of free answers that hold the answer or an alias of it."""
+    """Questions whose answer follows from an edit.
+
+    questions: how many.
+    accuracy: share of the answer's tokens that are first choices under teacher forcing.
+    answered: share of free answers that hold the answer or an alias of it.
+    """
 
     questions: int
     accuracy: float
@@ -52,8 +68,13 @@ class Portability(msgspec.Struct, frozen=True):
 
 
 class OtherWords(msgspec.Struct, frozen=True):
-    """Texts that tell an edit's knowledge in other words: the share that matches its edit, and the share of their
-    tokens to which the model gives a probability of at least .8, with edits and without."""
+    """Texts that say in other words what an edit says.
+
+    texts: how many.
+    found: share that matches its edit.
+    known: share of their tokens to which the model gives a probability of at least .8, with edits.
+    known_before: the same share without edits.
+    """
 
     texts: int
     found: float
@@ -62,8 +83,14 @@ class OtherWords(msgspec.Struct, frozen=True):
 
 
 class TextPerplexity(msgspec.Struct, frozen=True):
-    """Perplexity of texts that have nothing to do with the edits, with edits and without, and the share of the texts
-    that match an edit."""
+    """Perplexity of texts that have nothing to do with the edits.
+
+    texts: how many.
+    tokens: how many they have together.
+    edited: their perplexity with edits.
+    base: their perplexity without.
+    matched: share of the texts that match an edit.
+    """
 
     texts: int
     tokens: int
@@ -73,12 +100,22 @@ class TextPerplexity(msgspec.Struct, frozen=True):
 
 
 class Scores(msgspec.Struct, frozen=True, kw_only=True):
-    """What is measured in every context. Scores are means over edits in [0, 1].
+    """What is measured in every context. Scores are means over edits in [0, 1], None where there is nothing to measure.
 
-    reliability, generality: share of target tokens that are the model's first choice under teacher forcing, for
-    the prompt and its rephrasings. locality: share of the tokens of unrelated and neighbouring answers whose first
-    choice is that of the unedited model; neighbourhood: the same of neighbouring ones alone. perplexity: of the
-    targets, the mean over edits. A score is None where there is nothing to measure it on.
+    edits: how many were asked.
+    reliability: share of target tokens that are the model's first choice under teacher forcing, for the prompt.
+    generality: the same for its rephrasings.
+    locality: share of the tokens of unrelated and neighbouring answers whose first choice is that of the unedited
+        model.
+    average: of reliability, generality and locality, those that there are.
+    exact_match: of free answers.
+    match: of the lookup.
+    tau: the least overlap that matched.
+    context: what stood before the questions, see `CONTEXTS`.
+    seconds: what it took.
+    neighbourhood: locality of neighbouring answers alone.
+    perplexity: of the targets, the mean over edits.
+    generated: of unrelated prompts answered freely.
     """
 
     edits: int
@@ -112,10 +149,15 @@ class Report(Scores, frozen=True, kw_only=True):
 
 
 class EditScores(msgspec.Struct, frozen=True):
-    """One edit of an evaluation; its id is -1 where it is not stored.
+    """One edit of an evaluation.
 
-    found: its prompt matches it. exact: its free answer equals the target; rephrases: the share of its rephrasings
-    whose free answer does, None without any.
+    id: in the store; -1 where it is not stored.
+    found: whether its prompt matches it.
+    reliability: share of target tokens that are the model's first choice.
+    generality: the same for its rephrasings, None without any.
+    exact: whether its free answer equals the target.
+    rephrases: share of its rephrasings whose free answer does, None without any.
+    perplexity: of the target.
     """
 
     id: int

@@ -14,10 +14,15 @@ WORDS = (40, 160)
 
 
 def read_texts(path: Path, most: int = 40) -> list[str]:
-    """The first `most` paragraphs of a file, at most 160 words of each.
+    """The first paragraphs of a file, at most 160 words of each.
 
     The file is UTF-8: one JSON object with a key `text` per line (a name that ends in .jsonl), or text in which blank
-    lines part paragraphs. Raises ConfigError where it cannot be read or holds no paragraph of 40 words.
+    lines part paragraphs.
+
+    path: of the file.
+    most: how many paragraphs.
+
+    Raises ConfigError where it cannot be read or holds no paragraph of 40 words.
     """
     try:
         content = path.read_text(encoding="utf-8")

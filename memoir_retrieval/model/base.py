@@ -22,8 +22,11 @@ __all__ = ["BaseModel", "Identity", "identify", "load_model", "resolve"]
 class Identity(msgspec.Struct, frozen=True, kw_only=True):
     """What must be the same at edit time and at serve time; each a sha256 in hexadecimal.
 
-    `config`: the architecture's numbers. `layer`: the checkpoint's tensors of the edited module, rounded to
-    bfloat16 so that a float32 and a bfloat16 copy of one model are the same model. `tokenizer`: its vocabulary.
+    config: of the architecture's numbers.
+    layer: of the checkpoint's tensors of the edited module, rounded to bfloat16 so that a float32 and a bfloat16 copy
+        of
+        one model are the same model.
+    tokenizer: of its vocabulary.
     """
 
     config: str
@@ -147,7 +150,9 @@ class BaseModel:
 
 
 def resolve(name: str) -> Path:
-    """The local folder of a model: a path, the name of the embedded model, or a Hub id that is in the local cache.
+    """The local folder of a model.
+
+    name: a path, the name of an embedded model, or a Hub id that is in the local cache.
 
     Raises ModelError where there is none.
     """
@@ -285,7 +290,13 @@ _VOLATILE = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "u
 
 
 def identify(folder: Path, module: str) -> Identity:
-    """Digest a checkpoint folder without loading the model. Raises ModelError where a part is missing."""
+    """Digest a checkpoint folder without loading the model.
+
+    folder: the checkpoint's.
+    module: path of the edited projection.
+
+    Raises ModelError where a part is missing.
+    """
     return Identity(
         config=_config_digest(folder), layer=_layer_digest(folder, module), tokenizer=_tokenizer_digest(folder)
     )

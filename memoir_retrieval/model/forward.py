@@ -54,13 +54,19 @@ class FrozenPast:
     """The key-value cache of several contexts, side by side. `lengths`: int64 [B], tokens of each context."""
 
     def __init__(self, cache: Cache | None, lengths: torch.Tensor):
+        """cache: keys and values of each block, [B, heads, T, width], padded on the left; None without any token.
+        lengths: int64 [B], tokens of each context.
+        """
         self.cache = cache
         self.lengths = lengths
         self.width = int(lengths.max())
         self._parts: dict[tuple[int, ...], FrozenPast] = {}
 
     def take(self, rows: Sequence[int]) -> FrozenPast:
-        """Some of the contexts, in the order and as often as they are named. Each choice is copied once."""
+        """Some of the contexts, in the order and as often as they are named. Each choice is copied once.
+
+        rows: their places.
+        """
         key = tuple(rows)
         if key not in self._parts:
             self._parts[key] = self._copy(key)
@@ -76,14 +82,20 @@ class FrozenPast:
         return FrozenPast(Cache(layers=kept), lengths)
 
     def repeated(self, n: int) -> FrozenPast:
-        """A single context as that of n rows. Nothing is copied."""
+        """A single context as that of several rows. Nothing is copied.
+
+        n: how many rows.
+        """
         if self.cache is None:
             return FrozenPast(None, self.lengths.expand(n))
         kept = [_FrozenLayer(x.keys.expand(n, -1, -1, -1), x.values.expand(n, -1, -1, -1)) for x in self.cache.layers]
         return FrozenPast(Cache(layers=kept), self.lengths.expand(n))
 
     def beside(self, other: FrozenPast) -> FrozenPast:
-        """The contexts of both, those of `other` behind."""
+        """The contexts of both.
+
+        other: whose contexts come behind these.
+        """
         lengths = torch.cat([self.lengths, other.lengths])
         width = int(lengths.max())
         known = self.cache or other.cache
@@ -110,7 +122,10 @@ class FrozenPast:
         return cache
 
     def inputs(self, ids: torch.Tensor) -> dict[str, Any]:
-        """Model inputs that continue every context with ids: int64 [B, T]."""
+        """Model inputs that continue every context.
+
+        ids: int64 [B, T].
+        """
         b, t = ids.shape
         steps = torch.arange(t, device=ids.device)
         inputs = {"input_ids": ids, "position_ids": self.lengths[:, None] + steps, "use_cache": False}
@@ -124,8 +139,10 @@ class FrozenPast:
 class Before(NamedTuple):
     """What stands before the tokens of a row on which the residual acts: a context, and the question up to there.
 
-    past, context: the context is that one of `past`. states: of every block from the edited one on, or the one above it
-    (see `first_block`), keys and values of the question's tokens, [heads, n, width] each.
+    past: holds the context.
+    context: its place there.
+    states: of every block from the edited one on, or the one above it (see `first_block`), keys and values of the
+        question's tokens, [heads, n, width] each.
     """
 
     past: FrozenPast
@@ -139,7 +156,11 @@ class Before(NamedTuple):
 
     @staticmethod
     def side_by_side(rows: Sequence[Before], first: int) -> FrozenPast:
-        """What stands before several rows. Only its blocks from `first` on can be run."""
+        """What stands before several rows.
+
+        rows: each with its own.
+        first: the block from which on they can be run.
+        """
         contexts = [int(row.past.lengths[row.context]) for row in rows]
         lengths = torch.tensor([n + row.tokens for n, row in zip(contexts, rows, strict=True)])
         lengths = lengths.to(rows[0].past.lengths.device)
@@ -177,7 +198,11 @@ class Before(NamedTuple):
 
 @torch.no_grad()
 def frozen_past(base: BaseModel, contexts: Sequence[Sequence[int]]) -> FrozenPast:
-    """Run each context once. Shorter ones are padded on the left with keys that the attention mask hides."""
+    """Run each context once. Shorter ones are padded on the left with keys that the attention mask hides.
+
+    base: the model.
+    contexts: token ids of each.
+    """
     lengths = torch.tensor([len(c) for c in contexts], device=base.device)
     width = int(lengths.max())
     if width == 0:
@@ -207,7 +232,11 @@ def frozen_past(base: BaseModel, contexts: Sequence[Sequence[int]]) -> FrozenPas
 
 
 def right_pad(rows: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
-    """ids int64 [B, T] and lengths int64 [B]. Causal attention keeps padding on the right out of real tokens."""
+    """ids int64 [B, T] and lengths int64 [B]. Causal attention keeps padding on the right out of real tokens.
+
+    rows: token ids of each.
+    device: of the result.
+    """
     lengths = torch.tensor([len(r) for r in rows])
     ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.int64)
     for b, row in enumerate(rows):
@@ -221,10 +250,13 @@ class _Reached(Exception):
 
 @torch.no_grad()
 def frozen_run(base: BaseModel, inputs: dict[str, Any], above: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run the model up to the edited projection: (hidden, activations).
+    """Run the model up to the edited projection, and nothing above it.
 
-    hidden: [B, T, H], what enters the edited block, or with `above` what leaves it. activations: [B, T, D], what enters
-    its projection. Nothing above is run.
+    base: the model.
+    inputs: of the model, for B rows of T tokens.
+    above: whether the hidden states are those that leave the edited block, not those that enter it.
+
+    Returns hidden states [B, T, H] and activations [B, T, D], which enter the projection.
     """
     hidden: list[torch.Tensor] = []
     activations: list[torch.Tensor] = []
@@ -254,7 +286,10 @@ def frozen_run(base: BaseModel, inputs: dict[str, Any], above: bool = False) -> 
 
 
 def first_block(base: BaseModel) -> int:
-    """The block with which training begins: the edited one, or the next where that passes on what is added to it."""
+    """The block with which training begins: the edited one, or the next where that passes on what is added to it.
+
+    base: the model.
+    """
     return base.layer + base.block_adds
 
 
@@ -286,7 +321,10 @@ def frozen_states(
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Keys and values of tokens on which no residual acts, of every block from `first_block` on: [B, heads, T, width].
 
-    past: what stands before each row. ids: int64 [B, T]. hidden: [B, T, H], what enters that block.
+    base: the model.
+    past: what stands before each row.
+    ids: int64 [B, T].
+    hidden: [B, T, H], what enters that block.
     """
     first, blocks = first_block(base), len(base.blocks)
     if first == blocks:
@@ -355,11 +393,14 @@ def run_from_block(
     delta: Callable[[torch.Tensor], torch.Tensor] | None = None,
     wanted: torch.Tensor | None = None,
 ) -> Iterator[Any]:
-    """Within the context the model starts at the edited block with `hidden` and adds `delta(a)` to its projection.
+    """Within the context the model starts at the edited block and adds to the output of its projection.
 
-    hidden: [B, T, H] from `frozen_run`. delta: from the projection's input a [B, T, D] to [B, T, H]; None adds nothing.
-    wanted: bool [B, T], n of them: the logits are those of these tokens alone, [1, n, V], row after row.
     Yields the model; call it with the same inputs as `frozen_run`. Where the first block is edited nothing is skipped.
+
+    base: the model.
+    hidden: [B, T, H] from `frozen_run`.
+    delta: from the projection's input [B, T, D] to what is added, [B, T, H]; None adds nothing.
+    wanted: bool [B, T], n of them: the logits are those of these tokens alone, [1, n, V], row after row.
     """
 
     def add(_module: Any, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
@@ -377,10 +418,15 @@ def run_from_block(
 def run_with_added(
     base: BaseModel, before: FrozenPast, ids: torch.Tensor, hidden: torch.Tensor, wanted: torch.Tensor
 ) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
-    """Within the context the yielded function gives the logits of the `wanted` tokens, n of them: [n, V].
+    """Within the context the yielded function gives the logits of some tokens, n of them: [n, V].
 
-    It takes what is added to the output of the edited projection: float [B, T, H]. before: what stands before each row,
-    from `Before.side_by_side`. ids: int64 [B, T]. hidden: [B, T, H], what enters `first_block`. wanted: bool [B, T].
+    The function takes what is added to the output of the edited projection: float [B, T, H].
+
+    base: the model.
+    before: what stands before each row, from `Before.side_by_side`.
+    ids: int64 [B, T].
+    hidden: [B, T, H], what enters `first_block`.
+    wanted: bool [B, T], the tokens.
     """
     inputs, first = before.inputs(ids), first_block(base)
     current: list[torch.Tensor] = []
@@ -409,7 +455,12 @@ def question_means(
 ) -> torch.Tensor:
     """The mean activation of each prompt's span: float32 [N, D] on the model's device.
 
-    Prompts of similar length share a batch. Spans must not be empty.
+    Prompts of similar length share a batch.
+
+    base: the model.
+    prompts: token ids of each.
+    spans: of each, not empty.
+    batch_size: how many are run at once.
     """
     return layer_means([base], prompts, spans, batch_size)[0]
 
@@ -421,7 +472,13 @@ def layer_means(
     spans: Sequence[Span],
     batch_size: int = 16,
 ) -> list[torch.Tensor]:
-    """`question_means` of one model at several layers (see `BaseModel.at`), from one pass over the prompts."""
+    """`question_means` of one model at several layers, from one pass over the prompts.
+
+    bases: the model at each layer, see `BaseModel.at`.
+    prompts: token ids of each.
+    spans: of each, not empty.
+    batch_size: how many are run at once.
+    """
     out = [torch.empty(len(prompts), base.d, device=base.device) for base in bases]
     deepest = max(bases, key=lambda base: base.layer)
     seen: dict[int, torch.Tensor] = {}
@@ -444,7 +501,11 @@ def layer_means(
 
 
 def span_mean(activations: torch.Tensor, span: Span) -> torch.Tensor:
-    """Mean over the tokens of a span of activations [T, D], in float32 whatever their dtype: float32 [D]."""
+    """Mean over the tokens of a span, in float32 whatever the dtype: float32 [D].
+
+    activations: [T, D].
+    span: within them.
+    """
     rows = activations[span.start : span.end].float()
     if not span.weighted:
         return rows.sum(0) / (span.end - span.start)
@@ -453,10 +514,17 @@ def span_mean(activations: torch.Tensor, span: Span) -> torch.Tensor:
 
 
 def squared_norms(rows: torch.Tensor) -> torch.Tensor:
-    """What each token counts by in a weighted `Span`. rows: float32 [n, D]. Returns float32 [n]."""
+    """What each token counts by in a weighted `Span`: float32 [n].
+
+    rows: float32 [n, D].
+    """
     return rows.square().sum(1)
 
 
 def weighted_sum(rows: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Numerator, float32 [D], and denominator, above 0, of a weighted mean. Those of its parts add up to its own."""
+    """Numerator, float32 [D], and denominator, above 0, of a weighted mean. Those of its parts add up to its own.
+
+    rows: float32 [n, D].
+    weights: float32 [n].
+    """
     return (rows * weights[:, None]).sum(0), weights.sum().clamp_min(torch.finfo(torch.float32).tiny)

@@ -8,10 +8,14 @@ __all__ = ["PRESETS", "Preset", "preset_for"]
 
 
 class Preset(NamedTuple):
-    """Where edits go and when they fire. `source` says whose numbers they are.
+    """Where edits go and when they match.
 
-    tau: for raw prompts. tau_chat: for prompts in a chat template, whose shared system prompt makes unrelated
-    questions look a little more alike.
+    layer: the edited block.
+    k: ones in a mask.
+    tau: for raw prompts.
+    tau_chat: for prompts in a chat template, whose shared system prompt makes unrelated questions look a little more
+        alike.
+    source: whose numbers they are.
     """
 
     layer: int
@@ -32,10 +36,12 @@ PRESETS: dict[tuple[str, int, int, int], Preset] = {
 
 
 def preset_for(config: Any) -> Preset:
-    """The preset of a Hugging Face config, or the default: 5/6 of the depth, k = 2/7 of D, tau .50 or .55.
+    """The preset of a model, or the default: 5/6 of the depth, k = 2/7 of D, tau .50 or .55.
 
     The default is the published settings' proportions (layer 27 of 32, k/D = 4096/14336) with a threshold that
     lets nothing unrelated through; measure it on your model before you rely on it (`memoir calibrate --model`).
+
+    config: of Hugging Face.
     """
     text = config.get_text_config()
     hidden = int(text.hidden_size)

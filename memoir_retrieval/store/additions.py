@@ -80,7 +80,9 @@ class Addition(NamedTuple):
     """What one small commit adds.
 
     next_id, untrained: the manifest's from then on.
-    codes: uint8 [n, D/8], ids: int64 [n], memory_of: int32 [n], as in a store.
+    codes: uint8 [n, D/8], masks.
+    ids: int64 [n], the edit of each.
+    memory_of: int32 [n], the memory of each.
     columns: int64 [C], the inputs that have other weights from then on.
     memories: int32 [C], the memory of each.
     weights: float32 [C, H].
@@ -164,7 +166,11 @@ def append(
 
 
 def find_additions(folder: Path, manifest: Manifest) -> int:
-    """How many additions follow a manifest, going by their names."""
+    """How many additions follow a manifest, going by their names.
+
+    folder: the store's.
+    manifest: the one that the first addition follows.
+    """
     count = 0
     if manifest.format >= FIRST_WITH_ADDITIONS:
         while (folder / _name(manifest.generation + count + 1)).exists():
@@ -173,12 +179,18 @@ def find_additions(folder: Path, manifest: Manifest) -> int:
 
 
 def numbers_of(folder: Path) -> list[int]:
-    """The generations of all additions that lie in a folder, whatever they follow."""
+    """The generations of all additions that lie in a folder, whatever they follow.
+
+    folder: the store's.
+    """
     return [int(match[1]) for name in os.listdir(folder) if (match := _NAME.fullmatch(name)) and not match[2]]
 
 
 def fetch_additions(folder: Path, manifest: Manifest) -> list[bytes]:
     """The bytes of the additions that follow a manifest, as they are.
+
+    folder: the store's.
+    manifest: the one that the first addition follows.
 
     Raises FileNotFoundError where one is missing before another, being removed or locked by another program, and
     StoreError for one that cannot be read.
@@ -244,7 +256,11 @@ def _room(manifest: Manifest, tail: Tail) -> int:
 
 
 def is_taken_up(name: str, manifest: Manifest) -> bool:
-    """Whether a file of this name is an addition, or half of one, whose content the manifest's own files hold."""
+    """Whether a file is an addition, or half of one, whose content the manifest's own files hold.
+
+    name: of the file.
+    manifest: the store's.
+    """
     match = _NAME.fullmatch(name)
     return match is not None and int(match[1]) <= manifest.generation
 

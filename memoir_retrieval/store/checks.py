@@ -15,7 +15,12 @@ __all__ = ["code_faults", "edit_faults", "id_faults", "memory_faults", "weight_f
 
 
 def memory_faults(manifest: Manifest, background: np.ndarray, permutation: np.ndarray) -> Iterator[str]:
-    """Of what is as small as a row of the residual memory."""
+    """Of what is as small as a row of the residual memory.
+
+    manifest: the store's.
+    background: float32 [D].
+    permutation: int64 [D].
+    """
     name = manifest.memory.name
     if not np.isfinite(background).all():
         yield f"{name} holds NaN or infinite numbers in `background`"
@@ -24,7 +29,11 @@ def memory_faults(manifest: Manifest, background: np.ndarray, permutation: np.nd
 
 
 def weight_faults(manifest: Manifest, memories: np.ndarray) -> Iterator[str]:
-    """Of the residual memories themselves, float32 [M, H, D]."""
+    """Of the residual memories themselves.
+
+    manifest: the store's.
+    memories: float32 [M, H, D].
+    """
     flat = memories.reshape(-1)
     step = CHUNK // 4
     if not all(np.isfinite(flat[start : start + step]).all() for start in range(0, len(flat), step)):
@@ -32,7 +41,13 @@ def weight_faults(manifest: Manifest, memories: np.ndarray) -> Iterator[str]:
 
 
 def id_faults(manifest: Manifest, memories: int, ids: np.ndarray, memory_of: np.ndarray) -> Iterator[str]:
-    """Of the numbers beside the masks. memories: how many residual memories there are."""
+    """Of the numbers beside the masks.
+
+    manifest: the store's.
+    memories: how many residual memories there are.
+    ids: int64 [N], the edit of each mask.
+    memory_of: int32 [N], the memory of each mask.
+    """
     name = manifest.codes.name
     if not len(ids):
         return
@@ -43,7 +58,11 @@ def id_faults(manifest: Manifest, memories: int, ids: np.ndarray, memory_of: np.
 
 
 def code_faults(manifest: Manifest, codes: np.ndarray) -> Iterator[str]:
-    """Of the masks, uint8 [N, D/8]."""
+    """Of the masks.
+
+    manifest: the store's.
+    codes: uint8 [N, D/8].
+    """
     step = max(1, CHUNK // codes.shape[1])
     wrong, first = 0, ""
     for start in range(0, len(codes), step):
@@ -59,7 +78,15 @@ def code_faults(manifest: Manifest, codes: np.ndarray) -> Iterator[str]:
 def edit_faults(
     manifest: Manifest, ids: np.ndarray, memory_of: np.ndarray, edits: Sequence[StoredEdit]
 ) -> Iterator[str]:
-    """Of the edits against the numbers beside the masks. Reading a line that is no edit raises StoreError."""
+    """Of the edits against the numbers beside the masks.
+
+    manifest: the store's.
+    ids: int64 [N], the edit of each mask.
+    memory_of: int32 [N], the memory of each mask.
+    edits: all of them.
+
+    Raises StoreError for a line that is no edit.
+    """
     name = manifest.edits.name
     each = ((edit.id, edit.memory, edit.trained) for edit in edits)
     pairs = np.fromiter(each, np.dtype("i8,i8,?"), len(edits))

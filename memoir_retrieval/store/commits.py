@@ -22,7 +22,11 @@ class Commits:
     """The unwritten changes of one store; its writer's lock is held as long as they are collected."""
 
     def __init__(self, folder: Path, store: EditStore | None = None):
-        """folder: the store's. store: what it holds, if anything."""
+        """Begin with nothing unwritten.
+
+        folder: the store's.
+        store: what it holds, if anything.
+        """
         self._folder = folder
         self._now = (store.manifest, store.tail, len(store.memories)) if store else None
         self._forget()

@@ -44,7 +44,11 @@ class StoredEdits(_Edits):
     """Lines of a file, in file order. A line that is no edit raises StoreError, naming the file, when it is read."""
 
     def __init__(self, data: Data, name: str):
-        """data: the file's bytes, kept as they are. name: for messages."""
+        """Nothing is read yet.
+
+        data: the file's bytes, kept as they are.
+        name: for messages.
+        """
         self._data = data
         self._name = name
 
@@ -89,6 +93,7 @@ class JoinedEdits(_Edits):
     """The edits of one file after those of another."""
 
     def __init__(self, *parts: StoredEdits):
+        """parts: the edits of each file, one behind the other."""
         self._parts = parts
         self._starts = np.cumsum([0, *(len(part) for part in parts)])
 
@@ -106,7 +111,10 @@ class JoinedEdits(_Edits):
 
 
 def edit_chunks(edits: Iterable[StoredEdit]) -> Iterator[bytes]:
-    """The bytes of a file of edits, in pieces of at least a megabyte."""
+    """The bytes of a file of edits, in pieces of at least a megabyte.
+
+    edits: all of them, in order.
+    """
     held: list[bytes] = []
     size = 0
     for edit in edits:

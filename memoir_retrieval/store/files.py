@@ -28,7 +28,11 @@ Data = bytearray | mmap.mmap
 
 
 class Written(NamedTuple):
-    """Size in bytes and sha256, in hexadecimal, of a file."""
+    """What was written.
+
+    size: in bytes.
+    sha256: of the content, in hexadecimal.
+    """
 
     size: int
     sha256: str
@@ -42,6 +46,10 @@ def write_new(path: Path, chunks: Iterable[bytes | memoryview]) -> Written:
     """Write a new file and sync it. A file that cannot be written whole is removed again.
 
     What a crash left under this name is removed first, never written into: it may be a link to something else.
+
+    path: where.
+    chunks: its bytes, piece by piece.
+
     Raises StoreError where the disk is full, the file would be too large or the folder is read-only.
     """
     size, digest = 0, hashlib.sha256()
@@ -68,8 +76,10 @@ def write_new(path: Path, chunks: Iterable[bytes | memoryview]) -> Written:
 
 
 def publish(path: Path, data: bytes, *, names_files: bool = True) -> None:
-    """Replace a file in one step: write a sibling, sync it, rename it over `path`, sync the folder.
+    """Replace a file in one step: write a sibling, sync it, rename it over the file, sync the folder.
 
+    path: the file.
+    data: its new content.
     names_files: the content names files that were made before it; they are on the disk before it is.
     """
     sibling = path.with_name(path.name + ".tmp")
@@ -88,7 +98,10 @@ def publish(path: Path, data: bytes, *, names_files: bool = True) -> None:
 
 
 def remove_unused(paths: Iterable[Path]) -> list[Path]:
-    """Remove files that no reader holds. Returns those that stay, because one does or the system refuses."""
+    """Remove files that no reader holds. Returns those that stay, because one does or the system refuses.
+
+    paths: the files.
+    """
     kept = []
     for path in paths:
         try:
@@ -112,7 +125,12 @@ def remove_unused(paths: Iterable[Path]) -> list[Path]:
 
 @contextmanager
 def store_lock(folder: Path) -> Iterator[None]:
-    """Hold the one writer's lock of a store. Raises StoreError at once where another process holds it."""
+    """Hold the one writer's lock of a store.
+
+    folder: the store's.
+
+    Raises StoreError at once where another process holds it.
+    """
     try:
         _make_folder(folder)
         lock = FileLock(folder / ".lock")
@@ -134,8 +152,12 @@ def open_shared(path: Path) -> Iterator[tuple[int, int, bool]]:
     """A regular file open for reading: (descriptor, size in bytes, whether it is locked against removal).
 
     The shared lock lasts as long as a duplicate of the descriptor is open, such as the one that mmap keeps. Some file
-    systems know no locks. Raises FileNotFoundError where a writer is removing the file, OSError where it cannot be
-    opened, and StoreError for what is no regular file.
+    systems know no locks.
+
+    path: the file.
+
+    Raises FileNotFoundError where a writer is removing the file, OSError where it cannot be opened, and StoreError for
+    what is no regular file.
     """
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -156,7 +178,13 @@ def open_shared(path: Path) -> Iterator[tuple[int, int, bool]]:
 
 
 def read_small(path: Path, limit: int) -> bytes:
-    """The bytes of a file of at most `limit` bytes. Raises StoreError for a larger one, else as `open_shared`."""
+    """The bytes of a small file.
+
+    path: the file.
+    limit: how many bytes it may have.
+
+    Raises StoreError for a larger file, else as `open_shared`.
+    """
     with open_shared(path) as (handle, size, _):
         if size > limit:
             raise StoreError(
@@ -166,9 +194,13 @@ def read_small(path: Path, limit: int) -> bytes:
 
 
 def read_or_map(path: Path, size: int, map_from: int) -> Data:
-    """The content of a file of `size` bytes: read, or from `map_from` bytes on mapped, if it can be locked meanwhile.
+    """The content of a file, read or mapped. A mapping is private: writing into it changes no file.
 
-    A mapping is private: writing into it changes no file. Raises StoreError for another size, else as `open_shared`.
+    path: the file.
+    size: in bytes.
+    map_from: from how many bytes on it is mapped, if it can be locked meanwhile.
+
+    Raises StoreError for another size, else as `open_shared`.
     """
     with open_shared(path) as (handle, length, locked):
         if length != size:

@@ -31,7 +31,14 @@ _ADDITION = re.compile(r"added-\d+\.safetensors")
 
 
 class Pushed(NamedTuple):
-    """Where a generation is now. revision: the commit. sha256: of memoir.json, which holds the digests of the rest."""
+    """Where a generation is now.
+
+    repo: on the Hub.
+    revision: the commit.
+    sha256: of memoir.json, which holds the digests of the rest.
+    generation: its number.
+    edits: how many it has.
+    """
 
     repo: str
     revision: str
@@ -41,7 +48,14 @@ class Pushed(NamedTuple):
 
 
 class Pulled(NamedTuple):
-    """What a folder holds now. generation: its number here. changed: False where the folder had these edits already."""
+    """What a folder holds now.
+
+    revision: the commit that it came from.
+    sha256: of memoir.json as it was fetched.
+    generation: its number here.
+    edits: how many it has.
+    changed: False where the folder had these edits already.
+    """
 
     revision: str
     sha256: str

@@ -68,7 +68,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     generation: counts the commits.
     model: the name under which the base model was loaded.
     base: its digests.
-    module: the edited projection, in block `layer`.
+    module: the edited projection.
+    layer: its block.
     d, h: its inputs and outputs.
     k: ones in every mask.
     tau: least overlap that matches, 0 < tau <= 1.
@@ -138,7 +139,11 @@ def draft_manifest(**fields: Any) -> Manifest:
 
 
 def without_files(manifest: Manifest, **changes: Any) -> Manifest:
-    """A manifest less what a write sets: its format, library, digest and files. changes: of other fields."""
+    """A manifest less what a write sets: its format, library, digest and files.
+
+    manifest: of any generation.
+    changes: of other fields.
+    """
     fields = {name: getattr(manifest, name) for name in manifest.__struct_fields__}
     for name in ("format", "library", "sha256", *KINDS):
         del fields[name]
@@ -178,7 +183,12 @@ def require_range(folder: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Raises StoreError for a manifest that is missing or damaged, StoreMismatch for one of a newer format."""
+    """The manifest of a store, without its additions.
+
+    folder: the store's.
+
+    Raises StoreError for a manifest that is missing or damaged, StoreMismatch for one of a newer format.
+    """
     path = folder / MANIFEST
 
     def damaged(why: object) -> StoreError:

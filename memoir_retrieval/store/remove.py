@@ -17,7 +17,13 @@ __all__ = ["find_prompts", "remove_edits"]
 
 
 def find_prompts(store: EditStore, prompts: Sequence[str]) -> list[int]:
-    """The ids of the edits of these prompts; white space does not count. Raises StoreError where one has none."""
+    """The ids of the edits of these prompts; white space does not count.
+
+    store: which holds them.
+    prompts: of the edits.
+
+    Raises StoreError where a prompt has no edit.
+    """
     stored = {prompt_key(edit.prompt): edit.id for edit in store.edits}
     for prompt in prompts:
         if prompt_key(prompt) not in stored:
@@ -30,6 +36,10 @@ def remove_edits(folder: Path, ids: Sequence[int]) -> Manifest:
 
     The masks and the text of the edits are gone then. What they changed in the residual memory is still there, out of
     reach, since edits that were trained later share columns with them: `Editor.compact` erases it.
+
+    folder: the store's.
+    ids: of the edits.
+
     Raises StoreError, and changes nothing, for an id that the store does not have, or where it is locked.
     """
     EditStore.open(folder, check=False)  # a folder that is no store must not get a lock file

@@ -70,7 +70,12 @@ def _range(kind: Any) -> str:
 
 
 def training_of(manifest: Manifest) -> Training:
-    """How the edits of a store are trained. Raises StoreError where its manifest names what cannot be."""
+    """How the edits of a store are trained.
+
+    manifest: the store's.
+
+    Raises StoreError where it names what cannot be.
+    """
     try:
         return msgspec.convert({"context_masks": 0} | manifest.training, Training)
     except msgspec.ValidationError as error:
@@ -132,13 +137,18 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def of(cls, manifest: Manifest) -> Settings:
-        """What a store was made with."""
+        """What a store was made with.
+
+        manifest: the store's.
+        """
         fields = {name: getattr(manifest, name) for name in cls.__struct_fields__ if hasattr(manifest, name)}
         fields["training"] = {"context_masks": 0} | manifest.training
         return cls(**fields, rule=manifest.span.rule)
 
     def resolved(self, base: BaseModel) -> Settings:
-        """These settings, with the preset of a model or a default for what is not given.
+        """These settings, with the preset of a model or a default for each that is None.
+
+        base: the model that is edited.
 
         Raises ConfigError for settings that cannot work on the model.
         """
@@ -173,7 +183,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         )
 
     def contradiction(self, other: Settings) -> Contradiction | None:
-        """The first setting of `other` that differs from these, which are a store's; None where it can be had."""
+        """The first setting that differs from these, which are a store's; None where none does.
+
+        other: what is wanted; None there asks for nothing.
+        """
         for name in self.__struct_fields__:
             stored, wanted = getattr(self, name), getattr(other, name)
             if name != "training" and wanted is not None and stored != wanted:
@@ -189,6 +202,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     def require(self, other: Settings, store: str | Path) -> None:
         """Raise ConfigError, with the `Contradiction` as `about`, where a store of these settings has not the others.
 
+        other: what is wanted; None there asks for nothing.
         store: its folder, for the message.
         """
         if differs := self.contradiction(other):

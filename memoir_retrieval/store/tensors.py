@@ -63,7 +63,13 @@ def tensor_chunks(tensors: Mapping[str, np.ndarray], rows: np.ndarray | None = N
 
 
 def read_tensors(data: Data, wanted: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-    """The tensors of a file, views of `data`. Raises ValueError, in one line, unless it holds just what is wanted."""
+    """The tensors of a safetensors file, views of its bytes.
+
+    data: the bytes.
+    wanted: what it must hold, by name.
+
+    Raises ValueError, in one line, unless it holds just that.
+    """
     size = len(data)
     length = int.from_bytes(data[:8], "little")
     if size - length < 8 or not 2 <= length <= HEADER_LIMIT or length % 8:
@@ -95,7 +101,12 @@ def read_tensors(data: Data, wanted: Mapping[str, Tensor]) -> dict[str, np.ndarr
 
 
 def unique_keys(data: bytes) -> Any:
-    """Parse JSON in which no object has a key twice and numbers are finite. Raises ValueError."""
+    """Parse JSON in which no object has a key twice and numbers are finite.
+
+    data: the text.
+
+    Raises ValueError for any other.
+    """
 
     def unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
         values: dict[str, Any] = {}

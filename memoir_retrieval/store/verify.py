@@ -25,6 +25,8 @@ SAME_MASK = 0.98
 def verify_store(path: str | Path) -> list[str]:
     """Read every byte of a store again. Returns one line for each thing that is not as it says; none for a sound store.
 
+    path: its folder.
+
     Raises StoreError where there is no store at all, StoreMismatch for one of a newer format.
     """
     return list(_faults(Path(path)))
@@ -78,8 +80,13 @@ def _faults(folder: Path) -> Iterator[str]:
 def verify_masks(store: EditStore, base: BaseModel, progress: Callable[[int], None] = lambda _: None) -> list[str]:
     """Make the mask of every edit again and compare. Returns one line for each that differs.
 
-    Each must be one of those that `edit.masked` names, up to `SAME_MASK`. progress: told how many
-    edits are done. Raises StoreMismatch for another model.
+    Each must be one of those that `edit.masked` names, up to `SAME_MASK`.
+
+    store: which holds them.
+    base: the model that they were made on.
+    progress: called with how many edits are done.
+
+    Raises StoreMismatch for another model.
     """
     from memoir_retrieval.edits.record import masked
     from memoir_retrieval.model.forward import question_means

@@ -107,7 +107,8 @@ def write_again(
 def leftovers(folder: Path, manifest: Manifest | None = None) -> list[Path]:
     """Files of other generations: a reader holds them, or a crash left them. The next write removes them.
 
-    manifest: the folder's own, which names the files that stay; by default it is read.
+    folder: the store's.
+    manifest: its own, which names the files that stay; by default it is read.
     """
     manifest = manifest or read_manifest(folder)
     ours = {getattr(manifest, kind).name for kind in KINDS}
@@ -120,8 +121,10 @@ def leftovers(folder: Path, manifest: Manifest | None = None) -> list[Path]:
 
 
 def sweep(folder: Path) -> list[str]:
-    """Remove the files of other generations that no reader holds; the caller holds `store_lock`. Names what stays.
+    """Remove the files of other generations that no reader holds; the caller holds `store_lock`. Returns the others.
 
     Writers do so themselves, but cannot let go of a mapped file that they are still writing from.
+
+    folder: the store's.
     """
     return [path.name for path in remove_unused(leftovers(folder))]

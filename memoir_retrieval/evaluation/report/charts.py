@@ -15,7 +15,13 @@ STEP = 0.02
 
 
 class Series(NamedTuple):
-    """Points (x, y) under a name. `colour`: a number from 1 on, of the page's palette."""
+    """Points under a name.
+
+    name: in the legend.
+    points: x and y of each.
+    colour: a number from 1 on, of the page's palette.
+    dots: whether they are drawn as dots, not as a line.
+    """
 
     name: str
     points: Sequence[tuple[float, float]]
@@ -26,6 +32,7 @@ class Series(NamedTuple):
 def histograms(kinds: Mapping[str, Sequence[float]], marks: Mapping[str, float]) -> str:
     """One histogram of overlaps in [0, 1] under the other, on one x axis; each kind has its own scale.
 
+    kinds: the overlaps of each, by its name.
     marks: vertical lines through all of them, by what they are called.
     """
     low = min((min(values) for values in kinds.values() if values), default=0.0)
@@ -70,7 +77,14 @@ def lines(
     log_x: bool = False,
     marks: Mapping[str, float] | None = None,
 ) -> str:
-    """Lines (or dots) over a common x axis. log_x: decades on the x axis, whose values must then be positive."""
+    """Lines (or dots) over a common x axis.
+
+    series: what is drawn.
+    x_name, y_name: of the axes.
+    y_range: of the y axis; by default that of the values.
+    log_x: decades on the x axis, whose values must then be positive.
+    marks: vertical lines, by what they are called.
+    """
     points = [point for line in series for point in line.points]
     height, top, bottom = 220, 34, 44
     least, most = min(p[0] for p in points), max(p[0] for p in points)
@@ -113,8 +127,9 @@ def lines(
 
 
 def bars(rows: Mapping[str, Sequence[float | None]], names: Sequence[str]) -> str:
-    """Shares in [0, 1] as bars from the left, a group of them for each row; None leaves a gap.
+    """Shares in [0, 1] as bars from the left.
 
+    rows: a group of bars for each; None leaves a gap.
     names: what the first bar of each group is, the second and so on; they have the colours of the page in turn.
     """
     left, height = 270, 11

@@ -43,7 +43,10 @@ svg{width:100%;height:auto}svg text{font:12px system-ui,sans-serif;fill:var(--di
 
 
 def run_page(run: Run) -> str:
-    """The report of a quality run."""
+    """The report of a quality run.
+
+    run: as it was written.
+    """
     report = run.report
     share = "all" if run.every == 1 else f"one of {run.every}"
     parts = [
@@ -75,7 +78,11 @@ def run_page(run: Run) -> str:
 
 
 def calibration_page(calibration: Calibration, store: str) -> str:
-    """The report of `memoir calibrate DIR`."""
+    """The report of `memoir calibrate DIR`.
+
+    calibration: of the store.
+    store: its folder.
+    """
     rows = [
         ("prompt", "nearest edit", "overlap"),
         *((n.prompt, n.edit, f"{n.overlap:.3f}") for n in calibration.nearest),
@@ -86,7 +93,11 @@ def calibration_page(calibration: Calibration, store: str) -> str:
 
 
 def settings_page(settings: Sequence[Setting], model: str) -> str:
-    """The report of `memoir calibrate --model`: layers and sizes of masks."""
+    """The report of `memoir calibrate --model`: layers and sizes of masks.
+
+    settings: the best first.
+    model: its name.
+    """
     ks = sorted({setting.k for setting in settings}, reverse=True)
     series = [
         Series(f"k {k}", sorted((float(s.layer), s.rephrases_found) for s in settings if s.k == k), colour % 4 + 1)
@@ -100,7 +111,10 @@ def settings_page(settings: Sequence[Setting], model: str) -> str:
 
 
 def routing_page(run: RoutingRun) -> str:
-    """The report of `memoir bench routing`."""
+    """The report of `memoir bench routing`.
+
+    run: as it was written.
+    """
     of = f"{run.settings['edits']} edits of {Path(run.model).name}"
     stored = f", {run.stored[0]} of {run.stored[1]} edits of the help page stored" if run.stored else ""
     parts = [
@@ -145,7 +159,11 @@ _AGES_NOTE = "Left the newest edits, right the oldest, which most later ones may
 
 
 def latency_page(rows: Sequence[dict[str, Any]], model: str) -> str:
-    """Charts of what `memoir bench latency` prints, medians over the size of the store, and all its rows."""
+    """Charts of what `memoir bench latency` prints, medians over the size of the store, and all its rows.
+
+    rows: as it prints them.
+    model: its name.
+    """
     parts = [f"<h1>Latency of {escape(Path(model).name)} served with edits</h1>"]
     names = {"first_token": "Time to the first token", "between_tokens": "Between tokens", "lookup": "Lookup alone"}
     for what, title in names.items():
