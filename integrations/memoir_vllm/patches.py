@@ -12,9 +12,11 @@ _PATCHED: dict[str, None] = {}
 
 
 def wrap_once(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
-    """Put `make(original)` in the place of a function, unless that was done in this process before.
+    """Put a wrapper in the place of a function, unless that was done in this process before.
 
-    owner: the class or module that holds the function. make: from the original to what calls it.
+    owner: the class or module that holds the function.
+    name: of the function.
+    make: from the original to what calls it.
     """
     original = getattr(owner, name)
     if hasattr(original, "_memoir"):

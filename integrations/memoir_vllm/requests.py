@@ -43,8 +43,10 @@ _SPAN = re.compile(r"(\d{1,9}):(\d{1,9})")
 class Routed(NamedTuple):
     """The decision of one request, as it goes from the workers to the scheduler, and back to a request of its prompt.
 
+    decision: what the response says.
     row: of the matched mask in the store's codes, or -1. An edit may have several masks, so it is the row that says
-    which residual acted. store: of a match, the digest of the generation that the row belongs to.
+        which residual acted.
+    store: of a match, the digest of the generation that the row belongs to.
     """
 
     decision: Decision
@@ -55,8 +57,10 @@ class Routed(NamedTuple):
 class Query(NamedTuple):
     """What the scheduler sends the workers of a request that begins.
 
-    span: the tokens to look up; empty where the prompt holds no question. off: opted out. nearest: how many of the
-    nearest edits the decision names. routed: the decision where the prompt was decided before, else None.
+    span: the tokens to look up; empty where the prompt holds no question.
+    off: opted out.
+    nearest: how many of the nearest edits the decision names.
+    routed: the decision where the prompt was decided before, else None.
     """
 
     span: Span
@@ -75,30 +79,46 @@ class Query(NamedTuple):
 
 
 def put_queries(step: Any, queries: Mapping[str, Query]) -> Any:
-    """Send the queries of requests that begin, by id, along with a SchedulerOutput."""
+    """Send queries of requests that begin along with a step. Returns the step.
+
+    step: a SchedulerOutput.
+    queries: by the id of the request.
+    """
     step.memoir_queries = queries
     return step
 
 
 def queries_of(step: Any) -> Mapping[str, Query]:
-    """What `put_queries` has put, or nothing."""
+    """What `put_queries` has put, or nothing.
+
+    step: a SchedulerOutput.
+    """
     return getattr(step, "memoir_queries", {})
 
 
 def put_routed(output: Any, routed: Mapping[str, Routed]) -> Any:
-    """Send what was decided of requests, by id, along with a ModelRunnerOutput."""
+    """Send what was decided of requests along with the output of a step. Returns the output.
+
+    output: a ModelRunnerOutput.
+    routed: by the id of the request.
+    """
     output.memoir_routed = routed
     return output
 
 
 def routed_of(output: Any) -> Mapping[str, Routed]:
-    """What `put_routed` has put, or nothing."""
+    """What `put_routed` has put, or nothing.
+
+    output: a ModelRunnerOutput.
+    """
     return getattr(output, "memoir_routed", {})
 
 
 class Options(NamedTuple):
-    """off: serve the base model. span: the question's tokens as the client gives them, or None to find them.
+    """What a client asks of one request.
 
+    off: serve the base model.
+    span: the question's tokens as the client gives them, or None to find them.
     nearest: how many of the nearest edits the response names.
     """
 
@@ -108,7 +128,13 @@ class Options(NamedTuple):
 
 
 def parse_options(extra_args: Mapping[str, Any] | None, prompt_len: int) -> Options:
-    """Read `vllm_xargs`. Raises ConfigError for a value or a key `memoir*` that is not known."""
+    """Read `vllm_xargs`.
+
+    extra_args: as the client sent them.
+    prompt_len: tokens of the prompt.
+
+    Raises ConfigError for a value or a key `memoir*` that is not known.
+    """
     ours = {key: value for key, value in (extra_args or {}).items() if key.startswith("memoir")}
     off = ours.pop("memoir", None)
     if off not in (None, "off"):
@@ -127,7 +153,12 @@ def parse_options(extra_args: Mapping[str, Any] | None, prompt_len: int) -> Opti
 
 
 def query_of(prompt: Sequence[int], extra_args: Mapping[str, Any] | None, rule: SpanRule) -> Query:
-    """What is looked up of a request, which is judged here and nowhere else. prompt: its token ids."""
+    """What is looked up of a request, which is judged here and nowhere else.
+
+    prompt: its token ids.
+    extra_args: as the client sent them.
+    rule: how the question is found.
+    """
     try:
         options = parse_options(extra_args, len(prompt))
     except ConfigError:  # a front end of another language let it pass; the response will say "unroutable"

@@ -22,7 +22,16 @@ START_TIMEOUT = 900.0
 
 
 class EngineFlags(msgspec.Struct, kw_only=True, frozen=True):
-    """store: served with the plugin, or None for vLLM alone. budget: tokens of a step."""
+    """Of one engine.
+
+    model: its folder.
+    store: served with the plugin, or None for vLLM alone.
+    dtype: of the model.
+    eager: whether nothing is compiled.
+    batch: requests at a time.
+    max_model_len: tokens of a request.
+    budget: tokens of a step.
+    """
 
     model: str
     store: str | None = None
@@ -36,8 +45,10 @@ class EngineFlags(msgspec.Struct, kw_only=True, frozen=True):
 class Turn(msgspec.Struct):
     """What one turn of an engine took.
 
-    seconds: of the whole turn. tokens: for each request the seconds from its submission to each of its tokens.
-    matched: whether an edit answered it. cost: milliseconds per step that the plugin spent on lookup and residual.
+    seconds: of the whole turn.
+    tokens: for each request the seconds from its submission to each of its tokens.
+    matched: whether an edit answered it.
+    cost: milliseconds per step that the plugin spent on lookup and residual.
     """
 
     seconds: float
@@ -50,6 +61,7 @@ class BenchEngine:
     """One vLLM engine, stopped unless it has the turn. Use it as a context manager."""
 
     def __init__(self, flags: EngineFlags):
+        """flags: of the engine, which is started."""
         context = get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, msgspec.to_builtins(flags)), daemon=True)
@@ -76,7 +88,14 @@ class BenchEngine:
         warm: bool = False,
         off: bool = False,
     ) -> Turn:
-        """One turn. concurrent: requests at a time, all by default. warm: keep the prefix cache. off: opted out."""
+        """One turn.
+
+        prompts: token ids of each.
+        tokens: new ones per request.
+        concurrent: requests at a time, all by default.
+        warm: keep the prefix cache.
+        off: opted out.
+        """
         self._signal(signal.SIGCONT)
         self._pipe.send((list(prompts), tokens, concurrent or len(prompts), warm, off))
         turn = self._receive()

@@ -36,9 +36,16 @@ Say = Callable[[str], None]
 
 
 class LatencySettings(msgspec.Struct, kw_only=True):
-    """What is measured. edits: sizes of stores. concurrent: requests at a time. unmatched, matched: token ids.
+    """What is measured.
 
-    Each turn asks at least `requests` requests for `tokens` tokens; each kind of request has `rounds` turns.
+    store, model: their folders.
+    unmatched, matched: token ids of prompts.
+    edits: sizes of stores.
+    concurrent: requests at a time.
+    dtype, eager: see `EngineFlags`.
+    requests: each turn asks at least so many.
+    tokens: new ones per request.
+    rounds: turns of each kind of request.
     """
 
     store: str
@@ -68,9 +75,13 @@ class Percentiles(msgspec.Struct, kw_only=True):
 
 
 def inflate(store: EditStore, folder: Path, edits: int) -> Path:
-    """Write a store of that many edits: the first of `store`, then random masks of the same size. Returns `folder`.
+    """Write a large store: the first edits of another, then random masks of the same size. Returns its folder.
 
-    The memories are those of `store`; the edits that are made up lie in the first.
+    The edits that are made up lie in the first memory.
+
+    store: the other one, whose memories are kept.
+    folder: where.
+    edits: how many the new one has.
     """
     manifest = store.manifest
     kept = list(store.edits)[:edits]
@@ -106,6 +117,9 @@ def _edits(kept: Sequence[StoredEdit], ids: Sequence[int]) -> Iterator[StoredEdi
 
 def measure(settings: LatencySettings, say: Say = lambda _: None) -> dict[str, Any]:
     """Run everything. Returns `rows` and the settings that made them.
+
+    settings: what is measured.
+    say: called with each line of news.
 
     Raises RuntimeError where requests of a kind did not match as they should.
     """
@@ -193,7 +207,10 @@ def _row(what: str, kind: str, edits: int, concurrent: int, seconds: Sequence[fl
 
 
 def main(argv: Sequence[str]) -> int:
-    """`python -m memoir_vllm.bench.latency SETTINGS.json`: progress on stderr, one JSON object on stdout."""
+    """`python -m memoir_vllm.bench.latency SETTINGS.json`: progress on stderr, one JSON object on stdout.
+
+    argv: the file of settings.
+    """
     settings = msgspec.json.decode(Path(argv[0]).read_bytes(), type=LatencySettings)
     print(json.dumps(measure(settings, lambda line: print(line, file=sys.stderr, flush=True))))
     return 0

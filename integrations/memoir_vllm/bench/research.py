@@ -27,6 +27,9 @@ class ResearchModel:
     """A loaded model with a store's edits."""
 
     def __init__(self, store: str | Path, model: str):
+        """store: its folder.
+        model: its name or folder.
+        """
         self._store = EditStore.open(store)
         self._base = load_model(model, layer=self._store.manifest.layer)
         manifest = self._store.manifest
@@ -36,7 +39,11 @@ class ResearchModel:
 
     @torch.no_grad()
     def run(self, prompt: list[int], tokens: int) -> float:
-        """Seconds to generate that many tokens greedily, edits on."""
+        """Seconds to generate greedily, edits on.
+
+        prompt: token ids.
+        tokens: how many are generated.
+        """
         span = find_span(prompt, self._store.manifest.span)
         acting: list[tuple[torch.Tensor, torch.Tensor]] = []
         first = True

@@ -27,10 +27,15 @@ Say = Callable[[str], None]
 
 
 class ServeSettings(msgspec.Struct, kw_only=True):
-    """What is measured: `pairs` turns of `batch` requests of `tokens` new tokens each, per kind of request.
+    """What is measured.
 
-    unmatched, matched: token ids of prompts. cached: prompts of edits that all begin with one long system message;
-    empty where the store's prompts are raw text.
+    store, model: their folders.
+    unmatched, matched: token ids of prompts.
+    cached: prompts of edits that all begin with one long system message; empty where the store's prompts are raw text.
+    dtype, eager: see `EngineFlags`.
+    batch: requests of a turn.
+    tokens: new ones per request.
+    pairs: turns of each kind of request.
     """
 
     store: str
@@ -45,12 +50,18 @@ class ServeSettings(msgspec.Struct, kw_only=True):
     pairs: int = 7
 
     def flags(self, **more: Any) -> EngineFlags:
-        """Of an engine without the plugin, changed by `more`."""
+        """Of an engine without the plugin.
+
+        more: flags that are other than these settings say.
+        """
         return EngineFlags(model=self.model, dtype=self.dtype, eager=self.eager, batch=self.batch, **more)
 
 
 def measure(settings: ServeSettings, say: Say = lambda _: None) -> dict[str, Any]:
     """Run everything. Returns the figures that `docs/measurements.md` explains, and the settings that made them.
+
+    settings: what is measured.
+    say: called with each line of news.
 
     Raises RuntimeError where requests of a kind did not match as they should: the ratio would mean nothing.
     """
@@ -148,7 +159,10 @@ def _research(settings: ServeSettings, with_plugin: BenchEngine, say: Say) -> fl
 
 
 def main(argv: Sequence[str]) -> int:
-    """`python -m memoir_vllm.bench.serve SETTINGS.json`: progress on stderr, one JSON object on stdout."""
+    """`python -m memoir_vllm.bench.serve SETTINGS.json`: progress on stderr, one JSON object on stdout.
+
+    argv: the file of settings.
+    """
     settings = msgspec.json.decode(Path(argv[0]).read_bytes(), type=ServeSettings)
     print(json.dumps(measure(settings, lambda line: print(line, file=sys.stderr, flush=True))))
     return 0

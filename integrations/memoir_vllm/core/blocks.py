@@ -31,18 +31,31 @@ class SummedBlocks:
     """
 
     def __init__(self, blocks: int, block_size: int):
+        """blocks: how many KV blocks there are.
+        block_size: tokens of each.
+        """
         self.block_size = block_size
         self._first = np.full(blocks, -1, np.int32)  # by block, the first token that is counted; -1 for none
 
     def record(self, blocks: Sequence[int], number: int, question: int, prompt: int) -> None:
-        """A request computes these blocks, its own from `number` on. question, prompt: positions, first and end."""
+        """A request computes some of its blocks.
+
+        blocks: ids of all of them, in order.
+        number: the place of the first that it computes itself.
+        question: position of the question's first token.
+        prompt: position behind the prompt's last.
+        """
         numbers = np.arange(number, number + len(blocks))
         first = np.where((numbers + 1) * self.block_size > prompt, -1, 0)
         first[(numbers == question // self.block_size) & (first == 0)] = question % self.block_size
         self._first[list(blocks)] = first
 
     def reach(self, blocks: Sequence[int], question: int) -> int:
-        """Up to which position these cached blocks, a prompt's first, serve a question that begins at `question`."""
+        """Up to which position cached blocks serve a question.
+
+        blocks: their ids, a prompt's first ones.
+        question: position of the question's first token.
+        """
         number, offset = divmod(question, self.block_size)
         first = self._first[list(blocks[number:])]
         first[:1] -= offset
@@ -61,7 +74,11 @@ def guard(
     No block that holds it or stands behind it is published while its hash is not known, and none is taken from the
     cache. What lies in the cache of the question before it is taken as far as there are sums of it.
 
-    span: of a request's question. undecided: whether it is that. recall: called before it looks into the cache.
+    manager: of the KV cache, whose methods are replaced.
+    span: of a request's question.
+    undecided: whether a request is that.
+    recall: called with a request before it looks into the cache.
+    summed: the blocks with sums, or None where workers keep none.
     """
     coordinator: Any = manager.coordinator
     publish, find = coordinator.cache_blocks, coordinator.find_longest_cache_hit
@@ -106,17 +123,26 @@ def guard(
 
 
 def own(request: Request, name: str, start: int, hash_block_size: int) -> None:
-    """Put the blocks of a request, from the one that holds token `start` on, under the name of an edit.
+    """Put the blocks of a request, from the one that holds a token on, under the name of an edit.
 
-    name: says store, generation and mask. That the edit acts from token `start` on becomes part of the name: the same
-    tokens under the same edit have other rows where it acts from another token on.
+    That the edit acts from this token on becomes part of the name: the same tokens under the same edit have other rows
+    where it acts from another token on.
+
+    request: whose hashes are replaced.
+    name: says store, generation and mask.
+    start: position of the token.
+    hash_block_size: tokens of a hash.
     """
     request._memoir_blocks = (name, start)
     _hash_again(request, start, hash_block_size)
 
 
 def disown(request: Request, hash_block_size: int) -> None:
-    """Take back what `own` did, for a request of which nothing is computed yet."""
+    """Take back what `own` did, for a request of which nothing is computed yet.
+
+    request: whose hashes are made again.
+    hash_block_size: tokens of a hash.
+    """
     _, start = request._memoir_blocks
     del request._memoir_blocks
     _hash_again(request, start, hash_block_size)

@@ -149,15 +149,20 @@ class MemoirScheduler(Scheduler):
     # ---- after it --------------------------------------------------------------------------------------------------
 
     def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
-        """Also called when weights change: what was remembered may be wrong then."""
+        """Also called when weights change: what was remembered may be wrong then.
+
+        args, kwargs: as vLLM calls it.
+        """
         self._remembered.clear()
         return super().reset_prefix_cache(*args, **kwargs)
 
     def memoir_adopted(self, generation: int) -> None:
-        """The workers decide by this generation from now on; called between steps.
+        """The workers decide by another generation from now on; called between steps.
 
         Steps in flight and requests that the workers know keep the older one, which the workers keep as long. What is
         remembered of it is forgotten, and requests that wait with such a decision are looked up as new ones.
+
+        generation: its number.
         """
         self._generation = generation
         self._remembered.clear()

@@ -77,7 +77,10 @@ def _is_gathered(request: Any) -> bool:
 
 
 def choice_decisions(outputs: Sequence[RequestOutput]) -> list[Params | None]:
-    """The decision of each choice of a response. outputs: the last one of each prompt, in order."""
+    """The decision of each choice of a response.
+
+    outputs: the last one of each prompt, in order.
+    """
     decisions: list[Params | None] = []
     for output in outputs:
         params = output.kv_transfer_params or {}
@@ -86,7 +89,11 @@ def choice_decisions(outputs: Sequence[RequestOutput]) -> list[Params | None]:
 
 
 def params_of(decisions: Sequence[Params | None], prompts: int = 1) -> Params:
-    """The part of `kv_transfer_params` for the choices of one response to so many prompts; empty without a decision."""
+    """The part of `kv_transfer_params` for the choices of one response; empty without a decision.
+
+    decisions: of each choice.
+    prompts: how many prompts the response is to.
+    """
     if all(decision is None for decision in decisions):
         return {}
     if prompts == 1 and all(decision == decisions[0] for decision in decisions):
@@ -95,5 +102,8 @@ def params_of(decisions: Sequence[Params | None], prompts: int = 1) -> Params:
 
 
 def without_decisions(params: Mapping[str, Any] | None) -> Params:
-    """What else is in `kv_transfer_params`."""
+    """What else is in `kv_transfer_params`.
+
+    params: all of them.
+    """
     return {key: value for key, value in (params or {}).items() if not key.startswith("memoir")}

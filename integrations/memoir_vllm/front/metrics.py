@@ -48,7 +48,11 @@ class Traffic:
         self.recent: deque[dict[str, Any]] = deque(maxlen=RECENT)
 
     def count(self, request_id: str, said: dict[str, Any]) -> None:
-        """said: `kv_transfer_params["memoir"]` of a finished request."""
+        """Take up a request that is finished.
+
+        request_id: as the client sees it.
+        said: its `kv_transfer_params["memoir"]`.
+        """
         if LOOKUP_ID in request_id:
             return
         result, edit, overlap = said["result"], said["edit"], said["overlap"]
@@ -95,6 +99,7 @@ class EngineCollector:
     """
 
     def __init__(self, traffic: Traffic) -> None:
+        """traffic: of this process."""
         self.engines: list[dict[str, int | float]] = []
         self._traffic = traffic
 

@@ -33,6 +33,12 @@ def attach(
 ) -> tuple[ResidualLayer, Reloader] | None:
     """Make the store act on the model; None where another stage of the pipeline holds the module.
 
+    ours: the section of the configuration.
+    store: which was checked.
+    vllm_config: of this worker.
+    model: as this worker has loaded it.
+    device: where it lies.
+
     Raises ConfigError where the module is not one that we know how to edit.
     """
     manifest, read = store.manifest, token_decoder(vllm_config.model_config)

@@ -79,7 +79,10 @@ class MemoirWorker(Worker):
         return times
 
     def sleep(self, level: int = 1) -> None:
-        """Level 1 keeps the weights in host memory, and the residual memory stays where it is."""
+        """Level 1 keeps the weights in host memory, and the residual memory stays where it is.
+
+        level: any other is refused.
+        """
         if refusal := config.refusal_of(f"sleep level {level}"):
             raise RuntimeError(refusal)
         super().sleep(level)

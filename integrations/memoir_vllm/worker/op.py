@@ -16,7 +16,10 @@ LIBRARY, NAME = OP.split("::")
 
 
 def context_key(module: str) -> str:
-    """Where the state of a module is kept in `CompilationConfig.static_forward_context`."""
+    """Where the state of a module is kept in `CompilationConfig.static_forward_context`.
+
+    module: its path.
+    """
     return f"memoir:{module}"
 
 

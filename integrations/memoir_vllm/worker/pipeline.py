@@ -23,7 +23,12 @@ _KEY = "memoir_routed"
 
 
 def load(tensors: IntermediateTensors, routed: Mapping[str, Routed], ranks: int) -> None:
-    """Put what is known of requests, by id, among the tensors for the next stage. ranks: of tensor parallelism."""
+    """Put what is known of requests among the tensors for the next stage.
+
+    tensors: for the next stage.
+    routed: by the id of the request.
+    ranks: of tensor parallelism.
+    """
     if not routed:
         return
     text = bytearray(msgspec.json.encode(routed))
@@ -34,13 +39,19 @@ def load(tensors: IntermediateTensors, routed: Mapping[str, Routed], ranks: int)
 
 
 def unload(tensors: IntermediateTensors | None) -> dict[str, Routed]:
-    """Take out what the stages before have put there."""
+    """Take out what the stages before have put there.
+
+    tensors: of the stage before; None in the first.
+    """
     held = None if tensors is None else tensors.tensors.pop(_KEY, None)
     return {} if held is None else msgspec.json.decode(held.numpy().tobytes(), type=dict[str, Routed])
 
 
 def values_of_stages(value: Any) -> list[Any]:
-    """The value of this rank's counterpart in every stage, in order of stages; all of them must call this."""
+    """The value of this rank's counterpart in every stage, in order of stages; all of them must call this.
+
+    value: this rank's own.
+    """
     from vllm.distributed import get_pp_group
 
     stages = get_pp_group()

@@ -16,6 +16,7 @@ class ResidualProduct:
     """
 
     def __init__(self, weight: torch.Tensor):
+        """weight: [H, D/ranks], in the dtype of the products."""
         self.weight = weight
         self._layer = torch.nn.Module()
         self._layer.weight = torch.nn.Parameter(weight, requires_grad=False)

@@ -43,6 +43,13 @@ class Reloader:
     def __init__(
         self, ours: MemoirConfig, manifest: Manifest, layer: ResidualLayer, ranks: int, device: Any, decode: Decode
     ):
+        """ours: the section of the configuration.
+        manifest: of the generation that acts.
+        layer: on which generations act.
+        ranks: of tensor parallelism.
+        device: of the layer.
+        decode: reads text back from token ids.
+        """
         self.manifest = manifest
         self._decode = decode
         self._ours, self._layer, self._ranks, self._device = ours, layer, ranks, device
@@ -127,7 +134,11 @@ def _reason(failure: BaseException) -> str:
 
 
 def values_of_ranks(value: Any, ranks: int) -> list[Any]:
-    """The value of every tensor-parallel rank, in order of rank; all of them must call this."""
+    """The value of every tensor-parallel rank, in order of rank; all of them must call this.
+
+    value: this rank's own.
+    ranks: how many there are.
+    """
     if ranks == 1:
         return [value]
     from vllm.distributed import get_tp_group

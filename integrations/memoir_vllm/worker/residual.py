@@ -28,7 +28,11 @@ __all__ = ["Generation", "ResidualLayer"]
 
 @dataclass(frozen=True, eq=False)
 class Generation:
-    """One generation of a store in this worker."""
+    """One generation of a store in this worker.
+
+    router: looks questions up.
+    memories: this rank's share of each.
+    """
 
     router: Router
     memories: Sequence[ResidualProduct]
@@ -99,6 +103,12 @@ class ResidualLayer:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ):
+        """router: of the first generation.
+        memories: float32 [M, H, D], whole.
+        rank, ranks: of tensor parallelism.
+        dtype: of the model.
+        device: where the layer lies.
+        """
         share = memories.shape[2] // ranks
         self._share, self._shard = share, slice(rank * share, (rank + 1) * share)
         self._ranks = ranks
@@ -127,12 +137,19 @@ class ResidualLayer:
     # ---- generations -----------------------------------------------------------------------------------------------
 
     def load(self, router: Router, memories: torch.Tensor) -> Generation:
-        """Put a generation into this worker's memory; nothing acts before `adopt`. May run in another thread."""
+        """Put a generation into this worker's memory; nothing acts before `adopt`. May run in another thread.
+
+        router: looks its questions up.
+        memories: float32 [M, H, D], whole.
+        """
         share = memories[:, :, self._shard].to(device=self._device, dtype=self._dtype, copy=True).contiguous()
         return Generation(router, [ResidualProduct(weight) for weight in share])
 
     def adopt(self, generation: Generation) -> None:
-        """Decide every question that ends from now on by this generation. Decided requests keep theirs."""
+        """Decide every question that ends from now on by another generation. Decided requests keep theirs.
+
+        generation: as `load` returned it.
+        """
         self.now = generation
 
     def older(self) -> int:
@@ -142,7 +159,12 @@ class ResidualLayer:
     # ---- between steps, called by the model runner's wrappers ------------------------------------------------------
 
     def admit(self, request_id: str, prompt_ids: Sequence[int], query: Query) -> None:
-        """Take up a request whose first rows come in this step. One that is known, as after preemption, is kept."""
+        """Take up a request whose first rows come in this step. One that is known, as after preemption, is kept.
+
+        request_id: of the engine.
+        prompt_ids: its whole prompt.
+        query: what is looked up of it.
+        """
         if request_id in self._requests:
             return
         span = query.span
@@ -159,7 +181,11 @@ class ResidualLayer:
             self._routed[request_id] = route.routed
 
     def watch_blocks(self, blocks: int, block_size: int) -> None:
-        """Keep a sum for each KV block: from now on a question may lie in the prefix cache, see `block_sums.py`."""
+        """Keep a sum for each KV block: from now on a question may lie in the prefix cache, see `block_sums.py`.
+
+        blocks: how many there are.
+        block_size: tokens of each.
+        """
         self._sums = BlockSums(blocks, block_size, self._share, self._device)
 
     @property
@@ -167,7 +193,11 @@ class ResidualLayer:
         return 4 * self._share + 8
 
     def resume(self, request_id: str, cached: Sequence[int], tokens: int) -> None:
-        """A request's first rows, or first again, come in this step: `tokens` of it were found, in these KV blocks.
+        """A request's first rows, or first again, come in this step.
+
+        request_id: of the engine.
+        cached: the KV blocks in which its first tokens were found.
+        tokens: how many those are.
 
         Raises RuntimeError where more of an undecided question was found than may be.
         """
@@ -190,7 +220,10 @@ class ResidualLayer:
                 part.cached = cached[part.span.start // size : tokens // size]
 
     def drop(self, request_ids: Iterable[str]) -> None:
-        """Forget requests that finished or were aborted."""
+        """Forget requests that finished or were aborted.
+
+        request_ids: of the engine; those that are not known are passed over.
+        """
         for request_id in request_ids:
             self._passing.pop(request_id, None)
             if self._requests.pop(request_id, None) is not None and self._edited.pop(request_id, None) is not None:
@@ -199,6 +232,8 @@ class ResidualLayer:
 
     def begin_step(self, step: StepRows) -> None:
         """The rows of the coming forward. Without this call (profiling, warm-up, idle ranks) the op does nothing.
+
+        step: which rows belong to which request.
 
         Raises RuntimeError where tokens of an undecided request are missing between its last step and this one.
         """
@@ -256,8 +291,10 @@ class ResidualLayer:
     # ---- in the forward, called by the op --------------------------------------------------------------------------
 
     def run(self, x: torch.Tensor, y: torch.Tensor, slots: Mapping[str, torch.Tensor] | None = None) -> None:
-        """x: [tokens, D/ranks] into the layer; y: [tokens, H] out of it, this rank's partial sum.
+        """The op: pool what is not decided, and act on what is matched.
 
+        x: [tokens, D/ranks] into the layer.
+        y: [tokens, H] out of it, this rank's partial sum, which is changed.
         slots: int64 [tokens or more] for each attention layer, where its rows lie in the KV cache.
         """
         if self.probe is not None:
@@ -370,7 +407,11 @@ class ResidualLayer:
         return batches
 
     def add(self, x: torch.Tensor, y: torch.Tensor, batch: Batch) -> None:
-        """y += W (mask * x) on the rows of the batch, and on no other."""
+        """y += W (mask * x) on the rows of the batch, and on no other.
+
+        x, y: see `run`.
+        batch: which rows, and their masks.
+        """
         one_row_each = len(batch.masks) == len(batch.owner)
         masks = batch.masks if one_row_each else batch.masks[batch.owner]
         y.index_add_(0, batch.index, batch.memory(x[batch.index] * masks))

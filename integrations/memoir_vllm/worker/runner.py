@@ -29,8 +29,9 @@ __all__ = ["follow", "take_up"]
 
 
 def follow(runner: Any, layer: ResidualLayer | None) -> str:
-    """Tell `layer` what each step of `runner` holds, and send its decisions along. Returns "V1" or "V2".
+    """Have a layer see each step of a runner, and send its decisions along. Returns "V1" or "V2".
 
+    runner: of this worker.
     layer: None on a stage of a pipeline that does not hold the edited layer, which passes on what another has decided.
     """
     version = "V2" if hasattr(runner, "prepare_inputs") else "V1"
@@ -91,7 +92,11 @@ def _wrap_decisions(runner: Any, layer: ResidualLayer | None) -> None:
 
 
 def take_up(layer: ResidualLayer, step: SchedulerOutput) -> None:
-    """Tell the layer what a step brings."""
+    """Give a layer what a step brings.
+
+    layer: of this worker.
+    step: as the scheduler sent it.
+    """
     # An id may be finished and given to a new request in the same step: drop first.
     layer.drop(step.finished_req_ids)
     queries = queries_of(step)

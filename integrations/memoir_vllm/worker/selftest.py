@@ -24,9 +24,14 @@ PROBES = (1.0, 1e4, 1e12, float("nan"))
 
 
 def self_test(runner: Any, layer: ResidualLayer) -> None:
-    """Run vLLM's dummy decode step without and with a probe. Raises ConfigError where the probe is not felt.
+    """Run vLLM's dummy decode step without and with a probe.
 
     Every tensor-parallel rank runs it, in step, on its own shard.
+
+    runner: of this worker.
+    layer: which is probed.
+
+    Raises ConfigError where the probe is not felt.
     """
     plain = dummy_step(runner)
     for size in PROBES:
@@ -54,7 +59,10 @@ def self_test(runner: Any, layer: ResidualLayer) -> None:
 
 
 def dummy_step(runner: Any) -> torch.Tensor:
-    """What leaves this rank for one decode token, in the shape and graph of `Worker.execute_dummy_batch`."""
+    """What leaves this rank for one decode token, in the shape and graph of `Worker.execute_dummy_batch`.
+
+    runner: of this worker.
+    """
     with torch.inference_mode():
         out, _ = runner._dummy_run(1, uniform_decode=True)
     tensors = getattr(out, "tensors", None)  # a stage of a pipeline that is not the last hands on several
