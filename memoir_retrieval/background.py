@@ -9,7 +9,10 @@ __all__ = ["background_prompts", "control_prompts", "shipped", "unrelated_prompt
 
 
 def shipped(name: str) -> str:
-    """Return the text of a file of the library's `data` folder."""
+    """The text of a file of the library's `data` folder.
+
+    name: of the file.
+    """
     return files("memoir_retrieval").joinpath("data", name).read_text(encoding="utf-8")
 
 

@@ -63,10 +63,11 @@ WORKERS = {
 class MemoirConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The `memoir` section of `--additional-config`.
 
-    `store`: folder of the edits. `mode`: "inline" keeps chunked prefill and prefix caching, see `core/scheduler.py`;
-    "single" decides and applies in the one step that holds a whole prompt, and needs both off; None: see `with_mode`.
-    `tau`: matches from this overlap on, instead of the store's own threshold. `token_file`: turns administration on,
-    see `admin/tokens.py`.
+    store: folder of the edits.
+    mode: "inline" keeps chunked prefill and prefix caching, see `core/scheduler.py`; "single" decides and applies in
+        the one step that holds a whole prompt, and needs both off; None: see `with_mode`.
+    tau: matches from this overlap on, instead of the store's own threshold.
+    token_file: turns administration on, see `admin/tokens.py`.
     """
 
     store: Annotated[str, msgspec.Meta(min_length=1)]
@@ -89,7 +90,12 @@ def check_version() -> None:
 
 
 def parse_section(section: Any) -> MemoirConfig:
-    """Raises ConfigError, naming the key, for a section that is not what `MemoirConfig` describes."""
+    """Check a section.
+
+    section: as it was typed.
+
+    Raises ConfigError, naming the key, for one that is not what `MemoirConfig` describes.
+    """
     try:
         config = msgspec.convert(section, MemoirConfig)
     except msgspec.ValidationError as error:
@@ -101,7 +107,10 @@ def parse_section(section: Any) -> MemoirConfig:
 
 
 def refusal_of(call: str) -> str | None:
-    """Why a call of an engine or a worker, such as "sleep level 2", is not made; None for one that is."""
+    """Why a call of an engine or a worker is not made; None for one that is.
+
+    call: such as "sleep level 2".
+    """
     advice = {
         "sleep level 2": "use level 1",
         "reload_weights": "start the engine again with the store of the model",
@@ -113,18 +122,27 @@ def refusal_of(call: str) -> str | None:
 
 
 def section_of(vllm_config: VllmConfig) -> MemoirConfig | None:
-    """The checked section of a VllmConfig that `apply` has seen, or None."""
+    """The checked section, or None.
+
+    vllm_config: which `apply` has seen.
+    """
     section = (vllm_config.additional_config or {}).get("memoir")
     return None if section is None else msgspec.convert(section, MemoirConfig)
 
 
 def served_rule(manifest: Manifest) -> SpanRule:
-    """How a server finds the question in a prompt: the store's rule, under which raw text has none in a chat store."""
+    """How a server finds the question in a prompt: the store's rule, under which raw text has none in a chat store.
+
+    manifest: the store's.
+    """
     return _rule(msgspec.to_builtins(manifest.span), manifest.chat)
 
 
 def span_rule(vllm_config: VllmConfig) -> SpanRule:
-    """The same, from a VllmConfig that `apply` has seen: the scheduler opens no store."""
+    """The same, for the scheduler, which opens no store.
+
+    vllm_config: which `apply` has seen.
+    """
     section = vllm_config.additional_config
     return _rule(section["memoir_span"], section["memoir_chat"])
 
@@ -134,7 +152,10 @@ def _rule(span: dict[str, Any], chat: bool) -> SpanRule:
 
 
 def is_inline(vllm_config: VllmConfig) -> bool:
-    """Whether prompts may be split and cached, in a VllmConfig that `apply` has seen."""
+    """Whether prompts may be split and cached.
+
+    vllm_config: which `apply` has seen.
+    """
     ours = section_of(vllm_config)
     return ours is not None and ours.mode == "inline"
 
@@ -143,6 +164,9 @@ def keeps_sums(vllm_config: VllmConfig, kv_cache_groups: int) -> bool:
     """Whether workers keep sums per KV block, so that undecided requests may find their question in the cache.
 
     With several kinds of KV blocks a request's prefix may be found without all of its blocks.
+
+    vllm_config: which `apply` has seen.
+    kv_cache_groups: how many kinds of blocks there are.
     """
     return is_inline(vllm_config) and bool(vllm_config.cache_config.enable_prefix_caching) and kv_cache_groups == 1
 
@@ -151,7 +175,11 @@ def with_mode(config: MemoirConfig) -> MemoirConfig:
     """The section with the mode that the store needs, where it names none.
 
     Edits that act from a question's first token on, as in stores of format 4 and older and under the span rule `all`,
-    need the whole question in one step. Raises ConfigError for such a store in mode `inline`, StoreError for none.
+    need the whole question in one step.
+
+    config: the section.
+
+    Raises ConfigError for such a store in mode `inline`, StoreError for none.
     """
     span = read_manifest(Path(config.store)).span
     if span.acts == "last":
@@ -169,7 +197,13 @@ def with_mode(config: MemoirConfig) -> MemoirConfig:
 
 
 def open_store(config: MemoirConfig, model: ModelConfig) -> EditStore:
-    """Open the store and check that it was made on the served model. Raises StoreError or ModelError."""
+    """Open the store and check that it was made on the served model.
+
+    config: the section.
+    model: which is served.
+
+    Raises StoreError or ModelError.
+    """
     store = EditStore.open(config.store)
     store.require_trained()
     store.require(identify(resolve(model.model), store.manifest.module), model.model)
@@ -177,7 +211,10 @@ def open_store(config: MemoirConfig, model: ModelConfig) -> EditStore:
 
 
 def token_decoder(model: ModelConfig) -> Decode:
-    """How text is read back from token ids: by the tokenizer as the library loads it, once a question needs it."""
+    """How text is read back from token ids: by the tokenizer as the library loads it, once a question needs it.
+
+    model: which is served.
+    """
 
     @functools.cache
     def tokenizer() -> Any:
@@ -202,6 +239,9 @@ def prefer(config: MemoirConfig, args: EngineArgs) -> None:
 
     In mode `single` the op must see every row of a prompt in one step. In both its Python must run in each step, which
     a captured full graph would skip. The log says what each choice costs.
+
+    config: the section.
+    args: of the engine, which are changed.
     """
     from vllm.config import CUDAGraphMode
     from vllm.platforms import current_platform
@@ -223,7 +263,11 @@ def prefer(config: MemoirConfig, args: EngineArgs) -> None:
 
 
 def refuse(config: MemoirConfig, vllm_config: VllmConfig) -> None:
-    """Raises one ConfigError that names every setting under which the edits would be wrong or missing."""
+    """Raises one ConfigError that names every setting under which the edits would be wrong or missing.
+
+    config: the section.
+    vllm_config: of the engine.
+    """
     faults = [text for wrong, text in _checks(config, vllm_config) if wrong]
     if faults:
         raise ConfigError("memoir cannot serve edits with these settings: " + "; ".join(faults))
@@ -297,7 +341,12 @@ def _checks(config: MemoirConfig, vllm_config: VllmConfig) -> list[tuple[bool, s
 
 
 def apply(config: MemoirConfig, vllm_config: VllmConfig, manifest: Manifest) -> None:
-    """Hand our classes to vLLM through the slots that its configuration has for them."""
+    """Hand our classes to vLLM through the slots that its configuration has for them.
+
+    config: the section.
+    vllm_config: of the engine, which is changed.
+    manifest: the store's.
+    """
     vllm_config.additional_config = {
         **vllm_config.additional_config,
         "memoir": msgspec.to_builtins(config),

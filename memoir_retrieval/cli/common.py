@@ -94,6 +94,10 @@ def echo_json(value: Any) -> None:
 def run_benchmark(module: str, settings: Mapping[str, Any], environment: Mapping[str, str]) -> Any:
     """Run `python -m MODULE SETTINGS.json`, which starts engines. Returns the JSON that it prints last.
 
+    module: its dotted name.
+    settings: the content of the file.
+    environment: of the process.
+
     Raises ConfigError where it stops; its own messages have gone to stderr.
     """
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
@@ -111,7 +115,10 @@ tau_option = click.option("--tau", type=float, help="Least overlap that matches 
 
 
 def threads_option(command: Callable[..., R]) -> Callable[..., R]:
-    """`--threads N`, applied before the command runs."""
+    """`--threads N`, applied before the command runs.
+
+    command: which gets the option.
+    """
 
     @click.option("--threads", type=click.IntRange(min=1), help="CPU threads (default: torch's choice).")
     @functools.wraps(command)

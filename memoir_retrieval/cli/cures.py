@@ -20,7 +20,10 @@ _CURES = {
 
 
 def message(error: MemoirError) -> str:
-    """An error in one line, with the options of the command line in it where they are what helps."""
+    """An error in one line, with the options of the command line in it where they are what helps.
+
+    error: of the library.
+    """
     if error.reason == Reason.SETTINGS:
         return f"{error.fact}: leave out {_option(*error.about[::2])}, or choose a new folder"
     cure = _CURES.get(Reason(error.reason), error.cure) if error.reason else error.cure

@@ -90,13 +90,23 @@ context_masks_option = click.option(
 
 
 class FileOptions(NamedTuple):
-    """How an edit file is read. limit: only the first so many records with distinct subjects."""
+    """How an edit file is read.
+
+    file_format: by its name; None: it is recognised.
+    limit: only the first so many records with distinct subjects.
+    """
 
     file_format: str | None = None
     limit: int | None = None
 
     def load(self, file: Path, keep: Keep) -> list[Edit]:
-        """The edits of a file, each prompt once; `keep` says what to do with others. Raises EditFileError."""
+        """The edits of a file, each prompt once.
+
+        file: its path.
+        keep: which edit of a prompt counts where there are several.
+
+        Raises EditFileError.
+        """
         edits = check_duplicates(read_edits(file, self.file_format, note=notes.print), keep)
         return limit_distinct_subjects(edits, self.limit) if self.limit else edits
 
@@ -114,14 +124,25 @@ file_options = bundle(
 
 
 class ModelOptions(NamedTuple):
-    """Which model, and where and in which precision it runs. None: the store's own."""
+    """Which model, and where and in which precision it runs. None: the store's own.
+
+    model_name: a name or a folder.
+    device: of torch.
+    dtype: of the weights.
+    """
 
     model_name: str | None = None
     device: str = "cpu"
     dtype: str | None = None
 
     def load(self, manifest: Manifest | None = None, *, layer: int | None = None) -> BaseModel:
-        """Load it. made: of a store whose model, layer and dtype count where none is given. Raises ModelError."""
+        """Load the model.
+
+        manifest: of a store whose model, layer and dtype count where none is named.
+        layer: the block that is edited.
+
+        Raises ModelError.
+        """
         from memoir_retrieval.model.base import load_model
 
         name = self.model_name or (manifest.model if manifest else None)
@@ -139,7 +160,12 @@ class ModelOptions(NamedTuple):
 def model_options(
     *, default: str | None = None, required: bool = False, dtype: str | None = "float32, bfloat16 or float16."
 ) -> Decorator:
-    """--model, --device and, unless its help is None, --dtype."""
+    """--model, --device and, unless its help is None, --dtype.
+
+    default: of --model.
+    required: whether --model is.
+    dtype: help of --dtype.
+    """
     default_note = "" if default or required else " (default: the store's own)"
     options = [
         click.option(
@@ -159,7 +185,10 @@ def model_options(
 
 
 class StoreSettings(NamedTuple):
-    """What a store is made with; None where it was not given."""
+    """What a store is made with; None where it was not typed.
+
+    chat, layer, k, tau, span, seed: see `Settings`.
+    """
 
     chat: bool | None = None
     layer: int | None = None
@@ -169,7 +198,13 @@ class StoreSettings(NamedTuple):
     seed: int | None = None
 
     def to_settings(self, training: TrainingOptions, dtype: str | None = None) -> Settings:
-        """These and other options as the library judges them. Raises ConfigError for what cannot be."""
+        """These and other options as the library judges them.
+
+        training: how edits are trained.
+        dtype: of the model.
+
+        Raises ConfigError for what cannot be.
+        """
         return Settings.from_options(
             layer=self.layer,
             dtype=dtype,
@@ -182,13 +217,19 @@ class StoreSettings(NamedTuple):
         )
 
     def for_editor(self, *, chat: bool | None = None) -> dict[str, Any]:
-        """Arguments of `Editor`. chat: where --chat and --no-chat are not given."""
+        """Arguments of `Editor`.
+
+        chat: where neither --chat nor --no-chat was typed.
+        """
         usual = chat if self.chat is None else self.chat
         return {"chat": usual, "rule": self.span, "k": self.k, "tau": self.tau, "seed": self.seed}
 
 
 def store_settings_options(*, chat: bool = True) -> Decorator:
-    """--chat, --layer, --k, --tau, --span and --seed. chat: whether prompts go through the template by default."""
+    """--chat, --layer, --k, --tau, --span and --seed.
+
+    chat: whether prompts go through the template by default.
+    """
     usual = "through the chat template (default), or raw" if chat else "through the chat template, or raw (default)"
     return bundle(
         "settings",
@@ -207,7 +248,12 @@ def store_settings_options(*, chat: bool = True) -> Decorator:
 
 
 class TrainingOptions(NamedTuple):
-    """How edits are trained, as it was typed."""
+    """How edits are trained, as it was typed.
+
+    training: pairs NAME=VALUE.
+    context_masks: see `Training`.
+    side_by_side: see `Editor.add`.
+    """
 
     training: tuple[str, ...] = ()
     context_masks: int | None = None
@@ -259,7 +305,11 @@ training_options = bundle(
 
 
 class RayOptions(NamedTuple):
-    """A Ray cluster that does the work, or none. address: as `ray.init` takes it."""
+    """A Ray cluster that does the work, or none.
+
+    address: as `ray.init` takes it.
+    workers: how many processes work.
+    """
 
     address: str | None = None
     workers: int = 2
@@ -278,20 +328,32 @@ ray_options = bundle(
 
 
 class MeasuringOptions(NamedTuple):
-    """What is measured beside the edits. context: None where it was not given."""
+    """What is measured beside the edits.
+
+    context: None where it was not typed.
+    controls: how many unrelated prompts are answered freely.
+    text_file: of unrelated texts.
+    """
 
     context: str | None = None
     controls: int = 256
     text_file: Path | None = None
 
     def texts(self, default: Path | None = None) -> list[str]:
-        """Texts whose perplexity is compared. default: a file to take where none is given and this one exists."""
+        """Texts whose perplexity is compared.
+
+        default: a file to take where none was typed and this one exists.
+        """
         file = self.text_file or (default if default and default.is_file() else None)
         return read_texts(file) if file else []
 
 
 def measuring_options(*, usual: str, text: str = "none") -> Decorator:
-    """--context, --controls and --text. usual, text: what the help calls the default context and text."""
+    """--context, --controls and --text.
+
+    usual: what the help calls the default context.
+    text: what the help calls the default text.
+    """
     return bundle(
         "measuring",
         MeasuringOptions,

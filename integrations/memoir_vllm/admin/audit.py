@@ -30,7 +30,11 @@ _write = os.write
 
 
 class Entries(NamedTuple):
-    """lines: the entries, oldest first. torn: how many lines are no entry: a crash or a full disk cut them off."""
+    """What the log holds.
+
+    lines: the entries, oldest first.
+    torn: how many lines are no entry: a crash or a full disk cut them off.
+    """
 
     lines: list[dict[str, Any]]
     torn: int
@@ -43,11 +47,19 @@ class AuditLog:
     """
 
     def __init__(self, folder: Path, server: str):
+        """folder: the store's.
+        server: this one, see `server_name`.
+        """
         self._path, self._server = folder / AUDIT, server
         self._lock = threading.Lock()
 
     def write(self, what: str, who: str, job: str, **more: Any) -> None:
-        """Append one line and sync it. what: "accepted", "stored", "active", "failed", "interrupted" or "reloaded".
+        """Append one line and sync it.
+
+        what: "accepted", "stored", "active", "failed", "interrupted" or "reloaded".
+        who: the holder of the token.
+        job: its id.
+        more: further keys of the line.
 
         Raises OSError where the disk does not take the whole line, and where the log is a link, a folder or a device: a
         change that cannot be logged is not made.
@@ -117,6 +129,8 @@ class AuditLog:
 
 def server_name(host: str, port: int) -> str:
     """What this server is called in the audit log: its given name, or host and port.
+
+    host, port: on which it listens.
 
     Raises ConfigError for a name that could be mistaken for a host and port.
     """

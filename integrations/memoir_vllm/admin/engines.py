@@ -22,6 +22,7 @@ class Engines:
     """Calls to every worker of every engine that this server talks to."""
 
     def __init__(self, client: EngineClient):
+        """client: of the engines."""
         self._client = client
         self._reloading = asyncio.Lock()
 

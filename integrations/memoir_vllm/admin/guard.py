@@ -33,6 +33,10 @@ class Guard:
     """ASGI middleware. public: paths below the mount that need no token: they hold nothing of the store."""
 
     def __init__(self, app: ASGIApp, tokens: Tokens, public: Iterable[str]):
+        """app: what is guarded.
+        tokens: which are known.
+        public: paths below the mount that need no token.
+        """
         self._app, self._tokens, self._public = app, tokens, frozenset(public)
         self._allowance: dict[str, tuple[float, float]] = {}
 

@@ -43,11 +43,15 @@ class TrainerProcess:
     """The trainer's process as long as there is something to do. setting: see `trainer.py`."""
 
     def __init__(self, setting: dict[str, str]):
+        """setting: see `trainer.py`."""
         self._setting = setting
         self._process: asyncio.subprocess.Process | None = None
 
     async def ask(self, request: dict[str, Any], progress: Callable[[JobProgress], None]) -> TrainerAnswer:
-        """One change. progress: is called with how far it is.
+        """Have one change made.
+
+        request: as the trainer reads it.
+        progress: called with how far it is.
 
         Raises StoreError, with one line, where the change is not made, and where the process does not say so: then it
         is ended, and the next change gets a new one.
@@ -149,6 +153,11 @@ class Jobs:
         activate: Callable[[], Awaitable[int]],
         in_store: Callable[[dict[str, Any]], TrainerAnswer | None],
     ):
+        """trainer: makes the changes.
+        audit: the log.
+        activate: has the engines serve what the store holds.
+        in_store: whether the store holds a change, whatever the trainer's process said.
+        """
         self._trainer, self._audit, self._activate, self._in_store = trainer, audit, activate, in_store
         self._all: OrderedDict[str, Job] = OrderedDict()
         self._waiting: deque[tuple[Job, dict[str, Any]]] = deque()
@@ -156,6 +165,10 @@ class Jobs:
         self._more = asyncio.Event()
 
     def get(self, job_id: str) -> Job | None:
+        """A job, or None.
+
+        job_id: its id.
+        """
         return self._all.get(job_id)
 
     def all(self) -> list[Job]:
@@ -167,10 +180,16 @@ class Jobs:
         return [job for job in self._all.values() if job.state in ("queued", "running", "activating")]
 
     async def submit(self, who: str, request: dict[str, Any], **about: Any) -> Job:
-        """Log a change and queue it. about: fields of the Job. Raises QueueFull; OSError where it cannot be logged.
+        """Log a change and queue it.
 
         It is among the open jobs, and has its place, before anything else runs: what a caller has checked without
         waiting since still holds.
+
+        who: the holder of the token.
+        request: as the trainer reads it.
+        about: fields of the Job.
+
+        Raises QueueFull; OSError where it cannot be logged.
         """
         if len(self._waiting) + self._accepting >= QUEUE:
             raise QueueFull

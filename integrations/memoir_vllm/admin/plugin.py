@@ -39,7 +39,12 @@ class MemoirEndpoints:
         self._tasks: list[asyncio.Task[None]] = []
 
     def attach_router(self, app: FastAPI) -> None:
-        """Raises ConfigError for a bad token, or for a server that cannot be administrated."""
+        """Mount the routes.
+
+        app: the server's.
+
+        Raises ConfigError for a bad token, or for a server that cannot be administrated.
+        """
         args = app.state.args
         section = (getattr(args, "additional_config", None) or {}).get("memoir")
         if section is None:

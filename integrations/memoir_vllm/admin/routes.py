@@ -48,7 +48,12 @@ Search = Annotated[str, Query(max_length=256, description="Words that must all b
 
 
 def make_app(tokens: Tokens, service: Callable[[], Service], schema: bool) -> FastAPI:
-    """service: gives the service once the engine runs. schema: whether /openapi.json is served."""
+    """The routes below /memoir.
+
+    tokens: which are known.
+    service: gives the service once the engine runs.
+    schema: whether /openapi.json is served.
+    """
     public = [*_CONSOLE, *(["/openapi.json"] if schema else [])]
     app = FastAPI(
         title="memoir administration",

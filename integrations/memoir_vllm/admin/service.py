@@ -47,6 +47,12 @@ class Service:
     """Administration of one server. state: vLLM's own, with the handlers of /v1."""
 
     def __init__(self, ours: MemoirConfig, model: str, server: str, engines: Engines, state: Any):
+        """ours: the section of the configuration.
+        model: its name or folder.
+        server: what this one is called, see `server_name`.
+        engines: of this server.
+        state: vLLM's own, with the handlers of /v1.
+        """
         self._ours, self._state = ours, state
         self.folder = Path(ours.store)
         self.engines = engines
@@ -71,7 +77,10 @@ class Service:
             )
 
     def in_store(self, change: dict[str, Any]) -> TrainerAnswer | None:
-        """What the trainer's process says of a change that is made, read from the store; None where it is not there."""
+        """What the trainer's process says of a change that is made, read from the store; None where it is not there.
+
+        change: as it was requested.
+        """
         store = self.store()
         generation = store.manifest.generation
         if "add" not in change:
@@ -95,14 +104,24 @@ class Service:
         return self._store[1]
 
     def search(self, text: str, offset: int, limit: int) -> tuple[int, int, list[StoredEdit]]:
-        """Generation, how many edits have all words of `text` in them, and a page of those."""
+        """Generation, how many edits have all words in them, and a page of those.
+
+        text: the words.
+        offset: how many edits are left out.
+        limit: how many the page has.
+        """
         store = self.store()
         words = text.casefold().split()
         edits = [edit for edit in store.edits if _has(edit, words)] if words else store.edits
         return store.manifest.generation, len(edits), list(edits[offset : offset + limit])
 
     def edit(self, edit_id: int) -> StoredEdit:
-        """Raises Missing."""
+        """A stored edit.
+
+        edit_id: its id.
+
+        Raises Missing.
+        """
         store = self.store()
         try:
             return store.edit(edit_id)
@@ -110,6 +129,7 @@ class Service:
             raise Missing(f"there is no edit {edit_id} in generation {store.manifest.generation}") from None
 
     async def stats(self) -> Stats:
+        """Counters of the store, the engines and this process."""
         engines = await self.engines.stats()
         store = await asyncio.to_thread(self.store)
         served = {int(engine["generation"]) for engine in engines}
@@ -133,6 +153,8 @@ class Service:
 
     async def lookup(self, prompt: LookupPrompt | LookupMessages) -> LookupResult:
         """Let vLLM render and the engine pool the prompt, exactly as a client's; one token is sampled and dropped.
+
+        prompt: text or messages.
 
         Raises Refused where vLLM refuses the request.
         """
@@ -206,6 +228,9 @@ class Service:
     async def add(self, who: str, body: AddEdit) -> Job | StoredEdit:
         """Queue an edit; one that the store has already is returned as it is.
 
+        who: the holder of the token.
+        body: the edit.
+
         Raises Refused for an edit that could never act; Conflict for a prompt that the store, or a change that waits,
         answers differently; QueueFull.
         """
@@ -224,7 +249,13 @@ class Service:
         return await self.jobs.submit(who, request, **about)
 
     async def remove(self, who: str, edit_id: int) -> Job:
-        """Queue the removal of an edit. Raises Missing; Conflict where it is queued already; QueueFull."""
+        """Queue the removal of an edit.
+
+        who: the holder of the token.
+        edit_id: its id.
+
+        Raises Missing; Conflict where it is queued already; QueueFull.
+        """
         edit = await asyncio.to_thread(self.edit, edit_id)
         key = await asyncio.to_thread(prompt_key, edit.prompt)
         if any(job.kind == "remove" and job.edit == edit_id for job in self.jobs.open()):
@@ -233,7 +264,12 @@ class Service:
         return await self.jobs.submit(who, {"remove": edit_id}, **about)
 
     async def reload(self, who: str) -> int:
-        """Have the engines adopt the store's present generation. Raises StoreError."""
+        """Have the engines adopt the store's present generation. Returns its number.
+
+        who: the holder of the token.
+
+        Raises StoreError.
+        """
         generation = await self.engines.reload()
         try:
             await asyncio.to_thread(self.audit.write, "reloaded", who, "", generation=generation)

@@ -19,6 +19,7 @@ class Tokens:
     """Known tokens, kept as digests."""
 
     def __init__(self, names: dict[bytes, str]):
+        """names: of the holders, by the digest of their token."""
         self._names = names
 
     @classmethod
@@ -50,7 +51,10 @@ class Tokens:
         return bool(self._names)
 
     def holder(self, authorization: str | None) -> str | None:
-        """The name of who sends this `Authorization` header, or None. Takes the same time for every wrong token."""
+        """The name of the holder of a token, or None. Takes the same time for every wrong token.
+
+        authorization: the header of a request.
+        """
         scheme, _, token = (authorization or "").partition(" ")
         token_digest = sha256(token.strip().encode("utf-8", "surrogateescape")).digest()
         holder = None

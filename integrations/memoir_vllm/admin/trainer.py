@@ -48,8 +48,12 @@ class TrainerProgress(msgspec.Struct, frozen=True, omit_defaults=True):
 class TrainerAnswer(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     """One line of the trainer.
 
-    generation: of the store, with the change. edit: its id. loss: of its training, in nats per target token. steps: of
-    its training. error: why the change is not made. progress: how far it is; the answer comes later.
+    generation: of the store, with the change.
+    edit: its id.
+    loss: of its training, in nats per target token.
+    steps: of its training.
+    error: why the change is not made.
+    progress: how far it is; the answer comes later.
     """
 
     generation: int | None = None

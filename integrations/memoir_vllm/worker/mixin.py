@@ -81,7 +81,7 @@ class MemoirWorker(Worker):
     def sleep(self, level: int = 1) -> None:
         """Level 1 keeps the weights in host memory, and the residual memory stays where it is.
 
-        level: any other is refused.
+        level: 2 is refused.
         """
         if refusal := config.refusal_of(f"sleep level {level}"):
             raise RuntimeError(refusal)
