@@ -193,6 +193,7 @@ def _fetch(repo: str, commit: str, name: str, folder: str, most: int) -> Path:
         """A progress bar sees every piece that is downloaded, shown or not."""
 
         received = 0
+        monitor_interval = 0  # tqdm keeps a thread for each class of bars for as long as the process lives
 
         def update(self, n: float | None = 1) -> bool | None:
             self.received += int(n or 0)

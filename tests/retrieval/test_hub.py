@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import yaml
 from http_stand_in import running
 from hub_stand_in import StandInHub, commit_id
+from huggingface_hub.utils import tqdm
 from test_additions import add
 
 from memoir_retrieval import Edit, Editor, EditStore, load_model
@@ -72,6 +74,18 @@ def test_what_is_pushed_is_what_is_pulled(hub: StandInHub, store: Path, tmp_path
     ours, theirs = contents(store), contents(tmp_path / "new")
     assert theirs == ours
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".memoir-pull")]
+
+
+def test_no_thread_outlives_a_pull(
+    hub: StandInHub, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A service that pulls again and again would collect them."""
+    push(store, REPO)
+    monkeypatch.setattr(tqdm, "monitor", None, raising=False)  # as in a process that has shown no bar yet
+    pull(REPO, tmp_path / "first")
+    before = {thread for thread in threading.enumerate() if "process_request" not in thread.name}  # not the stand-in's
+    pull(REPO, tmp_path / "second")
+    assert {thread for thread in threading.enumerate() if "process_request" not in thread.name} <= before
 
 
 def test_what_was_added_is_pushed_as_part_of_the_files(hub: StandInHub, store: Path, tmp_path: Path) -> None:
