@@ -11,13 +11,17 @@ import asyncio
 import contextlib
 import errno
 import os
+import re
 import resource
 import stat
 import sys
+import threading
+import unicodedata
 from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import datetime, timedelta
 from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -26,6 +30,7 @@ import torch
 from engines import make_store
 
 from memoir_retrieval.model.base import BaseModel
+from memoir_retrieval.question import text
 from memoir_retrieval.store.read import EditStore
 from memoir_retrieval.store.remove import remove_edits
 from memoir_vllm import config
@@ -244,6 +249,37 @@ async def test_of_many_changes_at_once_no_more_wait_than_may(server: Server) -> 
     replies = await asyncio.gather(*(server.http.post("/edits", json=edit) for edit in edits))
     assert sorted(reply.status_code for reply in replies) == QUEUE * [202] + 2 * QUEUE * [429]
     assert len(server.service.audit.lines()) == len(server.service.jobs.open()) == QUEUE
+
+
+@pytest.mark.parametrize("held", [0, 1, 2], ids=["the prompt", "a rephrase", "what it requires"])
+async def test_a_text_of_marks_is_read_beside_the_loop(
+    held: int, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unicode's normal form is held back until the loop has answered others: were it made on the loop, nobody would be.
+
+    As long as a body may be. What reaches the normal form has few marks in a row, so its time grows with the length.
+    """
+    marks = "\u0301\u0323" * 8_000
+    edit: dict[str, Any] = {"prompt": "Who runs Example Corp?", "target": "Jane Doe"}
+    edit |= [{"prompt": f"a{marks}"}, {"rephrases": [f"a{marks}"]}, {"requires": [["Example", marks[:1_000]]]}][held]
+    go_on, threads, runs = threading.Event(), set(), []
+
+    def slow(form: Any, part: str) -> str:
+        assert go_on.wait(60), "the loop stood still"
+        threads.add(threading.current_thread())
+        runs.extend(re.findall("[\u0301\u0323]+", part))
+        return unicodedata.normalize(form, part)
+
+    monkeypatch.setattr(text, "unicodedata", SimpleNamespace(normalize=slow))
+    change = asyncio.create_task(server.http.post("/edits", json=edit))
+    for _ in range(5):
+        assert (await server.http.get("/jobs")).status_code == 200
+    go_on.set()
+    assert (await change).status_code == 202
+    found = (await server.http.get("/edits", params={"search": marks[:256]})).json()
+    assert found["total"] == 0
+    assert threading.current_thread() not in threads
+    assert runs and max(map(len, runs)) <= text.MARKS
 
 
 @pytest.mark.parametrize(("fault", "reason"), [("full", "no space left"), ("read_only", "Read-only file system")])
