@@ -197,7 +197,12 @@ def train(
     side_by_side: int | None = None,
     quiet: bool = False,
 ) -> list[StoredEdit]:
-    """`Editor.add` with a progress bar: edits a second, the last edit's loss, time left."""
+    """`Editor.add` with a progress bar: edits per second, the last edit's loss, time left.
+
+    editor: which is open.
+    edits, on_conflict, rephrase_masks, keep_failed, side_by_side: see `Editor.add`.
+    quiet: whether the bar is left out.
+    """
     columns = (
         TextColumn("editing"),
         BarColumn(),

@@ -111,5 +111,8 @@ class Server:
 
 
 def base_url(url: str) -> str:
-    """The address of a server without a slash at the end and without /v1."""
+    """The address of a server without a slash at the end and without /v1.
+
+    url: as it was typed.
+    """
     return url.rstrip("/").removesuffix("/v1")

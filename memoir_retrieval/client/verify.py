@@ -139,6 +139,8 @@ def distance(left: Reply, right: Reply) -> float:
     """Largest difference of two answers' log-probabilities, up to and including the first token that differs.
 
     0.0 means equal bits. Infinite where one answer is a true beginning of the other.
+
+    left, right: the answers.
     """
     far = 0.0
     for a, b, x, y in zip(left.tokens, right.tokens, left.logprobs, right.logprobs, strict=False):

@@ -68,7 +68,9 @@ def check_duplicates(edits: Iterable[Edit], keep: Keep = "refuse") -> list[Edit]
 
     Prompts are compared by `prompt_key`, targets with runs of blanks collapsed. A repeated edit is dropped.
 
+    edits: in the order of their files.
     keep: what becomes of a prompt with two targets: "refuse" raises EditFileError, "first" and "last" keep one edit.
+
     Raises ConfigError for another `keep`.
     """
     if keep not in ("refuse", "first", "last"):
@@ -94,9 +96,14 @@ def check_duplicates(edits: Iterable[Edit], keep: Keep = "refuse") -> list[Edit]
 
 
 def limit_distinct_subjects(edits: Iterable[Edit], n: int) -> list[Edit]:
-    """Return the first `n` edits whose prompt and subject no edit taken before has; fewer if there are fewer.
+    """Return the first edits whose prompt and subject no edit taken before has; fewer if there are fewer.
 
-    An empty subject never counts as taken. Raises ConfigError if `n` is below 1.
+    An empty subject never counts as taken.
+
+    edits: in the order of their files.
+    n: how many.
+
+    Raises ConfigError if `n` is below 1.
     """
     if n < 1:
         raise ConfigError(f"cannot take {n} edits; ask for 1 or more")

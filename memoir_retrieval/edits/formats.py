@@ -38,24 +38,39 @@ class Fields(dict[str, Any]):
     """An object of a record, which notes in `keys` what it has, and what is read of it with `get`."""
 
     def __init__(self, values: Record, keys: Keys, above: str = "") -> None:
-        """values: the object. keys: of the file. above: what stands before its keys, such as "locality."."""
+        """values: the object.
+        keys: of the file.
+        above: what stands before its keys, such as "locality.".
+        """
         super().__init__(values)
         self.keys_of_file = keys
         self.above = above
         keys.seen.update(above + key for key in values)
 
     def get(self, key: str, default: Any = None) -> Any:
-        """See `dict.get`."""
+        """See `dict.get`.
+
+        key: of the object.
+        default: where it has no such key.
+        """
         self.keys_of_file.read.add(self.above + key)
         return super().get(key, default)
 
     def below(self, key: str, value: Record) -> Fields:
-        """An object that stands under a key of this one."""
+        """An object that stands under a key of this one.
+
+        key: of this one.
+        value: the object.
+        """
         return Fields(value, self.keys_of_file, f"{self.above}{key}.")
 
 
 class Format(NamedTuple):
-    """A record layout: the key sets that tell it from the others, and the function that reads one record."""
+    """A record layout.
+
+    keys: the key sets by which it is recognised.
+    parse: reads one record.
+    """
 
     keys: list[list[str]]
     parse: Callable[[Fields], list[Edit]]

@@ -125,19 +125,32 @@ def _fill_in(text: str, subject: str) -> str:
 
 
 def stored_as(edit: Edit | StoredEdit, **fields: Any) -> StoredEdit:
-    """The record of an edit that a store keeps. fields: those that tell of its training."""
+    """The record of an edit that a store keeps.
+
+    edit: any.
+    fields: those that are of its training.
+    """
     kept = {name: getattr(edit, name) for name in Edit.__struct_fields__ if name in StoredEdit.__struct_fields__}
     return StoredEdit(**kept, **fields)
 
 
 def as_prompt(edit: Edit | StoredEdit, prompt: str | None = None) -> Prompt:
-    """What the model is asked: the edit's prompt, or a rephrasing of it, after the messages before it."""
+    """What the model is asked: a prompt after the messages before it.
+
+    edit: any.
+    prompt: a rephrasing of the edit's prompt; by default that itself.
+    """
     prompt = edit.prompt if prompt is None else prompt
     return [*edit.before, {"role": "user", "content": prompt}] if edit.before else prompt
 
 
 def masked(edit: Edit | StoredEdit, contexts: Sequence[Sequence[Message]], rephrases: int) -> list[Prompt]:
-    """What gives an edit its masks: its prompt, the same after each of these contexts, and the first rephrasings."""
+    """What gives an edit its masks: its prompt, the same after each of some contexts, and rephrasings.
+
+    edit: any.
+    contexts: messages each.
+    rephrases: how many of its rephrasings, the first ones.
+    """
     question: Message = {"role": "user", "content": edit.prompt}
     others = edit.rephrases[:rephrases]
     return [

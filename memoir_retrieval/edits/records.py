@@ -36,7 +36,11 @@ _PROBES = {"locality_inputs": "locality", "portability_inputs": "portability"}
 
 
 class Located(NamedTuple):
-    """A record and where it starts, such as "line 3"."""
+    """A record of a file.
+
+    where: it starts, such as "line 3".
+    record: as it was parsed.
+    """
 
     where: str
     record: Any

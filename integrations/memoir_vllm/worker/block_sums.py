@@ -25,16 +25,23 @@ class BlockSums:
     """
 
     def __init__(self, blocks: int, block_size: int, d: int, device: torch.device | str):
+        """blocks: how many KV blocks there are.
+        block_size: tokens of each.
+        d: this rank's share of D.
+        device: of the sums.
+        """
         self.block_size = block_size
         self._sums = torch.zeros(blocks + 1, d, dtype=torch.float32, device=device)
         self._weights = torch.zeros(blocks + 1, dtype=torch.float32, device=device)
         self._counts = torch.zeros(blocks + 1, dtype=torch.int32, device=device)
 
     def add(self, x: torch.Tensor, weights: torch.Tensor, slots: torch.Tensor, begins: np.ndarray) -> None:
-        """Count rows. x: [rows, D/ranks]. weights: float32 [rows]. begins: bool [rows], whose block is begun anew.
+        """Count rows. No shape depends on the data, so nothing waits for the device.
 
-        slots: int64 [rows], where the KV cache keeps each: block * block_size + offset. No shape depends on the data,
-        so nothing waits for the device.
+        x: [rows, D/ranks].
+        weights: float32 [rows].
+        slots: int64 [rows], where the KV cache keeps each: block * block_size + offset.
+        begins: bool [rows], whose block is begun anew.
         """
         blocks = slots // self.block_size
         begun = torch.from_numpy(begins).to(x.device, non_blocking=True)
@@ -47,7 +54,10 @@ class BlockSums:
         self._counts.index_add_(0, blocks, torch.ones_like(blocks, dtype=torch.int32))
 
     def of(self, blocks: Sequence[int], tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Numerator, float32 [D/ranks], and denominator of the mean of `tokens` tokens, all that these blocks count.
+        """Numerator, float32 [D/ranks], and denominator of a mean.
+
+        blocks: which count the tokens.
+        tokens: how many those are, all that these blocks count.
 
         Raises RuntimeError where they count others.
         """

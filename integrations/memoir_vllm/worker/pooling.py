@@ -20,9 +20,13 @@ SLICE = 1024
 
 
 def token_weights(x: torch.Tensor, weighted: bool, ranks: int = 1) -> torch.Tensor:
-    """What each row counts by, see `Span`: float32 [tokens]. x: [tokens, D/ranks].
+    """What each row counts by, see `Span`: float32 [tokens].
 
-    Each rank has a share of every activation, and of its squared norm; a call of all ranks.
+    Each rank has a share of every activation, and of its squared norm; all ranks must call this.
+
+    x: [tokens, D/ranks].
+    weighted: whether rows count by their squared norm.
+    ranks: of tensor parallelism.
     """
     if not weighted:
         return torch.ones(len(x), device=x.device)
@@ -39,7 +43,9 @@ def pooled(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Numerators, float32 [P, D/ranks], and denominators, float32 [P] and above 0, of the means of P questions.
 
-    x: [tokens, D/ranks]. weights: float32 [tokens]. ranges: the rows [first, last) of each, never empty.
+    x: [tokens, D/ranks].
+    weights: float32 [tokens].
+    ranges: the rows [first, last) of each, never empty.
     """
     return (_one_by_one if x.device.type == "cpu" else _together)(x, weights, ranges)
 

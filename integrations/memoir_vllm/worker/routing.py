@@ -25,7 +25,12 @@ NO_CHAT = "no user message with text; the edits were made in chats, so ask throu
 
 @dataclass(frozen=True)
 class Route:
-    """What is known of a request; for a match the mask (bool [D]) and the number of the memory that hold the edit."""
+    """What is known of a request.
+
+    routed: its decision.
+    mask: bool [D], that of a match.
+    memory: of a match, the number of the memory that holds the edit.
+    """
 
     routed: Routed
     mask: np.ndarray | None = None
@@ -36,7 +41,11 @@ class Router:
     """The lookup side of one generation of a store."""
 
     def __init__(self, store: EditStore, tau: float | None, device: torch.device | str, decode: Decode):
-        """decode: the text of a question's token ids; see `EditLookup`."""
+        """store: which was checked.
+        tau: the least overlap that matches; None: the store's own.
+        device: on which means come.
+        decode: the text of a question's token ids; see `EditLookup`.
+        """
         manifest = store.manifest
         self.generation = manifest.generation
         # Numbers of generations and rows are the same in two stores. Manifests of format 1 have no digest of their own.
@@ -68,10 +77,12 @@ class Router:
     def route(
         self, means: torch.Tensor, questions: Sequence[Sequence[int]], nearest: Sequence[int] = ()
     ) -> list[Route]:
-        """means: float32 [Q, D], the mean activation of each question, on this router's device. questions: its tokens.
+        """Look questions up.
 
+        means: float32 [Q, D], the mean activation of each question, on this router's device.
+        questions: the token ids of each.
         nearest: for each question, how many of the nearest edits the decision names, matched or not, whatever they
-        require.
+            require.
         """
         routes = [self.unroutable()] * len(means)
         # A model may overflow on a strange prompt; that must not stop the engine for everyone else.
@@ -102,7 +113,12 @@ class Router:
             yield tuple((edit, round(overlap, 4)) for edit, overlap in zip(row, values, strict=True) if edit >= 0)
 
     def recall(self, routed: Routed) -> Route:
-        """The route of a request that was decided before. Raises RuntimeError for another generation's decision."""
+        """The route of a request that was decided before.
+
+        routed: its decision.
+
+        Raises RuntimeError for another generation's decision.
+        """
         if routed.decision.generation != self.generation:
             raise RuntimeError(
                 f"memoir: a request was decided by generation {routed.decision.generation} of the store, this worker "

@@ -17,7 +17,11 @@ __all__ = ["Acting", "Batch", "StepRows", "acting_rows"]
 class StepRows(NamedTuple):
     """The rows of one forward. Rows `[edges[i], edges[i + 1])` hold tokens of request `ids[i]` from `positions[i]` on.
 
-    edges: int [requests + 1]. positions: int [requests]. All three are the step's own: a runner reuses its buffers.
+    All are the step's own: a runner reuses its buffers.
+
+    ids: of the requests.
+    edges: int [requests + 1].
+    positions: int [requests].
     """
 
     ids: Sequence[str]
@@ -29,7 +33,10 @@ class StepRows(NamedTuple):
 class Batch:
     """All rows of a step that one residual memory acts on.
 
-    index: int64 [R] the rows. masks: [S, D] of the requests. owner: int64 [R] in [0, S), whose row it is.
+    memory: which one.
+    index: int64 [R] the rows.
+    masks: [S, D] of the requests.
+    owner: int64 [R] in [0, S), whose row it is.
     """
 
     memory: ResidualProduct
@@ -39,8 +46,14 @@ class Batch:
 
 
 class Acting(NamedTuple):
-    """Edited requests of a step. places: int [S], theirs in it. starts: int [S], the position from which each is
-    edited. numbers: int [S], that of its memory in `memories`. masks: of each, [D]."""
+    """Edited requests of a step.
+
+    places: int [S], where each stands in it.
+    starts: int [S], the position from which each is edited.
+    numbers: int [S], that of its memory among `memories`.
+    masks: of each, [D].
+    memories: those that act.
+    """
 
     places: np.ndarray
     starts: np.ndarray
@@ -49,12 +62,19 @@ class Acting(NamedTuple):
     memories: Sequence[ResidualProduct]
 
     def all_rows(self, step: StepRows) -> bool:
-        """Whether every row of these requests is edited, as it is once they generate."""
+        """Whether every row of these requests is edited, as it is once they generate.
+
+        step: in which they are.
+        """
         return bool((step.positions[self.places] >= self.starts).all())
 
 
 def acting_rows(step: StepRows, acting: Acting) -> list[Batch]:
-    """One batch for each memory."""
+    """One batch for each memory.
+
+    step: in which the requests are.
+    acting: the edited requests.
+    """
     ends = step.edges[acting.places + 1]
     first = step.edges[acting.places] + np.maximum(0, acting.starts - step.positions[acting.places])
     counts = np.maximum(0, ends - first)
