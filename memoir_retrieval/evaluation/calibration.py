@@ -100,8 +100,8 @@ class Setting(msgspec.Struct, frozen=True):
 @dataclass(frozen=True)
 class _Shared:
     """Bits in common with a mask, of k. edits int64 [N], rephrases int64 [R]: with the own edit's best mask;
-    unrelated int64 [U]: with the nearest mask, which is that of edit `nearest` [U]. found bool [R]: whether the own
-    edit is the nearest of those that may act."""
+    unrelated int64 [U]: with the nearest mask, which is that of edit `nearest` [U]. is_nearest bool [R]: whether the
+    own edit is the nearest of those that may act."""
 
     k: int
     edits: NDArray[np.int64]

@@ -290,7 +290,7 @@ def known_in_other_words(model: AskableModel, texts: Sequence[tuple[int, str]]) 
     def known(answers: Sequence[Answer]) -> float:
         return _mean([_mean([p >= LIKELY for p in a.logprobs]) or 0.0 for a in answers]) or 0.0
 
-    matched = _mean([a.edit == own for a, (own, _) in zip(after, texts, strict=True)])
+    matched = _mean([a.edit == number for a, (number, _) in zip(after, texts, strict=True)])
     return OtherWords(len(texts), matched or 0.0, known(after), known(before))
 
 

@@ -132,8 +132,8 @@ def forms(edits: Sequence[StoredEdit]) -> Iterator[Question]:
     """The prompts of the edits in longer messages."""
     for name, part, text in _data()["forms"]:
         chosen = _of(edits, part)
-        for at, edit in enumerate(chosen):
-            other = chosen[(at + len(chosen) // 3) % len(chosen)]
+        for i, edit in enumerate(chosen):
+            other = chosen[(i + len(chosen) // 3) % len(chosen)]
             right = (edit.id, other.id) if "{other}" in text else (edit.id,)
             yield Question("form", name, part, _filled(text, edit, other), right, edit.id)
 
@@ -247,8 +247,8 @@ def other_questions(edits: Sequence[StoredEdit], each: int = 3) -> Iterator[Ques
                 if not _may_be_one_fact(edit.prompt, other.prompt, edit.subject, other.subject)
             }
             texts = sorted(others - stored)
-            for at in random.permutation(len(texts))[:each]:
-                yield Question("other question", "made up, about the same name", part, texts[at], (), edit.id)
+            for i in random.permutation(len(texts))[:each]:
+                yield Question("other question", "made up, about the same name", part, texts[i], (), edit.id)
 
 
 # ---- edits of the library's own, of which masks are enough ---------------------------------------------------------
@@ -303,7 +303,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 def _sample(records: list[Any], most: int) -> list[Any]:
     """So many of the records, spread over the file."""
-    return records if len(records) <= most else [records[at * len(records) // most] for at in range(most)]
+    return records if len(records) <= most else [records[i * len(records) // most] for i in range(most)]
 
 
 def _distinct(records: Sequence[dict[str, Any]], key: str) -> list[dict[str, Any]]:
@@ -403,7 +403,7 @@ def unrelated(folder: Path, most: int, stored: Sequence[StoredEdit]) -> Iterator
 
     stored: prompts that ask an edit of the store are left out.
     """
-    own = {" ".join(edit.prompt.lower().split()) for edit in stored}
+    prompts = {" ".join(edit.prompt.lower().split()) for edit in stored}
     texts = [("the library's", text) for text in control_prompts()]
     rest = max(0, most - len(texts))
     questions, text = folder / "text/nq-open-dev.jsonl", folder / "text/wikitext-2-test.jsonl"
@@ -414,5 +414,5 @@ def unrelated(folder: Path, most: int, stored: Sequence[StoredEdit]) -> Iterator
         long = [r["text"] for r in _lines(text) if len(r["text"]) > 80 and not r["text"].strip().startswith("=")]
         texts += [("text (WikiText)", " ".join(record.split()[:80])) for record in _sample(long, rest // 3)]
     for name, prompt in texts[:most]:
-        if " ".join(prompt.lower().split()) not in own:
+        if " ".join(prompt.lower().split()) not in prompts:
             yield Question("unrelated", name, hashed_part(prompt), prompt, ())

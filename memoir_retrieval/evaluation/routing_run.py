@@ -171,7 +171,7 @@ def _spread(questions: Sequence[Question], each: int | None) -> list[Question]:
     chosen: list[Question] = []
     for row in rows.values():
         n = len(row) if each is None or row[0].kind == "unrelated" else min(len(row), each)
-        chosen += [row[at * len(row) // n] for at in range(n)]
+        chosen += [row[i * len(row) // n] for i in range(n)]
     return chosen
 
 
@@ -190,8 +190,8 @@ def check_sets(sets: Sequence[str], data: Path) -> None:
 
 
 def _trial(name: str, data: Path, most: int) -> Trial:
-    own = {"siblings": siblings, "opposites": opposites, "faq": faq}
-    return own[name]() if name in own else published(name, data, most)
+    trials = {"siblings": siblings, "opposites": opposites, "faq": faq}
+    return trials[name]() if name in trials else published(name, data, most)
 
 
 def _editor(retriever: Retriever, folder: Path) -> Editor:
@@ -216,7 +216,7 @@ def _train(editor: Editor, trial: Trial, like: Retriever) -> tuple[Retriever, Tr
     store = EditStore.open(editor.path)
     ids = {edit.prompt: edit.id for edit in store.edits}
     places = [ids.get(edit.prompt, _NOT_STORED) for edit in trial.edits]
-    questions = [question._replace(right=tuple(places[at] for at in question.right)) for question in trial.questions]
+    questions = [question._replace(right=tuple(places[i] for i in question.right)) for question in trial.questions]
     return Retriever(store, like.base, like.tau), trial._replace(questions=questions)
 
 
@@ -240,17 +240,17 @@ def _rows(name: str, retriever: Retriever, questions: Sequence[Question], answer
     texts = _texts(retriever, questions, edits, answers)
     targets = {edit.id: edit.target for edit in retriever.store.edits}
     groups: dict[tuple[str, str, Part], list[int]] = {}
-    for at, question in enumerate(questions):
-        groups.setdefault(_row(question), []).append(at)
+    for i, question in enumerate(questions):
+        groups.setdefault(_row(question), []).append(i)
     rows = []
     for (kind, what, part), group in groups.items():
-        right = [at for at in group if edits[at] in questions[at].right]
-        other = [at for at in group if edits[at] >= 0 and edits[at] not in questions[at].right]
+        right = [i for i in group if edits[i] in questions[i].right]
+        other = [i for i in group if edits[i] >= 0 and edits[i] not in questions[i].right]
         wanted = bool(questions[group[0]].right)
         read = texts is not None and (answers == "all" or kind in ANSWERED)
-        exact = [texts[at] == targets[edits[at]].strip() for at in right] if read and texts and wanted else None
-        harm = [_holds(texts[at], targets[edits[at]]) for at in other] if read and texts and other else None
-        wrong = [at for at in group if at not in set(right)] if wanted else other
+        exact = [texts[i] == targets[edits[i]].strip() for i in right] if read and texts and wanted else None
+        harm = [_holds(texts[i], targets[edits[i]]) for i in other] if read and texts and other else None
+        wrong = [i for i in group if i not in set(right)] if wanted else other
         rows.append(
             Row(
                 set=name,
@@ -262,7 +262,7 @@ def _rows(name: str, retriever: Retriever, questions: Sequence[Question], answer
                 other=round(len(other) / len(group), 4),
                 exact=None if exact is None else round(sum(exact) / len(group), 4),
                 answered=None if harm is None else round(sum(harm) / len(harm), 4),
-                slips=[_slip(questions[at], decisions[at]) for at in wrong[:SLIPS]],
+                slips=[_slip(questions[i], decisions[i]) for i in wrong[:SLIPS]],
             )
         )
     return rows
@@ -275,13 +275,11 @@ def _texts(
     if answers == "none":
         return None
     places = [
-        at
-        for at, question in enumerate(questions)
-        if edits[at] >= 0 and (answers == "all" or question.kind in ANSWERED)
+        i for i, question in enumerate(questions) if edits[i] >= 0 and (answers == "all" or question.kind in ANSWERED)
     ]
     model = EditedModel(retriever)
-    replies = model.generate([questions[at].prompt for at in places], max_new_tokens=ANSWER_TOKENS)
-    return {at: answer.text.strip() for at, answer in zip(places, replies, strict=True)}
+    replies = model.generate([questions[i].prompt for i in places], max_new_tokens=ANSWER_TOKENS)
+    return {i: answer.text.strip() for i, answer in zip(places, replies, strict=True)}
 
 
 def _holds(text: str, target: str) -> bool:

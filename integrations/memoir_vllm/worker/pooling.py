@@ -65,9 +65,9 @@ def _together(
     rows = int(counts.sum())
     index = np.arange(rows) + np.repeat(first - (np.cumsum(counts) - counts), counts)
     both = torch.from_numpy(np.concatenate([index, counts])).to(x.device, non_blocking=True)
-    at, lengths = both.split([rows, len(counts)])
-    weight = weights[at]
-    parts = (x[at].float() * weight[:, None], weight)
+    rows_of_parts, lengths = both.split([rows, len(counts)])
+    weight = weights[rows_of_parts]
+    parts = (x[rows_of_parts].float() * weight[:, None], weight)
     # Each number of a sum is added up by itself, in the order of the rows, whoever else is asked.
     total, weight = (torch.segment_reduce(part, "sum", lengths=lengths, unsafe=True) for part in parts)
     return total, weight.clamp_min(torch.finfo(torch.float32).tiny)

@@ -90,20 +90,20 @@ class Router:
         if not sound:
             return routes
         codes = self._fingerprint.codes(means if len(sound) == len(means) else means[sound])
-        hits = self._lookup.search(codes, self.tau, [questions[at] for at in sound])
-        for at, edit, overlap, row in zip(
+        hits = self._lookup.search(codes, self.tau, [questions[q] for q in sound])
+        for q, edit, overlap, row in zip(
             sound, hits.ids.tolist(), hits.overlaps.tolist(), hits.rows.tolist(), strict=True
         ):
             if row < 0:
-                routes[at] = self._unedited("unmatched", round(overlap, 4))
+                routes[q] = self._unedited("unmatched", round(overlap, 4))
             else:
                 decision = Decision(edit, round(overlap, 4), "matched", self.generation)
-                routes[at] = self.recall(Routed(decision, row, self.digest))
+                routes[q] = self.recall(Routed(decision, row, self.digest))
         if any(nearest):
-            for at, named in zip(sound, self._named(codes, max(nearest)), strict=True):
-                routed = routes[at].routed
-                decision = msgspec.structs.replace(routed.decision, nearest=named[: nearest[at]])
-                routes[at] = replace(routes[at], routed=routed._replace(decision=decision))
+            for q, named in zip(sound, self._named(codes, max(nearest)), strict=True):
+                routed = routes[q].routed
+                decision = msgspec.structs.replace(routed.decision, nearest=named[: nearest[q]])
+                routes[q] = replace(routes[q], routed=routed._replace(decision=decision))
         return routes
 
     def _named(self, codes: np.ndarray, n: int) -> Iterator[tuple[tuple[int, float], ...]]:
