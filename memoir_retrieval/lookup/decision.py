@@ -35,7 +35,9 @@ class Decision(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 def decision_of(reply: Mapping[str, Any]) -> Decision | None:
-    """The decision in a server's response, decoded JSON; None where the server has no plugin.
+    """The decision in a server's response; None where the server has no plugin.
+
+    reply: the response, decoded JSON.
 
     Raises ConfigError for a decision of another form than this version's.
     """

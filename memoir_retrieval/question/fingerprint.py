@@ -16,16 +16,23 @@ _BITS = np.array([1 << bit for bit in range(8)], np.uint8)[:, None]
 
 
 def permutation(d: int, seed: int) -> np.ndarray:
-    """The fixed random permutation pi of the D positions: int64 [D]. Stored with the edits, never drawn again."""
+    """The fixed random permutation of the positions: int64 [D]. Stored with the edits, never drawn again.
+
+    d: how many positions.
+    seed: of the draw.
+    """
     return np.random.Generator(np.random.PCG64(seed)).permutation(d).astype(np.int64)
 
 
 def top_mask(values: torch.Tensor, k: int) -> torch.Tensor:
     """Which are the k largest entries of each row; among equals the lowest positions are.
 
-    values: float [N, D], 0 < k <= D. Returns bool [N, D] with k ones a row on the same device. A stable sort has the
-    same result; neither way of ours sorts whole rows.
-    Raises ConfigError where a value is NaN: such a row has no fingerprint.
+    A stable sort has the same result; neither way of ours sorts whole rows.
+
+    values: float [N, D].
+    k: ones in each row, 0 < k <= D.
+
+    Returns bool [N, D] on the same device. Raises ConfigError where a value is NaN: such a row has no fingerprint.
     """
     if values.device.type == "cpu":
         rows = values.detach().float().numpy()
@@ -93,12 +100,16 @@ def _top_of_tensor(values: torch.Tensor, k: int) -> torch.Tensor:
 
 
 class Fingerprint:
-    """Turns the mean activation of a question into a packed mask with exactly k ones.
-
-    background: float32 [D], the mean over unrelated prompts. perm: int64 [D]. k: active bits, 0 < k <= D.
-    """
+    """Turns the mean activation of a question into a packed mask with exactly k ones."""
 
     def __init__(self, background: np.ndarray, perm: np.ndarray, k: int, device: torch.device | str = "cpu"):
+        """background: float32 [D], the mean over unrelated prompts.
+        perm: int64 [D].
+        k: ones in a mask, 0 < k <= D.
+        device: on which activations come.
+
+        Raises ConfigError for any other k.
+        """
         if not 0 < k <= len(perm):
             raise ConfigError(f"k is {k}, but the layer has D={len(perm)} inputs: choose 0 < k <= {len(perm)}")
         self.k = k
@@ -109,7 +120,10 @@ class Fingerprint:
         self._on_device = [torch.from_numpy(array).to(device) for array in (self._position, _BITS[:, 0])]
 
     def codes(self, means: torch.Tensor) -> np.ndarray:
-        """means: float32 [N, D] on the device of this object. Returns uint8 [N, D/8], little bit order."""
+        """The masks of questions: uint8 [N, D/8], little bit order.
+
+        means: float32 [N, D] on the device of this object.
+        """
         if means.device.type != "cpu":
             return self._codes_there(means)
         rows, background = means.detach().float().numpy(), self._background.numpy()

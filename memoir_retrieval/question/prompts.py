@@ -16,8 +16,11 @@ Prompt: TypeAlias = str | Sequence[Message]
 def prompt_ids(tokenizer: Any, prompt: Prompt, *, chat: bool) -> list[int]:
     """Token ids of a prompt, as an OpenAI-compatible server would make them.
 
-    A string is one user message where `chat` is true, else raw text. A list of messages always goes through the
-    chat template. Raises ConfigError where the tokenizer has none.
+    tokenizer: of Hugging Face.
+    prompt: text or messages; messages always go through the chat template.
+    chat: whether text is one user message, else it is raw.
+
+    Raises ConfigError where messages have no template to go through.
     """
     if isinstance(prompt, str) and not chat:
         return list(tokenizer(prompt).input_ids)
@@ -31,19 +34,33 @@ def prompt_ids(tokenizer: Any, prompt: Prompt, *, chat: bool) -> list[int]:
 
 
 def given_ids(prompt: Prompt | list[int], render: Callable[[Prompt], list[int]]) -> list[int]:
-    """Token ids as they are, or a prompt rendered to them."""
+    """Token ids as they are, or a prompt rendered to them.
+
+    prompt: token ids, text or messages.
+    render: what makes token ids of the last two.
+    """
     if isinstance(prompt, list) and prompt and isinstance(prompt[0], int):
         return list(prompt)
     return render(cast(Prompt, prompt))
 
 
 def end_token(tokenizer: Any) -> int:
-    """The token that ends an answer. Raises ConfigError where the tokenizer names none."""
+    """The token that ends an answer.
+
+    tokenizer: of Hugging Face.
+
+    Raises ConfigError where it names none.
+    """
     if tokenizer.eos_token_id is None:
         raise ConfigError("this tokenizer has no end-of-text token, so an edit could not learn where to stop")
     return int(tokenizer.eos_token_id)
 
 
 def target_ids(tokenizer: Any, target: str, *, chat: bool) -> list[int]:
-    """Token ids of an answer without the end token. After raw text the answer begins with a space."""
+    """Token ids of an answer without the end token. After raw text the answer begins with a space.
+
+    tokenizer: of Hugging Face.
+    target: the answer's text.
+    chat: whether the answer stands in a chat.
+    """
     return list(tokenizer(target if chat else " " + target, add_special_tokens=False).input_ids)

@@ -41,14 +41,11 @@ class Entries(NamedTuple):
 
 
 class AuditLog:
-    """`audit.jsonl` of a store. Written by servers; nothing here changes or removes a line.
-
-    server: this one, see `server_name`; several may share a store.
-    """
+    """`audit.jsonl` of a store. Written by servers; nothing here changes or removes a line."""
 
     def __init__(self, folder: Path, server: str):
         """folder: the store's.
-        server: this one, see `server_name`.
+        server: this one, see `server_name`; several may share a store.
         """
         self._path, self._server = folder / AUDIT, server
         self._lock = threading.Lock()

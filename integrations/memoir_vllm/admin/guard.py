@@ -30,12 +30,12 @@ _HEADERS = {
 
 
 class Guard:
-    """ASGI middleware. public: paths below the mount that need no token: they hold nothing of the store."""
+    """ASGI middleware that asks for a token."""
 
     def __init__(self, app: ASGIApp, tokens: Tokens, public: Iterable[str]):
         """app: what is guarded.
         tokens: which are known.
-        public: paths below the mount that need no token.
+        public: paths below the mount that need no token: they hold nothing of the store.
         """
         self._app, self._tokens, self._public = app, tokens, frozenset(public)
         self._allowance: dict[str, tuple[float, float]] = {}

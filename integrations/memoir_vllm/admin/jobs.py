@@ -40,7 +40,7 @@ class QueueFull(Exception):
 
 
 class TrainerProcess:
-    """The trainer's process as long as there is something to do. setting: see `trainer.py`."""
+    """The trainer's process as long as there is something to do."""
 
     def __init__(self, setting: dict[str, str]):
         """setting: see `trainer.py`."""
@@ -140,11 +140,7 @@ class TrainerProcess:
 
 
 class Jobs:
-    """The queue. Needs a running event loop: `run` is its worker.
-
-    activate: has the engines serve what the store holds. in_store: whether the store holds a change, whatever the
-    trainer's process said of it, or said no more.
-    """
+    """The queue. Needs a running event loop: `run` is its worker."""
 
     def __init__(
         self,
@@ -156,7 +152,7 @@ class Jobs:
         """trainer: makes the changes.
         audit: the log.
         activate: has the engines serve what the store holds.
-        in_store: whether the store holds a change, whatever the trainer's process said.
+        in_store: whether the store holds a change, whatever the trainer's process said of it, or said no more.
         """
         self._trainer, self._audit, self._activate, self._in_store = trainer, audit, activate, in_store
         self._all: OrderedDict[str, Job] = OrderedDict()

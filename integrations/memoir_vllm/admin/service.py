@@ -44,7 +44,7 @@ class Refused(MemoirError):
 
 
 class Service:
-    """Administration of one server. state: vLLM's own, with the handlers of /v1."""
+    """Administration of one server."""
 
     def __init__(self, ours: MemoirConfig, model: str, server: str, engines: Engines, state: Any):
         """ours: the section of the configuration.

@@ -10,13 +10,13 @@ __all__ = ["ResidualProduct"]
 
 
 class ResidualProduct:
-    """One residual memory on this rank. weight: [H, D/ranks] in the serving dtype, on the device.
+    """One residual memory on this rank.
 
     On a CPU vLLM packs weights for its kernel; the packed copy is kept beside the weight.
     """
 
     def __init__(self, weight: torch.Tensor):
-        """weight: [H, D/ranks], in the dtype of the products."""
+        """weight: [H, D/ranks] in the serving dtype, on the device."""
         self.weight = weight
         self._layer = torch.nn.Module()
         self._layer.weight = torch.nn.Parameter(weight, requires_grad=False)

@@ -88,10 +88,7 @@ class _Counted(NamedTuple):
 
 
 class ResidualLayer:
-    """The edited layer's state in one worker.
-
-    memories: [M, H, D]; this rank keeps its share of D in the serving dtype, as vLLM shards the layer's own weight.
-    """
+    """The edited layer's state in one worker."""
 
     def __init__(
         self,
@@ -104,9 +101,10 @@ class ResidualLayer:
         device: torch.device | str = "cpu",
     ):
         """router: of the first generation.
-        memories: float32 [M, H, D], whole.
+        memories: float32 [M, H, D]; this rank keeps its share of D in the serving dtype, as vLLM shards the layer's own
+            weight.
         rank, ranks: of tensor parallelism.
-        dtype: of the model.
+        dtype: in which it serves.
         device: where the layer lies.
         """
         share = memories.shape[2] // ranks
@@ -190,6 +188,7 @@ class ResidualLayer:
 
     @property
     def bytes_per_block(self) -> int:
+        """What a KV block costs in sums."""
         return 4 * self._share + 8
 
     def resume(self, request_id: str, cached: Sequence[int], tokens: int) -> None:
@@ -275,6 +274,7 @@ class ResidualLayer:
         self._counted.append(_Counted(np.flatnonzero(counted) + row, begins[counted]))
 
     def end_step(self) -> None:
+        """The forward is over."""
         self._step = None
 
     def take_routed(self) -> dict[str, Routed]:
