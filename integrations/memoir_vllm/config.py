@@ -53,6 +53,8 @@ TOKEN_VARIABLE = "MEMOIR_ADMIN_TOKEN"
 
 TESTED = ((0, 32),)
 COMPARED = ((0, 33),)  # read and compared by source, run in part: docs/compatibility.md
+# What makes drafts. Those of other methods are made from the edited layers' output or need weights of their own.
+DRAFTS = ("ngram", "draft_model")
 # vLLM's worker class -> ours, which inherits from it. The slot takes one class by name.
 WORKERS = {
     "vllm.v1.worker.cpu_worker.CPUWorker": "memoir_vllm.worker.cpu.MemoirCPUWorker",
@@ -276,6 +278,7 @@ def refuse(config: MemoirConfig, vllm_config: VllmConfig) -> None:
 def _checks(config: MemoirConfig, vllm_config: VllmConfig) -> list[tuple[bool, str]]:
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     scheduler, cache, graphs = vllm_config.scheduler_config, vllm_config.cache_config, vllm_config.compilation_config
+    drafts = vllm_config.speculative_config
     captured = graphs.cudagraph_mode is not None and bool(graphs.cudagraph_mode)
     full = captured and graphs.cudagraph_mode.has_full_cudagraphs()
     single = config.mode == "single"
@@ -305,7 +308,10 @@ def _checks(config: MemoirConfig, vllm_config: VllmConfig) -> list[tuple[bool, s
         (parallel.use_ubatching, "micro-batches (leave out --enable-dbo and --ubatch-size)"),
         (vllm_config.kv_transfer_config is not None, "KV transfer (leave out --kv-transfer-config)"),
         (vllm_config.lora_config is not None, "LoRA adapters (leave out --enable-lora)"),
-        (vllm_config.speculative_config is not None, "speculative decoding (leave out --speculative-config)"),
+        (
+            drafts is not None and drafts.method not in DRAFTS,
+            f"speculative decoding by {drafts and drafts.method} (use the method {' or '.join(DRAFTS)})",
+        ),
         (cache.kv_sharing_fast_prefill, "skipped prompt rows (leave out --kv-sharing-fast-prefill)"),
         (model.runner_type != "generate", f"a {model.runner_type} model (use --runner generate)"),
         (model.is_encoder_decoder, "an encoder-decoder model (serve a decoder-only model)"),

@@ -177,10 +177,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "--kv-transfer-config",
     ),
     "LoRA": ({"enable_lora": True}, "--enable-lora"),
-    "speculation": (
-        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}},
-        "--speculative-config",
-    ),
     "quantisation while loading": ({"quantization": "fp8", "dtype": "bfloat16"}, "--quantization"),
     "another configuration": ({"hf_overrides": {"rms_norm_eps": 1e-3}}, "--hf-overrides"),
     "prompt embeddings": ({"enable_prompt_embeds": True}, "--enable-prompt-embeds"),
@@ -226,6 +222,15 @@ def test_refused_settings_are_named(flag: str, model_folder: Path, store_folder:
     with pytest.raises(ConfigError) as refused:
         config.refuse(ours, vllm_config)
     assert flag in str(refused.value)
+
+
+def test_drafts_are_made_by_methods_that_were_run(model_folder: Path, store_folder: Path) -> None:
+    ngram = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
+    made = create(model_folder, store_folder, speculative_config=ngram)
+    made.speculative_config.method = "eagle"
+    made.scheduler_config.scheduler_cls = None  # as before ours was put there
+    with pytest.raises(ConfigError, match=r"speculative decoding by eagle \(use the method ngram or draft_model\)"):
+        config.refuse(config.parse_section({"store": str(store_folder)}), made)
 
 
 def test_a_pipeline_is_served_in_mode_single(model_folder: Path, store_folder: Path) -> None:

@@ -1,0 +1,84 @@
+"""A random mix of requests, asked of a real engine step by step, each compared with the reference.
+
+Log-probabilities are compared, of greedy and of sampled tokens: a contaminated cache keeps the greedy tokens more often
+than not.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+from engines import EDITS, PIRATE, UNRELATED, Engine, user
+from vllm import SamplingParams
+
+from memoir_retrieval.lookup.reference import EditedModel
+from memoir_retrieval.question.prompts import Prompt
+
+CLOSE = 2e-4  # of natural logarithms
+LONG = "Tell me, in as few words as you can, what the following list has in common: " + "a red bird, " * 20
+
+
+def prompts_of(model: EditedModel) -> list[list[int]]:
+    """Edits raw, in a chat and behind a system message, what resembles them, and what begins alike."""
+    mix: list[Prompt] = [*EDITS, *UNRELATED, LONG, LONG + "and why", "Hello", [user(LONG)]]
+    mix += [[user(text)] for text in EDITS] + [[PIRATE, user(text)] for text in (EDITS[1], UNRELATED[2])]
+    ids = [model.prompt_ids(prompt) for prompt in mix]
+    return [*ids, [ids[0][0]], ids[8][:70], ids[8][:40] + ids[0]]
+
+
+def any_mix(
+    seed: int,
+    engine: Engine,
+    served: EditedModel,
+    prompts: list[list[int]],
+    *,
+    requests: int,
+    lengths: tuple[int, ...] = (1, 3, 9),
+) -> int:
+    """Greedy and seeded requests, with edits and opted out, some aborted, at random moments.
+
+    lengths: new tokens of a request, one of these. Returns how many answers an edit has acted on.
+    """
+    dice, core = random.Random(seed), engine.llm.llm_engine
+    sent: dict[str, tuple[list[int], bool, SamplingParams]] = {}
+    done: dict[str, Any] = {}
+    aborted: set[str] = set()
+    while len(sent) < requests or core.has_unfinished_requests():
+        for _ in range(dice.choice((0, 1, 3))):
+            if len(sent) == requests:
+                break
+            name, off = f"{seed}-{len(sent)}", dice.random() < 0.25
+            how = (
+                {"temperature": 0.0}
+                if dice.random() < 0.6
+                else {"temperature": 0.9, "seed": 5, "n": dice.choice((1, 2))}
+            )
+            extra = {"memoir": "off"} if off else None
+            params = SamplingParams(max_tokens=dice.choice(lengths), logprobs=1, extra_args=extra, **how)
+            sent[name] = (dice.choice(prompts), off, params)
+            core.add_request(name, {"prompt_token_ids": sent[name][0]}, params)
+        if sent and dice.random() < 0.1:
+            gone = dice.choice(list(sent))
+            if gone not in done and sent[gone][2].n == 1:
+                aborted.add(gone)
+                core.abort_request([gone])
+        if core.has_unfinished_requests():  # with none, a step would wait for ever
+            done.update((output.request_id, output) for output in core.step() if output.finished)
+    assert sent.keys() - aborted <= done.keys()
+    edited = 0
+    for name, output in done.items():
+        ids, off, params = sent[name]
+        for answer in output.outputs:
+            tokens = list(answer.token_ids)
+            if not tokens:
+                assert name in aborted
+                continue
+            (wanted,) = served.predict([ids], [tokens], edited=not off)
+            logprobs = [step[token].logprob for step, token in zip(answer.logprobs, tokens, strict=True)]
+            assert max(abs(a - b) for a, b in zip(logprobs, wanted.logprobs, strict=True)) < CLOSE, name
+            assert params.temperature or tokens == list(wanted.tokens), name
+            edited += wanted.edit is not None
+    engine.ask([[5, 6, 7]], warm=True)
+    assert engine.stats()["live"] == 0
+    return edited
