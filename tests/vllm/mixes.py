@@ -35,10 +35,11 @@ def any_mix(
     *,
     requests: int,
     lengths: tuple[int, ...] = (1, 3, 9),
+    greedy: float = 0.6,
 ) -> int:
     """Greedy and seeded requests, with edits and opted out, some aborted, at random moments.
 
-    lengths: new tokens of a request, one of these. Returns how many answers an edit has acted on.
+    lengths: new tokens of a request, one of these. greedy: share of the requests that are. Returns how many answers an edit has acted on.
     """
     dice, core = random.Random(seed), engine.llm.llm_engine
     sent: dict[str, tuple[list[int], bool, SamplingParams]] = {}
@@ -51,7 +52,7 @@ def any_mix(
             name, off = f"{seed}-{len(sent)}", dice.random() < 0.25
             how = (
                 {"temperature": 0.0}
-                if dice.random() < 0.6
+                if dice.random() < greedy
                 else {"temperature": 0.9, "seed": 5, "n": dice.choice((1, 2))}
             )
             extra = {"memoir": "off"} if off else None
