@@ -39,7 +39,8 @@ def any_mix(
 ) -> int:
     """Greedy and seeded requests, with edits and opted out, some aborted, at random moments.
 
-    lengths: new tokens of a request, one of these. greedy: share of the requests that are. Returns how many answers an edit has acted on.
+    lengths: new tokens of a request, one of these. greedy: share of the requests that are. Returns how many answers an
+    edit has acted on.
     """
     dice, core = random.Random(seed), engine.llm.llm_engine
     sent: dict[str, tuple[list[int], bool, SamplingParams]] = {}
