@@ -82,5 +82,5 @@ def any_mix(
             assert params.temperature or tokens == list(wanted.tokens), name
             edited += wanted.edit is not None
     engine.ask([[5, 6, 7]], warm=True)
-    assert engine.stats()["live"] == 0
+    assert engine.stats()["live"] <= 1  # with steps in flight the workers hear of the last one's end in the next step
     return edited
