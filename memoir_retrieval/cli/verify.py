@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
 import msgspec
 
 from memoir_retrieval.cli.common import echo, echo_json, json_option, notes
-from memoir_retrieval.client.verify import ServerProbe, Verification
+from memoir_retrieval.client.admin import AdminClient
+from memoir_retrieval.client.soak import NEAR, Soak, SoakReport, soak_prompts
+from memoir_retrieval.client.verify import Check, ServerProbe, Verification
 from memoir_retrieval.client.verify import verify as run
+from memoir_retrieval.edits.record import Edit
+from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.store.read import EditStore
 
 __all__ = ["verify"]
+
+SOAK_EDIT = Edit(
+    prompt="Which word ends the soak of the harbour in Quellmark?", target="Copper", source="memoir verify"
+)
 
 
 @click.command()
@@ -28,6 +39,16 @@ __all__ = ["verify"]
 @click.option(
     "--turns", type=click.IntRange(min=0), default=5, show_default=True, help="Of the overhead; 0: not measured."
 )
+@click.option("--soak", type=click.FloatRange(min=0, min_open=True), metavar="MINUTES", help="Soak it so long instead.")
+@click.option("--requests", type=click.IntRange(min=1), default=10_000, show_default=True, help="The most of a soak.")
+@click.option("--clients", type=click.IntRange(1, 256), default=8, show_default=True, help="Of a soak, at once.")
+@click.option(
+    "--changes",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="How often a soak adds an edit of its own or removes it; needs MEMOIR_ADMIN_TOKEN.",
+)
 @json_option
 def verify(
     server: str,
@@ -37,6 +58,10 @@ def verify(
     prompts: int,
     tokens: int,
     turns: int,
+    soak: float | None,
+    requests: int,
+    clients: int,
+    changes: int,
     as_json: bool,
 ) -> None:
     """Prove that a running server's edits act where they must and nowhere else.
@@ -45,14 +70,24 @@ def verify(
     made to be pasted into a bug report. Exit code 1 where something does not hold. A key for the server
     is read from OPENAI_API_KEY. For exact bits nobody else should ask the server meanwhile.
 
+    With --soak many clients ask at once instead, and each answer is compared with the quiet server's.
+
     \b
     Example:
       memoir verify --server http://127.0.0.1:8000 --store edits
+      memoir verify --server http://127.0.0.1:8000 --store edits --soak 10
     """
     opened = EditStore.open(store) if store else None
     if chat is None:
         chat = opened.manifest.chat if opened else True
     key = os.environ.get("OPENAI_API_KEY") or "none"
+    if soak is not None:
+        if opened is None or base is not None:
+            raise click.UsageError("--soak needs --store DIR, for what to ask, and takes no --base")
+        near = NEAR.get(opened.manifest.dtype, NEAR["bfloat16"])
+        one = Soak(server, api_key=key, tokens=tokens, clients=clients, near=near)
+        _end(asyncio.run(_soak(one, server, opened, chat, prompts, soak, requests, changes)), as_json)
+        return
     probe = ServerProbe(server, chat=chat, api_key=key)
     notes.print(f"asking {probe.model} at {probe.url}, {prompts} prompts of each kind")
     report = run(
@@ -63,22 +98,77 @@ def verify(
         tokens=tokens,
         turns=turns,
     )
+    _end(report, as_json)
+
+
+def _end(report: Verification | SoakReport, as_json: bool) -> None:
     if as_json:
         echo_json({**msgspec.to_builtins(report), "holds": report.holds})
+    elif isinstance(report, SoakReport):
+        _print_soak(report)
     else:
         _print(report)
     if not report.holds:
         raise click.exceptions.Exit(1)
 
 
+async def _soak(
+    soak: Soak, url: str, store: EditStore, chat: bool, prompts: int, minutes: float, requests: int, changes: int
+) -> SoakReport:
+    asked = soak_prompts(store, prompts, chat=chat, length=await soak.length())
+    notes.print(f"soaking {url} for {minutes:g} minutes or {requests} requests")
+    ask = functools.partial(soak.run, asked, minutes=minutes, requests=requests, watch=notes.print)
+    if not changes:
+        return await ask()
+    token = os.environ.get("MEMOIR_ADMIN_TOKEN")
+    if not token:
+        raise ConfigError("--changes adds and removes edits: set MEMOIR_ADMIN_TOKEN to the server's token")
+    async with AdminClient(url, token) as admin:
+        stored: list[int] = []
+
+        async def change() -> None:
+            if stored:
+                await admin.remove(stored.pop())
+            else:
+                stored.append((await admin.add(SOAK_EDIT)).id)
+
+        asked.append([{"role": "user", "content": SOAK_EDIT.prompt}] if chat else SOAK_EDIT.prompt)
+        try:
+            return await ask(changes=changes, change=change)
+        finally:
+            for edit in stored:
+                await admin.remove(edit)
+
+
 def _print(report: Verification) -> None:
     echo(f"memoir verify: {report.model} at {report.server}, vLLM {report.vllm}, generation {report.generation}")
     echo(f"asked by: {report.client}")
-    for check in report.checks:
-        echo(f"{check.state:4s}  {check.name}: {check.detail}")
+    _print_checks(report.checks)
     for cost in report.overhead:
         turns = " ".join(f"{turn:.3f}" for turn in cost.turns)
         echo(f"time  {cost.kind} over opted out: {cost.ratio:.3f} (turns {turns}; {cost.opted_out_s:.2f} s a batch)")
-    failed = sum(check.state == "fail" for check in report.checks)
-    skipped = sum(check.state == "skip" for check in report.checks)
-    echo(f"{'holds' if report.holds else 'DOES NOT HOLD'}: {failed} failed, {skipped} not looked at")
+    _print_end(report.checks)
+
+
+def _print_soak(report: SoakReport) -> None:
+    kinds = ", ".join(f"{count} {kind}" for kind, count in report.requests.items())
+    echo(f"memoir verify --soak: {report.server}, {report.seconds:.0f} s, {report.generations} generations")
+    echo(f"asked: {kinds}")
+    preempted = "unknown" if report.preemptions is None else report.preemptions
+    echo(f"compared: {report.answers} answers, {report.tokens} tokens ({report.unclear} behind a near tie were not)")
+    echo(f"preemptions: {preempted}")
+    _print_checks(report.checks)
+    for line in (*report.differences, *report.errors):
+        echo(f"      {line}")
+    _print_end(report.checks)
+
+
+def _print_checks(checks: Sequence[Check]) -> None:
+    for check in checks:
+        echo(f"{check.state:4s}  {check.name}: {check.detail}")
+
+
+def _print_end(checks: Sequence[Check]) -> None:
+    failed = sum(check.state == "fail" for check in checks)
+    skipped = sum(check.state == "skip" for check in checks)
+    echo(f"{'DOES NOT HOLD' if failed else 'holds'}: {failed} failed, {skipped} not looked at")

@@ -1,0 +1,220 @@
+"""Requests of many kinds at one running server, and what becomes of them: the traffic of `soak.py`."""
+
+from __future__ import annotations
+
+import json
+import math
+import secrets
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from random import Random
+from typing import Any, Literal, NamedTuple
+
+import httpx
+import msgspec
+
+from memoir_retrieval.client.server import TIMEOUT_S, base_url
+from memoir_retrieval.errors import ConfigError
+from memoir_retrieval.lookup.decision import Decision
+from memoir_retrieval.question.prompts import Prompt
+
+__all__ = ["Answer", "Kind", "Question", "Reference", "Refused", "Traffic", "difference"]
+
+Kind = Literal["plain", "stream", "abort", "several"]
+KINDS: tuple[Kind, ...] = ("plain", "plain", "plain", "stream", "stream", "abort", "several")
+OPTED_OUT = 0.25
+SALTED, SALTS = 0.3, ("first", "second", "")  # "" is a salt of the request's own
+
+
+class Question(NamedTuple):
+    """What is asked. prompt: text, or messages. span: the tokens that `memoir_span` names, or ""."""
+
+    prompt: Prompt
+    span: str = ""
+
+
+class Answer(NamedTuple):
+    """One choice of a response."""
+
+    tokens: tuple[int, ...]
+    decision: Decision
+
+
+@dataclass(frozen=True)
+class Reference:
+    """An answer of the quiet server.
+
+    tokens: all of it.
+    clear: how many of them come before the first that has another one near.
+    decision: what became of the request.
+    length: tokens of the prompt.
+    """
+
+    tokens: tuple[int, ...]
+    clear: int
+    decision: Decision
+    length: int
+
+
+class Refused(Exception):
+    """A request that got no answer, and why, in one line."""
+
+
+def difference(answer: Answer, reference: Reference) -> str | None:
+    """What an answer has that its reference has not, or None. What follows a near tie is not compared."""
+    decision, wanted = answer.decision, reference.decision
+    if (decision.result, decision.edit) != (wanted.result, wanted.edit):
+        return f"{decision.result} by edit {decision.edit}, not {wanted.result} by {wanted.edit}"
+    whole = reference.clear == len(reference.tokens)
+    tokens = answer.tokens if whole else answer.tokens[: reference.clear]
+    if tokens != reference.tokens[: reference.clear]:
+        return f"tokens {list(tokens)}, not {list(reference.tokens[: reference.clear])}"
+    return None
+
+
+class Traffic:
+    """One server and how it is asked.
+
+    priorities: whether it takes the field `priority`, which `begin` finds out.
+    length: the most tokens of a prompt with its answer.
+    """
+
+    def __init__(self, url: str, *, api_key: str, tokens: int, clients: int, near: float):
+        """tokens: of an answer. clients: requests at a time. near: nats between tokens of which rounding decides."""
+        self.url, self._tokens, self._near = base_url(url), tokens, near
+        self.priorities = False
+        self.length = 0
+        self._model = ""
+        self._http = httpx.AsyncClient(
+            base_url=self.url,
+            timeout=TIMEOUT_S,
+            headers={"Authorization": f"Bearer {api_key}"},
+            limits=httpx.Limits(max_connections=clients + 4),
+        )
+
+    async def begin(self) -> None:
+        """Ask what is served. Raises ConfigError where no server with edits answers."""
+        try:
+            models = (await self._http.get("/v1/models")).raise_for_status().json()["data"]
+            self._model, self.length = models[0]["id"], int(models[0]["max_model_len"])
+        except (httpx.HTTPError, LookupError, ValueError, TypeError) as error:
+            raise ConfigError(
+                f"no vLLM server answers at {self.url} ({error or type(error).__name__}): start one with `memoir serve`"
+            ) from error
+        fields = {"model": self._model, "prompt": "a", "max_tokens": 1, "priority": 1}
+        self.priorities = (await self._http.post("/v1/completions", json=fields)).status_code == httpx.codes.OK
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    async def refer(self, question: Question, *, off: bool) -> Reference:
+        """The answer to a question that shares nothing with any other. off: of the base model. Raises Refused."""
+        chat = not isinstance(question.prompt, str)
+        alternatives = {"logprobs": True, "top_logprobs": 2} if chat else {"logprobs": 2}
+        fields = {**alternatives, "return_tokens_as_token_ids": True, "cache_salt": secrets.token_hex(8)}
+        reply = await self._post(*self._request(question, off, fields))
+        (answer,) = _answers(reply)
+        found = list(_margins(reply["choices"][0]["logprobs"]))
+        clear = next((n for n, margin in enumerate(found) if margin < self._near), len(answer.tokens))
+        return Reference(answer.tokens, clear, answer.decision, int(reply["usage"]["prompt_tokens"]))
+
+    async def ask(self, question: Question, kind: Kind, off: bool, dice: Random) -> list[Answer]:
+        """All answers to one request of a kind; none where the client leaves. Raises Refused."""
+        fields: dict[str, Any] = {}
+        if dice.random() < SALTED:
+            fields["cache_salt"] = dice.choice(SALTS) or secrets.token_hex(8)
+        if self.priorities:
+            fields["priority"] = dice.randrange(4)
+        if kind == "several":  # of one candidate a sampler takes that one, whatever the seed
+            fields |= {"n": dice.choice((2, 3)), "seed": dice.randrange(1000), "temperature": 1.0, "top_k": 1}
+        if kind in ("stream", "abort"):
+            fields["stream"] = True
+            path, body = self._request(question, off, fields, memoir_report=1)
+            return await self._stream(path, body, leave=kind == "abort")
+        return list(_answers(await self._post(*self._request(question, off, fields))))
+
+    async def metrics(self) -> dict[str, float]:
+        """Every series of /metrics, summed over its labels; nothing where a proxy hides them."""
+        try:
+            reply = await self._http.get("/metrics")
+        except httpx.HTTPError:
+            return {}
+        sums: dict[str, float] = {}
+        for line in reply.text.splitlines() if reply.is_success else ():
+            name, _, value = line.rpartition(" ")
+            if not line.startswith("#") and name:
+                name = name.split("{")[0]
+                sums[name] = sums.get(name, 0.0) + float(value)
+        return sums
+
+    def _request(
+        self, question: Question, off: bool, fields: Mapping[str, Any], **options: Any
+    ) -> tuple[str, dict[str, Any]]:
+        """Path and body of a request."""
+        options |= {"memoir": "off"} if off else {"memoir_span": question.span} if question.span else {}
+        body = {"model": self._model, "max_tokens": self._tokens, "temperature": 0, "return_token_ids": True}
+        body |= {"vllm_xargs": options} if options else {}
+        if isinstance(question.prompt, str):
+            return "/v1/completions", {**body, "prompt": question.prompt, **fields}
+        return "/v1/chat/completions", {**body, "messages": list(question.prompt), **fields}
+
+    async def _post(self, path: str, body: dict[str, Any]) -> Any:
+        try:
+            reply = await self._http.post(path, json=body)
+        except httpx.HTTPError as error:
+            raise Refused(f"{path}: {error or type(error).__name__}") from error
+        if not reply.is_success:
+            raise Refused(f"{path}: {reply.status_code} {' '.join(reply.text.split()):.200}")
+        return reply.json()
+
+    async def _stream(self, path: str, body: dict[str, Any], *, leave: bool) -> list[Answer]:
+        tokens: list[int] = []
+        decision = None
+        try:
+            async with self._http.stream("POST", path, json=body) as reply:
+                if not reply.is_success:
+                    raise Refused(
+                        f"{path}: {reply.status_code} {' '.join((await reply.aread()).decode().split()):.200}"
+                    )
+                async for line in reply.aiter_lines():
+                    data = line.removeprefix("data: ")
+                    if leave and data:
+                        return []
+                    if data == "[DONE]":
+                        break
+                    chunk = json.loads(data) if data else {}
+                    if "error" in chunk:
+                        raise Refused(f"{path}: a stream ends with {chunk['error']!s:.200}")
+                    tokens += [token for choice in chunk.get("choices", ()) for token in choice.get("token_ids") or ()]
+                    decision = (chunk.get("kv_transfer_params") or {}).get("memoir", decision)
+                else:
+                    raise Refused(f"{path}: a stream ends without [DONE]")
+        except (httpx.HTTPError, ValueError) as error:
+            raise Refused(f"{path}: {error or type(error).__name__}") from error
+        return [_answer(tokens, decision)]
+
+
+def _answers(reply: Mapping[str, Any]) -> Iterator[Answer]:
+    said = reply.get("kv_transfer_params") or {}
+    choices = reply["choices"]
+    decisions = said.get("memoir_choices") or [said.get("memoir")] * len(choices)
+    for choice, decision in zip(choices, decisions, strict=True):
+        yield _answer(choice.get("token_ids") or (), decision)
+
+
+def _answer(tokens: Any, decision: Any) -> Answer:
+    try:
+        return Answer(tuple(tokens), msgspec.convert(decision, Decision))
+    except msgspec.ValidationError as error:
+        raise Refused(f"an answer has no decision that this version knows ({error})") from None
+
+
+def _margins(logprobs: Mapping[str, Any]) -> Iterator[float]:
+    """How far the best token of each place is ahead of the next, in nats; infinity where there is no other."""
+    if "top_logprobs" in logprobs:
+        places = [list(place.values()) for place in logprobs["top_logprobs"]]
+    else:
+        places = [[other["logprob"] for other in place["top_logprobs"]] for place in logprobs["content"]]
+    for place in places:
+        best = sorted(place, reverse=True)[:2]
+        yield best[0] - best[1] if len(best) == 2 else math.inf
