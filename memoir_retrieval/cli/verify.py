@@ -85,8 +85,8 @@ def verify(
         if opened is None or base is not None:
             raise click.UsageError("--soak needs --store DIR, for what to ask, and takes no --base")
         near = NEAR.get(opened.manifest.dtype, NEAR["bfloat16"])
-        one = Soak(server, api_key=key, tokens=tokens, clients=clients, near=near)
-        _end(asyncio.run(_soak(one, server, opened, chat, prompts, soak, requests, changes)), as_json)
+        run_of = Soak(server, api_key=key, tokens=tokens, clients=clients, near=near)
+        _end(asyncio.run(_soak(run_of, server, opened, chat, prompts, soak, requests, changes)), as_json)
         return
     probe = ServerProbe(server, chat=chat, api_key=key)
     notes.print(f"asking {probe.model} at {probe.url}, {prompts} prompts of each kind")
@@ -115,9 +115,9 @@ def _end(report: Verification | SoakReport, as_json: bool) -> None:
 async def _soak(
     soak: Soak, url: str, store: EditStore, chat: bool, prompts: int, minutes: float, requests: int, changes: int
 ) -> SoakReport:
-    asked = soak_prompts(store, prompts, chat=chat, length=await soak.length())
+    questions = soak_prompts(store, prompts, chat=chat, length=await soak.length())
     notes.print(f"soaking {url} for {minutes:g} minutes or {requests} requests")
-    ask = functools.partial(soak.run, asked, minutes=minutes, requests=requests, watch=notes.print)
+    ask = functools.partial(soak.run, questions, minutes=minutes, requests=requests, watch=notes.print)
     if not changes:
         return await ask()
     token = os.environ.get("MEMOIR_ADMIN_TOKEN")
@@ -132,7 +132,7 @@ async def _soak(
             else:
                 stored.append((await admin.add(SOAK_EDIT)).id)
 
-        asked.append([{"role": "user", "content": SOAK_EDIT.prompt}] if chat else SOAK_EDIT.prompt)
+        questions.append([{"role": "user", "content": SOAK_EDIT.prompt}] if chat else SOAK_EDIT.prompt)
         try:
             return await ask(changes=changes, change=change)
         finally:

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 import httpx
 import msgspec
 
-from memoir_retrieval.client.server import base_url
+from memoir_retrieval.client.server import KEEP_ALIVE_S, base_url
 from memoir_retrieval.edits.record import Edit, StoredEdit
 from memoir_retrieval.errors import AdminError, ConfigError
 from memoir_retrieval.lookup.decision import Result
@@ -141,7 +141,12 @@ class AdminClient:
         """
         self._base = base_url(url)
         headers = {"Authorization": f"Bearer {token}"}
-        self._http = httpx.AsyncClient(base_url=f"{self._base}/memoir", headers=headers, timeout=timeout)
+        self._http = httpx.AsyncClient(
+            base_url=f"{self._base}/memoir",
+            headers=headers,
+            timeout=timeout,
+            limits=httpx.Limits(keepalive_expiry=KEEP_ALIVE_S),
+        )
 
     async def __aenter__(self) -> AdminClient:
         return self

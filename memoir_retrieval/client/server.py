@@ -14,6 +14,10 @@ __all__ = ["Reply", "Server", "base_url"]
 TIMEOUT_S = 600.0
 """Of one request: a long answer of a busy server on a CPU takes minutes."""
 
+KEEP_ALIVE_S = 2.0
+"""Idle connections are given up so soon. vLLM closes them after 5 s, which is httpx's own limit too: a request that is
+sent at that moment gets no answer, and one that changes a store cannot simply be sent again."""
+
 
 @dataclass(frozen=True)
 class Reply:

@@ -21,7 +21,16 @@ from typing import Any
 import msgspec
 
 from memoir_retrieval.background import unrelated_prompts
-from memoir_retrieval.client.traffic import KINDS, OPTED_OUT, Answer, Question, Reference, Refused, Traffic, difference
+from memoir_retrieval.client.traffic import (
+    KINDS,
+    OPTED_OUT,
+    NoAnswer,
+    Reference,
+    ServedAnswer,
+    SoakClient,
+    SoakQuestion,
+    difference,
+)
 from memoir_retrieval.client.verify import Check
 from memoir_retrieval.errors import ConfigError, MemoirError
 from memoir_retrieval.question.prompts import Prompt
@@ -117,13 +126,13 @@ class Soak:
         near: nats between the two best tokens: where they are nearer, rounding decides, and anything may follow.
         seed: of what is asked when.
         """
-        self._traffic = Traffic(url, api_key=api_key, tokens=tokens, clients=clients, near=near)
+        self._traffic = SoakClient(url, api_key=api_key, tokens=tokens, clients=clients, near=near)
         self._clients, self._dice = clients, Random(seed)
         self.references: dict[int, list[Reference]] = {}
         self._base: dict[int, Reference] = {}  # by number of the question without its span
-        self._questions: list[Question] = []
+        self._questions: list[SoakQuestion] = []
         self._spans: dict[int, int] = {}
-        self._waiting: list[tuple[int, bool, Answer]] = []
+        self._waiting: list[tuple[int, bool, ServedAnswer]] = []
         self._requests: Counter[str] = Counter()
         self._sizes: defaultdict[str, list[float]] = defaultdict(list)
         self._answers = self._tokens = self._unclear = self._differing = self._failed = 0
@@ -184,19 +193,19 @@ class Soak:
 
     async def _ask_base(self, prompts: Sequence[Prompt]) -> None:
         for number, prompt in enumerate(prompts):
-            self._base[number] = await self._refer(Question(prompt), off=True)
-        self._questions = [Question(prompt) for prompt in prompts]
+            self._base[number] = await self._refer(SoakQuestion(prompt), off=True)
+        self._questions = [SoakQuestion(prompt) for prompt in prompts]
         for number, reference in list(self._base.items())[:4]:
             if reference.length > 3:  # the same words with their second half as the question, and with their first
                 half = reference.length // 2
                 for span in (f"{half}:{reference.length}", f"0:{half}"):
                     self._spans[len(self._questions)] = number
-                    self._questions.append(Question(prompts[number], span))
+                    self._questions.append(SoakQuestion(prompts[number], span))
 
-    async def _refer(self, question: Question, *, off: bool = False) -> Reference:
+    async def _refer(self, question: SoakQuestion, *, off: bool = False) -> Reference:
         try:
             return await self._traffic.refer(question, off=off)
-        except Refused as error:
+        except NoAnswer as error:
             raise ConfigError(f"{self._traffic.url} cannot be soaked: {error}") from None
 
     async def _quiet(self) -> None:
@@ -209,7 +218,7 @@ class Soak:
                 raise ConfigError(f"somebody else changes the store of {self._traffic.url}: soak it alone")
             for number, reference in enumerate(references):
                 if reference.decision.result != "matched":
-                    self._compare(number, True, Answer(reference.tokens, self._base_of(number).decision))
+                    self._compare(number, True, ServedAnswer(reference.tokens, self._base_of(number).decision))
             self.references[generation] = references
         for number, off, answer in self._waiting:
             self._compare(number, off, answer)
@@ -218,7 +227,7 @@ class Soak:
     def _base_of(self, number: int) -> Reference:
         return self._base[self._spans.get(number, number)]
 
-    def _compare(self, number: int, off: bool, answer: Answer) -> None:
+    def _compare(self, number: int, off: bool, answer: ServedAnswer) -> None:
         references = self.references.get(answer.decision.generation)
         if off:
             reference = self._base_of(number)
@@ -255,7 +264,7 @@ class Soak:
                 sent += 1
                 if 2 * sent >= quota:
                     middle.set()
-                await self._one()
+                await self._send()
 
         async def changing() -> None:
             await middle.wait()
@@ -271,7 +280,7 @@ class Soak:
         await changed
         return sent
 
-    async def _one(self) -> None:
+    async def _send(self) -> None:
         dice = self._dice
         number, kind = dice.randrange(len(self._questions)), dice.choice(KINDS)
         question = self._questions[number]
@@ -281,7 +290,7 @@ class Soak:
         self._requests["with a span"] += bool(question.span)
         try:
             answers = await self._traffic.ask(question, kind, off, dice)
-        except Refused as error:
+        except NoAnswer as error:
             self._fail(str(error))
             return
         for answer in answers:

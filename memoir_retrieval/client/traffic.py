@@ -13,12 +13,12 @@ from typing import Any, Literal, NamedTuple
 import httpx
 import msgspec
 
-from memoir_retrieval.client.server import TIMEOUT_S, base_url
+from memoir_retrieval.client.server import KEEP_ALIVE_S, TIMEOUT_S, base_url
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.lookup.decision import Decision
 from memoir_retrieval.question.prompts import Prompt
 
-__all__ = ["Answer", "Kind", "Question", "Reference", "Refused", "Traffic", "difference"]
+__all__ = ["Kind", "NoAnswer", "Reference", "ServedAnswer", "SoakClient", "SoakQuestion", "difference"]
 
 Kind = Literal["plain", "stream", "abort", "several"]
 KINDS: tuple[Kind, ...] = ("plain", "plain", "plain", "stream", "stream", "abort", "several")
@@ -26,14 +26,14 @@ OPTED_OUT = 0.25
 SALTED, SALTS = 0.3, ("first", "second", "")  # "" is a salt of the request's own
 
 
-class Question(NamedTuple):
+class SoakQuestion(NamedTuple):
     """What is asked. prompt: text, or messages. span: the tokens that `memoir_span` names, or ""."""
 
     prompt: Prompt
     span: str = ""
 
 
-class Answer(NamedTuple):
+class ServedAnswer(NamedTuple):
     """One choice of a response."""
 
     tokens: tuple[int, ...]
@@ -56,11 +56,11 @@ class Reference:
     length: int
 
 
-class Refused(Exception):
+class NoAnswer(Exception):
     """A request that got no answer, and why, in one line."""
 
 
-def difference(answer: Answer, reference: Reference) -> str | None:
+def difference(answer: ServedAnswer, reference: Reference) -> str | None:
     """What an answer has that its reference has not, or None. What follows a near tie is not compared."""
     decision, wanted = answer.decision, reference.decision
     if (decision.result, decision.edit) != (wanted.result, wanted.edit):
@@ -72,7 +72,7 @@ def difference(answer: Answer, reference: Reference) -> str | None:
     return None
 
 
-class Traffic:
+class SoakClient:
     """One server and how it is asked.
 
     priorities: whether it takes the field `priority`, which `begin` finds out.
@@ -89,7 +89,7 @@ class Traffic:
             base_url=self.url,
             timeout=TIMEOUT_S,
             headers={"Authorization": f"Bearer {api_key}"},
-            limits=httpx.Limits(max_connections=clients + 4),
+            limits=httpx.Limits(max_connections=clients + 4, keepalive_expiry=KEEP_ALIVE_S),
         )
 
     async def begin(self) -> None:
@@ -107,19 +107,19 @@ class Traffic:
     async def close(self) -> None:
         await self._http.aclose()
 
-    async def refer(self, question: Question, *, off: bool) -> Reference:
-        """The answer to a question that shares nothing with any other. off: of the base model. Raises Refused."""
+    async def refer(self, question: SoakQuestion, *, off: bool) -> Reference:
+        """The answer to a question that shares nothing with any other. off: of the base model. Raises NoAnswer."""
         chat = not isinstance(question.prompt, str)
         alternatives = {"logprobs": True, "top_logprobs": 2} if chat else {"logprobs": 2}
         fields = {**alternatives, "return_tokens_as_token_ids": True, "cache_salt": secrets.token_hex(8)}
         reply = await self._post(*self._request(question, off, fields))
         (answer,) = _answers(reply)
-        found = list(_margins(reply["choices"][0]["logprobs"]))
-        clear = next((n for n, margin in enumerate(found) if margin < self._near), len(answer.tokens))
+        margins = list(_margins(reply["choices"][0]["logprobs"]))
+        clear = next((n for n, margin in enumerate(margins) if margin < self._near), len(answer.tokens))
         return Reference(answer.tokens, clear, answer.decision, int(reply["usage"]["prompt_tokens"]))
 
-    async def ask(self, question: Question, kind: Kind, off: bool, dice: Random) -> list[Answer]:
-        """All answers to one request of a kind; none where the client leaves. Raises Refused."""
+    async def ask(self, question: SoakQuestion, kind: Kind, off: bool, dice: Random) -> list[ServedAnswer]:
+        """All answers to one request of a kind; none where the client leaves. Raises NoAnswer."""
         fields: dict[str, Any] = {}
         if dice.random() < SALTED:
             fields["cache_salt"] = dice.choice(SALTS) or secrets.token_hex(8)
@@ -148,7 +148,7 @@ class Traffic:
         return sums
 
     def _request(
-        self, question: Question, off: bool, fields: Mapping[str, Any], **options: Any
+        self, question: SoakQuestion, off: bool, fields: Mapping[str, Any], **options: Any
     ) -> tuple[str, dict[str, Any]]:
         """Path and body of a request."""
         options |= {"memoir": "off"} if off else {"memoir_span": question.span} if question.span else {}
@@ -162,18 +162,18 @@ class Traffic:
         try:
             reply = await self._http.post(path, json=body)
         except httpx.HTTPError as error:
-            raise Refused(f"{path}: {error or type(error).__name__}") from error
+            raise NoAnswer(f"{path}: {error or type(error).__name__}") from error
         if not reply.is_success:
-            raise Refused(f"{path}: {reply.status_code} {' '.join(reply.text.split()):.200}")
+            raise NoAnswer(f"{path}: {reply.status_code} {' '.join(reply.text.split()):.200}")
         return reply.json()
 
-    async def _stream(self, path: str, body: dict[str, Any], *, leave: bool) -> list[Answer]:
+    async def _stream(self, path: str, body: dict[str, Any], *, leave: bool) -> list[ServedAnswer]:
         tokens: list[int] = []
         decision = None
         try:
             async with self._http.stream("POST", path, json=body) as reply:
                 if not reply.is_success:
-                    raise Refused(
+                    raise NoAnswer(
                         f"{path}: {reply.status_code} {' '.join((await reply.aread()).decode().split()):.200}"
                     )
                 async for line in reply.aiter_lines():
@@ -184,17 +184,17 @@ class Traffic:
                         break
                     chunk = json.loads(data) if data else {}
                     if "error" in chunk:
-                        raise Refused(f"{path}: a stream ends with {chunk['error']!s:.200}")
+                        raise NoAnswer(f"{path}: a stream ends with {chunk['error']!s:.200}")
                     tokens += [token for choice in chunk.get("choices", ()) for token in choice.get("token_ids") or ()]
                     decision = (chunk.get("kv_transfer_params") or {}).get("memoir", decision)
                 else:
-                    raise Refused(f"{path}: a stream ends without [DONE]")
+                    raise NoAnswer(f"{path}: a stream ends without [DONE]")
         except (httpx.HTTPError, ValueError) as error:
-            raise Refused(f"{path}: {error or type(error).__name__}") from error
+            raise NoAnswer(f"{path}: {error or type(error).__name__}") from error
         return [_answer(tokens, decision)]
 
 
-def _answers(reply: Mapping[str, Any]) -> Iterator[Answer]:
+def _answers(reply: Mapping[str, Any]) -> Iterator[ServedAnswer]:
     said = reply.get("kv_transfer_params") or {}
     choices = reply["choices"]
     decisions = said.get("memoir_choices") or [said.get("memoir")] * len(choices)
@@ -202,11 +202,11 @@ def _answers(reply: Mapping[str, Any]) -> Iterator[Answer]:
         yield _answer(choice.get("token_ids") or (), decision)
 
 
-def _answer(tokens: Any, decision: Any) -> Answer:
+def _answer(tokens: Any, decision: Any) -> ServedAnswer:
     try:
-        return Answer(tuple(tokens), msgspec.convert(decision, Decision))
+        return ServedAnswer(tuple(tokens), msgspec.convert(decision, Decision))
     except msgspec.ValidationError as error:
-        raise Refused(f"an answer has no decision that this version knows ({error})") from None
+        raise NoAnswer(f"an answer has no decision that this version knows ({error})") from None
 
 
 def _margins(logprobs: Mapping[str, Any]) -> Iterator[float]:

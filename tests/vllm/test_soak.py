@@ -21,7 +21,7 @@ from servers import Server
 
 from memoir_retrieval.cli.serve import server_command
 from memoir_retrieval.client.admin import AdminClient
-from memoir_retrieval.client.soak import Soak
+from memoir_retrieval.client.soak import NEAR, Soak
 from memoir_retrieval.lookup.reference import EditedModel
 from memoir_retrieval.question.prompts import Prompt
 from memoir_retrieval.store.read import EditStore
@@ -91,7 +91,7 @@ def test_every_answer_under_load_is_that_of_the_quiet_server_and_of_the_referenc
     dice, original = Random(18), EditStore.open(small_edits, check=True)
     wanted: dict[int, list[tuple[tuple[int, ...], int | None]]] = {}
     url = f"http://127.0.0.1:{server.port}"
-    soak = Soak(url, tokens=TOKENS, clients=16, seed=18)
+    soak = Soak(url, tokens=TOKENS, clients=16, near=NEAR["float32"], seed=18)
 
     def truth(generation: int) -> None:
         model = EditedModel.open(small_edits, str(small))
@@ -128,6 +128,7 @@ def test_every_answer_under_load_is_that_of_the_quiet_server_and_of_the_referenc
             assert report.holds, report.checks
             assert report.generations == CHANGES + 1 and sum(report.requests.values()) >= REQUESTS
             assert report.preemptions, "requests were preempted"
+            assert report.tokens > report.unclear, "most of what is answered is compared"
             assert all(engine["live"] == 0 for engine in (await admin.stats())["engines"])
 
     asyncio.run(run())
