@@ -192,6 +192,18 @@ def test_what_is_quoted_for_chats_is_what_was_measured() -> None:
         assert re.search(rf"^\| {name}: [^|]*\| {re.escape(score)} \|", readme, re.M), f"{name} {score}"
 
 
+def test_no_line_of_prose_is_over_120_columns() -> None:
+    """Tables and blocks of code aside."""
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("*/README.md")]
+    assert len(pages) > 20
+    for page in pages:
+        fenced = False
+        for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
+            fenced ^= line.lstrip().startswith("```")
+            if not fenced and not line.lstrip().startswith("|"):
+                assert len(line) <= 120, f"{page.relative_to(ROOT)}:{number} has {len(line)} columns"
+
+
 def test_pages_that_the_code_names_are_there() -> None:
     seen = 0
     for file in [
