@@ -23,7 +23,7 @@ def served(store_folder: Path, model_folder: Path) -> EditedModel:
     return EditedModel.open(store_folder, str(model_folder))
 
 
-@pytest.fixture(scope="module", params=["ngram", "draft_model"])
+@pytest.fixture(scope="module", params=["ngram", pytest.param("draft_model", marks=pytest.mark.slow)])
 def speculation(request: pytest.FixtureRequest, model_folder: Path) -> dict[str, Any]:
     """The drafter is the served model itself, without edits."""
     draft = {"method": "draft_model", "model": str(model_folder), "num_speculative_tokens": 3}
