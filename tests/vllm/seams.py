@@ -178,8 +178,9 @@ def table() -> str:
         "# Compatibility with vLLM",
         "",
         "Printed by `python tests/vllm/seams.py --table`. The plugin builds on "
-        f"{sum(map(len, SEAMS.values()))} functions of vLLM; `tests/vllm/seams.json` holds a digest of each. A version "
-        "that was not run is refused at start-up, unless `MEMOIR_ALLOW_UNTESTED=1` is set.",
+        f"{sum(map(len, SEAMS.values()))} functions of vLLM; `tests/vllm/seams.json`",
+        "holds a digest of each. A version that was not run is refused at start-up, unless `MEMOIR_ALLOW_UNTESTED=1` is "
+        "set.",
         "",
         "| vLLM | served | functions that changed | what was run |",
         "|---|---|---|---|",
