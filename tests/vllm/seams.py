@@ -179,8 +179,8 @@ def table() -> str:
         "",
         "Printed by `python tests/vllm/seams.py --table`. The plugin builds on "
         f"{sum(map(len, SEAMS.values()))} functions of vLLM; `tests/vllm/seams.json`",
-        "holds a digest of each. A version that was not run is refused at start-up, unless `MEMOIR_ALLOW_UNTESTED=1` is "
-        "set.",
+        "holds a digest of each. A version that was not run is refused at start-up, unless "
+        "`MEMOIR_ALLOW_UNTESTED=1` is set.",
         "",
         "| vLLM | served | functions that changed | what was run |",
         "|---|---|---|---|",
