@@ -7,18 +7,20 @@ import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 import msgspec
 
 from memoir_retrieval.cli.common import echo, echo_json, json_option, notes
-from memoir_retrieval.client.admin import AdminClient
-from memoir_retrieval.client.soak import NEAR, Soak, SoakReport, soak_prompts
 from memoir_retrieval.client.verify import Check, ServerProbe, Verification
 from memoir_retrieval.client.verify import verify as run
 from memoir_retrieval.edits.record import Edit
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.store.read import EditStore
+
+if TYPE_CHECKING:  # asking many at once needs httpx, which no other command does
+    from memoir_retrieval.client.soak import Soak, SoakReport
 
 __all__ = ["verify"]
 
@@ -84,6 +86,8 @@ def verify(
     if soak is not None:
         if opened is None or base is not None:
             raise click.UsageError("--soak needs --store DIR, for what to ask, and takes no --base")
+        from memoir_retrieval.client.soak import NEAR, Soak
+
         near = NEAR.get(opened.manifest.dtype, NEAR["bfloat16"])
         run_of = Soak(server, api_key=key, tokens=tokens, clients=clients, near=near)
         _end(asyncio.run(_soak(run_of, server, opened, chat, prompts, soak, requests, changes)), as_json)
@@ -104,10 +108,10 @@ def verify(
 def _end(report: Verification | SoakReport, as_json: bool) -> None:
     if as_json:
         echo_json({**msgspec.to_builtins(report), "holds": report.holds})
-    elif isinstance(report, SoakReport):
-        _print_soak(report)
-    else:
+    elif isinstance(report, Verification):
         _print(report)
+    else:
+        _print_soak(report)
     if not report.holds:
         raise click.exceptions.Exit(1)
 
@@ -115,6 +119,9 @@ def _end(report: Verification | SoakReport, as_json: bool) -> None:
 async def _soak(
     soak: Soak, url: str, store: EditStore, chat: bool, prompts: int, minutes: float, requests: int, changes: int
 ) -> SoakReport:
+    from memoir_retrieval.client.admin import AdminClient
+    from memoir_retrieval.client.soak import soak_prompts
+
     questions = soak_prompts(store, prompts, chat=chat, length=await soak.length())
     notes.print(f"soaking {url} for {minutes:g} minutes or {requests} requests")
     ask = functools.partial(soak.run, questions, minutes=minutes, requests=requests, watch=notes.print)
