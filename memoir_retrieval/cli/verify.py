@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import os
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from memoir_retrieval.edits.record import Edit
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.store.read import EditStore
 
-if TYPE_CHECKING:  # asking many at once needs httpx, which no other command does
+if TYPE_CHECKING:  # httpx and asyncio would make every command start later
     from memoir_retrieval.client.soak import Soak, SoakReport
 
 __all__ = ["verify"]
@@ -86,6 +85,8 @@ def verify(
     if soak is not None:
         if opened is None or base is not None:
             raise click.UsageError("--soak needs --store DIR, for what to ask, and takes no --base")
+        import asyncio
+
         from memoir_retrieval.client.soak import NEAR, Soak
 
         near = NEAR.get(opened.manifest.dtype, NEAR["bfloat16"])
