@@ -43,7 +43,6 @@ def without_plugin(model_folder: Path, speculation: dict[str, Any], expected: di
 
 @pytest.fixture(scope="module")
 def engine(
-    without_plugin: object,
     start: Callable[..., Engine],
     served: EditedModel,
     model_folder: Path,
@@ -68,6 +67,7 @@ def test_answers_are_the_references(engine: Engine, expected: dict[str, Expected
     assert 0 < taken < drafts, "some drafts are right and some are not"
 
 
+@pytest.mark.slow
 def test_unedited_requests_keep_their_bits(
     engine: Engine, expected: dict[str, Expected], without_plugin: list[Reply]
 ) -> None:
