@@ -10,9 +10,8 @@ import numpy as np
 
 from memoir_retrieval.editing import build_masks as build
 from memoir_retrieval.editing.build_masks import Compute, Shard, shard_codes
-from memoir_retrieval.editing.cluster import connect
+from memoir_retrieval.editing.cluster import connect, load_ray
 from memoir_retrieval.editing.editor import Editor
-from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.question.span import SpanRule
 
 __all__ = ["on_ray"]
@@ -28,11 +27,7 @@ def on_ray(editor: Editor, address: str, workers: int, device: str) -> Compute:
     Every worker loads the model, under the name that this process did, and uses as many threads: the bytes are those of
     a local build wherever the machines are of one kind. Raises ConfigError where Ray is missing or does not answer.
     """
-    try:
-        import ray
-        import ray.data
-    except ImportError:
-        raise ConfigError("Ray is not installed: pip install 'memoir-retrieval[ray]'") from None
+    ray = load_ray("ray.data")
     import torch
 
     settings: dict[str, Any] = {

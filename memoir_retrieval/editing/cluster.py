@@ -1,12 +1,28 @@
-"""Connecting to a Ray cluster."""
+"""Finding Ray, and connecting to a cluster of it."""
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 from memoir_retrieval.errors import ConfigError, Reason
 
-__all__ = ["connect"]
+__all__ = ["connect", "load_ray"]
+
+
+def load_ray(*parts: str) -> Any:
+    """The module `ray`.
+
+    parts: modules of it that are loaded, too, such as "ray.data".
+
+    Raises ConfigError where it is not installed.
+    """
+    try:
+        for part in parts:
+            importlib.import_module(part)
+        return importlib.import_module("ray")
+    except ImportError:
+        raise ConfigError("Ray is not installed: pip install 'memoir-retrieval[ray]'") from None
 
 
 def connect(ray: Any, address: str, work: str) -> None:
@@ -15,6 +31,7 @@ def connect(ray: Any, address: str, work: str) -> None:
     ray: the module.
     address: as `ray.init` takes it, "local" for a cluster of this machine alone.
     work: what this process could do without one, such as "train", for the error.
+
     Raises ConfigError where the cluster does not answer.
     """
     try:

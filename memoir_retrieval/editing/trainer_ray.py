@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from memoir_retrieval.editing.cluster import connect
+from memoir_retrieval.editing.cluster import connect, load_ray
 from memoir_retrieval.editing.trainer import Learnt, Task
-from memoir_retrieval.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
@@ -33,11 +32,7 @@ def on_ray(address: str, workers: int, device: str) -> Callable[[Editor], RayTra
 
     Raises ConfigError where Ray is missing or does not answer.
     """
-    try:
-        import ray
-    except ImportError:
-        raise ConfigError("Ray is not installed: pip install 'memoir-retrieval[ray]'") from None
-    connect(ray, address, "train")
+    connect(load_ray(), address, "train")
     return lambda editor: RayTrainer(editor, workers, device)
 
 
