@@ -90,8 +90,8 @@ def verify(
         from memoir_retrieval.client.soak import NEAR, Soak
 
         near = NEAR.get(opened.manifest.dtype, NEAR["bfloat16"])
-        run_of = Soak(server, api_key=key, tokens=tokens, clients=clients, near=near)
-        _end(asyncio.run(_soak(run_of, server, opened, chat, prompts, soak, requests, changes)), as_json)
+        soaking = Soak(server, api_key=key, tokens=tokens, clients=clients, near=near)
+        _end(asyncio.run(_soak(soaking, server, opened, chat, prompts, soak, requests, changes)), as_json)
         return
     probe = ServerProbe(server, chat=chat, api_key=key)
     notes.print(f"asking {probe.model} at {probe.url}, {prompts} prompts of each kind")
@@ -123,7 +123,8 @@ async def _soak(
     from memoir_retrieval.client.admin import AdminClient
     from memoir_retrieval.client.soak import soak_prompts
 
-    questions = soak_prompts(store, prompts, chat=chat, length=await soak.length())
+    more = [SOAK_EDIT.prompt] if changes else []
+    questions = soak_prompts(store, prompts, chat=chat, length=await soak.length(), more=more)
     notes.print(f"soaking {url} for {minutes:g} minutes or {requests} requests")
     ask = functools.partial(soak.run, questions, minutes=minutes, requests=requests, watch=notes.print)
     if not changes:
@@ -140,7 +141,6 @@ async def _soak(
             else:
                 stored.append((await admin.add(SOAK_EDIT)).id)
 
-        questions.append([{"role": "user", "content": SOAK_EDIT.prompt}] if chat else SOAK_EDIT.prompt)
         try:
             return await ask(changes=changes, change=change)
         finally:

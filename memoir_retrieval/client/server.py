@@ -1,15 +1,16 @@
-"""One running server of vLLM, over HTTP: every request of this library to the OpenAI routes goes through here."""
+"""One running server of vLLM, over HTTP: every request of this library to the OpenAI routes is made here."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.lookup.decision import Decision, decision_of
+from memoir_retrieval.question.prompts import Prompt, as_messages
 
-__all__ = ["Reply", "Server", "base_url"]
+__all__ = ["KEEP_ALIVE_S", "TIMEOUT_S", "Reply", "Server", "base_url", "request_of"]
 
 TIMEOUT_S = 600.0
 """Of one request: a long answer of a busy server on a CPU takes minutes."""
@@ -86,11 +87,9 @@ class Server:
 
         Raises ConfigError where the server refuses or stops answering.
         """
-        body: dict[str, Any] = {"model": self.model, "max_tokens": tokens, "temperature": 0, "return_token_ids": True}
-        body |= {"messages": [{"role": "user", "content": prompt}]} if chat else {"prompt": prompt}
-        body |= {"vllm_xargs": {"memoir": "off"}} if off else {}
-        path = "/v1/chat/completions" if chat else "/v1/completions"
-        reply = self._call(self._client.post, path, body={**body, **fields})
+        options = {"memoir": "off"} if off else {}
+        path, body = request_of(self.model, prompt, chat=chat, tokens=tokens, options=options, **fields)
+        reply = self._call(self._client.post, path, body=body)
         choice = reply["choices"][0]
         text = choice["message"]["content"] if chat else choice["text"]
         logprobs = choice.get("logprobs") or {}
@@ -112,6 +111,31 @@ class Server:
             raise ConfigError(f"the server at {self.url} refused {path}: {error}") from error
         except OpenAIError as error:
             raise ConfigError(f"no server answers at {self.url} ({error}): start one with `memoir serve`") from error
+
+
+def request_of(
+    model: str,
+    prompt: Prompt | Sequence[int],
+    *,
+    chat: bool,
+    tokens: int,
+    options: Mapping[str, Any],
+    **fields: Any,
+) -> tuple[str, dict[str, Any]]:
+    """Path and body of a request for a greedy answer.
+
+    model: the name that the server gives it.
+    prompt: a user message or messages where `chat` is true, else raw text or token ids.
+    chat: ask /v1/chat/completions, else /v1/completions.
+    tokens: the most new ones.
+    options: of the plugin, by name (docs/serving.md).
+    fields: further fields of the body, or other values of these.
+    """
+    body = {"model": model, "max_tokens": tokens, "temperature": 0, "return_token_ids": True}
+    body |= {"vllm_xargs": dict(options)} if options else {}
+    body |= {"messages": as_messages(cast(Prompt, prompt))} if chat else {"prompt": prompt}
+    body |= fields
+    return "/v1/chat/completions" if chat else "/v1/completions", body
 
 
 def base_url(url: str) -> str:

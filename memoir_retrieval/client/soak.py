@@ -33,7 +33,7 @@ from memoir_retrieval.client.traffic import (
 )
 from memoir_retrieval.client.verify import Check
 from memoir_retrieval.errors import ConfigError, MemoirError
-from memoir_retrieval.question.prompts import Prompt
+from memoir_retrieval.question.prompts import Prompt, as_messages
 from memoir_retrieval.store.read import EditStore
 
 __all__ = ["NEAR", "Soak", "SoakReport", "soak_prompts"]
@@ -88,17 +88,18 @@ class SoakReport(msgspec.Struct, frozen=True):
         return all(check.state != "fail" for check in self.checks)
 
 
-def soak_prompts(store: EditStore, prompts: int, *, chat: bool, length: int) -> list[Prompt]:
+def soak_prompts(store: EditStore, prompts: int, *, chat: bool, length: int, more: Sequence[str] = ()) -> list[Prompt]:
     """What to ask a server about its store: newest edits and unrelated prompts, and both at the end of a long text.
 
     prompts: of each kind.
     chat: as user messages, else as raw text.
     length: tokens that the server takes.
+    more: texts to ask, too.
     """
     edits, unrelated = [edit.prompt for edit in store.edits[-prompts:]], unrelated_prompts()[:prompts]
     filler = " ".join(unrelated_prompts())[: 2 * length]  # half of the room or so
-    texts = [*edits, *unrelated, *(f"{filler} {text}" for text in (*edits[:2], unrelated[0]))]
-    return [[{"role": "user", "content": text}] for text in texts] if chat else list(texts)
+    texts = [*edits, *unrelated, *(f"{filler} {text}" for text in (*edits[:2], unrelated[0])), *more]
+    return [as_messages(text) for text in texts] if chat else list(texts)
 
 
 class Soak:

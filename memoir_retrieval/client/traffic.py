@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import httpx
 import msgspec
 
-from memoir_retrieval.client.server import KEEP_ALIVE_S, TIMEOUT_S, base_url
+from memoir_retrieval.client.server import KEEP_ALIVE_S, TIMEOUT_S, base_url, request_of
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.lookup.decision import Decision
 from memoir_retrieval.question.prompts import Prompt
@@ -152,11 +152,8 @@ class SoakClient:
     ) -> tuple[str, dict[str, Any]]:
         """Path and body of a request."""
         options |= {"memoir": "off"} if off else {"memoir_span": question.span} if question.span else {}
-        body = {"model": self._model, "max_tokens": self._tokens, "temperature": 0, "return_token_ids": True}
-        body |= {"vllm_xargs": options} if options else {}
-        if isinstance(question.prompt, str):
-            return "/v1/completions", {**body, "prompt": question.prompt, **fields}
-        return "/v1/chat/completions", {**body, "messages": list(question.prompt), **fields}
+        chat = not isinstance(question.prompt, str)
+        return request_of(self._model, question.prompt, chat=chat, tokens=self._tokens, options=options, **fields)
 
     async def _post(self, path: str, body: dict[str, Any]) -> Any:
         try:
@@ -164,7 +161,7 @@ class SoakClient:
         except httpx.HTTPError as error:
             raise NoAnswer(f"{path}: {error or type(error).__name__}") from error
         if not reply.is_success:
-            raise NoAnswer(f"{path}: {reply.status_code} {' '.join(reply.text.split()):.200}")
+            raise _refusal(path, reply)
         return reply.json()
 
     async def _stream(self, path: str, body: dict[str, Any], *, leave: bool) -> list[ServedAnswer]:
@@ -173,9 +170,8 @@ class SoakClient:
         try:
             async with self._http.stream("POST", path, json=body) as reply:
                 if not reply.is_success:
-                    raise NoAnswer(
-                        f"{path}: {reply.status_code} {' '.join((await reply.aread()).decode().split()):.200}"
-                    )
+                    await reply.aread()
+                    raise _refusal(path, reply)
                 async for line in reply.aiter_lines():
                     data = line.removeprefix("data: ")
                     if leave and data:
@@ -192,6 +188,11 @@ class SoakClient:
         except (httpx.HTTPError, ValueError) as error:
             raise NoAnswer(f"{path}: {error or type(error).__name__}") from error
         return [_answer(tokens, decision)]
+
+
+def _refusal(path: str, reply: httpx.Response) -> NoAnswer:
+    """What a server says instead of an answer; its body has been read."""
+    return NoAnswer(f"{path}: {reply.status_code} {' '.join(reply.text.split()):.200}")
 
 
 def _answers(reply: Mapping[str, Any]) -> Iterator[ServedAnswer]:

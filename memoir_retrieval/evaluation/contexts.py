@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from memoir_retrieval.background import shipped
 from memoir_retrieval.errors import ConfigError
-from memoir_retrieval.question.prompts import Message, Prompt
+from memoir_retrieval.question.prompts import Message, Prompt, as_messages
 
 __all__ = ["CONTEXTS", "UNSEEN", "in_context"]
 
@@ -36,7 +36,7 @@ def in_context(name: str, prompts: Sequence[Prompt]) -> list[Prompt]:
 
 
 def _wrap(around: list[Message], prompt: Prompt) -> list[Message]:
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    messages = as_messages(prompt)
     *before, last = around
     *earlier, question = messages
     said = last["content"].replace("{question}", question["content"])

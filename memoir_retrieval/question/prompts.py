@@ -7,7 +7,7 @@ from typing import Any, TypeAlias, cast
 
 from memoir_retrieval.errors import ConfigError, Reason
 
-__all__ = ["Message", "Prompt", "end_token", "given_ids", "prompt_ids", "target_ids"]
+__all__ = ["Message", "Prompt", "as_messages", "end_token", "given_ids", "prompt_ids", "target_ids"]
 
 Message: TypeAlias = dict[str, str]
 Prompt: TypeAlias = str | Sequence[Message]
@@ -28,9 +28,17 @@ def prompt_ids(tokenizer: Any, prompt: Prompt, *, chat: bool) -> list[int]:
         raise ConfigError(
             "this tokenizer has no chat template", cure="ask raw prompts (chat=False)", reason=Reason.NO_TEMPLATE
         )
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    messages = as_messages(prompt)
     rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
     return list(rendered["input_ids"])
+
+
+def as_messages(prompt: Prompt) -> list[Message]:
+    """The messages of a chat.
+
+    prompt: text is one user message.
+    """
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
 
 
 def given_ids(prompt: Prompt | list[int], render: Callable[[Prompt], list[int]]) -> list[int]:
