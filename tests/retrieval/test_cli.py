@@ -483,13 +483,13 @@ def test_an_interrupted_edit_says_what_is_kept(
 
     new = [{"prompt": f"What is number {i}?", "target": f"It is {i}"} for i in range(3)]
     file = write(tmp_path / "more.jsonl", [*EDITS, *new])
+    command = ("edit", file, "--store", store, "--side-by-side", "1", "--json")
     with monkeypatch.context() as patched:
         patched.setattr(Session, "train", until_the_second)
-        code, out, err = run(capsys, "edit", file, "--store", store, "--json")
-    kept = len(added[0])  # as many as there are memories side by side
-    assert code == 130 and out == "" and f"{kept} new edits are kept" in err and "Traceback" not in err
-    summary = json.loads(run(capsys, "edit", file, "--store", store, "--json")[1])
-    assert (summary["stored"], summary["skipped"]) == (3 - kept, 2 + kept) and 0 < kept < 3
+        code, out, err = run(capsys, *command)
+    assert code == 130 and out == "" and "1 new edits are kept" in err and "Traceback" not in err
+    summary = json.loads(run(capsys, *command)[1])
+    assert (summary["stored"], summary["skipped"]) == (2, 3)
 
 
 def test_doctor_asks_one_prompt(capsys: pytest.CaptureFixture[str], store: Path, tiny: Path) -> None:

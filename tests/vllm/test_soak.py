@@ -17,6 +17,7 @@ import numpy as np
 import psutil
 import pytest
 from engines import EARLIER, EDITS, MAX_MODEL_LEN, PIRATE, UNRELATED, user
+from mixes import LONG
 from servers import Server
 
 from memoir_retrieval.cli.serve import server_command
@@ -30,7 +31,6 @@ from memoir_retrieval.store.write import write_generation
 TOKEN = "0123456789abcdef"
 REQUESTS = int(os.environ.get("MEMOIR_SOAK_REQUESTS", "10000"))
 CHANGES, TOKENS, REMOVALS, COMPARED = max(1, REQUESTS // 50), 12, 10, 10
-LONG = "Tell me, in as few words as you can, what the following list has in common: " + "a red bird, " * 20
 PROMPTS: list[Prompt] = [
     *EDITS,
     *UNRELATED,
