@@ -53,7 +53,7 @@ TOKEN_VARIABLE = "MEMOIR_ADMIN_TOKEN"
 
 TESTED = ((0, 32),)
 COMPARED = ((0, 33),)  # read and compared by source, run in part: docs/compatibility.md
-# What makes drafts. Those of other methods are made from the edited layers' output or need weights of their own.
+# The ways to make drafts that were run with edits (tests/vllm/test_engine_speculative.py).
 DRAFTS = ("ngram", "draft_model")
 # vLLM's worker class -> ours, which inherits from it. The slot takes one class by name.
 WORKERS = {

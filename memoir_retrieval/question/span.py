@@ -120,7 +120,8 @@ def derive_span_rule(tokenizer: Any, rule: Literal["question", "all"] = "questio
     The template is rendered with placeholder messages in three settings (question only, after a system prompt, as
     a later turn); what always stands right before the question is a start marker, what follows it the end marker.
     A tokenizer without a template gives a rule that takes every prompt as raw text. The residual acts from the
-    question's last token on, so that nothing before it depends on what was decided; under "all" on every token.
+    question's last token on, so that nothing before it depends on what was decided; under "all" on every token. (Raw
+    stores are made to act from the first, see `editing.open_store`.)
     """
     specials = set(tokenizer.all_special_ids)
     leading = tuple(t for t in tokenizer("").input_ids if t in specials)
