@@ -23,7 +23,7 @@ def main() -> None:
         replies = []
         for turn in order.get("turns", [order]):
             replies += engine.ask(turn["prompts"], turn.get("options"), **order.get("how", {}))
-        answer = {"replies": [dataclasses.asdict(reply) for reply in replies], "stats": engine.stats()}
+        answer = {"replies": [dataclasses.asdict(reply) for reply in replies], "stats": engine.settled()}
     finally:
         engine.close()
     print(json.dumps(answer))

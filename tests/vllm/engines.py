@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -258,6 +259,14 @@ class Engine:
 
     def stats(self) -> dict[str, Any]:
         return self.llm.collective_rpc("memoir_stats")[0]
+
+    def settled(self) -> dict[str, Any]:
+        """Counters once workers know of no request. vLLM names ended requests in a step after the one that ends the
+        last of them, and a call may come before that step: asked again for ten seconds."""
+        end = time.monotonic() + 10
+        while (stats := self.stats())["live"] and time.monotonic() < end:
+            time.sleep(0.01)
+        return stats
 
     def close(self) -> None:
         self.llm.llm_engine.engine_core.shutdown()

@@ -191,7 +191,7 @@ def test_nothing_is_kept_of_finished_and_aborted_requests(engine: Engine, expect
     core.abort_request([f"abort {i}" for i in range(4)])
     (reply,) = engine.ask([expected["edit 0"].ids])
     assert reply.tokens == expected["edit 0"].tokens
-    stats = engine.stats()
+    stats = engine.settled()
     assert stats["live"] == 0
     assert (stats["edits"], stats["generation"]) == (len(EDITS), 3)
     assert stats["routed"] >= stats["matched"] > 0

@@ -81,7 +81,7 @@ def test_requests_in_flight_finish_on_their_generation(engine: Engine, answers: 
         when, name = key.split(": ")
         assert said["generation"] == wanted[when], key
         assert (tokens, said["edit"]) == answers[said["generation"]][name], key
-    stats = engine.stats()
+    stats = engine.settled()
     assert (stats["generation"], stats["edits"], stats["older_generations"], stats["live"]) == (SECOND, 3, 0, 0)
     assert stats["remembered"] == len(ASKED)
 

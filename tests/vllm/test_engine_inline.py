@@ -211,6 +211,6 @@ def test_ways_to_sample(how: dict, name: str, engine: Engine, ids: dict[str, lis
 
 def test_nothing_is_kept(engine: Engine) -> None:
     engine.ask([[5, 6, 7]])
-    stats = engine.stats()
+    stats = engine.settled()
     assert stats["live"] == 0
     assert stats["recalled"] > 0
