@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 from rich.table import Table
 
-from memoir_retrieval.cli.common import echo_json, json_option, notes, tables, threads_option
+from memoir_retrieval.cli.common import echo_json, json_option, notes, refuse_idle, tables, threads_option
 from memoir_retrieval.cli.options import FileOptions, ModelOptions, file_options, model_options
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.store.files import publish
@@ -79,6 +79,8 @@ def calibrate(
     alone = len(paths) == 1 and (paths[0].is_file() or (model.model_name is not None and not paths[0].is_dir()))
     store = None if alone else paths[0]
     file = paths[-1] if alone or len(paths) == 2 else None
+    if file is None:
+        refuse_idle("without FILE", "put the file of edits behind DIR, or leave it out", "file_format", "limit")
     edits = source.load(file, "first") if file else []
     if store is not None:
         for option, value in (("--layers", layers), ("--ks", ks), ("--chat", chat), ("--dtype", model.dtype)):

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import click
 import regex
+from click.core import ParameterSource
 from rich.console import Console
 from rich.text import Text
 
@@ -25,6 +26,7 @@ __all__ = [
     "model_option",
     "notes",
     "printable",
+    "refuse_idle",
     "run_benchmark",
     "store_argument",
     "tables",
@@ -89,6 +91,26 @@ def echo_json(value: Any) -> None:
     value: what `json.dumps` takes.
     """
     click.echo(printable(json.dumps(value, ensure_ascii=False, indent=1), lines=True))
+
+
+def refuse_idle(where: str, cure: str, *names: str) -> None:
+    """Refuse an option that was typed and would do nothing.
+
+    where: it would, such as "without --soak".
+    cure: what to type instead.
+    names: of the command's parameters that would.
+
+    Raises click.UsageError.
+    """
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        if name in names and context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            value = context.params[name]
+            typed = f"{parameter.opts[0]} {value}"
+            if isinstance(value, bool):
+                typed = parameter.opts[0] if value else parameter.secondary_opts[0]
+            raise click.UsageError(f"{typed} does nothing {where}: {cure}")
 
 
 def run_benchmark(module: str, settings: Mapping[str, Any], environment: Mapping[str, str]) -> Any:

@@ -24,6 +24,7 @@ from memoir_retrieval.cli.options import (
     store_settings_options,
     training_options,
 )
+from memoir_retrieval.edits.record import edit_time
 from memoir_retrieval.edits.requires import require_subjects
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.store.read import MANIFEST, EditStore
@@ -90,12 +91,15 @@ def edit(
       memoir edit corrections.jsonl --model smollm2-135m --store edits
       memoir edit corrections.jsonl --model smollm2-135m --store edits --ray auto --workers 8
     """
+    ray.check()
     edits = source.load(file, "refuse" if on_conflict == "both" else on_conflict)
     edits = require_subjects(edits) if require_subject else edits
     manifest = EditStore.open(store).manifest if (store / MANIFEST).exists() else None
+    # What can be refused is refused before the model is loaded, which takes long.
+    edit_time()
     chosen = settings.to_settings(training, dtype=model.dtype)
     if manifest:
-        Settings.of(manifest).require(chosen, store)  # before the model is loaded, which takes long
+        Settings.of(manifest).require(chosen, store)
     elif model.model_name is None:
         raise ConfigError(f"store {store} is new, so it needs a model: add --model NAME, such as smollm2-135m")
 

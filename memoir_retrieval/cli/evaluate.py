@@ -14,6 +14,7 @@ from memoir_retrieval.cli.common import (
     echo_json,
     json_option,
     notes,
+    refuse_idle,
     store_argument,
     tables,
     tau_option,
@@ -61,6 +62,8 @@ def eval_command(
       memoir eval edits corrections.jsonl
       memoir eval edits corrections.jsonl --context all --text wikitext.jsonl --json
     """
+    if server:
+        refuse_idle("with --server", "leave it out, or --server", "device")
     if server and tau is not None:
         raise ConfigError(f"--tau {tau} cannot be set from here: with --server the store's own is used; leave it out")
     where = out or store.with_name(store.resolve().name + ".eval.json")

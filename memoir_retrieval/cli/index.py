@@ -8,7 +8,15 @@ from pathlib import Path
 import click
 from rich.progress import Progress
 
-from memoir_retrieval.cli.common import echo, echo_json, json_option, notes, store_argument, threads_option
+from memoir_retrieval.cli.common import (
+    echo,
+    echo_json,
+    json_option,
+    notes,
+    refuse_idle,
+    store_argument,
+    threads_option,
+)
 from memoir_retrieval.cli.index_info import info
 from memoir_retrieval.cli.options import (
     FileOptions,
@@ -80,6 +88,7 @@ def build(
       memoir index build corrections.jsonl --model smollm2-135m --store masks
       memoir index build a.jsonl b.jsonl --model smollm2-135m --store masks --ray auto --workers 8
     """
+    ray.check()
     edits = check_duplicates([edit for file in files for edit in source.load(file, "refuse")])
     edits = require_subjects(edits) if require_subject else edits
     if (store / MANIFEST).exists():
@@ -148,6 +157,9 @@ def verify(store: Path, masks: bool, model: ModelOptions, as_json: bool) -> None
       memoir index verify edits
       memoir index verify edits --masks --json
     """
+    if not masks and not model.model_name:
+        refuse_idle("without the model", "add --masks, or leave it out", "device")
+
     from memoir_retrieval.store.verify import verify_masks, verify_store
 
     faults = verify_store(store)

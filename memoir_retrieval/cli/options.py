@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import click
 
-from memoir_retrieval.cli.common import notes
+from memoir_retrieval.cli.common import notes, refuse_idle
 from memoir_retrieval.edits.files import FORMATS, Keep, check_duplicates, limit_distinct_subjects, read_edits
 from memoir_retrieval.edits.record import Edit
 from memoir_retrieval.errors import ConfigError
@@ -313,6 +313,11 @@ class RayOptions(NamedTuple):
 
     address: str | None = None
     workers: int = 2
+
+    def check(self) -> None:
+        """Raise click.UsageError where workers of no cluster were typed."""
+        if self.address is None:
+            refuse_idle("without a cluster", "add --ray ADDRESS, or leave it out", "workers")
 
 
 ray_options = bundle(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 import msgspec
 
-from memoir_retrieval.cli.common import echo, echo_json, json_option, notes
+from memoir_retrieval.cli.common import echo, echo_json, json_option, notes, refuse_idle
 from memoir_retrieval.client.verify import Check, ServerProbe, Verification
 from memoir_retrieval.client.verify import verify as run
 from memoir_retrieval.edits.record import Edit
@@ -78,13 +78,17 @@ def verify(
       memoir verify --server http://127.0.0.1:8000 --store edits
       memoir verify --server http://127.0.0.1:8000 --store edits --soak 10
     """
+    if soak is None:
+        refuse_idle("without a soak", "add --soak MINUTES, or leave it out", "requests", "clients", "changes")
+    else:
+        refuse_idle("in a soak", "leave it out, or --soak", "base", "turns")
+        if store is None:
+            raise click.UsageError("--soak needs --store DIR, for what to ask")
     opened = EditStore.open(store) if store else None
     if chat is None:
         chat = opened.manifest.chat if opened else True
     key = os.environ.get("OPENAI_API_KEY") or "none"
-    if soak is not None:
-        if opened is None or base is not None:
-            raise click.UsageError("--soak needs --store DIR, for what to ask, and takes no --base")
+    if soak is not None and opened is not None:
         import asyncio
 
         from memoir_retrieval.client.soak import NEAR, Soak

@@ -17,7 +17,7 @@ from memoir_retrieval.editing.outcome import Outcome, Progress, TrainingStep
 from memoir_retrieval.editing.session import Checkpoints, Choices, NewEdit, Session
 from memoir_retrieval.editing.trainer import MemoryTrainer, Trainer
 from memoir_retrieval.editing.wordings import Wordings
-from memoir_retrieval.edits.record import Edit, StoredEdit, prompt_key
+from memoir_retrieval.edits.record import Edit, StoredEdit, edit_time, prompt_key
 from memoir_retrieval.errors import StoreError
 from memoir_retrieval.model.base import BaseModel
 from memoir_retrieval.store.manifest import MANIFEST, Manifest
@@ -167,8 +167,10 @@ class Editor:
             many as the edits would fill one after the other, at most 4: so one for what fits into one.
         progress: called after every edit.
         Interrupted (KeyboardInterrupt, or any error), the edits that are done are committed first.
+        Raises ConfigError, before the first edit is trained, where $SOURCE_DATE_EPOCH is no time.
         """
         session, store = self._open(), self.store
+        edit_time()  # refused before anything is trained
         wanted = list(edits)
         for edit in wanted:
             session.wordings.check(edit)

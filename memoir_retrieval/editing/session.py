@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
-from datetime import UTC, datetime
 from typing import NamedTuple
 
 import numpy as np
@@ -17,8 +15,7 @@ from memoir_retrieval.editing.outcome import Failed, Outcome, Progress
 from memoir_retrieval.editing.places import Places
 from memoir_retrieval.editing.trainer import Learnt, MemoryTrainer, Task
 from memoir_retrieval.editing.wordings import Wordings
-from memoir_retrieval.edits.record import Edit, StoredEdit, stored_as
-from memoir_retrieval.errors import ConfigError
+from memoir_retrieval.edits.record import Edit, StoredEdit, edit_time, stored_as
 
 __all__ = ["Checkpoints", "Choices", "NewEdit", "Session"]
 
@@ -182,7 +179,7 @@ class Session:
         stored = stored_as(
             edit,
             id=task.id,
-            created=getattr(edit, "created", "") or _now(),
+            created=getattr(edit, "created", "") or edit_time(),
             loss=round(trained.loss, 5),
             steps=trained.steps,
             memory=task.memory,
@@ -190,14 +187,3 @@ class Session:
         self.trainer.take(task, trained)
         self._store.add(stored, codes, trained.columns, old)
         return stored
-
-
-def _now() -> str:
-    """The time that new edits get. $SOURCE_DATE_EPOCH sets it, so that the same input gives the same bytes."""
-    fixed = os.environ.get("SOURCE_DATE_EPOCH", "")
-    if not fixed:
-        return datetime.now(UTC).isoformat(timespec="seconds")
-    try:
-        return datetime.fromtimestamp(int(fixed), UTC).isoformat(timespec="seconds")
-    except (ValueError, OverflowError, OSError):
-        raise ConfigError(f"SOURCE_DATE_EPOCH is {fixed!r}; give seconds since 1970, or unset it") from None

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
 
+from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.question.prompts import Message, Prompt
 from memoir_retrieval.question.text import plain_text, text_key
 
-__all__ = ["Edit", "Probe", "Requires", "StoredEdit", "as_prompt", "masked", "prompt_key", "stored_as"]
+__all__ = ["Edit", "Probe", "Requires", "StoredEdit", "as_prompt", "edit_time", "masked", "prompt_key", "stored_as"]
 
 
 Requires = tuple[str | tuple[str, ...], ...]
@@ -132,6 +135,22 @@ def stored_as(edit: Edit | StoredEdit, **fields: Any) -> StoredEdit:
     """
     kept = {name: getattr(edit, name) for name in Edit.__struct_fields__ if name in StoredEdit.__struct_fields__}
     return StoredEdit(**kept, **fields)
+
+
+def edit_time() -> str:
+    """The time that new edits get, ISO 8601, UTC.
+
+    $SOURCE_DATE_EPOCH sets it, so that the same input gives the same bytes.
+
+    Raises ConfigError where that is no time.
+    """
+    fixed = os.environ.get("SOURCE_DATE_EPOCH", "")
+    if not fixed:
+        return datetime.now(UTC).isoformat(timespec="seconds")
+    try:
+        return datetime.fromtimestamp(int(fixed), UTC).isoformat(timespec="seconds")
+    except (ValueError, OverflowError, OSError):
+        raise ConfigError(f"SOURCE_DATE_EPOCH is {fixed!r}; give seconds since 1970, or unset it") from None
 
 
 def as_prompt(edit: Edit | StoredEdit, prompt: str | None = None) -> Prompt:

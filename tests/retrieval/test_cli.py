@@ -454,6 +454,39 @@ def test_what_eval_cannot_do_is_said_at_once(capsys: pytest.CaptureFixture[str],
     refused(capsys, store, "tau is 7", "eval", store, file, "--tau", "7")
 
 
+URL = "http://127.0.0.1:9"
+IDLE = {
+    "requests": (["verify", "--server", URL, "--requests", "500"], "--requests 500", "a soak: add --soak MINUTES, or"),
+    "clients": (["verify", "--server", URL, "--clients", "3"], "--clients 3", "a soak: add --soak MINUTES, or leave"),
+    "changes": (["verify", "--server", URL, "--changes", "0"], "--changes 0", "a soak: add --soak MINUTES, or leave"),
+    "turns": (["verify", "--server", URL, "--soak", "1", "--turns", "5"], "--turns 5", "in a soak: leave it out"),
+    "base": (["verify", "--server", URL, "--soak", "1", "--base", URL], f"--base {URL}", "in a soak: leave it out"),
+    "device": (["eval", "{store}", "{file}", "--server", URL, "--device", "cuda"], "--device cuda", "with --server: "),
+    "workers": (["edit", "{file}", "--store", "{store}", "--workers", "2"], "--workers 2", "add --ray ADDRESS, or"),
+    "workers of a build": (
+        ["index", "build", "{file}", "--store", "{new}", "--model", "x", "--workers", "8"],
+        "--workers 8",
+        "add --ray ADDRESS, or leave it out",
+    ),
+    "device without the model": (["index", "verify", "{store}", "--device", "cpu"], "--device cpu", "add --masks, or"),
+    "limit": (["calibrate", "{store}", "--limit", "2"], "--limit 2", "put the file of edits behind DIR, or leave it"),
+    "format": (["calibrate", "{store}", "--format", "zsre"], "--format zsre", "without FILE: put the file of edits"),
+    "edits": (["bench", "routing", "{store}", "--edits", "{file}"], "--edits {file}", "that is there: leave it out"),
+    "chat": (["bench", "routing", "{store}", "--no-chat"], "--no-chat", "that is there: leave it out, or DIR"),
+}
+
+
+@pytest.mark.parametrize("case", IDLE)
+def test_an_option_that_would_do_nothing_is_refused(
+    capsys: pytest.CaptureFixture[str], store: Path, tmp_path: Path, case: str
+) -> None:
+    arguments, typed, cure = IDLE[case]
+    names = {"store": store, "new": tmp_path / "new", "file": write(tmp_path / "edits.jsonl", EDITS)}
+    said = rf"{typed.format(**names)} does nothing .*{cure}"
+    refused(capsys, store, said, *(argument.format(**names) for argument in arguments))
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_model_that_is_not_embedded(capsys: pytest.CaptureFixture[str], store: Path) -> None:
     refused(capsys, store, "'gpt-9' is not embedded: choose one of smollm2-135m", "model", "get", "gpt-9")
 

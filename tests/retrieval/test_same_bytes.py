@@ -14,6 +14,9 @@ from safetensors.numpy import load
 from test_cli import EDITS, run, write
 from test_store import write as write_store
 
+from memoir_retrieval import Edit, Editor, load_model
+from memoir_retrieval.editing.trainer import Trainer
+from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.store.read import EditStore
 from memoir_retrieval.store.tensors import tensor_chunks
 from memoir_retrieval.store.write import write_again
@@ -57,7 +60,22 @@ def test_a_time_that_is_none_is_refused(
     monkeypatch.setenv("SOURCE_DATE_EPOCH", value)
     file = write(tmp_path / "edits.jsonl", EDITS[:1])
     code, _, err = run(capsys, "edit", file, "--model", tiny, "--store", tmp_path / "s", "--keep-failed")
-    assert code == 2 and f"memoir: SOURCE_DATE_EPOCH is '{value}'; give seconds since 1970" in err.splitlines()[-1]
+    assert code == 2 and err == f"memoir: SOURCE_DATE_EPOCH is '{value}'; give seconds since 1970, or unset it\n"
+    assert not (tmp_path / "s").exists(), "before the model is loaded"
+
+
+def test_a_time_that_is_none_is_refused_before_anything_is_trained(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def learn(*arguments: object) -> None:
+        raise AssertionError("it was trained")
+
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "abc")
+    monkeypatch.setattr(Trainer, "learn", learn)
+    wrong = "SOURCE_DATE_EPOCH is 'abc'; give seconds since 1970, or unset it"
+    with Editor(load_model(str(tiny)), tmp_path / "s") as editor, pytest.raises(ConfigError, match=wrong):
+        editor.add([Edit(prompt="Who founded Aarhus?", target="King Harald")])
+    assert not list((tmp_path / "s").glob("*.json*"))
 
 
 def test_a_store_that_is_written_again_has_the_same_bytes(tmp_path: Path) -> None:

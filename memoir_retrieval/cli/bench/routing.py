@@ -12,7 +12,16 @@ import click
 import msgspec
 from rich.table import Table
 
-from memoir_retrieval.cli.common import echo_json, json_option, model_option, notes, tables, tau_option, threads_option
+from memoir_retrieval.cli.common import (
+    echo_json,
+    json_option,
+    model_option,
+    notes,
+    refuse_idle,
+    tables,
+    tau_option,
+    threads_option,
+)
 from memoir_retrieval.cli.demo import EXAMPLES, MODEL
 from memoir_retrieval.cli.options import data_folder_option
 from memoir_retrieval.edits.files import read_edits
@@ -97,6 +106,9 @@ def bench_routing(
       memoir bench routing edits --out routing
       memoir bench routing edits --set edits --part tune --answers none --json
     """
+    if store is not None:
+        refuse_idle("for a store that is there", "leave it out, or DIR", "file", "chat")
+
     from memoir_retrieval.editing.editor import Editor
     from memoir_retrieval.evaluation.report import routing_page
     from memoir_retrieval.evaluation.routing_data import PUBLISHED
