@@ -130,7 +130,7 @@ def edit(
     _tell(editor, store, time.monotonic() - started, as_json)
 
 
-# From about here on the presets' thresholds were seen to let unrelated prompts through (docs/measurements.md).
+# From about here on the presets' thresholds let unrelated prompts through (docs/measurements/many-edits.md).
 MANY = 500
 
 

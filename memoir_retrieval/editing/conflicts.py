@@ -29,7 +29,7 @@ Conflict = Literal["refuse", "first", "last", "both"]
 """What happens to a question that is stored with another answer: see `Editor.add`."""
 
 SAME_QUESTION = 0.85
-"""Overlap from which on two prompts count as one question in other words (docs/measurements.md)."""
+"""Overlap from which on two prompts count as one question in other words (docs/measurements/choices.md)."""
 
 
 @dataclass(frozen=True)

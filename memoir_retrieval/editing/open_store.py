@@ -92,7 +92,8 @@ class OpenStore:
         base = self.base
         span = derive_span_rule(base.tokenizer, settings.rule)
         if not settings.chat:
-            # No template stands behind a raw prompt, so its last token would be alike in all edits (docs/measurements).
+            # No template stands behind a raw prompt, so its last token would be alike in all edits
+            # (docs/measurements/choices.md).
             span = msgspec.structs.replace(span, acts="first")
         count = int(settings.training["contexts"])
         contexts = chat_contexts()[:count] if settings.chat else own_prefixes(base, count, settings.seed)

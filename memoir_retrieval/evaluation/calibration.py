@@ -1,8 +1,8 @@
 """Measuring tau, and before that layer and k: how far rephrasings of edits stand out from unrelated prompts.
 
 The rule for tau: the smallest threshold on a grid of .01 that no unrelated prompt reaches, plus `MARGIN`. A sample
-holds less than its population's largest overlap, and the margin stands for the rest; `docs/measurements.md` tells how
-many of 3200 others match with and without it.
+holds less than its population's largest overlap, and the margin stands for the rest. `docs/measurements/choices.md`
+says how many of 3200 others match with and without it.
 """
 
 from __future__ import annotations

@@ -184,12 +184,14 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
 
 def test_what_is_quoted_for_chats_is_what_was_measured() -> None:
     """The README and the comparison repeat the first line of the measurements."""
-    measured = (ROOT / "docs/measurements.md").read_text()
-    (scores,) = re.findall(r"in chat (reliability \S+, generality \S+, locality [\d.]+);", measured)
+    measured = (ROOT / "docs/measurements/README.md").read_text()
+    (scores,) = re.findall(r"in chat (reliability \S+ %, generality \S+ %, locality [\d.]+ %);", measured)
     assert scores in (ROOT / "docs/comparison.md").read_text().replace("\n", " ")
     readme = (ROOT / "README.md").read_text()
-    for name, score in re.findall(r"(\w+) ([\d.]+)", scores):
-        assert re.search(rf"^\| {name}: [^|]*\| {re.escape(score)} \|", readme, re.M), f"{name} {score}"
+    for name, percent in re.findall(r"(\w+) ([\d.]+) %", scores):
+        share = f"{float(percent) / 100:.3f}".removeprefix("0")
+        score = f"({re.escape(share)}|{re.escape(percent)} %)"
+        assert re.search(rf"^\| {name}: [^|]*\| {score} \|", readme, re.M), f"{name} {percent} %"
 
 
 def test_no_line_of_prose_is_over_120_columns() -> None:

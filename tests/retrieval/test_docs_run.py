@@ -2,7 +2,7 @@
 
 A guide's 8B model on a GPU is the embedded one on the CPU here, and measurements are cut short. Left out is what needs
 a running server (tests/vllm/test_docs_served.py) and what is named in LEFT_OUT. The tutorial is run by test_docs.py;
-the commands of docs/measurements.md take hours and were run when their figures were written down.
+the commands of docs/measurements/ take hours and were run when their figures were written down.
 """
 
 from __future__ import annotations

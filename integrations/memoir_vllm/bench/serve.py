@@ -58,7 +58,7 @@ class ServeSettings(msgspec.Struct, kw_only=True):
 
 
 def measure(settings: ServeSettings, say: Say = lambda _: None) -> dict[str, Any]:
-    """Run everything. Returns the figures that `docs/measurements.md` explains, and the settings that made them.
+    """Run everything. Returns the figures that docs/measurements/serving.md explains, and the settings that made them.
 
     settings: what is measured.
     say: called with each line of news.
