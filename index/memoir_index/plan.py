@@ -85,7 +85,7 @@ def choose_plan(n: int, d: int, k: int, tau: float, bits: int | None = None) -> 
     passing = _passing(d, k, radius, bits)
     if passing > MOST_PASSING:
         return Plan("scan", 0, f"at tau={tau:g} about {passing:.0%} of unrelated masks pass a sketch of {bits} bits")
-    why = f"{bits} of {d} bits tell all but {passing:.2%} of unrelated masks from a match"
+    why = f"{bits} of {d} bits separate all but {passing:.2%} of unrelated masks from a match"
     return Plan("sketch", bits, why, passing)
 
 

@@ -1,4 +1,4 @@
-"""What one request may ask of us, and what it is told.
+"""What one request may ask of us, and what the answer says.
 
 Options come in as `vllm_xargs` of the OpenAI API (`SamplingParams.extra_args`). They are checked in the front end, by
 a wrapper of `InputProcessor.process_inputs` (vllm/v1/engine/input_processor.py): the last place that knows the prompt's

@@ -83,7 +83,7 @@ def main(arguments: list[str] | None = None) -> None:
         else:
             text = message(error) if isinstance(error, MemoirError) else str(error)
         if isinstance(error, ImportError):
-            text += "; `memoir doctor` tells what is missing"
+            text += "; `memoir doctor` says what is missing"
         echo(f"memoir: {' '.join(text.split())}", err=True)
         sys.exit(2)
     except (KeyboardInterrupt, click.Abort) as stop:

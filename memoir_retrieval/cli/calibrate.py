@@ -202,6 +202,6 @@ def _calibrate_model(
 
 def _advice(best: Setting) -> str:
     return (
-        f"best apart: --layer {best.layer} --k {best.k} --tau {best.tau:g}; whether edits also train well there is "
-        "told by `memoir edit` and `memoir eval`"
+        f"best apart: --layer {best.layer} --k {best.k} --tau {best.tau:g}; `memoir edit` and `memoir eval` "
+        "show whether edits also train well there"
     )

@@ -56,7 +56,9 @@ class DemoAnswer(NamedTuple):
     "--store", "-s", type=click.Path(path_type=Path), default=Path(".memoir/demo"), show_default=True, help="The store."
 )
 @click.option("--edits", "count", type=click.IntRange(min=1), default=100, show_default=True, help="How many edits.")
-@click.option("--show", type=click.IntRange(min=1), default=6, show_default=True, help="Questions to print of a kind.")
+@click.option(
+    "--show", type=click.IntRange(min=1), default=6, show_default=True, help="Questions of each kind to print."
+)
 @click.option("--port", type=int, help="Port of the server (default: a free one).")
 @click.option("--keep", is_flag=True, help="Leave the server up until Ctrl-C, to ask it more.")
 @threads_option

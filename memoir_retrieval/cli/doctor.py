@@ -103,7 +103,7 @@ def _administration() -> Iterator[Finding]:
         yield Finding(
             "administration",
             "warn",
-            "`vllm serve` needs VLLM_PLUGINS=memoir beside the token; `memoir serve` sees to it",
+            "`vllm serve` needs VLLM_PLUGINS=memoir beside the token; `memoir serve` sets it",
         )
     else:
         yield Finding("administration", "ok", "MEMOIR_ADMIN_TOKEN is set")

@@ -76,15 +76,17 @@ def edit(
 ) -> None:
     """Train the edits of FILE into a store: one after another or, where they need several memories, side by side.
 
-    Each is asked back before it is taken up. One that the model has not learnt, or that would overwrite others, is
-    tried again, and reported instead of stored if that fails too; so is one whose question is stored in other words
-    with another target. The exit code is 1 if any edit was left out that way.
+    Each edit is checked before it is stored. If the model has not learnt it, or if it would overwrite others, it is
+    trained again. If that fails too, it is reported and not stored. The same goes for an edit whose question is stored
+    in other words with another target. The exit code is 1 if any edit was left out that way.
 
-    Edits that the store has already are skipped: an interrupted run goes on where it stopped, and a longer file
-    is appended.
 
-    With --ray the memories are divided among the workers of a cluster, which train at the same time; the store is the
-    one that the same --side-by-side gives without, up to rounding. By default every worker has one memory.
+    Edits that the store has already are skipped. So an interrupted run goes on where it stopped, and of a longer file
+    only the new edits are trained.
+
+    With --ray the memories are divided among the workers of a cluster, which train at the same time. The store is the
+    one that the same --side-by-side gives without --ray, up to rounding. By default every worker has one memory.
+
 
     \b
     Example:

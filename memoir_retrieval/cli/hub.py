@@ -15,8 +15,8 @@ __all__ = ["pull", "push"]
 @store_argument
 @click.argument("repo")
 @click.option("--eval", "scores", type=click.Path(path_type=Path), help="The JSON of `memoir eval`, for the card.")
-@click.option("--license", "licence", help="Of the edits, as in a model card, such as cc-by-4.0.")
-@click.option("--public", is_flag=True, help="A new repository is for everybody (default: private).")
+@click.option("--license", "licence", help="License of the edits, as in a model card, such as cc-by-4.0.")
+@click.option("--public", is_flag=True, help="Make a new repository public (default: private).")
 @json_option
 def push(store: Path, repo: str, scores: Path | None, licence: str | None, public: bool, as_json: bool) -> None:
     """Put a store on the Hugging Face Hub as REPO (owner/name), with a generated model card.
@@ -42,8 +42,8 @@ def push(store: Path, repo: str, scores: Path | None, licence: str | None, publi
 @click.argument("repo")
 @store_argument
 @click.option("--revision", help="Commit, tag or branch (default: the newest commit of main).")
-@click.option("--sha256", help="What memoir.json must have, as `memoir push` printed it.")
-@click.option("--replace", is_flag=True, help="Drop edits of DIR that REPO has not.")
+@click.option("--sha256", help="The sha256 that memoir.json must have, as `memoir push` printed it.")
+@click.option("--replace", is_flag=True, help="Drop edits of DIR that REPO does not have.")
 @json_option
 def pull(repo: str, store: Path, revision: str | None, sha256: str | None, replace: bool, as_json: bool) -> None:
     """Fetch a store from the Hugging Face Hub into DIR, every file checked before DIR is touched.

@@ -79,9 +79,10 @@ def build(
 ) -> None:
     """Make the masks of many edits, without training them.
 
-    The store can be looked up, calibrated and measured at once, before any time is spent on training; it cannot be
-    served until `memoir edit` has trained the same edits into it. Interrupted, the same command goes on where it
-    stopped. The same input gives the same bytes.
+    The store can be looked up, calibrated and measured at once, before any time is spent on training. It cannot be
+    served until `memoir edit` has trained the same edits into it. If the command is interrupted, repeat it: it goes on
+    where it stopped. The same input gives the same bytes.
+
 
     \b
     Example:
@@ -147,10 +148,10 @@ def build(
 @json_option
 @threads_option
 def verify(store: Path, masks: bool, model: ModelOptions, as_json: bool) -> None:
-    """Read every byte of a store again and say what is not as it should be, one line each.
+    """Read every byte of a store again and report whatever is wrong, one line each.
 
     Digests, layout, the ones of every mask, ids, finite weights; with --masks (or --model) also whether the base model
-    still gives each mask. Exit code 1 where something differs.
+    still gives each mask. The exit code is 1 if something differs.
 
     \b
     Example:

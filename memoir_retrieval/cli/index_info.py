@@ -18,7 +18,7 @@ from memoir_retrieval.store.read import EditStore
 @click.option("--tau", type=float, help="Least overlap that matches (default: the store's own).")
 @json_option
 def info(store: Path, tau: float | None, as_json: bool) -> None:
-    """Tell the size of a store's index and how lookups at its tau are done.
+    """Show the size of a store's index, and how lookups at its tau are done.
 
     \b
     Example:

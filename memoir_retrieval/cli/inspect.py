@@ -79,7 +79,7 @@ def show(store: Path, edit_id: int, as_json: bool) -> None:
 def lookup(
     store: Path, prompt: str | None, messages: Path | None, model: str | None, tau: float | None, as_json: bool
 ) -> None:
-    """Tell which edit a prompt matches, without generating.
+    """Show which edit a prompt matches, without generating.
 
     \b
     Example:

@@ -20,7 +20,7 @@ from memoir_retrieval.store.write import leftovers, sweep
 @click.command()
 @store_argument
 @click.argument("edit_ids", metavar="[ID]...", type=int, nargs=-1)
-@click.option("--prompt", "prompts", multiple=True, help="Remove the edit of this prompt; may be given again.")
+@click.option("--prompt", "prompts", multiple=True, help="Remove the edit of this prompt; may be repeated.")
 @json_option
 def remove(store: Path, edit_ids: tuple[int, ...], prompts: tuple[str, ...], as_json: bool) -> None:
     """Make edits unreachable.
@@ -70,9 +70,10 @@ def remove(store: Path, edit_ids: tuple[int, ...], prompts: tuple[str, ...], as_
 def compact(store: Path, model: ModelOptions, acts: Literal["first", "last"] | None, as_json: bool) -> None:
     """Train the edits of a store again from nothing, so that removed ones leave no trace.
 
-    Ids, settings, seed and threshold stay. The store answers as before until the last edit is trained; interrupted, it
-    is what it was. A store made before edits acted from the question's last token on is brought to that rule by
-    --acts last: it is then served and extended as fast as a new one.
+    Ids, settings, seed and threshold stay. The store answers as before until the last edit is trained; if the command
+    is interrupted, the store stays as it was. In stores of format 4 and older, edits act from a question's first token
+    on. --acts last trains them to act from its last token; the store is then served and extended as fast as a new one.
+
 
     \b
     Example:

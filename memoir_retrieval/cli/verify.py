@@ -30,19 +30,39 @@ SOAK_EDIT = Edit(
 
 @click.command()
 @click.option("--server", metavar="URL", required=True, help="The server, such as http://127.0.0.1:8000.")
-@click.option("--store", "-s", type=click.Path(path_type=Path), help="The store it serves; what matches is asked too.")
+@click.option(
+    "--store",
+    "-s",
+    type=click.Path(path_type=Path),
+    help="The store that it serves; matching prompts are then asked too.",
+)
 @click.option("--base", metavar="URL", help="A server of the same model and flags without the plugin, to compare with.")
 @click.option(
     "--chat/--no-chat", default=None, help="Ask through the chat template, or raw (default: the store's own)."
 )
-@click.option("--prompts", type=click.IntRange(min=1, max=100), default=8, show_default=True, help="Of each kind.")
+@click.option(
+    "--prompts", type=click.IntRange(min=1, max=100), default=8, show_default=True, help="Prompts of each kind."
+)
 @click.option("--tokens", type=click.IntRange(min=1), default=16, show_default=True, help="Length of an answer.")
 @click.option(
-    "--turns", type=click.IntRange(min=0), default=5, show_default=True, help="Of the overhead; 0: not measured."
+    "--turns",
+    type=click.IntRange(min=0),
+    default=5,
+    show_default=True,
+    help="Turns in which the overhead is measured; 0 leaves it out.",
 )
-@click.option("--soak", type=click.FloatRange(min=0, min_open=True), metavar="MINUTES", help="Soak it so long instead.")
-@click.option("--requests", type=click.IntRange(min=1), default=10_000, show_default=True, help="The most of a soak.")
-@click.option("--clients", type=click.IntRange(1, 256), default=8, show_default=True, help="Of a soak, at once.")
+@click.option(
+    "--soak",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="MINUTES",
+    help="Soak the server for so long instead.",
+)
+@click.option(
+    "--requests", type=click.IntRange(min=1), default=10_000, show_default=True, help="Most requests of a soak."
+)
+@click.option(
+    "--clients", type=click.IntRange(1, 256), default=8, show_default=True, help="Clients of a soak at the same time."
+)
 @click.option(
     "--changes",
     type=click.IntRange(min=0),
@@ -67,11 +87,12 @@ def verify(
 ) -> None:
     """Prove that a running server's edits act where they must and nowhere else.
 
-    Asks it matched, unmatched and opted-out requests on your hardware and measures what edits cost there. The report is
-    made to be pasted into a bug report. Exit code 1 where something does not hold. A key for the server
-    is read from OPENAI_API_KEY. For exact bits nobody else should ask the server meanwhile.
+    The command sends matched, unmatched and opted-out requests on your hardware, and measures what edits cost there.
+    Paste its report into a bug report. The exit code is 1 if something does not hold. A key for the server is read
+    from OPENAI_API_KEY. The bits of answers are exact only if nobody else uses the server meanwhile.
 
     With --soak many clients ask at once instead, and each answer is compared with the quiet server's.
+
 
     \b
     Example:

@@ -1,4 +1,4 @@
-"""Edits trained in open memories and asked back, side by side where each has a memory of its own."""
+"""Edits trained in open memories and audited, side by side where each has a memory of its own."""
 
 from __future__ import annotations
 

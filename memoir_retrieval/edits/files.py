@@ -30,7 +30,7 @@ def read_edits(path: str | PathLike[str], format: str | None = None, *, note: No
     rephrases and locality prompts are dropped, as published sets write a missing one that way.
 
     path: the file.
-    format: a name of `FORMATS`; left out, it is told from the keys of the first record.
+    format: a name of `FORMATS`; if left out, the keys of the first record decide.
     note: takes a line about what of the file is not read, such as keys that no reader knows.
     Raises ConfigError for an unknown `format`, and EditFileError for a file that cannot be read, holds no
     edit, or has a record that does not fit; the message names the line where that record starts.

@@ -207,7 +207,7 @@ def suggest_tau(unrelated: NDArray[np.int64], k: int) -> float:
     """The tau of the module's rule, at most 1.
 
     unrelated: int64 [U], bits of k that each unrelated prompt shares with its nearest mask; all below k, for a prompt
-    with the very mask of an edit is told from it by no tau.
+    with the very mask of an edit is separated from it by no tau.
     """
     least = next(tau for tau in GRID if unrelated.max() < _needed(tau, k))
     return min(1.0, round(least + MARGIN, 2))

@@ -16,7 +16,7 @@ UNSEEN = ("system", "turn", "passages")
 a system message."""
 CONTEXTS = ("plain", *UNSEEN, "inline")
 """plain: the prompt as it is. inline: after retrieved passages inside the user's own message, where the question cannot
-be told from them: not one of those in which edits are expected to be found."""
+be distinguished from them: not one of those in which edits are expected to be found."""
 
 
 def in_context(name: str, prompts: Sequence[Prompt]) -> list[Prompt]:

@@ -22,7 +22,7 @@ DATA_SETS = {
     "wiki-counterfact": "knowedit_wiki/wiki_counterfact_train.jsonl",
     "hallueditbench": "hallueditbench/meta_llama_3_8b_instruct.jsonl",
 }
-"""Name -> path below the folder of the data sets. `docs/evaluation.md` tells what each is."""
+"""Name -> path below the folder of the data sets. `docs/evaluation.md` says what each is."""
 
 TEXT = "text/wikitext-2-test.jsonl"
 """Unrelated text in the same folder."""

@@ -1,4 +1,4 @@
-"""What an evaluation tells. `docs/evaluation.md` explains each figure."""
+"""The figures of an evaluation. `docs/evaluation.md` explains each figure."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ class EditLookup:
     def search(
         self, codes: NDArray[np.uint8], tau: float, questions: Sequence[Sequence[int]], *, exact: bool = False
     ) -> Hits:
-        """The edit that acts on each question, as `HammingIndex.search` tells it, among those that may.
+        """The edit that acts on each question, as `HammingIndex.search` returns it, among those that may.
 
         codes: uint8 [Q, D/8]. questions: of each the token ids of its span. Overlaps of questions that match nothing
         are those of the nearest edit that may act. exact, and errors: as `HammingIndex.search`.

@@ -147,7 +147,7 @@ class EditStore:
         )
 
     def check(self) -> None:
-        """Check what `open` was told to leave; once. Raises StoreError, naming the file that is damaged."""
+        """Check what `open` left unchecked; once. Raises StoreError, naming the file that is damaged."""
         if "checked" in vars(self):
             return
         for entry, data in self.mapped:

@@ -19,7 +19,7 @@ from memoir_retrieval.store.read import EditStore, FileEntry, assemble, parse, r
 __all__ = ["SAME_MASK", "verify_masks", "verify_store"]
 
 SAME_MASK = 0.98
-"""Least overlap of a mask with itself made again. Another machine, batch or dtype rounds a few bits otherwise."""
+"""Least overlap of a mask with itself made again. Another machine, batch or dtype rounds a few bits differently."""
 
 
 def verify_store(path: str | Path) -> list[str]:

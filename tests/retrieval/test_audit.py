@@ -1,4 +1,4 @@
-"""Each edit is asked back before it is taken up, and so are those that it could overwrite."""
+"""Each edit is checked before it is stored, and so are those that it could overwrite."""
 
 from __future__ import annotations
 

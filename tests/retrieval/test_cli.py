@@ -498,7 +498,7 @@ def test_a_package_that_cannot_be_imported(
     file = write(tmp_path / "edits.jsonl", EDITS)
     refused(capsys, store, r"pip install 'memoir-retrieval\[eval\]'", "eval", store, file, "--server", "http://x")
     monkeypatch.setitem(sys.modules, "memoir_retrieval.lookup.retriever", None)
-    refused(capsys, store, "`memoir doctor` tells what is missing", "lookup", store, "hi")
+    refused(capsys, store, "`memoir doctor` says what is missing", "lookup", store, "hi")
 
 
 def test_an_interrupted_edit_says_what_is_kept(

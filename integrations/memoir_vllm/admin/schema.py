@@ -40,7 +40,7 @@ class _Given(BaseModel):
 
 
 class AddEdit(_Given):
-    """One correction: asked `prompt`, the model shall answer `target`."""
+    """One correction: when asked `prompt`, the model must answer `target`."""
 
     prompt: Text = Field(examples=["Who is the CEO of Example Corp?"])
     target: Text = Field(examples=["Jane Doe"])

@@ -68,7 +68,7 @@ def _read_file(path: Path) -> list[tuple[str, str, str]]:
     try:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"token_file {path} cannot be read: {getattr(error, 'strerror', 'it is no text')}") from None
+        raise ConfigError(f"token_file {path} cannot be read: {getattr(error, 'strerror', 'it is not text')}") from None
     pairs = []
     for number, line in enumerate(lines, 1):
         if not line.strip() or line.lstrip().startswith("#"):

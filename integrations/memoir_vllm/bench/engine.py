@@ -1,7 +1,7 @@
 """An engine in a process of its own that takes turns with others on the same cores.
 
 The ones that wait are stopped by a signal, since vLLM's threads spin while idle and would slow the one that runs.
-Speeds are told as ratios of neighbouring turns, so that a machine whose speed drifts does not matter.
+Speeds are reported as ratios of neighbouring turns, so that a machine whose speed drifts does not matter.
 """
 
 from __future__ import annotations

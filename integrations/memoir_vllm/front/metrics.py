@@ -30,7 +30,7 @@ LOOKUP_ID = f"memoir-lookup-{secrets.token_hex(16)}"
 TOP = 20  # edits that are named on /metrics
 RECENT = 50
 
-_REQUESTS = CounterSeries("memoir_requests", "Finished requests by what became of them.", ["result"])
+_REQUESTS = CounterSeries("memoir_requests", "Finished requests by result.", ["result"])
 _OVERLAP = Histogram(
     "memoir_overlap",
     "Overlap of a looked-up request with the nearest edit.",
@@ -84,7 +84,11 @@ _ENGINE_SERIES = (
     ("older_generations", "memoir_older_generations", "Older generations that still answer requests."),
     ("remembered", "memoir_remembered_decisions", "Prompts whose decision is remembered."),
     ("routed", "memoir_lookups_total", "Questions that were looked up in the index."),
-    ("recalled", "memoir_remembered_hits_total", "Requests that a remembered decision has spared a lookup."),
+    (
+        "recalled",
+        "memoir_remembered_hits_total",
+        "Requests that needed no lookup, because their decision was remembered.",
+    ),
     ("rows", "memoir_residual_rows_total", "Token rows to which a residual was added."),
     ("routing_s", "memoir_routing_seconds_total", "Host seconds of pooling and looking up."),
     ("residual_s", "memoir_residual_seconds_total", "Host seconds of adding residuals."),
@@ -92,7 +96,7 @@ _ENGINE_SERIES = (
 
 
 class EngineCollector:
-    """Series of engines, as they were told last, and the edits that answered most.
+    """Series of engines, as last reported, and the edits that answered most.
 
     A collector of its own, since the numbers are counted elsewhere. vLLM with several API servers merges files of
     plain metrics and shows no collectors.

@@ -23,9 +23,10 @@ __all__ = ["bench_edit"]
 @json_option
 @threads_option
 def bench_edit(file: Path, source: FileOptions, model: ModelOptions, as_json: bool) -> None:
-    """Seconds an edit, ours and the published loop, taking turns; and how well the edits are answered afterwards.
+    """Seconds per edit, ours and the published loop in turn, and how well the edits are answered afterwards.
 
-    Raw prompts in both. The published loop takes about a minute an edit on a CPU, so without --limit three are trained.
+    Raw prompts in both. The published loop takes about a minute per edit on a CPU, so without --limit only
+    three are trained.
 
     \b
     Example:

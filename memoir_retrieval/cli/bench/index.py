@@ -56,7 +56,7 @@ def bench_index(
     """Time of lookups in made-up masks, against FAISS, matrix products and the published code.
 
     The masks overlap like those of a language model; half of the queries match a stored mask. Ratios are of
-    neighbouring turns. With --json, one object a row: d, n, batch, method, ms, vs_flat, recall.
+    neighbouring turns. With --json, one object per row: d, n, batch, method, ms, vs_flat, recall.
 
     \b
     Example:

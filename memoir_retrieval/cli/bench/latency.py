@@ -30,13 +30,13 @@ def _counts(_context: click.Context, _option: click.Parameter, text: str) -> lis
     callback=_counts,
     default="100,10000,100000",
     show_default=True,
-    help="Sizes of stores; random masks fill up.",
+    help="Sizes of stores; random masks fill them up.",
 )
 @click.option("--concurrent", callback=_counts, default="1,8,32", show_default=True, help="Requests at a time.")
 @click.option(
-    "--requests", type=click.IntRange(min=2), default=16, show_default=True, help="Requests a turn, at least."
+    "--requests", type=click.IntRange(min=2), default=16, show_default=True, help="Requests per turn, at least."
 )
-@click.option("--tokens", type=click.IntRange(min=2), default=16, show_default=True, help="New tokens a request.")
+@click.option("--tokens", type=click.IntRange(min=2), default=16, show_default=True, help="New tokens per request.")
 @click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Turns of each kind.")
 @click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Write charts to this HTML file.")
 @json_option

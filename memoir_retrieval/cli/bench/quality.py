@@ -78,10 +78,11 @@ def bench_quality(
     model: ModelOptions,
     as_json: bool,
 ) -> None:
-    """Edit one after another what DATA, a file or a data set's name, has to correct; ask on the way and at the end.
+    """Train the edits of DATA, a file or a data set's name, one after another, and measure on the way and at the end.
 
-    The folder --out gets the store, run.json with every figure, and report.html with the pictures. An interrupted run
-    goes on with the same command.
+    The folder --out then holds the store, run.json with every figure, and report.html with the pictures. If a run is
+    interrupted, the same command goes on with it.
+
 
     \b
     Names: zsre, zsre-train, zsre-knowedit, selfcheckgpt, temporal, counterfact, counterfact-neighbours, wikifactdiff,

@@ -21,14 +21,14 @@ __all__ = ["bench_serve"]
 @store_argument
 @model_option
 @click.option("--batch", type=click.IntRange(min=1), default=32, show_default=True, help="Requests at a time.")
-@click.option("--tokens", type=click.IntRange(min=1), default=64, show_default=True, help="New tokens a request.")
+@click.option("--tokens", type=click.IntRange(min=1), default=64, show_default=True, help="New tokens per request.")
 @click.option("--pairs", type=click.IntRange(min=1), default=7, show_default=True, help="Turns of each engine.")
 @click.option("--compiled", is_flag=True, help="Let vLLM compile the model (default: eager).")
 @json_option
 def bench_serve(
     store: Path, model: str | None, batch: int, tokens: int, pairs: int, compiled: bool, as_json: bool
 ) -> None:
-    """Tokens per second with the plugin over those without it, nothing matching and everything matching.
+    """Tokens per second with the plugin over those without it, where nothing matches and where everything does.
 
     \b
     Example:
