@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 ROOT = Path(__file__).parents[2]
 
@@ -156,8 +157,9 @@ def test_the_version_is_written_in_one_place() -> None:
     (ours,) = re.findall(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.M)
     assert version("memoir-retrieval") == ours, "pyproject.toml has changed: run `make setup`"
     assert str(yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"]) == ours
-    newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.M)
-    assert newest and newest[1] == ours
+    heads = re.findall(r"^## (\d\S+)( \(unreleased\))?$", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    released = [head for head, unreleased in heads if not unreleased]
+    assert released[0] == ours and heads[0][0] == max((head for head, _ in heads), key=Version)
     sources = [f for part in ("index", "memoir_retrieval", "integrations") for f in (ROOT / part).rglob("*.py")]
     assert len(sources) > 30 and not [f for f in sources if f'"{ours}"' in f.read_text()]
 
