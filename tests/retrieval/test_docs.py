@@ -45,6 +45,17 @@ NOT_RUN = {
 RUN = {"cp", "head", "curl", "export", "vllm", "memoir"}
 # Lines of the tutorial that are not run, and why.
 TUTORIAL_NOT_RUN = ("make", "source", "curl", "python", "memoir serve", "memoir verify")  # servers: tests/vllm
+# Words of this house that a reader does not know, or takes for something else, and what to write instead.
+PLAIN = {
+    r"like questions": "similar questions",
+    r"asked back": "checked",
+    r"told": "reported, said",
+    r"(?-i:[Mm]end(?:s|ed|ing)?)": "fix, avoid",  # MEND is a method
+    r"shall": "must",
+    r"otherwise": "differently, or a sentence of its own with if",
+    r"belongs? into": "list, put into",
+}
+HOUSE_WORDS = re.compile(rf"\b(?:{'|'.join(PLAIN)})\b", re.I)
 DOCTOR_MAY_WARN = "memoir doctor"  # vllm or openai may be missing where these tests run
 
 
@@ -243,3 +254,56 @@ def test_links_between_pages_and_files_lead_somewhere() -> None:
     for page in ROOT.glob("*.md"):
         for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
             assert re.match(r"https?://", target) or (ROOT / target).exists(), f"{page.name}: {target}"
+
+
+def house_words(text: str) -> list[str]:
+    """What a text says in words of the house, code and blocks of code aside."""
+    prose = re.sub(r"```.*?```|`[^`]*`", "", text, flags=re.S)
+    return [match[0] for match in HOUSE_WORDS.finditer(" ".join(prose.split()))]
+
+
+def test_no_message_and_no_docstring_has_house_words() -> None:
+    """Help texts, errors, log lines, remarks, metrics, the admin API's schema, the console."""
+    seen = 0
+    for folder in ("memoir_retrieval", "index", "integrations"):
+        for file in [*ROOT.glob(f"{folder}/**/*.py"), *ROOT.glob(f"{folder}/**/console/*.*")]:
+            text = file.read_text(encoding="utf-8")
+            strings = [text]
+            if file.suffix == ".py":
+                nodes = ast.walk(ast.parse(text))
+                strings = [n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+            for string in strings:
+                assert HOUSE_WORDS.findall(string) == [], f"{file.relative_to(ROOT)}: {string[:120]!r}: {PLAIN}"
+            seen += len(strings)
+    assert seen > 3000
+
+
+@pytest.mark.parametrize(
+    "text", ["It is told to reload.", "Mended in\n0.2.0", "asked back", "They belong into a list."]
+)
+def test_a_house_word_is_seen(text: str) -> None:
+    assert len(house_words(text)) == 1 and house_words(f"```console\n$ {text}\n```") == []
+
+
+def commands(command: click.Command, path: str) -> Iterator[tuple[str, click.Command]]:
+    yield path, command
+    if isinstance(command, click.Group):
+        for name, inner in command.commands.items():
+            yield from commands(inner, f"{path} {name}")
+
+
+def test_every_option_of_the_command_line_is_documented() -> None:
+    """Hidden ones too: none is. A page that lists an option says what it does."""
+    page = (ROOT / "docs/reference/cli.md").read_text(encoding="utf-8")
+    sections = dict(re.findall(r"^## (memoir.*?)$\n(.*?)(?=^## |\Z)", page, re.M | re.S))
+    seen = 0
+    for path, command in commands(cli, "memoir"):
+        assert command.help, f"{path} has no help text"
+        for option in command.params:
+            if not isinstance(option, click.Option):
+                continue
+            assert option.help and not option.hidden, f"{path}: {option.opts} has no help text, or is hidden"
+            for name in (*option.opts, *option.secondary_opts):
+                assert re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", sections[path]), f"{path}: {name}"
+            seen += 1
+    assert seen > 100 and len(sections) > 20

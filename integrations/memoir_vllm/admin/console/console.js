@@ -21,12 +21,12 @@ async function call(path, { method = "GET", body = null, bearer = token } = {}) 
   const headers = bearer ? { Authorization: `Bearer ${bearer}` } : {};
   if (body !== null) headers["Content-Type"] = "application/json";
   const reply = await fetch(path, { method, headers, body: body === null ? null : JSON.stringify(body) });
-  const told = await reply.json().catch(() => ({}));
+  const answer = await reply.json().catch(() => ({}));
   if (!reply.ok) {
-    const detail = told.detail ?? told.error?.message ?? told.error ?? reply.statusText;
+    const detail = answer.detail ?? answer.error?.message ?? answer.error ?? reply.statusText;
     throw new Refused(reply.status, detail);
   }
-  return told;
+  return answer;
 }
 
 function make(tag, text = "", attributes = {}) {
@@ -97,11 +97,11 @@ async function answer(prompt, options) {
   const asked = { model: stats.model, temperature: 0, max_tokens: 64, vllm_xargs: options };
   if ($("chat").checked) {
     const body = { ...asked, messages: [{ role: "user", content: prompt }] };
-    const told = await call("../v1/chat/completions", { method: "POST", body, bearer: key });
-    return [told.choices[0].message.content, told.kv_transfer_params.memoir];
+    const completion = await call("../v1/chat/completions", { method: "POST", body, bearer: key });
+    return [completion.choices[0].message.content, completion.kv_transfer_params.memoir];
   }
-  const told = await call("../v1/completions", { method: "POST", body: { ...asked, prompt }, bearer: key });
-  return [told.choices[0].text, told.kv_transfer_params.memoir];
+  const completion = await call("../v1/completions", { method: "POST", body: { ...asked, prompt }, bearer: key });
+  return [completion.choices[0].text, completion.kv_transfer_params.memoir];
 }
 
 async function attempt() {
