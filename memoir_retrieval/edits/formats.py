@@ -407,11 +407,13 @@ def _probe(record: Fields, key: str, *answer_keys: str) -> Probe:
 
 
 def _target(record: Mapping[str, Any], key: str) -> str:
-    """What an edit teaches: text, a whole number as it is written, or a list of one of these.
+    """What an edit teaches: text, a whole number as it is written, or a list of one of these; ROME has it under "str".
 
     Other numbers have several forms, and a model may answer any of them.
     """
     value = record.get(key)
+    if isinstance(value, dict) and isinstance(value.get("str"), str):
+        value = value["str"]
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
     if isinstance(value, list) and value and all(isinstance(text, str) for text in value):

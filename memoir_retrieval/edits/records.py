@@ -20,6 +20,7 @@ Note = Callable[[str], object]
 
 LISTS = ("data", "edits", "records", "examples", "instances")
 """Keys under which tools write the list of records."""
+_LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z]+)?")  # keys under which multilingual sets put one record each
 _CSV = {".csv", ".tsv"}
 _LISTED = ("rephrases", "requires", "ood")  # keys of ours that hold a list, of which a cell of CSV is one entry
 
@@ -194,6 +195,9 @@ def _unpacked(whole: Located, note: Note) -> list[Located]:
         return _numbered({key: column.get(row) for key, column in value.items()} for row in rows)
     lists = [key for key, part in value.items() if _is_objects(part)]
     if not is_record(value):
+        by_id = all(isinstance(part, dict) and is_record(part) for part in columns)
+        if columns and by_id and not all(map(_LANGUAGE.fullmatch, value)):
+            return _numbered(columns)
         if len(lists) == 1 and lists[0] in LISTS:
             return _numbered(value[lists[0]])
         if lists:

@@ -561,6 +561,15 @@ BAD = {
         '{"en": {"src": "a", "alt": "b"}, "zh": {"src": "c", "alt": "d"}}',
         "line 1: a record for each of 'en', 'zh', and an edit acts in its own language alone; write those of one",
     ),
+    "several languages of a territory": (
+        '{"en-GB": {"src": "a", "alt": "b"}, "zh-CN": {"src": "c", "alt": "d"}}',
+        "line 1: a record for each of 'en-GB', 'zh-CN', and an edit acts in its own language alone; write those of one",
+    ),
+    "a record by its id": (
+        '{"t-7": {"prompt": "a", "target": "b"}, "t-9": {"prompt": "c", "target": ""}}',
+        "record 2: 'target' is ''; write some text",
+    ),
+    "target an object": ('{"prompt": "a", "target_new": {"id": "Q1"}}', "'target_new' is {'id': 'Q1'}; write text in"),
     "alpaca with input": (
         '{"instruction": "a", "input": "b", "output": "c"}',
         "how 'instruction' and 'input' make a question is yours to say",
@@ -649,6 +658,12 @@ WHOLE = {
     "pandas columns": ('{"prompt": {"0": "a", "10": "c"}, "target": {"0": "b", "10": "d"}}', BOTH),
     "pandas lists": ('{"prompt": ["a", "c"], "target": ["b", "d"]}', BOTH),
     "pandas split": ('{"columns": ["prompt", "target"], "index": [0, 1], "data": [["a", "b"], ["c", "d"]]}', BOTH),
+    "pandas index": ('{"0": {"prompt": "a", "target": "b"}, "10": {"prompt": "c", "target": "d"}}', BOTH),
+    "records by their ids": ('{"ticket-7": {"src": "a", "alt": "b"}, "ticket-9": {"src": "c", "alt": "d"}}', BOTH),
+    "a request of ROME": (
+        '[{"prompt": "{} plays", "subject": "Ann", "target_new": {"str": "golf"}, "target_true": {"str": "chess"}}]',
+        [edit("Ann plays", "golf", "Ann")],
+    ),
     "pandas with a cell that is missing": ('{"prompt": "a", "target": "b", "subject": NaN}', BOTH[:1]),
     "viewer": (
         '{"features": [], "rows": [{"row_idx": 0, "row": {"prompt": "a", "target": "b"}, "truncated_cells": []}, '

@@ -82,6 +82,15 @@ def test_an_answer_begun_by_the_client_is_not_part_of_the_question(tokenizer: An
     assert tokenizer.decode(ids[start:end]) == QUESTION
 
 
+def test_a_tool_result_behind_a_question_does_not_hide_it(chat: Any) -> None:
+    """An edit outranks what a tool says: it acts from the question on, through the result and the answer."""
+    result = [{"role": "assistant", "content": "Let me look."}, {"role": "tool", "content": "Nobody did."}]
+    ids = ids_of(chat, [*TURNS, {"role": "user", "content": QUESTION}, *result])
+    span = find_span(ids, derive_span_rule(chat))
+    assert chat.decode(ids[span.start : span.end]).strip() == QUESTION
+    assert "Nobody did." in chat.decode(ids[span.acts_from :])
+
+
 def test_an_empty_question_gives_an_empty_span(tokenizer: Any) -> None:
     span = find_span(ids_of(tokenizer, [{"role": "user", "content": ""}]), derive_span_rule(tokenizer))
     assert span.start == span.end
