@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import click
 
-from memoir_retrieval.cli.common import echo_json, json_option
+from memoir_retrieval.cli.common import echo, echo_json, json_option
 from memoir_retrieval.errors import MemoirError, ModelError, StoreError
 from memoir_retrieval.model.base import identify, resolve
 from memoir_retrieval.model.embedded import EMBEDDED
@@ -48,7 +48,7 @@ def doctor(store: Path | None, model: str | None, quick: bool, as_json: bool) ->
         echo_json([finding._asdict() for finding in findings])
     else:
         for check, state, detail in findings:
-            click.echo(f"{state:4s}  {check:18s} {detail}")
+            echo(f"{state:4s}  {check:18s} {detail}")
     if any(finding.state == "fail" for finding in findings):
         raise click.exceptions.Exit(1)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from memoir_retrieval.cli.common import echo_json, json_option, notes, threads_option
+from memoir_retrieval.cli.common import echo, echo_json, json_option, notes, threads_option
 from memoir_retrieval.cli.options import (
     FileOptions,
     ModelOptions,
@@ -172,14 +172,14 @@ def _tell(editor: Editor, store: Path, seconds: float, as_json: bool) -> None:
         echo_json(summary)
     else:
         for failed in outcome.failed:
-            click.echo(f"failed: {failed.prompt!r} -> {failed.target!r}: {failed.reason}", err=True)
+            echo(f"failed: {failed.prompt!r} -> {failed.target!r}: {failed.reason}", err=True)
         for conflict in outcome.conflicting:
-            click.echo(
+            echo(
                 f"conflicting: {conflict.fact}: choose with --on-conflict",
                 err=True,
             )
         speed = f", {summary['seconds_per_edit']} s an edit" if new else ""
-        click.echo(
+        echo(
             f"{store}: {new} edits stored, {outcome.skipped} were there already, {outcome.retried} retried, "
             f"{len(outcome.failed)} failed, {len(outcome.conflicting)} conflicting ({seconds:.0f} s{speed}); "
             f"generation {summary['generation']}, {size / 1e6:.2f} MB"

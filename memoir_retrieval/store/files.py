@@ -129,11 +129,15 @@ def store_lock(folder: Path) -> Iterator[None]:
 
     folder: the store's.
 
-    Raises StoreError at once where another process holds it.
+    Raises StoreError at once where another process holds it, and where the lock is a link, a folder or a device: in a
+    folder that came from somebody else it may lead to any file.
     """
+    file = folder / ".lock"
     try:
         _make_folder(folder)
-        lock = FileLock(folder / ".lock")
+        if os.path.lexists(file) and not stat.S_ISREG(os.lstat(file).st_mode):
+            raise StoreError(f"{file} is a link, a folder or a device, not a file: remove it")
+        lock = FileLock(file)
         lock.acquire(timeout=0)
     except Timeout:
         raise StoreError(f"store {folder} is being written by another process: wait until it is done") from None

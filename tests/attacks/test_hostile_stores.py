@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import tracemalloc
@@ -16,6 +17,7 @@ from test_additions import add
 from memoir_retrieval.errors import StoreError
 from memoir_retrieval.store import read as store_module
 from memoir_retrieval.store.read import EditStore
+from memoir_retrieval.store.remove import remove_edits
 from memoir_retrieval.store.verify import verify_store
 from memoir_retrieval.store.write import write_again
 
@@ -74,3 +76,22 @@ def test_a_store_at_the_end_of_its_numbers_stays_as_it_is(
         commit[whole]()
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"} == before
     assert verify_store(folder) == [] and EditStore.open(folder).manifest == store.manifest
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling link", "folder", "pipe"])
+def test_a_lock_that_is_no_file_is_not_taken(sound: Path, tmp_path: Path, kind: str) -> None:
+    """A folder that came from somebody else: whoever writes it must not make or cut off what its lock leads to."""
+    folder, secret = Path(shutil.copytree(sound, tmp_path / "store")), tmp_path / "secret"
+    (folder / ".lock").unlink(missing_ok=True)
+    if kind == "link":
+        secret.write_text("kept")
+    if kind.endswith("link"):
+        (folder / ".lock").symlink_to(secret)
+    elif kind == "folder":
+        (folder / ".lock").mkdir()
+    else:
+        os.mkfifo(folder / ".lock")
+    with pytest.raises(StoreError, match=r"/\.lock is a link, a folder or a device, not a file: remove it"):
+        remove_edits(folder, [0])
+    assert (secret.read_text() if kind == "link" else secret.exists()) == ("kept" if kind == "link" else False)
+    assert EditStore.open(folder).manifest == EditStore.open(sound).manifest

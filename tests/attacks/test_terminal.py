@@ -31,6 +31,7 @@ def test_a_stored_text_cannot_steer_the_terminal(
         ["list", "--json"],
         ["show", "1", "--json"],
         ["index", "info"],
+        ["index", "verify"],
         ["remove", "1"],
     )
     for command, *rest in commands:
@@ -50,6 +51,18 @@ def test_a_stored_text_cannot_steer_the_terminal(
             assert not [line for line in shown.splitlines() if line.startswith("source")]
         elif command == "list":
             assert len([line for line in shown.splitlines() if "p2" in line]) == 1
+
+
+def test_the_model_that_a_store_names_cannot_steer_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "s")
+    forge.sign(tmp_path / "s", forge.manifest(tmp_path / "s") | {"model": "a\x1b[2K\x1b[1Ab\u202ec"})
+    for form in ([], ["--json"]):
+        with pytest.raises(SystemExit):
+            main(["doctor", "--quick", "--store", str(tmp_path / "s"), *form])
+        shown = capsys.readouterr().out
+        assert "model a\\u001b[2K\\u001b[1Ab\\u202ec" in shown and not {"\x1b", "\u202e"} & {*shown}
 
 
 def test_an_error_cannot_steer_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
