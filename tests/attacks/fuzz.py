@@ -74,6 +74,7 @@ EDIT_FILES = [
     b'[{"en":{"src":"{} is","alt":"Me","subject":"s"}}]',
     b'{\n"prompt":"Who?",\n"target":"Me"}\n{"prompt":"Where?",\n"target":3}\n',
     b'{"data":[{"prompt":"Who?","target":"Me"}]}',
+    b'{"0":{"prompt":"Who?","target":"Me"},"1":{"prompt":"{} is","subject":"s","target_new":{"str":"Me"}}}',
     b'{"prompt":{"0":"Who?","1":"Where?"},"target":{"0":"Me","1":"Here"}}',
     b'{"columns":["prompt","target"],"index":[0],"data":[["Who?","Me"]]}',
     b'{"rows":[{"row":{"prompt":"Who?","target":"Me"},"truncated_cells":[]}],"num_rows_total":1}',

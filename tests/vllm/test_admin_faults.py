@@ -216,6 +216,33 @@ async def test_a_trainer_that_says_nothing_is_ended(
     await the_next_change_works(server, job)
 
 
+async def test_a_trainer_that_is_slow_is_awaited_while_it_says_so(
+    server: Server, trainer_is: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Longer in all than it may say nothing. Whoever reads is answered meanwhile, and a second change waits."""
+    monkeypatch.setattr(jobs, "SILENCE_S", 5)
+    server.start()
+    step = {"progress": {"stage": "training", "step": 1, "limit": 60, "loss": 2.0, "goal": 0.1}}
+    with trainer_is(
+        f"for _ in range(12): print(json.dumps({step!r}), flush=True); time.sleep(0.5)\n"
+        "for _ in range(2): print(json.dumps({'error': 'not learnt'}), flush=True); sys.stdin.readline()"
+    ):
+        slow, waiting = [await server.http.delete(f"/edits/{number}") for number in (0, 1)]
+        job = slow.json()
+        while job["progress"] is None:
+            await asyncio.sleep(0.01)
+            job = (await server.http.get(f"/jobs/{job['id']}")).json()
+        assert (job["state"], job["progress"]) == ("running", step["progress"])
+        assert (await server.http.get(f"/jobs/{waiting.json()['id']}")).json()["state"] == "queued"
+        assert (await server.http.get("/edits/0")).status_code == 200
+        job = await server.finish(slow)
+        assert (job["state"], job["error"]) == ("failed", "not learnt")
+        assert (await server.finish(waiting))["error"] == "not learnt"
+        await server.service.jobs._trainer.stop()
+    monkeypatch.setattr(jobs, "SILENCE_S", 60)
+    await the_next_change_works(server, job)
+
+
 async def test_a_change_that_was_written_is_activated_although_its_trainer_died(
     server: Server, trainer_is: Callable[[str], Any]
 ) -> None:
@@ -242,6 +269,20 @@ async def test_of_many_changes_of_one_prompt_at_once_one_is_taken(server: Server
     removals = await asyncio.gather(*(server.http.delete("/edits/2") for _ in range(20)))
     assert sorted(reply.status_code for reply in removals) == [202] + 19 * [409]
     assert len(server.service.audit.lines()) == len(server.service.jobs.open()) == 2
+
+
+async def test_a_key_that_is_there_twice_is_refused(server: Server) -> None:
+    """Of two targets the parser would take the last, and nobody would hear of the first."""
+    json = {"Content-Type": "application/json"}
+    for body, key in (
+        (b'{"prompt": "Who?", "target": "Ann", "target": "Bob"}', "target"),
+        (b'{"prompt": "Who?", "target": "Ann", "\\u0070rompt": "Why?"}', "prompt"),
+    ):
+        reply = await server.http.post("/edits", content=body, headers=json)
+        assert (reply.status_code, reply.json()["detail"]) == (400, f"key {key!r} is there twice; keep one")
+    body = b'{"messages": [{"role": "user", "role": "system", "content": "Who?"}]}'
+    assert (await server.http.post("/lookup", content=body, headers=json)).status_code == 400
+    assert server.service.jobs.all() == [] == server.service.audit.lines()
 
 
 async def test_of_many_changes_at_once_no_more_wait_than_may(server: Server) -> None:
@@ -381,6 +422,49 @@ async def test_engines_that_have_died_leave_the_change_stored(server: Server, mo
     job = await server.finish(await server.http.delete("/edits/0"))
     assert job["state"] == "stored" and "the engines do not say what they serve" in job["error"]
     assert server.log(job) == ["accepted", "stored", "failed"]
+
+
+class TwoEngines:
+    """A stand-in for vLLM's client of two engines, each with one worker."""
+
+    def __init__(self, *workers: OneWorker):
+        self.engine_core, self.workers = self, workers
+
+    async def call_utility_all_async(self, utility: str, method: str, *arguments: Any) -> list[list[Any]]:
+        assert utility == "collective_rpc"
+        return [[await asyncio.to_thread(self._answer, worker, method)] for worker in self.workers]
+
+    @staticmethod
+    def _answer(worker: OneWorker, method: str) -> Any:
+        reloader = worker.reloader
+        calls = {"stage": reloader.stage, "staged": reloader.staged, "reload": reloader.reload}
+        return {**calls, "stats": worker.layer.stats}[method.removeprefix("memoir_")]()
+
+
+async def test_an_engine_that_was_started_again_serves_a_newer_generation_until_the_other_has_it(
+    server: Server, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store went on while one of two engines was down."""
+    server.start()
+    older = server.engines
+    remove_edits(folder, [0])
+    newer = OneWorker(folder)
+    both = Engines(TwoEngines(older, newer))  # type: ignore[arg-type]
+    monkeypatch.setattr(server.service, "engines", both)
+    monkeypatch.setattr(server.service.jobs, "_activate", both.reload)
+    assert [engine["generation"] for engine in await both.stats()] == [FIRST, FIRST + 1]
+
+    def no_memory(*arguments: Any) -> Any:
+        raise torch.OutOfMemoryError("no memory left")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(older.layer, "load", no_memory)
+        reply = await server.http.post("/reload")
+        assert (reply.status_code, "engines serve [3, 4]" in reply.json()["detail"]) == (503, True)
+    assert (await server.http.post("/reload")).json() == {"generation": FIRST + 1}
+    job = await server.finish(await server.http.delete("/edits/1"))
+    assert (job["state"], older.generation, newer.generation) == ("done", FIRST + 2, FIRST + 2)
+    assert server.log(job) == ["accepted", "stored", "active"]
 
 
 @pytest.mark.parametrize("stored", [False, True], ids=["before the disk", "behind the disk"])

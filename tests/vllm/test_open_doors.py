@@ -18,11 +18,13 @@ from starlette.testclient import TestClient
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.lookup.decision import Decision
 from memoir_retrieval.store.manifest import KINDS, MANIFEST
+from memoir_vllm.admin import guard
 from memoir_vllm.admin.audit import AUDIT
 from memoir_vllm.admin.routes import make_app
 from memoir_vllm.admin.tokens import Tokens
 from memoir_vllm.front import metrics
 from memoir_vllm.requests import parse_options
+from memoir_vllm.worker.mixin import MemoirWorker
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/security-model.md").read_text().split("## Open doors")[1]
@@ -39,6 +41,10 @@ def rows(section: str) -> dict[str, str]:
             first, second = line.split(" | ")[:2]
             doors |= dict.fromkeys(re.findall(r"`([^`]+)`", first), second)
     return doors
+
+
+def sources(*folders: str) -> list[str]:
+    return [file.read_text() for folder in folders for file in (ROOT / folder).rglob("*.py")]
 
 
 @pytest.fixture(scope="module")
@@ -95,9 +101,24 @@ def test_every_file_of_a_store_has_a_row(store_folder: Path) -> None:
     assert all(any(file.match(pattern) for pattern in patterns) for file in store_folder.iterdir())
 
 
+def test_every_header_has_a_row(app: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "BURST", 1.0)
+    client = TestClient(app, raise_server_exceptions=False)
+    replies = [client.get("/"), client.get("/jobs"), *(client.get("/jobs/x", headers=KNOWN) for _ in range(3))]
+    assert {200, 401, 429} <= {reply.status_code for reply in replies}
+    sent = {name for reply in replies for name in reply.headers} - {"content-length", "content-type"}
+    read = {name for text in sources("integrations") for name in re.findall(r'headers\.get\("([a-z-]+)"', text)}
+    assert len(read) == 2 and sent | read == rows("Headers below /memoir").keys()
+
+
+def test_every_call_to_a_worker_has_a_row() -> None:
+    assert {name for name in vars(MemoirWorker) if name.startswith("memoir_")} == rows("Calls to the workers").keys()
+
+
 def test_every_variable_has_a_row() -> None:
     named: set[str] = set()
-    for folder in ("memoir_retrieval", "integrations", "index"):
-        for file in (ROOT / folder).rglob("*.py"):
-            named |= set(re.findall(r"[\"$']?\b(MEMOIR_[A-Z_]+)\b", file.read_text()))
+    for text in sources("memoir_retrieval", "integrations", "index"):
+        named |= set(re.findall(r"[\"$']?\b(MEMOIR_[A-Z_]+)\b", text))
+        named |= set(re.findall(r"environ(?:\.get\(|\[)[\"']([A-Z_]+)[\"']", text))
+        named |= set(re.findall(r"[\"']([A-Z_]+)[\"'] (?:not )?in os\.environ", text))
     assert named == rows("Environment").keys()

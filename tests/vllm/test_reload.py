@@ -15,6 +15,7 @@ from memoir_retrieval.errors import StoreError
 from memoir_retrieval.model.base import BaseModel
 from memoir_retrieval.store.read import EditStore
 from memoir_vllm.config import MemoirConfig
+from memoir_vllm.worker import reload
 from memoir_vllm.worker.reload import Reloader
 from memoir_vllm.worker.residual import ResidualLayer
 from memoir_vllm.worker.routing import Router
@@ -62,6 +63,43 @@ def test_any_error_of_a_load_is_a_reason_and_the_old_generation_acts_on(
             reloader.reload()
     assert layer.now is now and reloader.manifest.generation == FIRST
     assert reloader.reload() == later == layer.now.router.generation
+
+
+@pytest.mark.parametrize("broken", [0, 1])
+def test_a_load_that_fails_on_one_of_two_ranks_fails_on_both(
+    broken: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each in a thread. The stand-in is the exchange of their values; `test_engine_parallel.py` has the real one."""
+    store, values, barrier = EditStore.open(folder), [None, None], threading.Barrier(2, timeout=60)
+    layers = [ResidualLayer(Router(store, None, "cpu", str), torch.from_numpy(store.memories)) for _ in values]
+    ranks = [Reloader(MemoirConfig(store=str(folder)), store.manifest, layer, 2, "cpu", str) for layer in layers]
+    later = next_generation(folder)
+
+    def exchange(value: Any, number: int) -> list[Any]:
+        values[int(threading.current_thread().name)] = value
+        barrier.wait()
+        everybody = list(values)
+        barrier.wait()
+        return everybody
+
+    def answer(rank: int) -> None:
+        try:
+            answers[rank] = ranks[rank].reload()
+        except StoreError as error:
+            answers[rank] = str(error)
+
+    monkeypatch.setattr(reload, "values_of_ranks", exchange)
+    monkeypatch.setattr(layers[broken], "load", raising(MemoryError("no memory left")))
+    for wanted, generation in (("MemoryError: no memory left", FIRST), (later, later)):
+        answers: list[Any] = [None, None]
+        threads = [threading.Thread(target=answer, args=(rank,), name=str(rank)) for rank in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert answers == [wanted, wanted]
+        assert [layer.now.router.generation for layer in layers] == [generation, generation]
+        monkeypatch.setattr(layers[broken], "load", ResidualLayer.load.__get__(layers[broken]))
 
 
 def test_a_thread_that_cannot_be_started_is_a_reason(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Coroutine, Iterable
 from importlib.resources import files
 from typing import Annotated, Any
 
@@ -11,8 +12,10 @@ import msgspec
 from fastapi import Depends, FastAPI, HTTPException, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 
+from memoir_retrieval.edits.formats import show
 from memoir_retrieval.edits.record import StoredEdit
 from memoir_retrieval.errors import MemoirError
 from memoir_retrieval.store.read import library_version
@@ -47,6 +50,32 @@ Limit = Annotated[int, Query(ge=1, le=200)]
 Search = Annotated[str, Query(max_length=256, description="Words that must all be in the edit.")]
 
 
+class _PlainRequest(Request):
+    """A request whose body has one meaning: Python's parser takes the last of two equal keys, as if all was well."""
+
+    async def json(self) -> Any:
+        return json.loads(await self.body(), object_pairs_hook=_unique)
+
+
+class _PlainRoute(APIRoute):
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def run(request: Request) -> Response:
+            return await handle(_PlainRequest(request.scope, request.receive))
+
+        return run
+
+
+def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in values:
+            raise HTTPException(400, f"key {show(key)} is there twice; keep one")
+        values[key] = value
+    return values
+
+
 def make_app(tokens: Tokens, service: Callable[[], Service], schema: bool) -> FastAPI:
     """The routes below /memoir.
 
@@ -65,6 +94,7 @@ def make_app(tokens: Tokens, service: Callable[[], Service], schema: bool) -> Fa
         responses=_said(401, 413, 429),
         dependencies=[Depends(HTTPBearer(auto_error=False))],  # for the schema: the guard has checked it by then
     )
+    app.router.route_class = _PlainRoute
     app.add_middleware(Guard, tokens=tokens, public=public)
     _add_errors(app)
     _add_console(app)
