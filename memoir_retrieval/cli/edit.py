@@ -178,7 +178,7 @@ def _tell(editor: Editor, store: Path, seconds: float, as_json: bool) -> None:
                 f"conflicting: {conflict.fact}: choose with --on-conflict",
                 err=True,
             )
-        speed = f", {summary['seconds_per_edit']} s an edit" if new else ""
+        speed = f", {summary['seconds_per_edit']} s per edit" if new else ""
         echo(
             f"{store}: {new} edits stored, {outcome.skipped} were there already, {outcome.retried} retried, "
             f"{len(outcome.failed)} failed, {len(outcome.conflicting)} conflicting ({seconds:.0f} s{speed}); "

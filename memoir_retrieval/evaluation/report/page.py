@@ -70,7 +70,7 @@ def run_page(run: Run) -> str:
     parts.append(_section("Accuracy by age of the edit", _ages(run), _AGES_NOTE))
     if run.seconds:
         series = [Series("seconds", [(i + 1, taken) for i, taken in sorted(run.seconds.items())], 1, dots=True)]
-        note = f"Median {run.edit_seconds:g} s an edit, checkpoints of the store included."
+        note = f"Median {run.edit_seconds:g} s per edit, checkpoints of the store included."
         parts.append(_section("Time per edit", lines(series, x_name="edit", y_name="seconds"), note))
     parts.append(_section("Edits that are not answered exactly", _failed(run)))
     parts.append(_section("Settings", _table([("setting", "value"), *_flat(run.settings)])))
