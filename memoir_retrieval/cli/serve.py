@@ -19,6 +19,8 @@ from memoir_retrieval.store.read import EditStore
 
 __all__ = ["serve", "server_command"]
 
+_ADDITIONAL = "--additional-config"
+
 
 def server_command(model: str, store: Path, flags: Sequence[str] = ()) -> tuple[list[str], dict[str, str]]:
     """Command line and environment of the server.
@@ -63,19 +65,37 @@ def _plugins(plugins: str | None) -> str:
 
 
 def _take_additional_config(flags: list[str]) -> tuple[list[str], dict]:
-    """Take the user's own --additional-config out of the flags, to be merged with ours."""
-    for i, flag in enumerate(flags):
+    """Take the user's own --additional-config out of the flags, to be merged with ours.
+
+    Of several vLLM takes the last, and beside one with a dot it drops the others: a store in them would be gone, and
+    the server would start without edits. So every way to write the flag counts, underscores and short forms too.
+    """
+    rest: list[str] = []
+    text: str | None = None
+    after = iter(flags)
+    for flag in after:
         name, has_value, value = flag.partition("=")
-        if name == "--additional-config":
-            text = value if has_value else (flags[i + 1] if i + 1 < len(flags) else "")
-            try:
-                config = json.loads(text)
-            except ValueError as error:
-                raise ConfigError(f"--additional-config {text!r} is no JSON object: {error}") from None
-            if not isinstance(config, dict) or not isinstance(config.get("memoir", {}), dict):
-                raise ConfigError(f"--additional-config {text!r} is no JSON object of objects")
-            return flags[:i] + flags[i + (1 if has_value else 2) :], config
-    return flags, {}
+        whole, dot, _ = name.replace("_", "-").partition(".")
+        if not (whole.startswith("--ad") and _ADDITIONAL.startswith(whole)):
+            rest.append(flag)
+        elif dot:
+            raise ConfigError(
+                f"{flag}: beside it vLLM would drop the store's {_ADDITIONAL}; write it as JSON, such as "
+                f'{_ADDITIONAL} \'{{"memoir": {{"tau": 0.5}}}}\''
+            )
+        elif text is not None:
+            raise ConfigError(f"{_ADDITIONAL} is there twice, and vLLM would take the last: write one")
+        else:
+            text = value if has_value else next(after, "")
+    if text is None:
+        return flags, {}
+    try:
+        config = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{_ADDITIONAL} {text!r} is no JSON object: {error}") from None
+    if not isinstance(config, dict) or not isinstance(config.get("memoir", {}), dict):
+        raise ConfigError(f"{_ADDITIONAL} {text!r} is no JSON object of objects")
+    return rest, config
 
 
 def _has_gpu() -> bool:

@@ -16,6 +16,8 @@ import msgspec
 import pytest
 
 from memoir_retrieval.cli import cli, main
+from memoir_retrieval.cli.serve import server_command
+from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.store import files
 from memoir_retrieval.store.files import store_lock
 from memoir_retrieval.store.read import EditStore
@@ -373,9 +375,6 @@ def test_doctor_fails_for_a_store_that_does_not_fit(
 
 
 def test_serve_hands_vllm_its_flags(store: Path, tiny: Path, tmp_path: Path) -> None:
-    from memoir_retrieval.cli.serve import server_command
-    from memoir_retrieval.errors import ConfigError
-
     own = json.dumps({"other": {"a": 1}})
     command, _ = server_command(str(tiny), store, ["--additional-config", own, "--port", "9"])
     assert command[1:3] == ["-m", "vllm.entrypoints.openai.api_server"] and command[-2:] == ["--port", "9"]
@@ -389,6 +388,25 @@ def test_serve_hands_vllm_its_flags(store: Path, tiny: Path, tmp_path: Path) -> 
     ):
         with pytest.raises(ConfigError, match=said):
             server_command(str(tiny), store, [f"--additional-config={bad}"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--additional-config.memoir.tau", "0.5"], "beside it vLLM would drop the store's --additional-config; write"),
+        (["--additional_config.other.x=1"], "--additional_config.other.x=1: beside it vLLM would drop"),
+        (["--additional-config", "{}", "--additional_config={}"], "is there twice, and vLLM would take the last"),
+    ],
+)
+def test_no_flag_makes_vllm_drop_the_store(store: Path, tiny: Path, flags: list[str], said: str) -> None:
+    """vLLM would start without edits, and say nothing."""
+    with pytest.raises(ConfigError, match=said):
+        server_command(str(tiny), store, ["--port", "9", *flags])
+    for name in ("--additional_config", "--additional-conf"):  # vLLM takes both for the same flag
+        command, _ = server_command(str(tiny), store, [name, '{"memoir": {"tau": 0.5}}', "--port", "9"])
+        assert [flag for flag in command if flag.startswith("--ad")] == ["--additional-config"]
+        merged = json.loads(command[command.index("--additional-config") + 1])
+        assert merged == {"memoir": {"store": str(store.resolve()), "tau": 0.5}} and command[-2:] == ["--port", "9"]
 
 
 def test_markup_in_a_prompt_is_only_text(capsys: pytest.CaptureFixture[str], tiny: Path, tmp_path: Path) -> None:
