@@ -14,6 +14,8 @@ from memoir_retrieval.question.text import normalize, plain_text
 
 __all__ = ["Phrases", "check_requires", "one_question", "require_subjects", "required_spans", "words"]
 
+Phrase = tuple[str, ...]  # its words
+
 # Scripts that put no space between words, or, like Hangul, particles behind them: each letter counts as a word.
 _UNSPACED = "".join(
     rf"\p{{Script={name}}}"
@@ -42,6 +44,48 @@ def required_spans(requires: Requires, text: str) -> list[tuple[int, int]]:
     return sorted(spans)
 
 
+class _Automaton:
+    """Finds phrases in a text, word by word, in time that grows with the text and with what is found in it alone.
+
+    The automaton of Aho and Corasick: a state is a beginning of phrases. Its `back` is the longest other beginning that
+    the words read so far end with, its `ends` the longest phrase that they end with. phrases: to be found.
+    """
+
+    def __init__(self, phrases: Iterable[Phrase]) -> None:
+        self._steps: dict[tuple[int, str], int] = {}
+        self._phrases: dict[int, Phrase] = {}
+        states = [(0, 0, "")]  # of each the state before it, and the word between; ordered by length below
+        for phrase in phrases:
+            state = 0
+            for length, word in enumerate(phrase, 1):
+                before, state = state, self._steps.setdefault((state, word), len(states))
+                if state == len(states):
+                    states.append((length, before, word))
+            self._phrases[state] = phrase
+        self._back = [0] * len(states)
+        self._ends = [0] * len(states)
+        for state in sorted(range(1, len(states)), key=lambda state: states[state][0]):
+            length, before, word = states[state]
+            self._back[state] = self._step(self._back[before], word) if length > 1 else 0
+            self._ends[state] = state if state in self._phrases else self._ends[self._back[state]]
+
+    def _step(self, state: int, word: str) -> int:
+        while state and (state, word) not in self._steps:
+            state = self._back[state]
+        return self._steps.get((state, word), 0)
+
+    def found_in(self, parts: Iterable[str]) -> set[Phrase]:
+        """The phrases that stand in a text of these words."""
+        state, ends = 0, set()
+        for word in parts:
+            state = self._step(state, word)
+            end = self._ends[state]
+            while end and end not in ends:  # what a phrase ends with was seen when it was seen first
+                ends.add(end)
+                end = self._ends[self._back[end]]
+        return {self._phrases[end] for end in ends}
+
+
 class Phrases:
     """What edits require, looked for all at once. required: by the id of each edit.
 
@@ -52,8 +96,8 @@ class Phrases:
     def __init__(self, required: Iterable[tuple[int, Requires]]) -> None:
         self._entries = {edit: [_phrases(entry) for entry in entries] for edit, entries in required}
         shared = Counter(phrase for entries in self._entries.values() for entry in entries for phrase in entry)
-        self._lengths = sorted({len(phrase) for phrase in shared})
-        self._edits: dict[tuple[str, ...], list[int]] = {}
+        self._automaton = _Automaton(shared)
+        self._edits: dict[Phrase, list[int]] = {}
         for edit, entries in self._entries.items():
             for phrase in min(entries, key=lambda entry: sum(shared[phrase] for phrase in entry)):
                 self._edits.setdefault(phrase, []).append(edit)
@@ -63,13 +107,12 @@ class Phrases:
 
     def found_in(self, text: str) -> set[int]:
         """The edits of which every entry stands in the text."""
-        parts = words(text)
-        runs = {parts[first : first + n] for n in self._lengths for first in range(len(parts) - n + 1)}
+        phrases = self._automaton.found_in(words(text))
         return {
             edit
-            for run in runs
-            for edit in self._edits.get(run, ())
-            if all(any(phrase in runs for phrase in entry) for entry in self._entries[edit])
+            for phrase in phrases
+            for edit in self._edits.get(phrase, ())
+            if all(not phrases.isdisjoint(entry) for entry in self._entries[edit])
         }
 
 
@@ -77,7 +120,7 @@ def _texts(entry: str | tuple[str, ...]) -> tuple[str, ...]:
     return (entry,) if isinstance(entry, str) else entry
 
 
-def _phrases(entry: str | tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
+def _phrases(entry: str | tuple[str, ...]) -> tuple[Phrase, ...]:
     return tuple({words(text): None for text in _texts(entry)})
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from test_cli import refused, run, write
 from test_store import K, masks, stored_edit
 from test_store import write as write_store
@@ -69,6 +71,27 @@ def test_names_are_found_however_they_are_spelled() -> None:
 def test_words_of_a_million_marks_take_no_quadratic_time(marks: str) -> None:
     """Quadratic time would be hours for this text, so no clock is asked: the suite's timeout ends it."""
     assert Phrases([(0, ("Oslo",))]).found_in("a" + marks * 500_000 + " in Oslo") == {0}
+
+
+def test_a_phrase_of_many_words_takes_no_quadratic_time() -> None:
+    """Each length at each word would be days for these, so no clock is asked: the suite's timeout ends it."""
+    phrases = Phrases([(0, (tuple("a " * n for n in range(1, 2_000)),)), (1, ("b",)), (2, ("a " * 1_999 + "b",))])
+    assert phrases.found_in("a " * 200_000) == {0}
+    assert phrases.found_in("a " * 200_000 + "b") == {0, 1, 2}
+    assert phrases.found_in("c " * 200_000) == set()
+
+
+some_words = st.lists(st.sampled_from(("a", "b", "ab")), min_size=1, max_size=5).map(" ".join)
+
+
+@given(
+    st.lists(st.lists(some_words, min_size=1, max_size=3).map(tuple), min_size=1, max_size=5), some_words, some_words
+)
+def test_what_is_found_is_what_stands_there(entries: list[tuple[str, ...]], text: str, more: str) -> None:
+    text = f"{text} {more}"
+    required = [(edit, (entry, entries[0])) for edit, entry in enumerate(entries)]
+    stands = [any(f" {phrase} " in f" {text} " for phrase in entry) for entry in entries]
+    assert Phrases(required).found_in(text) == {n for n in range(len(entries)) if stands[n] and stands[0]}
 
 
 def test_one_look_finds_all_that_is_required() -> None:
