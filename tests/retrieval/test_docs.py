@@ -262,6 +262,24 @@ def house_words(text: str) -> list[str]:
     return [match[0] for match in HOUSE_WORDS.finditer(" ".join(prose.split()))]
 
 
+# Pages that are still to be gone through: a page leaves this list with its house words.
+NOT_YET = {
+    "README.md",
+    "docs/README.md",
+    "docs/how-it-works.md",
+    "docs/how-to/like-questions.md",
+    "docs/how-to/calibrate-tau.md",
+    "docs/how-to/other-words.md",
+    "docs/tutorial.md",
+}
+
+
+def test_the_documentation_has_no_house_words() -> None:
+    pages = {str(page.relative_to(ROOT)): house_words(page.read_text(encoding="utf-8")) for page in PAGES}
+    with_house_words = {name for name, words in pages.items() if words}
+    assert with_house_words == NOT_YET, PLAIN
+
+
 def test_no_message_and_no_docstring_has_house_words() -> None:
     """Help texts, errors, log lines, remarks, metrics, the admin API's schema, the console."""
     seen = 0
