@@ -17,11 +17,11 @@ __all__ = ["Phrases", "check_requires", "one_question", "require_subjects", "req
 Phrase = tuple[str, ...]  # its words
 
 # Scripts that put no space between words, or, like Hangul, particles behind them: each letter counts as a word.
-_UNSPACED = "".join(
+UNSPACED = "".join(
     rf"\p{{Script={name}}}"
     for name in ("Thai", "Lao", "Tibetan", "Myanmar", "Khmer", "Han", "Hiragana", "Katakana", "Hangul")
 )
-_WORD = regex.compile(rf"(?V1)[[\p{{L}}\p{{N}}]&&[{_UNSPACED}]]\p{{M}}*|[\p{{L}}\p{{M}}\p{{N}}_--[{_UNSPACED}]]+")
+_WORD = regex.compile(rf"(?V1)[[\p{{L}}\p{{N}}]&&[{UNSPACED}]]\p{{M}}*|[\p{{L}}\p{{M}}\p{{N}}_--[{UNSPACED}]]+")
 
 
 def words(text: str) -> tuple[str, ...]:

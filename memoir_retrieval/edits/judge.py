@@ -1,0 +1,398 @@
+"""Whether a question is the question of an edit: decided from the words of both, the same wherever it is decided.
+
+Masks of two questions are alike where the questions are about the same thing, whatever they ask of it; and questions
+that differ in nothing but a name, a number or an opposite have nearly the same mask. So the nearest edits are looked at
+word by word. A word that only one of the two questions has counts against them, the more the less it can be left out
+and the less any word of the other question means the same: a small table of words, made by `train_judge`, says both.
+The table knows English. Of other words it knows that they must be in both.
+
+Everything is a sum of whole numbers or of floats in a fixed order, so the reference and a server decide alike.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import unicodedata
+from collections.abc import Sequence
+from functools import cache, lru_cache
+from importlib.resources import files
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple, TypeAlias
+
+import msgspec
+import numpy as np
+import regex
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load
+
+from memoir_retrieval.edits.requires import UNSPACED
+from memoir_retrieval.errors import StoreError, StoreMismatch
+
+__all__ = ["Judge", "Reading", "Terms", "Verdict", "Weights", "has_digit", "judge_named", "read", "shipped_judge"]
+
+TABLE = "judge.safetensors"
+SCALE = 127
+"""A table's vectors are whole numbers: the length of each is about this."""
+_COLUMNS = {"vectors": "int8", "needed": "float32", "extra": "float32", "asks": "uint8", "tasks": "float32"}
+NEGATIONS = frozenset(("not", "no", "never", "without", "except", "neither", "nor", "none", "unless", "nothing", "non"))
+_LITTLE = """a an the of is are was were be been being am do does did has have had it its this that these those what
+which who whom whose in at by for as there please i me my you your we our can could would will should"""
+LITTLE = frozenset(_LITTLE.split())
+"""Words that say nothing by themselves: a question may have them or not."""
+REPLACED = 8.0
+"""Nats that one word in place of another counts, more than can speak for an edit."""
+SYNONYMS = 0.55
+"""Cosine of two words from which on they may stand in place of each other."""
+LIGHT = 1.0
+"""Nats below which a word may be left out."""
+LONGEST = 512
+"""Words of a text that are looked at; the last ones of a longer text are not."""
+
+_WORD = regex.compile(
+    rf"(?V1)[[\p{{L}}\p{{N}}]&&[{UNSPACED}]]\p{{M}}*|\p{{N}}+(?:[.,:]\p{{N}}+)+|[\p{{L}}\p{{M}}\p{{N}}_--[{UNSPACED}]]+[+#]*"
+)
+_CLAUSE = regex.compile(r"[.!?:;]+(?=[\s\"')\]*]|$)|[\n\"“”]+|(?:^|\s)[-–—]+\s")
+_CONTRACTED = regex.compile(r"(?<=\p{L})n['’]t\b")
+_POSSESSIVE = regex.compile(r"(?<=\p{L})['’](?:s|re|ll|ve|d|m)?\b|(?<=s)['’](?=\s|$)")
+_PLAIN = str.maketrans({"ł": "l", "ø": "o", "đ": "d", "ı": "i", "ß": "ss", "æ": "ae", "œ": "oe", "ð": "d", "þ": "th"})
+
+
+class Reading(NamedTuple):
+    """A text as it is judged.
+
+    words: in their order, case and accents taken off. clauses: the same words, by the clauses of the text. names: those
+    that have a capital letter inside a clause, in a text that has words without.
+    """
+
+    words: tuple[str, ...]
+    clauses: tuple[tuple[str, ...], ...]
+    names: frozenset[str] = frozenset()
+
+
+Terms: TypeAlias = tuple[tuple[str, float], ...]
+"""Words with what each counts, in nats, the heaviest first."""
+
+
+class Verdict(NamedTuple):
+    """What is said of a question and an edit.
+
+    same: whether the question is the edit's. score: what speaks for it, in nats; from 0 on it is the same.
+    relation: how alike what both ask is, in [-1, 1]. lacking: words that only the edit has. added: words that only the
+    question has. task: what in the rest of the message asks for something to be done with the question, or "".
+    part: what decided: "same words", "task", "words", "relation", or "mask" without a judge.
+    """
+
+    same: bool
+    score: float
+    relation: float
+    lacking: Terms
+    added: Terms
+    task: str
+    part: str
+
+
+class Weights(msgspec.Struct, frozen=True, kw_only=True):
+    """The numbers of a judge that no word has. bias: what speaks for a question with the edit's words alone. relation:
+    weight of the cosine. steep, least: a word stands for another from about the cosine `least` on, and how sharply.
+    unknown: what a word counts that the table lacks. digits: what a number or a negation counts. task: threshold for a
+    clause of the message to be a task. name: cosine from which on a word may be a name in another's place. kind: what
+    "who" in place of "where" counts. many, credit: words in common count for the edit beyond so many nats, and
+    how much.
+    """
+
+    version: int
+    bias: float
+    relation: float
+    steep: float
+    least: float
+    unknown: float
+    digits: float
+    task: float
+    name: float
+    kind: float
+    many: float
+    credit: float
+
+
+@lru_cache(maxsize=4096)
+def read(text: str) -> Reading:
+    """The words of a text, and its clauses. Signs, case, accents and what is contracted do not count."""
+    plain = _POSSESSIVE.sub(" ", _fold(_CONTRACTED.sub(" not", text[: 16 * LONGEST])))
+    clauses = []
+    left = LONGEST
+    for part in _CLAUSE.split(plain):
+        clause = tuple(_whole(word) for word in _WORD.findall(part))[:left]
+        left -= len(clause)
+        if clause:
+            clauses.append(clause)
+    return Reading(tuple(word for clause in clauses for word in clause), tuple(clauses), _names(text[: 16 * LONGEST]))
+
+
+def _names(text: str) -> frozenset[str]:
+    """Words with a capital letter that none of a clause's beginning explains; none where every word has one."""
+    capital, plain = set(), False
+    for clause in _CLAUSE.split(text):
+        for word in _WORD.findall(clause)[1:]:
+            plain = plain or word[0].islower()
+            if word[0].isupper() and not word[1:].isupper():  # CEO is no name
+                capital.update(_WORD.findall(_fold(word)))
+    return frozenset(capital) if plain else frozenset()
+
+
+def _fold(text: str) -> str:
+    folded = unicodedata.normalize("NFKD", text.casefold())
+    return "".join(c for c in folded if not unicodedata.combining(c)).translate(_PLAIN).replace("cannot", "can not")
+
+
+def _whole(word: str) -> str:
+    """A number without the signs between its thousands."""
+    return word.replace(",", "") if regex.fullmatch(r"\d{1,3}(,\d{3})+", word) else word
+
+
+class Judge:
+    """A table of words with the weights that go with it.
+
+    words: V of them. vectors: int8 [V, W], of length `SCALE` each. needed, extra: float32 [V], what a word counts that
+    stands in the edit's question alone, or in the other alone. asks: uint8 [V], its weight in what a question asks.
+    tasks: float32 [V], how much a word says that something is to be done with the question. digest: of the file.
+    """
+
+    def __init__(
+        self,
+        words: Sequence[str],
+        vectors: NDArray[np.int8],
+        needed: NDArray[np.float32],
+        extra: NDArray[np.float32],
+        asks: NDArray[np.uint8],
+        tasks: NDArray[np.float32],
+        weights: Weights,
+        digest: str = "",
+    ) -> None:
+        self.row = {word: row for row, word in enumerate(words)}
+        self.vectors, self.weights, self.digest = vectors, weights, digest
+        self._needed, self._extra, self._tasks = needed.tolist(), extra.tolist(), tasks.tolist()
+        self._asks = asks
+        self._read = lru_cache(maxsize=1 << 16)(self._rows)
+
+    @classmethod
+    def of_bytes(cls, data: bytes, name: str = TABLE) -> Judge:
+        """The judge that a file holds. Raises StoreError for one that is damaged."""
+        try:
+            tensors = load(data)
+            words = tensors.pop("words").tobytes().decode().split("\n")
+            weights = msgspec.json.decode(tensors.pop("weights").tobytes(), type=Weights)
+            columns = {key: (str(array.dtype), array.shape[0], array.ndim) for key, array in tensors.items()}
+            wanted = {key: (dtype, len(words), 1 + (key == "vectors")) for key, dtype in _COLUMNS.items()}
+            if columns != wanted:
+                raise ValueError(f"it holds {columns}, not {wanted}")
+        except (ValueError, KeyError, IndexError, SafetensorError, msgspec.MsgspecError) as error:
+            raise StoreError(f"{name} is damaged ({error!s:.200}): install memoir-retrieval again") from error
+        return cls(words=words, **tensors, weights=weights, digest=hashlib.sha256(data).hexdigest())
+
+    @property
+    def name(self) -> str:
+        """Version and digest, as a store's manifest names them."""
+        return f"{self.weights.version}-{self.digest[:16]}"
+
+    def verdict(self, edit: str, question: str, rest: str = "", required: Sequence[str] = ()) -> Verdict:
+        """Whether a question is that of an edit.
+
+        edit: the edit's prompt. question: the text that is taken for a question. rest: the message around it. required:
+        texts that are known to stand in the question, or others in their place: their words count as shared.
+        """
+        mine, theirs = read(edit), read(question)
+        if rest and (task := self._task(rest)):
+            return Verdict(False, -math.inf, 0.0, (), (), task, "task")
+        if mine.words == theirs.words:
+            return Verdict(True, self.weights.bias + self.weights.relation, 1.0, (), (), "", "same words")
+        shared = {word for text in required for word in read(text).words}
+        here, there = dict.fromkeys(mine.words), dict.fromkeys(theirs.words)
+        little = LITTLE - _codes(mine) - _codes(theirs)
+        lacking = [word for word in here if word not in there and word not in shared and word not in little]
+        added = [word for word in there if word not in here and word not in shared and word not in little]
+        for word in list(lacking):  # misspelt in one of them, it is shared
+            twin = next((other for other in added if self._is_slip(word, other)), None)
+            if twin is not None:
+                lacking.remove(word)
+                added.remove(twin)
+        relation = self._relation(mine.words, theirs.words)
+        needed = self._against(lacking, tuple(there), self._needed)
+        extra = self._against(added, tuple(here), self._extra)
+        score = self.weights.bias + self.weights.relation * relation
+        if lacking:  # else the question is the edit's with more around it, such as a task
+            score += self._in_common([word for word in here if word in there])
+        against = self.weights.kind if _other_kind(mine, theirs) else 0.0
+        for _, weight in (*needed, *extra):
+            against += weight
+        if self._renamed(mine, theirs, lacking, added):
+            against += REPLACED
+        elif len(needed) == len(extra) == 1 and _without(mine, lacking) == _without(theirs, added):
+            against += self._replaced(needed[0], extra[0])
+        part = "relation" if self.weights.relation * (1 - relation) > against else "words"
+        return Verdict(score >= against, score - against, relation, _heaviest(needed), _heaviest(extra), "", part)
+
+    def _replaced(self, needed: tuple[str, float], extra: tuple[str, float]) -> float:
+        """What counts, in nats, where two questions are the same but for one word that stands in place of another: all
+        that can, unless the two mean the same or can be left out."""
+        rows = [self.row.get(word, -1) for word in (needed[0], extra[0])]
+        if min(rows) < 0:
+            return REPLACED
+        first, other = self.vectors[rows].astype(np.int64)
+        synonyms = int(first @ other) >= SYNONYMS * SCALE * SCALE
+        light = max(self._needed[rows[0]], self._extra[rows[1]]) < LIGHT
+        return 0.0 if synonyms or light else REPLACED
+
+    def _in_common(self, words: Sequence[str]) -> float:
+        """What speaks for an edit, in nats, where so many words are in both texts that it cannot be by chance."""
+        total = 0.0
+        for word in words:
+            total += self.weights.unknown if word not in self.row else self._needed[self.row[word]]
+        return self.weights.credit * max(0.0, total - self.weights.many)
+
+    def _renamed(self, mine: Reading, theirs: Reading, lacking: Sequence[str], added: Sequence[str]) -> bool:
+        """Whether a name of the edit is missing and another one stands in the question."""
+        letters = [[word for word in words if len(word) == 1] for words in (lacking, added)]
+        if all(letters):  # "form K-21" and "form A-21"
+            return True
+        for name in lacking:
+            if name not in mine.names or any(_akin(name, word) for word in theirs.words):
+                continue
+            others = [word for word in added if not any(_akin(word, own) for own in mine.words)]
+            if any(word in theirs.names or self._near(name, word) for word in others):
+                return True
+        return False
+
+    def _near(self, a: str, b: str) -> bool:
+        """Whether two words are of a kind, as two names are."""
+        if a not in self.row or b not in self.row:
+            return False
+        first, other = self.vectors[[self.row[a], self.row[b]]].astype(np.int64)
+        return int(first @ other) >= self.weights.name * SCALE * SCALE
+
+    def _is_slip(self, a: str, b: str) -> bool:
+        """Whether one of two words is the other in another form, or misspelt: both words of the table are not."""
+        return _inflected(a, b) or (not (a in self.row and b in self.row) and (_misspelt(a, b) or _derived(a, b)))
+
+    def _rows(self, words: tuple[str, ...]) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+        """Of words of the table: their vectors, float32 [N, W], and the weighted sum of these, float64 [W].
+
+        All are whole numbers that the floats hold exactly, so no order of adding them up changes a sum.
+        """
+        rows = [self.row[word] for word in words if word in self.row]
+        vectors = self.vectors[rows].astype(np.float32)
+        return vectors, self._asks[rows].astype(np.float64) @ vectors.astype(np.float64)
+
+    def _relation(self, a: tuple[str, ...], b: tuple[str, ...]) -> float:
+        first, other = self._read(a)[1], self._read(b)[1]
+        size = math.sqrt(float(first @ first)) * math.sqrt(float(other @ other))
+        return float(first @ other) / size if size else 0.0
+
+    def _against(
+        self, words: Sequence[str], others: tuple[str, ...], table: Sequence[float]
+    ) -> list[tuple[str, float]]:
+        """What each of some words counts that stand in one text alone. others: the words of the other text."""
+        weights = self.weights
+        rows = [-1 if word in NEGATIONS or has_digit(word) else self.row.get(word, -2) for word in words]
+        known = [row for row in rows if row >= 0]
+        vectors = self._read(others)[0]
+        best = iter(())
+        if known and len(vectors):
+            best = iter((self.vectors[known].astype(np.float32) @ vectors.T).max(axis=1).tolist())
+        terms = []
+        for word, row in zip(words, rows, strict=True):
+            if row < 0:
+                terms.append((word, weights.digits if row == -1 else weights.unknown))
+            else:
+                near = next(best, -SCALE * SCALE) / (SCALE * SCALE)
+                terms.append((word, table[row] / (1 + math.exp(weights.steep * (near - weights.least)))))
+        return terms
+
+    def _task(self, rest: str) -> str:
+        """The clause of a message's rest that asks for something to be done with the question, or ""."""
+        for clause in read(rest).clauses:
+            known = [self._tasks[self.row[word]] for word in clause if word in self.row]
+            if known and math.fsum(known) / len(known) >= self.weights.task:
+                return " ".join(clause)
+        return ""
+
+
+def _without(text: Reading, words: Sequence[str]) -> list[str]:
+    return [word for word in text.words if word not in words]
+
+
+def _codes(text: Reading) -> frozenset[str]:
+    """Single letters before a number, which are a part of a code: the A of "form A-21"."""
+    words = text.words
+    return frozenset(word for word, after in pairwise(words) if len(word) == 1 and has_digit(after))
+
+
+def _akin(a: str, b: str) -> bool:
+    """Whether two words begin alike, as those of a land and its language do."""
+    return a[:4] == b[:4] and len(a) > 3
+
+
+_KINDS = {"who": "who", "whom": "who", "whose": "who", "where": "where", "when": "when"}
+
+
+def _other_kind(a: Reading, b: Reading) -> bool:
+    """Whether the first word that asks is another kind of word in each of two questions: a person, a place, a time."""
+    kinds = [next((_KINDS[word] for word in reading.words if word in _KINDS), "") for reading in (a, b)]
+    return "" not in kinds and kinds[0] != kinds[1]
+
+
+def has_digit(word: str) -> bool:
+    """Whether a word is a number, or a code with one in it."""
+    return any(c.isdigit() for c in word)
+
+
+def _heaviest(terms: list[tuple[str, float]]) -> Terms:
+    return tuple(sorted(terms, key=lambda term: -term[1]))
+
+
+def _inflected(a: str, b: str) -> bool:
+    """Whether one of two words is the other with an ending of English grammar."""
+    short, long = sorted((a, b), key=len)
+    if len(short) < 3 or has_digit(long):
+        return False
+    stem = short.removesuffix("e")
+    return long in (short + "s", short + "es", short + "ed", stem + "ed", short + "ing", stem + "ing")
+
+
+def _derived(a: str, b: str) -> bool:
+    """Whether two words begin alike for the most part, and long enough for that to be a stem."""
+    start = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    return start >= 6 and 5 * start >= 3 * max(len(a), len(b)) and not has_digit(a + b)
+
+
+def _misspelt(a: str, b: str) -> bool:
+    """Whether two words differ in one letter, or two in their order, and are long enough for that to be a slip."""
+    if min(len(a), len(b)) < 5 or abs(len(a) - len(b)) > 1 or has_digit(a + b):
+        return False
+    start = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    x, y = a[start:], b[start:]
+    return x[1:] == y[1:] or x[1:] == y or x == y[1:] or (x[:2] == y[1::-1] and x[2:] == y[2:] and len(x) > 1)
+
+
+@cache
+def shipped_judge() -> Judge:
+    """The judge that comes with the library, read once. Raises StoreError where its file is damaged."""
+    return Judge.of_bytes((files("memoir_retrieval") / "data" / TABLE).read_bytes())
+
+
+def judge_named(name: str, store: Path) -> Judge | None:
+    """The judge that a store's manifest names, or None where it names none: then masks alone decide.
+
+    Raises StoreMismatch where that is not the judge that comes with the library.
+    """
+    if not name:
+        return None
+    judge = shipped_judge()
+    if judge.name != name:
+        raise StoreMismatch(
+            f"store {store} was made with judge {name}, this memoir-retrieval has {judge.name}: install the version it "
+            f"was made with, or put this one into it with `memoir calibrate {store} --write`"
+        )
+    return judge
