@@ -47,7 +47,7 @@ class _Numbers(click.ParamType):
 @click.option("--ks", type=_Numbers(), help="Without DIR: sizes of masks to compare (default: the preset's, and half).")
 @click.option("--chat/--no-chat", default=None, help="Without DIR: ask through the chat template (default), or raw.")
 @click.option("--html", type=click.Path(path_type=Path), help="Write the pictures to this file, a page of its own.")
-@click.option("--write", is_flag=True, help="Put the suggested tau into the store, as a new generation.")
+@click.option("--write", is_flag=True, help="Put the suggested tau, and the judge of this version, into the store.")
 @json_option
 @threads_option
 def calibrate(
@@ -105,7 +105,7 @@ def _calibrate_store(
 ) -> None:
     opened = EditStore.open(store)
 
-    from memoir_retrieval.evaluation.calibration import calibrate_store, unrelated_to, write_tau
+    from memoir_retrieval.evaluation.calibration import calibrate_store, unrelated_to, with_this_judge, write_tau
     from memoir_retrieval.evaluation.measure import stored_ids
     from memoir_retrieval.lookup.retriever import Retriever
 
@@ -118,7 +118,7 @@ def _calibrate_store(
     unrelated = unrelated_to(edits)
     base = model.load(manifest)
     notes.print(f"measuring {len(opened.edits)} edits, {len(rephrases)} rephrasings, {len(unrelated)} other prompts")
-    calibration = calibrate_store(Retriever(opened, base), rephrases, unrelated)
+    calibration = calibrate_store(Retriever(with_this_judge(opened), base), rephrases, unrelated)
     tau = calibration.suggested.tau
     if html:
         from memoir_retrieval.evaluation.report import calibration_page

@@ -121,7 +121,8 @@ def lookup(
             echo(f"  nearest: edit {nearest.id}, overlap {nearest.overlap:.3f}: {nearest.edit.prompt}")
     if vetoed:
         required = json.dumps(vetoed.edit.requires, ensure_ascii=False)
-        echo(f"  passed over: edit {vetoed.id}, overlap {vetoed.overlap:.3f}, which requires {required}")
+        why = f"which requires {required}" if vetoed.edit.requires else "which asks something else, by its words"
+        echo(f"  passed over: edit {vetoed.id}, overlap {vetoed.overlap:.3f}, {why}")
     if second:
         echo(f"  next best: edit {second[0]}, overlap {second[1]:.3f}")
 

@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 
 from memoir_index import HammingIndex, unpack
+from memoir_retrieval.edits.judge import Judge
 from memoir_retrieval.edits.record import Edit, StoredEdit, prompt_key
 from memoir_retrieval.edits.requires import one_question
 from memoir_retrieval.errors import EditFileError, Reason
@@ -113,24 +114,34 @@ def contradiction(stored: StoredEdit, edit: Edit) -> str:
 
 
 def rival(
-    edit: Edit | StoredEdit, code: np.ndarray, index: HammingIndex, stored: Sequence[StoredEdit]
+    edit: Edit | StoredEdit,
+    code: np.ndarray,
+    index: HammingIndex,
+    stored: Sequence[StoredEdit],
+    judge: Judge | None = None,
 ) -> Conflicting | None:
-    """The stored edit that answers the same question differently, going by the masks.
+    """The stored edit that answers the same question differently, going by the masks and the judge.
 
     edit: the new one.
     code: uint8 [1, D/8], its mask.
     index: the masks of the stored edits.
     stored: these edits.
+    judge: the store's, which tells questions apart by their words.
     """
     if index.search(code, SAME_QUESTION).ids[0] < 0:
         return None
     # Similar questions about other names are no rivals: the nearest that may answer this one is, or would be.
     for number, overlap in _similar(code, index):
         other = next(candidate for candidate in stored if candidate.id == number)
-        if one_question(other, edit):
+        if one_question(other, edit) and (judge is None or _alike(judge, other.prompt, edit.prompt)):
             same = not other.trained or prompt_key(other.target) == prompt_key(edit.target)
             return None if same else Conflicting(edit.prompt, edit.target, other, round(overlap, 4))
     return None
+
+
+def _alike(judge: Judge, a: str, b: str) -> bool:
+    """Whether one of two prompts asks the question of the other."""
+    return judge.verdict(a, b).same or judge.verdict(b, a).same
 
 
 def _similar(code: np.ndarray, index: HammingIndex) -> list[tuple[int, float]]:

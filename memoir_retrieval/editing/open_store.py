@@ -15,6 +15,7 @@ import torch
 from memoir_index import HammingIndex
 from memoir_retrieval.background import background_prompts
 from memoir_retrieval.editing.contexts import chat_contexts, own_prefixes
+from memoir_retrieval.edits.judge import judge_named, shipped_judge
 from memoir_retrieval.edits.record import StoredEdit
 from memoir_retrieval.errors import ConfigError, StoreError
 from memoir_retrieval.model.base import BaseModel
@@ -56,6 +57,7 @@ class OpenStore:
     memories: float32 [H, D] each.
     edits: those that are stored, in the order in which they came.
     index: their masks.
+    judge: what decides whether two prompts are one question; None where masks alone do.
     """
 
     def __init__(self, base: BaseModel, path: Path, settings: Settings):
@@ -107,8 +109,10 @@ class OpenStore:
             span=span,
             contexts=tuple(contexts),
             next_id=0,
+            judge=shipped_judge().name if settings.rule == "question" else "",
             **{name: value for name, value in msgspec.structs.asdict(settings).items() if name != "rule"},
         )
+        self.judge = judge_named(self.manifest.judge, self.path)
         self.permutation = permutation(base.d, settings.seed)
         rows = [prompt_ids(base.tokenizer, prompt, chat=settings.chat) for prompt in background_prompts()]
         means = question_means(base, rows, [find_span(ids, span) for ids in rows])
@@ -118,6 +122,7 @@ class OpenStore:
     def _load(self, store: EditStore, settings: Settings) -> None:
         store.require(self.base.identity, self.base.name)
         Settings.of(store.manifest).require(settings, self.path)
+        self.judge = judge_named(store.manifest.judge, self.path)
         self.manifest = store.manifest
         self.permutation, self.background = store.permutation, store.background
         self.memories = [torch.tensor(memory, device=self.base.device) for memory in store.memories]

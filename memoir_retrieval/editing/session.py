@@ -132,7 +132,7 @@ class Session:
         for i in together:
             if i in replaced:
                 continue
-            conflict = rival(edits[i].edit, codes[i][:1], self._store.index, self._store.edits)
+            conflict = rival(edits[i].edit, codes[i][:1], self._store.index, self._store.edits, self._store.judge)
             if conflict:
                 outcome.conflicting.append(conflict)
                 if choices.on_conflict in ("refuse", "first"):

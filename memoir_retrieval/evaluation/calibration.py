@@ -8,7 +8,7 @@ says how many of 3200 others match with and without it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from memoir_index import HammingIndex, hamming_radius, popcount
 from memoir_retrieval.background import background_prompts, unrelated_prompts
+from memoir_retrieval.edits.judge import shipped_judge
 from memoir_retrieval.edits.record import Edit, as_prompt, prompt_key
 from memoir_retrieval.errors import ConfigError, StoreError
 from memoir_retrieval.lookup.retriever import Retriever
@@ -41,6 +42,7 @@ __all__ = [
     "calibrate_store",
     "suggest_tau",
     "unrelated_to",
+    "with_this_judge",
     "write_tau",
 ]
 
@@ -136,7 +138,7 @@ def calibrate_store(
     edited, _ = _codes(retriever, [as_prompt(edit) for edit in store.edits])
     rephrased, questions = _codes(retriever, [text for _, text in rephrases])
     # Other questions about a name are not among the unrelated prompts, yet tau must tell them apart too: so these are
-    # compared with all edits, whatever an edit requires.
+    # compared with all edits, whatever an edit requires and whatever the judge says.
     others, _ = _codes(retriever, unrelated)
     shared = _share(
         retriever.index,
@@ -229,7 +231,7 @@ def unrelated_to(edits: Sequence[Edit], probed: Sequence[Edit] | None = None) ->
 
 
 def write_tau(measured: EditStore, tau: float) -> Manifest:
-    """Publish the store's next generation, the same but for tau. Returns its manifest.
+    """Publish the store's next generation, the same but for tau and its judge. Returns its manifest.
 
     measured: the store as tau was measured on it. Raises StoreError where it has changed since, is being written, or
     cannot be written; the store is then what it was.
@@ -241,7 +243,14 @@ def write_tau(measured: EditStore, tau: float) -> Manifest:
                 f"store {measured.path} went from generation {measured.manifest.generation} to "
                 f"{now.manifest.generation} while it was measured: run the same command again"
             )
-        return write_again(now.path, now, generation=now.manifest.generation + 1, tau=tau)
+        judge = shipped_judge().name if now.manifest.span.rule == "question" else ""
+        return write_again(now.path, now, generation=now.manifest.generation + 1, tau=tau, judge=judge)
+
+
+def with_this_judge(store: EditStore) -> EditStore:
+    """The store as `write_tau` leaves it: its questions are judged by what comes with this library."""
+    judge = shipped_judge().name if store.manifest.span.rule == "question" else ""
+    return replace(store, manifest=msgspec.structs.replace(store.manifest, judge=judge))
 
 
 def _codes(retriever: Retriever, prompts: Sequence[Prompt]) -> tuple[NDArray[np.uint8], list[list[int]]]:

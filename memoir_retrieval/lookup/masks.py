@@ -1,53 +1,94 @@
 """From the masks of questions to the edits that act on them: the nearest of those that may.
 
-Masks may be alike for questions that differ in a name, or ask something else about the same one. An edit that
-`requires` texts acts only on questions in which they stand (`edits.requires`). Of the edits that may act on a question
-the nearest one matches, so another edit in its way, however near, does not hide it.
+Masks may be alike for questions that differ in a name, or ask something else about the same one. So the nearest edits
+are candidates, and the store's judge decides from the words of a question which of them it asks for, if any. An edit
+that `requires` texts acts only on questions in which they stand. Of the edits that may act on a question the one
+matches for which most speaks, so another edit in its way, however near, does not hide it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from memoir_index import Hits, hamming_radius, popcount
+from memoir_retrieval.edits.judge import Verdict, judge_named
+from memoir_retrieval.edits.record import StoredEdit
 from memoir_retrieval.edits.requires import Phrases
 from memoir_retrieval.store.read import EditStore
 
-__all__ = ["Decode", "EditLookup"]
+__all__ = ["Candidate", "Decode", "EditLookup"]
 
 Decode = Callable[[Sequence[int]], str]
 """The text of token ids, as the tokenizer of the store's model decodes them."""
 
+_log = logging.getLogger(__name__)
+
 _MOST = 1 << 14  # rows that are compared at a time
+CANDIDATES = 8
+"""Edits, at most, that are judged for a question."""
+PER_OVERLAP = 8.0
+"""Nats that an overlap of 1 more weighs when several edits pass the judge."""
+
+
+class Candidate(NamedTuple):
+    """An edit that is near to a question: its row of the store, their overlap in [0, 1], and what the judge says."""
+
+    edit: int
+    row: int
+    overlap: float
+    verdict: Verdict
+
+
+_FAR = Verdict(False, 0.0, 0.0, (), (), "", "mask")
 
 
 class EditLookup:
-    """The masks of a store and what its edits require.
+    """The masks of a store, what its edits require, and the judge of their questions.
 
-    index: all masks, in the order of the store's rows. read: called for the text of a question where the store has
-    edits that require some. Safe to use from several threads.
+    index: all masks, in the order of the store's rows. read: called for the text of a question that is near to an edit.
+    judge: None in a store that was made without one. Safe to use from several threads.
     """
 
     def __init__(self, store: EditStore, decode: Decode) -> None:
+        """Raises StoreMismatch for a store whose questions another judge decides."""
         self.index = store.index()
+        self.judge = judge_named(store.manifest.judge, store.path)
+        if self.judge is None and store.manifest.span.rule == "question":
+            _log.warning(
+                "store %s was made without a judge of questions, so masks alone decide: `memoir calibrate %s --write` "
+                "puts one into it",
+                store.path,
+                store.path,
+            )
         self._decode = decode
-        bound = [edit for edit in store.edits if edit.requires]
+        # Not the store itself: a server lets go of its memories.
+        self._edits, self._edit_of, self._contexts = store.edits, store.ids, len(store.manifest.masked_contexts)
+        self._prompts = lru_cache(maxsize=1 << 14)(self._wordings)
+        bound, numbers = [], np.empty(len(store.edits), np.int64)
+        for place, edit in enumerate(store.edits):
+            numbers[place] = edit.id
+            if edit.requires:
+                bound.append(edit)
+        self._place = np.argsort(numbers)
+        self._numbers = numbers[self._place]
         self._phrases = Phrases((edit.id, edit.requires) for edit in bound)
         self._free = self.index
+        self._order = np.argsort(store.ids, kind="stable") if bound or self.judge else np.empty(0, np.int64)
+        self._ids = store.ids[self._order]
+        if bound or self.judge:
+            decode(())  # whatever it has to load is loaded now, not in the first lookup
         if not bound:
             return
-        decode(())  # whatever it has to load is loaded now, not in the first lookup
-        numbers = np.unique(np.array([edit.id for edit in bound], dtype=np.int64))
-        tied = np.isin(store.ids, numbers)
+        tied = np.unique(np.array([edit.id for edit in bound], dtype=np.int64))
         self._free = store.index()
-        self._free.remove(numbers)
-        self._free_rows = np.flatnonzero(~tied)
-        rows = np.flatnonzero(tied)
-        self._rows = rows[np.argsort(store.ids[rows], kind="stable")]
-        self._ids = store.ids[self._rows]
+        self._free.remove(tied)
+        self._free_rows = np.flatnonzero(~np.isin(store.ids, tied))
 
     def prepare(self, tau: float) -> None:
         """See `HammingIndex.prepare`."""
@@ -59,39 +100,128 @@ class EditLookup:
         """The edit that acts on each question, as `HammingIndex.search` returns it, among those that may.
 
         codes: uint8 [Q, D/8]. questions: of each the token ids of its span. Overlaps of questions that match nothing
-        are those of the nearest edit that may act. exact, and errors: as `HammingIndex.search`.
+        are those of the nearest edit. exact, and errors: as `HammingIndex.search`.
+        """
+        return self.decide(codes, tau, questions, [1] * len(questions), exact=exact)[0]
+
+    def decide(
+        self,
+        codes: NDArray[np.uint8],
+        tau: float,
+        questions: Sequence[Sequence[int]],
+        counts: Sequence[int],
+        *,
+        exact: bool = False,
+    ) -> tuple[Hits, NDArray[np.int64]]:
+        """`search` of messages of which several spans are looked up: a decision for each, and which span made it.
+
+        counts: how many of the questions are spans of each message, in turn; the first is the whole of it, and what
+        stands there around another span counts too. The span decides for which most speaks; where none matches, the one
+        that is nearest to an edit. Returns the hits of M messages, and int64 [M], the number of a question for each.
         """
         hits = self._free.search(codes, tau, exact=exact)
-        if not self._phrases:
-            return hits
         ids, overlaps, rows = hits.ids, hits.overlaps, hits.rows
-        matches = rows >= 0
-        rows[matches] = self._free_rows[rows[matches]]
-        k, radius = self.index.k, hamming_radius(tau, self.index.k)
-        for q, question in enumerate(questions):
-            row, bits = self._nearest_tied(codes[q], self._phrases.found_in(self._decode(question)))
-            overlap = bits / k
-            if row < 0 or overlap < overlaps[q] or (overlap == overlaps[q] and 0 <= rows[q] < row):
-                continue
-            overlaps[q] = overlap
-            if 2 * (k - bits) <= radius:
-                ids[q], rows[q] = self.index.ids[row], row
-        return Hits(ids, overlaps, rows)
+        if self._phrases:
+            rows[rows >= 0] = self._free_rows[rows[rows >= 0]]
+        speaks = np.where(ids >= 0, PER_OVERLAP * overlaps, -np.inf)
+        starts = np.repeat(np.cumsum([0, *counts])[:-1], counts)
+        for q, (start, question) in enumerate(zip(starts.tolist(), questions, strict=True)):
+            if not self._phrases and (self.judge is None or ids[q] < 0):
+                continue  # nothing is near, or nothing but the mask counts
+            rest = self._rest(questions[start], question) if q != start else ""
+            best: Candidate | None = None
+            for candidate in list(self._candidates(codes[q], tau, self._decode(question), rest, hits, q)):
+                if candidate.verdict.same and (best is None or _weight(candidate) > _weight(best)):
+                    best = candidate
+                overlaps[q] = max(overlaps[q], candidate.overlap)
+            ids[q], rows[q], speaks[q] = -1, -1, -np.inf
+            if best is not None:
+                ids[q], rows[q], overlaps[q], speaks[q] = best.edit, best.row, best.overlap, _weight(best)[0]
+        ends = np.cumsum(counts)
+        order = np.lexsort((-np.arange(len(ids)), overlaps, speaks))  # the last of a message decides
+        rank = np.empty(len(order), np.int64)
+        rank[order] = np.arange(len(order))
+        chosen = np.array([end - n + int(rank[end - n : end].argmax()) for end, n in zip(ends, counts, strict=True)])
+        chosen = chosen.astype(np.int64)
+        return Hits(ids[chosen], overlaps[chosen], rows[chosen]), chosen
 
-    def _nearest_tied(self, code: NDArray[np.uint8], edits: set[int]) -> tuple[int, int]:
-        """Row and common bits of the nearest mask of these edits, the earliest among equals; (-1, 0) without edits."""
+    def _rest(self, message: Sequence[int], span: Sequence[int]) -> str:
+        """The text of a message around one of its spans."""
+        whole, part = self._decode(message), self._decode(span).strip()
+        before, _, after = whole.partition(part)
+        return f"{before}\n{after}"
+
+    def candidates(
+        self, code: NDArray[np.uint8], tau: float, question: Sequence[int], rest: str = ""
+    ) -> list[Candidate]:
+        """The edits that are judged for a question, as `search` judges them, the nearest first.
+
+        code: uint8 [D/8]. question: the token ids of its span. rest: the text of its message around the span.
+        """
+        hits = self._free.search(code[None], tau, exact=True)
+        candidates = self._candidates(code, tau, self._decode(question), rest, hits, 0)
+        return sorted(candidates, key=lambda candidate: (-candidate.overlap, candidate.row))
+
+    def _candidates(
+        self, code: NDArray[np.uint8], tau: float, text: str, rest: str, hits: Hits, q: int
+    ) -> Iterator[Candidate]:
+        """The edits near enough to a question, and what is said of each. hits: of the edits that require nothing."""
+        k, radius = self.index.k, hamming_radius(tau, self.index.k)
+        tied = self._phrases.found_in(text) if self._phrases else set()
+        if tied:
+            for edit, row, bits in self._nearest_of(code, tied):
+                near = 2 * (k - bits) <= radius
+                yield Candidate(edit, row, bits / k, self._judged(edit, text, rest) if near else _FAR)
+        if hits.ids[q] < 0:
+            return
+        nearest = int(hits.ids[q])
+        verdict = self._judged(nearest, text, rest)
+        yield Candidate(nearest, int(hits.rows[q]), float(hits.overlaps[q]), verdict)
+        if self.judge is None or verdict.part in ("same words", "task"):
+            return
+        near = self._free.nearest(code[None], CANDIDATES)[0][0]
+        others = {int(edit) for edit in near if edit >= 0} - {nearest}
+        for edit, row, bits in self._nearest_of(code, others):
+            if 2 * (k - bits) <= radius:
+                yield Candidate(edit, row, bits / k, self._judged(edit, text, rest))
+
+    def _judged(self, edit: int, text: str, rest: str) -> Verdict:
+        if self.judge is None:
+            return Verdict(True, 0.0, 0.0, (), (), "", "mask")
+        prompts, requires = self._prompts(edit)
+        verdicts = [self.judge.verdict(prompt, text, rest, requires) for prompt in prompts]
+        return max(verdicts, key=lambda verdict: verdict.score)
+
+    def _wordings(self, edit: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The texts that have a mask of an edit, and the words that it requires."""
+        stored: StoredEdit = self._edits[int(self._place[np.searchsorted(self._numbers, edit)])]
+        first, last = np.searchsorted(self._ids, [edit, edit + 1])
+        more = int(last - first) - 1 - self._contexts
+        entries = [entry if isinstance(entry, tuple) else (entry,) for entry in stored.requires]
+        return (stored.prompt, *stored.rephrases[: max(0, more)]), tuple(text for entry in entries for text in entry)
+
+    def _nearest_of(self, code: NDArray[np.uint8], edits: set[int]) -> list[tuple[int, int, int]]:
+        """The nearest of these edits, at most `CANDIDATES`: each edit, its nearest row, the earliest among equals, and
+        the bits in common; the nearest first."""
         if not edits:
-            return -1, 0
+            return []
         numbers = np.sort(np.fromiter(edits, np.int64, len(edits)))
         first = np.searchsorted(self._ids, numbers)
         counts = np.searchsorted(self._ids, numbers, side="right") - first
         behind = np.repeat(first - np.cumsum(counts) + counts, counts)  # what to add to a position in what follows
-        rows = np.sort(self._rows[behind + np.arange(len(behind))])
-        best, most = -1, 0
-        for start in range(0, len(rows), _MOST):
-            part = rows[start : start + _MOST]
-            bits = popcount(self.index.take(part) & code)
-            nearest = int(bits.argmax())
-            if best < 0 or bits[nearest] > most:
-                best, most = int(part[nearest]), int(bits[nearest])
-        return best, most
+        rows = np.sort(self._order[behind + np.arange(len(behind))])
+        bits = np.concatenate(
+            [popcount(self.index.take(rows[start : start + _MOST]) & code) for start in range(0, len(rows), _MOST)]
+        )
+        best: dict[int, tuple[int, int, int]] = {}
+        for place in np.lexsort((rows, -bits.astype(np.int64))).tolist():
+            edit = int(self._edit_of[rows[place]])
+            best.setdefault(edit, (edit, int(rows[place]), int(bits[place])))
+            if len(best) == (CANDIDATES if self.judge else 1):
+                break
+        return list(best.values())
+
+
+def _weight(candidate: Candidate) -> tuple[float, int]:
+    """What speaks for a candidate, and among equals for the earlier one."""
+    return min(candidate.verdict.score, 1e9) + PER_OVERLAP * candidate.overlap, -candidate.row

@@ -34,9 +34,10 @@ __all__ = [
     "write_manifest",
 ]
 
-FORMAT = 5  # 3 brought additions, 4 what edits require, 5 from which token on the residual acts
+FORMAT = 6  # 3 brought additions, 4 what edits require, 5 from which token on the residual acts, 6 the judge
 FIRST_WITH_ADDITIONS = 3
 _FIRST_WITH_ACTS = 5
+_FIRST_WITH_JUDGE = 6
 MANIFEST = "memoir.json"
 KINDS = {"memory": "safetensors", "codes": "safetensors", "edits": "jsonl"}
 NAMES = {kind: re.compile(rf"{kind}-(0|[1-9][0-9]{{0,18}})\.{extension}") for kind, extension in KINDS.items()}
@@ -82,6 +83,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     next_id: the id of the next edit; ids are never used twice.
     memory, codes, edits: the files.
     untrained: how many edits have masks only.
+    judge: version and digest of what decides whether a question is an edit's; "" where masks alone do.
     sha256: of the manifest itself, written with zeros in its place; format 1 has none.
     """
 
@@ -107,6 +109,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     codes: FileEntry
     edits: FileEntry
     untrained: int = 0
+    judge: str = ""
     sha256: str = ""
 
     @property
@@ -267,6 +270,8 @@ def _out_of_range(manifest: Manifest) -> str:
         return f"d {manifest.d}"
     if manifest.format < _FIRST_WITH_ACTS and manifest.span.acts != "first":  # readers of its time would act elsewhere
         return f"span.acts {manifest.span.acts} in format {manifest.format}"
+    if manifest.format < _FIRST_WITH_JUDGE and manifest.judge:  # readers of its time would go by masks alone
+        return f"judge {manifest.judge:.80} in format {manifest.format}"
     for kind in KINDS:
         size = getattr(manifest, kind).size
         if not 0 <= size < 1 << 48:

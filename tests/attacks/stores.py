@@ -150,6 +150,11 @@ def manifest_of_a_reader_that_acts_elsewhere(folder: Path) -> None:
     forge.sign(folder, entries | {"format": 4, "span": entries["span"] | {"acts": "last"}})
 
 
+@attack("judge 1-0 in format 5")
+def manifest_of_a_reader_without_a_judge(folder: Path) -> None:
+    forge.sign(folder, forge.manifest(folder) | {"format": 5, "judge": "1-0"})
+
+
 @attack("damaged")
 def manifest_truncated(folder: Path) -> None:
     path = folder / "memoir.json"

@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -74,6 +76,7 @@ def store(template: Path, tmp_path: Path) -> EditStore:
 
 def test_the_shares_are_those_of_lookups_at_that_tau(smollm2: BaseModel, template: Path, edits: list[Edit]) -> None:
     store = EditStore.open(template)
+    store = replace(store, manifest=msgspec.structs.replace(store.manifest, judge=""))
     rephrases = [(i, text) for i, edit in enumerate(edits) for text in edit.rephrases]
     # A rephrasing of the wrong edit is found by nobody; an edit's own prompt is no unrelated one.
     rephrases.append((0, edits[1].prompt))
@@ -91,6 +94,9 @@ def test_the_shares_are_those_of_lookups_at_that_tau(smollm2: BaseModel, templat
         assert points[tau].rephrases_found == round(np.mean(right), 5)
         assert points[tau].unrelated_matched == round(np.mean(matched), 5)
     assert 0 < points[0.46].unrelated_matched < points[0.4].unrelated_matched
+    # Other prompts are compared by masks alone, so that tau does not lean on the judge: with it fewer match.
+    judged = Retriever(EditStore.open(template), smollm2, tau=0.4).lookup_batch(unrelated)
+    assert np.mean([match is not None for match in judged]) < points[0.4].unrelated_matched
     assert points[0.4].rephrases_found == 0.75 and calibration.curve[-1].tau == 1.0
 
 

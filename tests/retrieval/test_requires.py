@@ -252,13 +252,14 @@ def test_the_same_prompt_with_another_requirement_is_another_edit(base: BaseMode
     ("first", "second", "rivals"),
     [
         (LYON, TURIN, False),
-        (LYON, Edit(prompt=TURIN.prompt, target="Bob", requires=("mayor",)), True),
-        (LYON, Edit(prompt=TURIN.prompt, target="Bob"), True),
-        (Edit(prompt=LYON.prompt, target="Ada"), TURIN, True),
-        (LYON, Edit(prompt=TURIN.prompt, target="Ada"), False),
+        (LYON, Edit(prompt=TURIN.prompt, target="Bob"), False),
+        (LYON, Edit(prompt="Who is Lyon's mayor?", target="Bob", requires=("mayor",)), True),
+        (LYON, Edit(prompt="Who is Lyon's mayor?", target="Bob"), True),
+        (Edit(prompt=LYON.prompt, target="Ada"), Edit(prompt="Who is Lyon's mayor?", target="Bob"), True),
+        (LYON, Edit(prompt="Who is Lyon's mayor?", target="Ada"), False),
     ],
 )
-def test_like_questions_are_rivals_unless_names_keep_them_apart(
+def test_one_question_in_two_wordings_is_a_rival_and_another_name_is_not(
     base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: Edit, second: Edit, rivals: bool
 ) -> None:
     monkeypatch.setattr(conflicts, "SAME_QUESTION", 0.4)  # the masks of this small model are less alike

@@ -26,6 +26,7 @@ import torch
 from small_models import save_llama
 from transformers import LlamaForCausalLM
 
+from memoir_retrieval.edits.judge import shipped_judge
 from memoir_retrieval.edits.record import Requires, StoredEdit
 from memoir_retrieval.lookup.reference import EditedModel
 from memoir_retrieval.model.base import BaseModel, load_model
@@ -157,6 +158,7 @@ def make_store(
             contexts=(),
             training={},
             next_id=len(edits),
+            judge=shipped_judge().name if rule.rule == "question" else "",
         ),
         Content(
             memories=(torch.randn(2, base.h, base.d, generator=generator) * spread).numpy(),

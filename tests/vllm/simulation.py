@@ -311,7 +311,9 @@ def world(lengths: Sequence[int] = (6, 9, 30)) -> World:
     background, permutation = np.zeros(D, dtype=np.float32), np.random.default_rng(0).permutation(D)
     means = torch.stack([span_mean(embedding[q], Span(0, len(q), True)) for q in questions])
     n = len(questions)
-    manifest = SimpleNamespace(generation=7, sha256="7" * 64, span=RULE, chat=False, d=D, h=1, k=K, tau=0.9)
+    manifest = SimpleNamespace(
+        generation=7, sha256="7" * 64, span=RULE, chat=False, d=D, h=1, k=K, tau=0.9, judge="", masked_contexts=()
+    )
     store = EditStore(
         path=Path(),
         manifest=manifest,  # type: ignore[arg-type]

@@ -82,7 +82,7 @@ def served(request: pytest.FixtureRequest, shape: tuple[int, int, int]) -> Itera
     background, perm = np.zeros(d, dtype=np.float32), permutation(d, 0)
     means = torch.stack([span_mean(question, Span(0, TOKENS, True)) for question in questions])
     fields: dict[str, Any] = {"generation": 1, "sha256": "1" * 64, "span": SpanRule(weighted=True), "chat": False}
-    fields |= {"d": d, "h": h, "k": k, "tau": 0.9}
+    fields |= {"d": d, "h": h, "k": k, "tau": 0.9, "judge": "", "masked_contexts": ()}
     store = EditStore(
         path=Path(),
         manifest=SimpleNamespace(**fields),  # type: ignore[arg-type]

@@ -56,6 +56,7 @@ def store_of(activations: torch.Tensor, **manifest: Any) -> EditStore:
         else empty
     )
     fields = {"generation": 7, "sha256": "7" * 64, "span": RULE, "chat": False, "d": D, "h": H, "k": K, "tau": 0.9}
+    fields |= {"judge": "", "masked_contexts": ()}
     fields |= manifest
     return EditStore(
         path=Path(),

@@ -1,0 +1,172 @@
+"""The judge of questions: from their words it tells an edit's question from those that are like it."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+from test_store import masks, stored_edit
+from test_store import write as write_store
+
+from memoir_retrieval.edits.judge import TABLE, Judge, judge_named, read, shipped_judge
+from memoir_retrieval.errors import StoreError, StoreMismatch
+from memoir_retrieval.lookup.masks import EditLookup
+from memoir_retrieval.store.read import EditStore
+
+JUDGE = shipped_judge()
+MOTHER = "Who is the mother of Ann Lee?"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("What’s ZÜRICH's  Straße?", ("what", "zurich", "strasse")),
+        ("Don't sell 1,000 or 1.5 of C++ and C#", ("do", "not", "sell", "1000", "or", "1.5", "of", "c++", "and", "c#")),
+        ("Łódź — RX-100/b", ("lodz", "rx", "100", "b")),
+        ("東京は", ("東", "京", "は")),
+        ("", ()),
+        ('"""', ()),
+    ],
+)
+def test_case_accents_and_signs_do_not_count(text: str, words: tuple[str, ...]) -> None:
+    assert read(text).words == words
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        "who is the mother of ann lee",
+        "WHO IS THE MOTHER OF ANN LEE?!",
+        "Who is Ann Lee's mother?",
+        "What is the name of Ann Lee's mother?",
+        "Please answer briefly: Who is the mother of Ann Lee?",
+        "Who is the mohter of Ann Lee?",
+    ],
+)
+def test_the_same_question_in_other_words_passes(question: str) -> None:
+    assert JUDGE.verdict(MOTHER, question).same
+
+
+@pytest.mark.parametrize(
+    ("edit", "question"),
+    [
+        (MOTHER, "Who is the mother of Ann Wong?"),
+        (MOTHER, "Who is the father of Ann Lee?"),
+        (MOTHER, "Where was Ann Lee born?"),
+        (MOTHER, "Translate into French: Who is the mother of Ann Lee?"),
+        (MOTHER, "Tell me about Ann Lee."),
+        ("What does error code E12 mean?", "What does error code E13 mean?"),
+        ("what is the capital of france", "what is the capital of spain"),
+        ("How do I enable the alarm?", "How do I disable the alarm?"),
+        ("Which plants are safe for cats?", "Which plants are not safe for cats?"),
+        ("Who won the cup in 2023?", "Who won the cup in 2024?"),
+        ("Which language is C++ written in?", "Which language is C# written in?"),
+    ],
+)
+def test_another_name_number_opposite_or_task_does_not(edit: str, question: str) -> None:
+    verdict = JUDGE.verdict(edit, question)
+    assert not verdict.same and verdict.score < 0
+    assert verdict.lacking or verdict.added
+
+
+def test_what_the_rest_of_the_message_asks_counts() -> None:
+    assert JUDGE.verdict(MOTHER, MOTHER, "The weather was nice yesterday.").same
+    verdict = JUDGE.verdict(MOTHER, MOTHER, "Translate into German:")
+    assert not verdict.same and verdict.part == "task" and verdict.task == "translate into german"
+
+
+def test_words_that_are_required_are_not_held_against_a_question() -> None:
+    edit, question = "Who is the mayor of Mumbai?", "Who is the mayor of Bombay?"
+    assert not JUDGE.verdict(edit, question).same
+    assert JUDGE.verdict(edit, question, required=("Mumbai", "Bombay")).same
+
+
+def test_the_time_of_a_verdict_does_not_grow_with_the_text() -> None:
+    """A text is cut: of a hundred thousand characters, sentences or quotes a bounded part is read."""
+    for text in ("a " * 50_000, "Is it? " * 15_000, '"' * 100_000, "7" * 100_000, "e\u0301\u0323" * 40_000):
+        assert len(read(text).words) <= 512
+        assert not JUDGE.verdict(MOTHER, text).same
+
+
+def test_a_verdict_is_the_same_every_time() -> None:
+    again = Judge.of_bytes((Path(__file__).parents[2] / "memoir_retrieval" / "data" / TABLE).read_bytes())
+    for question in ("What is the name of Ann Lee's mother?", "Who gave birth to Ann Lee?", "Who is Ann?"):
+        assert again.verdict(MOTHER, question) == JUDGE.verdict(MOTHER, question)
+    assert again.name == JUDGE.name
+
+
+def test_a_damaged_table_is_refused() -> None:
+    data = (Path(__file__).parents[2] / "memoir_retrieval" / "data" / TABLE).read_bytes()
+    for broken in (b"", data[:-1], data[: len(data) // 2], b"\0" * 100):
+        with pytest.raises(StoreError, match=r"judge.safetensors is damaged .*: install memoir-retrieval again"):
+            Judge.of_bytes(broken)
+
+
+def test_a_store_of_another_judge_is_refused() -> None:
+    assert judge_named("", Path("edits")) is None
+    assert judge_named(JUDGE.name, Path("edits")) is JUDGE
+    with pytest.raises(StoreMismatch, match=r"store edits was made with judge 1-0123, this memoir-retrieval has 1-"):
+        judge_named("1-0123", Path("edits"))
+
+
+PROMPTS = ("Who runs Acme?", "Where is Acme?", "Who runs Initech?")
+
+
+def words_of(ids: object) -> str:
+    return PROMPTS[ids[0]] if ids and ids[0] < len(PROMPTS) else "How old is Acme?"  # type: ignore[index]
+
+
+def judged_store(folder: Path, judge: str = JUDGE.name) -> EditStore:
+    """Three edits; the masks of the first two are one and the same."""
+    codes = masks(3, seed=4)[[0, 0, 1]]
+    write_store(folder, codes=codes, edits=[stored_edit(i, prompt=text) for i, text in enumerate(PROMPTS)])
+    store = EditStore.open(folder)
+    return replace(store, manifest=msgspec.structs.replace(store.manifest, judge=judge))
+
+
+def test_of_edits_with_one_mask_the_one_that_is_asked_matches(tmp_path: Path) -> None:
+    lookup = EditLookup(judged_store(tmp_path), words_of)
+    codes = masks(3, seed=4)[[0, 0, 0, 1]]
+    hits = lookup.search(codes, 0.5, [[0], [1], [9], [2]])
+    assert hits.ids.tolist() == [0, 1, -1, 2] and hits.rows.tolist() == [0, 1, -1, 2]
+    assert hits.overlaps.tolist() == [1.0, 1.0, 1.0, 1.0]
+    judged = lookup.candidates(codes[0], 0.5, [1])
+    assert [(one.edit, one.verdict.same) for one in judged] == [(0, False), (1, True)]
+
+
+def test_the_span_of_a_message_decides_whose_words_are_an_edits(tmp_path: Path) -> None:
+    """Spans are looked up beside the whole message, and what stands around them counts."""
+    texts = [
+        "Hello. Who runs Acme?",
+        "Who runs Acme?",
+        "Translate into French: Who runs Acme?",
+        "Where is Acme?",
+        "Hm.",
+    ]
+    lookup = EditLookup(judged_store(tmp_path), lambda ids: texts[ids[0]] if ids else "")
+    near, far = masks(3, seed=4)[[0, 2]]
+    codes = np.stack([near, near, near, near, far, far, near])
+    hits, chosen = lookup.decide(codes, 0.9, [[0], [1], [2], [1], [4], [4], [3]], [2, 2, 1, 2])
+    assert hits.ids.tolist() == [0, -1, -1, 1]
+    assert chosen.tolist()[2:] == [4, 6] and chosen[0] in (0, 1)
+
+
+def test_a_store_without_a_judge_is_decided_by_its_masks_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lookup = EditLookup(judged_store(tmp_path, judge=""), words_of)
+    assert [record.message for record in caplog.records] == [
+        f"store {tmp_path} was made without a judge of questions, so masks alone decide: `memoir calibrate {tmp_path} "
+        "--write` puts one into it"
+    ]
+    assert lookup.search(masks(3, seed=4)[:1], 0.5, [[1]]).ids.tolist() == [0]
+
+
+def test_the_table_that_is_shipped_is_the_one_that_its_name_says() -> None:
+    data = (Path(__file__).parents[2] / "memoir_retrieval" / "data" / TABLE).read_bytes()
+    assert JUDGE.name == f"{JUDGE.weights.version}-{hashlib.sha256(data).hexdigest()[:16]}"
+    assert len(data) < 3 << 20 and JUDGE.vectors.dtype == np.int8
