@@ -229,15 +229,15 @@ class Judge:
             against += weight
         if self._renamed(mine, theirs, lacking, added):
             against += REPLACED
-        elif len(needed) == len(extra) == 1 and _without(mine, lacking) == _without(theirs, added):
-            against += self._replaced(needed[0], extra[0])
+        elif (pair := _exchange(mine, theirs, shared)) and not self._is_slip(*pair):
+            against += self._replaced(*pair)
         part = "relation" if self.weights.relation * (1 - relation) > against else "words"
         return Verdict(score >= against, score - against, relation, _heaviest(needed), _heaviest(extra), "", part)
 
-    def _replaced(self, needed: tuple[str, float], extra: tuple[str, float]) -> float:
+    def _replaced(self, needed: str, extra: str) -> float:
         """What counts, in nats, where two questions are the same but for one word that stands in place of another: all
         that can, unless the two mean the same or can be left out."""
-        rows = [self.row.get(word, -1) for word in (needed[0], extra[0])]
+        rows = [self.row.get(word, -1) for word in (needed, extra)]
         if min(rows) < 0:
             return REPLACED
         first, other = self.vectors[rows].astype(np.int64)
@@ -319,8 +319,14 @@ class Judge:
         return ""
 
 
-def _without(text: Reading, words: Sequence[str]) -> list[str]:
-    return [word for word in text.words if word not in words]
+def _exchange(a: Reading, b: Reading, shared: set[str]) -> tuple[str, str] | None:
+    """The two words in which texts differ that are the same else; "log in" and "log out" are two questions."""
+    if len(a.words) != len(b.words):
+        return None
+    pairs = [(x, y) for x, y in zip(a.words, b.words, strict=True) if x != y]
+    if len(pairs) != 1 or shared & set(pairs[0]) or LITTLE.issuperset(pairs[0]):
+        return None
+    return pairs[0]
 
 
 def _codes(text: Reading) -> frozenset[str]:
