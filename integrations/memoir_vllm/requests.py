@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.lookup.decision import Decision
-from memoir_retrieval.question.span import Span, SpanRule, find_span
+from memoir_retrieval.question.candidates import Pieces, find_candidates
+from memoir_retrieval.question.span import Span, SpanRule
 from memoir_vllm.patches import wrap_once
 
 if TYPE_CHECKING:
@@ -57,16 +58,23 @@ class Routed(NamedTuple):
 class Query(NamedTuple):
     """What the scheduler sends the workers of a request that begins.
 
-    span: the tokens to look up; empty where the prompt holds no question.
+    span: the message to look up; empty where the prompt holds no question.
     off: opted out.
     nearest: how many of the nearest edits the decision names.
     routed: the decision where the prompt was decided before, else None.
+    parts: of the message, which are looked up too.
     """
 
     span: Span
     off: bool = False
     nearest: int = 0
     routed: Routed | None = None
+    parts: tuple[Span, ...] = ()
+
+    @property
+    def computed_from(self) -> int:
+        """The position from which on every token passes the layer: where a part begins, a KV block's sum is no use."""
+        return min((self.span.acts_from, *(part.start for part in self.parts)))
 
     @property
     def is_looked_up(self) -> bool:
@@ -152,19 +160,22 @@ def parse_options(extra_args: Mapping[str, Any] | None, prompt_len: int) -> Opti
     return Options(off == "off", span, nearest)
 
 
-def query_of(prompt: Sequence[int], extra_args: Mapping[str, Any] | None, rule: SpanRule) -> Query:
+def query_of(prompt: Sequence[int], extra_args: Mapping[str, Any] | None, rule: SpanRule, pieces: Pieces) -> Query:
     """What is looked up of a request, which is judged here and nowhere else.
 
     prompt: its token ids.
     extra_args: as the client sent them.
     rule: how the question is found.
+    pieces: of the served tokenizer.
     """
     try:
         options = parse_options(extra_args, len(prompt))
     except ConfigError:  # a front end of another language let it pass; the response will say "unroutable"
         return Query(Span(0, 0))
-    span = options.span._replace(weighted=rule.weighted, acts=rule.acts) if options.span else find_span(prompt, rule)
-    return Query(span, options.off, options.nearest)
+    if options.span:
+        return Query(options.span._replace(weighted=rule.weighted, acts=rule.acts), options.off, options.nearest)
+    message, *parts = (candidate.span for candidate in find_candidates(prompt, rule, pieces))
+    return Query(message, options.off, options.nearest, parts=tuple(parts))
 
 
 def _parse_span(option: Any, prompt_len: int) -> Span | None:

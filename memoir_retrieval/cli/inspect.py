@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
@@ -23,6 +23,9 @@ from memoir_retrieval.cli.common import (
 )
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.store.read import EditStore
+
+if TYPE_CHECKING:
+    from memoir_retrieval.lookup.retriever import Part
 
 
 @click.command("list")
@@ -74,16 +77,24 @@ def show(store: Path, edit_id: int, as_json: bool) -> None:
 @click.option("--messages", type=click.Path(path_type=Path), help="JSON file with chat messages, instead of PROMPT.")
 @model_option
 @tau_option
+@click.option("--why", is_flag=True, help="Show what of the message was looked up, and what each part is near to.")
 @json_option
 @threads_option
 def lookup(
-    store: Path, prompt: str | None, messages: Path | None, model: str | None, tau: float | None, as_json: bool
+    store: Path,
+    prompt: str | None,
+    messages: Path | None,
+    model: str | None,
+    tau: float | None,
+    why: bool,
+    as_json: bool,
 ) -> None:
     """Show which edit a prompt matches, without generating.
 
     \b
     Example:
       memoir lookup edits "Which university did Watts Humphrey attend?"
+      memoir lookup edits --why "Hi! Which university did Watts Humphrey attend? Thanks."
     """
     if (prompt is None) == (messages is None):
         raise ConfigError("give a PROMPT or --messages FILE, one of the two")
@@ -96,9 +107,10 @@ def lookup(
     match, nearest = retriever.decide_batch([question])[0]
     best = match or nearest
     second = best.runner_up if best else None
+    parts = retriever.parts(question) if why else []
     vetoed = nearest if nearest and retriever.was_vetoed(match, nearest) else None
     if as_json:
-        answer = {
+        answer: dict[str, Any] = {
             "edit": match.id if match else None,
             "nearest": nearest.id if nearest else None,
             "overlap": round(best.overlap, 4) if best else 0.0,
@@ -110,6 +122,8 @@ def lookup(
             else None,
             "runner_up": {"edit": second[0], "overlap": round(second[1], 4)} if second else None,
         }
+        if why:
+            answer["parts"] = [_part(part) for part in parts]
         echo_json(answer)
         return
     if match:
@@ -121,10 +135,32 @@ def lookup(
             echo(f"  nearest: edit {nearest.id}, overlap {nearest.overlap:.3f}: {nearest.edit.prompt}")
     if vetoed:
         required = json.dumps(vetoed.edit.requires, ensure_ascii=False)
-        why = f"which requires {required}" if vetoed.edit.requires else "which asks something else, by its words"
-        echo(f"  passed over: edit {vetoed.id}, overlap {vetoed.overlap:.3f}, {why}")
+        reason = f"which requires {required}" if vetoed.edit.requires else "which asks something else, by its words"
+        echo(f"  passed over: edit {vetoed.id}, overlap {vetoed.overlap:.3f}, {reason}")
     if second:
         echo(f"  next best: edit {second[0]}, overlap {second[1]:.3f}")
+    for part in parts:
+        state = "decides" if part.decides and match else "matches" if part.match is not None else "looked up"
+        near = f"nearest edit {part.nearest}, overlap {part.overlap:.3f}{_reason(part)}"
+        echo(f"  {state}, {part.kind}: {near}: {part.text.strip()}")
+
+
+def _part(part: Part) -> dict[str, Any]:
+    verdict = part.verdict._asdict() if part.verdict else None
+    return {**part._asdict(), "overlap": round(part.overlap, 4), "verdict": verdict}
+
+
+def _reason(part: Part) -> str:
+    """What decided about a part that was judged, in brackets."""
+    verdict = part.verdict
+    if verdict is None:
+        return ""
+    if verdict.same or verdict.part in ("task", "relation"):
+        reason = f"something else is asked for: {verdict.task}" if verdict.task else verdict.part
+    else:
+        words = [f"{sign}{word}" for sign, terms in (("-", verdict.lacking), ("+", verdict.added)) for word, _ in terms]
+        reason = " ".join(words[:6]) or verdict.part
+    return f" ({'same question' if verdict.same else 'another question'}: {reason})"
 
 
 def _messages(path: Path) -> list[dict[str, str]]:

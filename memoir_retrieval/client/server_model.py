@@ -92,8 +92,11 @@ class ServerModel:
 
         def ask(pair: tuple[Prompt | list[int], Sequence[int]]) -> Answer:
             ids, target = given_ids(pair[0], self.prompt_ids), pair[1]
-            start, end = find_span(ids, self._store.manifest.span)[:2]
-            span = {"vllm_xargs": {"memoir_span": f"{start}:{end}"}} if edited and start < end else {}
+            rule = self._store.manifest.span
+            start, end = find_span(ids, rule)[:2]
+            # Where parts of a message are looked up the server finds them itself, and a template ends the message.
+            given = edited and start < end and not rule.candidates
+            span = {"vllm_xargs": {"memoir_span": f"{start}:{end}"}} if given else {}
             reply = self._ask([*ids, *target], 1, edited, prompt_logprobs=1, **span)
             return self._predictions(reply, target, edited)
 

@@ -97,6 +97,8 @@ class OpenStore:
             # No template stands behind a raw prompt, so its last token would be alike in all edits
             # (docs/measurements/choices.md).
             span = msgspec.structs.replace(span, acts="first")
+        elif settings.rule == "question":
+            span = msgspec.structs.replace(span, candidates=True)
         count = int(settings.training["contexts"])
         contexts = chat_contexts()[:count] if settings.chat else own_prefixes(base, count, settings.seed)
         self.manifest = draft_manifest(

@@ -243,14 +243,25 @@ def write_tau(measured: EditStore, tau: float) -> Manifest:
                 f"store {measured.path} went from generation {measured.manifest.generation} to "
                 f"{now.manifest.generation} while it was measured: run the same command again"
             )
-        judge = shipped_judge().name if now.manifest.span.rule == "question" else ""
-        return write_again(now.path, now, generation=now.manifest.generation + 1, tau=tau, judge=judge)
+        span, judge = _judged(now.manifest)
+        return write_again(now.path, now, generation=now.manifest.generation + 1, tau=tau, span=span, judge=judge)
 
 
 def with_this_judge(store: EditStore) -> EditStore:
     """The store as `write_tau` leaves it: its questions are judged by what comes with this library."""
-    judge = shipped_judge().name if store.manifest.span.rule == "question" else ""
-    return replace(store, manifest=msgspec.structs.replace(store.manifest, judge=judge))
+    span, judge = _judged(store.manifest)
+    return replace(store, manifest=msgspec.structs.replace(store.manifest, span=span, judge=judge))
+
+
+def _judged(manifest: Manifest) -> tuple[SpanRule, str]:
+    """The span rule and the judge that a store of these settings would have today.
+
+    Parts of a message are looked up where the residual acts from its last token on: before that nothing is decided.
+    """
+    if manifest.span.rule != "question":
+        return manifest.span, ""
+    candidates = manifest.chat and manifest.span.acts == "last"
+    return msgspec.structs.replace(manifest.span, candidates=candidates), shipped_judge().name
 
 
 def _codes(retriever: Retriever, prompts: Sequence[Prompt]) -> tuple[NDArray[np.uint8], list[list[int]]]:

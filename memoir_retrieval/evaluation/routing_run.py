@@ -6,6 +6,7 @@ import re
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,7 +36,7 @@ from memoir_retrieval.lookup.reference import EditedModel
 from memoir_retrieval.lookup.retriever import Retriever
 from memoir_retrieval.store.read import EditStore, library_version
 
-__all__ = ["RESULT", "SETS", "RoutingRun", "Row", "Slip", "check_sets", "run_routing"]
+__all__ = ["RESULT", "SETS", "RoutingRun", "Row", "Slip", "check_sets", "run_routing", "with_candidates"]
 
 RESULT = "routing.json"
 SETS = ("edits", "siblings", "opposites", "faq", *PUBLISHED, "unrelated")
@@ -139,7 +140,7 @@ def run_routing(
                 else:
                     with editor:
                         build(editor, trial.edits)
-                    of = Retriever(EditStore.open(editor.path), retriever.base, retriever.tau)
+                    of = _opened(editor.path, retriever)
                 ask(name, of, trial.questions, name == "faq")
     manifest = retriever.store.manifest
     return RoutingRun(
@@ -147,7 +148,7 @@ def run_routing(
         library=library_version(),
         started=started,
         model=manifest.model,
-        settings={"edits": len(retriever.store.edits), "tau": retriever.tau}
+        settings={"edits": len(retriever.store.edits), "tau": retriever.tau, "candidates": manifest.span.candidates}
         | {
             name: msgspec.to_builtins(getattr(manifest, name))
             for name in ("chat", "k", "layer", "dtype", "seed", "training")
@@ -217,7 +218,25 @@ def _train(editor: Editor, trial: Trial, like: Retriever) -> tuple[Retriever, Tr
     ids = {edit.prompt: edit.id for edit in store.edits}
     places = [ids.get(edit.prompt, _NOT_STORED) for edit in trial.edits]
     questions = [question._replace(right=tuple(places[i] for i in question.right)) for question in trial.questions]
-    return Retriever(store, like.base, like.tau), trial._replace(questions=questions)
+    return _opened(editor.path, like), trial._replace(questions=questions)
+
+
+def _opened(folder: Path, like: Retriever) -> Retriever:
+    """A store that looks up of a message what another one does."""
+    own = Retriever(EditStore.open(folder), like.base, like.tau)
+    return with_candidates(own, like.store.manifest.span.candidates)
+
+
+def with_candidates(retriever: Retriever, candidates: bool) -> Retriever:
+    """The same store, with parts of messages looked up or without, whatever it says itself.
+
+    retriever: of the store.
+    candidates: whether they are.
+    """
+    store = retriever.store
+    span = msgspec.structs.replace(store.manifest.span, candidates=candidates)
+    manifest = msgspec.structs.replace(store.manifest, span=span)
+    return Retriever(replace(store, manifest=manifest), retriever.base, retriever.tau)
 
 
 def _of_edits(retriever: Retriever, each: int | None) -> list[Question]:

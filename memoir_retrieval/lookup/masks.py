@@ -32,6 +32,8 @@ _log = logging.getLogger(__name__)
 _MOST = 1 << 14  # rows that are compared at a time
 CANDIDATES = 8
 """Edits, at most, that are judged for a question."""
+AROUND = 2000
+"""Characters before a span, and behind it, that may say that something else is asked for."""
 PER_OVERLAP = 8.0
 """Nats that an overlap of 1 more weighs when several edits pass the judge."""
 
@@ -128,7 +130,7 @@ class EditLookup:
         for q, (start, question) in enumerate(zip(starts.tolist(), questions, strict=True)):
             if not self._phrases and (self.judge is None or ids[q] < 0):
                 continue  # nothing is near, or nothing but the mask counts
-            rest = self._rest(questions[start], question) if q != start else ""
+            rest = "" if q == start else self._rest(questions[start], question)
             best: Candidate | None = None
             for candidate in list(self._candidates(codes[q], tau, self._decode(question), rest, hits, q)):
                 if candidate.verdict.same and (best is None or _weight(candidate) > _weight(best)):
@@ -146,19 +148,25 @@ class EditLookup:
         return Hits(ids[chosen], overlaps[chosen], rows[chosen]), chosen
 
     def _rest(self, message: Sequence[int], span: Sequence[int]) -> str:
-        """The text of a message around one of its spans."""
+        """The text of a message around one of its spans, as far as it is judged."""
         whole, part = self._decode(message), self._decode(span).strip()
         before, _, after = whole.partition(part)
-        return f"{before}\n{after}"
+        return f"{before[-AROUND:]}\n{after[:AROUND]}"
 
     def candidates(
-        self, code: NDArray[np.uint8], tau: float, question: Sequence[int], rest: str = ""
+        self, code: NDArray[np.uint8], tau: float, question: Sequence[int], message: Sequence[int] | None = None
     ) -> list[Candidate]:
-        """The edits that are judged for a question, as `search` judges them, the nearest first.
+        """The edits that are judged for a question, as `decide` judges them, the nearest first.
 
-        code: uint8 [D/8]. question: the token ids of its span. rest: the text of its message around the span.
+        code: uint8 [D/8].
+        tau: the least overlap that matches.
+        question: the token ids of its span.
+        message: those of the message that the span is a part of (default: the span is the message).
         """
         hits = self._free.search(code[None], tau, exact=True)
+        if self._phrases:
+            hits.rows[hits.rows >= 0] = self._free_rows[hits.rows[hits.rows >= 0]]
+        rest = "" if message is None else self._rest(message, question)
         candidates = self._candidates(code, tau, self._decode(question), rest, hits, 0)
         return sorted(candidates, key=lambda candidate: (-candidate.overlap, candidate.row))
 

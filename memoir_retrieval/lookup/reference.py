@@ -17,7 +17,7 @@ from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.lookup.retriever import Retriever
 from memoir_retrieval.model.forward import FrozenPast, frozen_past, frozen_run, right_pad, run_from_block, span_mean
 from memoir_retrieval.question.prompts import Prompt, end_token, given_ids, target_ids
-from memoir_retrieval.question.span import Span, find_span
+from memoir_retrieval.question.span import Span
 
 __all__ = ["Answer", "EditedModel"]
 
@@ -43,14 +43,15 @@ class Answer:
 
 @dataclass
 class _BatchRow:
-    """One request of a batch: where its question is, its tokens, and once looked up what acts on it.
+    """One request of a batch: what of it is looked up, first its message, and once that is done what acts on it.
 
-    `offset`: what is to be added to a position in the prompt to get the position in the first pass.
+    questions: the tokens of each span. `offset`: what is to be added to a position in the prompt to get the position in
+    the first pass.
     """
 
-    span: Span
+    spans: list[Span]
     offset: int
-    question: list[int]
+    questions: list[list[int]]
     edit: int | None = None
     overlap: float = 0.0
     mask: torch.Tensor | None = None
@@ -123,7 +124,7 @@ class EditedModel:
                     f"{len(row)} prompt tokens and {max_new_tokens} new ones exceed the {self.base.max_length} "
                     f"of {self.base.name}: shorten the prompt"
                 )
-        spans = [find_span(row, self.retriever.store.manifest.span) for row in rows]
+        spans = [self.retriever.spans(row) for row in rows]
         past = self._common_past(rows, spans)
         answers: dict[int, Answer] = {}
         for batch in _by_length([len(row) - past.width for row in rows], batch_size, tokens=4096):
@@ -197,9 +198,9 @@ class EditedModel:
     ) -> list[list[Answer]]:
         """What the model expects where the targets are, or the questions' own tokens, for each value of `edited`."""
         rows = [given_ids(p, self.prompt_ids) for p in prompts]
-        spans = [find_span(row, self.retriever.store.manifest.span) for row in rows]
+        spans = [self.retriever.spans(row) for row in rows]
         if targets is None:
-            places = [range(span.start + 1, span.end) for span in spans]
+            places = [range(parts[0].start + 1, parts[0].end) for parts in spans]
         else:
             places = [range(len(row), len(row) + len(target)) for row, target in zip(rows, targets, strict=True)]
             rows = [[*row, *target] for row, target in zip(rows, targets, strict=True)]
@@ -214,7 +215,7 @@ class EditedModel:
                 if len(edited) > 1:
                     below.enter_context(run_from_block(self.base, frozen_run(self.base, inputs)[0]))
                 for on, by_row in zip(edited, answers, strict=True):
-                    states = [_BatchRow(spans[i], -past.width, _question(rows[i], spans[i])) for i in batch]
+                    states = [_BatchRow(spans[i], -past.width, _questions(rows[i], spans[i])) for i in batch]
                     with self._edits_on(states, on):  # no logits are needed before the first of those asked for
                         logits = self.base.model(**inputs, logits_to_keep=kept).logits
                     for r, i in enumerate(batch):
@@ -224,9 +225,9 @@ class EditedModel:
                         by_row[i] = self._answer(expected.argmax(-1).tolist(), states[r], tuple(logprobs.tolist()))
         return [[by_row[i] for i in range(len(rows))] for by_row in answers]
 
-    def _common_past(self, rows: Sequence[list[int]], spans: Sequence[Span]) -> FrozenPast:
+    def _common_past(self, rows: Sequence[list[int]], spans: Sequence[Sequence[Span]]) -> FrozenPast:
         """What all rows have in common before their questions, such as a system prompt: run once for all of them."""
-        most = min([min(span.start, len(row) - 1) for row, span in zip(rows, spans, strict=True)], default=0)
+        most = min([min(parts[0].start, len(row) - 1) for row, parts in zip(rows, spans, strict=True)], default=0)
         common = 0
         while len(rows) > 1 and common < most and len({row[common] for row in rows}) == 1:
             common += 1
@@ -235,7 +236,7 @@ class EditedModel:
     def _generate(
         self,
         rows: list[list[int]],
-        spans: list[Span],
+        spans: list[list[Span]],
         past: FrozenPast,
         max_new_tokens: int,
         edited: bool,
@@ -252,7 +253,7 @@ class EditedModel:
             ids[r, :shared] = torch.tensor(row[:shared])
             ids[r, width - len(row) + shared :] = torch.tensor(row[shared:])
             attention[r, width - len(row) + shared :] = 1
-            states.append(_BatchRow(spans[r], width - len(row) - shared, _question(row, spans[r])))
+            states.append(_BatchRow(spans[r], width - len(row) - shared, _questions(row, spans[r])))
         options: dict[str, Any] = {"past_key_values": past.repeated(len(rows)).growing()} if shared else {}
         if wanted is not None:
             options["stopping_criteria"] = StoppingCriteriaList([_GivenUp(self.base.tokenizer, wanted, width)])
@@ -292,7 +293,7 @@ class EditedModel:
             out = output.clone()
             for r, row in enumerate(rows):
                 if row.mask is not None:  # every other row keeps the base layer's bits
-                    acting = slice(row.offset + row.span.acts_from if first else 0, None)
+                    acting = slice(row.offset + row.spans[0].acts_from if first else 0, None)
                     masked = args[0][r, acting] * row.mask
                     out[r, acting] += functional.linear(masked, self._memories[row.memory])
             first = False
@@ -305,11 +306,13 @@ class EditedModel:
             handle.remove()
 
     def _route(self, rows: list[_BatchRow], activations: torch.Tensor) -> None:
-        questions = [r for r, row in enumerate(rows) if row.span.start < row.span.end]
+        questions = [r for r, row in enumerate(rows) if row.spans[0].start < row.spans[0].end]
         if not questions or not len(self.retriever.index):
             return
-        means = torch.stack([span_mean(activations[r], rows[r].span.moved(rows[r].offset)) for r in questions])
-        routes = self.retriever.route(means, [rows[r].question for r in questions])
+        parts = [(r, span.moved(rows[r].offset)) for r in questions for span in rows[r].spans]
+        means = torch.stack([span_mean(activations[r], span) for r, span in parts])
+        texts = [tokens for r in questions for tokens in rows[r].questions]
+        routes = self.retriever.route(means, texts, [len(rows[r].spans) for r in questions])
         store = self.retriever.store
         for q, r in enumerate(questions):
             rows[r].overlap = float(routes.overlaps[q])
@@ -321,8 +324,8 @@ class EditedModel:
                 rows[r].memory = int(store.memory_of[code_row])
 
 
-def _question(ids: list[int], span: Span) -> list[int]:
-    return ids[span.start : span.end]
+def _questions(ids: list[int], spans: list[Span]) -> list[list[int]]:
+    return [ids[span.start : span.end] for span in spans]
 
 
 class _GivenUp(StoppingCriteria):

@@ -5,23 +5,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from memoir_index import Hits, hamming_radius
+from memoir_retrieval.edits.judge import Verdict
 from memoir_retrieval.edits.record import StoredEdit
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.lookup.masks import EditLookup
 from memoir_retrieval.model.base import BaseModel, load_model
-from memoir_retrieval.model.forward import question_means
+from memoir_retrieval.model.forward import candidate_means
+from memoir_retrieval.question.candidates import CandidateSpan, Kind, Pieces, find_candidates
 from memoir_retrieval.question.fingerprint import Fingerprint
 from memoir_retrieval.question.prompts import Prompt, prompt_ids
-from memoir_retrieval.question.span import find_span
+from memoir_retrieval.question.span import Span
 from memoir_retrieval.store.read import EditStore
 
-__all__ = ["Match", "Retriever"]
+__all__ = ["Match", "Part", "Retriever"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,27 @@ class Match:
     def id(self) -> int:
         """The edit's id in its store."""
         return self.edit.id
+
+
+class Part(NamedTuple):
+    """A part of a message that was looked up.
+
+    kind: what makes it a part, see `CandidateSpan`.
+    text: as its tokens read.
+    nearest: the edit whose mask is nearest.
+    overlap: that of the two masks.
+    match: the edit that the part matches, or None.
+    verdict: on that edit, or else on the nearest one; None where no edit is near enough to be judged.
+    decides: whether it is this part that decides for the message.
+    """
+
+    kind: Kind
+    text: str
+    nearest: int
+    overlap: float
+    match: int | None
+    verdict: Verdict | None
+    decides: bool
 
 
 class Retriever:
@@ -76,6 +100,7 @@ class Retriever:
         self.fingerprint = Fingerprint(store.background, store.permutation, store.manifest.k, base.device)
         self._lookup = EditLookup(store, base.tokenizer.decode)
         self.index = self._lookup.index
+        self._pieces = Pieces(base.tokenizer.decode)
 
     @classmethod
     def open(
@@ -127,22 +152,63 @@ class Retriever:
         """
         return [match for match, _ in self.decide_batch(prompts)]
 
+    def spans(self, ids: Sequence[int]) -> list[Span]:
+        """What is looked up of a prompt: its last user message, which may be empty, and parts of it.
+
+        ids: of its tokens.
+        """
+        return [candidate.span for candidate in self._candidates(ids)]
+
+    def _candidates(self, ids: Sequence[int]) -> list[CandidateSpan]:
+        return find_candidates(ids, self.store.manifest.span, self._pieces)
+
+    def parts(self, prompt: Prompt) -> list[Part]:
+        """What is looked up of a prompt, and what is said of each part of it: why `lookup` gives what it gives.
+
+        prompt: text or messages.
+        """
+        ids = self.prompt_ids(prompt)
+        candidates = self._candidates(ids)
+        if not _holds_question(candidates[0].span) or not len(self.index):
+            return []
+        questions = [ids[candidate.span.start : candidate.span.end] for candidate in candidates]
+        codes = self.fingerprint.codes(candidate_means([self.base], [ids], [self.spans(ids)])[0])
+        (decisive,) = self._lookup.decide(codes, self.tau, questions, [len(questions)])[1].tolist()
+        near, overlaps = self.index.nearest(codes, 1)
+        parts = []
+        for i, (candidate, question) in enumerate(zip(candidates, questions, strict=True)):
+            edits = self._lookup.candidates(codes[i], self.tau, question, questions[0] if i else None)
+            best = next((edit for edit in edits if edit.verdict.same), edits[0] if edits else None)
+            parts.append(
+                Part(
+                    kind=candidate.kind,
+                    text=self.base.tokenizer.decode(question),
+                    nearest=int(near[i, 0]),
+                    overlap=float(overlaps[i, 0]),
+                    match=best.edit if best and best.verdict.same else None,
+                    verdict=best.verdict if best else None,
+                    decides=i == decisive,
+                )
+            )
+        return parts
+
     def decide_batch(self, prompts: Sequence[Prompt]) -> list[tuple[Match | None, Match | None]]:
         """`lookup` of each prompt, and the edit that is nearest to it, whether it may act on the prompt or not.
 
         prompts: text or messages each.
         """
         rows = [self.prompt_ids(p) for p in prompts]
-        spans = [find_span(ids, self.store.manifest.span) for ids in rows]
-        questions = [i for i, span in enumerate(spans) if span.start < span.end]
+        spans = [self.spans(ids) for ids in rows]
+        asking = [i for i, parts in enumerate(spans) if _holds_question(parts[0])]
         decisions: list[tuple[Match | None, Match | None]] = [(None, None)] * len(rows)
-        if not questions or not len(self.index):
+        if not asking or not len(self.index):
             return decisions
-        means = question_means(self.base, [rows[i] for i in questions], [spans[i] for i in questions])
+        means = candidate_means([self.base], [rows[i] for i in asking], [spans[i] for i in asking])[0]
         codes = self.fingerprint.codes(means)
-        hits = self._lookup.search(codes, self.tau, [rows[i][spans[i].start : spans[i].end] for i in questions])
-        near, overlaps = self.index.nearest(codes, 2)
-        for q, i in enumerate(questions):
+        questions = [rows[i][span.start : span.end] for i in asking for span in spans[i]]
+        hits, decisive = self._lookup.decide(codes, self.tau, questions, [len(spans[i]) for i in asking])
+        near, overlaps = self.index.nearest(codes[decisive], 2)
+        for q, i in enumerate(asking):
             ranked = [(int(n), float(o)) for n, o in zip(near[q], overlaps[q], strict=True) if n >= 0]
 
             def match_of(number: int, overlap: float, ranked: list[tuple[int, float]] = ranked) -> Match:
@@ -172,10 +238,18 @@ class Retriever:
         k = self.store.manifest.k
         return round(2 * k * (1 - nearest.overlap)) <= hamming_radius(self.tau, k)
 
-    def route(self, means: torch.Tensor, questions: Sequence[Sequence[int]]) -> Hits:
+    def route(
+        self, means: torch.Tensor, questions: Sequence[Sequence[int]], counts: Sequence[int] | None = None
+    ) -> Hits:
         """What a server decides.
 
         means: float32 [Q, D], the mean activation of each question.
         questions: token ids of each.
+        counts: how many of the questions are parts of each message, in turn (default: each is a message).
         """
-        return self._lookup.search(self.fingerprint.codes(means), self.tau, questions)
+        counts = [1] * len(questions) if counts is None else counts
+        return self._lookup.decide(self.fingerprint.codes(means), self.tau, questions, counts)[0]
+
+
+def _holds_question(span: Span) -> bool:
+    return span.start < span.end

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from memoir_retrieval.question.span import Span
 __all__ = [
     "Before",
     "FrozenPast",
+    "candidate_means",
     "first_block",
     "frozen_past",
     "frozen_run",
@@ -479,7 +481,23 @@ def layer_means(
     spans: of each, not empty.
     batch_size: how many are run at once.
     """
-    out = [torch.empty(len(prompts), base.d, device=base.device) for base in bases]
+    return candidate_means(bases, prompts, [[span] for span in spans], batch_size)
+
+
+@torch.no_grad()
+def candidate_means(
+    bases: Sequence[BaseModel],
+    prompts: Sequence[Sequence[int]],
+    spans: Sequence[Sequence[Span]],
+    batch_size: int = 16,
+) -> list[torch.Tensor]:
+    """`layer_means` of several spans of each prompt, one after another: float32 [C, D], C spans in all.
+
+    bases, prompts, batch_size: as there.
+    spans: those of each prompt, none of them empty.
+    """
+    first_of = [0, *accumulate(len(parts) for parts in spans)]
+    out = [torch.empty(first_of[-1], base.d, device=base.device) for base in bases]
     deepest = max(bases, key=lambda base: base.layer)
     seen: dict[int, torch.Tensor] = {}
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -496,7 +514,8 @@ def layer_means(
             frozen_run(deepest, {"input_ids": ids, "use_cache": False})
             for number, activations in seen.items():
                 for row, i in enumerate(batch):
-                    out[number][i] = span_mean(activations[row], spans[i])
+                    for place, span in enumerate(spans[i], first_of[i]):
+                        out[number][place] = span_mean(activations[row], span)
     return out
 
 

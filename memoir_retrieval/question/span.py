@@ -47,7 +47,8 @@ class SpanRule(msgspec.Struct, frozen=True, kw_only=True):
     "all" pools every token, as the paper does. `starts`: token sequences that end right before a user message.
     `newlines`: tokens that may stand between a start marker and the message. `end`: the sequence that follows it.
     `leading`: special tokens (BOS) at the front of a raw prompt, which are not part of the question. `weighted` and
-    `acts`: see `Span`.
+    `acts`: see `Span`. `tools`: what right behind a start marker says that the turn is a tool's. `candidates`: whether
+    parts of the message are looked up too, see `find_candidates`.
     """
 
     rule: Literal["question", "all"] = "question"
@@ -57,6 +58,8 @@ class SpanRule(msgspec.Struct, frozen=True, kw_only=True):
     leading: tuple[int, ...] = ()
     weighted: bool = False
     acts: Literal["first", "last"] = "first"
+    tools: tuple[tuple[int, ...], ...] = ()
+    candidates: bool = False
 
 
 class ChatSpanRule(SpanRule, frozen=True, kw_only=True):
@@ -76,17 +79,17 @@ def find_span(ids: Sequence[int], rule: SpanRule) -> Span:
     if rule.rule == "all":
         return Span(0, n, rule.weighted, rule.acts)
     tokens = np.asarray(ids, dtype=np.int32)
-    marker_end = max((_find_last(tokens, marker) for marker in rule.starts), default=-1)
-    if marker_end < 0:
+    turns = sorted(end for marker in rule.starts for end in _ends(tokens, marker))
+    if not turns:
         if isinstance(rule, ChatSpanRule) and rule.starts:
             return Span(n, n, rule.weighted, rule.acts)
         start = 0
         while start < n and ids[start] in rule.leading:
             start += 1
         return Span(start, n, rule.weighted, rule.acts)
-    start = marker_end
-    if start < n and ids[start] in rule.newlines:
-        start += 1
+    starts = [turn + (turn < n and ids[turn] in rule.newlines) for turn in turns]
+    of_users = (start for start in reversed(starts) if not _is_tool(ids, start, rule))
+    start = next(of_users, starts[-1])
     end = _find_first(tokens, rule.end, start) if rule.end else -1
     return Span(start, end if end >= 0 else n, rule.weighted, rule.acts)
 
@@ -102,10 +105,15 @@ def _matches(tokens: np.ndarray, marker: Sequence[int]) -> np.ndarray:
     return np.flatnonzero(hit)
 
 
-def _find_last(tokens: np.ndarray, marker: Sequence[int]) -> int:
-    """The position right after the last occurrence, or -1."""
-    positions = _matches(tokens, marker)
-    return int(positions[-1]) + len(marker) if len(positions) else -1
+def _ends(tokens: np.ndarray, marker: Sequence[int]) -> list[int]:
+    """The positions right after each occurrence."""
+    ends: list[int] = (_matches(tokens, marker) + len(marker)).tolist()
+    return ends
+
+
+def _is_tool(ids: Sequence[int], start: int, rule: SpanRule) -> bool:
+    """Whether the turn that begins here brings what a tool has answered."""
+    return any(tuple(ids[start : start + len(mark)]) == mark for mark in rule.tools)
 
 
 def _find_first(tokens: np.ndarray, marker: Sequence[int], start: int) -> int:
@@ -119,7 +127,8 @@ def derive_span_rule(tokenizer: Any, rule: Literal["question", "all"] = "questio
 
     The template is rendered with placeholder messages in three settings (question only, after a system prompt, as
     a later turn); what always stands right before the question is a start marker, what follows it the end marker.
-    A tokenizer without a template gives a rule that takes every prompt as raw text. The residual acts from the
+    Where the template puts what a tool answers into a user's turn, what it writes before it is the mark of a tool. A
+    tokenizer without a template gives a rule that takes every prompt as raw text. The residual acts from the
     question's last token on, so that nothing before it depends on what was decided; under "all" on every token. (Raw
     stores are made to act from the first, see `editing.open_store`.)
     """
@@ -138,7 +147,7 @@ def derive_span_rule(tokenizer: Any, rule: Literal["question", "all"] = "questio
             after = rendered[0][1]
     newlines = tuple(sorted({t for head in before for t in head[-1:] if _is_space(tokenizer, t)}))
     starts = {tuple(_core(tokenizer, head, specials)) for head in before}
-    return SpanRule(
+    rule_of_turns = SpanRule(
         rule=rule,
         starts=tuple(sorted(s for s in starts if s)),
         newlines=newlines,
@@ -147,6 +156,8 @@ def derive_span_rule(tokenizer: Any, rule: Literal["question", "all"] = "questio
         weighted=True,
         acts="last",
     )
+    mark = _tool_mark(tokenizer, rule_of_turns)
+    return msgspec.structs.replace(rule_of_turns, tools=(mark,)) if mark else rule_of_turns
 
 
 _QUESTIONS = ("Which river is it?", "Who painted that door?")
@@ -187,6 +198,42 @@ def _around_question(tokenizer: Any, messages: list[dict[str, str]]) -> tuple[li
     if rest[: len(question_end)] == question_end:
         rest = rest[len(question_end) :]
     return list(a[:head]), rest
+
+
+_CALL = {"type": "function", "id": "call00001", "function": {"name": "look_up", "arguments": {}}}
+_TOOL_TURN: tuple[dict[str, Any], ...] = (
+    {"role": "user", "content": "Which river is it?"},
+    {"role": "assistant", "content": "", "tool_calls": [_CALL]},
+    {"role": "tool", "name": "look_up", "tool_call_id": "call00001"},
+)
+
+
+def _tool_mark(tokenizer: Any, rule: SpanRule) -> tuple[int, ...]:
+    """What the template writes between a user's marker and what a tool answers; nothing where tools have turns of their
+    own, or their answers no mark."""
+    try:
+        a, b = (
+            tokenizer.apply_chat_template(
+                [*_TOOL_TURN[:-1], {**_TOOL_TURN[-1], "content": content}],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+            )["input_ids"]
+            for content in ("Elbe", "12 metres")
+        )
+    except Exception:  # templates raise their own errors, e.g. for a role they do not know
+        return ()
+    head = next(i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+    tokens = np.asarray(a[:head], dtype=np.int32)
+    turns = sorted(end for marker in rule.starts for end in _ends(tokens, marker))
+    if not turns:
+        return ()
+    mark = a[turns[-1] + (turns[-1] < head and a[turns[-1]] in rule.newlines) : head]
+    if _TOOL_TURN[0]["content"] in tokenizer.decode(mark):
+        return ()  # the last turn of a user is the question: tools have their own
+    while mark and _is_space(tokenizer, mark[-1]):
+        mark = mark[:-1]
+    return tuple(mark)
 
 
 def _common_suffix(heads: list[list[int]]) -> list[int]:

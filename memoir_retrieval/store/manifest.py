@@ -270,6 +270,8 @@ def _out_of_range(manifest: Manifest) -> str:
         return f"d {manifest.d}"
     if manifest.format < _FIRST_WITH_ACTS and manifest.span.acts != "first":  # readers of its time would act elsewhere
         return f"span.acts {manifest.span.acts} in format {manifest.format}"
+    if manifest.format < _FIRST_WITH_JUDGE and (manifest.span.candidates or manifest.span.tools):
+        return f"span.candidates or span.tools in format {manifest.format}"
     if manifest.format < _FIRST_WITH_JUDGE and manifest.judge:  # readers of its time would go by masks alone
         return f"judge {manifest.judge:.80} in format {manifest.format}"
     for kind in KINDS:

@@ -35,6 +35,15 @@ NO_SYSTEM = (
     "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
     "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}{{ '<|im_start|>model\n' }}"
 )
+# A tool's answer comes in a user's turn, in a turn of its own, or in a user's turn without a mark.
+TOOLS = (
+    "{% for m in messages %}{% if m['role'] == 'tool' %}"
+    "{{ '<|im_start|>user\n<tool_response>\n' + m['content'] + '\n</tool_response><|im_end|>\n' }}"
+    "{% else %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+OWN_TURN = TOOLS.replace("user\n<tool_response>", "tool\n<tool_response>")
+NO_MARK = TOOLS.replace("<tool_response>\n", "").replace("\n</tool_response>", "")
 
 
 @pytest.fixture(scope="module")
@@ -139,3 +148,25 @@ def test_any_token_ids_give_a_span_inside_the_prompt(ids: list[int]) -> None:
     assert 0 <= start <= end <= len(ids)
     if 3 in ids or (1, 2) in itertools.pairwise(ids):
         assert 5 not in ids[start:end]
+
+
+@pytest.mark.parametrize("template", [TOOLS, OWN_TURN])
+def test_the_question_is_the_users_where_a_tool_has_answered(template: str) -> None:
+    found = AutoTokenizer.from_pretrained(get_model("smollm2-135m"))
+    found.chat_template = template
+    rule = derive_span_rule(found)
+    assert bool(rule.tools) == (template == TOOLS)
+    asked = [SYSTEM, *TURNS, {"role": "user", "content": QUESTION}]
+    answers = [{"role": "assistant", "content": "Let me look."}, {"role": "tool", "content": '{"founder": "Ada"}'}]
+    assert question_of(found, asked, rule) == QUESTION
+    assert question_of(found, [*asked, *answers], rule) == QUESTION
+    assert question_of(found, [*asked, *answers, *answers], rule) == QUESTION
+    assert question_of(found, [*asked, *answers, {"role": "user", "content": "And when?"}], rule) == "And when?"
+    assert question_of(found, answers[1:], rule)  # a chat that only has a tool's answer is still looked up
+
+
+@pytest.mark.parametrize("template", [NO_MARK, LLAMA_2, LLAMA_3, NO_SYSTEM])
+def test_a_template_that_gives_tools_no_mark_in_a_users_turn_has_none(template: str) -> None:
+    found = AutoTokenizer.from_pretrained(get_model("smollm2-135m"))
+    found.chat_template = template
+    assert derive_span_rule(found).tools == ()

@@ -20,6 +20,7 @@ from memoir_index import unpack
 from memoir_retrieval.edits.record import StoredEdit
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.model.forward import span_mean
+from memoir_retrieval.question.candidates import Pieces
 from memoir_retrieval.question.fingerprint import Fingerprint
 from memoir_retrieval.question.span import Span, SpanRule, find_span
 from memoir_retrieval.store.read import EditStore, Masks
@@ -94,7 +95,7 @@ def begin(
     tokens: int = 0,
 ) -> None:
     """What a layer hears of a request whose first rows come: `tokens` of its prompt are in the KV blocks `cached`."""
-    query = query_of(prompt_ids, options, layer.now.router.rule)
+    query = query_of(prompt_ids, options, layer.now.router.rule, Pieces(str))
     layer.admit(request_id, prompt_ids, query._replace(routed=routed))
     layer.resume(request_id, cached, tokens)
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from memoir_retrieval.question.span import Span
 from memoir_vllm.patches import wrap_once
+from memoir_vllm.requests import Query
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheManager
@@ -64,7 +64,7 @@ class SummedBlocks:
 
 def guard(
     manager: KVCacheManager,
-    span: Callable[[Request], Span],
+    query: Callable[[Request], Query],
     undecided: Callable[[Request], bool],
     recall: Callable[[Request], None],
     summed: SummedBlocks | None,
@@ -75,7 +75,7 @@ def guard(
     cache. What lies in the cache of the question before it is taken as far as there are sums of it.
 
     manager: of the KV cache, whose methods are replaced.
-    span: of a request's question.
+    query: what is looked up of a request.
     undecided: whether a request is that.
     recall: called with a request before it looks into the cache.
     summed: the blocks with sums, or None where workers keep none.
@@ -86,7 +86,7 @@ def guard(
 
     @functools.wraps(publish)
     def cache_blocks(request: Request, num_computed_tokens: int) -> None:
-        limit = span(request).acts_from if undecided(request) else num_computed_tokens
+        limit = query(request).span.acts_from if undecided(request) else num_computed_tokens
         publish(request, min(num_computed_tokens, limit))
 
     def within(limit: int, request: Request, *longest: int | None) -> Any:
@@ -102,11 +102,11 @@ def guard(
         recall(request)
         if not undecided(request):
             return look_up(request, *longest)
-        question = span(request)
+        looked_up = query(request)
         if summed is None:
-            return within(question.start, request, *longest)
-        hit = within(question.acts_from, request, *longest)
-        reach = summed.reach([block.block_id for block in hit[0].blocks[0]], question.start)
+            return within(looked_up.span.start, request, *longest)
+        hit = within(looked_up.computed_from, request, *longest)
+        reach = summed.reach([block.block_id for block in hit[0].blocks[0]], looked_up.span.start)
         return hit if reach >= hit[1] else within(reach, request, *longest)
 
     @functools.wraps(allocate)
@@ -115,7 +115,7 @@ def guard(
         if summed is not None and slots is not None and any(slots.blocks):
             blocks = [block.block_id for block in slots.blocks[0]]
             number = len(coordinator.get_blocks(request.request_id)[0]) - len(blocks)
-            summed.record(blocks, number, span(request).start, request.num_prompt_tokens)
+            summed.record(blocks, number, query(request).span.start, request.num_prompt_tokens)
         return slots
 
     coordinator.cache_blocks, manager.get_computed_blocks = cache_blocks, get_computed_blocks

@@ -20,6 +20,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
+from memoir_retrieval.question.candidates import Pieces
 from memoir_retrieval.question.span import Span
 from memoir_vllm import config
 from memoir_vllm.core import blocks, rpc
@@ -63,6 +64,10 @@ class MemoirScheduler(Scheduler):
         self._generation = 0
         self._remembered: LRUCache[bytes, Routed] = LRUCache(REMEMBERED)
         self._rule = config.span_rule(self.vllm_config)
+        decode = config.token_decoder(self.vllm_config.model_config)
+        if self._rule.candidates:
+            decode(())  # the tokenizer is loaded now, not while requests wait
+        self._pieces = Pieces(decode)
         self._inline = config.is_inline(self.vllm_config)
         rpc.install()
         if self._inline:
@@ -71,14 +76,14 @@ class MemoirScheduler(Scheduler):
             summed = None
             if config.keeps_sums(self.vllm_config, len(groups)):
                 summed = blocks.SummedBlocks(self.kv_cache_config.num_blocks, groups[0].kv_cache_spec.block_size)
-            blocks.guard(self.kv_cache_manager, self._span, self._is_undecided, self._recall, summed)
+            blocks.guard(self.kv_cache_manager, self._query, self._is_undecided, self._recall, summed)
 
     # ---- before the decision ---------------------------------------------------------------------------------------
 
     def add_request(self, request: Request) -> None:
         if request.request_id not in self.requests:
             extra_args = request.sampling_params and request.sampling_params.extra_args
-            query = query_of(request.prompt_token_ids or [], extra_args, self._rule)
+            query = query_of(request.prompt_token_ids or [], extra_args, self._rule, self._pieces)
             # Who asks for the nearest edits is always looked up: a decision is remembered without them.
             remembers = self._inline and query.is_looked_up and not query.nearest
             prompt = _prompt_key(request, query.span) if remembers else None
@@ -95,8 +100,8 @@ class MemoirScheduler(Scheduler):
         if routed is not None:
             self._settle(request, state, routed)
 
-    def _span(self, request: Request) -> Span:
-        return self._states[request.request_id].query.span
+    def _query(self, request: Request) -> Query:
+        return self._states[request.request_id].query
 
     def _is_undecided(self, request: Request) -> bool:
         return self._states[request.request_id].undecided

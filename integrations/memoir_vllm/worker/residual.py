@@ -52,7 +52,8 @@ class _Sum:
 
 @dataclass
 class _Request:
-    """question: its tokens. prompt: how many tokens it begins with. seen: the position after the last one that passed.
+    """span: of its message. parts: of it, which are looked up too. questions: the tokens of each, the message first.
+    computed_from: see `Query`. prompt: how many tokens it begins with. seen: the position after the last that passed.
 
     sums: of what is looked up. nearest: how many edits its decision names. route: None until it is decided. mask: of
     the matched edit, this rank's share, on the device. of: the generation that matched it; it acts until the request is
@@ -60,7 +61,9 @@ class _Request:
     """
 
     span: Span
-    question: Sequence[int]
+    parts: tuple[Span, ...]
+    questions: Sequence[Sequence[int]]
+    computed_from: int
     prompt: int
     nearest: int
     seen: int = 0
@@ -166,7 +169,8 @@ class ResidualLayer:
         if request_id in self._requests:
             return
         span = query.span
-        request = _Request(span, prompt_ids[span.start : span.end], len(prompt_ids), query.nearest)
+        questions = [prompt_ids[part.start : part.end] for part in (span, *query.parts)]
+        request = _Request(span, query.parts, questions, query.computed_from, len(prompt_ids), query.nearest)
         self._requests[request_id] = request
         router = self.now.router
         if query.routed is not None:
@@ -207,16 +211,15 @@ class ResidualLayer:
         if request.route is not None:
             return
         span = request.span
-        if tokens > (span.start if self._sums is None else span.acts_from):
+        if tokens > (span.start if self._sums is None else request.computed_from):
             raise RuntimeError(
                 f"memoir: request {request_id} finds {tokens} tokens of its prompt in the cache, but its question is "
                 f"{span.start} to {span.end}: what decides must be computed; please report this"
             )
-        request.sums = [_Sum(span)]
+        request.sums = [_Sum(part) for part in (span, *request.parts)]
         if self._sums is not None and tokens > span.start:
             size = self._sums.block_size
-            for part in request.sums:
-                part.cached = cached[part.span.start // size : tokens // size]
+            request.sums[0].cached = cached[span.start // size : tokens // size]
 
     def drop(self, request_ids: Iterable[str]) -> None:
         """Forget requests that finished or were aborted.
@@ -323,11 +326,11 @@ class ResidualLayer:
             self._route(x, weights)
 
     def _route(self, x: torch.Tensor, weights: torch.Tensor) -> None:
-        """Add the rows of questions to their sums, and look up every question that ends in this step."""
+        """Add the rows of questions to their sums, and look up every message that ends in this step."""
         parts = self._parts
         totals, divisors = pooled(x, weights, [(part.first, part.last) for part in parts])
-        ended: list[int] = []
-        for i, (_, part, first, last, position) in enumerate(parts):
+        ids: list[str] = []
+        for i, (request_id, part, first, last, position) in enumerate(parts):
             if part.cached:
                 assert self._sums is not None
                 part.total, part.cached = self._sums.of(part.cached, position - part.span.start), ()
@@ -335,22 +338,23 @@ class ResidualLayer:
                 totals[i] += part.total[0]
                 divisors[i] += part.total[1]
             part.total = totals[i], divisors[i]
-            if position + last - first == part.span.end:
-                ended.append(i)
-        if not ended:
+            if part is self._requests[request_id].sums[0] and position + last - first == part.span.end:
+                ids.append(request_id)
+        if not ids:
             return
-        means = totals / divisors[:, None]
-        if len(ended) < len(parts):
-            means = means[ended]
+        requests = [self._requests[request_id] for request_id in ids]
+        sums = [part.total for request in requests for part in request.sums if part.total is not None]
+        means = torch.stack([total / divisor for total, divisor in sums])
         if self._ranks > 1:
             from vllm.distributed import tensor_model_parallel_all_gather
 
             # Every rank now holds the same numbers in the same order, so every rank decides alike.
             means = tensor_model_parallel_all_gather(means, dim=-1)
-        ids = [parts[i].request_id for i in ended]
-        requests = [self._requests[request_id] for request_id in ids]
         routes = self.now.router.route(
-            means, [request.question for request in requests], [request.nearest for request in requests]
+            means,
+            [question for request in requests for question in request.questions],
+            [request.nearest for request in requests],
+            [len(request.questions) for request in requests],
         )
         for request_id, route, mask in zip(ids, routes, self._on_device(routes), strict=True):
             self._decide(request_id, route, mask)

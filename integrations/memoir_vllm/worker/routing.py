@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import msgspec
 import numpy as np
@@ -75,22 +76,31 @@ class Router:
         return self._unedited("unroutable")
 
     def route(
-        self, means: torch.Tensor, questions: Sequence[Sequence[int]], nearest: Sequence[int] = ()
+        self,
+        means: torch.Tensor,
+        questions: Sequence[Sequence[int]],
+        nearest: Sequence[int] = (),
+        counts: Sequence[int] | None = None,
     ) -> list[Route]:
-        """Look questions up.
+        """Look messages up.
 
         means: float32 [Q, D], the mean activation of each question, on this router's device.
         questions: the token ids of each.
-        nearest: for each question, how many of the nearest edits the decision names, matched or not, whatever they
+        nearest: for each message, how many of the nearest edits the decision names, matched or not, whatever they
             require.
+        counts: how many of the questions are parts of each message, in turn, the message first (default: one each).
         """
-        routes = [self.unroutable()] * len(means)
+        counts = [1] * len(means) if counts is None else counts
+        routes = [self.unroutable()] * len(counts)
         # A model may overflow on a strange prompt; that must not stop the engine for everyone else.
-        sound = torch.isfinite(means).all(dim=1).nonzero().flatten().tolist()
+        finite = torch.isfinite(means).all(dim=1).cpu().numpy()
+        starts = np.cumsum([0, *counts])
+        sound = [m for m, (start, end) in enumerate(pairwise(starts.tolist())) if finite[start:end].all()]
         if not sound:
             return routes
-        codes = self._fingerprint.codes(means if len(sound) == len(means) else means[sound])
-        hits = self._lookup.search(codes, self.tau, [questions[q] for q in sound])
+        taken = [q for m in sound for q in range(int(starts[m]), int(starts[m + 1]))]
+        codes = self._fingerprint.codes(means if len(taken) == len(means) else means[taken])
+        hits, decisive = self._lookup.decide(codes, self.tau, [questions[q] for q in taken], [counts[m] for m in sound])
         for q, edit, overlap, row in zip(
             sound, hits.ids.tolist(), hits.overlaps.tolist(), hits.rows.tolist(), strict=True
         ):
@@ -100,7 +110,7 @@ class Router:
                 decision = Decision(edit, round(overlap, 4), "matched", self.generation)
                 routes[q] = self.recall(Routed(decision, row, self.digest))
         if any(nearest):
-            for q, named in zip(sound, self._named(codes, max(nearest)), strict=True):
+            for q, named in zip(sound, self._named(codes[decisive], max(nearest)), strict=True):
                 routed = routes[q].routed
                 decision = msgspec.structs.replace(routed.decision, nearest=named[: nearest[q]])
                 routes[q] = replace(routes[q], routed=routed._replace(decision=decision))

@@ -48,6 +48,11 @@ OWN = ("edits", "siblings", "opposites", "faq", "unrelated")
 @click.option("--chat/--no-chat", default=True, help="Without DIR: train and ask through the chat template, or raw.")
 @tau_option
 @click.option(
+    "--candidates/--no-candidates",
+    default=None,
+    help="Look up parts of each message too, or the message alone (default: as the store says).",
+)
+@click.option(
     "--set",
     "chosen",
     multiple=True,
@@ -85,6 +90,7 @@ def bench_routing(
     model: str | None,
     chat: bool,
     tau: float | None,
+    candidates: bool | None,
     chosen: tuple[str, ...],
     part: Any,
     folder: Path,
@@ -112,7 +118,7 @@ def bench_routing(
     from memoir_retrieval.editing.editor import Editor
     from memoir_retrieval.evaluation.report import routing_page
     from memoir_retrieval.evaluation.routing_data import PUBLISHED
-    from memoir_retrieval.evaluation.routing_run import RESULT, check_sets, run_routing
+    from memoir_retrieval.evaluation.routing_run import RESULT, check_sets, run_routing, with_candidates
     from memoir_retrieval.lookup.retriever import Retriever
     from memoir_retrieval.model.base import load_model
 
@@ -131,6 +137,8 @@ def bench_routing(
             with Editor(base, store, chat=chat, tau=tau) as editor:
                 editor.add(read_edits(file))
         retriever = Retriever.open(store, model, tau=tau)
+        if candidates is not None:
+            retriever = with_candidates(retriever, candidates)
         run = run_routing(
             retriever,
             sets=sets,

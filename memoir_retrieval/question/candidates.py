@@ -1,0 +1,228 @@
+"""Candidate spans: the parts of a user message of which each may be the question that an edit was made for.
+
+People put a question behind a time stamp, into an e-mail, after passages or in quotes. The message as a whole then
+looks like nothing stored, while the question's own tokens still do. So the lookup pools a few parts of the message as
+well, and the best match of all of them decides. The parts are found from token ids alone, so that the editor, the
+Hugging Face path and the vLLM worker agree.
+
+There are at most `MOST` of them, whatever the message: the first and the last of each kind. The time is linear in the
+length of the message.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal, NamedTuple
+
+import regex
+
+from memoir_retrieval.question.span import Span, SpanRule, find_span
+
+__all__ = ["MOST", "CandidateSpan", "Kind", "Pieces", "find_candidates"]
+
+MOST = 16
+"""Candidates of a message, the message itself included."""
+LEAST = 3
+"""Tokens of a candidate, other than the message itself: fewer say nothing of a question."""
+LONGEST_QUOTE = 2000
+"""Characters between two quotes that belong together."""
+
+Kind = Literal["message", "quote", "label", "sentence", "line", "paragraph"]
+"""message: all of it. quote: what stands in quotes, a tag or emphasis. label: what stands behind "Question:", a dash, a
+list mark or brackets. sentence, line, paragraph: as they are."""
+
+
+class CandidateSpan(NamedTuple):
+    """A part of a message: its tokens, and what makes it a part."""
+
+    span: Span
+    kind: Kind
+
+
+class Pieces:
+    """The text of single tokens, remembered, so that a message's text and its tokens can be laid side by side.
+
+    decode: the text of token ids. Safe to use from several threads.
+    """
+
+    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
+        self._decode = decode
+        self._known: dict[int, str] = {}
+
+    def text(self, ids: Sequence[int]) -> tuple[str, list[int]]:
+        """The text of the tokens, and at which of its characters each of them begins.
+
+        A character that several tokens share begins with the first of them.
+        """
+        parts: list[str] = []
+        starts: list[int] = []
+        length, token = 0, 0
+        while token < len(ids):
+            piece, tokens = self._piece(ids, token)
+            starts += [length] * tokens
+            parts.append(piece)
+            length += len(piece)
+            token += tokens
+        return "".join(parts), starts
+
+    def _piece(self, ids: Sequence[int], place: int) -> tuple[str, int]:
+        """The text that begins with a token, and of how many tokens it is: several where they share a character."""
+        token = ids[place]
+        if (known := self._known.get(token)) is None:
+            # Twice, since some tokenizers leave out the space before the first word.
+            known = self._decode([token, token])[len(self._decode([token])) :]
+            self._known[token] = known
+        if _BROKEN not in known:
+            return known, 1
+        for tokens in range(2, _SHARED + 1):
+            together = self._decode(ids[place : place + tokens])
+            if _BROKEN not in together:
+                return together, min(tokens, len(ids) - place)
+        return known[:1], 1
+
+
+_BROKEN = "\ufffd"  # what decoders write for a part of a character
+_SHARED = 6  # tokens of one character, at most
+
+
+def find_candidates(ids: Sequence[int], rule: SpanRule, pieces: Pieces) -> list[CandidateSpan]:
+    """What is looked up of a prompt: its last user message first, then parts of it by how likely they are the question.
+
+    ids: of the whole prompt.
+    rule: how the message is found, and whether parts of it are looked up.
+    pieces: of the prompt's tokenizer.
+
+    The message alone where it is empty, or the rule looks up no parts. No two candidates have the same tokens.
+    """
+    span = find_span(ids, rule)
+    candidates = [CandidateSpan(span, "message")]
+    if not rule.candidates or span.start >= span.end:
+        return candidates
+    text, starts = pieces.text(ids[span.start : span.end])
+    seen = {(span.start, span.end)}
+    for first, last, kind in _parts(text):
+        while first < last and text[first].isspace():
+            first += 1
+        while first < last and text[last - 1].isspace():
+            last -= 1
+        if first >= last:
+            continue
+        start = span.start + _token_at(starts, first)
+        end = span.start + _token_at(starts, last - 1) + 1
+        while end - span.start < len(starts) and starts[end - span.start] == starts[end - span.start - 1]:
+            end += 1  # the other tokens of its last character
+        if end - start >= LEAST and (start, end) not in seen:
+            seen.add((start, end))
+            candidates.append(CandidateSpan(span._replace(start=start, end=end), kind))
+            if len(candidates) == MOST:
+                break
+    return candidates
+
+
+def _token_at(starts: Sequence[int], character: int) -> int:
+    """The first token of the character."""
+    return bisect_left(starts, starts[bisect_right(starts, character) - 1])
+
+
+# ---- parts of a text: characters [first, last) -----------------------------------------------------------------------
+
+_Part = tuple[int, int]
+
+_QUOTES = regex.compile(
+    "|".join(
+        [
+            rf"```\w*\n([^`]{{1,{LONGEST_QUOTE}}})```",
+            rf'"([^"\n]{{1,{LONGEST_QUOTE}}})"',
+            rf"[\u201c\u201e]([^\u201c\u201d\u201e\n]{{1,{LONGEST_QUOTE}}})[\u201d\u201c]",
+            rf"[\u00ab\u203a]\s?([^\u00ab\u00bb\n]{{1,{LONGEST_QUOTE}}})[\u00bb\u2039]",
+            rf"<\w{{1,40}}>\s*([^<>]{{1,{LONGEST_QUOTE}}})</",
+            rf"\*\*([^*\n]{{1,{LONGEST_QUOTE}}})\*\*",
+            rf"`([^`\n]{{1,{LONGEST_QUOTE}}})`",
+        ]
+    )
+)
+_END = regex.compile(r"[.!?\u2026\u3002\uff01\uff1f\u061f]+[\"'\u201d\u2019\u00bb)\]*]*(?=\s|$)|[\u3002\uff01\uff1f]+")
+_ABBREVIATED = regex.compile(
+    r"(?:^|[\s(\"'])(?:\p{Lu}|\p{L}\.\p{L}|mr|mrs|ms|dr|st|vs|no|nr|jr|sr|prof|inc|ltd|co|corp|dept|approx|vol|fig)$",
+    regex.IGNORECASE,
+)
+_SMALL = regex.compile(r"\s*\p{Ll}")
+_QUESTION = regex.compile(r"[?\uff1f\u061f][\"'\u201d\u2019\u00bb)\]*]*\s*$")
+_MARK = regex.compile(r"\s*(?:(?:[-*+>#\u2022\u2013]+|\(?\w{1,3}[.)])\s+)+")
+_LABEL = regex.compile(r"\s?[:\uff1a]\s|\s[-\u2013\u2014]\s|[>\])]\s")
+_LINE = regex.compile(r"[^\n]+")
+
+
+def _parts(text: str) -> Iterator[tuple[int, int, Kind]]:
+    """Parts of a text, the likely ones first, perhaps more than once."""
+    quotes = [part for quote in _QUOTES.finditer(text) for part in quote.regs[1:] if part[0] < part[1]]
+    lines: list[_Part] = [line.span() for line in _LINE.finditer(text)]
+    sentences = [part for line in lines for part in _sentences(text, *line)]
+    # A name may have a stop or an exclamation mark in it, and hurried people begin sentences with small letters.
+    longer = [part for line in lines for part in _sentences(text, *line, True)]
+    asking = [part for part in dict.fromkeys((*sentences, *longer)) if _asks(text, *part)]
+    asking.sort(key=lambda part: (part[1], -part[0]))
+    for part in (*_ends(asking, 3), *_ends(quotes, 2)):
+        for rest in _behind_labels(text, *part):
+            yield *rest, "label"
+        yield *part, "quote" if part in quotes else "sentence"
+    asking_lines = [line for line in lines if _asks(text, *line)]
+    for line in _ends(asking_lines, 2):
+        for rest in _behind_labels(text, *line):
+            yield *rest, "label"
+        yield *line, "line"
+    for paragraph in _ends(_paragraphs(text, lines), 1):
+        yield *paragraph, "paragraph"
+    filled = [line for line in lines if not text[line[0] : line[1]].isspace()]
+    for part in dict.fromkeys((*_ends(filled, 2), *_ends(sentences, 2))):
+        for rest in _behind_labels(text, *part):
+            yield *rest, "label"
+        yield *part, "line" if part in filled else "sentence"
+
+
+def _paragraphs(text: str, lines: Sequence[_Part]) -> list[_Part]:
+    """Runs of lines with nothing blank between them."""
+    paragraphs: list[_Part] = []
+    end = -1
+    for first, last in lines:
+        if text[first:last].isspace():
+            continue
+        if first == end + 1 and paragraphs:
+            paragraphs[-1] = (paragraphs[-1][0], last)
+        else:
+            paragraphs.append((first, last))
+        end = last
+    return paragraphs
+
+
+def _ends(parts: Sequence[_Part], n: int) -> list[_Part]:
+    """The last n and the first n, the last one first."""
+    return [*parts[: -n - 1 : -1], *parts[: max(0, min(n, len(parts) - n))]]
+
+
+def _asks(text: str, first: int, last: int) -> bool:
+    return bool(_QUESTION.search(text, max(first, last - 20), last))
+
+
+def _sentences(text: str, first: int, last: int, before_capitals: bool = False) -> Iterator[_Part]:
+    """The sentences of a line; before_capitals: none ends before a small letter."""
+    start = first
+    for end in _END.finditer(text, first, last):
+        if end[0] == "." and _ABBREVIATED.search(text, max(start, end.start() - 12), end.start()):
+            continue
+        if before_capitals and _SMALL.match(text, end.end(), last):
+            continue
+        yield start, end.end()
+        start = end.end()
+    if text[start:last].strip():
+        yield start, last
+
+
+def _behind_labels(text: str, first: int, last: int) -> Iterator[_Part]:
+    """What stands behind the last label of a part, behind the first one, and behind the mark of a list."""
+    labels = [label.end() for label in _LABEL.finditer(text, first, last)]
+    for end in dict.fromkeys((*labels[-1:], *labels[:1])):
+        yield end, last
+    if mark := _MARK.match(text, first, last):
+        yield mark.end(), last
