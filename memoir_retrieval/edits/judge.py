@@ -157,7 +157,8 @@ class Judge:
 
     words: V of them. vectors: int8 [V, W], of length `SCALE` each. needed, extra: float32 [V], what a word counts that
     stands in the edit's question alone, or in the other alone. asks: uint8 [V], its weight in what a question asks.
-    tasks: float32 [V], how much a word says that something is to be done with the question. digest: of the file.
+    tasks: float32 [V], how much a word says that something is to be done with the question. contraries: int32 [P, 2],
+    rows of words that say the opposite of each other. digest: of the file.
     """
 
     def __init__(
@@ -168,6 +169,7 @@ class Judge:
         extra: NDArray[np.float32],
         asks: NDArray[np.uint8],
         tasks: NDArray[np.float32],
+        contraries: NDArray[np.int32],
         weights: Weights,
         digest: str = "",
     ) -> None:
@@ -175,6 +177,8 @@ class Judge:
         self.vectors, self.weights, self.digest = vectors, weights, digest
         self._needed, self._extra, self._tasks = needed.tolist(), extra.tolist(), tasks.tolist()
         self._asks = asks
+        both = [(words[a], words[b]) for a, b in contraries.tolist()]
+        self._contraries = frozenset((*both, *((b, a) for a, b in both)))
         self._read = lru_cache(maxsize=1 << 16)(self._rows)
 
     @classmethod
@@ -184,13 +188,22 @@ class Judge:
             tensors = load(data)
             words = tensors.pop("words").tobytes().decode().split("\n")
             weights = msgspec.json.decode(tensors.pop("weights").tobytes(), type=Weights)
+            contraries = tensors.pop("contraries")
+            if (
+                contraries.dtype != np.int32
+                or contraries.ndim != 2
+                or not 0 <= contraries.min() <= contraries.max() < len(words)
+            ):
+                raise ValueError(f"contraries are {contraries.dtype} {contraries.shape}")
             columns = {key: (str(array.dtype), array.shape[0], array.ndim) for key, array in tensors.items()}
             wanted = {key: (dtype, len(words), 1 + (key == "vectors")) for key, dtype in _COLUMNS.items()}
             if columns != wanted:
                 raise ValueError(f"it holds {columns}, not {wanted}")
         except (ValueError, KeyError, IndexError, SafetensorError, msgspec.MsgspecError) as error:
             raise StoreError(f"{name} is damaged ({error!s:.200}): install memoir-retrieval again") from error
-        return cls(words=words, **tensors, weights=weights, digest=hashlib.sha256(data).hexdigest())
+        return cls(
+            words=words, **tensors, contraries=contraries, weights=weights, digest=hashlib.sha256(data).hexdigest()
+        )
 
     @property
     def name(self) -> str:
@@ -227,7 +240,9 @@ class Judge:
         against = self.weights.kind if _other_kind(mine, theirs) else 0.0
         for _, weight in (*needed, *extra):
             against += weight
-        if self._renamed(mine, theirs, lacking, added):
+        if self._renamed(mine, theirs, lacking, added) or any(
+            (a, b) in self._contraries for a in lacking for b in added
+        ):
             against += REPLACED
         elif (pair := _exchange(mine, theirs, shared)) and not self._is_slip(*pair):
             against += self._replaced(*pair)

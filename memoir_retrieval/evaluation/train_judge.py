@@ -101,7 +101,8 @@ def _own_pairs(own: dict[str, Any], rng: random.Random) -> Iterator[Pair]:
     of_kind = defaultdict(list)
     for question in questions:
         of_kind[question["name"]].append(question["wordings"])
-    opposites = {tuple(read(x).words): y for a, b in own["opposites"] for x, y in ((a, b), (b, a))}
+    contrary = own["contraries"] + own["opposites"]
+    opposites = {tuple(read(x).words): y for a, b in contrary for x, y in ((a, b), (b, a))}
     for question in questions:
         kind, wordings = question["name"], question["wordings"]
         for _ in range(40):
@@ -125,7 +126,7 @@ def _own_pairs(own: dict[str, Any], rng: random.Random) -> Iterator[Pair]:
                 if (opposite := opposites.get(read(word).words)) is not None:
                     turned = _fill(" ".join([*words[:at], opposite, *words[at + 1 :]]), rng.choice(names[kind]))
                     yield from [Pair(_fill(wording, rng.choice(names[kind])), turned, False)] * 2
-    for list_, same in ((own["opposites"], False), (own["synonyms"], True)):
+    for list_, same in ((contrary, False), (own["synonyms"], True)):
         for a, b in list_:
             for slot in own["slots"]:
                 for x, y in ((a, b), (b, a)):
@@ -415,6 +416,7 @@ def train(data: Path, model: str, *, seed: int = 0, epochs: int = 4, say: Any = 
             total += loss.item()
         say(f"epoch {epoch + 1}: loss {total / batches:.4f}, {time.monotonic() - started:.0f} s")
     tasks, task = _task_weights(own, features, row)
+    contraries = [[row[word] for text in pair for word in read(text).words] for pair in own["contraries"]]
     with torch.no_grad():
         all_words = torch.arange(1, len(words) + 1)
         vectors = (table.vectors(all_words) * SCALE).round().to(torch.int8).numpy()
@@ -442,6 +444,7 @@ def train(data: Path, model: str, *, seed: int = 0, epochs: int = 4, say: Any = 
         "extra": heads[:, 1].astype(np.float32),
         "asks": np.clip(np.round(asks * (255 / np.quantile(asks, 0.999))), 0, 255).astype(np.uint8),
         "tasks": tasks,
+        "contraries": np.array(contraries, np.int32),
     }
     judge = Judge(words, **tensors, weights=numbers)
     passes: dict[bool, list[bool]] = {True: [], False: []}
