@@ -31,7 +31,19 @@ from safetensors.numpy import load
 from memoir_retrieval.edits.requires import UNSPACED
 from memoir_retrieval.errors import StoreError, StoreMismatch
 
-__all__ = ["Judge", "Reading", "Terms", "Verdict", "Weights", "has_digit", "judge_named", "read", "shipped_judge"]
+__all__ = [
+    "Judge",
+    "Reading",
+    "Terms",
+    "Verdict",
+    "Weights",
+    "has_digit",
+    "judge_named",
+    "letters",
+    "read",
+    "shipped_judge",
+    "telling",
+]
 
 TABLE = "judge.safetensors"
 SCALE = 127
@@ -42,6 +54,23 @@ _LITTLE = """a an the of is are was were be been being am do does did has have h
 which who whom whose in at by for as there please i me my you your we our can could would will should"""
 LITTLE = frozenset(_LITTLE.split())
 """Words that say nothing by themselves: a question may have them or not."""
+OBJECTS = frozenset(
+    [
+        "question",
+        "questions",
+        "message",
+        "text",
+        "sentence",
+        "line",
+        "prompt",
+        "request",
+        "user",
+        "following",
+        "below",
+        "above",
+    ]
+)
+"""Words for a message and its parts: who asks for an answer has them, and who asks for a translation."""
 REPLACED = 8.0
 """Nats that one word in place of another counts, more than can speak for an edit."""
 SYNONYMS = 0.55
@@ -150,6 +179,11 @@ def _fold(text: str) -> str:
 def _whole(word: str) -> str:
     """A number without the signs between its thousands."""
     return word.replace(",", "") if regex.fullmatch(r"\d{1,3}(,\d{3})+", word) else word
+
+
+def letters(text: str) -> str:
+    """The letters and digits of a text, case and accents taken off: alike for two writings of the same words."""
+    return "".join(filter(str.isalnum, _fold(text[: 16 * LONGEST])))
 
 
 class Judge:
@@ -327,8 +361,9 @@ class Judge:
 
     def _task(self, rest: str) -> str:
         """The clause of a message's rest that asks for something to be done with the question, or ""."""
-        for clause in read(rest).clauses:
-            known = [self._tasks[self.row[word]] for word in clause if word in self.row]
+        text = read(rest)
+        for clause in text.clauses:
+            known = [self._tasks[self.row[word]] for word in telling(clause, text.names) if word in self.row]
             if known and math.fsum(known) / len(known) >= self.weights.task:
                 return " ".join(clause)
         return ""
@@ -342,6 +377,18 @@ def _exchange(a: Reading, b: Reading, shared: set[str]) -> tuple[str, str] | Non
     if len(pairs) != 1 or shared & set(pairs[0]) or LITTLE.issuperset(pairs[0]):
         return None
     return pairs[0]
+
+
+def telling(clause: Sequence[str], names: frozenset[str]) -> list[str]:
+    """The words of a clause that may say that something is to be done: no names, numbers, letters or `OBJECTS`.
+
+    clause: words of a `Reading`.
+    names: of the same.
+
+    Nothing where only little words are left.
+    """
+    words = [word for word in clause if len(word) > 1 and not has_digit(word) and word not in names | OBJECTS]
+    return [] if LITTLE.issuperset(words) else words
 
 
 def _codes(text: Reading) -> frozenset[str]:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from memoir_retrieval.background import background_prompts
-from memoir_retrieval.edits.judge import NEGATIONS, SCALE, Judge, Weights, has_digit, read
+from memoir_retrieval.edits.judge import NEGATIONS, SCALE, Judge, Weights, has_digit, read, telling
 from memoir_retrieval.model.base import load_model
 
 __all__ = ["Pair", "pairs", "train"]
@@ -94,6 +94,10 @@ def pairs(data: Path, rng: random.Random) -> Iterator[Pair]:
 
 def _fill(template: str, name: str) -> str:
     return template.replace("{}", name)
+
+
+def _about(text: str, thing: str, language: str) -> str:
+    return _fill(text.replace("{object}", thing), language)
 
 
 def _own_pairs(own: dict[str, Any], rng: random.Random) -> Iterator[Pair]:
@@ -222,8 +226,8 @@ def _around(same: Sequence[Pair], own: dict[str, Any], rng: random.Random) -> It
     """Questions with something around them: a request to answer, or something to be done with the question."""
     languages = own["names"]["language"]
     for pair in rng.sample(same, min(len(same), 9000)):
-        task = _fill(rng.choice(own["tasks"]), rng.choice(languages))
-        frame = rng.choice(own["frames"])
+        task = _about(rng.choice(own["tasks"] + own["about"]), rng.choice(own["objects"]), rng.choice(languages))
+        frame = _about(rng.choice(own["frames"]), rng.choice(own["objects"]), "")
         question = rng.choice((pair.edit, pair.question))
         yield Pair(pair.edit, f"{task} {question}", False)
         yield Pair(pair.edit, rng.choice((f"{frame} {question}", f"{question} {frame}")), True)
@@ -231,7 +235,7 @@ def _around(same: Sequence[Pair], own: dict[str, Any], rng: random.Random) -> It
             words = pair.edit.rstrip("?").split()
             names = [word for word in words if word[:1].isupper()][1:]
             if names:
-                yield Pair(pair.edit, f"{rng.choice(own['tasks'][-18:])} {' '.join(names)}", False)
+                yield Pair(pair.edit, f"{rng.choice(own['about'])} {' '.join(names)}", False)
 
 
 class _Table(nn.Module):
@@ -335,32 +339,37 @@ def _weighted(vocabulary: Iterable[Pair]) -> Tensor:
 
 def _task_weights(own: dict[str, Any], features: Tensor, row: dict[str, int]) -> tuple[np.ndarray, float]:
     """How much each word says that something is to be done with a question: float32 [V], and the threshold."""
-    texts = [(_fill(text, "French"), 1.0) for text in own["tasks"][:-18]] + [(text, 0.0) for text in own["frames"]]
-    texts += [(rng_text, 0.0) for rng_text in _plain_sentences()]
+    names = own["names"]
+    plain = [name for kind in names.values() for name in kind]  # and questions that are asked for their answer
+    plain += [_fill(text, names[q["name"]][i]) for q in own["questions"] for i, text in enumerate(q["wordings"])]
+    texts = [(text, 0.0) for text in (*background_prompts(), *plain)]
+    for key, label in (("tasks", 1.0), ("frames", 0.0)):
+        for i, text in enumerate(own[key]):
+            for thing in own["objects"][i % 4 :: 4] if "{object}" in text else [""]:
+                texts.append((_about(text, thing, names["language"][i % 12]), label))
     rows = []
     for text, label in texts:
-        words = [row[word] + 1 for clause in read(text).clauses for word in clause if word in row]
-        if words:
-            rows.append((words, label))
+        reading = read(text)
+        for clause in reading.clauses:
+            known = [row[word] + 1 for word in telling(clause, reading.names) if word in row]
+            rows += [(known, label)] if known else []
     means = torch.stack([features[words].mean(0) for words, _ in rows])
     labels = torch.tensor([label for _, label in rows])
     head = nn.Linear(features.shape[1], 1)
-    own_words = nn.Embedding(len(features), 1)
+    own_words = nn.EmbeddingBag(len(features), 1, mode="mean")
     nn.init.zeros_(own_words.weight)
     best = torch.optim.Adam([*head.parameters(), *own_words.parameters()], lr=1e-2, weight_decay=1e-5)
+    bags = torch.tensor([number for words, _ in rows for number in words])
+    starts = torch.tensor([0, *np.cumsum([len(words) for words, _ in rows])[:-1]])
     for _ in range(300):
-        said = head(means)[:, 0] + torch.stack([own_words.weight[words].mean() for words, _ in rows])
-        loss = functional.binary_cross_entropy_with_logits(said, labels)
+        said = (head(means) + own_words(bags, starts))[:, 0]
+        loss = functional.binary_cross_entropy_with_logits(said, labels, weight=2 - labels)
         best.zero_grad()
         loss.backward()
         best.step()
     with torch.no_grad():
         weights = (head(features) + own_words.weight)[:, 0]
-        return weights[1:].numpy().astype(np.float32), 0.5
-
-
-def _plain_sentences() -> list[str]:
-    return list(background_prompts())
+        return weights[1:].numpy().astype(np.float32), 0.25
 
 
 def train(data: Path, model: str, *, seed: int = 0, epochs: int = 4, say: Any = print) -> dict[str, np.ndarray]:

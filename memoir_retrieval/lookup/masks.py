@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memoir_index import Hits, hamming_radius, popcount
-from memoir_retrieval.edits.judge import Verdict, judge_named
+from memoir_retrieval.edits.judge import Verdict, judge_named, letters
 from memoir_retrieval.edits.record import StoredEdit
 from memoir_retrieval.edits.requires import Phrases
 from memoir_retrieval.store.read import EditStore
@@ -47,6 +47,7 @@ class Candidate(NamedTuple):
     verdict: Verdict
 
 
+_NOTHING = np.empty(0, np.int64), np.empty(0, np.int64)
 _FAR = Verdict(False, 0.0, 0.0, (), (), "", "mask")
 
 
@@ -83,6 +84,7 @@ class EditLookup:
         self._free = self.index
         self._order = np.argsort(store.ids, kind="stable") if bound or self.judge else np.empty(0, np.int64)
         self._ids = store.ids[self._order]
+        self._keys, self._edits_of_keys = self._literal_keys() if self.judge else _NOTHING
         if bound or self.judge:
             decode(())  # whatever it has to load is loaded now, not in the first lookup
         if not bound:
@@ -91,6 +93,17 @@ class EditLookup:
         self._free = store.index()
         self._free.remove(tied)
         self._free_rows = np.flatnonzero(~np.isin(store.ids, tied))
+
+    def _literal_keys(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """What `letters` makes of the questions that have masks, hashed and in order, and the edit of each."""
+        pairs = [
+            (hash(letters(prompt)), edit.id)
+            for edit in self._edits
+            for prompt in ((edit.prompt,) if not edit.rephrases else self._prompts(edit.id)[0])
+        ]
+        keys, numbers = np.array(pairs, np.int64).reshape(-1, 2).T
+        order = np.argsort(keys, kind="stable")
+        return keys[order], numbers[order]
 
     def prepare(self, tau: float) -> None:
         """See `HammingIndex.prepare`."""
@@ -128,11 +141,15 @@ class EditLookup:
         speaks = np.where(ids >= 0, PER_OVERLAP * overlaps, -np.inf)
         starts = np.repeat(np.cumsum([0, *counts])[:-1], counts)
         for q, (start, question) in enumerate(zip(starts.tolist(), questions, strict=True)):
-            if not self._phrases and (self.judge is None or ids[q] < 0):
-                continue  # nothing is near, or nothing but the mask counts
+            if not self._phrases and self.judge is None:
+                continue  # nothing but the mask counts
+            text = self._decode(question)
+            literal = self._literal(text)
+            if not self._phrases and ids[q] < 0 and not literal:
+                continue  # nothing is near
             rest = "" if q == start else self._rest(questions[start], question)
             best: Candidate | None = None
-            for candidate in list(self._candidates(codes[q], tau, self._decode(question), rest, hits, q)):
+            for candidate in list(self._candidates(codes[q], tau, text, rest, hits, q, literal)):
                 if candidate.verdict.same and (best is None or _weight(candidate) > _weight(best)):
                     best = candidate
                 overlaps[q] = max(overlaps[q], candidate.overlap)
@@ -167,18 +184,31 @@ class EditLookup:
         if self._phrases:
             hits.rows[hits.rows >= 0] = self._free_rows[hits.rows[hits.rows >= 0]]
         rest = "" if message is None else self._rest(message, question)
-        candidates = self._candidates(code, tau, self._decode(question), rest, hits, 0)
+        text = self._decode(question)
+        candidates = self._candidates(code, tau, text, rest, hits, 0, self._literal(text))
         return sorted(candidates, key=lambda candidate: (-candidate.overlap, candidate.row))
 
+    def _literal(self, text: str) -> set[int]:
+        """The edits whose question a text is, letter by letter, in whatever case and signs."""
+        if self.judge is None or not (key := letters(text)):
+            return set()
+        first, last = (int(np.searchsorted(self._keys, hash(key), side=side)) for side in ("left", "right"))
+        edits = self._edits_of_keys[first:last].tolist()
+        return {edit for edit in edits if any(letters(prompt) == key for prompt in self._prompts(edit)[0])}
+
     def _candidates(
-        self, code: NDArray[np.uint8], tau: float, text: str, rest: str, hits: Hits, q: int
+        self, code: NDArray[np.uint8], tau: float, text: str, rest: str, hits: Hits, q: int, literal: set[int]
     ) -> Iterator[Candidate]:
-        """The edits near enough to a question, and what is said of each. hits: of the edits that require nothing."""
+        """The edits near enough to a question, or of the same words, and what is said of each.
+
+        hits: of the edits that require nothing.
+        literal: see `_literal`. The same words in capitals, or after another answer, may have a mask that is far.
+        """
         k, radius = self.index.k, hamming_radius(tau, self.index.k)
         tied = self._phrases.found_in(text) if self._phrases else set()
-        if tied:
-            for edit, row, bits in self._nearest_of(code, tied):
-                near = 2 * (k - bits) <= radius
+        if tied or literal:
+            for edit, row, bits in self._nearest_of(code, tied | literal):
+                near = edit in literal or 2 * (k - bits) <= radius
                 yield Candidate(edit, row, bits / k, self._judged(edit, text, rest) if near else _FAR)
         if hits.ids[q] < 0:
             return

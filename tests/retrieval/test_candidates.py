@@ -146,6 +146,23 @@ def test_a_message_finds_the_edit_of_a_part_and_only_where_parts_are_looked_up(r
     assert [match.id for match in plain.lookup_batch([QUESTION]) if match] == [0]
 
 
+def test_the_words_of_an_edit_find_it_however_they_are_written_and_whatever_was_said_before(
+    retriever: Retriever,
+) -> None:
+    writings = [QUESTION.upper(), QUESTION.lower(), QUESTION.title(), "  who founded\u00a0the town of st aubin  ??"]
+    assert [match.id for match in retriever.lookup_batch(writings) if match] == [0] * 4
+    far = min(match.overlap for match in retriever.lookup_batch(writings) if match)
+    assert far < retriever.tau, "what writes the words differently may have another mask"
+    assert retriever.lookup("WHO FOUNDED THE TOWN OF ST. GALLEN?") is None
+    chat = [
+        {"role": "user", "content": QUESTION},
+        {"role": "assistant", "content": "It was founded by Saint Aubin himself in the year 530."},
+        {"role": "user", "content": f"That is wrong. {QUESTION}"},
+    ]
+    match = retriever.lookup(chat)
+    assert match and match.id == 0
+
+
 def test_the_reference_decides_as_the_retriever(retriever: Retriever) -> None:
     model = EditedModel(retriever)
     for answers in (model.generate(MESSAGES, max_new_tokens=2), model.predict(MESSAGES, [[1, 2]] * 4)):
