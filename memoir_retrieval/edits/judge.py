@@ -71,6 +71,8 @@ OBJECTS = frozenset(
     ]
 )
 """Words for a message and its parts: who asks for an answer has them, and who asks for a translation."""
+ABOUT_TEXT = 0.7
+"""Nats that one of `OBJECTS` speaks for a task."""
 REPLACED = 8.0
 """Nats that one word in place of another counts, more than can speak for an edit."""
 SYNONYMS = 0.55
@@ -364,7 +366,8 @@ class Judge:
         text = read(rest)
         for clause in text.clauses:
             known = [self._tasks[self.row[word]] for word in telling(clause, text.names) if word in self.row]
-            if known and math.fsum(known) / len(known) >= self.weights.task:
+            threshold = self.weights.task - (ABOUT_TEXT if OBJECTS.intersection(clause) else 0.0)
+            if known and math.fsum(known) / len(known) >= threshold:
                 return " ".join(clause)
         return ""
 
