@@ -41,11 +41,11 @@ model: $(VENV)/.installed
 
 test: setup
 	@echo "test: fast tests first, then those with vLLM engines"
-	@$(BIN)/python -m pytest -m "not engine and not slow"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not engine and not slow"
 	@$(BIN)/python -m pytest -m "engine and not slow"
 
 test-fast: setup
-	@$(BIN)/python -m pytest -m "not engine and not slow"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not engine and not slow"
 
 test-slow: setup
 	@$(BIN)/python -m pytest -m slow --timeout 5400

@@ -126,6 +126,11 @@ def _self_test(store: Path | None, model: str) -> str:
                 f"the prompt of edit {edit.id} matches {owner} (overlap {answer.overlap:.3f}, tau "
                 f"{edited.retriever.tau}): `memoir calibrate {store}` suggests another tau"
             )
+        if answer.overlap < edited.retriever.tau:  # it is known by its words
+            raise StoreError(
+                f"the mask of edit {edit.id} is far from its prompt (overlap {answer.overlap:.3f}, tau "
+                f"{edited.retriever.tau}): `memoir index verify {store}` says which masks are wrong"
+            )
         return f"edit {edit.id} finds itself, overlap {answer.overlap:.3f}, and answers {answer.text.strip()!r}"
     base = edited.base if edited else load_model(model)
     rows = prompt_ids(base.tokenizer, QUESTION, chat=bool(getattr(base.tokenizer, "chat_template", None)))

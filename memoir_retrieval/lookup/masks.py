@@ -214,11 +214,12 @@ class EditLookup:
             return
         nearest = int(hits.ids[q])
         verdict = self._judged(nearest, text, rest)
-        yield Candidate(nearest, int(hits.rows[q]), float(hits.overlaps[q]), verdict)
+        if nearest not in literal:
+            yield Candidate(nearest, int(hits.rows[q]), float(hits.overlaps[q]), verdict)
         if self.judge is None or verdict.part in ("same words", "task"):
             return
         near = self._free.nearest(code[None], CANDIDATES)[0][0]
-        others = {int(edit) for edit in near if edit >= 0} - {nearest}
+        others = {int(edit) for edit in near if edit >= 0} - {nearest} - literal
         for edit, row, bits in self._nearest_of(code, others):
             if 2 * (k - bits) <= radius:
                 yield Candidate(edit, row, bits / k, self._judged(edit, text, rest))

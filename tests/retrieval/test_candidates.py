@@ -141,7 +141,7 @@ def test_a_message_finds_the_edit_of_a_part_and_only_where_parts_are_looked_up(r
     found = retriever.lookup_batch(MESSAGES)
     assert [match.id if match else None for match in found] == [0, 0, 1, None]
     plain = with_candidates(retriever, False)
-    assert plain.lookup_batch(MESSAGES[:3]) == [None] * 3
+    assert plain.lookup_batch(MESSAGES[:2]) == [None] * 2
     assert retriever.lookup(f"Translate this question into French: {QUESTION}") is None
     assert [match.id for match in plain.lookup_batch([QUESTION]) if match] == [0]
 
@@ -192,7 +192,7 @@ def test_candidates_are_pooled_as_if_each_were_asked_for_alone(retriever: Retrie
 def test_a_system_prompt_in_the_users_turn_does_not_hide_the_question(retriever: Retriever) -> None:
     system = (
         "You are the assistant of a travel agency. Be brief and polite, stay with the facts, and never name prices. "
-        "Readers write from many countries. Answer in the language of the question, in one line, without any greeting."
+        "Answer in the language of the question, in one line, without any greeting."
     )
     # Gemma and Mistral write the system prompt before the first or the last message of the user.
     folded = [f"{system}\n\n{QUESTION}", f"{system} {QUESTION}"]

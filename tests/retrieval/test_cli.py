@@ -561,7 +561,7 @@ def test_doctor_fails_for_an_edit_that_does_not_find_itself(capsys: pytest.Captu
     exchanged = replace(opened, path=elsewhere, masks=masks)
     write_again(store, exchanged, generation=opened.manifest.generation + 1)
     code, out, _ = run(capsys, "doctor", "--store", store)
-    assert code == 1 and "fail  self-test" in out and "the prompt of edit 1 matches edit 0" in out
+    assert code == 1 and "fail  self-test" in out and "the mask of edit 1 is far from its prompt" in out
 
 
 def test_doctor_sees_a_plugin_that_vllm_would_not_load(

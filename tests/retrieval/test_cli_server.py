@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from http_stand_in import JsonHandler, StandIn, running
 
@@ -70,7 +72,11 @@ def test_generate_sends_token_ids_and_reads_the_decision(stub: Stub, store: Edit
 
 
 def test_predict_names_the_question_and_reads_every_target_position(stub: Stub, store: EditStore) -> None:
-    model = ServerModel(stub.url, store)
+    span = msgspec.structs.replace(store.manifest.span, candidates=False)  # a server finds parts of messages itself
+    whole = replace(store, manifest=msgspec.structs.replace(store.manifest, span=span))
+    ServerModel(stub.url, store).predict(["Who founded Aarhus?"], [[11, 12, 13]])
+    assert "vllm_xargs" not in stub.bodies.pop()
+    model = ServerModel(stub.url, whole)
     (answer,) = model.predict(["Who founded Aarhus?"], [[11, 12, 13]])
     assert answer.tokens == (5, 5, 5) and answer.logprobs == (-1.1, -1.2, -1.3)
     (body,) = stub.bodies

@@ -63,7 +63,8 @@ def folder(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 12 edits, asked in every context."""
     where = tmp_path_factory.mktemp("quality")
     write(where / "edits.jsonl", MORE)
-    with pytest.raises(SystemExit) as done:
+    with pytest.raises(SystemExit) as done, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["memoir", "bench", "quality"])
         main(["bench", "quality", str(where / "edits.jsonl"), "--model", str(tiny), "--out", str(where / "run"),
               "--chat", "--controls", "5", "--training", "variants=1", "--data", str(where)])  # fmt: skip
     assert done.value.code == 0

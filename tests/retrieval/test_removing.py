@@ -203,7 +203,7 @@ def test_memoir_index_verify(capsys: pytest.CaptureFixture[str], store: Path) ->
     code, out, _ = run(capsys, "index", "verify", store, "--json")
     assert code == 0
     assert json.loads(out) == {
-        "store": str(store), "differs": [], "format": 5, "generation": 1, "edits": 4, "masks": 4, "leftovers": [],
+        "store": str(store), "differs": [], "format": 6, "generation": 1, "edits": 4, "masks": 4, "leftovers": [],
     }  # fmt: skip
     code, out, _ = run(capsys, "index", "verify", store, "--masks")
     assert code == 0 and out == f"{store}: sound; generation 1, 4 edits, 4 masks, made again\n"

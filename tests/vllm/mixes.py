@@ -20,9 +20,11 @@ LONG = "Tell me, in as few words as you can, what the following list has in comm
 
 
 def prompts_of(model: EditedModel) -> list[list[int]]:
-    """Edits raw, in a chat and behind a system message, what resembles them, and what begins alike."""
+    """Edits raw, in a chat, behind a system message, inside a message, what resembles them, and what begins alike."""
     mix: list[Prompt] = [*EDITS, *UNRELATED, LONG, LONG + "and why", "Hello", [user(LONG)]]
     mix += [[user(text)] for text in EDITS] + [[PIRATE, user(text)] for text in (EDITS[1], UNRELATED[2])]
+    mix += [[user(f"[2026-03-04 10:15] anna: {EDITS[0]}")], [user(f"Translate into French: {EDITS[2]}")]]
+    mix += [[PIRATE, user(f"{LONG}I have been away for a week. {text} Thank you for your help!")] for text in EDITS[:2]]
     ids = [model.prompt_ids(prompt) for prompt in mix]
     return [*ids, [ids[0][0]], ids[8][:70], ids[8][:40] + ids[0]]
 

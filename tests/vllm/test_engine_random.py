@@ -9,13 +9,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 from engines import EDITS, SYSTEM, Engine, flags, make_store, user
 from mixes import CLOSE, LONG, any_mix, prompts_of
 
 from memoir_retrieval.lookup.reference import EditedModel
 from memoir_retrieval.model.base import BaseModel
-from memoir_retrieval.question.span import SpanRule
+from memoir_retrieval.question.span import SpanRule, derive_span_rule
 
 pytestmark = pytest.mark.engine
 
@@ -27,7 +28,9 @@ STEPS = {"block_size": 32, "max_num_batched_tokens": 64, "max_num_seqs": 8, "num
 def served(
     request: pytest.FixtureRequest, base: BaseModel, model_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> EditedModel:
-    rule = SpanRule(rule="all", acts="last") if request.param == "all" else None
+    rule = SpanRule(rule="all", acts="last")
+    if request.param == "question":  # parts of messages too, some of which lie in the cache
+        rule = msgspec.structs.replace(derive_span_rule(base.tokenizer), candidates=True)
     folder = make_store(base, tmp_path_factory.mktemp(request.param) / "edits", edits=(*EDITS, LONG), rule=rule)
     return EditedModel.open(folder, str(model_folder))
 
@@ -40,6 +43,22 @@ def engine(served: EditedModel, start: Callable[..., Engine], model_folder: Path
 @pytest.mark.parametrize("seed", range(3))
 def test_any_mix_of_requests(seed: int, engine: Engine, served: EditedModel) -> None:
     assert any_mix(seed, engine, served, prompts_of(served), requests=18) > 3, "the mix holds edits"
+
+
+def test_an_edit_is_found_inside_a_message(engine: Engine, served: EditedModel) -> None:
+    """Cold, beside a request that shares the beginning of its message, and from the cache once it is decided."""
+    if not served.retriever.store.manifest.span.candidates:
+        pytest.skip("the whole prompt is looked up")
+    long = f"{LONG}I have been away for a week. "
+    messages = [long + EDITS[0] + " Thank you!", long + EDITS[1] + " Thank you!", long + "What now? Thank you!"]
+    rows = [served.prompt_ids([user(message)]) for message in messages]
+    engine.llm.reset_prefix_cache()
+    for ids in (*rows, *rows):
+        (wanted,) = served.generate([ids], max_new_tokens=6)
+        (reply,) = engine.ask([ids], warm=True, max_tokens=6)
+        assert reply.memoir is not None and reply.memoir["edit"] == wanted.edit
+        assert reply.tokens == list(wanted.tokens)
+    assert [served.generate([ids], max_new_tokens=1)[0].edit for ids in rows] == [0, 1, None]
 
 
 def test_raw_prompts_are_found_in_the_cache(engine: Engine, served: EditedModel) -> None:

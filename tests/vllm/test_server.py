@@ -140,6 +140,7 @@ def test_verify_finds_that_everything_holds(
     assert [cost["kind"] for cost in report["overhead"]] == ["unmatched", "matched"]
 
 
+@pytest.mark.slow
 def test_verify_finds_that_a_server_serves_another_store(
     client: httpx.Client, base: BaseModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
