@@ -61,12 +61,14 @@ def checked(path: Path) -> Page:
 @pytest.fixture(scope="module")
 def folder(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 12 edits, asked in every context."""
+    monkeypatch = pytest.MonkeyPatch()
     where = tmp_path_factory.mktemp("quality")
     write(where / "edits.jsonl", MORE)
-    with pytest.raises(SystemExit) as done, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["memoir", "bench", "quality"])
+    monkeypatch.setattr("sys.argv", ["memoir", "bench", "quality"])
+    with pytest.raises(SystemExit) as done:
         main(["bench", "quality", str(where / "edits.jsonl"), "--model", str(tiny), "--out", str(where / "run"),
               "--chat", "--controls", "5", "--training", "variants=1", "--data", str(where)])  # fmt: skip
+    monkeypatch.undo()
     assert done.value.code == 0
     return where / "run"
 

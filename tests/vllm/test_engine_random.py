@@ -49,7 +49,7 @@ def test_an_edit_is_found_inside_a_message(engine: Engine, served: EditedModel) 
     """Cold, beside a request that shares the beginning of its message, and from the cache once it is decided."""
     if not served.retriever.store.manifest.span.candidates:
         pytest.skip("the whole prompt is looked up")
-    long = f"{LONG}I have been away for a week. "
+    long = "The harbour was closed in winter. We waited for the ice to melt, week after week, and read old papers. "
     messages = [long + EDITS[0] + " Thank you!", long + EDITS[1] + " Thank you!", long + "What now? Thank you!"]
     rows = [served.prompt_ids([user(message)]) for message in messages]
     engine.llm.reset_prefix_cache()
@@ -73,8 +73,12 @@ def test_raw_prompts_are_found_in_the_cache(engine: Engine, served: EditedModel)
         assert max(abs(a - b) for a, b in zip(reply.logprobs, wanted.logprobs, strict=True)) < CLOSE
         assert reply.memoir["edit"] == wanted.edit
         hits.append(reply.hit)
-    full = (len(long) - 1) // STEPS["block_size"] * STEPS["block_size"]
-    assert full > 32 and hits[0] == 0 and hits[1:] == [full] * 3, "what opted out has computed serves all"
+    size, (message, *parts) = STEPS["block_size"], served.retriever.spans(long)
+    full = (len(long) - 1) // size * size
+    # Where parts are looked up what stands before them serves all, and all of it once the prompt is decided.
+    before = min((message.acts_from, *(part.start for part in parts))) // size * size
+    assert full > 32 and hits == [0, before, before, full], "what opted out has computed serves all"
+    assert before == (0 if parts else full)
 
 
 @pytest.mark.slow
