@@ -275,15 +275,26 @@ class Engine:
 
 
 def next_generation(
-    folder: Path, *, without: tuple[int, ...] = (), requires: Mapping[int, Requires] | None = None
+    folder: Path,
+    *,
+    without: tuple[int, ...] = (),
+    requires: Mapping[int, Requires] | None = None,
+    judge: str | None = None,
 ) -> int:
-    """Write a generation with other memories, less some edits; returns its number. requires: what edits require now."""
+    """Write a generation with other memories, less some edits; returns its number.
+
+    requires: what edits require now. judge: the name of the store's judge from now on (default: as before).
+    """
     requires = requires or {}
     old = EditStore.open(folder)
     keep = ~np.isin(old.ids, without)
     written = write_generation(
         folder,
-        msgspec.structs.replace(old.manifest, generation=old.manifest.generation + 1),
+        msgspec.structs.replace(
+            old.manifest,
+            generation=old.manifest.generation + 1,
+            judge=old.manifest.judge if judge is None else judge,
+        ),
         old.content._replace(
             memories=np.ascontiguousarray(np.roll(old.memories, 1, axis=2)),
             codes=old.codes[keep],

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from engines import EDITS, NEW_TOKENS, Engine, flags, make_store, next_generation
 
+from memoir_retrieval.edits.judge import shipped_judge
+from memoir_retrieval.edits.record import Requires
 from memoir_retrieval.lookup.reference import EditedModel
 from memoir_retrieval.model.base import BaseModel
 from memoir_retrieval.question.prompts import prompt_ids
@@ -115,11 +117,16 @@ def test_a_bad_generation_changes_nothing(engine: Engine, answers: dict, folder:
 def test_an_edit_acts_where_what_it_requires_stands(
     engine: Engine, answers: dict, folder: Path, model_folder: Path, base: BaseModel
 ) -> None:
-    """Like questions about other names: matched while nothing is required, and the base model's bits after that."""
+    """Another name: matched while masks alone decide, and the base model's bits once it is required, or judged."""
     prompts = [EDITS[0], EDITS[0].replace("Zubrovia", "Zubrowka"), EDITS[0].replace("The", "the").replace("Z", "z")]
     rows = [prompt_ids(base.tokenizer, prompt, chat=False) for prompt in prompts]
-    for requires, edits in (({}, [0, 0, 0]), ({0: ("president", ("Zembla", "ZUBROVIA"))}, [0, None, 0])):
-        generation = next_generation(folder, requires=requires)
+    required: Requires = ("president", ("Zembla", "ZUBROVIA"))
+    for judge, requires, edits in (
+        ("", {}, [0, 0, 0]),
+        ("", {0: required}, [0, None, 0]),
+        (shipped_judge().name, {0: ()}, [0, None, 0]),
+    ):
+        generation = next_generation(folder, requires=requires, judge=judge)
         assert engine.llm.collective_rpc("memoir_reload") == [generation]
         model = EditedModel.open(folder, str(model_folder))
         wanted = model.generate(rows, max_new_tokens=NEW_TOKENS, batch_size=1)

@@ -344,7 +344,8 @@ class ResidualLayer:
             return
         requests = [self._requests[request_id] for request_id in ids]
         sums = [part.total for request in requests for part in request.sums if part.total is not None]
-        means = torch.stack([total / divisor for total, divisor in sums])
+        numerators, divisors = (torch.stack(column) for column in zip(*sums, strict=True))
+        means = numerators / divisors[:, None]
         if self._ranks > 1:
             from vllm.distributed import tensor_model_parallel_all_gather
 
