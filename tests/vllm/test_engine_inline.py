@@ -93,8 +93,15 @@ def test_opted_out_answers_are_the_base_models(
         assert wrong(reference, ids[name], reply, edited=False) < CLOSE, name
 
 
-@pytest.mark.parametrize("first", ["edited", "off"])
-@pytest.mark.parametrize("name", ["library edit", "library long edit"])
+@pytest.mark.parametrize(
+    ("name", "first"),
+    [
+        ("library edit", "edited"),
+        ("library long edit", "off"),
+        pytest.param("library edit", "off", marks=pytest.mark.slow),
+        pytest.param("library long edit", "edited", marks=pytest.mark.slow),
+    ],
+)
 def test_edited_and_opted_out_do_not_meet_in_the_cache(
     name: str, first: str, engine: Engine, reference: EditedModel, ids: dict[str, list[int]]
 ) -> None:

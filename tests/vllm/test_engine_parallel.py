@@ -36,6 +36,7 @@ def test_two_ranks_answer_as_one(start: Callable[..., Engine], small: Path, tmp_
     assert engine.llm.collective_rpc("memoir_reload") == [generation] * 2
 
 
+@pytest.mark.slow  # test_reload.py has two ranks with a stand-in for their exchange
 def test_a_reload_that_fails_on_one_rank_fails_on_all_and_the_engine_serves_on(
     start: Callable[..., Engine], small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
