@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.lookup.decision import Decision
 from memoir_retrieval.question.candidates import Pieces, find_candidates
-from memoir_retrieval.question.span import Span, SpanRule
+from memoir_retrieval.question.span import Span, SpanRule, find_span
 from memoir_vllm.patches import wrap_once
 
 if TYPE_CHECKING:
@@ -174,6 +174,8 @@ def query_of(prompt: Sequence[int], extra_args: Mapping[str, Any] | None, rule: 
         return Query(Span(0, 0))
     if options.span:
         return Query(options.span._replace(weighted=rule.weighted, acts=rule.acts), options.off, options.nearest)
+    if options.off:  # nothing of it is looked up, so its parts need not be read
+        return Query(find_span(prompt, rule), True, options.nearest)
     message, *parts = (candidate.span for candidate in find_candidates(prompt, rule, pieces))
     return Query(message, options.off, options.nearest, parts=tuple(parts))
 

@@ -171,8 +171,9 @@ class Retriever:
         candidates = self._candidates(ids)
         if not _holds_question(candidates[0].span) or not len(self.index):
             return []
-        questions = [ids[candidate.span.start : candidate.span.end] for candidate in candidates]
-        codes = self.fingerprint.codes(candidate_means([self.base], [ids], [self.spans(ids)])[0])
+        spans = [candidate.span for candidate in candidates]
+        codes = self.fingerprint.codes(candidate_means([self.base], [ids], [spans])[0])
+        questions = [ids[span.start : span.end] for span in spans]
         (decisive,) = self._lookup.decide(codes, self.tau, questions, [len(questions)])[1].tolist()
         near, overlaps = self.index.nearest(codes, 1)
         parts = []
