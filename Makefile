@@ -42,7 +42,7 @@ model: $(VENV)/.installed
 test: setup
 	@echo "test: fast tests first, then those with vLLM engines"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not engine and not slow"
-	@$(BIN)/python -m pytest -m "engine and not slow"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "engine and not slow"
 
 test-fast: setup
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not engine and not slow"
