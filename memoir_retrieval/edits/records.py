@@ -242,9 +242,9 @@ def _keyword_records(value: Record) -> Iterator[Record]:
         if not isinstance(groups, dict) or not all(isinstance(group, dict) for group in groups.values()):
             raise EditFileError(f"'{argument}' is {show(groups)}; write objects of 'prompt' and 'ground_truth'")
         probes[kind] = [(n, _listed(g.get("prompt")), _listed(g.get("ground_truth"))) for n, g in groups.items()]
-    lengths = {name: len(column) for name, column in lists.items()}
-    lengths |= {f"{kind}_inputs.{name}": len(c) for kind in probes for name, *cs in probes[kind] for c in cs}
-    for name, length in lengths.items():
+    lengths = [(name, len(column)) for name, column in lists.items()]
+    lengths += [(f"{kind}_inputs.{name}", len(c)) for kind in probes for name, *cs in probes[kind] for c in cs]
+    for name, length in lengths:
         if length != count:
             raise EditFileError(f"there are {count} prompts, but {length} of {show(name)}; give one for each prompt")
     for i in range(count):

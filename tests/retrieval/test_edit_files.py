@@ -540,6 +540,11 @@ BAD = {
         '{"n": {"prompt": [["x", "y"]], "ground_truth": ["z"]}}}',
         "'locality_inputs.n' has 2 prompts with 'z'; give one answer for each",
     ),
+    "keyword probes of which one list is shorter": (
+        '{"prompts": ["a", "b"], "target_new": ["c", "d"], "locality_inputs": '
+        '{"n": {"prompt": ["x"], "ground_truth": ["y", "z"]}}}',
+        "there are 2 prompts, but 1 of 'locality_inputs.n'; give one for each prompt",
+    ),
     "record of a container": (
         '{"data": [{"prompt": "a", "target": "b"}, {"prompt": "c"}]}',
         "record 2: 'target' is missing",
