@@ -14,7 +14,7 @@ import msgspec
 from memoir_retrieval.client.server import KEEP_ALIVE_S, base_url
 from memoir_retrieval.edits.record import Edit, StoredEdit
 from memoir_retrieval.errors import AdminError, ConfigError
-from memoir_retrieval.lookup.decision import Result
+from memoir_retrieval.lookup.decision import JudgedPart, Result
 from memoir_retrieval.question.prompts import Prompt
 
 __all__ = ["AdminClient", "Change", "EditPage", "Lookup", "Near", "TrainingProgress"]
@@ -108,12 +108,14 @@ class Lookup(msgspec.Struct, frozen=True):
     generation: of the store that answered.
     tau: the least overlap that matches there.
     matches: the nearest edits, best first.
+    parts: what was looked up of the message, itself first, and what was said of each part.
     """
 
     result: Result
     generation: int
     tau: float
     matches: tuple[Near, ...]
+    parts: tuple[JudgedPart, ...] = ()
 
 
 class AdminClient:

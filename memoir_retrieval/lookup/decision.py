@@ -9,9 +9,30 @@ import msgspec
 
 from memoir_retrieval.errors import ConfigError
 
-__all__ = ["Decision", "Result", "decision_of"]
+__all__ = ["Decision", "JudgedPart", "Result", "decision_of"]
 
 Result = Literal["matched", "unmatched", "off", "unroutable"]
+
+
+class JudgedPart(msgspec.Struct, frozen=True):
+    """What is said of one part of a message. It has no word of an edit: any client may ask for it.
+
+    text: of the part, at most 200 characters.
+    edit: the edit that it was judged beside; None where none was near enough.
+    overlap: with that edit's mask, in [0, 1]; with the nearest mask where no edit was judged.
+    same: whether the part asks that edit's question.
+    reason: what decided: "same words", "task", "words", "relation", or "mask" where no judge looked.
+    words: of the message, what spoke against the edit: the task, or words that the edit lacks, the heaviest first.
+    decides: whether the message's decision is that of this part.
+    """
+
+    text: str
+    edit: int | None
+    overlap: float
+    same: bool
+    reason: str
+    words: tuple[str, ...]
+    decides: bool
 
 
 class Decision(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -24,6 +45,8 @@ class Decision(msgspec.Struct, frozen=True, omit_defaults=True):
     generation: of the store that answered.
     nearest: id and overlap of as many edits as the request wants named, best first.
     reason: why the result is "unroutable", where more is known than that the prompt holds no question.
+    parts: of a request that wants edits named, what was looked up of its message and what was said of it: the message
+        itself, then its parts.
     """
 
     edit: int | None
@@ -32,6 +55,7 @@ class Decision(msgspec.Struct, frozen=True, omit_defaults=True):
     generation: int
     nearest: tuple[tuple[int, float], ...] = ()
     reason: str = ""
+    parts: tuple[JudgedPart, ...] = ()
 
 
 def decision_of(reply: Mapping[str, Any]) -> Decision | None:

@@ -20,6 +20,7 @@ from memoir_index import Hits, hamming_radius, popcount
 from memoir_retrieval.edits.judge import Verdict, judge_named, letters
 from memoir_retrieval.edits.record import StoredEdit
 from memoir_retrieval.edits.requires import Phrases
+from memoir_retrieval.lookup.decision import JudgedPart
 from memoir_retrieval.store.read import EditStore
 
 __all__ = ["Candidate", "Decode", "EditLookup"]
@@ -32,6 +33,7 @@ _log = logging.getLogger(__name__)
 _MOST = 1 << 14  # rows that are compared at a time
 CANDIDATES = 8
 """Edits, at most, that are judged for a question."""
+_SHOWN = 200  # characters of a part's text in a decision
 AROUND = 2000
 """Characters before a span, and behind it, that may say that something else is asked for."""
 PER_OVERLAP = 8.0
@@ -187,6 +189,46 @@ class EditLookup:
         text = self._decode(question)
         candidates = self._candidates(code, tau, text, rest, hits, 0, self._literal(text))
         return sorted(candidates, key=lambda candidate: (-candidate.overlap, candidate.row))
+
+    def judged(
+        self, code: NDArray[np.uint8], tau: float, question: Sequence[int], message: Sequence[int] | None = None
+    ) -> Candidate | None:
+        """Of the `candidates` that which asks the same, or else the nearest; None where none is near.
+
+        code, tau, question, message: as there.
+        """
+        edits = self.candidates(code, tau, question, message)
+        same = [edit for edit in edits if edit.verdict.same]
+        return max(same, key=_weight) if same else next(iter(edits), None)
+
+    def parts(
+        self, codes: NDArray[np.uint8], tau: float, questions: Sequence[Sequence[int]], decisive: int
+    ) -> tuple[JudgedPart, ...]:
+        """What is said of each part of one message.
+
+        codes: uint8 [Q, D/8].
+        tau: the least overlap that matches.
+        questions: the token ids of each part, the whole message first.
+        decisive: the one that `decide` names.
+        """
+        overlaps = self.index.nearest(codes, 1)[1][:, 0]
+        parts = []
+        for i, question in enumerate(questions):
+            best = self.judged(codes[i], tau, question, questions[0] if i else None)
+            verdict = best.verdict if best else _FAR
+            words = (verdict.task,) if verdict.task else tuple(word for word, _ in verdict.added)
+            parts.append(
+                JudgedPart(
+                    text=self._decode(question).strip()[:_SHOWN],
+                    edit=best.edit if best else None,
+                    overlap=round(best.overlap if best else float(overlaps[i]), 4),
+                    same=verdict.same,
+                    reason=verdict.part,
+                    words=words,
+                    decides=i == decisive,
+                )
+            )
+        return tuple(parts)
 
     def _literal(self, text: str) -> set[int]:
         """The edits whose question a text is, letter by letter, in whatever case and signs."""

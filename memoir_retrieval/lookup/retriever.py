@@ -178,8 +178,7 @@ class Retriever:
         near, overlaps = self.index.nearest(codes, 1)
         parts = []
         for i, (candidate, question) in enumerate(zip(candidates, questions, strict=True)):
-            edits = self._lookup.candidates(codes[i], self.tau, question, questions[0] if i else None)
-            best = next((edit for edit in edits if edit.verdict.same), edits[0] if edits else None)
+            best = self._lookup.judged(codes[i], self.tau, question, questions[0] if i else None)
             parts.append(
                 Part(
                     kind=candidate.kind,

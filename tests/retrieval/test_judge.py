@@ -155,6 +155,20 @@ def test_the_span_of_a_message_decides_whose_words_are_an_edits(tmp_path: Path) 
     assert chosen.tolist()[2:] == [4, 6] and chosen[0] in (0, 1)
 
 
+def test_each_part_says_what_spoke_against_its_edit_in_the_words_of_the_message_alone(tmp_path: Path) -> None:
+    texts = ["Translate into French: Who runs Acme today?", "Who runs Acme?", "Where is Acme?", "Hm." + "x" * 300]
+    lookup = EditLookup(judged_store(tmp_path), lambda ids: texts[ids[0]] if ids else "")
+    near, far = masks(3, seed=4)[[0, 2]]
+    whole, task = lookup.parts(np.stack([near, near]), 0.9, [[0], [1]], 1)
+    other, nothing = lookup.parts(np.stack([near, far]), 0.9, [[2], [3]], 0)
+    assert [part.edit for part in (whole, task, other)] == [0, 0, 1] and nothing.edit is None
+    assert not (whole.same or task.same or nothing.same) and other.same
+    assert (task.reason, task.words) == ("task", ("translate into french",))
+    assert "translate" in whole.words and whole.overlap == 1.0
+    assert (other.reason, other.words) == ("same words", ()) and [other.decides, nothing.decides] == [True, False]
+    assert nothing.overlap < 0.9 and len(nothing.text) == 200
+
+
 def test_a_store_without_a_judge_is_decided_by_its_masks_and_says_so(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

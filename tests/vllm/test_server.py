@@ -93,7 +93,9 @@ def test_the_nearest_edits_of_a_request(client: httpx.Client, expected: dict[str
     for _ in range(2):  # the second time the decision is remembered, and looked up again all the same
         said = ask(client, "edit 1", vllm_xargs={"memoir_nearest": 3}).json()["kv_transfer_params"]["memoir"]
         assert len(said["nearest"]) == 3 and said["nearest"][0] == [1, said["overlap"]]
-        assert "nearest" not in ask(client, "edit 1").json()["kv_transfer_params"]["memoir"]
+        (part,) = said["parts"]
+        assert (part["edit"], part["same"], part["decides"]) == (1, True, True)
+        assert not {"nearest", "parts"} & ask(client, "edit 1").json()["kv_transfer_params"]["memoir"].keys()
 
 
 def test_a_client_that_leaves_disturbs_nobody(client: httpx.Client, expected: dict[str, Expected]) -> None:

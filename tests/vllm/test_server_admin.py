@@ -127,6 +127,9 @@ def test_a_lookup_measures_what_the_reference_measures(server: Server, base: Bas
         assert first["overlap"] == pytest.approx(nearest.overlap, abs=0.01)
         assert second["overlap"] == pytest.approx(nearest.runner_up[1], abs=0.01)
         assert first["prompt"] == QUESTIONS[first["edit"]] and not second["matched"]
+        for mine, theirs in zip(retriever.parts(text), result["parts"], strict=True):
+            assert (theirs["text"], theirs["decides"]) == (mine.text.strip(), mine.decides)
+            assert (theirs["edit"] if theirs["same"] else None) == mine.match
         if matched is not None:
             assert first["matched"] is matched and result["result"] == ("matched" if matched else "unmatched")
     assert server.http.post("/memoir/lookup", json={}).status_code == 422

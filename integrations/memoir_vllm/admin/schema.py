@@ -151,15 +151,30 @@ class NamedEdit(BaseModel):
     requires: list[str | list[str]] = []
 
 
+class LookedUpPart(BaseModel):
+    """What was said of one part of the message. `edit`: the one it was judged beside, null where none was near.
+    `reason`: what decided, "same words", "task", "words", "relation" or "mask". `words`: of the message, what spoke
+    against the edit. `decides`: the message's decision is that of this part."""
+
+    text: str
+    edit: int | None
+    overlap: float
+    same: bool
+    reason: str
+    words: list[str]
+    decides: bool
+
+
 class LookupResult(BaseModel):
     """The nearest edits, best first, as the engine measured them. `result`: what became of the prompt. `reason`: why it
-    is unroutable, where that is known."""
+    is unroutable, where that is known. `parts`: the message, and what in it was looked up by itself."""
 
     result: Literal["matched", "unmatched", "unroutable"]
     reason: str | None = None
     generation: int
     tau: float
     matches: list[NamedEdit]
+    parts: list[LookedUpPart] = []
 
 
 class Stats(BaseModel):

@@ -186,6 +186,7 @@ class Service:
                 self._match(store, number, overlap, number == said["edit"])
                 for number, overlap in said.get("nearest", ())
             ],
+            parts=said.get("parts", []),
         )
 
     @staticmethod

@@ -87,7 +87,7 @@ class Router:
         means: float32 [Q, D], the mean activation of each question, on this router's device.
         questions: the token ids of each.
         nearest: for each message, how many of the nearest edits the decision names, matched or not, whatever they
-            require.
+            require; where there are any, it says what became of each part, too.
         counts: how many of the questions are parts of each message, in turn, the message first (default: one each).
         """
         counts = [1] * len(means) if counts is None else counts
@@ -110,10 +110,17 @@ class Router:
                 decision = Decision(edit, round(overlap, 4), "matched", self.generation)
                 routes[q] = self.recall(Routed(decision, row, self.digest))
         if any(nearest):
-            for q, named in zip(sound, self._named(codes[decisive], max(nearest)), strict=True):
-                routed = routes[q].routed
-                decision = msgspec.structs.replace(routed.decision, nearest=named[: nearest[q]])
-                routes[q] = replace(routes[q], routed=routed._replace(decision=decision))
+            named = self._named(codes[decisive], max(nearest))
+            first = 0
+            for m, edits, decided in zip(sound, named, decisive.tolist(), strict=True):
+                end = first + counts[m]
+                if nearest[m]:
+                    own = [questions[q] for q in taken[first:end]]
+                    parts = self._lookup.parts(codes[first:end], self.tau, own, decided - first)
+                    routed = routes[m].routed
+                    decision = msgspec.structs.replace(routed.decision, nearest=edits[: nearest[m]], parts=parts)
+                    routes[m] = replace(routes[m], routed=routed._replace(decision=decision))
+                first = end
         return routes
 
     def _named(self, codes: np.ndarray, n: int) -> Iterator[tuple[tuple[int, float], ...]]:

@@ -85,7 +85,7 @@ function leave() {
   $("leave").hidden = true;
   $("enter").hidden = false;
   $("summary").textContent = "";
-  for (const id of ["edits", "recent", "audit", "nearest", "counts"]) $(id).replaceChildren();
+  for (const id of ["edits", "recent", "audit", "nearest", "parts", "counts"]) $(id).replaceChildren();
   for (const id of ["base", "edited", "decision", "change"]) $(id).textContent = "";
   $("answers").hidden = true;
   $("token").focus();
@@ -121,10 +121,19 @@ async function attempt() {
       ? `No edit matched: the base model answered (generation ${said.generation}).`
       : `Edit ${said.edit} answered, overlap ${said.overlap.toFixed(3)} (generation ${said.generation}).`;
     $("nearest").replaceChildren(...found.matches.map((match) => near(match, found.tau)));
+    $("parts").replaceChildren(...found.parts.map(verdict));
     $("answers").hidden = false;
   } finally {
     button.disabled = false;
   }
+}
+
+function verdict(part) {
+  const near = part.edit === null ? "no edit is near" : `edit ${part.edit}: ${part.same ? "same" : "another"} question`;
+  const why = part.words.length && !part.same ? `${part.reason}, ${part.words.slice(0, 6).join(" ")}` : part.reason;
+  const item = make("li", part.text);
+  item.append(make("p", `${near} (${why})${part.decides ? "; this decides" : ""}`, { class: "hint" }));
+  return item;
 }
 
 function near(match, tau) {
