@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
+from vllm import envs
 from vllm.logger import init_logger
 
 from memoir_retrieval.errors import ConfigError, ModelError
@@ -55,6 +56,25 @@ TESTED = ((0, 32),)
 COMPARED = ((0, 33),)  # read and compared by source, run in part: docs/compatibility.md
 # The ways to make drafts that were run with edits (tests/vllm/test_engine_speculative.py).
 DRAFTS = ("ngram", "draft_model")
+# Why vLLM's KV connectors are refused, as read in their source (vllm/distributed/kv_transfer/kv_connector).
+_BY_TOKENS = "keys blocks by their tokens alone, so a block that an edit has changed would reach other requests"
+_BY_HASH = "takes the hashes of a prompt's blocks before it is known which edit they belong to"
+_BY_REQUEST = "hands on blocks of a prompt without its decision, as disaggregated prefill does"
+CONNECTORS = {
+    "ExampleConnector": _BY_TOKENS,
+    "FlexKVConnectorV1": _BY_TOKENS,
+    "HF3FSKVConnector": _BY_TOKENS,
+    "LMCacheConnectorV1": _BY_TOKENS,
+    "LMCacheMPConnector": _BY_TOKENS,
+    "MooncakeStoreConnector": _BY_HASH,
+    "OffloadingConnector": _BY_HASH,
+    "SimpleCPUOffloadConnector": _BY_HASH,
+    "MooncakeConnector": _BY_REQUEST,
+    "MoRIIOConnector": _BY_REQUEST,
+    "NixlConnector": _BY_REQUEST,
+    "NixlPullConnector": _BY_REQUEST,
+    "NixlPushConnector": _BY_REQUEST,
+}
 # vLLM's worker class -> ours, which inherits from it. The slot takes one class by name.
 WORKERS = {
     "vllm.v1.worker.cpu_worker.CPUWorker": "memoir_vllm.worker.cpu.MemoirCPUWorker",
@@ -113,10 +133,13 @@ def refusal_of(call: str) -> str | None:
 
     call: such as "sleep level 2".
     """
+    again = "start the engine again with the store of the model"
     advice = {
         "sleep level 2": "use level 1",
-        "reload_weights": "start the engine again with the store of the model",
-        "start_weight_update": "start the engine again with the store of the model",
+        "discard of weights": "use sleep level 1",
+        "reload_weights": again,
+        "reset_weights": again,
+        "start_weight_update": again,
     }.get(call)
     if advice is None:
         return None
@@ -306,8 +329,11 @@ def _checks(config: MemoirConfig, vllm_config: VllmConfig) -> list[tuple[bool, s
         (parallel.decode_context_parallel_size > 1, "context parallelism (use --decode-context-parallel-size 1)"),
         (parallel.prefill_context_parallel_size > 1, "context parallelism (use --prefill-context-parallel-size 1)"),
         (parallel.use_ubatching, "micro-batches (leave out --enable-dbo and --ubatch-size)"),
-        (vllm_config.kv_transfer_config is not None, "KV transfer (leave out --kv-transfer-config)"),
-        (vllm_config.lora_config is not None, "LoRA adapters (leave out --enable-lora)"),
+        (vllm_config.kv_transfer_config is not None, _transfer_fault(vllm_config)),
+        (
+            vllm_config.lora_config is not None and envs.VLLM_LORA_ENABLE_DUAL_STREAM,
+            "LoRA adapters on a second stream (leave VLLM_LORA_ENABLE_DUAL_STREAM unset)",
+        ),
         (
             drafts is not None and drafts.method not in DRAFTS,
             f"speculative decoding by {drafts and drafts.method} (use the method {' or '.join(DRAFTS)})",
@@ -344,6 +370,15 @@ def _checks(config: MemoirConfig, vllm_config: VllmConfig) -> list[tuple[bool, s
             "CUDA graphs that are not split (leave splitting_ops out of --compilation-config)",
         ),
     ]
+
+
+def _transfer_fault(vllm_config: VllmConfig) -> str:
+    """What is wrong with the connector of a configuration, if it has one."""
+    connector = getattr(vllm_config.kv_transfer_config, "kv_connector", None)
+    why = CONNECTORS.get(connector or "", "was not run with edits")
+    offloads = vllm_config.cache_config.kv_offloading_size is not None
+    flag = "--kv-offloading-size" if offloads else "--kv-transfer-config"
+    return f"KV transfer by {connector}, which {why} (leave out {flag})"
 
 
 def apply(config: MemoirConfig, vllm_config: VllmConfig, manifest: Manifest) -> None:

@@ -63,6 +63,8 @@ class Query(NamedTuple):
     nearest: how many of the nearest edits the decision names.
     routed: the decision where the prompt was decided before, else None.
     parts: of the message, which are looked up too.
+    adapter: a LoRA adapter answers. Its activations are others than those of the model on which edits were made, so
+        nothing is looked up.
     """
 
     span: Span
@@ -70,11 +72,19 @@ class Query(NamedTuple):
     nearest: int = 0
     routed: Routed | None = None
     parts: tuple[Span, ...] = ()
+    adapter: bool = False
 
     @property
     def computed_from(self) -> int:
         """The position from which on every token passes the layer: where a part begins, a KV block's sum is no use."""
         return min((self.span.acts_from, *(part.start for part in self.parts)))
+
+    def summed(self, prompt: int) -> int:
+        """How many of a prompt's tokens count in the sums of KV blocks: none of an adapter's.
+
+        prompt: how many it has.
+        """
+        return 0 if self.adapter else prompt
 
     @property
     def is_looked_up(self) -> bool:

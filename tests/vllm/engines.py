@@ -226,7 +226,8 @@ class Engine:
     def ask(
         self, prompts: list[list[int]], options: list[dict[str, Any] | None] | None = None, **how: Any
     ) -> list[Reply]:
-        """prompts: token ids. options: `vllm_xargs` of each request. warm: keep the prefix cache of earlier calls."""
+        """prompts: token ids. options: `vllm_xargs` of each request. warm: keep the prefix cache of earlier calls.
+        adapters: a LoRARequest or None for each request."""
         return [self._reply(output, 0) for output in self.ask_raw(prompts, options, **how)]
 
     def ask_raw(
@@ -236,6 +237,7 @@ class Engine:
         *,
         warm: bool = False,
         salt: str | None = None,
+        adapters: list[Any] | None = None,
         **how: Any,
     ) -> Any:
         from vllm import SamplingParams
@@ -246,7 +248,7 @@ class Engine:
         params = [SamplingParams(extra_args=given, **how) for given in options or [None] * len(prompts)]
         self.llm.sleep(level=0)  # pauses the scheduler only
         inputs = [{"prompt_token_ids": ids, **({"cache_salt": salt} if salt else {})} for ids in prompts]
-        self.llm.enqueue(inputs, params, use_tqdm=False)
+        self.llm.enqueue(inputs, params, lora_request=adapters, use_tqdm=False)
         self.llm.wake_up(tags=["scheduling"])
         return self.llm.wait_for_completion(use_tqdm=False)
 

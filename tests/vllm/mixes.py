@@ -7,6 +7,7 @@ than not.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 from engines import EDITS, PIRATE, UNRELATED, Engine, user
@@ -38,14 +39,16 @@ def any_mix(
     requests: int,
     lengths: tuple[int, ...] = (1, 3, 9),
     greedy: float = 0.6,
+    adapters: Sequence[tuple[Any, EditedModel]] = (),
 ) -> int:
     """Greedy and seeded requests, with edits and opted out, some aborted, at random moments.
 
-    lengths: new tokens of a request, one of these. greedy: share of the requests that are. Returns how many answers an
-    edit has acted on.
+    lengths: new tokens of a request, one of these. greedy: share of the requests that are. adapters: of LoRA, each with
+    the reference that has it in its weights; two of five requests ask for one. Returns how many answers an edit has
+    acted on.
     """
     dice, core = random.Random(seed), engine.llm.llm_engine
-    sent: dict[str, tuple[list[int], bool, SamplingParams]] = {}
+    sent: dict[str, tuple[list[int], EditedModel, bool, SamplingParams]] = {}
     done: dict[str, Any] = {}
     aborted: set[str] = set()
     while len(sent) < requests or core.has_unfinished_requests():
@@ -60,11 +63,14 @@ def any_mix(
             )
             extra = {"memoir": "off"} if off else None
             params = SamplingParams(max_tokens=dice.choice(lengths), logprobs=1, extra_args=extra, **how)
-            sent[name] = (dice.choice(prompts), off, params)
-            core.add_request(name, {"prompt_token_ids": sent[name][0]}, params)
+            adapter, reference = None, served
+            if adapters and dice.random() < 0.4:
+                adapter, reference = dice.choice(adapters)
+            sent[name] = (dice.choice(prompts), reference, not off and adapter is None, params)
+            core.add_request(name, {"prompt_token_ids": sent[name][0]}, params, lora_request=adapter)
         if sent and dice.random() < 0.1:
             gone = dice.choice(list(sent))
-            if gone not in done and sent[gone][2].n == 1:
+            if gone not in done and sent[gone][3].n == 1:
                 aborted.add(gone)
                 core.abort_request([gone])
         if core.has_unfinished_requests():  # with none, a step would wait for ever
@@ -72,13 +78,13 @@ def any_mix(
     assert sent.keys() - aborted <= done.keys()
     edited = 0
     for name, output in done.items():
-        ids, off, params = sent[name]
+        ids, reference, edits_on, params = sent[name]
         for answer in output.outputs:
             tokens = list(answer.token_ids)
             if not tokens:
                 assert name in aborted
                 continue
-            (wanted,) = served.predict([ids], [tokens], edited=not off)
+            (wanted,) = reference.predict([ids], [tokens], edited=edits_on)
             logprobs = [step[token].logprob for step, token in zip(answer.logprobs, tokens, strict=True)]
             assert max(abs(a - b) for a, b in zip(logprobs, wanted.logprobs, strict=True)) < CLOSE, name
             assert params.temperature or tokens == list(wanted.tokens), name

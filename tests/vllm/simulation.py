@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from vllm import SamplingParams
+from vllm.lora.request import LoRARequest
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
@@ -130,6 +131,7 @@ class Simulation:
         *,
         max_tokens: int = 3,
         salt: str | None = None,
+        adapter: LoRARequest | None = None,
     ) -> None:
         params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, extra_args=dict(options or {}))
         request = Request(
@@ -139,6 +141,7 @@ class Simulation:
             pooling_params=None,
             block_hasher=get_request_block_hasher(self.block_size, sha256),
             cache_salt=salt,
+            lora_request=adapter,
         )
         self.requests[name] = request
         self.answers[name] = []

@@ -142,6 +142,9 @@ class Bed(Worker):
     def sleep(self, level: int) -> None:
         self.level = level
 
+    def discard(self, tags: tuple[str, ...]) -> None:
+        assert "weights" not in tags
+
 
 class Sleeper(MemoirWorker, Bed):
     pass
@@ -153,3 +156,9 @@ def test_weights_that_would_be_thrown_away_are_kept() -> None:
     assert worker.level == 1
     with pytest.raises(RuntimeError, match=r"refuses sleep level 2: .*use level 1"):
         worker.sleep(2)
+    worker.discard(("kv_cache",))
+    with pytest.raises(RuntimeError, match=r"refuses discard of weights: .*use sleep level 1"):
+        worker.discard(("kv_cache", "weights"))
+    for change in (worker.reload_weights, worker.reset_weights, worker.start_weight_update):
+        with pytest.raises(RuntimeError, match=rf"refuses {change.__name__}: .*start the engine again"):
+            change()

@@ -176,7 +176,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"kv_transfer_config": KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")},
         "--kv-transfer-config",
     ),
-    "LoRA": ({"enable_lora": True}, "--enable-lora"),
+    "KV offloading": ({"kv_offloading_size": 1}, "(leave out --kv-offloading-size)"),
     "quantisation while loading": ({"quantization": "fp8", "dtype": "bfloat16"}, "--quantization"),
     "another configuration": ({"hf_overrides": {"rms_norm_eps": 1e-3}}, "--hf-overrides"),
     "prompt embeddings": ({"enable_prompt_embeds": True}, "--enable-prompt-embeds"),
@@ -233,6 +233,29 @@ def test_drafts_are_made_by_methods_that_were_run(model_folder: Path, store_fold
         config.refuse(config.parse_section({"store": str(store_folder)}), made)
 
 
+def test_every_connector_of_vllm_is_refused_by_name(model_folder: Path, store_folder: Path) -> None:
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+    ours = config.parse_section({"store": str(store_folder)})
+    vllm_config = EngineArgs(**flags(model_folder)).create_engine_config()
+    assert config.CONNECTORS.keys() <= KVConnectorFactory._registry.keys()
+    for name in KVConnectorFactory._registry:
+        vllm_config.kv_transfer_config = KVTransferConfig(kv_connector=name, kv_role="kv_both")
+        with pytest.raises(ConfigError, match=rf"KV transfer by {name}, which .* \(leave out --kv-transfer-config\)"):
+            config.refuse(ours, vllm_config)
+
+
+def test_lora_is_served_unless_its_layers_hide_the_op(
+    model_folder: Path, store_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = config.parse_section({"store": str(store_folder)})
+    vllm_config = EngineArgs(**flags(model_folder, enable_lora=True)).create_engine_config()
+    config.refuse(ours, vllm_config)
+    monkeypatch.setenv("VLLM_LORA_ENABLE_DUAL_STREAM", "1")
+    with pytest.raises(ConfigError, match="leave VLLM_LORA_ENABLE_DUAL_STREAM unset"):
+        config.refuse(ours, vllm_config)
+
+
 def test_a_pipeline_is_served_in_mode_single(model_folder: Path, store_folder: Path) -> None:
     vllm_config = create(model_folder, store_folder, memoir=SINGLE, pipeline_parallel_size=2)
     assert vllm_config.parallel_config.worker_cls == "memoir_vllm.worker.cpu.MemoirCPUWorker"
@@ -256,14 +279,16 @@ def test_what_a_model_is_may_be_refused(
 
 
 def test_all_problems_come_in_one_message(model_folder: Path, store_folder: Path) -> None:
-    with pytest.raises(ConfigError, match=r"--no-enable-prefix-caching.*--no-enable-chunked-prefill.*--enable-lora"):
+    with pytest.raises(
+        ConfigError, match=r"--no-enable-prefix-caching.*--no-enable-chunked-prefill.*--enable-prompt-embeds"
+    ):
         create(
             model_folder,
             store_folder,
             memoir=SINGLE,
             enable_prefix_caching=True,
             enable_chunked_prefill=True,
-            enable_lora=True,
+            enable_prompt_embeds=True,
         )
 
 

@@ -173,10 +173,26 @@ def test_beam_search_is_refused(engine: Engine, expected: dict[str, Expected]) -
         )
 
 
-@pytest.mark.parametrize("call", ["reload_weights", "start_weight_update"])
-def test_other_weights_are_refused(call: str, engine: Engine, expected: dict[str, Expected]) -> None:
+@pytest.mark.parametrize(
+    ("call", "args"),
+    [
+        ("reload_weights", ()),
+        ("start_weight_update", ()),
+        ("reset_weights", ()),
+        ("sleep", (2,)),
+        ("discard", (("weights",),)),
+    ],
+)
+def test_other_weights_are_refused(call: str, args: tuple, engine: Engine, expected: dict[str, Expected]) -> None:
     with pytest.raises(Exception, match="only hold on the weights that they were made on"):
-        engine.llm.collective_rpc(call)
+        engine.llm.collective_rpc(call, args=args)
+    (reply,) = engine.ask([expected["edit 0"].ids])
+    assert reply.tokens == expected["edit 0"].tokens
+
+
+def test_weights_are_not_slept_away(engine: Engine, expected: dict[str, Expected]) -> None:
+    with pytest.raises(Exception, match="refuses sleep level 2"):
+        engine.llm.sleep(level=2)
     (reply,) = engine.ask([expected["edit 0"].ids])
     assert reply.tokens == expected["edit 0"].tokens
 

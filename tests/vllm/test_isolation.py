@@ -6,9 +6,13 @@ from __future__ import annotations
 import dataclasses
 from itertools import product
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from simulation import Simulate, World, chat, oracle, other, right, world
+from vllm.lora.request import LoRARequest
+from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys
+from vllm.v1.request import Request
 
 from memoir_retrieval.question.span import Span
 
@@ -51,6 +55,38 @@ def test_tenants_share_nothing_of_any_kind(block: int, simulate: Simulate, here:
             shared, full = BEFORE // block * block, (len(prompt) - 1) // block * block
             wanted = full if turn == "warm" else 0 if kind == "edited" else shared
             assert sim.hits[name] == wanted, name
+
+
+def test_requests_of_an_adapter_meet_no_others(simulate: Simulate, here: World) -> None:
+    """Neither blocks nor decisions of the base model, of an edit or of another adapter, and none of its own reach them.
+    No row of an adapter is edited or counted in the sums of blocks."""
+    sim = simulate(model_len=512)
+    adapters = [None, *(LoRARequest(f"adapter {n}", n, f"/adapter/{n}") for n in (1, 2))]
+    prompt = chat(here.questions[1], BEFORE, AFTER)
+    full = (len(prompt) - 1) // 16 * 16
+    for turn, wanted in (("cold", 0), ("warm", full)):
+        for adapter in (*adapters, *adapters[::-1]):
+            name = f"{turn} {adapter and adapter.lora_name} {len(sim.said)}"
+            sim.add(name, prompt, {"memoir_nearest": 2} if adapter else None, adapter=adapter)
+            sim.run()
+            assert sim.answers[name] == right(here, prompt, None if adapter else 1), name
+            assert sim.said[name]["result"] == ("adapter" if adapter else "matched"), name
+            assert "nearest" not in sim.said[name], name
+            first = name.endswith((" 0", " 1", " 2"))
+            assert sim.hits[name] == (wanted if first else full), name
+            if adapter:
+                extra = {key for keys in _extra_keys(sim.requests[name]) for key in keys}
+                assert extra == {("lora", adapter.lora_name, adapter.lora_path)}, name
+    stats = sim.layer.stats()
+    assert (stats["routed"], stats["recalled"], stats["live"]) == (1, 3, 0)
+    counted = int(sim.layer._sums._counts[:-1].sum())
+    assert counted == len(prompt) - BEFORE % 16, "the prompt of the base model, once"
+
+
+def _extra_keys(request: Request) -> list[tuple[Any, ...]]:
+    """What stands in the hash of each of a request's blocks of 16 beside its tokens."""
+    starts = range(0, len(request.all_token_ids) // 16 * 16, 16)
+    return [generate_block_hash_extra_keys(request, start, start + 16, -1)[0] or () for start in starts]
 
 
 def test_no_tenant_learns_from_another_whether_a_prompt_was_asked(simulate: Simulate, here: World) -> None:

@@ -12,6 +12,7 @@ from memoir_vllm.config import COMPARED, TESTED
 from memoir_vllm.core import blocks, rpc
 from memoir_vllm.front import decisions, engine, responses
 from memoir_vllm.patches import patched, wrap_once
+from memoir_vllm.worker import lora
 
 CONTRACT = read()
 VERSION, FOUND = version_of(installed()), seams_of(installed())
@@ -39,9 +40,9 @@ def test_what_we_build_on_is_what_we_have_read(seam: str) -> None:
 
 
 def test_what_is_wrapped_is_recorded() -> None:
-    for module in (engine, requests, decisions, responses, rpc, blocks):
+    for module in (engine, requests, decisions, responses, rpc, blocks, lora):
         module.install()
-    assert len(patched()) >= 10
+    assert len(patched()) >= 12
     assert set(patched()) <= set(CONTRACT[VERSION]["seams"])
 
 

@@ -66,6 +66,14 @@ def test_bad_options_are_the_clients_fault(client: httpx.Client, name: str, bad:
     assert "vllm_xargs memoir" in response.text.replace("'", "")
 
 
+@pytest.mark.parametrize("name", ["edit 0", "chat edit", "unrelated 0"])
+def test_beam_search_is_refused_to_its_client(client: httpx.Client, name: str, expected: dict[str, Expected]) -> None:
+    response = ask(client, name, use_beam_search=True, n=2, return_token_ids=False)
+    assert response.status_code == 400
+    assert "memoir cannot serve beam search: use sampling (use_beam_search false)" in response.text
+    assert ask(client, name).json()["choices"][0]["token_ids"] == expected[name].tokens
+
+
 @pytest.mark.parametrize("name", ["edit 0", "unrelated 0", "chat edit"])
 @pytest.mark.parametrize("usage", [False, True])
 def test_a_stream_ends_with_the_decision_where_it_is_asked_for(

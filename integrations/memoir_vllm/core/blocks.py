@@ -43,7 +43,7 @@ class SummedBlocks:
         blocks: ids of all of them, in order.
         number: the place of the first that it computes itself.
         question: position of the question's first token.
-        prompt: position behind the prompt's last.
+        prompt: position behind the last token of the prompt that is counted.
         """
         numbers = np.arange(number, number + len(blocks))
         first = np.where((numbers + 1) * self.block_size > prompt, -1, 0)
@@ -115,7 +115,8 @@ def guard(
         if summed is not None and slots is not None and any(slots.blocks):
             blocks = [block.block_id for block in slots.blocks[0]]
             number = len(coordinator.get_blocks(request.request_id)[0]) - len(blocks)
-            summed.record(blocks, number, query(request).span.start, request.num_prompt_tokens)
+            looked_up = query(request)
+            summed.record(blocks, number, looked_up.span.start, looked_up.summed(request.num_prompt_tokens))
         return slots
 
     coordinator.cache_blocks, manager.get_computed_blocks = cache_blocks, get_computed_blocks

@@ -41,7 +41,7 @@ def _beside_the_scheduler(original: Any) -> Any:
         kwargs: dict[str, Any] | None = None,
     ) -> list[Any]:
         if isinstance(method, str):
-            _refuse(method)
+            _refuse(_call(method, args, kwargs or {}))
         results = original(self, method, timeout, args, kwargs)
         if method in ("memoir_reload", "memoir_stats"):  # only one stage of a pipeline has something to say
             results = [result for result in results if result is not None]
@@ -62,6 +62,16 @@ def _refusing(original: Any) -> Any:
         return original(self, level, *args, **kwargs)
 
     return sleep
+
+
+def _call(method: str, args: tuple, kwargs: dict[str, Any]) -> str:
+    """As `config.refusal_of` names it."""
+    given = args[0] if args else next(iter(kwargs.values()), None)
+    if method == "sleep":
+        return f"sleep level {1 if given is None else given}"
+    if method == "discard" and "weights" in (given or ()):
+        return "discard of weights"
+    return method
 
 
 def _refuse(call: str) -> None:

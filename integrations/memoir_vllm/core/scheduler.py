@@ -82,14 +82,19 @@ class MemoirScheduler(Scheduler):
 
     def add_request(self, request: Request) -> None:
         if request.request_id not in self.requests:
-            extra_args = request.sampling_params and request.sampling_params.extra_args
-            query = query_of(request.prompt_token_ids or [], extra_args, self._rule, self._pieces)
+            query = self._query_of(request)
             # Who asks for the nearest edits is always looked up: a decision is remembered without them.
             remembers = self._inline and query.is_looked_up and not query.nearest
             prompt = _prompt_key(request, query.span) if remembers else None
             self._states[request.request_id] = _State(query, prompt)
             self._recall(request)
         super().add_request(request)
+
+    def _query_of(self, request: Request) -> Query:
+        if request.lora_request is not None:
+            return Query(Span(0, 0), adapter=True)
+        extra_args = request.sampling_params and request.sampling_params.extra_args
+        return query_of(request.prompt_token_ids or [], extra_args, self._rule, self._pieces)
 
     def _recall(self, request: Request) -> None:
         """Settle a request that has not begun, where its prompt was decided before, or while it waited."""

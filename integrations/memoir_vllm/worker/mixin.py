@@ -14,6 +14,7 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from memoir_retrieval.errors import ConfigError, StoreError
 from memoir_vllm import config
+from memoir_vllm.worker import lora
 from memoir_vllm.worker.attach import attach
 from memoir_vllm.worker.runner import follow
 from memoir_vllm.worker.selftest import dummy_step, self_test
@@ -35,6 +36,8 @@ class MemoirWorker(Worker):
     _reloader: Reloader | None
 
     def load_model(self, **kwargs: Any) -> None:
+        if self.vllm_config.lora_config is not None and self.vllm_config.device_config.device_type == "cpu":
+            lora.install()
         super().load_model(**kwargs)
         ours = config.section_of(self.vllm_config)
         if ours is None:
@@ -86,6 +89,18 @@ class MemoirWorker(Worker):
         if refusal := config.refusal_of(f"sleep level {level}"):
             raise RuntimeError(refusal)
         super().sleep(level)
+
+    def discard(self, tags: tuple[str, ...]) -> None:
+        """Give memory back, as `EngineCore` does with that of the KV cache.
+
+        tags: of what; "weights" is refused.
+        """
+        if "weights" in tags:
+            raise RuntimeError(config.refusal_of("discard of weights"))
+        super().discard(tags)
+
+    def reset_weights(self) -> None:
+        raise RuntimeError(config.refusal_of("reset_weights"))
 
     def reload_weights(self, *args: Any, **kwargs: Any) -> None:
         raise RuntimeError(config.refusal_of("reload_weights"))

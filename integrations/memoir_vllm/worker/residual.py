@@ -53,7 +53,8 @@ class _Sum:
 @dataclass
 class _Request:
     """span: of its message. parts: of it, which are looked up too. questions: the tokens of each, the message first.
-    computed_from: see `Query`. prompt: how many tokens it begins with. seen: the position after the last that passed.
+    computed_from: see `Query`. prompt: how many tokens it begins with; 0: none is looked at. seen: the
+    position after the last that passed.
 
     sums: of what is looked up. nearest: how many edits its decision names. route: None until it is decided. mask: of
     the matched edit, this rank's share, on the device. of: the generation that matched it; it acts until the request is
@@ -170,7 +171,8 @@ class ResidualLayer:
             return
         span = query.span
         questions = [prompt_ids[part.start : part.end] for part in (span, *query.parts)]
-        request = _Request(span, query.parts, questions, query.computed_from, len(prompt_ids), query.nearest)
+        prompt = query.summed(len(prompt_ids))
+        request = _Request(span, query.parts, questions, query.computed_from, prompt, query.nearest)
         self._requests[request_id] = request
         router = self.now.router
         if query.routed is not None:
@@ -178,7 +180,7 @@ class ResidualLayer:
             self._decide(request_id, route, *self._on_device([route]))
             self._stats["recalled"] += 1
         elif not query.is_looked_up:
-            route = router.off() if query.off else router.no_question()
+            route = router.unedited_of(query)
             self._decide(request_id, route, None)
             self._routed[request_id] = route.routed
 

@@ -17,7 +17,7 @@ from memoir_retrieval.question.fingerprint import Fingerprint
 from memoir_retrieval.question.span import ChatSpanRule, SpanRule
 from memoir_retrieval.store.read import EditStore
 from memoir_vllm.config import served_rule
-from memoir_vllm.requests import Decision, Routed
+from memoir_vllm.requests import Decision, Query, Routed
 
 __all__ = ["NO_CHAT", "Route", "Router"]
 
@@ -63,12 +63,15 @@ class Router:
     def _unedited(self, result: Result, overlap: float = 0.0, reason: str = "") -> Route:
         return Route(Routed(Decision(None, overlap, result, self.generation, reason=reason)))
 
-    def off(self) -> Route:
-        """Of a request that opted out."""
-        return self._unedited("off")
+    def unedited_of(self, query: Query) -> Route:
+        """Of a request that is not looked up: an adapter answers it, it opted out, or it holds no question.
 
-    def no_question(self) -> Route:
-        """Of a request that holds no question."""
+        query: what it asks for.
+        """
+        if query.adapter:
+            return self._unedited("adapter")
+        if query.off:
+            return self._unedited("off")
         return self._unedited("unroutable", reason=NO_CHAT if isinstance(self.rule, ChatSpanRule) else "")
 
     def unroutable(self) -> Route:
