@@ -6,7 +6,7 @@ from pathlib import Path
 
 from memoir_retrieval.errors import ConfigError, Reason
 
-__all__ = ["DATA_SETS", "TEXT", "data_file"]
+__all__ = ["DATA_SETS", "STATISTICS", "TEXT", "data_file"]
 
 DATA_SETS = {
     "zsre": "zsre/zsre_mend_edit.jsonl",
@@ -20,12 +20,16 @@ DATA_SETS = {
     "mquake": "mquake/MQuAKE-hard.jsonl",
     "wiki-recent": "knowedit_wiki/wiki_recent_train.jsonl",
     "wiki-counterfact": "knowedit_wiki/wiki_counterfact_train.jsonl",
+    "qaedit": "qaedit/qaedit-dev.jsonl",
     "hallueditbench": "hallueditbench/meta_llama_3_8b_instruct.jsonl",
 }
 """Name -> path below the folder of the data sets. `docs/evaluation.md` says what each is."""
 
 TEXT = "text/wikitext-2-test.jsonl"
 """Unrelated text in the same folder."""
+
+STATISTICS = "text/wikitext-2-valid.jsonl"
+"""Text of which methods such as ROME take statistics; none of it is measured on."""
 
 
 def data_file(name: str, folder: Path) -> Path:

@@ -1,0 +1,138 @@
+"""`memoir bench methods`: other editing methods on the same edits."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+import msgspec
+from rich.table import Table
+
+from memoir_retrieval.cli.common import echo_json, json_option, notes, tables, threads_option
+from memoir_retrieval.cli.options import ModelOptions, data_folder_option, model_options
+from memoir_retrieval.edits.files import FORMATS, check_duplicates, read_edits
+from memoir_retrieval.errors import ConfigError
+from memoir_retrieval.evaluation.datasets import STATISTICS, data_file
+from memoir_retrieval.evaluation.methods import METHODS
+from memoir_retrieval.store.files import publish
+
+if TYPE_CHECKING:
+    from memoir_retrieval.evaluation.methods_run import MethodScores
+
+__all__ = ["bench_methods"]
+
+TABLE = "methods.md"
+HEAD = ("method", "rel", "gen", "loc", "avg", "exact", "contains", "changed", "perplexity", "s/edit", "MB/edit")
+
+
+@click.command("methods")
+@click.argument("data", metavar="DATA")
+@click.option("--edits", "count", type=click.IntRange(min=1), default=30, show_default=True, help="The first N edits.")
+@click.option(
+    "--method",
+    "names",
+    multiple=True,
+    type=click.Choice(list(METHODS)),
+    help="What to compare; may be repeated (default: everything).",
+)
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of the run: what is done is not done again.")
+@click.option(
+    "--end-token/--no-end-token",
+    "end",
+    default=True,
+    help="Train the token that ends an answer too, or the target alone, as most papers do (memoir always trains it).",
+)
+@click.option(
+    "--controls",
+    type=click.IntRange(0, 256),
+    default=64,
+    show_default=True,
+    help="Unrelated prompts whose free answers are compared with the base model's.",
+)
+@data_folder_option
+@click.option(
+    "--format", "file_format", type=click.Choice(list(FORMATS)), help="Format of the file (default: detected)."
+)
+@model_options(default="smollm2-135m", dtype=None)
+@json_option
+@threads_option
+def bench_methods(
+    data: str,
+    count: int,
+    names: tuple[str, ...],
+    out: Path | None,
+    end: bool,
+    controls: int,
+    folder: Path,
+    file_format: str | None,
+    model: ModelOptions,
+    as_json: bool,
+) -> None:
+    """Make the edits of DATA, a file or a data set's name, with each method, one after another, and ask them all.
+
+    rel, gen, loc, avg: teacher-forced, as papers measure. exact, contains: free answers with a natural stop, of the
+    edits and of their rephrasings. changed: unrelated prompts whose free answer changed. perplexity: of unrelated
+    prompts, as a multiple of the base model's; with the number of the edit at which it passed 10. Prompts are raw, the
+    model is in float32.
+
+    \b
+    Example:
+      memoir bench methods examples/zsre-100.jsonl --edits 30 --method memoir --method ft --method grace
+      memoir bench methods zsre --edits 100 --out methods
+    """
+    edits = check_duplicates(read_edits(data_file(data, folder), file_format, note=notes.print), "first")[:count]
+    if not edits:
+        raise ConfigError(f"{data} has no edits: give a file that has some")
+    if len(edits) < count:
+        notes.print(f"{data} has {len(edits)} edits with a prompt of their own")
+
+    from memoir_retrieval.background import background_prompts
+    from memoir_retrieval.evaluation.methods_run import run_method, unedited_answers
+    from memoir_retrieval.evaluation.texts import read_texts
+
+    base = model.load()
+    corpus = folder / STATISTICS
+    texts = read_texts(corpus, most=400) if corpus.is_file() else background_prompts()
+    answers = cache(lambda: unedited_answers(base, edits, controls))
+    if out:
+        out.mkdir(parents=True, exist_ok=True)
+    results: list[MethodScores] = []
+    for name in names or METHODS:
+        results.append(
+            run_method(
+                name,
+                base,
+                edits,
+                answers,
+                end=end,
+                controls=controls,
+                texts=texts,
+                folder=out,
+                tell=notes.print,
+            )
+        )
+    rows = [_cells(result) for result in results]
+    if out:
+        lines = [HEAD, ["---"] * len(HEAD), *rows]
+        publish(out / TABLE, "".join(f"| {' | '.join(line)} |\n" for line in lines).encode())
+        notes.print(f"written to {out / TABLE}")
+    if as_json:
+        echo_json(msgspec.to_builtins(results))
+        return
+    table = Table(*HEAD, title=f"{len(edits)} edits of {data}")
+    for row in rows:
+        table.add_row(*row)
+    tables.print(table)
+
+
+def _cells(scores: MethodScores) -> list[str]:
+    def share(value: float | None) -> str:
+        return "" if value is None else f"{value:.3f}"
+
+    teacher = (scores.reliability, scores.generality, scores.locality, scores.average)
+    free = (f"{share(both.edits)} / {share(both.rephrases)}" for both in (scores.exact, scores.contains))
+    at = f" (edit {scores.diverged})" if scores.diverged else ""
+    cost = (f"{scores.perplexity:.3g}{at}", f"{scores.edit_seconds:.2f}", f"{scores.edit_megabytes:.3f}")
+    return [scores.method, *(share(score) for score in teacher), *free, share(scores.changed), *cost]

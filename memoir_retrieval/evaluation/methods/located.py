@@ -1,0 +1,182 @@
+"""What ROME, MEMIT and AlphaEdit share: the key of a subject, the value that makes the answer likely, statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn import functional
+
+from memoir_retrieval.editing.contexts import own_prefixes
+from memoir_retrieval.edits.record import Edit
+from memoir_retrieval.evaluation.methods.method import Method
+from memoir_retrieval.evaluation.methods.rows import Rows
+from memoir_retrieval.model.base import BaseModel
+from memoir_retrieval.model.forward import frozen_run, right_pad
+
+__all__ = ["LocatedMethod", "ValueSearch", "second_moments", "subject_end"]
+
+PREFIXES = 5
+KL = 0.0625
+STOP = 5e-2
+CORPUS_TOKENS = 16384
+
+
+class ValueSearch(NamedTuple):
+    """How a value is sought: Eq. 4 of ROME (arXiv 2202.05262) and Eq. 16 of MEMIT (arXiv 2210.07229).
+
+    rate: of Adam. steps: at most. clamp: the change's norm is at most so many times that of the first value.
+    decay: of the change's norm, over the square of the first value's norm.
+    """
+
+    rate: float
+    steps: int
+    clamp: float
+    decay: float
+
+
+def subject_end(tokenizer: Any, prompt: str, subject: str) -> int:
+    """Place of a subject's last token in a prompt; the prompt's last token where the subject does not stand in it.
+
+    tokenizer: of Hugging Face.
+    prompt, subject: texts.
+    """
+    encoded = tokenizer(prompt, return_offsets_mapping=True)
+    begin = prompt.rfind(subject) if subject else -1
+    if begin < 0:
+        return len(encoded["input_ids"]) - 1
+    last = begin + len(subject)
+    return max(i for i, (start, end) in enumerate(encoded["offset_mapping"]) if start < last and end > start)
+
+
+class LocatedMethod(Method):
+    """A method that writes a key and a value into weights.
+
+    layers: that are written to. The value is sought in the last of them.
+    search: how.
+    """
+
+    layers: tuple[int, ...]
+    search: ValueSearch
+
+    @cached_property
+    def prefixes(self) -> list[str]:
+        """Texts that the model wrote before it was edited, and the empty one first."""
+        return ["", *(f"{text} " for text in own_prefixes(self.base, PREFIXES, self.random.initial_seed()))]
+
+    @cached_property
+    def moments(self) -> dict[int, torch.Tensor]:
+        """C of each layer, of the unedited model."""
+        return second_moments([self.base.at(layer) for layer in self.layers], [self.ids(text) for text in self.texts])
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """See `Method`."""
+        shared = {"kl": KL, "prefixes": PREFIXES, "corpus_tokens": CORPUS_TOKENS}
+        return {"layers": self.layers, **self.search._asdict(), **shared}
+
+    def ends(self, edit: Edit) -> list[tuple[list[int], int]]:
+        """The prompt after each prefix: token ids and the place of the subject's last token.
+
+        edit: any.
+        """
+        texts = [f"{prefix}{edit.prompt}" for prefix in self.prefixes]
+        return [(self.ids(text), subject_end(self.base.tokenizer, text, edit.subject)) for text in texts]
+
+    def value_change(self, edit: Edit, block_output: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first value [H] and the change [H] that makes the answer likely.
+
+        edit: any.
+        block_output: the value is the block's output (MEMIT), not that of its MLP (ROME).
+        """
+        base = self.base.at(self.layers[-1])
+        rows, places = zip(*self.ends(edit), strict=True)
+        essence = f"{edit.subject or edit.prompt} is a"
+        prompts = [*rows, self.ids(essence)]
+        places = (*places, subject_end(base.tokenizer, essence, edit.subject))
+        batch = Rows(base, prompts, [*([self.answer_ids(edit)] * len(rows)), []])
+        wanted = batch.wanted.clone()
+        wanted[-1, len(prompts[-1]) - 1] = True
+        first: list[torch.Tensor] = []
+        change = torch.zeros(base.h, device=base.device, requires_grad=True)
+
+        def keep(_module: Any, _args: Any, output: Any) -> None:
+            if not first:
+                first.append((output[0] if isinstance(output, tuple) else output)[0, places[0]].detach().clone())
+
+        def add(_module: Any, _args: Any, output: torch.Tensor) -> torch.Tensor:
+            added = torch.zeros_like(output)
+            added[range(len(places)), places] = 1.0
+            return output + added * change
+
+        watched = base.blocks[base.layer] if block_output else base.projection
+        handles = [watched.register_forward_hook(keep), base.projection.register_forward_hook(add)]
+        optimizer = torch.optim.Adam([change], lr=self.search.rate)
+        before: torch.Tensor | None = None
+        try:
+            with torch.enable_grad():
+                for _ in range(self.search.steps):
+                    logits = batch.logits(wanted).float()
+                    odds = functional.log_softmax(logits[-1], dim=-1)
+                    before = odds.detach() if before is None else before
+                    loss = functional.cross_entropy(logits[:-1], batch.targets)
+                    loss = loss + KL * functional.kl_div(odds, before, log_target=True, reduction="sum")
+                    loss = loss + self.search.decay * change.norm() / first[0].norm() ** 2
+                    if not loss > STOP:
+                        break
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+                    with torch.no_grad():
+                        change.mul_((self.search.clamp * first[0].norm() / change.norm()).clamp(max=1.0))
+        finally:
+            for handle in handles:
+                handle.remove()
+        return first[0], change.detach()
+
+    @torch.no_grad()
+    def key(self, edit: Edit, layer: int) -> torch.Tensor:
+        """The mean input of a layer's projection at the subject's last token over all prefixes: [D] (Eq. 3 of ROME).
+
+        edit: any.
+        layer: number of the block.
+        """
+        rows, places = zip(*self.ends(edit), strict=True)
+        inputs = Rows(self.base.at(layer), rows, [[]] * len(rows)).activations
+        return inputs[range(len(places)), places].mean(0)
+
+
+@torch.no_grad()
+def second_moments(bases: Sequence[BaseModel], rows: Sequence[list[int]]) -> dict[int, torch.Tensor]:
+    """Mean of k k^T over tokens of a corpus, k the input of each layer's projection: float32 [D, D] by layer.
+
+    bases: the model at each layer.
+    rows: token ids of texts; the first 16,384 tokens are used.
+    """
+    sums = {base.layer: torch.zeros(base.d, base.d, device=base.device) for base in bases}
+    count, real = 0, torch.zeros(0)
+    deepest = max(bases, key=lambda base: base.layer)
+
+    def hook(layer: int) -> Any:
+        def add(_module: Any, args: tuple[torch.Tensor]) -> None:
+            keys = args[0][real].float()
+            sums[layer] += keys.T @ keys
+
+        return add
+
+    handles = [base.projection.register_forward_pre_hook(hook(base.layer)) for base in bases]
+    try:
+        for first in range(0, len(rows), 8):
+            batch = rows[first : first + 8]
+            ids, lengths = right_pad(batch, deepest.device)
+            real = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
+            frozen_run(deepest, {"input_ids": ids, "use_cache": False})
+            count += int(lengths.sum())
+            if count >= CORPUS_TOKENS:
+                break
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {layer: total / count for layer, total in sums.items()}

@@ -1,0 +1,207 @@
+"""What every editing method has: edits are made one after another, then prompts are answered."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar
+
+import torch
+from torch.nn import functional
+from transformers.cache_utils import DynamicCache
+
+from memoir_retrieval.edits.record import Edit
+from memoir_retrieval.errors import ModelError
+from memoir_retrieval.model.base import BaseModel
+from memoir_retrieval.model.forward import right_pad
+from memoir_retrieval.question.prompts import end_token, prompt_ids, target_ids
+
+__all__ = ["Method", "Unedited", "scaled"]
+
+ROWS = 16  # prompts that are run at once
+
+
+def scaled(layer: int, base: BaseModel, of: int = 32) -> int:
+    """The layer of a model that stands where a published configuration has its own.
+
+    layer: the published number.
+    base: the model.
+    of: how many layers the published model has.
+    """
+    return min(round(layer * len(base.blocks) / of), len(base.blocks) - 1)
+
+
+class Method:
+    """An editing method on a model. Prompts are raw; an answer begins with a space.
+
+    A method may change weights of the model until it is closed, or act in hooks while it answers (`acting`).
+
+    name: on the command line.
+    batch: edits that are made at once.
+    checked: whether the model can be asked between two edits.
+    """
+
+    name: ClassVar[str]
+    batch: ClassVar[int] = 1
+    checked: ClassVar[bool] = True
+
+    def __init__(self, base: BaseModel, *, end: bool = True, texts: Sequence[str] = (), seed: int = 0):
+        """Prepare a method.
+
+        base: the model, in float32.
+        end: train the token that ends an answer too.
+        texts: text of a corpus, for methods that need statistics of one.
+        seed: of every draw.
+        """
+        self.base, self.end, self.texts = base, end, texts
+        self.random = torch.Generator().manual_seed(seed)
+        self._originals: dict[torch.nn.Parameter, torch.Tensor] = {}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The hyper-parameters, for the report."""
+        return {}
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that must be kept beside the base model to answer with the edits made so far."""
+        return sum(weight.numel() * weight.element_size() for weight in self._originals)
+
+    def edit(self, edits: Sequence[Edit]) -> None:
+        """Make edits, after those that were made before.
+
+        edits: at most `batch`.
+        """
+        raise NotImplementedError
+
+    def rendered(self, prompts: Sequence[list[int]]) -> list[list[int]]:
+        """What the model is given for each prompt: the prompt, unless a method reads.
+
+        prompts: token ids.
+        """
+        return list(prompts)
+
+    def acting(self, prompts: torch.Tensor) -> AbstractContextManager[None]:
+        """Within the context the model answers as edited.
+
+        prompts: int64 [B, T], the prompts without their answers; the model's first pass begins with them.
+        """
+        return nullcontext()
+
+    def close(self) -> None:
+        """Give the model its own weights back, bit for bit."""
+        with torch.no_grad():
+            for weight, original in self._originals.items():
+                weight.copy_(original)
+                weight.requires_grad_(False)
+        self._originals.clear()
+
+    def weight(self, base: BaseModel) -> torch.nn.Parameter:
+        """The projection's weight [H, D] of a layer, which may be written to until the method is closed.
+
+        base: the model at that layer.
+
+        Raises ModelError where the weight lies the other way round, as in GPT-2.
+        """
+        weight: Any = base.projection.weight
+        if weight.shape != (base.h, base.d):
+            raise ModelError(f"{base.module} of {base.name} is no plain linear layer: compare methods on another model")
+        if weight not in self._originals:
+            self._originals[weight] = weight.detach().clone()
+        changed: torch.nn.Parameter = weight
+        return changed
+
+    def ids(self, text: str) -> list[int]:
+        """Token ids of a raw prompt.
+
+        text: of the prompt.
+        """
+        return prompt_ids(self.base.tokenizer, text, chat=False)
+
+    def answer_ids(self, edit: Edit) -> list[int]:
+        """Token ids that an edit is trained to answer, with the end token where that is trained.
+
+        edit: any.
+        """
+        end = [end_token(self.base.tokenizer)] if self.end else []
+        return [*target_ids(self.base.tokenizer, edit.target, chat=False), *end]
+
+    @torch.no_grad()
+    def choices(self, prompts: Sequence[list[int]], targets: Sequence[list[int]]) -> list[list[int]]:
+        """Teacher forcing: the first choice at each position of each target.
+
+        prompts, targets: token ids.
+        """
+        rows, out = self.rendered(prompts), [[0]] * len(prompts)
+        for batch in _equally_long(rows):
+            n = len(rows[batch[0]])
+            ids, _ = right_pad([[*rows[i], *targets[i]] for i in batch], self.base.device)
+            with self.acting(ids[:, :n]):
+                kept = torch.arange(n - 1, ids.shape[1], device=ids.device)
+                logits = self.base.model(input_ids=ids, use_cache=False, logits_to_keep=kept).logits
+            for row, i in zip(logits.argmax(-1).tolist(), batch, strict=True):
+                out[i] = row[: len(targets[i])]
+        return out
+
+    @torch.no_grad()
+    def answers(self, prompts: Sequence[list[int]], tokens: int) -> list[str]:
+        """Free answers, each until the model ends it, a line ends, or it has `tokens` tokens.
+
+        prompts: token ids.
+        tokens: the most of an answer.
+        """
+        tokenizer, end = self.base.tokenizer, end_token(self.base.tokenizer)
+        rows, out = self.rendered(prompts), [""] * len(prompts)
+        for batch in _equally_long(rows):
+            ids = torch.tensor([rows[i] for i in batch], device=self.base.device)
+            texts, over, cache = [""] * len(batch), [False] * len(batch), DynamicCache()
+            answers: list[list[int]] = [[] for _ in batch]
+            with self.acting(ids):
+                for _ in range(tokens):
+                    logits = self.base.model(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits
+                    ids = logits[:, -1].argmax(-1)[:, None]
+                    for r, token in enumerate(ids[:, 0].tolist()):
+                        if not over[r] and token != end:
+                            answers[r].append(token)
+                            texts[r] = tokenizer.decode(answers[r], skip_special_tokens=True)
+                        over[r] = over[r] or token == end or "\n" in texts[r].lstrip()
+                    if all(over):
+                        break
+            for i, text in zip(batch, texts, strict=True):
+                out[i] = (text.strip().splitlines() or [""])[0].strip()
+        return out
+
+    @torch.no_grad()
+    def loss(self, texts: Sequence[list[int]]) -> float:
+        """Mean negative log-likelihood of texts in nats per token, each asked as a prompt of its own.
+
+        texts: token ids.
+        """
+        total, count = 0.0, 0
+        for batch in _equally_long(texts):
+            ids = torch.tensor([texts[i] for i in batch], device=self.base.device)
+            with self.acting(ids):
+                logits = self.base.model(input_ids=ids, use_cache=False).logits[:, :-1]
+            loss = functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+            total += float(loss)
+            count += ids[:, 1:].numel()
+        return total / count
+
+
+class Unedited(Method):
+    """The base model, for comparison."""
+
+    name = "base"
+
+    def edit(self, edits: Sequence[Edit]) -> None:
+        """See `Method`."""
+
+
+def _equally_long(rows: Sequence[list[int]]) -> Iterator[list[int]]:
+    """Batches of prompts of one length: nothing is padded, so no method need know of padding."""
+    by_length: dict[int, list[int]] = {}
+    for i, row in enumerate(rows):
+        by_length.setdefault(len(row), []).append(i)
+    for group in by_length.values():
+        for first in range(0, len(group), ROWS):
+            yield group[first : first + ROWS]

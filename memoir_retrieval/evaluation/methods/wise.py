@@ -1,0 +1,139 @@
+"""WISE: a side memory beside one layer's matrix, and an activation threshold that chooses between the two.
+
+Wang et al. 2024 (arXiv 2405.14768): the activation of Eq. 3, the choice by a threshold of Eq. 4, the margin loss of Eq.
+5 in the sum of Eq. 6, gradients masked to a random part of the side memory (section 2.3.2). Published configuration of
+EasyEdit for LLaMA: layer 27 of 32, SGD with learning rate 1.0 and weight decay 1e-5, 70 steps, part .2, margins alpha
+5, beta 20, gamma 10, the side memory within 1.0 of the matrix; the threshold is .88 of the least activation of an edit.
+Each edit is trained with 10 prefixes that the model wrote, and an unrelated prompt for the margin.
+
+Deviations: fewer than 500 edits make one shard, so nothing is merged (section 2.3.2). As in EasyEdit the activation is
+the distance of both outputs behind the activation function, not of the outputs themselves. A request is given to one
+memory by the mean over its prompt; EasyEdit decides again for each token it generates. The unrelated prompt is one of
+the library's. The layer is the one that memoir edits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from memoir_retrieval.background import background_prompts
+from memoir_retrieval.editing.contexts import own_prefixes
+from memoir_retrieval.edits.record import Edit
+from memoir_retrieval.evaluation.methods.method import Method
+from memoir_retrieval.evaluation.methods.rows import Rows
+from memoir_retrieval.model.base import BaseModel
+
+__all__ = ["Wise"]
+
+RATE, STEPS, DECAY, PART, BOUND, RATIO = 1.0, 70, 1e-5, 0.2, 1.0, 0.88
+ALPHA, BETA, GAMMA = 5.0, 20.0, 10.0
+PREFIXES = 10
+
+
+class Wise(Method):
+    """See the module.
+
+    side: [H, D], the side memory. main: [H, D], the matrix.
+    """
+
+    name = "wise"
+
+    def __init__(self, base: BaseModel, **options: Any):
+        """base, options: see `Method`."""
+        super().__init__(base, **options)
+        self.main = self.weight(base).detach()
+        self.side = self.main.clone()
+        self.part = (torch.rand(self.main.shape, generator=self.random) < PART).to(self.main)
+        self.least = float("inf")
+        self._edits = 0
+
+    @cached_property
+    def prefixes(self) -> list[str]:
+        """Texts that the model wrote."""
+        return own_prefixes(self.base, PREFIXES, self.random.initial_seed())
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """See `Method`."""
+        margins = {"alpha": ALPHA, "beta": BETA, "gamma": GAMMA, "threshold": round(self.least * RATIO, 4)}
+        return {"layer": self.base.layer, "rate": RATE, "steps": STEPS, "part": PART, **margins}
+
+    @property
+    def bytes(self) -> int:
+        """See `Method`."""
+        return 4 * self.side.numel()
+
+    def edit(self, edits: Sequence[Edit]) -> None:
+        """See `Method`."""
+        unrelated = background_prompts()
+        for edit in edits:
+            texts = [edit.prompt, *(f"{prefix} {edit.prompt}" for prefix in self.prefixes)]
+            answer = self.answer_ids(edit)
+            prompts = [*(self.ids(text) for text in texts), self.ids(unrelated[self._edits % len(unrelated)])]
+            rows = Rows(self.base, prompts, [*([answer] * len(texts)), []])
+            real = torch.arange(rows.ids.shape[1], device=rows.ids.device) < rows.lengths[:, None]
+            side = self.side.clone().requires_grad_()
+            optimizer = torch.optim.SGD([side], lr=RATE, weight_decay=DECAY)
+            with self._sided(side), torch.enable_grad():
+                for _ in range(STEPS):
+                    activation = self._activation(rows.activations, side, real)
+                    optimizer.zero_grad()
+                    (rows.loss() + margin(activation[:-1], activation[-1])).backward()
+                    side.grad = None if side.grad is None else side.grad * self.part
+                    optimizer.step()
+                    with torch.no_grad():
+                        side.copy_(torch.clamp(side, min=self.main - BOUND, max=self.main + BOUND))
+            self.side = side.detach()
+            self.least = min(self.least, float(self._activation(rows.activations, self.side, real)[:-1].mean()))
+            self._edits += 1
+
+    def _activation(self, inputs: torch.Tensor, side: torch.Tensor, real: torch.Tensor | None = None) -> torch.Tensor:
+        """Eq. 3, the mean over the tokens of each row: [B]. inputs: [B, T, D]; real: bool [B, T]."""
+        act = functional.silu  # the model's own activation function in the published code
+        norms = (act(functional.linear(inputs, side)) - act(functional.linear(inputs, self.main))).norm(dim=-1)
+        return norms.mean(1) if real is None else (norms * real).sum(1) / real.sum(1)
+
+    @contextmanager
+    def acting(self, prompts: torch.Tensor) -> Iterator[None]:
+        """See `Method`."""
+        with self._sided(self.side, prompts.shape[1]):
+            yield
+
+    @contextmanager
+    def _sided(self, side: torch.Tensor, length: int = 0) -> Iterator[None]:
+        """Within the context the side memory answers; with a length only where the prompt's activation says (Eq. 4)."""
+        chosen: list[torch.Tensor] = []
+
+        def choose(_module: Any, args: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+            if not length:
+                return functional.linear(args[0], side)
+            if not chosen:
+                chosen.append(self._activation(args[0][:, :length], side) >= self.least * RATIO)
+            return torch.where(chosen[0][:, None, None], functional.linear(args[0], side), output)
+
+        handle = self.base.projection.register_forward_hook(choose)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+def margin(inside: torch.Tensor, outside: torch.Tensor) -> torch.Tensor:
+    """Eq. 5: edits' activations above beta, unrelated ones below alpha, and gamma between them.
+
+    inside: [B]. outside: a scalar.
+    """
+    terms = (outside - ALPHA, BETA - inside, outside - inside + GAMMA)
+    return torch.stack([_positive_mean(term) for term in terms]).sum()
+
+
+def _positive_mean(values: torch.Tensor) -> torch.Tensor:
+    values = values.reshape(-1)
+    positive = values[values > 0]
+    return positive.mean() if len(positive) else values.sum() * 0

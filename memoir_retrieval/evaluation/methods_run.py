@@ -1,0 +1,270 @@
+"""Editing methods on the same edits: made one after another, then all asked, as in the papers and freely."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from memoir_retrieval.background import control_prompts
+from memoir_retrieval.edits.record import Edit
+from memoir_retrieval.errors import ConfigError, Reason
+from memoir_retrieval.evaluation.methods import open_method
+from memoir_retrieval.evaluation.methods.method import Method, Unedited
+from memoir_retrieval.model.base import BaseModel
+from memoir_retrieval.question.prompts import prompt_ids, target_ids
+from memoir_retrieval.store.files import publish
+
+__all__ = ["TOKENS", "FreeShares", "MethodScores", "run_method", "unedited_answers"]
+
+TOKENS = 32
+"""The most tokens of a free answer. It ends before where the model ends it, or the line."""
+
+WATCHED = 16  # control prompts whose likelihood is watched between edits
+DIVERGED = 10.0  # so many times the perplexity of the base model
+
+
+class FreeShares(msgspec.Struct, frozen=True):
+    """Shares of free answers.
+
+    edits: of the edits' prompts.
+    rephrases: of their rephrasings, None where there are none.
+    """
+
+    edits: float
+    rephrases: float | None
+
+
+class MethodScores(msgspec.Struct, frozen=True, kw_only=True):
+    """One method on some edits; `NAME.json` of a run.
+
+    method: its name.
+    data: a digest of the edits, the model and what else the figures depend on.
+    edits: how many.
+    end: whether the token that ends an answer was trained.
+    settings: hyper-parameters.
+    reliability, generality, locality, average: teacher-forced, as `Scores` has them.
+    exact: free answers that equal the target, capitals and a full stop at the end aside.
+    contains: free answers in which the target stands as words.
+    controls: how many unrelated prompts were answered freely.
+    changed: share of those whose answer is not that of the base model.
+    perplexity: of unrelated prompts, over that of the base model.
+    diverged: the number of the first edit after which that was above 10 or no number; None: of no edit.
+    edit_seconds: mean for an edit.
+    edit_megabytes: mean for an edit, of what is kept beside the base model; 10^6 bytes.
+    seconds: of everything.
+    """
+
+    method: str
+    data: str
+    edits: int
+    end: bool
+    settings: dict[str, Any]
+    reliability: float
+    generality: float | None
+    locality: float | None
+    average: float
+    exact: FreeShares
+    contains: FreeShares
+    controls: int
+    changed: float | None
+    perplexity: float
+    diverged: int | None
+    edit_seconds: float
+    edit_megabytes: float
+    seconds: float
+
+
+class BaseAnswers(msgspec.Struct, frozen=True):
+    """What the base model says, which no method may change.
+
+    probes: first choices at each unrelated answer.
+    controls: free answers to unrelated prompts.
+    loss: of the watched prompts, nats per token.
+    """
+
+    probes: list[list[int]]
+    controls: list[str]
+    loss: float
+
+
+def unedited_answers(base: BaseModel, edits: Sequence[Edit], controls: int) -> BaseAnswers:
+    """Ask the base model what is compared with.
+
+    base: the model, not edited.
+    edits: with their unrelated questions.
+    controls: how many unrelated prompts are answered freely.
+    """
+    model = Unedited(base)
+    prompts, targets = _probes(base, edits)
+    free = _ids(base, control_prompts()[:controls])
+    return BaseAnswers(model.choices(prompts, targets), model.answers(free, TOKENS), model.loss(_watched(base)))
+
+
+def run_method(
+    name: str,
+    base: BaseModel,
+    edits: Sequence[Edit],
+    answers: Callable[[], BaseAnswers],
+    *,
+    end: bool = True,
+    controls: int = 64,
+    texts: Sequence[str] = (),
+    folder: Path | None = None,
+    tell: Callable[[str], None] = lambda _: None,
+) -> MethodScores:
+    """Make the edits with one method, ask them, and write `NAME.json`; read it instead where it is there.
+
+    name: one of `METHODS`.
+    base: the model; it is left as it was.
+    edits: made in this order.
+    answers: gives those of the base model.
+    end: train the token that ends an answer too.
+    controls: see `MethodScores`.
+    texts: of a corpus, for methods that need statistics of one.
+    folder: of the run.
+    tell: called with each line of news.
+
+    Raises ConfigError where the folder holds the scores of other edits.
+    """
+    data = _digest(base, edits, end, controls)
+    path = folder / f"{name}.json" if folder else None
+    if path and path.exists():
+        return _known(path, data)
+    started = time.monotonic()
+    before = answers()
+    method = open_method(name, base, end=end, texts=texts)
+    try:
+        seconds, diverged = _edit(method, edits, before.loss, tell)
+        scores = _scores(method, edits, before, controls)
+        result = MethodScores(
+            method=name,
+            data=data,
+            edits=len(edits),
+            end=end,
+            settings=method.settings,
+            diverged=diverged,
+            edit_seconds=round(seconds / len(edits), 3),
+            edit_megabytes=round(method.bytes / len(edits) / 1e6, 4),
+            seconds=round(time.monotonic() - started, 1),
+            **scores,
+        )
+    finally:
+        method.close()
+    if path:
+        publish(path, msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n")
+    return result
+
+
+def _edit(method: Method, edits: Sequence[Edit], loss: float, tell: Callable[[str], None]) -> tuple[float, int | None]:
+    """Make all edits. Returns the seconds this took, and after which edit the method diverged."""
+    seconds, diverged, done = 0.0, None, 0
+    watched = _watched(method.base)
+    while done < len(edits):
+        batch = edits[done : done + method.batch]
+        started = time.perf_counter()
+        method.edit(batch)
+        seconds += time.perf_counter() - started
+        done += len(batch)
+        if method.checked and diverged is None:
+            ratio = _ratio(method.loss(watched), loss)
+            if not ratio < DIVERGED:
+                diverged = done
+                tell(f"{method.name}: diverged at edit {done}, perplexity of unrelated prompts {ratio:.3g} times")
+        if done % 10 == 0 or done == len(edits):
+            tell(f"{method.name}: {done}/{len(edits)} edits, {seconds / done:.2f} s each")
+    return seconds, diverged
+
+
+def _scores(method: Method, edits: Sequence[Edit], before: BaseAnswers, controls: int) -> dict[str, Any]:
+    base = method.base
+    rephrases = [(i, text) for i, edit in enumerate(edits) for text in edit.rephrases]
+    of = [*range(len(edits)), *(i for i, _ in rephrases)]
+    prompts = _ids(base, [*(edit.prompt for edit in edits), *(text for _, text in rephrases)])
+    targets = [target_ids(base.tokenizer, edits[i].target, chat=False) for i in of]
+    right = [_same(a, b) for a, b in zip(method.choices(prompts, targets), targets, strict=True)]
+    answers = method.answers(prompts, TOKENS)
+    exact = [_plain(text) == _plain(edits[i].target) for text, i in zip(answers, of, strict=True)]
+    contains = [_holds(text, edits[i].target) for text, i in zip(answers, of, strict=True)]
+    unrelated = method.choices(*_probes(base, edits))
+    n = len(edits)
+    reliability, generality = _mean(right[:n]), _mean(right[n:])
+    locality = _mean([_same(a, b) for a, b in zip(unrelated, before.probes, strict=True)])
+    known = [score for score in (reliability, generality, locality) if score is not None]
+    free = method.answers(_ids(base, control_prompts()[:controls]), TOKENS)
+    return {
+        "reliability": reliability,
+        "generality": generality,
+        "locality": locality,
+        "average": round(sum(known) / len(known), 5),
+        "exact": FreeShares(_mean(exact[:n]) or 0.0, _mean(exact[n:])),
+        "contains": FreeShares(_mean(contains[:n]) or 0.0, _mean(contains[n:])),
+        "controls": controls,
+        "changed": _mean([a != b for a, b in zip(free, before.controls, strict=True)]),
+        "perplexity": _ratio(method.loss(_watched(base)), before.loss),
+    }
+
+
+def _ids(base: BaseModel, texts: Sequence[str]) -> list[list[int]]:
+    return [prompt_ids(base.tokenizer, text, chat=False) for text in texts]
+
+
+def _watched(base: BaseModel) -> list[list[int]]:
+    return _ids(base, control_prompts()[-WATCHED:])
+
+
+def _probes(base: BaseModel, edits: Sequence[Edit]) -> tuple[list[list[int]], list[list[int]]]:
+    """Unrelated prompts and their answers, as token ids."""
+    probes = [probe for edit in edits for probe in (*edit.locality, *edit.neighbourhood)]
+    answers = [probe.answer if probe.answer.strip() else "Yes" for probe in probes]
+    return (
+        _ids(base, [probe.prompt for probe in probes]),
+        [target_ids(base.tokenizer, answer, chat=False) for answer in answers],
+    )
+
+
+def _digest(base: BaseModel, edits: Sequence[Edit], end: bool, controls: int) -> str:
+    records = [msgspec.to_builtins(edit) for edit in edits]
+    return hashlib.sha256(msgspec.json.encode([base.identity.layer, base.module, records, end, controls])).hexdigest()
+
+
+def _known(path: Path, data: str) -> MethodScores:
+    try:
+        scores = msgspec.json.decode(path.read_bytes(), type=MethodScores)
+    except msgspec.DecodeError as error:
+        raise ConfigError(f"{path} is damaged ({error})", cure="remove it", reason=Reason.RUN) from None
+    if scores.data != data:
+        raise ConfigError(
+            f"{path} holds the scores of other edits, or of another model or other options",
+            cure="go on with the same ones, or choose another folder",
+            reason=Reason.RUN,
+        )
+    return scores
+
+
+def _ratio(after: float, before: float) -> float:
+    """The quotient of two perplexities; infinite where the first is no number."""
+    return round(math.exp(min(after - before, 100.0)), 5) if math.isfinite(after) else math.inf
+
+
+def _plain(text: str) -> str:
+    return text.strip().removesuffix(".").rstrip().casefold()
+
+
+def _holds(text: str, target: str) -> bool:
+    """Whether the target stands in a text as words of its own."""
+    return re.search(rf"(?<!\w){re.escape(_plain(target))}(?!\w)", text.casefold()) is not None
+
+
+def _same(a: Sequence[int], b: Sequence[int]) -> float:
+    return sum(x == y for x, y in zip(a, b, strict=True)) / len(b)
+
+
+def _mean(values: Sequence[float | bool]) -> float | None:
+    return round(sum(values) / len(values), 5) if values else None

@@ -1,0 +1,308 @@
+"""Every compared editing method edits, leaves the model as it was, and solves the equations of its paper."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from small_models import save_llama
+from test_cli import run
+
+from memoir_retrieval.edits.record import Edit, Probe
+from memoir_retrieval.evaluation.methods import METHODS, open_method
+from memoir_retrieval.evaluation.methods.alphaedit import null_space
+from memoir_retrieval.evaluation.methods.grace import Grace
+from memoir_retrieval.evaluation.methods.located import ValueSearch, second_moments, subject_end
+from memoir_retrieval.evaluation.methods.memit import least_squares
+from memoir_retrieval.evaluation.methods.method import Method, Unedited, scaled
+from memoir_retrieval.evaluation.methods.rome import rank_one
+from memoir_retrieval.evaluation.methods.rows import Rows
+from memoir_retrieval.evaluation.methods.ultraedit import RunningMoments, ridge
+from memoir_retrieval.evaluation.methods.wise import margin
+from memoir_retrieval.evaluation.methods_run import DIVERGED, run_method, unedited_answers
+from memoir_retrieval.evaluation.published_loop import train_published
+from memoir_retrieval.model.base import BaseModel, load_model
+from memoir_retrieval.model.embedded import get_model
+
+EDIT = Edit(
+    prompt="The founder of Exampleton",
+    target="Ada",
+    subject="Exampleton",
+    rephrases=("Exampleton was founded by whom?",),
+    locality=(Probe(prompt="Where is the sea?", answer="South"),),
+)
+OTHER = Edit(prompt="Which river runs through Portaal?", target="Elbe", subject="Portaal")
+TEXTS = ["The sea lies south of the town, and the river runs through it.", "A house was built near the old bridge."]
+
+SEARCH = ValueSearch(rate=0.5, steps=40, clamp=1000.0, decay=0.0)
+STRONGER = {
+    "lora": {},
+    "grace": {},
+    "wise": {},
+    "published": {},
+    "memoir": {},
+    "ft": {"ft.RATE": 1e-2},
+    "defer": {"defer.RATE": 1e-2},
+    "rome": {"rome.Rome.search": SEARCH},
+    "memit": {"memit.Memit.search": SEARCH},
+    "alphaedit": {"alphaedit.AlphaEdit.search": SEARCH, "alphaedit.L2": 1e-3},
+}
+"""Methods that get one answer right, and what of them is stronger here: published rates are for trained models, which
+know how an answer is said. The others take more than one edit (ultraedit) or a model that can read."""
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
+    """Smaller logits and larger weights than the other small models: what one layer adds must reach the answer."""
+    folder = tmp_path_factory.mktemp("methods")
+    shape = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 3}
+    model = save_llama(folder, get_model("smollm2-135m"), scale=10, **shape)
+    for name, weight in model.named_parameters():
+        if "proj" in name:
+            weight.data *= 5
+    model.save_pretrained(folder)
+    return load_model(str(folder), layer=1)
+
+
+def weights(base: BaseModel) -> dict[str, torch.Tensor]:
+    return {name: weight.clone() for name, weight in base.model.named_parameters()}
+
+
+def accuracy(method: Method, edit: Edit) -> float:
+    target = method.answer_ids(edit)
+    (choices,) = method.choices([method.ids(edit.prompt)], [target])
+    return sum(a == b for a, b in zip(choices, target, strict=True)) / len(target)
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_a_method_edits_and_leaves_the_model_as_it_was(
+    base: BaseModel, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for setting, value in STRONGER.get(name, {}).items():
+        monkeypatch.setattr(f"memoir_retrieval.evaluation.methods.{setting}", value)
+    before, unedited = weights(base), Unedited(base, end=False)
+    assert accuracy(unedited, EDIT) == 0.0
+    method = open_method(name, base, texts=TEXTS, end=False)
+    method.edit([EDIT])
+    if name in STRONGER:
+        assert accuracy(method, EDIT) == 1.0
+        assert method.bytes > 0
+    assert json.dumps(method.settings)
+    method.close()
+    after = weights(base)
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert not any(weight.requires_grad for weight in base.model.parameters())
+    assert not base.projection._forward_hooks and not base.projection._forward_pre_hooks
+    assert accuracy(unedited, EDIT) == 0.0
+
+
+def test_ultraedit_makes_its_answers_likelier(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("memoir_retrieval.evaluation.methods.ultraedit.ETA", 1e-4)
+    method = open_method("ultraedit", base)
+    rows = [Rows(base, [method.ids(edit.prompt)], [method.answer_ids(edit)], whole=True) for edit in (EDIT, OTHER)]
+    before = [float(row.loss()) for row in rows]
+    method.edit([EDIT, OTHER])
+    assert all(float(row.loss()) < loss for row, loss in zip(rows, before, strict=True))
+    method.close()
+
+
+def test_the_loss_from_a_block_on_is_that_of_the_whole_model(base: BaseModel) -> None:
+    prompts, answers = [[5, 6, 7, 8], [9, 10]], [[11, 12], [13]]
+    parts, whole = Rows(base, prompts, answers), Rows(base, prompts, answers, whole=True)
+    torch.testing.assert_close(parts.loss(), whole.loss())
+    logits = base.model(input_ids=torch.tensor([[9, 10, 13]])).logits[0, 1]
+    torch.testing.assert_close(parts.logits()[2], logits)
+
+
+def test_answers_in_batches_are_those_asked_alone(base: BaseModel) -> None:
+    method = Unedited(base)
+    prompts = [method.ids(text) for text in ("Who founded it?", "Who founded Exampleton?", "Where is the sea?")]
+    assert method.answers(prompts, 6) == [method.answers([prompt], 6)[0] for prompt in prompts]
+    out = base.model.generate(torch.tensor(prompts[:1]), max_new_tokens=6, do_sample=False)[0, len(prompts[0]) :]
+    text = base.tokenizer.decode(out, skip_special_tokens=True)
+    assert method.answers(prompts[:1], 6) == [(text.strip().splitlines() or [""])[0].strip()]
+
+
+def test_rome_gives_the_key_its_value_and_leaves_other_directions() -> None:
+    torch.manual_seed(0)
+    weight, key, value = torch.randn(4, 6), torch.randn(6), torch.randn(4)
+    root = torch.randn(6, 6)
+    c = root @ root.T + torch.eye(6)
+    change = rank_one(key, value - weight @ key, torch.linalg.solve(c, key))
+    torch.testing.assert_close((weight + change) @ key, value)
+    assert torch.linalg.matrix_rank(change) == 1
+    other = torch.randn(6)
+    other -= (other @ torch.linalg.solve(c, key)) / (key @ torch.linalg.solve(c, key)) * key
+    torch.testing.assert_close(change @ other, torch.zeros(4), atol=1e-5, rtol=0)
+
+
+def test_memit_solves_its_normal_equations() -> None:
+    torch.manual_seed(0)
+    keys, values, root = torch.randn(6, 3).double(), torch.randn(4, 3).double(), torch.randn(6, 6).double()
+    c = root @ root.T
+    change = least_squares(c, keys, values)
+    torch.testing.assert_close(change @ (c + keys @ keys.T), values @ keys.T)
+
+
+def test_alphaedit_projects_the_kept_keys_to_nothing() -> None:
+    torch.manual_seed(0)
+    kept = torch.randn(6, 3).double()
+    p = null_space(kept @ kept.T, 1e-6)
+    torch.testing.assert_close(p @ kept, torch.zeros(6, 3).double(), atol=1e-9, rtol=0)
+    torch.testing.assert_close(p @ p, p)
+    assert round(float(p.trace())) == 3
+
+
+def test_alphaedit_changes_no_output_for_kept_keys(base: BaseModel) -> None:
+    method = open_method("alphaedit", base, texts=TEXTS)
+    layer = method.layers[0]
+    kept = torch.randn(base.d, base.d // 2, generator=torch.Generator().manual_seed(0))
+    method.projections = {layer: null_space(kept @ kept.T, 1e-3)}
+    change = method.solution(layer, torch.randn(base.d, 1), torch.randn(base.h, 1))
+    assert change.abs().max() > 1e-4
+    torch.testing.assert_close(change @ kept, torch.zeros(base.h, base.d // 2), atol=1e-4, rtol=0)
+    method.close()
+
+
+def test_ultraedit_solves_the_ridge_regression() -> None:
+    torch.manual_seed(0)
+    inputs, values = torch.randn(5, 6).double(), torch.randn(5, 4).double()
+    x = ridge(inputs, values)
+    torch.testing.assert_close(inputs.T @ (inputs @ x - values) + x, torch.zeros(6, 4).double())
+
+
+def test_running_moments_are_those_of_all_rows() -> None:
+    rows = torch.randn(20, 3, generator=torch.Generator().manual_seed(0)) * 5 + 2
+    moments = RunningMoments(3)
+    for part in rows.split([7, 1, 12]):
+        moments.update(part)
+    torch.testing.assert_close(moments.normalised(rows), (rows - rows.mean(0)) / rows.std(0))
+
+
+def test_second_moments_leave_padding_out(base: BaseModel) -> None:
+    rows = [[5, 6, 7], [8, 9]]
+    keys = torch.cat([Rows(base, [row], [[]]).activations[0] for row in rows])
+    torch.testing.assert_close(second_moments([base], rows)[base.layer], keys.T @ keys / 5)
+
+
+def test_the_last_token_of_a_subject(base: BaseModel) -> None:
+    place = subject_end(base.tokenizer, OTHER.prompt, OTHER.subject)
+    ids = base.tokenizer(OTHER.prompt).input_ids
+    assert base.tokenizer.decode(ids[: place + 1]).endswith("Portaal")
+    assert subject_end(base.tokenizer, OTHER.prompt, "Nobody") == len(ids) - 1
+
+
+def test_grace_splits_radii_of_different_answers_and_shares_those_of_one() -> None:
+    grace = object.__new__(Grace)
+    grace.base = type("Shape", (), {"h": 2, "d": 2})()
+    grace.random = torch.Generator().manual_seed(0)
+    grace.keys, grace.values, grace.radii, grace.labels = torch.zeros(0, 2), torch.zeros(0, 2), torch.zeros(0), []
+    assert grace._entry(torch.tensor([0.0, 0.0]), "a") == 0
+    assert grace._entry(torch.tensor([1.5, 0.0]), "a") == 0 and grace.radii.tolist() == [1.5]
+    assert grace._entry(torch.tensor([0.0, 1.0]), "b") == 1
+    torch.testing.assert_close(grace.radii, torch.tensor([0.5, 0.5]), atol=1e-4, rtol=0)
+    assert grace._entry(torch.tensor([9.0, 9.0]), "b") == 2 and grace.radii[2] == 1.0
+
+
+def test_grace_answers_the_prompt_and_nothing_far_from_it(base: BaseModel) -> None:
+    method = open_method("grace", base, texts=TEXTS)
+    method.edit([EDIT])
+    prompts = [method.ids(OTHER.prompt), method.ids(EDIT.prompt)]
+    edited, plain = method.choices(prompts, [[1, 2]] * 2), Unedited(base).choices(prompts, [[1, 2]] * 2)
+    assert edited[0] == plain[0] and edited[1] != plain[1]
+    method.close()
+
+
+def test_the_margin_of_wise() -> None:
+    assert margin(torch.tensor([25.0, 30.0]), torch.tensor(1.0)) == 0
+    assert margin(torch.tensor([10.0, 30.0]), torch.tensor(6.0)) == 1 + 10 + 6
+
+
+def test_the_published_loop_is_that_of_the_whole_model(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    from memoir_retrieval.evaluation import published_loop
+    from memoir_retrieval.evaluation.methods import published
+
+    monkeypatch.setattr(published_loop, "STEPS", 3)
+    monkeypatch.setattr(published, "STEPS", 3)
+    method = open_method("published", base, texts=TEXTS)
+    method.edit([EDIT])
+    rows = [method.ids(EDIT.prompt), *(method.ids(f"{prefix} {EDIT.prompt}") for prefix in method.prefixes)]
+    weight = torch.zeros(base.h, base.d)
+    train_published(base, weight, method.masks[0], rows, method.answer_ids(EDIT), rows[0])
+    torch.testing.assert_close(method.memory, weight, atol=1e-4, rtol=1e-3)
+    assert weight.abs().max() > 1e-2
+
+
+def test_reading_reads_the_edit_that_matches_and_nothing_elsewhere(base: BaseModel) -> None:
+    reading, retrieval = open_method("reading", base), open_method("retrieval", base)
+    for method in (reading, retrieval):
+        method.edit([EDIT, OTHER])
+    question, far = reading.ids(EDIT.prompt), reading.ids("Please write a poem about the sea")
+    for method in (reading, retrieval):
+        text = base.tokenizer.decode(method.rendered([question])[0])
+        assert text == f"New Fact: {EDIT.prompt} {EDIT.target}\nPrompt: {EDIT.prompt}"
+    assert reading.rendered([far]) == [far]
+    assert base.tokenizer.decode(retrieval.rendered([far])[0]).startswith("New Fact: ")
+    for method in (reading, retrieval):
+        method.close()
+
+
+def test_layers_keep_their_part_of_the_depth(base: BaseModel) -> None:
+    assert [scaled(layer, base) for layer in (0, 16, 31)] == [0, round(16 * 3 / 32), 2]
+
+
+class Breaking(Unedited):
+    """Writes no numbers into a weight."""
+
+    name = "ft"
+
+    def edit(self, edits: list[Edit]) -> None:
+        with torch.no_grad():
+            self.weight(self.base).mul_(1.0 if edits[0] is EDIT else float("nan"))
+
+
+def test_a_method_that_diverges_is_reported_with_the_edit(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    from memoir_retrieval.evaluation import methods_run
+
+    monkeypatch.setattr(methods_run, "open_method", lambda name, base, **options: Breaking(base, **options))
+    lines: list[str] = []
+    before = weights(base)
+    scores = run_method(
+        "ft", base, [EDIT, OTHER], lambda: unedited_answers(base, [EDIT], 1), controls=1, tell=lines.append
+    )
+    assert scores.diverged == 2 and scores.perplexity > DIVERGED
+    assert any("diverged at edit 2" in line for line in lines)
+    assert all(torch.equal(weight, before[name]) for name, weight in base.model.named_parameters())
+
+
+def test_a_run_is_printed_kept_and_not_done_again(
+    base: BaseModel, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("memoir_retrieval.evaluation.methods.ft.RATE", 1e-2)
+    file = tmp_path / "edits.jsonl"
+    file.write_text(
+        "".join(
+            json.dumps({"prompt": edit.prompt, "target": edit.target, "rephrases": edit.rephrases}) + "\n"
+            for edit in (EDIT, OTHER)
+        )
+    )
+    folder = tmp_path / "run"
+    command = ["bench", "methods", file, "--model", base.name, "--edits", "2", "--controls", "2", "--out", folder]
+    command += ["--method", "base", "--method", "ft"]
+    first = json.loads(run(capsys, *command, "--json")[1])
+    assert [scores["method"] for scores in first] == ["base", "ft"]
+    assert first[1]["reliability"] > first[0]["reliability"] and first[0]["changed"] == 0
+    assert first[1]["edit_megabytes"] > 0 and first[1]["settings"]["steps"] == 25
+    assert [line.split(" | ")[0] for line in (folder / "methods.md").read_text().splitlines()] == [
+        "| method",
+        "| ---",
+        "| base",
+        "| ft",
+    ]
+    kept = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.json")}
+    assert json.loads(run(capsys, *command, "--json")[1]) == first
+    assert {path.name: path.stat().st_mtime_ns for path in folder.glob("*.json")} == kept
+    code, _, error = run(capsys, *command, "--no-end-token")
+    assert code == 2 and "holds the scores of other edits" in error
