@@ -67,7 +67,11 @@ for command in (
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point. Exit code 0: done; 1: the answer is no; 2: bad input or environment; 130: interrupted."""
+    """Entry point.
+
+    arguments: what is typed behind `memoir`; None takes those of the process.
+    Exit code 0: done; 1: the answer is no; 2: bad input or environment; 130: interrupted.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         # Outside standalone mode click returns the exit code of `Exit` instead of raising it.

@@ -25,6 +25,9 @@ _ADDITIONAL = "--additional-config"
 def server_command(model: str, store: Path, flags: Sequence[str] = ()) -> tuple[list[str], dict[str, str]]:
     """Command line and environment of the server.
 
+    model: name or folder of the model to serve.
+    store: folder of the edits.
+    flags: vLLM's own, put behind ours; one `--additional-config` among them is merged with the store's.
     Raises StoreError for a store that cannot be opened, ModelError for a model that is not there, ConfigError where
     vLLM is not installed or `flags` configure another store.
     """

@@ -91,6 +91,7 @@ class SoakReport(msgspec.Struct, frozen=True):
 def soak_prompts(store: EditStore, prompts: int, *, chat: bool, length: int, more: Sequence[str] = ()) -> list[Prompt]:
     """What to ask a server about its store: newest edits and unrelated prompts, and both at the end of a long text.
 
+    store: that the server serves.
     prompts: of each kind.
     chat: as user messages, else as raw text.
     length: tokens that the server takes.

@@ -27,14 +27,22 @@ SALTED, SALTS = 0.3, ("first", "second", "")  # "" is a salt of the request's ow
 
 
 class SoakQuestion(NamedTuple):
-    """What is asked. prompt: text, or messages. span: the tokens that `memoir_span` names, or ""."""
+    """What is asked.
+
+    prompt: text, or messages.
+    span: the tokens that `memoir_span` names, such as "12:30"; "" leaves the question to the server.
+    """
 
     prompt: Prompt
     span: str = ""
 
 
 class ServedAnswer(NamedTuple):
-    """One choice of a response."""
+    """One choice of a response.
+
+    tokens: ids of all that was generated.
+    decision: what became of the request: matched, unmatched and so on, and by which edit.
+    """
 
     tokens: tuple[int, ...]
     decision: Decision
@@ -61,7 +69,11 @@ class NoAnswer(Exception):
 
 
 def difference(answer: ServedAnswer, reference: Reference) -> str | None:
-    """What an answer has that its reference has not, or None. What follows a near tie is not compared."""
+    """What an answer has that its reference has not, in one line, or None where they agree.
+
+    answer: from the server under load.
+    reference: from the quiet server. What follows its first near tie is not compared.
+    """
     decision, wanted = answer.decision, reference.decision
     if (decision.result, decision.edit) != (wanted.result, wanted.edit):
         return f"{decision.result} by edit {decision.edit}, not {wanted.result} by {wanted.edit}"
@@ -80,7 +92,14 @@ class SoakClient:
     """
 
     def __init__(self, url: str, *, api_key: str, tokens: int, clients: int, near: float):
-        """tokens: of an answer. clients: requests at a time. near: nats between tokens of which rounding decides."""
+        """Nothing is sent yet.
+
+        url: with or without /v1.
+        api_key: what the server was started with.
+        tokens: of an answer, at most.
+        clients: requests at a time.
+        near: nats between the two best tokens, below which rounding decides between them.
+        """
         self.url, self._tokens, self._near = base_url(url), tokens, near
         self.priorities = False
         self.length = 0
@@ -105,10 +124,16 @@ class SoakClient:
         self.priorities = (await self._http.post("/v1/completions", json=fields)).status_code == httpx.codes.OK
 
     async def close(self) -> None:
+        """Close the connections; nothing can be asked afterwards."""
         await self._http.aclose()
 
     async def refer(self, question: SoakQuestion, *, off: bool) -> Reference:
-        """The answer to a question that shares nothing with any other. off: of the base model. Raises NoAnswer."""
+        """The answer to a question that shares nothing with any other request.
+
+        question: what is asked, greedily.
+        off: opt out of edits, which asks the base model.
+        Raises NoAnswer where the server refuses or cannot be reached.
+        """
         chat = not isinstance(question.prompt, str)
         alternatives = {"logprobs": True, "top_logprobs": 2} if chat else {"logprobs": 2}
         fields = {**alternatives, "return_tokens_as_token_ids": True, "cache_salt": secrets.token_hex(8)}
@@ -119,7 +144,14 @@ class SoakClient:
         return Reference(answer.tokens, clear, answer.decision, int(reply["usage"]["prompt_tokens"]))
 
     async def ask(self, question: SoakQuestion, kind: Kind, off: bool, dice: Random) -> list[ServedAnswer]:
-        """All answers to one request of a kind; none where the client leaves. Raises NoAnswer."""
+        """All answers to one request; none where the client leaves before they come.
+
+        question: what is asked.
+        kind: plain, streamed, left after the first chunk, or with several choices.
+        off: opt out of edits, which asks the base model.
+        dice: what decides on cache salt, priority, seed and the number of choices.
+        Raises NoAnswer where the server refuses, breaks off or cannot be reached.
+        """
         fields: dict[str, Any] = {}
         if dice.random() < SALTED:
             fields["cache_salt"] = dice.choice(SALTS) or secrets.token_hex(8)

@@ -39,8 +39,7 @@ class Conflicting:
 
     prompt, target: of the edit that came later.
     stored: the edit of the store.
-    overlap: of their masks; 1.0 where the prompts are the same text.
-    fact: all of it in one line, without what to do about it.
+    overlap: of their masks, in [0, 1]; 1.0 where the prompts are the same text.
     """
 
     prompt: str
@@ -50,6 +49,7 @@ class Conflicting:
 
     @property
     def fact(self) -> str:
+        """All of it in one line, without what to do about it."""
         there = self.stored
         return (
             f"{self.prompt!r} -> {self.target!r} with edit {there.id}, {there.prompt!r} -> {there.target!r} "
@@ -95,13 +95,21 @@ def plan(
 
 
 def same_edit(stored: StoredEdit, edit: Edit) -> bool:
-    """Whether a stored edit is the given one: it has the same prompt, target and requirements."""
+    """Whether a stored edit is the given one: it has the same prompt, target and requirements.
+
+    stored: an edit of the store.
+    edit: one that is to be added.
+    """
     same = prompt_key(stored.prompt) == prompt_key(edit.prompt)
     return same and stored.target == edit.target and stored.requires == edit.requires
 
 
 def contradiction(stored: StoredEdit, edit: Edit) -> str:
-    """In which way an edit of the same prompt differs from the stored one, in one line without what to do about it."""
+    """In which way an edit of the same prompt differs from the stored one, in one line without what to do about it.
+
+    stored: the edit of the store.
+    edit: one of the same prompt with another target, or else other requirements.
+    """
     name = "target" if stored.target != edit.target else "requires"
 
     def shown(value: object) -> str:
@@ -157,7 +165,12 @@ def _similar(code: np.ndarray, index: HammingIndex) -> list[tuple[int, float]]:
 
 
 def distinct(codes: np.ndarray, d: int, k: int) -> int:
-    """How many of the masks, uint8 [N, D/8], come before the first that asks the same question as one before it."""
+    """How many masks come before the first that asks the same question as one before it; all where none does.
+
+    codes: uint8 [N, D/8], the masks, packed.
+    d: bits of a mask, D.
+    k: bits that are set in each.
+    """
     bits = unpack(codes, d).astype(np.float32)
     alike = bits @ bits.T >= SAME_QUESTION * k
     repeated = np.flatnonzero(np.tril(alike, -1).any(axis=1))

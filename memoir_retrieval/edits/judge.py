@@ -94,8 +94,9 @@ _PLAIN = str.maketrans({"ł": "l", "ø": "o", "đ": "d", "ı": "i", "ß": "ss", 
 class Reading(NamedTuple):
     """A text as it is judged.
 
-    words: in their order, case and accents taken off. clauses: the same words, by the clauses of the text. names: those
-    that have a capital letter inside a clause, in a text that has words without.
+    words: in their order, case and accents taken off.
+    clauses: the same words, by the clauses of the text.
+    names: words that have a capital letter inside a clause; empty where no word is without one.
     """
 
     words: tuple[str, ...]
@@ -110,9 +111,12 @@ Terms: TypeAlias = tuple[tuple[str, float], ...]
 class Verdict(NamedTuple):
     """What is said of a question and an edit.
 
-    same: whether the question is the edit's. score: what speaks for it, in nats; from 0 on it is the same.
-    relation: how alike what both ask is, in [-1, 1]. lacking: words that only the edit has. added: words that only the
-    question has. task: what in the rest of the message asks for something to be done with the question, or "".
+    same: whether the question is the edit's.
+    score: what speaks for it, in nats; from 0 on it is the same.
+    relation: how alike what both ask is, in [-1, 1].
+    lacking: words that only the edit has.
+    added: words that only the question has.
+    task: what in the rest of the message asks for something to be done with the question, or "".
     part: what decided: "same words", "task", "words", "relation", or "mask" without a judge.
     """
 
@@ -126,12 +130,18 @@ class Verdict(NamedTuple):
 
 
 class Weights(msgspec.Struct, frozen=True, kw_only=True):
-    """The numbers of a judge that no word has. bias: what speaks for a question with the edit's words alone. relation:
-    weight of the cosine. steep, least: a word stands for another from about the cosine `least` on, and how sharply.
-    unknown: what a word counts that the table lacks. digits: what a number or a negation counts. task: threshold for a
-    clause of the message to be a task. name: cosine from which on a word may be a name in another's place. kind: what
-    "who" in place of "where" counts. many, credit: words in common count for the edit beyond so many nats, and
-    how much.
+    """The numbers of a judge that no word has.
+
+    version: of how the numbers are used; part of the judge's name.
+    bias: what speaks for a question with the edit's words alone, in nats.
+    relation: weight of the cosine of what both ask, in nats.
+    steep, least: a word stands for another from about the cosine `least` on, and how sharply.
+    unknown: what a word counts that the table lacks, in nats.
+    digits: what a number or a negation counts, in nats.
+    task: threshold for a clause of the message to be a task, in nats.
+    name: cosine from which on a word may be a name in another's place.
+    kind: what "who" in place of "where" counts, in nats.
+    many, credit: words in common count for the edit beyond `many` nats, each nat as `credit`.
     """
 
     version: int
@@ -150,7 +160,10 @@ class Weights(msgspec.Struct, frozen=True, kw_only=True):
 
 @lru_cache(maxsize=4096)
 def read(text: str) -> Reading:
-    """The words of a text, and its clauses. Signs, case, accents and what is contracted do not count."""
+    """The words of a text, and its clauses. Signs, case, accents and what is contracted do not count.
+
+    text: any; of a long one the first 512 words, of its first 8192 characters.
+    """
     plain = _POSSESSIVE.sub(" ", _fold(_CONTRACTED.sub(" not", text[: 16 * LONGEST])))
     clauses = []
     left = LONGEST
@@ -184,17 +197,25 @@ def _whole(word: str) -> str:
 
 
 def letters(text: str) -> str:
-    """The letters and digits of a text, case and accents taken off: alike for two writings of the same words."""
+    """The letters and digits of a text, case and accents taken off: alike for two writings of the same words.
+
+    text: any; of a long one the first 8192 characters.
+    """
     return "".join(filter(str.isalnum, _fold(text[: 16 * LONGEST])))
 
 
 class Judge:
     """A table of words with the weights that go with it.
 
-    words: V of them. vectors: int8 [V, W], of length `SCALE` each. needed, extra: float32 [V], what a word counts that
-    stands in the edit's question alone, or in the other alone. asks: uint8 [V], its weight in what a question asks.
-    tasks: float32 [V], how much a word says that something is to be done with the question. contraries: int32 [P, 2],
-    rows of words that say the opposite of each other. digest: of the file.
+    words: V of them.
+    vectors: int8 [V, W], of length `SCALE` each.
+    needed, extra: float32 [V], nats that a word counts where it stands in the edit's question alone, or in the
+    other alone.
+    asks: uint8 [V], weight of a word in what a question asks.
+    tasks: float32 [V], nats by which a word says that something is to be done with the question.
+    contraries: int32 [P, 2], rows of words that say the opposite of each other.
+    weights: what all words share.
+    digest: SHA-256 of the file, in hexadecimal; "" for a judge that was read from none.
     """
 
     def __init__(
@@ -219,7 +240,12 @@ class Judge:
 
     @classmethod
     def of_bytes(cls, data: bytes, name: str = TABLE) -> Judge:
-        """The judge that a file holds. Raises StoreError for one that is damaged."""
+        """The judge that a file holds.
+
+        data: the file, in safetensors' format.
+        name: of the file, for the error.
+        Raises StoreError for one that is damaged.
+        """
         try:
             tensors = load(data)
             words = tensors.pop("words").tobytes().decode().split("\n")
@@ -249,8 +275,10 @@ class Judge:
     def verdict(self, edit: str, question: str, rest: str = "", required: Sequence[str] = ()) -> Verdict:
         """Whether a question is that of an edit.
 
-        edit: the edit's prompt. question: the text that is taken for a question. rest: the message around it. required:
-        texts that are known to stand in the question, or others in their place: their words count as shared.
+        edit: the edit's prompt.
+        question: the text that is taken for a question.
+        rest: the message around it; "" where it stands alone.
+        required: texts that are known to stand in the question, or others in their place: their words count as shared.
         """
         mine, theirs = read(edit), read(question)
         if rest and (task := self._task(rest)):
@@ -415,7 +443,10 @@ def _other_kind(a: Reading, b: Reading) -> bool:
 
 
 def has_digit(word: str) -> bool:
-    """Whether a word is a number, or a code with one in it."""
+    """Whether a word is a number, or a code with one in it.
+
+    word: as `read` gives it.
+    """
     return any(c.isdigit() for c in word)
 
 
@@ -456,6 +487,8 @@ def shipped_judge() -> Judge:
 def judge_named(name: str, store: Path) -> Judge | None:
     """The judge that a store's manifest names, or None where it names none: then masks alone decide.
 
+    name: version and digest, as `Judge.name`; "" for none.
+    store: folder of the store, for the error.
     Raises StoreMismatch where that is not the judge that comes with the library.
     """
     if not name:

@@ -33,7 +33,11 @@ def words(text: str) -> tuple[str, ...]:
 
 
 def required_spans(requires: Requires, text: str) -> list[tuple[int, int]]:
-    """Where in a text the texts of `requires` stand: characters [start, end), each as often as it is there."""
+    """Where in a text the texts of `requires` stand: characters [start, end), each as often as it is there.
+
+    requires: of an edit; each entry is a text, or texts of which one is enough.
+    text: any.
+    """
     parts = [(word, *match.span()) for match in _WORD.finditer(text) for word in words(match[0])]
     spans = []
     for phrase in {phrase for entry in requires for phrase in _phrases(entry)}:
@@ -87,7 +91,9 @@ class _Automaton:
 
 
 class Phrases:
-    """What edits require, looked for all at once. required: by the id of each edit.
+    """What edits require, looked for all at once.
+
+    required: ids of edits with the requirements of each, none of which is empty.
 
     An edit is filed under the entry that the fewest edits share, such as its name, and its other entries are only
     looked at where that one is found: so a text takes no longer for a word that many edits require.
@@ -106,7 +112,10 @@ class Phrases:
         return len(self._entries)
 
     def found_in(self, text: str) -> set[int]:
-        """The edits of which every entry stands in the text."""
+        """Ids of the edits of which every entry stands in the text.
+
+        text: of a question.
+        """
         phrases = self._automaton.found_in(words(text))
         return {
             edit
@@ -125,7 +134,10 @@ def _phrases(entry: str | tuple[str, ...]) -> tuple[Phrase, ...]:
 
 
 def one_question(a: Edit | StoredEdit, b: Edit | StoredEdit) -> bool:
-    """Whether what two edits require lets one of them act on the other's prompt."""
+    """Whether what two edits require lets one of them act on the other's prompt.
+
+    a, b: the edits; one that requires nothing may act on any prompt.
+    """
     return _may_act(a, b.prompt) or _may_act(b, a.prompt)
 
 
@@ -136,6 +148,7 @@ def _may_act(edit: Edit | StoredEdit, prompt: str) -> bool:
 def check_requires(edit: Edit, *, whole: bool = False) -> None:
     """Raise EditFileError where an edit requires what can stand in no question, or does not stand in its own.
 
+    edit: what is checked; one that requires nothing passes.
     whole: what is pooled is the whole prompt, not its question (the span rule "all"), in which anything may stand.
     """
     if edit.requires and whole:
@@ -160,6 +173,7 @@ def check_requires(edit: Edit, *, whole: bool = False) -> None:
 def require_subjects(edits: Iterable[Edit]) -> list[Edit]:
     """The edits, each with a subject requiring it unless it requires something already.
 
+    edits: as read from a file.
     Raises EditFileError where a subject does not stand in its prompt.
     """
     restricted = [

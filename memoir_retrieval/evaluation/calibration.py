@@ -53,7 +53,12 @@ GRID = tuple(step / 100 for step in range(1, 101))
 
 
 class Point(msgspec.Struct, frozen=True):
-    """What a tau does: the share of rephrasings that match their own edit, and of unrelated prompts that match any."""
+    """What a tau does.
+
+    tau: in (0, 1].
+    rephrases_found: the share of rephrasings that match their own edit.
+    unrelated_matched: the share of unrelated prompts that match any edit.
+    """
 
     tau: float
     rephrases_found: float
@@ -61,8 +66,12 @@ class Point(msgspec.Struct, frozen=True):
 
 
 class Overlaps(msgspec.Struct, frozen=True):
-    """Overlaps in [0, 1]: of each edit's prompt and each rephrasing with the edit's own mask, and of each unrelated
-    prompt with the mask nearest to it."""
+    """Overlaps in [0, 1], by what was asked.
+
+    edits: of each edit's prompt with the edit's own mask.
+    rephrases: of each rephrasing with the mask of its own edit.
+    unrelated: of each unrelated prompt with the mask nearest to it.
+    """
 
     edits: tuple[float, ...]
     rephrases: tuple[float, ...]
@@ -70,7 +79,12 @@ class Overlaps(msgspec.Struct, frozen=True):
 
 
 class NearestEdit(msgspec.Struct, frozen=True):
-    """An unrelated prompt, the edit nearest to it and their overlap."""
+    """An unrelated prompt and the edit nearest to it.
+
+    prompt: the unrelated one.
+    edit: id of the edit.
+    overlap: of their masks, in [0, 1].
+    """
 
     prompt: str
     edit: int
@@ -78,8 +92,14 @@ class NearestEdit(msgspec.Struct, frozen=True):
 
 
 class Calibration(msgspec.Struct, frozen=True):
-    """What was measured on a store. `now` is the store's own tau, `suggested` what the rule gives; `curve` has a point
-    for every .01 between the smallest overlap and 1; `nearest` are the unrelated prompts that set the suggestion."""
+    """What was measured on a store.
+
+    now: what the store's own tau does.
+    suggested: what the tau of the rule does.
+    curve: a point for every .01 between the smallest overlap and 1.
+    overlaps: of all that was asked.
+    nearest: the up to three unrelated prompts that set the suggestion, the nearest first.
+    """
 
     now: Point
     suggested: Point
@@ -89,8 +109,14 @@ class Calibration(msgspec.Struct, frozen=True):
 
 
 class Setting(msgspec.Struct, frozen=True):
-    """One layer and k of a model: the tau that the rule gives, the share of rephrasings found at it, and `gap`, by how
-    much the 5th percentile of the rephrasings' overlaps exceeds that tau."""
+    """One layer and k of a model.
+
+    layer: number of the block.
+    k: bits that are set in a mask.
+    tau: what the rule gives.
+    rephrases_found: the share of rephrasings found at that tau.
+    gap: by how much the 5th percentile of the rephrasings' overlaps exceeds tau.
+    """
 
     layer: int
     k: int
@@ -126,7 +152,9 @@ def calibrate_store(
 ) -> Calibration:
     """Measure a store in its own prompt form.
 
-    rephrases: pairs of an edit's id and a rephrasing of its prompt. unrelated: prompts that no edit should match.
+    retriever: of the store, whose model makes the masks.
+    rephrases: pairs of an edit's id and a rephrasing of its prompt.
+    unrelated: prompts that no edit should match.
     Raises ConfigError where there is nothing to measure, or an unrelated prompt has the very mask of an edit.
     """
     store = retriever.store
@@ -174,6 +202,13 @@ def calibrate_model(
 ) -> list[Setting]:
     """Measure layers and k of a model that has not been edited, the best setting first.
 
+    base: the model, at any layer.
+    edits: whose prompts and rephrasings are compared.
+    unrelated: prompts that no edit should match.
+    layers: numbers of the blocks to try.
+    ks: numbers of set bits to try at each.
+    chat: prompts as user messages in the chat template, else as raw text.
+
     Only fingerprints are made, by one pass over the prompts; whether edits train well at a layer is not seen here.
     The best finds most rephrasings at its own tau; among equals the gap decides. Raises ConfigError for edits without
     rephrasings or a k with which masks cannot differ or be made, ModelError for a layer the model does not have.
@@ -210,6 +245,7 @@ def suggest_tau(unrelated: NDArray[np.int64], k: int) -> float:
 
     unrelated: int64 [U], bits of k that each unrelated prompt shares with its nearest mask; all below k, for a prompt
     with the very mask of an edit is separated from it by no tau.
+    k: bits that are set in a mask.
     """
     least = next(tau for tau in GRID if unrelated.max() < _needed(tau, k))
     return min(1.0, round(least + MARGIN, 2))
@@ -218,7 +254,8 @@ def suggest_tau(unrelated: NDArray[np.int64], k: int) -> float:
 def unrelated_to(edits: Sequence[Edit], probed: Sequence[Edit] | None = None) -> list[str]:
     """The prompts that no edit should match: those that come with the library, and what the edits must leave alone.
 
-    What one of them must leave alone may be the prompt of another, as in CounterFact; such a prompt is left out.
+    edits: all of the store; none of their prompts or rephrasings is returned, as in CounterFact what one must leave
+    alone may be the prompt of another.
     probed: the edits whose probes are taken (default: all).
     """
     own = {prompt_key(text) for edit in edits for text in (edit.prompt, *edit.rephrases)}
@@ -233,8 +270,9 @@ def unrelated_to(edits: Sequence[Edit], probed: Sequence[Edit] | None = None) ->
 def write_tau(measured: EditStore, tau: float) -> Manifest:
     """Publish the store's next generation, the same but for tau and its judge. Returns its manifest.
 
-    measured: the store as tau was measured on it. Raises StoreError where it has changed since, is being written, or
-    cannot be written; the store is then what it was.
+    measured: the store as tau was measured on it.
+    tau: in (0, 1].
+    Raises StoreError where the store has changed since, is being written, or cannot be written; it is then what it was.
     """
     with store_lock(Path(measured.path)):
         now = EditStore.open(measured.path)
@@ -248,7 +286,10 @@ def write_tau(measured: EditStore, tau: float) -> Manifest:
 
 
 def with_this_judge(store: EditStore) -> EditStore:
-    """The store as `write_tau` leaves it: its questions are judged by what comes with this library."""
+    """The store as `write_tau` leaves it: its questions are judged by what comes with this library.
+
+    store: as it was opened; nothing is written.
+    """
     span, judge = _judged(store.manifest)
     return replace(store, manifest=msgspec.structs.replace(store.manifest, span=span, judge=judge))
 

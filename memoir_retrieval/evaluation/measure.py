@@ -45,19 +45,46 @@ class AskableModel(Protocol):
         max_new_tokens: int,
         edited: bool = True,
         wanted: Sequence[str] | None = None,
-    ) -> list[Answer]: ...
+    ) -> list[Answer]:
+        """Free answers, greedy, one for each prompt.
+
+        prompts: text, messages or token ids.
+        max_new_tokens: length of an answer at most.
+        edited: whether edits may act.
+        wanted: for each prompt the text that is hoped for; an answer that cannot become it may be given up. None
+            generates all.
+        """
 
     def predict(
         self, prompts: Sequence[Prompt | list[int]], targets: Sequence[Sequence[int]], *, edited: bool = True
-    ) -> list[Answer]: ...
+    ) -> list[Answer]:
+        """The model's first choices while it is fed the targets, one answer for each prompt.
+
+        prompts: text, messages or token ids.
+        targets: token ids of each prompt's target.
+        edited: whether edits may act.
+        """
 
     def compare(
         self, prompts: Sequence[Prompt | list[int]], targets: Sequence[Sequence[int]] | None = None
-    ) -> tuple[list[Answer], list[Answer]]: ...
+    ) -> tuple[list[Answer], list[Answer]]:
+        """`predict`, or first choices of the prompts' own tokens where there are no targets, with edits on and off.
 
-    def prompt_ids(self, prompt: Prompt) -> list[int]: ...
+        prompts: text, messages or token ids.
+        targets: token ids of each prompt's target, or None.
+        """
 
-    def target_ids(self, target: str) -> list[int]: ...
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt, in the form in which it is asked.
+
+        prompt: text or messages.
+        """
+
+    def target_ids(self, target: str) -> list[int]:
+        """Token ids of a target, as it follows a prompt.
+
+        target: text.
+        """
 
 
 def evaluate(

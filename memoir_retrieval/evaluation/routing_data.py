@@ -50,8 +50,11 @@ PARTS: tuple[Part, ...] = ("tune", "report")
 class Question(NamedTuple):
     """One message to look up.
 
-    kind, name: the row of the report in which it counts. right: ids of the edits of which one must act; empty where
-    none may. edit: id of the edit that the message was made from, or -1.
+    kind, name: the row of the report in which it counts.
+    part: "tune" for what numbers may be chosen on, "report" for what may only be measured.
+    prompt: the message, or a chat.
+    right: ids of the edits of which one must act; empty where none may.
+    edit: id of the edit that the message was made from, or -1.
     """
 
     kind: str
@@ -63,7 +66,12 @@ class Question(NamedTuple):
 
 
 class Trial(NamedTuple):
-    """Edits, whose ids are their places, and the questions that are asked of a store of them."""
+    """Edits, and the questions that are asked of a store of them.
+
+    name: of the set.
+    edits: their ids are their places.
+    questions: in no order.
+    """
 
     name: str
     edits: list[Edit]
@@ -74,12 +82,19 @@ class Trial(NamedTuple):
 
 
 def hashed_part(key: str) -> Part:
-    """The part of what has an identifier."""
+    """The part of what has an identifier.
+
+    key: the identifier.
+    """
     return PARTS[hashlib.sha256(key.encode()).digest()[0] % 2]
 
 
 def record_part(prompt: str, subject: str) -> Part:
-    """The part of an edit: that of the topic of its question. So no relation is in both parts."""
+    """The part of an edit: that of the topic of its question. So no relation is in both parts.
+
+    prompt: of the edit.
+    subject: the name in it, which is no part of the topic; "" for none.
+    """
     rest = _without(prompt, subject)
     for _, part, pattern in _data()["topics"]:
         if re.search(pattern, rest):
@@ -120,7 +135,10 @@ def _data() -> dict[str, Any]:
 
 
 def plain_questions(edits: Sequence[StoredEdit]) -> Iterator[Question]:
-    """The prompts of the edits and their rephrasings, alone in their messages."""
+    """The prompts of the edits and their rephrasings, alone in their messages.
+
+    edits: of the store that is asked.
+    """
     for edit in edits:
         part = record_part(edit.prompt, edit.subject)
         yield Question("plain", "edits", part, edit.prompt, (edit.id,), edit.id)
@@ -129,7 +147,10 @@ def plain_questions(edits: Sequence[StoredEdit]) -> Iterator[Question]:
 
 
 def forms(edits: Sequence[StoredEdit]) -> Iterator[Question]:
-    """The prompts of the edits in longer messages."""
+    """The prompts of the edits in longer messages.
+
+    edits: of the store that is asked.
+    """
     for name, part, text in _data()["forms"]:
         chosen = _of(edits, part)
         for i, edit in enumerate(chosen):
@@ -139,7 +160,10 @@ def forms(edits: Sequence[StoredEdit]) -> Iterator[Question]:
 
 
 def tasks(edits: Sequence[StoredEdit]) -> Iterator[Question]:
-    """What is asked of a question or of its subject, where the edit's answer would be wrong."""
+    """What is asked of a question or of its subject, where the edit's answer would be wrong.
+
+    edits: of the store that is asked.
+    """
     for name, part, text in _data()["tasks"]:
         for edit in _of(edits, part):
             if edit.subject or "{subject}" not in text:
@@ -162,7 +186,10 @@ def _filled(text: str, edit: StoredEdit, other: StoredEdit) -> str:
 
 
 def writings(edits: Sequence[StoredEdit]) -> Iterator[Question]:
-    """The prompts of the edits as hurried people, old keyboards and word processors write them."""
+    """The prompts of the edits as hurried people, old keyboards and word processors write them.
+
+    edits: of the store that is asked.
+    """
     for edit in edits:
         part = record_part(edit.prompt, edit.subject)
         for name, change in WRITINGS.items():
@@ -211,7 +238,11 @@ WRITINGS: dict[str, Callable[[StoredEdit], str]] = {
 
 
 def chats(edits: Sequence[StoredEdit], answers: Sequence[str]) -> Iterator[Question]:
-    """Questions in a chat that has had the base model's answer to the prompt already. answers: one for each edit."""
+    """Questions in a chat that has had the base model's answer to the prompt already.
+
+    edits: of the store that is asked.
+    answers: what the base model says to each edit's prompt.
+    """
     for edit, answer in zip(edits, answers, strict=True):
         part = record_part(edit.prompt, edit.subject)
         before: list[Message] = [{"role": "user", "content": edit.prompt}, {"role": "assistant", "content": answer}]
@@ -235,7 +266,11 @@ def chats(edits: Sequence[StoredEdit], answers: Sequence[str]) -> Iterator[Quest
 
 
 def other_questions(edits: Sequence[StoredEdit], each: int = 3) -> Iterator[Question]:
-    """Questions of other edits about the name of an edit, which may not ask for the same fact in other words."""
+    """Questions of other edits about the name of an edit, which may not ask for the same fact in other words.
+
+    edits: of the store that is asked; those whose subject does not stand in their prompt are left out.
+    each: questions about the name of one edit, at most.
+    """
     random = np.random.default_rng(0)
     named = [edit for edit in edits if edit.subject and edit.subject in edit.prompt]
     stored = {edit.prompt for edit in edits} | {text for edit in edits for text in edit.rephrases}
@@ -393,7 +428,12 @@ PUBLISHED: dict[str, tuple[str, Callable[[Path, int], Trial]]] = {
 
 
 def published(name: str, folder: Path, most: int) -> Trial:
-    """The trial of a published set of at most so many edits."""
+    """The trial of a published set.
+
+    name: a key of `PUBLISHED`.
+    folder: of the data sets.
+    most: edits, at most.
+    """
     path, read = PUBLISHED[name]
     return read(folder / path, most)
 
@@ -401,7 +441,9 @@ def published(name: str, folder: Path, most: int) -> Trial:
 def unrelated(folder: Path, most: int, stored: Sequence[StoredEdit]) -> Iterator[Question]:
     """Prompts that no edit may act on: the library's, questions of people, and text, where the folder has them.
 
-    stored: prompts that ask an edit of the store are left out.
+    folder: of the data sets.
+    most: prompts, at most.
+    stored: edits of the store; prompts that ask one of them are left out.
     """
     prompts = {" ".join(edit.prompt.lower().split()) for edit in stored}
     texts = [("the library's", text) for text in control_prompts()]

@@ -49,7 +49,12 @@ ANSWERED = ("plain", "chat", "faq", "other question")
 
 
 class Slip(msgspec.Struct, frozen=True):
-    """A message that got another edit than it must: `edit` acted, or none did (None)."""
+    """A message that got another edit than it must.
+
+    message: the text; of a chat all of them, " / " between.
+    edit: id of the edit that acted; None where none did.
+    overlap: with its mask, or the nearest where none acted, in [0, 1]; None where there is none.
+    """
 
     message: str
     edit: int | None
@@ -59,9 +64,15 @@ class Slip(msgspec.Struct, frozen=True):
 class Row(msgspec.Struct, frozen=True, kw_only=True):
     """Questions of one name in one part. Shares are of all of them.
 
-    found: that get the edit they ask for; None where no edit may act. other: that get an edit they do not ask for.
-    exact: whose free answer is the target of the edit they ask for. answered: of those with an edit that they do not
-    ask for, the share whose free answer has its target in it. None where no answers were read.
+    set, kind, name: what was asked.
+    part: "tune" or "report".
+    asked: how many questions.
+    found: the share that gets the edit it asks for; None where no edit may act.
+    other: the share that gets an edit it does not ask for.
+    exact: the share whose free answer is the target of the edit it asks for; None where no answers were read.
+    answered: of those with an edit that they do not ask for, the share whose free answer has its target in it; None
+    where no answers were read.
+    slips: examples of what went wrong.
     """
 
     set: str
@@ -82,7 +93,17 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RoutingRun(msgspec.Struct, frozen=True, kw_only=True):
-    """`routing.json`. stored: of the edits of the help page ("faq") how many training took up, and of how many."""
+    """`routing.json`.
+
+    command: that made it.
+    library: version of memoir-retrieval.
+    started: UTC, ISO 8601.
+    model: name of the store's model.
+    settings: of the store, by name.
+    seconds: that the run took.
+    stored: of the edits of the help page ("faq") how many training took up, and of how many; None where not asked.
+    rows: what was counted.
+    """
 
     command: str
     library: str
@@ -110,9 +131,17 @@ def run_routing(
     """Ask everything and count.
 
     retriever: of the store that "edits" and "unrelated" are asked of; the other sets get stores with its settings, in a
-    temporary folder. part: only this one. most: edits of each published set. each: questions of a row, at most, but for
-    unrelated prompts; None asks all. prompts: how many unrelated ones. answers: which free answers are read; "some":
-    those of `ANSWERED`. Raises ConfigError for a set that `data` does not have.
+    temporary folder.
+    sets: names out of `SETS`.
+    part: only this one; None asks both.
+    data: folder of the data sets.
+    most: edits of each published set, at most.
+    each: questions of a row, at most, but for unrelated prompts; None asks all.
+    prompts: how many unrelated ones, at most.
+    answers: which free answers are read; "some": those of `ANSWERED`.
+    command: noted in the result.
+    tell: called with a line on each set before it is asked.
+    Raises ConfigError for a set that `data` does not have.
     """
     check_sets(sets, data)
     began, started = time.monotonic(), time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -181,7 +210,11 @@ def _trained(retriever: Retriever) -> bool:
 
 
 def check_sets(sets: Sequence[str], data: Path) -> None:
-    """Raise ConfigError where the folder of the data sets lacks one of these."""
+    """Raise ConfigError where the folder of the data sets lacks one of these.
+
+    sets: names out of `SETS`.
+    data: the folder.
+    """
     for name in sets:
         if name in PUBLISHED and not (data / PUBLISHED[name][0]).is_file():
             raise ConfigError(

@@ -47,7 +47,12 @@ MANY, CREDIT = 12.0, 0.5
 
 
 class Pair(NamedTuple):
-    """An edit's question, another, and whether they are the same one."""
+    """Two questions.
+
+    edit: the one that an edit would have.
+    question: another.
+    same: whether they are one question.
+    """
 
     edit: str
     question: str
@@ -83,7 +88,11 @@ class _Groups:
 
 
 def pairs(data: Path, rng: random.Random) -> Iterator[Pair]:
-    """What is learnt from; see the module."""
+    """What is learnt from; see the module.
+
+    data: folder of the published questions; those that it lacks are left out.
+    rng: what chooses among the possible pairs.
+    """
     own = json.loads((files("memoir_retrieval") / "data" / "judge_questions.json").read_text())
     own_pairs = list(_own_pairs(own, rng))
     yield from own_pairs
@@ -373,7 +382,14 @@ def _task_weights(own: dict[str, Any], features: Tensor, row: dict[str, int]) ->
 
 
 def train(data: Path, model: str, *, seed: int = 0, epochs: int = 4, say: Any = print) -> dict[str, np.ndarray]:
-    """The tensors of a judge's file. data: folder of the published questions. model: whose embeddings are used."""
+    """The tensors of a judge's file, by name.
+
+    data: folder of the published questions.
+    model: name or folder of the model whose embeddings are used.
+    seed: of all chance.
+    epochs: passes over the pairs.
+    say: called with each line of progress.
+    """
     rng = random.Random(seed)
     torch.manual_seed(seed)
     started = time.monotonic()

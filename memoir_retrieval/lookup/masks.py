@@ -41,7 +41,13 @@ PER_OVERLAP = 8.0
 
 
 class Candidate(NamedTuple):
-    """An edit that is near to a question: its row of the store, their overlap in [0, 1], and what the judge says."""
+    """An edit that is near to a question.
+
+    edit: its id.
+    row: of its nearest mask, in the store.
+    overlap: of the masks, in [0, 1].
+    verdict: what the judge says.
+    """
 
     edit: int
     row: int
@@ -54,14 +60,18 @@ _FAR = Verdict(False, 0.0, 0.0, (), (), "", "mask")
 
 
 class EditLookup:
-    """The masks of a store, what its edits require, and the judge of their questions.
+    """The masks of a store, what its edits require, and the judge of their questions. Safe to use from several threads.
 
-    index: all masks, in the order of the store's rows. read: called for the text of a question that is near to an edit.
-    judge: None in a store that was made without one. Safe to use from several threads.
+    index: all masks, in the order of the store's rows.
+    judge: None in a store that was made without one.
     """
 
     def __init__(self, store: EditStore, decode: Decode) -> None:
-        """Raises StoreMismatch for a store whose questions another judge decides."""
+        """Raises StoreMismatch for a store whose questions another judge decides.
+
+        store: whose masks are searched; its memories are not kept.
+        decode: the text of token ids, called for a question that is near to an edit.
+        """
         self.index = store.index()
         self.judge = judge_named(store.manifest.judge, store.path)
         if self.judge is None and store.manifest.span.rule == "question":
@@ -108,7 +118,10 @@ class EditLookup:
         return keys[order], numbers[order]
 
     def prepare(self, tau: float) -> None:
-        """See `HammingIndex.prepare`."""
+        """See `HammingIndex.prepare`.
+
+        tau: overlap in (0, 1] that the searches will use.
+        """
         self._free.prepare(tau)
 
     def search(
@@ -116,8 +129,11 @@ class EditLookup:
     ) -> Hits:
         """The edit that acts on each question, as `HammingIndex.search` returns it, among those that may.
 
-        codes: uint8 [Q, D/8]. questions: of each the token ids of its span. Overlaps of questions that match nothing
-        are those of the nearest edit. exact, and errors: as `HammingIndex.search`.
+        codes: uint8 [Q, D/8], the masks of the questions.
+        tau: least overlap of a match, in (0, 1].
+        questions: of each the token ids of its span.
+        exact: as `HammingIndex.search`, and so are the errors.
+        Overlaps of questions that match nothing are those of the nearest edit.
         """
         return self.decide(codes, tau, questions, [1] * len(questions), exact=exact)[0]
 
@@ -132,9 +148,12 @@ class EditLookup:
     ) -> tuple[Hits, NDArray[np.int64]]:
         """`search` of messages of which several spans are looked up: a decision for each, and which span made it.
 
+        codes, tau, questions, exact: as in `search`; Q counts the spans of all messages.
         counts: how many of the questions are spans of each message, in turn; the first is the whole of it, and what
-        stands there around another span counts too. The span decides for which most speaks; where none matches, the one
-        that is nearest to an edit. Returns the hits of M messages, and int64 [M], the number of a question for each.
+        stands there around another span counts too.
+
+        The span decides for which most speaks; where none matches, the one that is nearest to an edit. Returns the
+        hits of M messages, and int64 [M], the number of a question for each.
         """
         hits = self._free.search(codes, tau, exact=exact)
         ids, overlaps, rows = hits.ids, hits.overlaps, hits.rows

@@ -34,7 +34,11 @@ list mark or brackets. sentence, line, paragraph: as they are."""
 
 
 class CandidateSpan(NamedTuple):
-    """A part of a message: its tokens, and what makes it a part."""
+    """A part of a message.
+
+    span: its tokens.
+    kind: what makes it a part.
+    """
 
     span: Span
     kind: Kind
@@ -53,6 +57,7 @@ class Pieces:
     def text(self, ids: Sequence[int]) -> tuple[str, list[int]]:
         """The text of the tokens, and at which of its characters each of them begins.
 
+        ids: of the tokens.
         A character that several tokens share begins with the first of them.
         """
         parts: list[str] = []

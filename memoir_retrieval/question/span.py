@@ -18,11 +18,12 @@ __all__ = ["ChatSpanRule", "Span", "SpanRule", "derive_span_rule", "find_span"]
 
 
 class Span(NamedTuple):
-    """Tokens `[start, end)` are pooled; the residual acts on every token from `acts_from` on.
+    """Tokens `[start, end)` of a prompt, which are pooled.
 
-    `weighted`: each token counts by the squared norm of its activation, which is large for what is rare, such as names,
+    start, end: positions in the prompt, from 0 on; equal where there is no question.
+    weighted: each token counts by the squared norm of its activation, which is large for what is rare, such as names,
     and small for the words that questions share. Else every token counts once.
-    `acts`: whether the residual acts from the first of these tokens on, or from the last.
+    acts: whether the residual acts from the first of these tokens on, or from the last; and then on every later one.
     """
 
     start: int
@@ -31,7 +32,10 @@ class Span(NamedTuple):
     acts: Literal["first", "last"] = "first"
 
     def moved(self, by: int) -> Span:
-        """The same tokens where so many stand before the first one."""
+        """The same tokens where so many stand before the first one.
+
+        by: number of tokens put in front; negative for tokens taken away.
+        """
         return self._replace(start=self.start + by, end=self.end + by)
 
     @property
@@ -43,12 +47,15 @@ class Span(NamedTuple):
 class SpanRule(msgspec.Struct, frozen=True, kw_only=True):
     """How the span is found. Stored with the edits, so that serving cannot use another rule.
 
-    `rule`: "question" pools the last user message, or the whole prompt where no marker is found (raw text);
-    "all" pools every token, as the paper does. `starts`: token sequences that end right before a user message.
-    `newlines`: tokens that may stand between a start marker and the message. `end`: the sequence that follows it.
-    `leading`: special tokens (BOS) at the front of a raw prompt, which are not part of the question. `weighted` and
-    `acts`: see `Span`. `tools`: what right behind a start marker says that the turn is a tool's. `candidates`: whether
-    parts of the message are looked up too, see `find_candidates`.
+    rule: "question" pools the last user message, or the whole prompt where no marker is found (raw text); "all" pools
+    every token, as the paper does.
+    starts: token sequences that end right before a user message.
+    newlines: tokens that may stand between a start marker and the message.
+    end: the token sequence that follows the message.
+    leading: special tokens (BOS) at the front of a raw prompt, which are not part of the question.
+    weighted, acts: see `Span`.
+    tools: token sequences that, right behind a start marker, say that the turn is a tool's.
+    candidates: whether parts of the message are looked up too, see `find_candidates`.
     """
 
     rule: Literal["question", "all"] = "question"
@@ -72,8 +79,10 @@ class ChatSpanRule(SpanRule, frozen=True, kw_only=True):
 def find_span(ids: Sequence[int], rule: SpanRule) -> Span:
     """The span of one prompt.
 
-    ids: token ids of the whole prompt. An empty span (`start == end`) means that there is no question to look up,
-    such as a chat whose last user message is empty.
+    ids: token ids of the whole prompt.
+    rule: as the store keeps it.
+    An empty span (`start == end`) means that there is no question to look up, such as a chat whose last user message is
+    empty.
     """
     n = len(ids)
     if rule.rule == "all":
@@ -131,6 +140,8 @@ def derive_span_rule(tokenizer: Any, rule: Literal["question", "all"] = "questio
     tokenizer without a template gives a rule that takes every prompt as raw text. The residual acts from the
     question's last token on, so that nothing before it depends on what was decided; under "all" on every token. (Raw
     stores are made to act from the first, see `editing.open_store`.)
+    tokenizer: of transformers.
+    rule: what is pooled, see `SpanRule`.
     """
     specials = set(tokenizer.all_special_ids)
     leading = tuple(t for t in tokenizer("").input_ids if t in specials)

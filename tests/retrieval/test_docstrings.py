@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import doctest
 import importlib.util
@@ -70,6 +71,94 @@ def test_every_parameter_and_field_has_a_line(name: str) -> None:
         lines = re.findall(r"^([\w, ]+): \S", text, re.M)
         explained = {word.strip() for line in lines for word in line.split(",")}
         assert set(names) <= explained, f"{title} does not explain {', '.join(sorted(set(names) - explained))}"
+
+
+EXEMPT = {
+    "command": "click shows the help texts of its options",
+    "option": "click shows the help texts of its options",
+    "group": "click shows the help texts of its options",
+    "overload": "the implementation has the docstring",
+}
+OF_VLLM = {"MemoirEndpoints", "MemoirScheduler", "MemoirWorker"}
+"""Classes whose methods override vLLM's: one line says what ours add, vLLM says what the parameters are."""
+
+
+def unexplained(source: str) -> list[str]:
+    """The names in a module's `__all__`, and their public methods, without a docstring or a line for each parameter."""
+    tree = ast.parse(source)
+    assigned = {node.targets[0].id: node.value for node in tree.body
+                if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)}  # fmt: skip
+    exported = set(ast.literal_eval(assigned["__all__"])) if "__all__" in assigned else set()
+    missing: list[str] = []
+    for node in tree.body:
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) or node.name not in exported:
+            continue
+        missing += [f"{node.name}: {gap}" for gap in gaps(node)]
+        for member in node.body if isinstance(node, ast.ClassDef) else ():
+            if isinstance(member, ast.FunctionDef | ast.AsyncFunctionDef) and not member.name.startswith("_"):
+                lacking = gaps(member) if node.name not in OF_VLLM or not ast.get_docstring(member) else []
+                missing += [f"{node.name}.{member.name}: {gap}" for gap in lacking]
+    return missing
+
+
+def gaps(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> list[str]:
+    """The parameters or fields that no line of a docstring explains, or what stands for the missing docstring."""
+    text, names = ast.get_docstring(node) or "", []
+    if isinstance(node, ast.ClassDef):
+        start = next((m for m in node.body if isinstance(m, ast.FunctionDef) and m.name == "__init__"), None)
+        fields = [f for f in node.body if isinstance(f, ast.AnnAssign) and isinstance(f.target, ast.Name)]
+        names = [ast.unparse(f.target) for f in fields if f.value is None or not explains_itself(f.value)]
+        if start and not fields:
+            names, text = arguments(start), f"{text}\n{ast.get_docstring(start) or ''}"
+    elif not EXEMPT.keys() & {decorator_name(d) for d in node.decorator_list}:
+        names = arguments(node)
+    if not text.strip():
+        return ["no docstring"]
+    lines = re.findall(r"^([\w, ]+):(?= \S)", text, re.M)
+    explained = {word.strip() for line in lines for word in line.split(",")}
+    return [name for name in names if not name.startswith("_") and name not in explained]
+
+
+def arguments(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
+    given = function.args
+    return [a.arg for a in (*given.posonlyargs, *given.args, *given.kwonlyargs) if a.arg not in ("self", "cls")]
+
+
+def explains_itself(value: ast.expr) -> bool:
+    """Whether a field of a pydantic model has a description, or is not shown."""
+    return isinstance(value, ast.Call) and not {"description", "exclude"}.isdisjoint(k.arg for k in value.keywords)
+
+
+def decorator_name(decorator: ast.expr) -> str:
+    called = decorator.func if isinstance(decorator, ast.Call) else decorator
+    return called.attr if isinstance(called, ast.Attribute) else ast.unparse(called)
+
+
+def test_every_name_that_a_module_exports_is_explained_line_by_line() -> None:
+    seen = 0
+    for folder in ("memoir_retrieval", "index", "integrations"):
+        for file in ROOT.glob(f"{folder}/**/*.py"):
+            source = file.read_text(encoding="utf-8")
+            assert unexplained(source) == [], file.relative_to(ROOT)
+            seen += "__all__" in source
+    assert seen > 100
+
+
+@pytest.mark.parametrize(
+    ("definition", "gap"),
+    [
+        ("def f(a): ...", "f: no docstring"),
+        ("def f(a):\n    'Does a.'", "f: a"),
+        ("def f(a, b):\n    'Does. a: this. b: that.'", "f: a, f: b"),
+        ("class f:\n    'A record.'\n    a: int = 0", "f: a"),
+        ("class f:\n    'A thing.'\n    def g(self): ...", "f.g: no docstring"),
+        ("def f(a, b):\n    '''Does.\n\n    a, b: both.'''", ""),
+        ("class f:\n    'A record.'\n    a: int = Field(0, description='It.')", ""),
+        ("def g(a): ...", ""),
+    ],
+)
+def test_a_name_without_its_line_is_seen(definition: str, gap: str) -> None:
+    assert ", ".join(unexplained(f"__all__ = ['f']\n{definition}")) == gap
 
 
 class Administration(JsonHandler):

@@ -67,6 +67,12 @@ class MemoirEndpoints:
         self._admin = True
 
     async def init_state(self, engine_client: EngineClient | None, state: Any, args: Namespace) -> None:
+        """Begin to poll the engines, and with administration to run its jobs.
+
+        engine_client: vLLM's; None in a server that has no engine.
+        state: of the application, which holds vLLM's own handlers.
+        args: the server's.
+        """
         if self._ours is None or engine_client is None:
             return
         from prometheus_client import REGISTRY

@@ -40,7 +40,12 @@ class _Given(BaseModel):
 
 
 class AddEdit(_Given):
-    """One correction: when asked `prompt`, the model must answer `target`."""
+    """One correction: when asked `prompt`, the model must answer `target`.
+
+    prompt: the question, as a user would ask it.
+    target: the answer.
+    subject: the name in the prompt that the edit is about; "" for none.
+    """
 
     prompt: Text = Field(examples=["Who is the CEO of Example Corp?"])
     target: Text = Field(examples=["Jane Doe"])
@@ -58,15 +63,23 @@ class AddEdit(_Given):
 
 
 class LookupPrompt(_Given):
-    """A prompt as it would be sent to /v1/completions. `n`: how many edits to name."""
+    """A prompt, as it would be sent to /v1/completions.
+
+    prompt: text.
+    n: how many edits to name.
+    """
 
     prompt: Text
     n: Nearest = 5
 
 
 class LookupMessages(_Given):
-    """A chat as it would be sent to /v1/chat/completions, which says what is wrong with a message. `tools` and
-    `chat_template_kwargs`: what else the chat template is given. `n`: how many edits to name."""
+    """A chat as it would be sent to /v1/chat/completions, which says what is wrong with a message.
+
+    messages: in OpenAI's form, the last one the user's.
+    tools, chat_template_kwargs: what else the chat template is given.
+    n: how many edits to name.
+    """
 
     messages: list[dict[str, Any]] = Field(
         min_length=1, max_length=256, examples=[[{"role": "user", "content": "Who is the CEO of Example Corp?"}]]
@@ -77,7 +90,16 @@ class LookupMessages(_Given):
 
 
 class StoredEditOut(BaseModel):
-    """An edit as the store keeps it. `loss`: of training, in nats a target token."""
+    """An edit as the store keeps it.
+
+    id: number of the edit, never used again.
+    prompt, target: the question and its answer.
+    created: UTC, ISO 8601.
+    loss: of training, in nats a target token.
+    steps: of training.
+    memory: number of the residual memory that holds the edit.
+    subject, rephrases, source, requires: as the edit was given.
+    """
 
     id: int
     prompt: str
@@ -93,7 +115,12 @@ class StoredEditOut(BaseModel):
 
 
 class EditList(BaseModel):
-    """Edits of one generation, oldest first. `total`: how many match the search."""
+    """Edits of one generation, oldest first.
+
+    generation: of the store.
+    total: how many match the search.
+    edits: those of this page.
+    """
 
     generation: int
     total: int
@@ -101,9 +128,14 @@ class EditList(BaseModel):
 
 
 class JobProgress(BaseModel):
-    """What a job that is `running` is at: loading the model (the first edit does), opening the store (earlier edits are
-    run again), or training. Of that `step` of at most `limit` steps are done; it ends as soon as `loss`, in nats a
-    target token, is below `goal`. An edit that is not learnt is trained again, from step 0."""
+    """What a job that is `running` is at. An edit that is not learnt is trained again, from step 0.
+
+    stage: loading the model (the first edit does), opening the store (earlier edits are run again), or training.
+    step: steps done; null before training.
+    limit: steps, at most.
+    loss: at this step, in nats a target token.
+    goal: loss below which training ends.
+    """
 
     stage: Literal["loading", "opening", "training"]
     step: int | None = None
@@ -113,8 +145,20 @@ class JobProgress(BaseModel):
 
 
 class Job(BaseModel):
-    """A change of the store. `stored`: on disk, but not activated, for the reason in `error`. `loss` and `steps`: of
-    training that is done; `progress`: of what is under way."""
+    """A change of the store.
+
+    id: of the job.
+    kind: what changes.
+    state: `stored` means on disk, but not activated, for the reason in `error`.
+    progress: of what is under way.
+    by: name of the token that asked for it.
+    created, finished: UTC, ISO 8601; `finished` is null until then.
+    edit: id of the edit that was added or is removed; null until it is known.
+    generation: of the store after the change.
+    loss, steps: of training that is done; `loss` in nats a target token.
+    prompt, target: of the edit.
+    error: why it failed, or is not activated.
+    """
 
     id: str
     kind: Literal["add", "remove"]
@@ -134,14 +178,23 @@ class Job(BaseModel):
 
 
 class JobPage(BaseModel):
-    """Jobs since the server started, newest first."""
+    """Jobs since the server started, newest first.
+
+    jobs: in any state.
+    """
 
     jobs: list[Job]
 
 
 class NamedEdit(BaseModel):
-    """An edit near a prompt. `matched`: it would answer. `requires`: what must stand in a question, however near.
-    `prompt`, `target`: null where the store has it no more."""
+    """An edit near a prompt.
+
+    edit: its id.
+    overlap: of the masks, in [0, 1].
+    matched: it would answer.
+    prompt, target: null where the store has it no more.
+    requires: what must stand in a question, however near.
+    """
 
     edit: int
     overlap: float
@@ -166,8 +219,15 @@ class LookedUpPart(BaseModel):
 
 
 class LookupResult(BaseModel):
-    """The nearest edits, best first, as the engine measured them. `result`: what became of the prompt. `reason`: why it
-    is unroutable, where that is known. `parts`: the message, and what in it was looked up by itself."""
+    """What became of a prompt, as the engine decided it.
+
+    result: whether an edit would answer, none, or no question was seen.
+    reason: why it is unroutable, where that is known.
+    generation: that the engine serves.
+    tau: least overlap of a match.
+    matches: the nearest edits, best first.
+    parts: the message, and what in it was looked up by itself.
+    """
 
     result: Literal["matched", "unmatched", "unroutable"]
     reason: str | None = None
@@ -178,7 +238,18 @@ class LookupResult(BaseModel):
 
 
 class Stats(BaseModel):
-    """`engines`: counters of each, since its start. `requests`, `hits`, `recent`: of this API server."""
+    """What is served, and what was asked.
+
+    store_generation: the newest on disk.
+    edits: how many the store holds.
+    tau: least overlap of a match.
+    chat: whether edits were made in chats.
+    model: that is served.
+    module: that the residual memory stands beside.
+    engines: counters of each, since its start.
+    requests: of this API server, by what became of them.
+    jobs_open: changes of the store that wait or run.
+    """
 
     generation: int | None = Field(description="The one that all engines serve, or null where they differ.")
     store_generation: int
@@ -195,13 +266,21 @@ class Stats(BaseModel):
 
 
 class Reloaded(BaseModel):
-    """The generation that every worker of every engine serves now."""
+    """The generation that every worker of every engine serves now.
+
+    generation: a number that grows with every change.
+    """
 
     generation: int
 
 
 class AuditPage(BaseModel):
-    """Entries of the audit log, newest first. `torn`: lines that a crash or a full disk has cut off."""
+    """Entries of the audit log, newest first.
+
+    total: how many there are.
+    torn: lines that a crash or a full disk has cut off.
+    entries: those of this page, as they were written.
+    """
 
     total: int
     torn: int
@@ -209,6 +288,9 @@ class AuditPage(BaseModel):
 
 
 class Detail(BaseModel):
-    """Why a request was refused."""
+    """Why a request was refused.
+
+    detail: one line: what was wrong, and what to do instead.
+    """
 
     detail: str

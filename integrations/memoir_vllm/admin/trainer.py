@@ -71,6 +71,7 @@ def refusal(reason: str) -> TrainerAnswer:
 
 
 def main() -> None:
+    """The trainer's process: reads requests from its standard input and writes answers to its standard output."""
     # Only answers go to the pipe; what libraries print goes where the server's own log goes.
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)

@@ -81,6 +81,7 @@ class MemoirScheduler(Scheduler):
     # ---- before the decision ---------------------------------------------------------------------------------------
 
     def add_request(self, request: Request) -> None:
+        """As vLLM's; the request's question is found first, and a decision that is remembered settles it."""
         if request.request_id not in self.requests:
             query = self._query_of(request)
             # Who asks for the nearest edits is always looked up: a decision is remembered without them.
@@ -114,6 +115,7 @@ class MemoirScheduler(Scheduler):
     # ---- the decision ----------------------------------------------------------------------------------------------
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        """As vLLM's; the output also carries the questions of requests that begin."""
         output = super().schedule(*args, **kwargs)
         queries = {}
         for new in output.scheduled_new_reqs:
@@ -123,6 +125,7 @@ class MemoirScheduler(Scheduler):
         return put_queries(output, queries) if queries else output
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput) -> Any:
+        """As vLLM's; what the workers decided settles its requests first."""
         # Before the stock code, which frees the requests that finish in this very step.
         for request_id, routed in routed_of(model_runner_output).items():
             request = self.requests.get(request_id)

@@ -108,9 +108,11 @@ class EngineCollector:
         self._traffic = traffic
 
     def describe(self) -> Iterable[Metric]:
+        """Nothing: so no name is taken, and nothing collected, when it is registered."""
         return ()
 
     def collect(self) -> Iterator[Metric]:
+        """The counters of each engine, as they were polled last, and those of this process."""
         for key, name, text in _ENGINE_SERIES:
             family: Metric
             if name.endswith("_total"):

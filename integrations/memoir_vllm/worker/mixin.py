@@ -36,6 +36,7 @@ class MemoirWorker(Worker):
     _reloader: Reloader | None
 
     def load_model(self, **kwargs: Any) -> None:
+        """As vLLM's, then with the store's residual memories. Raises ConfigError without a memoir section."""
         if self.vllm_config.lora_config is not None and self.vllm_config.device_config.device_type == "cpu":
             lora.install()
         super().load_model(**kwargs)
@@ -67,12 +68,14 @@ class MemoirWorker(Worker):
         return available * block // max(1, block + self._memoir.bytes_per_block)
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
+        """As vLLM's; sums of blocks are kept where the mode needs them."""
         super().initialize_from_config(kv_cache_config)
         if self._memoir and config.keeps_sums(self.vllm_config, len(kv_cache_config.kv_cache_groups)):
             spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
             self._memoir.watch_blocks(kv_cache_config.num_blocks, spec.block_size)
 
     def compile_or_warm_up_model(self) -> Any:
+        """As vLLM's, then a self-test of the edited layer."""
         times = super().compile_or_warm_up_model()
         if self._memoir is not None:
             self_test(self.model_runner, self._memoir)
@@ -100,12 +103,15 @@ class MemoirWorker(Worker):
         super().discard(tags)
 
     def reset_weights(self) -> None:
+        """Refused: the masks belong to the weights that were loaded."""
         raise RuntimeError(config.refusal_of("reset_weights"))
 
     def reload_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: the masks belong to the weights that were loaded."""
         raise RuntimeError(config.refusal_of("reload_weights"))
 
     def start_weight_update(self, *args: Any, **kwargs: Any) -> None:
+        """Refused, as `reload_weights`."""
         raise RuntimeError(config.refusal_of("start_weight_update"))
 
     def memoir_stage(self) -> None:
