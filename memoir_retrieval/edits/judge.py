@@ -30,6 +30,7 @@ from safetensors.numpy import load
 
 from memoir_retrieval.edits.requires import UNSPACED
 from memoir_retrieval.errors import StoreError, StoreMismatch
+from memoir_retrieval.question.tasks import TASKS
 
 __all__ = [
     "Judge",
@@ -73,6 +74,8 @@ OBJECTS = frozenset(
 """Words for a message and its parts: who asks for an answer has them, and who asks for a translation."""
 ABOUT_TEXT = 0.7
 """Nats that one of `OBJECTS` speaks for a task."""
+TASK = 0.5
+"""Nats from which on what `TaskProbe` says of a message's rest makes it a task."""
 REPLACED = 8.0
 """Nats that one word in place of another counts, more than can speak for an edit."""
 SYNONYMS = 0.55
@@ -272,16 +275,20 @@ class Judge:
         """Version and digest, as a store's manifest names them."""
         return f"{self.weights.version}-{self.digest[:16]}"
 
-    def verdict(self, edit: str, question: str, rest: str = "", required: Sequence[str] = ()) -> Verdict:
+    def verdict(
+        self, edit: str, question: str, rest: str = "", required: Sequence[str] = (), speaks: float | None = None
+    ) -> Verdict:
         """Whether a question is that of an edit.
 
         edit: the edit's prompt.
         question: the text that is taken for a question.
         rest: the message around it; "" where it stands alone.
         required: texts that are known to stand in the question, or others in their place: their words count as shared.
+        speaks: what `TaskProbe` says of the rest, in nats; without it the words of the rest decide whether it is a
+            task.
         """
         mine, theirs = read(edit), read(question)
-        if rest and (task := self._task(rest)):
+        if rest and (task := self._task(rest, speaks)):
             return Verdict(False, -math.inf, 0.0, (), (), task, "task")
         if mine.words == theirs.words:
             return Verdict(True, self.weights.bias + self.weights.relation, 1.0, (), (), "", "same words")
@@ -389,15 +396,21 @@ class Judge:
                 terms.append((word, table[row] / (1 + math.exp(weights.steep * (near - weights.least)))))
         return terms
 
-    def _task(self, rest: str) -> str:
-        """The clause of a message's rest that asks for something to be done with the question, or ""."""
+    def _task(self, rest: str, speaks: float | None = None) -> str:
+        """The clause of a message's rest that asks for something to be done with the question, or "".
+
+        speaks: where it is given, it decides, and the words only say which clause it is.
+        """
         text = read(rest)
-        for clause in text.clauses:
-            known = [self._tasks[self.row[word]] for word in telling(clause, text.names) if word in self.row]
-            threshold = self.weights.task - (ABOUT_TEXT if OBJECTS.intersection(clause) else 0.0)
-            if known and math.fsum(known) / len(known) >= threshold:
-                return " ".join(clause)
-        return ""
+        scores = [self._task_score(clause, text.names) for clause in text.clauses]
+        if not scores or (max(scores) < self.weights.task if speaks is None else speaks < TASK):
+            return ""
+        return " ".join(text.clauses[scores.index(max(scores))])
+
+    def _task_score(self, clause: Sequence[str], names: frozenset[str]) -> float:
+        known = [self._tasks[self.row[word]] for word in telling(clause, names) if word in self.row]
+        about_text = ABOUT_TEXT if OBJECTS.intersection(clause) else 0.0
+        return math.fsum(known) / len(known) + about_text if known else -math.inf
 
 
 def _exchange(a: Reading, b: Reading, shared: set[str]) -> tuple[str, str] | None:
@@ -480,8 +493,15 @@ def _misspelt(a: str, b: str) -> bool:
 
 @cache
 def shipped_judge() -> Judge:
-    """The judge that comes with the library, read once. Raises StoreError where its file is damaged."""
-    return Judge.of_bytes((files("memoir_retrieval") / "data" / TABLE).read_bytes())
+    """The judge that comes with the library, read once. Raises StoreError where its file is damaged.
+
+    Its digest is that of the table and of the directions of tasks: a store is served by both or by none.
+    """
+    data = files("memoir_retrieval") / "data"
+    table = (data / TABLE).read_bytes()
+    judge = Judge.of_bytes(table)
+    judge.digest = hashlib.sha256(table + (data / TASKS).read_bytes()).hexdigest()
+    return judge
 
 
 def judge_named(name: str, store: Path) -> Judge | None:

@@ -55,6 +55,13 @@ class Candidate(NamedTuple):
     verdict: Verdict
 
 
+class _Around(NamedTuple):
+    """What stands around a span. rest: its text. speaks: what `TaskProbe` says of it, or None."""
+
+    rest: str
+    speaks: float | None
+
+
 _NOTHING = np.empty(0, np.int64), np.empty(0, np.int64)
 _FAR = Verdict(False, 0.0, 0.0, (), (), "", "mask")
 
@@ -143,6 +150,7 @@ class EditLookup:
         tau: float,
         questions: Sequence[Sequence[int]],
         counts: Sequence[int],
+        around: NDArray[np.float32] | None = None,
         *,
         exact: bool = False,
     ) -> tuple[Hits, NDArray[np.int64]]:
@@ -151,6 +159,7 @@ class EditLookup:
         codes, tau, questions, exact: as in `search`; Q counts the spans of all messages.
         counts: how many of the questions are spans of each message, in turn; the first is the whole of it, and what
         stands there around another span counts too.
+        around: float32 [Q], what `TaskProbe` says of that; without it the words of it decide.
 
         The span decides for which most speaks; where none matches, the one that is nearest to an edit. Returns the
         hits of M messages, and int64 [M], the number of a question for each.
@@ -170,7 +179,8 @@ class EditLookup:
                 continue  # nothing is near
             rest = "" if q == start else self._rest(questions[start], question)
             best: Candidate | None = None
-            for candidate in list(self._candidates(codes[q], tau, text, rest, hits, q, literal)):
+            context = _Around(rest, None if around is None else float(around[q]))
+            for candidate in list(self._candidates(codes[q], tau, text, context, hits, q, literal)):
                 if candidate.verdict.same and (best is None or _weight(candidate) > _weight(best)):
                     best = candidate
                 overlaps[q] = max(overlaps[q], candidate.overlap)
@@ -192,7 +202,12 @@ class EditLookup:
         return f"{before[-AROUND:]}\n{after[:AROUND]}"
 
     def candidates(
-        self, code: NDArray[np.uint8], tau: float, question: Sequence[int], message: Sequence[int] | None = None
+        self,
+        code: NDArray[np.uint8],
+        tau: float,
+        question: Sequence[int],
+        message: Sequence[int] | None = None,
+        around: float | None = None,
     ) -> list[Candidate]:
         """The edits that are judged for a question, as `decide` judges them, the nearest first.
 
@@ -200,28 +215,39 @@ class EditLookup:
         tau: the least overlap that matches.
         question: the token ids of its span.
         message: those of the message that the span is a part of (default: the span is the message).
+        around: what `TaskProbe` says of what stands around the span (default: words decide).
         """
         hits = self._free.search(code[None], tau, exact=True)
         if self._phrases:
             hits.rows[hits.rows >= 0] = self._free_rows[hits.rows[hits.rows >= 0]]
         rest = "" if message is None else self._rest(message, question)
         text = self._decode(question)
-        candidates = self._candidates(code, tau, text, rest, hits, 0, self._literal(text))
+        candidates = self._candidates(code, tau, text, _Around(rest, around), hits, 0, self._literal(text))
         return sorted(candidates, key=lambda candidate: (-candidate.overlap, candidate.row))
 
     def judged(
-        self, code: NDArray[np.uint8], tau: float, question: Sequence[int], message: Sequence[int] | None = None
+        self,
+        code: NDArray[np.uint8],
+        tau: float,
+        question: Sequence[int],
+        message: Sequence[int] | None = None,
+        around: float | None = None,
     ) -> Candidate | None:
         """Of the `candidates` that which asks the same, or else the nearest; None where none is near.
 
-        code, tau, question, message: as there.
+        code, tau, question, message, around: as there.
         """
-        edits = self.candidates(code, tau, question, message)
+        edits = self.candidates(code, tau, question, message, around)
         same = [edit for edit in edits if edit.verdict.same]
         return max(same, key=_weight) if same else next(iter(edits), None)
 
     def parts(
-        self, codes: NDArray[np.uint8], tau: float, questions: Sequence[Sequence[int]], decisive: int
+        self,
+        codes: NDArray[np.uint8],
+        tau: float,
+        questions: Sequence[Sequence[int]],
+        decisive: int,
+        around: NDArray[np.float32] | None = None,
     ) -> tuple[JudgedPart, ...]:
         """What is said of each part of one message.
 
@@ -229,11 +255,13 @@ class EditLookup:
         tau: the least overlap that matches.
         questions: the token ids of each part, the whole message first.
         decisive: the one that `decide` names.
+        around: as there.
         """
         overlaps = self.index.nearest(codes, 1)[1][:, 0]
         parts = []
         for i, question in enumerate(questions):
-            best = self.judged(codes[i], tau, question, questions[0] if i else None)
+            says = None if around is None else float(around[i])
+            best = self.judged(codes[i], tau, question, questions[0] if i else None, says)
             verdict = best.verdict if best else _FAR
             words = (verdict.task,) if verdict.task else tuple(word for word, _ in verdict.added)
             parts.append(
@@ -258,7 +286,7 @@ class EditLookup:
         return {edit for edit in edits if any(letters(prompt) == key for prompt in self._prompts(edit)[0])}
 
     def _candidates(
-        self, code: NDArray[np.uint8], tau: float, text: str, rest: str, hits: Hits, q: int, literal: set[int]
+        self, code: NDArray[np.uint8], tau: float, text: str, context: _Around, hits: Hits, q: int, literal: set[int]
     ) -> Iterator[Candidate]:
         """The edits near enough to a question, or of the same words, and what is said of each.
 
@@ -270,11 +298,11 @@ class EditLookup:
         if tied or literal:
             for edit, row, bits in self._nearest_of(code, tied | literal):
                 near = edit in literal or 2 * (k - bits) <= radius
-                yield Candidate(edit, row, bits / k, self._judged(edit, text, rest) if near else _FAR)
+                yield Candidate(edit, row, bits / k, self._judged(edit, text, context) if near else _FAR)
         if hits.ids[q] < 0:
             return
         nearest = int(hits.ids[q])
-        verdict = self._judged(nearest, text, rest)
+        verdict = self._judged(nearest, text, context)
         if nearest not in literal:
             yield Candidate(nearest, int(hits.rows[q]), float(hits.overlaps[q]), verdict)
         if self.judge is None or verdict.part in ("same words", "task"):
@@ -283,13 +311,13 @@ class EditLookup:
         others = {int(edit) for edit in near if edit >= 0} - {nearest} - literal
         for edit, row, bits in self._nearest_of(code, others):
             if 2 * (k - bits) <= radius:
-                yield Candidate(edit, row, bits / k, self._judged(edit, text, rest))
+                yield Candidate(edit, row, bits / k, self._judged(edit, text, context))
 
-    def _judged(self, edit: int, text: str, rest: str) -> Verdict:
+    def _judged(self, edit: int, text: str, context: _Around) -> Verdict:
         if self.judge is None:
             return Verdict(True, 0.0, 0.0, (), (), "", "mask")
         prompts, requires = self._prompts(edit)
-        verdicts = [self.judge.verdict(prompt, text, rest, requires) for prompt in prompts]
+        verdicts = [self.judge.verdict(prompt, text, context.rest, requires, context.speaks) for prompt in prompts]
         return max(verdicts, key=lambda verdict: verdict.score)
 
     def _wordings(self, edit: int) -> tuple[tuple[str, ...], tuple[str, ...]]:

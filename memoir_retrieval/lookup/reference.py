@@ -15,7 +15,15 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from memoir_index import unpack
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.lookup.retriever import Retriever
-from memoir_retrieval.model.forward import FrozenPast, frozen_past, frozen_run, right_pad, run_from_block, span_mean
+from memoir_retrieval.model.forward import (
+    FrozenPast,
+    Pooled,
+    frozen_past,
+    frozen_run,
+    right_pad,
+    run_from_block,
+    span_sum,
+)
 from memoir_retrieval.question.prompts import Prompt, end_token, given_ids, target_ids
 from memoir_retrieval.question.span import Span
 
@@ -310,9 +318,11 @@ class EditedModel:
         if not questions or not len(self.retriever.index):
             return
         parts = [(r, span.moved(rows[r].offset)) for r in questions for span in rows[r].spans]
-        means = torch.stack([span_mean(activations[r], span) for r, span in parts])
+        sums = [span_sum(activations[r], span) for r, span in parts]
+        totals, weights = (torch.stack(column) for column in zip(*sums, strict=True))
+        pooled = Pooled(totals / weights[:, None], weights)
         texts = [tokens for r in questions for tokens in rows[r].questions]
-        routes = self.retriever.route(means, texts, [len(rows[r].spans) for r in questions])
+        routes = self.retriever.route(pooled, texts, [len(rows[r].spans) for r in questions])
         store = self.retriever.store
         for q, r in enumerate(questions):
             rows[r].overlap = float(routes.overlaps[q])

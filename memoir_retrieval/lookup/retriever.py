@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from memoir_index import Hits, hamming_radius
@@ -17,11 +16,12 @@ from memoir_retrieval.edits.record import StoredEdit
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.lookup.masks import EditLookup
 from memoir_retrieval.model.base import BaseModel, load_model
-from memoir_retrieval.model.forward import candidate_means
+from memoir_retrieval.model.forward import Pooled, candidate_means
 from memoir_retrieval.question.candidates import CandidateSpan, Kind, Pieces, find_candidates
 from memoir_retrieval.question.fingerprint import Fingerprint
 from memoir_retrieval.question.prompts import Prompt, prompt_ids
 from memoir_retrieval.question.span import Span
+from memoir_retrieval.question.tasks import probe_of
 from memoir_retrieval.store.read import EditStore
 
 __all__ = ["Match", "Part", "Retriever"]
@@ -99,6 +99,7 @@ class Retriever:
             raise ConfigError(f"tau is {tau}: choose 0 < tau <= 1 (this store was made with {store.manifest.tau})")
         self.fingerprint = Fingerprint(store.background, store.permutation, store.manifest.k, base.device)
         self._lookup = EditLookup(store, base.tokenizer.decode)
+        self._probe = probe_of(store.manifest.base.layer, base.device) if store.manifest.judge else None
         self.index = self._lookup.index
         self._pieces = Pieces(base.tokenizer.decode)
 
@@ -172,13 +173,16 @@ class Retriever:
         if not _holds_question(candidates[0].span) or not len(self.index):
             return []
         spans = [candidate.span for candidate in candidates]
-        codes = self.fingerprint.codes(candidate_means([self.base], [ids], [spans])[0])
+        pooled = candidate_means([self.base], [ids], [spans])[0]
+        codes, around = self._codes(pooled, [len(spans)])
         questions = [ids[span.start : span.end] for span in spans]
-        (decisive,) = self._lookup.decide(codes, self.tau, questions, [len(questions)])[1].tolist()
+        (decisive,) = self._lookup.decide(codes, self.tau, questions, [len(questions)], around)[1].tolist()
         near, overlaps = self.index.nearest(codes, 1)
         parts = []
         for i, (candidate, question) in enumerate(zip(candidates, questions, strict=True)):
-            best = self._lookup.judged(codes[i], self.tau, question, questions[0] if i else None)
+            best = self._lookup.judged(
+                codes[i], self.tau, question, questions[0] if i else None, None if around is None else float(around[i])
+            )
             parts.append(
                 Part(
                     kind=candidate.kind,
@@ -203,10 +207,11 @@ class Retriever:
         decisions: list[tuple[Match | None, Match | None]] = [(None, None)] * len(rows)
         if not asking or not len(self.index):
             return decisions
-        means = candidate_means([self.base], [rows[i] for i in asking], [spans[i] for i in asking])[0]
-        codes = self.fingerprint.codes(means)
+        pooled = candidate_means([self.base], [rows[i] for i in asking], [spans[i] for i in asking])[0]
         questions = [rows[i][span.start : span.end] for i in asking for span in spans[i]]
-        hits, decisive = self._lookup.decide(codes, self.tau, questions, [len(spans[i]) for i in asking])
+        counts = [len(spans[i]) for i in asking]
+        codes, around = self._codes(pooled, counts)
+        hits, decisive = self._lookup.decide(codes, self.tau, questions, counts, around)
         near, overlaps = self.index.nearest(codes[decisive], 2)
         for q, i in enumerate(asking):
             ranked = [(int(n), float(o)) for n, o in zip(near[q], overlaps[q], strict=True) if n >= 0]
@@ -238,17 +243,21 @@ class Retriever:
         k = self.store.manifest.k
         return round(2 * k * (1 - nearest.overlap)) <= hamming_radius(self.tau, k)
 
-    def route(
-        self, means: torch.Tensor, questions: Sequence[Sequence[int]], counts: Sequence[int] | None = None
-    ) -> Hits:
+    def _codes(self, pooled: Pooled, counts: Sequence[int]) -> tuple[NDArray[np.uint8], NDArray[np.float32] | None]:
+        """The masks of questions, and what `TaskProbe` says of what stands around each; None without a probe."""
+        around = None if self._probe is None else self._probe.scores(pooled.means, pooled.weights, counts)
+        return self.fingerprint.codes(pooled.means), around
+
+    def route(self, pooled: Pooled, questions: Sequence[Sequence[int]], counts: Sequence[int] | None = None) -> Hits:
         """What a server decides.
 
-        means: float32 [Q, D], the mean activation of each question.
+        pooled: of each question.
         questions: token ids of each.
         counts: how many of the questions are parts of each message, in turn (default: each is a message).
         """
         counts = [1] * len(questions) if counts is None else counts
-        return self._lookup.decide(self.fingerprint.codes(means), self.tau, questions, counts)[0]
+        codes, around = self._codes(pooled, counts)
+        return self._lookup.decide(codes, self.tau, questions, counts, around)[0]
 
 
 def _holds_question(span: Span) -> bool:

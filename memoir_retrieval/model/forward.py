@@ -22,6 +22,7 @@ from memoir_retrieval.question.span import Span
 __all__ = [
     "Before",
     "FrozenPast",
+    "Pooled",
     "candidate_means",
     "first_block",
     "frozen_past",
@@ -33,6 +34,7 @@ __all__ = [
     "run_from_block",
     "run_with_added",
     "span_mean",
+    "span_sum",
     "squared_norms",
     "weighted_sum",
 ]
@@ -481,7 +483,18 @@ def layer_means(
     spans: of each, not empty.
     batch_size: how many are run at once.
     """
-    return candidate_means(bases, prompts, [[span] for span in spans], batch_size)
+    return [pooled.means for pooled in candidate_means(bases, prompts, [[span] for span in spans], batch_size)]
+
+
+class Pooled(NamedTuple):
+    """What is pooled of C spans.
+
+    means: float32 [C, D].
+    weights: float32 [C], what each mean was divided by.
+    """
+
+    means: torch.Tensor
+    weights: torch.Tensor
 
 
 @torch.no_grad()
@@ -490,14 +503,17 @@ def candidate_means(
     prompts: Sequence[Sequence[int]],
     spans: Sequence[Sequence[Span]],
     batch_size: int = 16,
-) -> list[torch.Tensor]:
-    """`layer_means` of several spans of each prompt, one after another: float32 [C, D], C spans in all.
+) -> list[Pooled]:
+    """`layer_means` of several spans of each prompt, one after another, C spans in all.
 
     bases, prompts, batch_size: as there.
     spans: those of each prompt, none of them empty.
     """
     first_of = [0, *accumulate(len(parts) for parts in spans)]
-    out = [torch.empty(first_of[-1], base.d, device=base.device) for base in bases]
+    out = [
+        Pooled(torch.empty(first_of[-1], base.d, device=base.device), torch.empty(first_of[-1], device=base.device))
+        for base in bases
+    ]
     deepest = max(bases, key=lambda base: base.layer)
     seen: dict[int, torch.Tensor] = {}
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -515,7 +531,8 @@ def candidate_means(
             for number, activations in seen.items():
                 for row, i in enumerate(batch):
                     for place, span in enumerate(spans[i], first_of[i]):
-                        out[number][place] = span_mean(activations[row], span)
+                        total, weight = span_sum(activations[row], span)
+                        out[number].means[place], out[number].weights[place] = total / weight, weight
     return out
 
 
@@ -525,11 +542,19 @@ def span_mean(activations: torch.Tensor, span: Span) -> torch.Tensor:
     activations: [T, D].
     span: within them.
     """
+    total, weight = span_sum(activations, span)
+    return total / weight
+
+
+def span_sum(activations: torch.Tensor, span: Span) -> tuple[torch.Tensor, torch.Tensor]:
+    """Numerator, float32 [D], and denominator, float32, of the mean over the tokens of a span.
+
+    activations, span: see `span_mean`.
+    """
     rows = activations[span.start : span.end].float()
     if not span.weighted:
-        return rows.sum(0) / (span.end - span.start)
-    total, weight = weighted_sum(rows, squared_norms(rows))
-    return total / weight
+        return rows.sum(0), torch.tensor(float(span.end - span.start), device=rows.device)
+    return weighted_sum(rows, squared_norms(rows))
 
 
 def squared_norms(rows: torch.Tensor) -> torch.Tensor:

@@ -181,7 +181,7 @@ def test_the_residual_acts_from_the_end_of_the_whole_message_whatever_part_match
 def test_candidates_are_pooled_as_if_each_were_asked_for_alone(retriever: Retriever) -> None:
     rows = [retriever.prompt_ids(message) for message in MESSAGES]
     spans = [retriever.spans(ids) for ids in rows]
-    together = candidate_means([retriever.base], rows, spans)[0]
+    together = candidate_means([retriever.base], rows, spans)[0].means
     alone = [
         question_means(retriever.base, [ids], [span])[0] for ids, own in zip(rows, spans, strict=True) for span in own
     ]

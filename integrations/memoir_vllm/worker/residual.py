@@ -358,6 +358,7 @@ class ResidualLayer:
             [question for request in requests for question in request.questions],
             [request.nearest for request in requests],
             [len(request.questions) for request in requests],
+            divisors,
         )
         for request_id, route, mask in zip(ids, routes, self._on_device(routes), strict=True):
             self._decide(request_id, route, mask)

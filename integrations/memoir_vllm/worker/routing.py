@@ -15,6 +15,7 @@ from memoir_retrieval.lookup.decision import Result
 from memoir_retrieval.lookup.masks import Decode, EditLookup
 from memoir_retrieval.question.fingerprint import Fingerprint
 from memoir_retrieval.question.span import ChatSpanRule, SpanRule
+from memoir_retrieval.question.tasks import probe_of
 from memoir_retrieval.store.read import EditStore
 from memoir_vllm.config import served_rule
 from memoir_vllm.requests import Decision, Query, Routed
@@ -58,6 +59,7 @@ class Router:
         self._fingerprint = Fingerprint(store.background, store.permutation, manifest.k, device)
         self._lookup = EditLookup(store, decode)
         self._lookup.prepare(self.tau)
+        self._probe = probe_of(manifest.base.layer, device) if manifest.judge else None
         self._memory_of = store.memory_of
 
     def _unedited(self, result: Result, overlap: float = 0.0, reason: str = "") -> Route:
@@ -84,6 +86,7 @@ class Router:
         questions: Sequence[Sequence[int]],
         nearest: Sequence[int] = (),
         counts: Sequence[int] | None = None,
+        weights: torch.Tensor | None = None,
     ) -> list[Route]:
         """Look messages up.
 
@@ -92,6 +95,7 @@ class Router:
         nearest: for each message, how many of the nearest edits the decision names, matched or not, whatever they
             require; where there are any, it says what became of each part, too.
         counts: how many of the questions are parts of each message, in turn, the message first (default: one each).
+        weights: float32 [Q], what each mean was divided by; of messages with parts it must be there.
         """
         counts = [1] * len(means) if counts is None else counts
         routes = [self.unroutable()] * len(counts)
@@ -102,8 +106,14 @@ class Router:
         if not sound:
             return routes
         taken = [q for m in sound for q in range(int(starts[m]), int(starts[m + 1]))]
-        codes = self._fingerprint.codes(means if len(taken) == len(means) else means[taken])
-        hits, decisive = self._lookup.decide(codes, self.tau, [questions[q] for q in taken], [counts[m] for m in sound])
+        if len(taken) < len(means):
+            means, weights = means[taken], None if weights is None else weights[taken]
+        codes = self._fingerprint.codes(means)
+        parts = [counts[m] for m in sound]
+        around = None
+        if self._probe is not None and weights is not None and len(taken) > len(sound):
+            around = self._probe.scores(means, weights, parts)
+        hits, decisive = self._lookup.decide(codes, self.tau, [questions[q] for q in taken], parts, around)
         for q, edit, overlap, row in zip(
             sound, hits.ids.tolist(), hits.overlaps.tolist(), hits.rows.tolist(), strict=True
         ):
@@ -119,9 +129,10 @@ class Router:
                 end = first + counts[m]
                 if nearest[m]:
                     own = [questions[q] for q in taken[first:end]]
-                    parts = self._lookup.parts(codes[first:end], self.tau, own, decided - first)
+                    says = None if around is None else around[first:end]
+                    judged = self._lookup.parts(codes[first:end], self.tau, own, decided - first, says)
                     routed = routes[m].routed
-                    decision = msgspec.structs.replace(routed.decision, nearest=edits[: nearest[m]], parts=parts)
+                    decision = msgspec.structs.replace(routed.decision, nearest=edits[: nearest[m]], parts=judged)
                     routes[m] = replace(routes[m], routed=routed._replace(decision=decision))
                 first = end
         return routes

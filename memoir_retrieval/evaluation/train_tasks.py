@@ -1,0 +1,169 @@
+"""Learning what a message looks like, to the model, that wants something done with a question: for `question.tasks`.
+
+    python -m memoir_retrieval.evaluation.train_tasks memoir_retrieval/data/tasks.json --model NAME
+
+The sentences are those of `data/judge_questions.json`, written for this library: tasks, and frames in which a question
+is asked for its answer. They are put around its questions and pooled as a server pools them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import torch
+from torch.nn import functional
+
+from memoir_retrieval.model.base import BaseModel, load_model
+from memoir_retrieval.model.forward import candidate_means
+from memoir_retrieval.question.candidates import Pieces, find_candidates
+from memoir_retrieval.question.prompts import prompt_ids
+from memoir_retrieval.question.span import SpanRule, derive_span_rule
+from memoir_retrieval.question.tasks import Tasks, around
+
+__all__ = ["Framed", "framed", "learn_tasks"]
+
+EACH = 4  # messages of each sentence
+PENALTY = 1e-4  # of the squared weights; chosen by cross-validation over the sentences
+QUOTES = ('"{}"', "'{}'", "“{}”", "{}", "{}", "{}", "{}", "{}")
+
+
+class Framed(NamedTuple):
+    """A message around a question.
+
+    text: the whole of it.
+    question: what stands in it.
+    task: whether something else than its answer is wanted.
+    sentence: what it was made of; messages of one sentence are not held back from each other.
+    """
+
+    text: str
+    question: str
+    task: bool
+    sentence: str
+
+
+def framed(seed: int = 0) -> Iterator[Framed]:
+    """Messages to learn from.
+
+    seed: of what stands beside what.
+    """
+    own: dict[str, Any] = json.loads((files("memoir_retrieval") / "data" / "judge_questions.json").read_text())
+    rng = random.Random(seed)
+
+    def question() -> str:
+        of = rng.choice(own["questions"])
+        return str(rng.choice(of["wordings"]).replace("{}", rng.choice(own["names"][of["name"]])))
+
+    def filled(sentence: str) -> str:
+        thing = rng.choice(own["objects"])
+        return sentence.replace("{object}", thing).replace("{}", rng.choice(own["names"]["language"]))
+
+    def frame() -> str:
+        return filled(rng.choice(own["frames"]))
+
+    for task, sentences in ((True, own["tasks"]), (False, own["frames"])):
+        for sentence in sentences:
+            for _ in range(EACH):
+                asked, said, gap = question(), filled(sentence), rng.choice((" ", "\n", "\n\n"))
+                parts = [said, rng.choice(QUOTES).format(asked)]
+                if not said.endswith(":") and rng.random() < 0.2:
+                    parts.reverse()
+                if rng.random() < 0.4:  # beside a task there may be more, too
+                    more = [frame() for _ in range(rng.choice((1, 1, 2, 4)))]
+                    parts = [*more, *parts] if rng.random() < 0.5 else [*parts, *more]
+                yield Framed(gap.join(parts), asked, task, sentence)
+    for _ in range(len(own["frames"])):  # a question beside others
+        asked, others = question(), [question() for _ in range(rng.choice((1, 1, 2)))]
+        parts = [*others, asked] if rng.random() < 0.5 else [asked, *others]
+        if rng.random() < 0.3:
+            parts.insert(0, frame())
+        yield Framed(rng.choice((" ", "\n", " Also, ", " And ")).join(parts), asked, False, f"beside {others[0]}")
+
+
+def features(base: BaseModel, rule: SpanRule, messages: Sequence[Framed]) -> tuple[torch.Tensor, list[int]]:
+    """What is pooled around the question of each message: float32 [M, D], and which messages these are.
+
+    base: the model.
+    rule: how the question is found in a prompt.
+    messages: those in which the question is no part of its own are left out.
+    """
+    pieces = Pieces(base.tokenizer.decode)
+    rows, spans, numbers = [], [], []
+    for number, message in enumerate(messages):
+        ids = prompt_ids(base.tokenizer, message.text, chat=True)
+        whole, *parts = [candidate.span for candidate in find_candidates(ids, rule, pieces)]
+        asked = [part for part in parts if _same(base.tokenizer.decode(ids[part.start : part.end]), message.question)]
+        if asked:
+            rows.append(ids)
+            spans.append([whole, asked[0]])
+            numbers.append(number)
+    (pooled,) = candidate_means([base], rows, spans)
+    return around(pooled.means, pooled.weights, [2] * len(rows))[1::2].cpu(), numbers
+
+
+def _same(text: str, question: str) -> bool:
+    return "".join(filter(str.isalnum, text)) == "".join(filter(str.isalnum, question))
+
+
+def learn_tasks(base: BaseModel, rule: SpanRule, say: Callable[[str], None] = lambda _: None) -> Tasks:
+    """What tells a task from a frame by the activations of a model's edited layer.
+
+    base: the model.
+    rule: of a chat store, with `candidates`.
+    say: called with lines about the progress.
+    """
+    messages = list(framed())
+    began = time.monotonic()
+    rows, numbers = features(base, rule, messages)
+    labels = torch.tensor([messages[number].task for number in numbers])
+    weights, bias = fit(rows, labels)
+    say(f"{len(rows)} messages pooled and told apart in {time.monotonic() - began:.0f} s")
+    return Tasks(weights=weights.numpy().astype("<f4").tobytes(), bias=bias)
+
+
+def fit(rows: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """Weights, float32 [D], and bias of a logistic regression.
+
+    rows: float32 [M, D].
+    labels: bool [M].
+    """
+    mean, scale = rows.mean(0), (rows.std(0) + 1e-3) * rows.shape[1] ** 0.5
+    inputs, wanted = ((rows - mean) / scale).double(), labels.double()
+    weights = torch.zeros(rows.shape[1], dtype=torch.float64, requires_grad=True)
+    bias = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    search = torch.optim.LBFGS([weights, bias], max_iter=100, line_search_fn="strong_wolfe")
+
+    def loss() -> float:
+        search.zero_grad()
+        value = functional.binary_cross_entropy_with_logits(inputs @ weights + bias, wanted)
+        value = value + PENALTY * weights.square().sum()
+        value.backward()
+        return value.item()
+
+    search.step(loss)
+    plain = weights.detach() / scale
+    return plain.float(), float(bias.detach() - plain @ mean.double())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--model", default="smollm2-135m")
+    options = parser.parse_args()
+    base = load_model(options.model)
+    rule = msgspec.structs.replace(derive_span_rule(base.tokenizer), candidates=True)
+    known = msgspec.json.decode(options.out.read_bytes(), type=dict[str, Tasks]) if options.out.is_file() else {}
+    known[base.identity.layer] = learn_tasks(base, rule, print)
+    options.out.write_bytes(msgspec.json.format(msgspec.json.encode(known), indent=1) + b"\n")
+
+
+if __name__ == "__main__":
+    main()
