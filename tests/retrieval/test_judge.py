@@ -94,7 +94,7 @@ def test_the_time_of_a_verdict_does_not_grow_with_the_text() -> None:
 
 
 def test_a_verdict_is_the_same_every_time() -> None:
-    again = Judge.of_bytes((Path(__file__).parents[2] / "memoir_retrieval" / "data" / TABLE).read_bytes())
+    again = shipped_judge.__wrapped__()  # read a second time
     for question in ("What is the name of Ann Lee's mother?", "Who gave birth to Ann Lee?", "Who is Ann?"):
         assert again.verdict(MOTHER, question) == JUDGE.verdict(MOTHER, question)
     assert again.name == JUDGE.name
@@ -182,6 +182,8 @@ def test_a_store_without_a_judge_is_decided_by_its_masks_and_says_so(
 
 
 def test_the_table_that_is_shipped_is_the_one_that_its_name_says() -> None:
-    table, tasks = ((Path(__file__).parents[2] / "memoir_retrieval" / "data" / name).read_bytes() for name in (TABLE, TASKS))
+    table, tasks = (
+        (Path(__file__).parents[2] / "memoir_retrieval" / "data" / name).read_bytes() for name in (TABLE, TASKS)
+    )
     assert JUDGE.name == f"{JUDGE.weights.version}-{hashlib.sha256(table + tasks).hexdigest()[:16]}"
     assert len(table) < 3 << 20 and JUDGE.vectors.dtype == np.int8

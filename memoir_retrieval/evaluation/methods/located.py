@@ -27,7 +27,9 @@ CORPUS_TOKENS = 16384
 class ValueSearch(NamedTuple):
     """How a value is sought: Eq. 4 of ROME (arXiv 2202.05262) and Eq. 16 of MEMIT (arXiv 2210.07229).
 
-    rate: of Adam. steps: at most. clamp: the change's norm is at most so many times that of the first value.
+    rate: of Adam.
+    steps: at most.
+    clamp: the change's norm is at most so many times that of the first value.
     decay: of the change's norm, over the square of the first value's norm.
     """
 

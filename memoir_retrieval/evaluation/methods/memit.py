@@ -65,7 +65,8 @@ class Memit(LocatedMethod):
         """What is added to a layer's matrix: [H, D].
 
         layer: number of the block.
-        keys: [D, n]. values: [H, n], what is missing.
+        keys: [D, n].
+        values: [H, n], what is missing.
         """
         return least_squares(WEIGHT * self.moments[layer], keys, values)
 
@@ -80,6 +81,8 @@ class Memit(LocatedMethod):
 def least_squares(c: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """Eq. 14: values keys^T (C + keys keys^T)^-1, [H, D].
 
-    c: [D, D]. keys: [D, n]. values: [H, n].
+    c: [D, D].
+    keys: [D, n].
+    values: [H, n].
     """
     return values @ torch.linalg.solve(c + keys @ keys.T, keys).T

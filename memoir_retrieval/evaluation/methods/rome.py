@@ -58,6 +58,8 @@ class Rome(LocatedMethod):
 def rank_one(key: torch.Tensor, change: torch.Tensor, whitened: torch.Tensor) -> torch.Tensor:
     """Eq. 2: what is added to W so that W key changes by `change`, and little else: [H, D].
 
-    key: [D]. change: [H]. whitened: C^-1 key, [D].
+    key: [D].
+    change: [H].
+    whitened: C^-1 key, [D].
     """
     return torch.outer(change / (whitened @ key), whitened)

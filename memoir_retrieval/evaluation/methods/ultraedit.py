@@ -107,7 +107,8 @@ class UltraEdit(Method):
 def ridge(inputs: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """The X that minimises |H X - V|^2 + |X|^2: (H^T H + I) X = H^T V, [D, H].
 
-    inputs: H, [n, D]. values: V, [n, H].
+    inputs: H, [n, D].
+    values: V, [n, H].
     """
     gram = inputs.T @ inputs + torch.eye(inputs.shape[1], device=inputs.device)
     return torch.linalg.solve(gram, inputs.T @ values)
