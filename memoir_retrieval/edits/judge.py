@@ -75,7 +75,9 @@ OBJECTS = frozenset(
 ABOUT_TEXT = 0.7
 """Nats that one of `OBJECTS` speaks for a task."""
 TASK = 1.0
-"""Nats from which on what `TaskProbe` says of a message's rest makes it a task."""
+"""Nats from which on what `TaskProbe` says of a message's rest makes it a task, whatever its words."""
+AGREED = -0.5
+"""Nats from which on it is one where its words say so, too."""
 REPLACED = 8.0
 """Nats that one word in place of another counts, more than can speak for an edit."""
 SYNONYMS = 0.55
@@ -399,11 +401,14 @@ class Judge:
     def _task(self, rest: str, speaks: float | None = None) -> str:
         """The clause of a message's rest that asks for something to be done with the question, or "".
 
-        speaks: where it is given, it decides, and the words only say which clause it is.
+        speaks: see `verdict`. Either sees what the other does not, so it decides alone only where it is sure.
         """
         text = read(rest)
         scores = [self._task_score(clause, text.names) for clause in text.clauses]
-        if not scores or (max(scores) < self.weights.task if speaks is None else speaks < TASK):
+        if not scores:
+            return ""
+        worded = max(scores) >= self.weights.task
+        if not (worded if speaks is None else speaks >= (AGREED if worded else TASK)):
             return ""
         return " ".join(text.clauses[scores.index(max(scores))])
 

@@ -72,20 +72,20 @@ def framed(seed: int = 0) -> Iterator[Framed]:
     for task, sentences in ((True, own["tasks"]), (False, own["frames"])):
         for sentence in sentences:
             for _ in range(EACH):
-                asked, said, gap = question(), filled(sentence), rng.choice((" ", "\n", "\n\n"))
-                parts = [said, rng.choice(QUOTES).format(asked)]
-                if not said.endswith(":") and rng.random() < 0.2:
+                core, words, gap = question(), filled(sentence), rng.choice((" ", "\n", "\n\n"))
+                parts = [words, rng.choice(QUOTES).format(core)]
+                if not words.endswith(":") and rng.random() < 0.2:
                     parts.reverse()
                 if rng.random() < 0.4:  # beside a task there may be more, too
                     more = [frame() for _ in range(rng.choice((1, 1, 2, 4)))]
                     parts = [*more, *parts] if rng.random() < 0.5 else [*parts, *more]
-                yield Framed(gap.join(parts), asked, task, sentence)
+                yield Framed(gap.join(parts), core, task, sentence)
     for _ in range(len(own["frames"])):  # a question beside others
-        asked, others = question(), [question() for _ in range(rng.choice((1, 1, 2)))]
-        parts = [*others, asked] if rng.random() < 0.5 else [asked, *others]
+        core, others = question(), [question() for _ in range(rng.choice((1, 1, 2)))]
+        parts = [*others, core] if rng.random() < 0.5 else [core, *others]
         if rng.random() < 0.3:
             parts.insert(0, frame())
-        yield Framed(rng.choice((" ", "\n", " Also, ", " And ")).join(parts), asked, False, f"beside {others[0]}")
+        yield Framed(rng.choice((" ", "\n", " Also, ", " And ")).join(parts), core, False, f"beside {others[0]}")
 
 
 def features(base: BaseModel, rule: SpanRule, messages: Sequence[Framed]) -> tuple[torch.Tensor, list[int]]:
@@ -100,10 +100,10 @@ def features(base: BaseModel, rule: SpanRule, messages: Sequence[Framed]) -> tup
     for number, message in enumerate(messages):
         ids = prompt_ids(base.tokenizer, message.text, chat=True)
         whole, *parts = [candidate.span for candidate in find_candidates(ids, rule, pieces)]
-        asked = [part for part in parts if _same(base.tokenizer.decode(ids[part.start : part.end]), message.question)]
-        if asked:
+        same = [part for part in parts if _same(base.tokenizer.decode(ids[part.start : part.end]), message.question)]
+        if same:
             rows.append(ids)
-            spans.append([whole, asked[0]])
+            spans.append([whole, same[0]])
             numbers.append(number)
     (pooled,) = candidate_means([base], rows, spans)
     return around(pooled.means, pooled.weights, [2] * len(rows))[1::2].cpu(), numbers
@@ -125,7 +125,7 @@ def learn_tasks(base: BaseModel, rule: SpanRule, say: Callable[[str], None] = la
     rows, numbers = features(base, rule, messages)
     labels = torch.tensor([messages[number].task for number in numbers])
     weights, bias = fit(rows, labels)
-    say(f"{len(rows)} messages pooled and told apart in {time.monotonic() - began:.0f} s")
+    say(f"{len(rows)} messages pooled and parted in {time.monotonic() - began:.0f} s")
     return Tasks(weights=weights.numpy().astype("<f4").tobytes(), bias=bias)
 
 

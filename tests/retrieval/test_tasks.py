@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from memoir_retrieval.edits.judge import TASK, shipped_judge
+from memoir_retrieval.edits.judge import AGREED, TASK, shipped_judge
 from memoir_retrieval.evaluation.train_tasks import fit, framed
 from memoir_retrieval.model.base import load_model
 from memoir_retrieval.model.forward import candidate_means, span_sum
@@ -40,11 +40,13 @@ def test_the_score_of_a_part_is_that_of_what_stands_around_it(weighted: bool) ->
     assert not around(means, weights, counts)[0].any()
 
 
-def test_what_the_activations_say_decides_and_the_words_only_name_the_clause() -> None:
+def test_the_activations_decide_alone_where_they_are_sure_and_else_with_the_words() -> None:
     judge = shipped_judge()
     question, rest = "Who runs Acme?", "Translate into French:"
     assert judge.verdict(question, question, rest).part == "task"
-    assert judge.verdict(question, question, rest, speaks=TASK - 0.1).same
+    assert judge.verdict(question, question, rest, speaks=AGREED - 0.1).same
+    assert judge.verdict(question, question, rest, speaks=AGREED).part == "task"
+    assert judge.verdict(question, question, "Good morning. Hand it over.", speaks=TASK - 0.1).same
     verdict = judge.verdict(question, question, "Good morning. Hand it over.", speaks=TASK)
     assert (verdict.same, verdict.part) == (False, "task") and verdict.task in ("good morning", "hand it over")
     assert judge.verdict(question, question, " ... ", speaks=9.0).same  # no word stands there
