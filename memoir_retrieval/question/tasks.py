@@ -1,4 +1,4 @@
-"""Whether a message wants something done with a question: told from the activations of what stands around it.
+"""Whether a message wants something done with a question: read off the activations of what stands around it.
 
 "Translate this:" and "I have a question:" differ in words that no list holds all of. In the activations of the edited
 layer one direction tells them apart. It is learnt once for a model and its layer (`evaluation.train_tasks`) and comes
