@@ -16,7 +16,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-__all__ = ["TASKS", "TaskProbe", "Tasks", "around", "probe_of", "shipped_tasks"]
+from memoir_retrieval.errors import StoreError
+
+__all__ = ["TASKS", "TaskProbe", "Tasks", "around", "probe_of", "read_tasks", "shipped_tasks"]
 
 
 TASKS = "tasks.json"
@@ -72,9 +74,27 @@ def around(means: torch.Tensor, weights: torch.Tensor, counts: Sequence[int]) ->
 
 @cache
 def shipped_tasks() -> dict[str, Tasks]:
-    """The directions that come with the library, by the digest of the layer they were learnt on (`Identity.layer`)."""
-    data = (files("memoir_retrieval") / "data" / TASKS).read_bytes()
-    return msgspec.json.decode(data, type=dict[str, Tasks])
+    """The directions that come with the library, by the digest of the layer they were learnt on (`Identity.layer`).
+
+    Raises StoreError where their file is damaged.
+    """
+    return read_tasks((files("memoir_retrieval") / "data" / TASKS).read_bytes())
+
+
+def read_tasks(data: bytes) -> dict[str, Tasks]:
+    """What a file of directions holds.
+
+    data: of the file.
+
+    Raises StoreError for one that is damaged.
+    """
+    try:
+        known = msgspec.json.decode(data, type=dict[str, Tasks])
+        for tasks in known.values():
+            np.frombuffer(tasks.weights, "<f4")
+    except ValueError as error:  # msgspec's errors are ValueErrors, too
+        raise StoreError(f"{TASKS} is damaged ({error!s:.200}): install memoir-retrieval again") from error
+    return known
 
 
 def probe_of(layer: str, device: torch.device | str = "cpu") -> TaskProbe | None:

@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from memoir_retrieval.edits.judge import AGREED, TASK, shipped_judge
+from memoir_retrieval.errors import StoreError
 from memoir_retrieval.evaluation.train_tasks import fit, framed
 from memoir_retrieval.model.base import load_model
 from memoir_retrieval.model.forward import candidate_means, span_sum
 from memoir_retrieval.question.candidates import Pieces, find_candidates
 from memoir_retrieval.question.prompts import prompt_ids
 from memoir_retrieval.question.span import Span, derive_span_rule
-from memoir_retrieval.question.tasks import TaskProbe, Tasks, around, probe_of, shipped_tasks
+from memoir_retrieval.question.tasks import TaskProbe, Tasks, around, probe_of, read_tasks, shipped_tasks
 
 D = 24
 
@@ -50,6 +51,12 @@ def test_the_activations_decide_alone_where_they_are_sure_and_else_with_the_word
     verdict = judge.verdict(question, question, "Good morning. Hand it over.", speaks=TASK)
     assert (verdict.same, verdict.part) == (False, "task") and verdict.task in ("good morning", "hand it over")
     assert judge.verdict(question, question, " ... ", speaks=9.0).same  # no word stands there
+
+
+@pytest.mark.parametrize("data", [b"", b"[]", b'{"a": {"weights": "AAA=", "bias": 0}}', b'{"a": {"bias": 0}}'])
+def test_a_damaged_file_of_directions_is_refused(data: bytes) -> None:
+    with pytest.raises(StoreError, match=r"tasks.json is damaged .*: install memoir-retrieval again"):
+        read_tasks(data)
 
 
 def test_what_is_learnt_tells_apart_what_a_direction_can() -> None:
