@@ -7,7 +7,7 @@
 # had been drawn; of a trained model all answers change. No error and no warning.
 # Expected: temperature 0 picks the likeliest token, whoever else is in the batch.
 # Why it matters here: an edit's answer is promised token by token. The plugin's logits are the reference's in such a step,
-# too; it is the drawing that differs, with and without it. docs/serving.md says so.
+# too; it is the drawing that differs, with and without it. docs/reference/serving.md says so.
 set -euo pipefail
 here=$(cd "$(dirname "$0")/.." && pwd)
 folder=$(mktemp -d)

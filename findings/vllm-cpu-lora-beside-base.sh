@@ -7,7 +7,7 @@
 # Expected: the base model's tokens, whoever else is in the batch.
 # Cause: lora/ops/torch_ops/lora_ops.py takes -1, the number of rows without an adapter, as an index. vLLM 0.33 masks it.
 # Why it matters here: such a question has other activations, so it is matched wrongly. The plugin replaces the functions
-# (integrations/memoir_vllm/worker/lora.py); docs/serving.md says so.
+# (integrations/memoir_vllm/worker/lora.py); docs/reference/serving.md says so.
 set -euo pipefail
 here=$(cd "$(dirname "$0")/.." && pwd)
 folder=$(mktemp -d)

@@ -25,7 +25,8 @@ MISS = 5e-13
 ODD = 1e-15
 """A mask whose share of ones in the sketch is less likely than this did not go through a random permutation."""
 
-# Sizes, see docs/lookup.md: where a sketch begins to pay, and the overlap beyond chance that unrelated masks have.
+# Sizes (docs/explanation/lookup.md): where a sketch begins to pay, and the overlap beyond chance that unrelated masks
+# have.
 FEWEST_ROWS = 4096
 MOST_BITS = 2048
 UNRELATED_EXCESS = 0.06

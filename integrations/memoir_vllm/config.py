@@ -53,7 +53,7 @@ TOKEN_VARIABLE = "MEMOIR_ADMIN_TOKEN"
 """The environment variable of the administrator's token (`admin/tokens.py`)."""
 
 TESTED = ((0, 32),)
-COMPARED = ((0, 33),)  # read and compared by source, run in part: docs/compatibility.md
+COMPARED = ((0, 33),)  # read and compared by source, run in part: docs/reference/compatibility.md
 # The ways to make drafts that were run with edits (tests/vllm/test_engine_speculative.py).
 DRAFTS = ("ngram", "draft_model")
 # Why vLLM's KV connectors are refused, as read in their source (vllm/distributed/kv_transfer/kv_connector).

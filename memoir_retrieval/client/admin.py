@@ -1,4 +1,4 @@
-"""Administration of a running server from a program: a client of the routes below /memoir (docs/administration.md)."""
+"""A client of the administration of a running server: the routes below /memoir (docs/how-to/administration.md)."""
 
 from __future__ import annotations
 

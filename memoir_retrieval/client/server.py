@@ -128,7 +128,7 @@ def request_of(
     prompt: a user message or messages where `chat` is true, else raw text or token ids.
     chat: ask /v1/chat/completions, else /v1/completions.
     tokens: the most new ones.
-    options: of the plugin, by name (docs/serving.md).
+    options: of the plugin, by name (docs/reference/serving.md).
     fields: further fields of the body, or other values of these.
     """
     body = {"model": model, "max_tokens": tokens, "temperature": 0, "return_token_ids": True}

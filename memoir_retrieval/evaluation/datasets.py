@@ -23,7 +23,7 @@ DATA_SETS = {
     "qaedit": "qaedit/qaedit-dev.jsonl",
     "hallueditbench": "hallueditbench/meta_llama_3_8b_instruct.jsonl",
 }
-"""Name -> path below the folder of the data sets. `docs/evaluation.md` says what each is."""
+"""Name -> path below the folder of the data sets. `docs/how-to/evaluation.md` says what each is."""
 
 TEXT = "text/wikitext-2-test.jsonl"
 """Unrelated text in the same folder."""

@@ -1,4 +1,4 @@
-"""Measuring a store: the paper's teacher-forced scores, and what a user sees. `docs/evaluation.md` explains each."""
+"""Measuring a store: the paper's teacher-forced scores, and what a user sees (`docs/how-to/evaluation.md`)."""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 
 An addition is one file, which holds the new edits, their masks and the columns of the residual memories that training
 has changed. It is a generation of its own, and follows the manifest or the addition before it, whose digest it names;
-`store.write` takes the additions up into the files when they have grown. `docs/format.md` describes every byte.
+`store.write` takes the additions up into the files when they have grown. `docs/reference/format.md` describes every
+byte.
 """
 
 from __future__ import annotations

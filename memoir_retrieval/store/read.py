@@ -1,6 +1,7 @@
 """The edit store: a folder, and the only thing that passes from editing to serving.
 
-A store is read as one immutable generation; `store.write` makes the next one. `docs/format.md` describes every byte.
+A store is read as one immutable generation; `store.write` makes the next one.
+`docs/reference/format.md` describes every byte.
 """
 
 from __future__ import annotations

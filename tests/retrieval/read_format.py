@@ -1,4 +1,4 @@
-"""Reads a store with nothing but numpy, json and safetensors, by what docs/format.md says."""
+"""Reads a store with nothing but numpy, json and safetensors, by what docs/reference/format.md says."""
 
 import hashlib
 import json

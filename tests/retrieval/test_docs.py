@@ -197,7 +197,7 @@ def test_what_is_quoted_for_chats_is_what_was_measured() -> None:
     """The README and the comparison repeat the first line of the measurements."""
     measured = (ROOT / "docs/measurements/README.md").read_text()
     (scores,) = re.findall(r"in chat (reliability \S+ %, generality \S+ %, locality [\d.]+ %);", measured)
-    assert scores in (ROOT / "docs/comparison.md").read_text().replace("\n", " ")
+    assert scores in (ROOT / "docs/explanation/comparison.md").read_text().replace("\n", " ")
     readme = (ROOT / "README.md").read_text()
     for name, percent in re.findall(r"(\w+) ([\d.]+) %", scores):
         share = f"{float(percent) / 100:.3f}".removeprefix("0")
@@ -217,15 +217,42 @@ def test_no_line_of_prose_is_over_120_columns() -> None:
                 assert len(line) <= 120, f"{page.relative_to(ROOT)}:{number} has {len(line)} columns"
 
 
-def test_pages_that_the_code_names_are_there() -> None:
+def anchors(page: Path) -> set[str]:
+    """Of a page's headings, as MkDocs and GitHub write them."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
+    titles = (re.sub(r"[^\w\s-]", "", title).strip().lower() for title in re.findall(r"^#+ (.*)$", text, re.M))
+    return {re.sub(r"[-\s]+", "-", title) for title in titles}
+
+
+def dead(text: str) -> list[str]:
+    """Of the pages and anchors that a text names, those that are not there: `docs/...` counts from the repository."""
+    named = re.findall(r"(?<![\w/.-])(?:\.\./)*(docs/[\w/-]+\.\w+)(?:#([\w-]+))?", text)
+    return [
+        f"{page}#{anchor}"
+        for page, anchor in named
+        if not (ROOT / page).is_file() or (anchor and anchor not in anchors(ROOT / page))
+    ]
+
+
+def test_every_page_and_anchor_that_code_or_text_names_is_there() -> None:
+    """Docstrings, comments, errors, tests, scripts, the README and its neighbours: none sends a reader to no page."""
+    folders = ("memoir_retrieval", "index", "integrations", "tests", "benchmarks", "examples", "findings", "docs")
+    files = [path for folder in folders for path in ROOT.glob(f"{folder}/**/*.*")]
+    files += [*ROOT.glob("*.*"), ROOT / "Makefile", ROOT / ".pre-commit-config.yaml"]
+    texts = (".py", ".md", ".sh", ".yml", ".yaml", ".toml", ".in", ".cff", ".html", ".js", ".json", "")
     seen = 0
-    for file in [
-        path for folder in ("memoir_retrieval", "index", "integrations") for path in ROOT.glob(f"{folder}/**/*.py")
-    ]:
-        for page in re.findall(r"\bdocs/[\w/-]+\.md\b", file.read_text(encoding="utf-8")):
-            assert (ROOT / page).is_file(), f"{file.relative_to(ROOT)} names {page}"
-            seen += 1
-    assert seen > 3
+    for file in files:
+        if file.suffix not in texts or not file.is_file() or file == Path(__file__):
+            continue
+        text = file.read_text(encoding="utf-8")
+        assert dead(text) == [], file.relative_to(ROOT)
+        seen += len(re.findall(r"\bdocs/[\w/-]+\.md\b", text))
+    assert seen > 30
+
+
+@pytest.mark.parametrize("name", ["docs/serving.md", "../docs/nowhere.svg", "docs/reference/serving.md#nothing"])
+def test_a_page_that_is_gone_is_seen(name: str) -> None:
+    assert len(dead(f"see `{name}`.")) == 1 and dead("see docs/reference/serving.md#a-request.") == []
 
 
 def test_each_finding_is_listed_and_pins_what_it_runs() -> None:

@@ -107,7 +107,7 @@ def test_the_sdist_is_the_whole_checkout(built: Path) -> None:
         "LICENSE",
         "Makefile",
         "SECURITY.md",
-        "docs/format.md",
+        "docs/reference/format.md",
         "examples/zsre-100.jsonl",
         "memoir_retrieval/data/background.jsonl",
         "index/memoir_index/py.typed",

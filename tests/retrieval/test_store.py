@@ -228,7 +228,8 @@ def test_the_documented_format_is_the_format(tmp_path: Path, rows: list[int]) ->
 def test_every_key_of_the_manifest_is_documented(tmp_path: Path) -> None:
     write(tmp_path)
     keys = set(json.loads((tmp_path / "memoir.json").read_text()))
-    documented = (Path(__file__).parents[2] / "docs" / "format.md").read_text().split("## Manifest")[1].split("##")[0]
+    page = Path(__file__).parents[2] / "docs" / "reference" / "format.md"
+    documented = page.read_text().split("## Manifest")[1].split("##")[0]
     assert keys == {key for line in documented.splitlines() if line.startswith("| `")
                     for key in line.split("|")[1].replace("`", "").replace(" ", "").split(",")}  # fmt: skip
 

@@ -2,7 +2,7 @@
 
     python tests/vllm/seams.py [VLLM]            # what changed in a vLLM against the first recorded version
     python tests/vllm/seams.py [VLLM] --write    # after reading the changes: record it in seams.json
-    python tests/vllm/seams.py --table           # print docs/compatibility.md
+    python tests/vllm/seams.py --table           # print docs/reference/compatibility.md
 
 VLLM: a folder of that name from any wheel of vLLM; the installed one by default. Files are parsed, not imported, so
 both model runners are seen on any machine, and versions that this machine cannot run.
@@ -180,7 +180,7 @@ def changed(seams: dict[str, str], recorded: dict[str, dict[str, Any]]) -> list[
 
 
 def table() -> str:
-    """docs/compatibility.md."""
+    """docs/reference/compatibility.md."""
     recorded = read()
     lines = [
         "# Compatibility with vLLM",

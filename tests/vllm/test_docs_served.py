@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 TOKEN = "the token of the documentation".replace(" ", "-")
 BIN = Path(sys.executable).parent
-ADMINISTRATION, TUTORIAL = ROOT / "docs/administration.md", ROOT / "docs/tutorial.md"
+ADMINISTRATION, TUTORIAL = ROOT / "docs/how-to/administration.md", ROOT / "docs/tutorial.md"
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ def finish(server: Server, job: str) -> None:
     ("page", "first", "prints"),
     [
         ("README.md", "from openai", r"\{'edit'"),
-        ("docs/serving.md", "from openai", r"Jane Doe\n \{'edit': 0"),
+        ("docs/reference/serving.md", "from openai", r"Jane Doe\n \{'edit': 0"),
         ("docs/how-to/python.md", "import asyncio", r"^\d+ Lookup\(result='matched'"),
     ],
 )

@@ -1,5 +1,5 @@
-"""Every way into a server with edits, and everything it tells, has its row in docs/security-model.md; and no row is
-about something that is gone."""
+"""Every way into a server with edits, and everything it reveals, has its row in docs/explanation/security-model.md; and
+no row is about something that is gone."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from memoir_vllm.requests import parse_options
 from memoir_vllm.worker.mixin import MemoirWorker
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs/security-model.md").read_text().split("## Open doors")[1]
+PAGE = (ROOT / "docs/explanation/security-model.md").read_text().split("## Open doors")[1]
 TOKEN = "0123456789abcdef"
 KNOWN = {"Authorization": f"Bearer {TOKEN}"}
 

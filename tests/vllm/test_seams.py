@@ -59,5 +59,5 @@ def test_a_function_is_wrapped_once() -> None:
 
 
 def test_the_table_in_the_documentation_is_the_scripts() -> None:
-    page = Path(__file__).parents[2] / "docs" / "compatibility.md"
-    assert page.read_text() == table(), "python tests/vllm/seams.py --table > docs/compatibility.md"
+    page = Path(__file__).parents[2] / "docs" / "reference" / "compatibility.md"
+    assert page.read_text() == table(), "python tests/vllm/seams.py --table > docs/reference/compatibility.md"
