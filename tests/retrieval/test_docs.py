@@ -165,6 +165,13 @@ def test_the_command_line_reference_is_what_help_says() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_the_picture_of_messages_is_what_the_measurements_say() -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "docs/make_pictures.py", "--check"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_every_public_name_has_a_docstring() -> None:
     """They are the page of the Python API."""
     seen = 0
