@@ -34,7 +34,7 @@ class Row(NamedTuple):
 
 ASKING = (
     Row("the edit's question, alone", "the edit's question, alone"),
-    Row("behind a time stamp, talk or passages, in a log", "behind a time stamp"),
+    Row("after a time stamp, talk or passages, in a log", "after a time stamp"),
     Row("in an e-mail, before “reply in JSON”", "in an agent's prompt"),
     Row("in lower case", "lower case"),
     Row("in UPPER CASE", "lower case", 1),
@@ -42,7 +42,7 @@ ASKING = (
     Row("a rephrasing", "a rephrasing"),
     Row("beside an unedited question", "beside an unedited question"),
     Row("with a slip in the name", "a slip in a common word", 1),
-    Row("behind examples, or behind a German line", "behind examples"),
+    Row("after examples, or after a German line", "after examples"),
 )
 NOT_ASKING = (
     Row("an unrelated prompt", "the library's prompts"),

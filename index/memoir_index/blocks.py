@@ -1,7 +1,7 @@
 """Where rows lie: blocks that readers may look at while a writer goes on behind their last row.
 
 A block that was published never changes. Rows are appended to room that no published block reaches; a removal
-publishes the block again with the row marked as gone, and a block with many such rows is written anew. So a write
+publishes the block again with the row marked as gone, and a block with many such rows is written again. So a write
 costs what it writes, not what is stored, and a reader keeps what it began with.
 """
 
@@ -23,7 +23,7 @@ BLOCK = 16384
 """Rows of a block. Memory is reserved for all of them and used as they come."""
 
 MOST_GONE = 1 / 8
-"""A block with a larger share of removed rows is written anew."""
+"""A block with a larger share of removed rows is written again."""
 
 
 class Room:

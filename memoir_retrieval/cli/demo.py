@@ -90,6 +90,8 @@ def demo(file: Path, store: Path, count: int, show: int, port: int | None, keep:
             notes.print(f"demo: the server stays at {url}, model {MODEL}; Ctrl-C stops it")
             with suppress(KeyboardInterrupt):
                 Event().wait()
+        else:
+            notes.print(f"demo: to ask it yourself: memoir serve {MODEL} --store {store}")
 
 
 def _edit(edits: Sequence[Edit], store: Path) -> None:

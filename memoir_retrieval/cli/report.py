@@ -21,7 +21,7 @@ PAGE = "report.html"
     "--open/--no-open", "browse", default=True, help="Open it in a browser (default), or only print its path."
 )
 def report(run: Path, browse: bool) -> None:
-    """Open the report of a run of `memoir bench quality`, drawn anew from its figures.
+    """Open the report of a run of `memoir bench quality`, drawn again from its figures.
 
     \b
     Example:

@@ -1,4 +1,4 @@
-"""A client of the administration of a running server: the routes below /memoir (docs/how-to/administration.md)."""
+"""A client of the administration of a running server: the routes below /memoir (docs/reference/administration.md)."""
 
 from __future__ import annotations
 

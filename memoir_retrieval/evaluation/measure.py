@@ -1,4 +1,4 @@
-"""Measuring a store: the paper's teacher-forced scores, and what a user sees (`docs/how-to/evaluation.md`)."""
+"""Measuring a store: the paper's teacher-forced scores, and what a user sees (`docs/reference/figures.md`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The figures of an evaluation. `docs/how-to/evaluation.md` explains each figure."""
+"""The figures of an evaluation. `docs/reference/figures.md` explains each figure."""
 
 from __future__ import annotations
 

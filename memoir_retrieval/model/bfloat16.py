@@ -63,7 +63,7 @@ _LEAST = 1e-5
 class _Product:
     """x W^T and its gradient, with weights in the order in which the processor's instructions read them.
 
-    Ordered anew in each product, as `functional.linear` does it, weights take as long as a product with few rows.
+    Ordered again in each product, as `functional.linear` does it, weights take as long as a product with few rows.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None):

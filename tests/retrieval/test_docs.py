@@ -54,6 +54,8 @@ PLAIN = {
     r"shall": "must",
     r"otherwise": "differently, or a sentence of its own with if",
     r"belongs? into": "list, put into",
+    r"anew": "again",
+    r"as ever": "as before, as usual",
 }
 HOUSE_WORDS = re.compile(rf"\b(?:{'|'.join(PLAIN)})\b", re.I)
 DOCTOR_MAY_WARN = "memoir doctor"  # vllm or openai may be missing where these tests run

@@ -150,7 +150,7 @@ def disown(request: Request, hash_block_size: int) -> None:
 
 
 def _hash_again(request: Request, start: int, hash_block_size: int) -> None:
-    """Make the hashes of the blocks from the one that holds token `start` on anew."""
+    """Make the hashes again of the blocks from the one that holds token `start` on."""
     del request.block_hashes[start // hash_block_size :]
     request.update_block_hashes()
 

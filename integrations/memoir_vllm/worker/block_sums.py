@@ -41,7 +41,7 @@ class BlockSums:
         x: [rows, D/ranks].
         weights: float32 [rows].
         slots: int64 [rows], where the KV cache keeps each: block * block_size + offset.
-        begins: bool [rows], whose block is begun anew.
+        begins: bool [rows], whose block is begun again.
         """
         blocks = slots // self.block_size
         begun = torch.from_numpy(begins).to(x.device, non_blocking=True)

@@ -156,7 +156,7 @@ async function list() {
   const query = new URLSearchParams({ search: $("words").value, offset, limit: PAGE });
   const page = await call(`edits?${query}`);
   const hits = new Map(stats.hits.map(({ edit, hits }) => [edit, hits]));
-  // A button that is drawn anew keeps the keyboard; where it is gone, the search gets it.
+  // A button that is drawn again keeps the keyboard; where it is gone, the search gets it.
   const held = $("edits").contains(document.activeElement) && document.activeElement.getAttribute("aria-label");
   $("edits").replaceChildren(...page.edits.map((edit) => {
     const remove = make("button", "Remove", { type: "button", class: "danger", "aria-label": `Remove edit ${edit.id}` });
