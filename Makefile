@@ -28,9 +28,10 @@ $(VENV)/.installed: requirements/cpu.txt pyproject.toml
 	@echo "setup: creating $(VENV)"
 	@"$(PYTHON)" -m venv $(VENV) || { echo "setup: venv failed: install Python's venv module" >&2; exit 1; }
 	@echo "setup: installing the pinned packages (about 2 minutes)"
-	@$(PIP) install -qq --no-deps -r requirements/cpu.txt \
+	@# Python compiles what it imports by itself; compiling every file takes 50 s of a core.
+	@$(PIP) install -qq --no-deps --no-compile -r requirements/cpu.txt \
 	  || { echo "setup: trying again with PyTorch's CPU wheel index"; \
-	       $(PIP) install -qq --no-deps --extra-index-url $(TORCH_CPU_INDEX) -r requirements/cpu.txt; } \
+	       $(PIP) install -qq --no-deps --no-compile --extra-index-url $(TORCH_CPU_INDEX) -r requirements/cpu.txt; } \
 	  || { echo "setup: pip cannot install requirements/cpu.txt: check the network and pip's index" >&2; exit 1; }
 	@$(PIP) install -qq --no-deps --no-build-isolation --editable . \
 	  || { echo "setup: pip cannot install this checkout" >&2; exit 1; }

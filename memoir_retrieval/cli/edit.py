@@ -184,6 +184,11 @@ def _tell(editor: Editor, store: Path, seconds: float, as_json: bool) -> None:
             f"{len(outcome.failed)} failed, {len(outcome.conflicting)} conflicting ({seconds:.0f} s{speed}); "
             f"generation {summary['generation']}, {size / 1e6:.2f} MB"
         )
+        if opened and opened.manifest.generation == 1 and opened.manifest.span.candidates and not len(opened.tasks):
+            notes.print(
+                f"words alone say what of a message is a task: `memoir calibrate {store} --tasks --write` learns it "
+                f"from the activations of {opened.manifest.model} as well"
+            )
         if len(editor.edits) >= MANY:
             notes.print(
                 f"{len(editor.edits)} edits: the more there are, the likelier an unrelated prompt matches one; measure "

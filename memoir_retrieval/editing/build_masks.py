@@ -114,6 +114,7 @@ def build(
         memories=np.zeros((1, editor.base.h, editor.base.d), dtype=np.float32),
         background=store.background,
         permutation=store.permutation,
+        tasks=store.tasks,
         codes=codes,
         ids=np.array([i for i, _ in texts], dtype=np.int64),
         memory_of=np.zeros(len(texts), dtype=np.int32),

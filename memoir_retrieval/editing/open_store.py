@@ -23,10 +23,11 @@ from memoir_retrieval.model.forward import question_means
 from memoir_retrieval.question.fingerprint import Fingerprint, permutation
 from memoir_retrieval.question.prompts import prompt_ids
 from memoir_retrieval.question.span import derive_span_rule, find_span
+from memoir_retrieval.question.tasks import shipped_tasks
 from memoir_retrieval.store.commits import Commits
 from memoir_retrieval.store.files import store_lock
 from memoir_retrieval.store.manifest import MANIFEST, Manifest, draft_manifest
-from memoir_retrieval.store.read import EditStore
+from memoir_retrieval.store.read import NO_TASKS, EditStore
 from memoir_retrieval.store.settings import Settings, training_of
 
 __all__ = ["OpenStore", "StoreState"]
@@ -54,6 +55,7 @@ class OpenStore:
     path: its folder.
     manifest: as it is now; generation 0 before the first write.
     background: float32 [D]. permutation: int64 [D].
+    tasks: float32 [D + 1], by which tasks around a question are known; of length 0 where words alone tell them.
     memories: float32 [H, D] each.
     edits: those that are stored, in the order in which they came.
     index: their masks.
@@ -115,6 +117,7 @@ class OpenStore:
             **{name: value for name, value in msgspec.structs.asdict(settings).items() if name != "rule"},
         )
         self.judge = judge_named(self.manifest.judge, self.path)
+        self.tasks = shipped_tasks(base.identity.layer) if span.candidates else NO_TASKS
         self.permutation = permutation(base.d, settings.seed)
         rows = [prompt_ids(base.tokenizer, prompt, chat=settings.chat) for prompt in background_prompts()]
         means = question_means(base, rows, [find_span(ids, span) for ids in rows])
@@ -126,7 +129,7 @@ class OpenStore:
         Settings.of(store.manifest).require(settings, self.path)
         self.judge = judge_named(store.manifest.judge, self.path)
         self.manifest = store.manifest
-        self.permutation, self.background = store.permutation, store.background
+        self.permutation, self.background, self.tasks = store.permutation, store.background, store.tasks
         self.memories = [torch.tensor(memory, device=self.base.device) for memory in store.memories]
         self.edits = list(store.edits)
         self.index = store.index()
@@ -209,7 +212,13 @@ class OpenStore:
     def commit(self) -> None:
         """Write everything as the next generation. Raises StoreError where the disk refuses."""
         self.manifest = self._commits.write(
-            self.next_manifest(self.edits), self.memories, self.index, self.edits, self.background, self.permutation
+            self.next_manifest(self.edits),
+            self.memories,
+            self.index,
+            self.edits,
+            self.background,
+            self.permutation,
+            self.tasks,
         )
 
 

@@ -30,7 +30,6 @@ from safetensors.numpy import load
 
 from memoir_retrieval.edits.requires import UNSPACED
 from memoir_retrieval.errors import StoreError, StoreMismatch
-from memoir_retrieval.question.tasks import TASKS
 
 __all__ = [
     "Judge",
@@ -498,15 +497,8 @@ def _misspelt(a: str, b: str) -> bool:
 
 @cache
 def shipped_judge() -> Judge:
-    """The judge that comes with the library, read once. Raises StoreError where its file is damaged.
-
-    Its digest is that of the table and of the directions of tasks: a store is served by both or by none.
-    """
-    data = files("memoir_retrieval") / "data"
-    table = (data / TABLE).read_bytes()
-    judge = Judge.of_bytes(table)
-    judge.digest = hashlib.sha256(table + (data / TASKS).read_bytes()).hexdigest()
-    return judge
+    """The judge that comes with the library, read once. Raises StoreError where its file is damaged."""
+    return Judge.of_bytes((files("memoir_retrieval") / "data" / TABLE).read_bytes())
 
 
 def judge_named(name: str, store: Path) -> Judge | None:

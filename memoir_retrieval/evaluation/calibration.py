@@ -27,8 +27,9 @@ from memoir_retrieval.model.forward import layer_means, question_means
 from memoir_retrieval.question.fingerprint import Fingerprint, permutation
 from memoir_retrieval.question.prompts import Prompt, prompt_ids
 from memoir_retrieval.question.span import Span, SpanRule, derive_span_rule, find_span
+from memoir_retrieval.question.tasks import shipped_tasks
 from memoir_retrieval.store.files import store_lock
-from memoir_retrieval.store.read import EditStore, Manifest
+from memoir_retrieval.store.read import NO_TASKS, EditStore, Manifest
 from memoir_retrieval.store.write import write_again
 
 __all__ = [
@@ -268,7 +269,7 @@ def unrelated_to(edits: Sequence[Edit], probed: Sequence[Edit] | None = None) ->
 
 
 def write_tau(measured: EditStore, tau: float) -> Manifest:
-    """Publish the store's next generation, the same but for tau and its judge. Returns its manifest.
+    """Publish the store's next generation, the same but for tau and what judges its questions. Returns its manifest.
 
     measured: the store as tau was measured on it.
     tau: in (0, 1].
@@ -282,16 +283,31 @@ def write_tau(measured: EditStore, tau: float) -> Manifest:
                 f"{now.manifest.generation} while it was measured: run the same command again"
             )
         span, judge = _judged(now.manifest)
-        return write_again(now.path, now, generation=now.manifest.generation + 1, tau=tau, span=span, judge=judge)
+        return write_again(
+            now.path,
+            now,
+            generation=now.manifest.generation + 1,
+            tau=tau,
+            span=span,
+            judge=judge,
+            tasks=measured.tasks,
+        )
 
 
-def with_this_judge(store: EditStore) -> EditStore:
+def with_this_judge(store: EditStore, tasks: NDArray[np.float32] = NO_TASKS) -> EditStore:
     """The store as `write_tau` leaves it: its questions are judged by what comes with this library.
 
     store: as it was opened; nothing is written.
+    tasks: float32 [D + 1], by which tasks are known (default: what comes with the library, else what the store has).
     """
     span, judge = _judged(store.manifest)
-    return replace(store, manifest=msgspec.structs.replace(store.manifest, span=span, judge=judge))
+    if span.candidates and not len(tasks):
+        tasks = shipped_tasks(store.manifest.base.layer)
+    return replace(
+        store,
+        manifest=msgspec.structs.replace(store.manifest, span=span, judge=judge),
+        tasks=tasks if len(tasks) else store.tasks,
+    )
 
 
 def _judged(manifest: Manifest) -> tuple[SpanRule, str]:

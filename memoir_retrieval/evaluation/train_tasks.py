@@ -1,5 +1,7 @@
 """Learning what a message looks like, to the model, that wants something done with a question: for `question.tasks`.
 
+`memoir calibrate DIR --tasks` learns it for a store. For the one that comes with the library:
+
     python -m memoir_retrieval.evaluation.train_tasks memoir_retrieval/data/tasks.json --model NAME
 
 The sentences are those of `data/judge_questions.json`, written for this library: tasks, and frames in which a question
@@ -12,25 +14,30 @@ import argparse
 import json
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.nn import functional
 
+from memoir_retrieval.edits.judge import TASK
+from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.model.base import BaseModel, load_model
 from memoir_retrieval.model.forward import candidate_means
 from memoir_retrieval.question.candidates import Pieces, find_candidates
 from memoir_retrieval.question.prompts import prompt_ids
 from memoir_retrieval.question.span import SpanRule, derive_span_rule
-from memoir_retrieval.question.tasks import Tasks, around
+from memoir_retrieval.question.tasks import around, read_tasks
 
-__all__ = ["Framed", "framed", "learn_tasks"]
+__all__ = ["Framed", "LearntTasks", "fit", "framed", "learn_tasks"]
 
-EACH = 4  # messages of each sentence
+EACH = 3  # messages of each sentence
+FOLDS = 5  # parts of the sentences, each held back once
 PENALTY = 1e-4  # of the squared weights; chosen by cross-validation over the sentences
 QUOTES = ('"{}"', "'{}'", "“{}”", "{}", "{}", "{}", "{}", "{}")
 
@@ -113,20 +120,51 @@ def _same(text: str, question: str) -> bool:
     return "".join(filter(str.isalnum, text)) == "".join(filter(str.isalnum, question))
 
 
-def learn_tasks(base: BaseModel, rule: SpanRule, say: Callable[[str], None] = lambda _: None) -> Tasks:
+class LearntTasks(NamedTuple):
+    """A direction, and how it does on sentences that it was not learnt from.
+
+    tasks: float32 [D + 1], see `question.tasks`.
+    messages: how many it was learnt from.
+    caught: share of the tasks held back that it takes for tasks by itself.
+    lost: share of the frames held back that it takes for tasks by itself.
+    """
+
+    tasks: NDArray[np.float32]
+    messages: int
+    caught: float
+    lost: float
+
+
+def learn_tasks(base: BaseModel, rule: SpanRule) -> LearntTasks:
     """What tells a task from a frame by the activations of a model's edited layer.
 
     base: the model.
     rule: of a chat store, with `candidates`.
-    say: called with lines about the progress.
+
+    Raises ConfigError where the model's template leaves too few messages whole.
     """
     messages = list(framed())
-    began = time.monotonic()
     rows, numbers = features(base, rule, messages)
-    labels = torch.tensor([messages[number].task for number in numbers])
+    labels = torch.tensor([messages[number].task for number in numbers], dtype=torch.bool)
+    if len(numbers) < len(messages) // 2:
+        raise ConfigError(
+            f"the question is found in {len(numbers)} of {len(messages)} messages only, as {base.name} renders them: "
+            "leave --tasks out; words alone then say what a task is"
+        )
+    order = {sentence: place for place, sentence in enumerate(sorted({message.sentence for message in messages}))}
+    fold = torch.tensor([order[messages[number].sentence] % FOLDS for number in numbers])
+    scores = torch.empty(len(numbers))
+    for part in range(FOLDS):
+        weights, bias = fit(rows[fold != part], labels[fold != part])
+        scores[fold == part] = rows[fold == part] @ weights + bias
+    alone = (scores >= TASK).float()
     weights, bias = fit(rows, labels)
-    say(f"{len(rows)} messages pooled and parted in {time.monotonic() - began:.0f} s")
-    return Tasks(weights=weights.numpy().astype("<f4").tobytes(), bias=bias)
+    return LearntTasks(
+        tasks=torch.cat([weights, torch.tensor([bias])]).numpy().astype(np.float32),
+        messages=len(numbers),
+        caught=float(alone[labels].mean()),
+        lost=float(alone[~labels].mean()),
+    )
 
 
 def fit(rows: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, float]:
@@ -160,9 +198,13 @@ def main() -> None:
     options = parser.parse_args()
     base = load_model(options.model)
     rule = msgspec.structs.replace(derive_span_rule(base.tokenizer), candidates=True)
-    known = msgspec.json.decode(options.out.read_bytes(), type=dict[str, Tasks]) if options.out.is_file() else {}
-    known[base.identity.layer] = learn_tasks(base, rule, print)
+    known = read_tasks(options.out.read_bytes()) if options.out.is_file() else {}
+    began = time.monotonic()
+    learnt = learn_tasks(base, rule)
+    known[base.identity.layer] = learnt.tasks.astype("<f4").tobytes()
     options.out.write_bytes(msgspec.json.format(msgspec.json.encode(known), indent=1) + b"\n")
+    shares = f"{learnt.caught:.3f} of the tasks, {learnt.lost:.3f} of the frames"
+    print(f"{learnt.messages} messages, {shares}, {time.monotonic() - began:.0f} s")
 
 
 if __name__ == "__main__":

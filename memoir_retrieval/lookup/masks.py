@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from memoir_index import Hits, hamming_radius, popcount
@@ -21,9 +22,10 @@ from memoir_retrieval.edits.judge import Verdict, judge_named, letters
 from memoir_retrieval.edits.record import StoredEdit
 from memoir_retrieval.edits.requires import Phrases
 from memoir_retrieval.lookup.decision import JudgedPart
+from memoir_retrieval.question.tasks import TaskProbe
 from memoir_retrieval.store.read import EditStore
 
-__all__ = ["Candidate", "Decode", "EditLookup"]
+__all__ = ["Candidate", "Decode", "EditLookup", "task_probe"]
 
 Decode = Callable[[Sequence[int]], str]
 """The text of token ids, as the tokenizer of the store's model decodes them."""
@@ -60,6 +62,25 @@ class _Around(NamedTuple):
 
     rest: str
     speaks: float | None
+
+
+def task_probe(store: EditStore, device: torch.device | str) -> TaskProbe | None:
+    """What tells tasks in the messages of a store; None where words alone do.
+
+    store: whose direction it is.
+    device: on which means come.
+    """
+    if len(store.tasks):
+        return TaskProbe(store.tasks, device)
+    if store.manifest.judge and store.manifest.span.candidates:
+        _log.info(
+            "words alone say what of a message is a task in store %s: `memoir calibrate %s --tasks --write` learns "
+            "it from the activations of %s",
+            store.path,
+            store.path,
+            store.manifest.model,
+        )
+    return None
 
 
 _NOTHING = np.empty(0, np.int64), np.empty(0, np.int64)

@@ -14,14 +14,13 @@ from memoir_index import Hits, hamming_radius
 from memoir_retrieval.edits.judge import Verdict
 from memoir_retrieval.edits.record import StoredEdit
 from memoir_retrieval.errors import ConfigError
-from memoir_retrieval.lookup.masks import EditLookup
+from memoir_retrieval.lookup.masks import EditLookup, task_probe
 from memoir_retrieval.model.base import BaseModel, load_model
 from memoir_retrieval.model.forward import Pooled, candidate_means
 from memoir_retrieval.question.candidates import CandidateSpan, Kind, Pieces, find_candidates
 from memoir_retrieval.question.fingerprint import Fingerprint
 from memoir_retrieval.question.prompts import Prompt, prompt_ids
 from memoir_retrieval.question.span import Span
-from memoir_retrieval.question.tasks import probe_of
 from memoir_retrieval.store.read import EditStore
 
 __all__ = ["Match", "Part", "Retriever"]
@@ -99,13 +98,13 @@ class Retriever:
             raise ConfigError(f"tau is {tau}: choose 0 < tau <= 1 (this store was made with {store.manifest.tau})")
         self.fingerprint = Fingerprint(store.background, store.permutation, store.manifest.k, base.device)
         self._lookup = EditLookup(store, base.tokenizer.decode)
-        self._probe = probe_of(store.manifest.base.layer, base.device) if store.manifest.judge else None
+        self._probe = task_probe(store, base.device)
         self.index = self._lookup.index
         self._pieces = Pieces(base.tokenizer.decode)
 
     @classmethod
     def open(
-        cls, store: str | Path, model: str | None = None, *, tau: float | None = None, device: str = "cpu"
+        cls, store: str | Path, model: str | Path | None = None, *, tau: float | None = None, device: str = "cpu"
     ) -> Retriever:
         """Open a store with its model: `Retriever.open("edits", "smollm2-135m")`.
 

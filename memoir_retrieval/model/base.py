@@ -179,7 +179,7 @@ def resolve(name: str) -> Path:
         ) from error
 
 
-def load_model(name: str, *, layer: int | None = None, dtype: str = "float32", device: str = "cpu") -> BaseModel:
+def load_model(name: str | Path, *, layer: int | None = None, dtype: str = "float32", device: str = "cpu") -> BaseModel:
     """Load a causal language model for editing or lookup.
 
     >>> from memoir_retrieval import load_model
@@ -200,6 +200,7 @@ def load_model(name: str, *, layer: int | None = None, dtype: str = "float32", d
 
     from memoir_retrieval.model.presets import preset_for
 
+    name = str(name)
     path = resolve(name)
     try:
         torch_dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]

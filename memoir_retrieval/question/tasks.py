@@ -1,8 +1,9 @@
 """Whether a message wants something done with a question: read off the activations of what stands around it.
 
 "Translate this:" and "I have a question:" differ in words that no list holds all of. In the activations of the edited
-layer one direction tells them apart. It is learnt once for a model and its layer (`evaluation.train_tasks`) and comes
-with the library.
+layer one direction tells them apart. It is learnt once for a model and its layer (`evaluation.train_tasks`) and kept in
+the store: float32 [D + 1], the direction and then what is added to the product with a mean. From about 0 on a task is
+likelier than none. The embedded model's direction comes with the library.
 """
 
 from __future__ import annotations
@@ -18,33 +19,21 @@ from numpy.typing import NDArray
 
 from memoir_retrieval.errors import StoreError
 
-__all__ = ["TASKS", "TaskProbe", "Tasks", "around", "probe_of", "read_tasks", "shipped_tasks"]
+__all__ = ["TASKS", "TaskProbe", "around", "read_tasks", "shipped_tasks"]
 
 
 TASKS = "tasks.json"
 
 
-class Tasks(msgspec.Struct, frozen=True, kw_only=True):
-    """A direction of the activations, as it is kept.
-
-    weights: float32 [D], little-endian bytes.
-    bias: what is added to the product with a mean; from about 0 on a task is likelier than none.
-    """
-
-    weights: bytes
-    bias: float
-
-
 class TaskProbe:
-    """What `Tasks` say of messages of which several spans are pooled."""
+    """What a direction says of messages of which several spans are pooled."""
 
-    def __init__(self, tasks: Tasks, device: torch.device | str = "cpu") -> None:
-        """tasks: of the layer.
+    def __init__(self, tasks: NDArray[np.float32], device: torch.device | str = "cpu") -> None:
+        """tasks: float32 [D + 1], of the layer; copied.
         device: on which means come.
         """
-        weights = np.frombuffer(tasks.weights, "<f4").astype(np.float32)
-        self._weights = torch.from_numpy(weights).to(device)
-        self._bias = tasks.bias
+        self._weights = torch.tensor(tasks[:-1], device=device)
+        self._bias = float(tasks[-1])
 
     def scores(self, means: torch.Tensor, weights: torch.Tensor, counts: Sequence[int]) -> NDArray[np.float32]:
         """How much what stands around each span speaks for a task, in nats: float32 [Q]; -inf where nothing does.
@@ -72,39 +61,37 @@ def around(means: torch.Tensor, weights: torch.Tensor, counts: Sequence[int]) ->
     return torch.where(left > 0, rest, torch.zeros_like(rest))
 
 
-@cache
-def shipped_tasks() -> dict[str, Tasks]:
-    """The directions that come with the library, by the digest of the layer they were learnt on (`Identity.layer`).
+def shipped_tasks(layer: str) -> NDArray[np.float32]:
+    """The direction that comes with the library: float32 [D + 1], or [0] where there is none.
 
-    Raises StoreError where their file is damaged.
+    layer: digest of the edited layer, `Identity.layer`.
+
+    Raises StoreError where the file of directions is damaged.
     """
+    tasks = _shipped().get(layer)
+    return np.frombuffer(tasks or b"", "<f4").astype(np.float32)
+
+
+@cache
+def _shipped() -> dict[str, bytes]:
     return read_tasks((files("memoir_retrieval") / "data" / TASKS).read_bytes())
 
 
-def read_tasks(data: bytes) -> dict[str, Tasks]:
-    """What a file of directions holds.
+def read_tasks(data: bytes) -> dict[str, bytes]:
+    """What a file of directions holds: float32 [D + 1] each, little-endian, by the digest of the layer.
 
     data: of the file.
 
     Raises StoreError for one that is damaged.
     """
     try:
-        known = msgspec.json.decode(data, type=dict[str, Tasks])
+        known = msgspec.json.decode(data, type=dict[str, bytes])
         for tasks in known.values():
-            np.frombuffer(tasks.weights, "<f4")
+            if len(np.frombuffer(tasks, "<f4")) < 2:
+                raise ValueError(f"a direction has {len(tasks)} bytes")
     except ValueError as error:  # msgspec's errors are ValueErrors, too
         raise StoreError(f"{TASKS} is damaged ({error!s:.200}): install memoir-retrieval again") from error
     return known
-
-
-def probe_of(layer: str, device: torch.device | str = "cpu") -> TaskProbe | None:
-    """The probe of a layer, or None where none comes with the library: then the judge goes by words.
-
-    layer: digest of the edited layer, `Identity.layer`.
-    device: on which means come.
-    """
-    tasks = shipped_tasks().get(layer)
-    return None if tasks is None else TaskProbe(tasks, device)
 
 
 def _first_of(counts: Sequence[int]) -> NDArray[np.int64]:

@@ -14,16 +14,20 @@ from memoir_retrieval.store.manifest import Manifest
 __all__ = ["code_faults", "edit_faults", "id_faults", "memory_faults", "weight_faults"]
 
 
-def memory_faults(manifest: Manifest, background: np.ndarray, permutation: np.ndarray) -> Iterator[str]:
+def memory_faults(
+    manifest: Manifest, background: np.ndarray, permutation: np.ndarray, tasks: np.ndarray
+) -> Iterator[str]:
     """Of what is as small as a row of the residual memory.
 
     manifest: the store's.
     background: float32 [D].
     permutation: int64 [D].
+    tasks: float32 [D + 1] or [0].
     """
     name = manifest.memory.name
-    if not np.isfinite(background).all():
-        yield f"{name} holds NaN or infinite numbers in `background`"
+    for key, numbers in (("background", background), ("tasks", tasks)):
+        if not np.isfinite(numbers).all():
+            yield f"{name} holds NaN or infinite numbers in `{key}`"
     if not np.array_equal(np.sort(permutation), np.arange(manifest.d)):
         yield f"{name} holds no permutation of {manifest.d} positions"
 

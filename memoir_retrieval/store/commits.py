@@ -61,6 +61,7 @@ class Commits:
         edits: Sequence[StoredEdit],
         background: np.ndarray,
         permutation: np.ndarray,
+        tasks: np.ndarray,
     ) -> Manifest:
         """Publish the changes as the next generation. Returns its manifest.
 
@@ -71,6 +72,7 @@ class Commits:
         edits: all of them.
         background: float32 [D].
         permutation: int64 [D].
+        tasks: float32 [D + 1] or [0].
         Raises StoreError where the disk refuses; what was changed is still to be written then.
         """
         added = None
@@ -88,6 +90,7 @@ class Commits:
                 ids=index.ids,
                 memory_of=np.array([memory_of[edit] for edit in index.ids.tolist()], dtype=np.int32),
                 edits=edits,
+                tasks=tasks,
             )
             published = write_generation(self._folder, manifest, content)
             tail = Tail(published.sha256)

@@ -10,7 +10,7 @@ import errno
 import hashlib
 import mmap
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -33,6 +33,7 @@ __all__ = [
     "FORMAT",
     "MANIFEST",
     "MAPPED_FROM",
+    "NO_TASKS",
     "Content",
     "EditStore",
     "FileEntry",
@@ -41,6 +42,8 @@ __all__ = [
     "library_version",
 ]
 
+NO_TASKS = np.zeros(0, np.float32)
+"""In place of a direction: words alone say what of a message is a task."""
 TRIES = 10  # of reading a store that is replaced meanwhile
 MAPPED_FROM = 64 << 20
 """Files of at least so many bytes are mapped, not read."""
@@ -69,6 +72,7 @@ class Content(NamedTuple):
     ids: int64 [N], the edit that each mask belongs to.
     memory_of: int32 [N], the memory that holds it.
     edits: the edits.
+    tasks: float32 [D + 1], see `question.tasks`; of length 0 where words alone tell tasks.
     """
 
     memories: np.ndarray
@@ -78,6 +82,7 @@ class Content(NamedTuple):
     ids: np.ndarray
     memory_of: np.ndarray
     edits: Iterable[StoredEdit]
+    tasks: np.ndarray = NO_TASKS
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,8 @@ class EditStore:
     mapped: the files that are mapped, with their content.
     additions: what came after the files.
     tail: where the next addition goes.
+    tasks: float32 [D + 1], the direction of the activations by which tasks are known (`question.tasks`); of length 0
+        where words alone tell them.
     """
 
     path: Path
@@ -114,6 +121,7 @@ class EditStore:
     mapped: tuple[tuple[FileEntry, Data], ...] = ()
     additions: tuple[Addition, ...] = ()
     tail: Tail = START
+    tasks: np.ndarray = field(default_factory=lambda: NO_TASKS)
 
     @classmethod
     def open(cls, path: str | Path, *, check: bool = True) -> EditStore:
@@ -171,7 +179,7 @@ class EditStore:
     def faults(self) -> Iterator[str]:
         """What of the content cannot be, one line each. Raises StoreError for a line that is no edit."""
         manifest = self.manifest
-        yield from checks.memory_faults(manifest, self.background, self.permutation)
+        yield from checks.memory_faults(manifest, self.background, self.permutation, self.tasks)
         yield from checks.weight_faults(manifest, self.memories)
         yield from checks.id_faults(manifest, len(self.memories), self.ids, self.memory_of)
         yield from checks.code_faults(manifest, self.masks.codes)
@@ -206,7 +214,14 @@ class EditStore:
     def content(self) -> Content:
         """What the store holds, additions included, as a write of all files takes it."""
         return Content(
-            self.memories, self.background, self.permutation, self.codes, self.ids, self.memory_of, self.edits
+            memories=self.memories,
+            background=self.background,
+            permutation=self.permutation,
+            codes=self.codes,
+            ids=self.ids,
+            memory_of=self.memory_of,
+            edits=self.edits,
+            tasks=self.tasks,
         )
 
     def index(self) -> HammingIndex:
@@ -225,8 +240,8 @@ class EditStore:
         identity: of the model.
         model: what messages call it.
         """
-        for field, what in (("config", "config.json"), ("layer", self.manifest.module), ("tokenizer", "tokenizer")):
-            ours, theirs = getattr(self.manifest.base, field), getattr(identity, field)
+        for key, what in (("config", "config.json"), ("layer", self.manifest.module), ("tokenizer", "tokenizer")):
+            ours, theirs = getattr(self.manifest.base, key), getattr(identity, key)
             if ours != theirs:
                 raise StoreMismatch(
                     f"store {self.path} was made on {self.manifest.model} ({what} {ours[:12]}), but {model} has "
@@ -274,6 +289,7 @@ class Parts(NamedTuple):
     permutation: np.ndarray
     masks: Masks
     edits: StoredEdits
+    tasks: np.ndarray
 
 
 def parse(folder: Path, manifest: Manifest, data: dict[str, Data]) -> Parts:
@@ -287,6 +303,7 @@ def parse(folder: Path, manifest: Manifest, data: dict[str, Data]) -> Parts:
             "memory": Tensor(np.float32, (None, h, d)),
             "background": Tensor(np.float32, (d,)),
             "permutation": Tensor(np.int64, (d,)),
+            "tasks": Tensor(np.float32, (d + 1,), required=False),
         },
     )
     coded = _tensors(
@@ -312,6 +329,7 @@ def parse(folder: Path, manifest: Manifest, data: dict[str, Data]) -> Parts:
         memory["permutation"],
         Masks(coded["codes"], coded["ids"], coded["memory_of"]),
         edits,
+        memory.get("tasks", NO_TASKS),
     )
 
 
@@ -336,7 +354,7 @@ def _read_generation(folder: Path, manifest: Manifest) -> EditStore:
     if not mapped:
         _refuse(folder, store.faults())
     else:
-        _refuse(folder, checks.memory_faults(store.manifest, store.background, store.permutation))
+        _refuse(folder, checks.memory_faults(store.manifest, store.background, store.permutation, store.tasks))
         _refuse(folder, checks.id_faults(store.manifest, len(store.memories), store.ids, store.memory_of))
     return store
 
@@ -370,6 +388,7 @@ def assemble(
         mapped,
         additions,
         tail,
+        parts.tasks,
     )
 
 

@@ -29,10 +29,12 @@ class Tensor(NamedTuple):
 
     dtype: of numpy.
     shape: None stands for any length.
+    required: False where a file may lack it.
     """
 
     dtype: Any
     shape: tuple[int | None, ...]
+    required: bool = True
 
 
 def tensor_chunks(tensors: Mapping[str, np.ndarray], rows: np.ndarray | None = None) -> Iterator[bytes | memoryview]:
@@ -76,9 +78,10 @@ def read_tensors(data: Data, wanted: Mapping[str, Tensor]) -> dict[str, np.ndarr
         raise ValueError(f"its header claims {length} bytes")
     start = 8 + length
     header = unique_keys(bytes(data[8:start]))
-    if not isinstance(header, dict) or header.keys() != wanted.keys():
+    needed = {name for name, tensor in wanted.items() if tensor.required}
+    if not isinstance(header, dict) or not needed <= header.keys() <= wanted.keys():
         names = sorted(header)[:5] if isinstance(header, dict) else header
-        raise ValueError(f"it holds the tensors {names!s:.80}, not {sorted(wanted)}")
+        raise ValueError(f"it holds the tensors {names!s:.80}, not {sorted(needed)}")
     entries = [(name, *_entry(name, entry)) for name, entry in header.items()]
     tensors, end = {}, 0
     for name, dtype, shape, offsets in sorted(entries, key=lambda entry: entry[3]):

@@ -54,6 +54,7 @@ def write_generation(
     files = {
         "memory": tensor_chunks(
             {"memory": content.memories, "background": content.background, "permutation": content.permutation}
+            | ({"tasks": content.tasks} if len(content.tasks) else {})
         ),
         "codes": tensor_chunks({"codes": content.codes, "ids": content.ids, "memory_of": content.memory_of}, rows),
         "edits": edit_chunks(content.edits),
@@ -82,6 +83,7 @@ def write_again(
     *,
     edits: Iterable[StoredEdit] | None = None,
     rows: np.ndarray | None = None,
+    tasks: np.ndarray | None = None,
     **changes: Any,
 ) -> Manifest:
     """Publish the content of `store` in `folder` as it is, but for some fields of its manifest.
@@ -89,16 +91,20 @@ def write_again(
     folder: where, with its `store_lock` held.
     store: what is written.
     edits, rows: given together, only these edits and these rows of `codes` are kept.
+    tasks: float32 [D + 1], in place of what the store has (default: as it is).
     changes: fields of `Manifest`, `generation` among them.
     Raises as `write_generation`.
     """
-    kept = KINDS if edits is None else ("memory",)
+    kept = set(KINDS) if edits is None else {"memory"}
+    content = store.content if edits is None else store.content._replace(edits=edits)
+    if tasks is not None and not np.array_equal(tasks, content.tasks):
+        kept.remove("memory")
+        content = content._replace(tasks=tasks)
     same = Path(folder).resolve() == store.path.resolve() and not store.additions
-    content = store.content
     return write_generation(
         folder,
         msgspec.structs.replace(store.manifest, **changes),
-        content if edits is None else content._replace(edits=edits),
+        content,
         rows=rows,
         unchanged={kind: getattr(store.manifest, kind) for kind in kept} if same else None,
     )

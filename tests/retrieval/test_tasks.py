@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+import logging
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
 import msgspec
 import numpy as np
 import pytest
 import torch
 
+from memoir_retrieval import Edit, Editor, EditStore, Retriever
+from memoir_retrieval.cli import cli
 from memoir_retrieval.edits.judge import AGREED, TASK, shipped_judge
-from memoir_retrieval.errors import StoreError
+from memoir_retrieval.errors import ConfigError, StoreError
+from memoir_retrieval.evaluation import train_tasks
+from memoir_retrieval.evaluation.calibration import write_tau
 from memoir_retrieval.evaluation.train_tasks import fit, framed
-from memoir_retrieval.model.base import load_model
+from memoir_retrieval.model.base import BaseModel, load_model
 from memoir_retrieval.model.forward import candidate_means, span_sum
 from memoir_retrieval.question.candidates import Pieces, find_candidates
 from memoir_retrieval.question.prompts import prompt_ids
 from memoir_retrieval.question.span import Span, derive_span_rule
-from memoir_retrieval.question.tasks import TaskProbe, Tasks, around, probe_of, read_tasks, shipped_tasks
+from memoir_retrieval.question.tasks import TaskProbe, around, read_tasks, shipped_tasks
+from memoir_retrieval.store.remove import remove_edits
+from memoir_retrieval.store.settings import Training
 
 D = 24
+QUICK = Training(max_steps=3)
 
 
 def pooled(rows: torch.Tensor, spans: list[Span]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -32,7 +46,7 @@ def test_the_score_of_a_part_is_that_of_what_stands_around_it(weighted: bool) ->
     means, weights = pooled(rows, spans)
     counts = [2, 1, 1]
     direction = np.linspace(-1, 1, D).astype("<f4")
-    scores = TaskProbe(Tasks(weights=direction.tobytes(), bias=0.5)).scores(means, weights, counts)
+    scores = TaskProbe(np.append(direction, np.float32(0.5))).scores(means, weights, counts)
     rest = torch.cat([rows[:2], rows[5:]])
     ((mean,), _) = pooled(rest, [Span(0, 6, weighted)])
     assert scores[1] == pytest.approx(float(mean @ torch.from_numpy(direction)) + 0.5, abs=1e-4)
@@ -53,7 +67,7 @@ def test_the_activations_decide_alone_where_they_are_sure_and_else_with_the_word
     assert judge.verdict(question, question, " ... ", speaks=9.0).same  # no word stands there
 
 
-@pytest.mark.parametrize("data", [b"", b"[]", b'{"a": {"weights": "AAA=", "bias": 0}}', b'{"a": {"bias": 0}}'])
+@pytest.mark.parametrize("data", [b"", b"[]", b'{"a": "AAA="}', b'{"a": "AAAAAA=="}'])
 def test_a_damaged_file_of_directions_is_refused(data: bytes) -> None:
     with pytest.raises(StoreError, match=r"tasks.json is damaged .*: install memoir-retrieval again"):
         read_tasks(data)
@@ -76,18 +90,18 @@ def test_messages_to_learn_from_hold_their_question() -> None:
 
 def test_the_embedded_models_layer_has_a_probe_that_knows_tasks_it_was_not_shown() -> None:
     base = load_model("smollm2-135m")
-    probe = probe_of(base.identity.layer)
-    assert probe is not None and probe_of("no such layer") is None
-    assert all(len(msgspec.to_builtins(tasks)["weights"]) for tasks in shipped_tasks().values())
+    tasks = shipped_tasks(base.identity.layer)
+    assert tasks.shape == (base.d + 1,) and not len(shipped_tasks("no such layer"))
+    probe = TaskProbe(tasks)
     question = "Where did Ann Lee grow up?"
     frames = [f"Morning all! {question} Ta", f"My uncle and I could not settle this one.\n{question}"]
-    tasks = [
+    wanted = [
         f"Swap the words of this into Norwegian.\n{question}",
         f"How many commas are in the line below?\n{question}",
     ]
-    assert not {message.text for message in framed()} & {*frames, *tasks}
+    assert not {message.text for message in framed()} & {*frames, *wanted}
     rule = msgspec.structs.replace(derive_span_rule(base.tokenizer), candidates=True)
-    rows = [prompt_ids(base.tokenizer, text, chat=True) for text in (*frames, *tasks)]
+    rows = [prompt_ids(base.tokenizer, text, chat=True) for text in (*frames, *wanted)]
     spans = []
     for ids in rows:
         whole, *parts = [part.span for part in find_candidates(ids, rule, Pieces(base.tokenizer.decode))]
@@ -96,3 +110,82 @@ def test_the_embedded_models_layer_has_a_probe_that_knows_tasks_it_was_not_shown
     means, weights = candidate_means([base], rows, spans)[0]
     scores = probe.scores(means, weights, [2] * 4)[1::2]
     assert (scores[:2] < TASK).all() and (scores[2:] >= TASK).all()
+
+
+@pytest.fixture(scope="module")
+def base(tiny: Path) -> BaseModel:
+    """A model that no direction comes with."""
+    return load_model(tiny)
+
+
+@pytest.fixture(scope="module")
+def template(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A chat store of two edits; tests take a copy."""
+    folder = tmp_path_factory.mktemp("made") / "store"
+    with Editor(base, folder, training=QUICK) as editor:
+        editor.add([Edit(prompt="Who runs Acme?", target="Jo"), Edit(prompt="Where is Rome?", target="Up")])
+    return folder
+
+
+@pytest.fixture
+def store(template: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(template, tmp_path / "store"))
+
+
+def test_a_store_keeps_the_direction_that_was_learnt_through_every_kind_of_write(store: Path, base: BaseModel) -> None:
+    opened = EditStore.open(store)
+    assert not len(opened.tasks) and opened.manifest.span.candidates
+    tasks = np.linspace(-1, 1, opened.manifest.d + 1).astype(np.float32)
+    write_tau(replace(opened, tasks=tasks), opened.manifest.tau)
+    with Editor(base, store) as editor:
+        editor.add([Edit(prompt="When was the Acme fire?", target="In May")])
+    assert np.array_equal(EditStore.open(store).tasks, tasks)
+    remove_edits(store, [0])
+    now = EditStore.open(store)
+    assert np.array_equal(now.tasks, tasks) and [edit.id for edit in now.edits] == [1, 2]
+    with Editor(base, store) as editor:
+        editor.compact()
+    assert np.array_equal(EditStore.open(store).tasks, tasks)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"), [(lambda t: t[:-1], r"tensor 'tasks' is float32 \[64\]"), (lambda t: t * np.nan, "in `tasks`")]
+)
+def test_a_direction_that_cannot_be_is_refused(store: Path, change: Any, said: str) -> None:
+    opened = EditStore.open(store)
+    write_tau(replace(opened, tasks=change(np.ones(opened.manifest.d + 1, np.float32))), 0.5)
+    with pytest.raises(StoreError, match=said):
+        EditStore.open(store)
+
+
+def test_calibrate_learns_the_direction_of_a_models_layer_and_a_lookup_goes_by_it(
+    store: Path,
+    base: BaseModel,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(train_tasks, "EACH", 1)
+    with caplog.at_level(logging.INFO):
+        Retriever(EditStore.open(store), base)
+    assert f"`memoir calibrate {store} --tasks --write`" in caplog.text
+    rephrasings = store.parent / "edits.jsonl"
+    rephrasings.write_text('{"prompt": "Where is Rome?", "target": "Up", "rephrases": ["Rome is where?"]}\n')
+    cli.main(["calibrate", str(store), str(rephrasings), "--tasks", "--write"], standalone_mode=False)
+    err = " ".join(capsys.readouterr().err.split())
+    assert re.search(r"learnt from \d+ messages; of others it takes \d+% of the tasks", err)
+    opened = EditStore.open(store)
+    assert opened.tasks.shape == (opened.manifest.d + 1,) and opened.tasks.any()
+    message = "My neighbour flew home from her holidays yesterday. Where is Rome?"
+    for nats, found in ((TASK, False), (AGREED - 1, True)):
+        tasks = np.append(np.zeros(opened.manifest.d, np.float32), np.float32(nats))
+        parts = Retriever(replace(opened, tasks=tasks), base).parts(message)
+        assert any(part.match == 1 for part in parts) == found
+
+
+def test_a_store_that_looks_for_no_question_within_a_message_learns_none(base: BaseModel, tmp_path: Path) -> None:
+    edit = Edit(prompt="Who runs Acme?", target="Jo", rephrases=("Acme is run by whom?",))
+    with Editor(base, tmp_path / "raw", chat=False, training=QUICK) as editor:
+        editor.add([edit])
+    with pytest.raises(ConfigError, match="--tasks is for stores that look for the question within a message"):
+        cli.main(["calibrate", str(tmp_path / "raw"), "--tasks"], standalone_mode=False)

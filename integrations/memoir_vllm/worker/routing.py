@@ -12,10 +12,9 @@ import torch
 
 from memoir_index import unpack
 from memoir_retrieval.lookup.decision import Result
-from memoir_retrieval.lookup.masks import Decode, EditLookup
+from memoir_retrieval.lookup.masks import Decode, EditLookup, task_probe
 from memoir_retrieval.question.fingerprint import Fingerprint
 from memoir_retrieval.question.span import ChatSpanRule, SpanRule
-from memoir_retrieval.question.tasks import probe_of
 from memoir_retrieval.store.read import EditStore
 from memoir_vllm.config import served_rule
 from memoir_vllm.requests import Decision, Query, Routed
@@ -59,7 +58,7 @@ class Router:
         self._fingerprint = Fingerprint(store.background, store.permutation, manifest.k, device)
         self._lookup = EditLookup(store, decode)
         self._lookup.prepare(self.tau)
-        self._probe = probe_of(manifest.base.layer, device) if manifest.judge else None
+        self._probe = task_probe(store, device)
         self._memory_of = store.memory_of
 
     def _unedited(self, result: Result, overlap: float = 0.0, reason: str = "") -> Route:
