@@ -73,7 +73,7 @@ def calibrate(
     """Suggest tau for the store DIR; or without DIR, layer, k and tau for a model.
 
     Rephrasings come from FILE, or from the store; unrelated prompts are the locality probes of FILE and 100 that
-    come with the library. The suggested tau is the least that no unrelated prompt reaches, plus .02.
+    come with the library. The suggested tau is the least that no unrelated prompt reaches, plus 0.02.
 
     \b
     Example:

@@ -63,7 +63,7 @@ class DemoAnswer(NamedTuple):
 @click.option("--keep", is_flag=True, help="Leave the server up until Ctrl-C, to ask it more.")
 @threads_option
 def demo(file: Path, store: Path, count: int, show: int, port: int | None, keep: bool) -> None:
-    """Edit the embedded model with 100 real edits, serve it with vLLM, and ask it before and after.
+    """Edit the embedded model with 100 published edits, serve it with vLLM, and ask it before and after.
 
     What is still valid is kept: a second run only starts the server and asks.
 

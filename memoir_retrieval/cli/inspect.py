@@ -77,7 +77,7 @@ def show(store: Path, edit_id: int, as_json: bool) -> None:
 @click.option("--messages", type=click.Path(path_type=Path), help="JSON file with chat messages, instead of PROMPT.")
 @model_option
 @tau_option
-@click.option("--why", is_flag=True, help="Show what of the message was looked up, and what each part is near to.")
+@click.option("--why", is_flag=True, help="Show which parts of the message are looked up, and what decides.")
 @json_option
 @threads_option
 def lookup(

@@ -69,7 +69,7 @@ def bundle(name: str, kind: Callable[..., Any], options: Sequence[Decorator]) ->
 
 
 require_subject_option = click.option(
-    "--require-subject", is_flag=True, help="Edits with a subject act only on questions in which it stands."
+    "--require-subject", is_flag=True, help="Edits with a subject act only on questions that contain it."
 )
 data_folder_option = click.option(
     "--data",
@@ -84,8 +84,8 @@ context_masks_option = click.option(
     "--context-masks",
     type=click.IntRange(0, 1),
     metavar="N",
-    help="Masks of each question after an earlier turn: found more often in chats, for twice the index (default: 1; "
-    "0 for raw prompts).",
+    help="More masks of each question, after an earlier turn: chats find edits more often, the index doubles "
+    "(default: 1; 0 for raw prompts).",
 )
 
 

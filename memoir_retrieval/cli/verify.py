@@ -55,7 +55,7 @@ SOAK_EDIT = Edit(
     "--soak",
     type=click.FloatRange(min=0, min_open=True),
     metavar="MINUTES",
-    help="Soak the server for so long instead.",
+    help="Soak the server for this long instead.",
 )
 @click.option(
     "--requests", type=click.IntRange(min=1), default=10_000, show_default=True, help="Most requests of a soak."

@@ -57,7 +57,7 @@ OWN = ("edits", "siblings", "opposites", "faq", "unrelated")
     "chosen",
     multiple=True,
     type=click.Choice(SETS),
-    help="What to ask; may be repeated (default: all that --data has, but counterfact).",
+    help="What to ask; may be repeated (default: all that --data has, except counterfact).",
 )
 @click.option("--part", type=click.Choice(["tune", "report"]), help="Ask this half only (default: both).")
 @data_folder_option
@@ -69,7 +69,7 @@ OWN = ("edits", "siblings", "opposites", "faq", "unrelated")
     type=click.IntRange(min=0),
     default=25,
     show_default=True,
-    help="Questions of a row, at most; 0 for all of them, which take an hour of a core.",
+    help="Questions of a row, at most; 0 asks all of them, which takes an hour of one core.",
 )
 @click.option(
     "--unrelated", type=click.IntRange(min=1), default=3000, show_default=True, help="Unrelated prompts, at most."
