@@ -355,7 +355,7 @@ class _GivenUp(StoppingCriteria):
 
 
 def _by_length(lengths: Sequence[int], rows: int, tokens: int) -> Iterator[list[int]]:
-    """Batches of rows of like length, so that little is padded: of at most `rows` rows and `tokens` padded tokens."""
+    """Batches of rows of similar length, so that little is padded: of at most `rows` rows and `tokens` padded tokens."""
     batch: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
         if batch and (len(batch) == rows or (len(batch) + 1) * lengths[i] > tokens):

@@ -47,7 +47,7 @@ RUN = {"cp", "head", "curl", "export", "vllm", "memoir"}
 TUTORIAL_NOT_RUN = ("make", "source", "curl", "python", "memoir serve", "memoir verify")  # servers: tests/vllm
 # Words of this house that a reader does not know, or takes for something else, and what to write instead.
 PLAIN = {
-    r"like questions": "similar questions",
+    r"like (?:questions|things|lengths?)": "similar questions",
     r"asked back": "checked",
     r"told": "reported, said",
     r"(?-i:[Mm]end(?:s|ed|ing)?)": "fix, avoid",  # MEND is a method
