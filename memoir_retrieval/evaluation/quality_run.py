@@ -258,7 +258,7 @@ def _train(
         steps.append(step)
         progress(step)
 
-    # What the audit or a contradiction would keep out of a store belongs into its figures.
+    # The figures include what the audit or a contradiction would keep out of a store.
     editor.add(edits, on_conflict="both", keep_failed=True, side_by_side=side_by_side, progress=timed)
     seconds: dict[int, float] = {}
     before = 0.0

@@ -343,7 +343,7 @@ class _GivenUp(StoppingCriteria):
 
     def __init__(self, tokenizer: Any, wanted: Sequence[str], width: int):
         self.tokenizer, self.wanted, self.width = tokenizer, [text.strip() for text in wanted], width
-        # Such a tokenizer takes spaces back when more text follows, so nothing can be told from a beginning.
+        # Such a tokenizer takes spaces back when more text follows, so nothing follows from a beginning.
         self.can_tell = not getattr(tokenizer, "clean_up_tokenization_spaces", False)
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
@@ -355,7 +355,7 @@ class _GivenUp(StoppingCriteria):
 
 
 def _by_length(lengths: Sequence[int], rows: int, tokens: int) -> Iterator[list[int]]:
-    """Batches of rows of similar length, so that little is padded: of at most `rows` rows and `tokens` padded tokens."""
+    """Batches of rows of similar length, so that padding is short: at most `rows` rows and `tokens` padded tokens."""
     batch: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
         if batch and (len(batch) == rows or (len(batch) + 1) * lengths[i] > tokens):

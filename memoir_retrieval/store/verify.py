@@ -103,7 +103,7 @@ def verify_masks(store: EditStore, base: BaseModel, progress: Callable[[int], No
         rows = [prompt_ids(base.tokenizer, text, chat=manifest.chat) for text in texts]
         spans = [find_span(ids, manifest.span) for ids in rows]
         pooled = [(ids, span) for ids, span in zip(rows, spans, strict=True) if span.start < span.end]
-        # One at a time, as the editor does: another batch would round otherwise.
+        # One at a time, as the editor does: another batch would round differently.
         again = [fingerprint.codes(question_means(base, [ids], [span]))[0] for ids, span in pooled]
         for row in np.flatnonzero(store.ids == edit.id).tolist():
             shared = [int(popcount((store.codes[row] & code)[None])[0]) for code in again]
