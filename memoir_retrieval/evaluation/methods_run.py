@@ -7,6 +7,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,7 @@ def run_method(
     answers: Callable[[], BaseAnswers],
     *,
     end: bool = True,
+    alone: bool = False,
     controls: int = 64,
     texts: Sequence[str] = (),
     folder: Path | None = None,
@@ -121,11 +123,14 @@ def run_method(
 ) -> MethodScores:
     """Make the edits with one method, ask them, and write `NAME.json`; read it instead where it is there.
 
+    Figures of edits that are made alone are means over them.
+
     name: one of `METHODS`.
     base: the model; it is left as it was.
     edits: made in this order.
     answers: gives those of the base model.
     end: train the token that ends an answer too.
+    alone: make and ask each edit on the unedited model, rather than all after the last.
     controls: see `MethodScores`.
     texts: of a corpus, for methods that need statistics of one.
     folder: of the run.
@@ -133,16 +138,26 @@ def run_method(
 
     Raises ConfigError where the folder holds the scores of other edits.
     """
-    data = _digest(base, edits, end, controls)
+    data = _digest(base, edits, end, controls, alone)
     path = folder / f"{name}.json" if folder else None
     if path and path.exists():
         return _known(path, data)
     started = time.monotonic()
     before = answers()
     method = open_method(name, base, end=end, texts=texts)
+    asked, seconds, size, diverged, number = _Asked(), 0.0, 0, None, 0
     try:
-        seconds, diverged = _edit(method, edits, before.loss, tell)
-        scores = _scores(method, edits, before, controls)
+        for group in ([edit] for edit in edits) if alone else [edits]:
+            if number:
+                method = method.restart()
+            took, broken = _edit(method, group, number, before.loss, tell)
+            seconds += took
+            size += method.bytes
+            diverged = diverged or broken
+            number += len(group)
+            asked.ask(method, group, before, controls)
+            if alone:
+                tell(f"{name}: {number}/{len(edits)} edits alone, reliability {_mean(asked.right)}")
         result = MethodScores(
             method=name,
             data=data,
@@ -151,9 +166,9 @@ def run_method(
             settings=method.settings,
             diverged=diverged,
             edit_seconds=round(seconds / len(edits), 3),
-            edit_megabytes=round(method.bytes / len(edits) / 1e6, 4),
+            edit_megabytes=round(size / len(edits) / 1e6, 4),
             seconds=round(time.monotonic() - started, 1),
-            **scores,
+            **asked.scores(),
         )
     finally:
         method.close()
@@ -162,7 +177,9 @@ def run_method(
     return result
 
 
-def _edit(method: Method, edits: Sequence[Edit], loss: float, tell: Callable[[str], None]) -> tuple[float, int | None]:
+def _edit(
+    method: Method, edits: Sequence[Edit], earlier: int, loss: float, tell: Callable[[str], None]
+) -> tuple[float, int | None]:
     """Make all edits. Returns the seconds this took, and after which edit the method diverged."""
     seconds, diverged, done = 0.0, None, 0
     watched = _watched(method.base)
@@ -175,40 +192,66 @@ def _edit(method: Method, edits: Sequence[Edit], loss: float, tell: Callable[[st
         if method.checked and diverged is None:
             ratio = _ratio(method.loss(watched), loss)
             if not ratio < DIVERGED:
-                diverged = done
-                tell(f"{method.name}: diverged at edit {done}, perplexity of unrelated prompts {ratio:.3g} times")
-        if done % 10 == 0 or done == len(edits):
+                diverged = earlier + done
+                tell(f"{method.name}: diverged at edit {diverged}, perplexity of unrelated prompts {ratio:.3g} times")
+        if done % 10 == 0 or (done == len(edits) and done > 1):
             tell(f"{method.name}: {done}/{len(edits)} edits, {seconds / done:.2f} s each")
     return seconds, diverged
 
 
-def _scores(method: Method, edits: Sequence[Edit], before: BaseAnswers, controls: int) -> dict[str, Any]:
-    base = method.base
-    rephrases = [(i, text) for i, edit in enumerate(edits) for text in edit.rephrases]
-    of = [*range(len(edits)), *(i for i, _ in rephrases)]
-    prompts = _ids(base, [*(edit.prompt for edit in edits), *(text for _, text in rephrases)])
-    targets = [target_ids(base.tokenizer, edits[i].target, chat=False) for i in of]
-    right = [_same(a, b) for a, b in zip(method.choices(prompts, targets), targets, strict=True)]
-    answers = method.answers(prompts, TOKENS)
-    exact = [_plain(text) == _plain(edits[i].target) for text, i in zip(answers, of, strict=True)]
-    contains = [_holds(text, edits[i].target) for text, i in zip(answers, of, strict=True)]
-    unrelated = method.choices(*_probes(base, edits))
-    n = len(edits)
-    reliability, generality = _mean(right[:n]), _mean(right[n:])
-    locality = _mean([_same(a, b) for a, b in zip(unrelated, before.probes, strict=True)])
-    known = [score for score in (reliability, generality, locality) if score is not None]
-    free = method.answers(_ids(base, control_prompts()[:controls]), TOKENS)
-    return {
-        "reliability": reliability,
-        "generality": generality,
-        "locality": locality,
-        "average": round(sum(known) / len(known), 5),
-        "exact": FreeShares(_mean(exact[:n]) or 0.0, _mean(exact[n:])),
-        "contains": FreeShares(_mean(contains[:n]) or 0.0, _mean(contains[n:])),
-        "controls": controls,
-        "changed": _mean([a != b for a, b in zip(free, before.controls, strict=True)]),
-        "perplexity": _ratio(method.loss(_watched(base)), before.loss),
-    }
+@dataclass
+class _Asked:
+    """What came out of asking: shares of tokens that are right, answers that are, for each thing asked."""
+
+    right: list[float] = field(default_factory=list)
+    rephrased: list[float] = field(default_factory=list)
+    unrelated: list[float] = field(default_factory=list)
+    exact: tuple[list[bool], list[bool]] = field(default_factory=lambda: ([], []))
+    contains: tuple[list[bool], list[bool]] = field(default_factory=lambda: ([], []))
+    changed: list[bool] = field(default_factory=list)
+    perplexities: list[float] = field(default_factory=list)
+    controls: int = 0
+
+    def ask(self, method: Method, edits: Sequence[Edit], before: BaseAnswers, controls: int) -> None:
+        """Ask a method that has made some edits, those that follow the ones asked so far."""
+        base = method.base
+        rephrases = [(i, text) for i, edit in enumerate(edits) for text in edit.rephrases]
+        of = [*range(len(edits)), *(i for i, _ in rephrases)]
+        prompts = _ids(base, [*(edit.prompt for edit in edits), *(text for _, text in rephrases)])
+        targets = [target_ids(base.tokenizer, edits[i].target, chat=False) for i in of]
+        right = [_same(a, b) for a, b in zip(method.choices(prompts, targets), targets, strict=True)]
+        answers = method.answers(prompts, TOKENS)
+        n = len(edits)
+        self.right += right[:n]
+        self.rephrased += right[n:]
+        for number, (text, i) in enumerate(zip(answers, of, strict=True)):
+            self.exact[number >= n].append(_plain(text) == _plain(edits[i].target))
+            self.contains[number >= n].append(_holds(text, edits[i].target))
+        unrelated = method.choices(*_probes(base, edits))
+        first = len(self.unrelated)
+        probes = before.probes[first : first + len(unrelated)]
+        self.unrelated += [_same(a, b) for a, b in zip(unrelated, probes, strict=True)]
+        self.controls = controls
+        free = method.answers(_ids(base, control_prompts()[:controls]), TOKENS)
+        self.changed += [a != b for a, b in zip(free, before.controls, strict=True)]
+        self.perplexities.append(_ratio(method.loss(_watched(base)), before.loss))
+
+    def scores(self) -> dict[str, Any]:
+        """The fields of `MethodScores` that asking gives."""
+        three = {
+            "reliability": _mean(self.right),
+            "generality": _mean(self.rephrased),
+            "locality": _mean(self.unrelated),
+        }
+        known = [score for score in three.values() if score is not None]
+        return three | {
+            "average": round(sum(known) / len(known), 5),
+            "exact": FreeShares(_mean(self.exact[0]) or 0.0, _mean(self.exact[1])),
+            "contains": FreeShares(_mean(self.contains[0]) or 0.0, _mean(self.contains[1])),
+            "controls": self.controls,
+            "changed": _mean(self.changed),
+            "perplexity": _mean(self.perplexities),
+        }
 
 
 def _ids(base: BaseModel, texts: Sequence[str]) -> list[list[int]]:
@@ -229,9 +272,10 @@ def _probes(base: BaseModel, edits: Sequence[Edit]) -> tuple[list[list[int]], li
     )
 
 
-def _digest(base: BaseModel, edits: Sequence[Edit], end: bool, controls: int) -> str:
+def _digest(base: BaseModel, edits: Sequence[Edit], end: bool, controls: int, alone: bool) -> str:
     records = [msgspec.to_builtins(edit) for edit in edits]
-    return hashlib.sha256(msgspec.json.encode([base.identity.layer, base.module, records, end, controls])).hexdigest()
+    run = [base.identity.layer, base.module, records, end, controls, *(["alone"] if alone else [])]
+    return hashlib.sha256(msgspec.json.encode(run)).hexdigest()
 
 
 def _known(path: Path, data: str) -> MethodScores:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
-from small_models import save_llama
+from small_models import save_llama, save_tokenizer
 from test_cli import run
 
 from memoir_retrieval.edits.record import Edit, Probe
@@ -21,7 +22,7 @@ from memoir_retrieval.evaluation.methods.rome import rank_one
 from memoir_retrieval.evaluation.methods.rows import Rows
 from memoir_retrieval.evaluation.methods.ultraedit import RunningMoments, ridge
 from memoir_retrieval.evaluation.methods.wise import margin
-from memoir_retrieval.evaluation.methods_run import DIVERGED, run_method, unedited_answers
+from memoir_retrieval.evaluation.methods_run import DIVERGED, MethodScores, run_method, unedited_answers
 from memoir_retrieval.evaluation.published_loop import train_published
 from memoir_retrieval.model.base import BaseModel, load_model
 from memoir_retrieval.model.embedded import get_model
@@ -56,9 +57,11 @@ know how an answer is said. The others take more than one edit (ultraedit) or a 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
     """Smaller logits and larger weights than the other small models: what one layer adds must reach the answer."""
-    folder = tmp_path_factory.mktemp("methods")
+    folder, tokenizer = tmp_path_factory.mktemp("methods"), tmp_path_factory.mktemp("tokenizer")
+    texts = [*TEXTS, EDIT.prompt, OTHER.prompt, *EDIT.rephrases]
+    vocabulary = save_tokenizer(tokenizer, texts, get_model("smollm2-135m"))
     shape = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 3}
-    model = save_llama(folder, get_model("smollm2-135m"), scale=10, **shape)
+    model = save_llama(folder, tokenizer, scale=10, vocabulary=vocabulary, **shape)
     for name, weight in model.named_parameters():
         if "proj" in name:
             weight.data *= 5
@@ -80,6 +83,8 @@ def accuracy(method: Method, edit: Edit) -> float:
 def test_a_method_edits_and_leaves_the_model_as_it_was(
     base: BaseModel, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if name == "lora":
+        pytest.importorskip("peft", reason="needs the extra `methods`")
     for setting, value in STRONGER.get(name, {}).items():
         monkeypatch.setattr(f"memoir_retrieval.evaluation.methods.{setting}", value)
     before, unedited = weights(base), Unedited(base, end=False)
@@ -253,6 +258,28 @@ def test_layers_keep_their_part_of_the_depth(base: BaseModel) -> None:
     assert [scaled(layer, base) for layer in (0, 16, 31)] == [0, round(16 * 3 / 32), 2]
 
 
+def test_edits_made_alone_do_not_meet_each_other(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("memoir_retrieval.evaluation.methods.ft.RATE", 1e-2)
+    monkeypatch.setattr("memoir_retrieval.evaluation.methods_run.TOKENS", 4)
+    other = msgspec.structs.replace(EDIT, target="Elbe")  # of the same question, so after one another one is lost
+
+    def scores(alone: bool) -> MethodScores:
+        edits = [EDIT, other]
+        return run_method("ft", base, edits, lambda: unedited_answers(base, edits, 1), controls=1, alone=alone)
+
+    assert scores(alone=False).reliability < 1 and scores(alone=True).reliability == 1
+    assert scores(alone=True).edit_megabytes == 2 * scores(alone=False).edit_megabytes > 0
+
+
+def test_what_was_computed_of_the_unedited_model_is_kept(base: BaseModel) -> None:
+    method = open_method("rome", base, texts=TEXTS, end=False)
+    moments = method.moments
+    method.edit([EDIT])
+    again = method.restart()
+    assert again.moments is moments and torch.equal(again.weight(base), weights(base)[f"{base.module}.weight"])
+    again.close()
+
+
 class Breaking(Unedited):
     """Writes no numbers into a weight."""
 
@@ -266,6 +293,7 @@ class Breaking(Unedited):
 def test_a_method_that_diverges_is_reported_with_the_edit(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
     from memoir_retrieval.evaluation import methods_run
 
+    monkeypatch.setattr(methods_run, "TOKENS", 4)
     monkeypatch.setattr(methods_run, "open_method", lambda name, base, **options: Breaking(base, **options))
     lines: list[str] = []
     before = weights(base)
@@ -281,6 +309,7 @@ def test_a_run_is_printed_kept_and_not_done_again(
     base: BaseModel, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("memoir_retrieval.evaluation.methods.ft.RATE", 1e-2)
+    monkeypatch.setattr("memoir_retrieval.evaluation.methods_run.TOKENS", 4)
     file = tmp_path / "edits.jsonl"
     file.write_text(
         "".join(

@@ -45,6 +45,9 @@ HEAD = ("method", "rel", "gen", "loc", "avg", "exact", "contains", "changed", "p
     help="Train the token that ends an answer too, or the target alone, as most papers do (memoir always trains it).",
 )
 @click.option(
+    "--alone", is_flag=True, help="Make each edit on the unedited model, not after the others (means over them)."
+)
+@click.option(
     "--controls",
     type=click.IntRange(0, 256),
     default=64,
@@ -64,6 +67,7 @@ def bench_methods(
     names: tuple[str, ...],
     out: Path | None,
     end: bool,
+    alone: bool,
     controls: int,
     folder: Path,
     file_format: str | None,
@@ -107,6 +111,7 @@ def bench_methods(
                 edits,
                 answers,
                 end=end,
+                alone=alone,
                 controls=controls,
                 texts=texts,
                 folder=out,

@@ -13,7 +13,7 @@ of the directions is left (`kept`). On another model the layers are at the same 
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -31,6 +31,7 @@ class AlphaEdit(Memit):
     """See the module."""
 
     name = "alphaedit"
+    unedited: ClassVar[tuple[str, ...]] = ("prefixes", "moments", "projections")
     search = ValueSearch(rate=0.1, steps=25, clamp=0.75, decay=0.5)
 
     def __init__(self, base: BaseModel, **options: Any):

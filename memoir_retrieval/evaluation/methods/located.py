@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch.nn import functional
@@ -62,6 +62,7 @@ class LocatedMethod(Method):
 
     layers: tuple[int, ...]
     search: ValueSearch
+    unedited: ClassVar[tuple[str, ...]] = ("prefixes", "moments")
 
     @cached_property
     def prefixes(self) -> list[str]:

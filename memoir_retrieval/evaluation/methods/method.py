@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch.nn import functional
@@ -39,11 +39,13 @@ class Method:
     name: on the command line.
     batch: edits that are made at once.
     checked: whether the model can be asked between two edits.
+    unedited: cached properties that depend on the unedited model alone.
     """
 
     name: ClassVar[str]
     batch: ClassVar[int] = 1
     checked: ClassVar[bool] = True
+    unedited: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, base: BaseModel, *, end: bool = True, texts: Sequence[str] = (), seed: int = 0):
         """Prepare a method.
@@ -95,6 +97,13 @@ class Method:
                 weight.copy_(original)
                 weight.requires_grad_(False)
         self._originals.clear()
+
+    def restart(self) -> Self:
+        """Close this method and open it again on the unedited model, with what was computed of that."""
+        self.close()
+        again = type(self)(self.base, end=self.end, texts=self.texts, seed=self.random.initial_seed())
+        again.__dict__ |= {name: self.__dict__[name] for name in self.unedited if name in self.__dict__}
+        return again
 
     def weight(self, base: BaseModel) -> torch.nn.Parameter:
         """The projection's weight [H, D] of a layer, which may be written to until the method is closed.

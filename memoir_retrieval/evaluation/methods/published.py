@@ -41,6 +41,7 @@ class PublishedLoop(Method):
     """See the module."""
 
     name = "published"
+    unedited = ("prefixes",)
 
     def __init__(self, base: BaseModel, **options: Any):
         """base, options: see `Method`."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -31,6 +31,7 @@ class Rome(LocatedMethod):
     """See the module."""
 
     name = "rome"
+    unedited: ClassVar[tuple[str, ...]] = ("prefixes", "moments", "_factor")
     search = ValueSearch(rate=0.5, steps=25, clamp=4.0, decay=1e-3)
 
     def __init__(self, base: BaseModel, **options: Any):

@@ -43,6 +43,7 @@ class Wise(Method):
     """
 
     name = "wise"
+    unedited = ("prefixes",)
 
     def __init__(self, base: BaseModel, **options: Any):
         """base, options: see `Method`."""
