@@ -145,7 +145,7 @@ def run_method(
     started = time.monotonic()
     before = answers()
     method = open_method(name, base, end=end, texts=texts)
-    asked, seconds, size, diverged, number = _Asked(), 0.0, 0, None, 0
+    shares, seconds, size, diverged, number = _Shares(), 0.0, 0, None, 0
     try:
         for group in ([edit] for edit in edits) if alone else [edits]:
             if number:
@@ -155,9 +155,9 @@ def run_method(
             size += method.bytes
             diverged = diverged or broken
             number += len(group)
-            asked.ask(method, group, before, controls)
+            shares.ask(method, group, before, controls)
             if alone:
-                tell(f"{name}: {number}/{len(edits)} edits alone, reliability {_mean(asked.right)}")
+                tell(f"{name}: {number}/{len(edits)} edits alone, reliability {_mean(shares.right)}")
         result = MethodScores(
             method=name,
             data=data,
@@ -168,7 +168,7 @@ def run_method(
             edit_seconds=round(seconds / len(edits), 3),
             edit_megabytes=round(size / len(edits) / 1e6, 4),
             seconds=round(time.monotonic() - started, 1),
-            **asked.scores(),
+            **shares.scores(),
         )
     finally:
         method.close()
@@ -200,7 +200,7 @@ def _edit(
 
 
 @dataclass
-class _Asked:
+class _Shares:
     """What came out of asking: shares of tokens that are right, answers that are, for each thing asked."""
 
     right: list[float] = field(default_factory=list)

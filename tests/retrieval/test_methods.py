@@ -39,10 +39,10 @@ TEXTS = ["The sea lies south of the town, and the river runs through it.", "A ho
 
 SEARCH = ValueSearch(rate=0.5, steps=40, clamp=1000.0, decay=0.0)
 STRONGER = {
-    "lora": {},
+    "lora": {"lora.STEPS": 40},
     "grace": {},
-    "wise": {},
-    "published": {},
+    "wise": {"wise.STEPS": 30},
+    "published": {"published.STEPS": 30},
     "memoir": {},
     "ft": {"ft.RATE": 1e-2},
     "defer": {"defer.RATE": 1e-2},
@@ -50,15 +50,15 @@ STRONGER = {
     "memit": {"memit.Memit.search": SEARCH},
     "alphaedit": {"alphaedit.AlphaEdit.search": SEARCH, "alphaedit.L2": 1e-3},
 }
-"""Methods that get one answer right, and what of them is stronger here: published rates are for trained models, which
-know how an answer is said. The others take more than one edit (ultraedit) or a model that can read."""
+"""Methods that get one answer right, and what of them is stronger here, or shorter: published rates are for trained
+models, which know how an answer is said. The others take more than one edit (ultraedit) or a model that can read."""
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
     """Smaller logits and larger weights than the other small models: what one layer adds must reach the answer."""
     folder, tokenizer = tmp_path_factory.mktemp("methods"), tmp_path_factory.mktemp("tokenizer")
-    texts = [*TEXTS, EDIT.prompt, OTHER.prompt, *EDIT.rephrases]
+    texts = [*TEXTS, *(f"{edit.prompt} {edit.target}" for edit in (EDIT, OTHER)), *EDIT.rephrases]
     vocabulary = save_tokenizer(tokenizer, texts, get_model("smollm2-135m"))
     shape = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 3}
     model = save_llama(folder, tokenizer, scale=10, vocabulary=vocabulary, **shape)
@@ -267,8 +267,9 @@ def test_edits_made_alone_do_not_meet_each_other(base: BaseModel, monkeypatch: p
         edits = [EDIT, other]
         return run_method("ft", base, edits, lambda: unedited_answers(base, edits, 1), controls=1, alone=alone)
 
-    assert scores(alone=False).reliability < 1 and scores(alone=True).reliability == 1
-    assert scores(alone=True).edit_megabytes == 2 * scores(alone=False).edit_megabytes > 0
+    after, alone = scores(False), scores(True)
+    assert after.reliability < 1 and alone.reliability == 1
+    assert alone.edit_megabytes == pytest.approx(2 * after.edit_megabytes, rel=1e-2) and after.edit_megabytes > 0
 
 
 def test_what_was_computed_of_the_unedited_model_is_kept(base: BaseModel) -> None:
