@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from rich.table import Table
 
 from memoir_retrieval.cli.common import echo_json, json_option, notes, refuse_idle, tables, threads_option
-from memoir_retrieval.cli.options import FileOptions, ModelOptions, file_options, model_options
+from memoir_retrieval.cli.options import FileOptions, ModelOptions, file_options, model_options, place_option
 from memoir_retrieval.errors import ConfigError
+from memoir_retrieval.model.places import Place
 from memoir_retrieval.store.files import publish
 from memoir_retrieval.store.read import EditStore
 
@@ -46,6 +47,7 @@ class _Numbers(click.ParamType):
 @file_options
 @model_options(dtype="Without DIR: float32 (default), bfloat16 or float16, as the model will be edited.")
 @click.option("--layers", type=_Numbers(), help="Without DIR: blocks to compare (default: each tenth of the depth).")
+@place_option
 @click.option("--ks", type=_Numbers(), help="Without DIR: sizes of masks to compare (default: the preset's, and half).")
 @click.option("--chat/--no-chat", default=None, help="Without DIR: ask through the chat template (default), or raw.")
 @click.option("--html", type=click.Path(path_type=Path), help="Write the pictures to this file, a page of its own.")
@@ -63,6 +65,7 @@ def calibrate(
     source: FileOptions,
     model: ModelOptions,
     layers: list[int] | None,
+    place: Place | None,
     ks: list[int] | None,
     chat: bool | None,
     html: Path | None,
@@ -93,7 +96,13 @@ def calibrate(
         refuse_idle("without FILE", "put the file of edits behind DIR, or leave it out", "file_format", "limit")
     edits = source.load(file, "first") if file else []
     if store is not None:
-        for option, value in (("--layers", layers), ("--ks", ks), ("--chat", chat), ("--dtype", model.dtype)):
+        for option, value in (
+            ("--layers", layers),
+            ("--place", place),
+            ("--ks", ks),
+            ("--chat", chat),
+            ("--dtype", model.dtype),
+        ):
             if value is not None:
                 raise ConfigError(f"{option} cannot be set for store {store}, which keeps its own: leave it out")
         _calibrate_store(store, edits, model, html, write, tasks, as_json)
@@ -104,7 +113,7 @@ def calibrate(
         raise ConfigError("--write needs a store: memoir calibrate DIR --write")
     if model.model_name is None:
         raise ConfigError(f"{file} is a file: put the store before it, or add --model NAME to measure a model")
-    _calibrate_model(model.load(), edits, layers, ks, chat is not False, html, as_json)
+    _calibrate_model(model.load(place=place), edits, layers, ks, chat is not False, html, as_json)
 
 
 def _calibrate_store(
@@ -213,7 +222,7 @@ def _calibrate_model(
     from memoir_retrieval.evaluation.calibration import calibrate_model, unrelated_to
     from memoir_retrieval.model.presets import preset_for
 
-    preset = preset_for(base.model.config)
+    preset = preset_for(base.model.config).at(base.place, base.d)
     blocks = len(base.blocks)
     layers = layers or sorted({blocks * tenth // 10 for tenth in range(2, 10)} | {preset.layer})
     settings = calibrate_model(base, edits, unrelated_to(edits), layers, ks or [preset.k // 2, preset.k], chat)
@@ -230,11 +239,12 @@ def _calibrate_model(
     for row in settings:
         table.add_row(str(row.layer), str(row.k), f"{row.tau:g}", f"{row.rephrases_found:.3f}", f"{row.gap:+.3f}")
     tables.print(table)
-    click.echo(_advice(settings[0]))
+    click.echo(_advice(settings[0], base.place))
 
 
-def _advice(best: Setting) -> str:
+def _advice(best: Setting, place: Place) -> str:
+    chosen = "" if place == "ffn" else f"--place {place} "
     return (
-        f"best apart: --layer {best.layer} --k {best.k} --tau {best.tau:g}; `memoir edit` and `memoir eval` "
+        f"best apart: {chosen}--layer {best.layer} --k {best.k} --tau {best.tau:g}; `memoir edit` and `memoir eval` "
         "show whether edits also train well there"
     )

@@ -107,7 +107,7 @@ def edit(
 
     from memoir_retrieval.editing.editor import Editor
 
-    base = model.load(manifest, layer=settings.layer)
+    base = model.load(manifest, layer=settings.layer, place=settings.place)
     started = time.monotonic()
     trainer, side_by_side = None, training.side_by_side
     if ray.address:

@@ -99,7 +99,7 @@ def build(
     from memoir_retrieval.editing.build_masks import build as build_store
     from memoir_retrieval.editing.editor import Editor
 
-    base = model.load(layer=settings.layer)
+    base = model.load(layer=settings.layer, place=settings.place)
     started = time.monotonic()
     now = BuildProgress(0, 0, 0)
     editor = Editor(

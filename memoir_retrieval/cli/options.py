@@ -20,6 +20,7 @@ from memoir_retrieval.edits.record import Edit
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.evaluation.contexts import CONTEXTS
 from memoir_retrieval.evaluation.texts import read_texts
+from memoir_retrieval.model.places import PLACES, Place
 from memoir_retrieval.store.read import Manifest
 from memoir_retrieval.store.settings import Settings
 
@@ -38,6 +39,7 @@ __all__ = [
     "file_options",
     "measuring_options",
     "model_options",
+    "place_option",
     "ray_options",
     "require_subject_option",
     "store_settings_options",
@@ -70,6 +72,12 @@ def bundle(name: str, kind: Callable[..., Any], options: Sequence[Decorator]) ->
 
 require_subject_option = click.option(
     "--require-subject", is_flag=True, help="Edits with a subject act only on questions that contain it."
+)
+place_option = click.option(
+    "--place",
+    type=click.Choice(PLACES),
+    help="Projection of the block that is edited: the second of its FFN, or the output of its attention (default: the "
+    "FFN's, where it is no mixture of experts).",
 )
 data_folder_option = click.option(
     "--data",
@@ -135,11 +143,14 @@ class ModelOptions(NamedTuple):
     device: str = "cpu"
     dtype: str | None = None
 
-    def load(self, manifest: Manifest | None = None, *, layer: int | None = None) -> BaseModel:
+    def load(
+        self, manifest: Manifest | None = None, *, layer: int | None = None, place: Place | None = None
+    ) -> BaseModel:
         """Load the model.
 
         manifest: of a store whose model, layer and dtype count where none is named.
         layer: the block that is edited.
+        place: the projection in it.
 
         Raises ModelError.
         """
@@ -152,6 +163,7 @@ class ModelOptions(NamedTuple):
         return load_model(
             name,
             layer=manifest.layer if manifest and layer is None else layer,
+            place=manifest.place if manifest and place is None else place,
             dtype=self.dtype or (manifest.dtype if manifest else "float32"),
             device=self.device,
         )
@@ -187,11 +199,12 @@ def model_options(
 class StoreSettings(NamedTuple):
     """What a store is made with; None where it was not typed.
 
-    chat, layer, k, tau, span, seed: see `Settings`.
+    chat, layer, place, k, tau, span, seed: see `Settings`.
     """
 
     chat: bool | None = None
     layer: int | None = None
+    place: Place | None = None
     k: int | None = None
     tau: float | None = None
     span: str | None = None
@@ -207,6 +220,7 @@ class StoreSettings(NamedTuple):
         """
         return Settings.from_options(
             layer=self.layer,
+            place=self.place,
             dtype=dtype,
             chat=self.chat,
             rule=self.span,
@@ -226,7 +240,7 @@ class StoreSettings(NamedTuple):
 
 
 def store_settings_options(*, chat: bool = True) -> Decorator:
-    """--chat, --layer, --k, --tau, --span and --seed.
+    """--chat, --layer, --place, --k, --tau, --span and --seed.
 
     chat: whether prompts go through the template by default.
     """
@@ -236,7 +250,8 @@ def store_settings_options(*, chat: bool = True) -> Decorator:
         StoreSettings,
         (
             click.option("--chat/--no-chat", default=None, help=f"Ask prompts {usual}."),
-            click.option("--layer", type=int, help="Block whose FFN projection is edited (default: the preset's)."),
+            click.option("--layer", type=int, help="Block that is edited (default: the preset's)."),
+            place_option,
             click.option("--k", type=int, help="Ones in every mask (default: the preset's)."),
             click.option("--tau", type=float, help="Least overlap that matches, in (0, 1] (default: the preset's)."),
             click.option(

@@ -12,6 +12,7 @@ from memoir_retrieval.editing import build_masks as build
 from memoir_retrieval.editing.build_masks import Compute, Shard, shard_codes
 from memoir_retrieval.editing.cluster import connect, load_ray
 from memoir_retrieval.editing.editor import Editor
+from memoir_retrieval.model.places import Place
 from memoir_retrieval.question.span import SpanRule
 
 __all__ = ["on_ray"]
@@ -33,6 +34,7 @@ def on_ray(editor: Editor, address: str, workers: int, device: str) -> Compute:
     settings: dict[str, Any] = {
         "model": str(editor.base.path),
         "layer": editor.base.layer,
+        "place": editor.base.place,
         "dtype": editor.base.dtype,
         "device": device,
         "threads": torch.get_num_threads(),
@@ -67,7 +69,16 @@ class _MaskWorker:
     """One process of the cluster, with the model in it."""
 
     def __init__(
-        self, model: str, layer: int, dtype: str, device: str, threads: int, batch: int, span: bytes, **masks: Any
+        self,
+        model: str,
+        layer: int,
+        place: Place,
+        dtype: str,
+        device: str,
+        threads: int,
+        batch: int,
+        span: bytes,
+        **masks: Any,
     ):
         import torch
 
@@ -75,7 +86,7 @@ class _MaskWorker:
         from memoir_retrieval.question.fingerprint import Fingerprint
 
         torch.set_num_threads(threads)
-        self._base = load_model(model, layer=layer, dtype=dtype, device=device)
+        self._base = load_model(model, layer=layer, place=place, dtype=dtype, device=device)
         self._batch = batch
         self._rule = msgspec.json.decode(span, type=SpanRule)
         self._fingerprint = Fingerprint(masks["background"], masks["permutation"], masks["k"], self._base.device)

@@ -71,7 +71,15 @@ class Editor:
         self.base = base
         self.path = Path(store)
         self._settings = Settings.from_options(
-            layer=base.layer, dtype=base.dtype, chat=chat, rule=rule, k=k, tau=tau, seed=seed, training=training
+            layer=base.layer,
+            place=base.place,
+            dtype=base.dtype,
+            chat=chat,
+            rule=rule,
+            k=k,
+            tau=tau,
+            seed=seed,
+            training=training,
         )
         if not (self.path / MANIFEST).exists():
             self._settings.resolved(base)  # refused here, before the folder is made

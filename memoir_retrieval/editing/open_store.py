@@ -114,7 +114,9 @@ class OpenStore:
             contexts=tuple(contexts),
             next_id=0,
             judge=shipped_judge().name if settings.rule == "question" else "",
-            **{name: value for name, value in msgspec.structs.asdict(settings).items() if name != "rule"},
+            **{
+                name: value for name, value in msgspec.structs.asdict(settings).items() if name not in ("rule", "place")
+            },
         )
         self.judge = judge_named(self.manifest.judge, self.path)
         self.tasks = shipped_tasks(base.identity.layer) if span.candidates else NO_TASKS
@@ -125,8 +127,9 @@ class OpenStore:
         self.empty()
 
     def _load(self, store: EditStore, settings: Settings) -> None:
+        if store.manifest.base.config == self.base.identity.config:
+            Settings.of(store.manifest).require(settings, self.path)  # names a layer or place, not the digest of one
         store.require(self.base.identity, self.base.name)
-        Settings.of(store.manifest).require(settings, self.path)
         self.judge = judge_named(store.manifest.judge, self.path)
         self.manifest = store.manifest
         self.permutation, self.background, self.tasks = store.permutation, store.background, store.tasks

@@ -51,6 +51,7 @@ class RayTrainer:
         model = {
             "name": str(base.path),
             "layer": base.layer,
+            "place": base.place,
             "dtype": base.dtype,
             "device": device,
         }

@@ -118,7 +118,11 @@ class Retriever:
         """
         opened = EditStore.open(store)
         base = load_model(
-            model or opened.manifest.model, layer=opened.manifest.layer, dtype=opened.manifest.dtype, device=device
+            model or opened.manifest.model,
+            layer=opened.manifest.layer,
+            place=opened.manifest.place,
+            dtype=opened.manifest.dtype,
+            device=device,
         )
         return cls(opened, base, tau)
 

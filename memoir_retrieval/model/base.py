@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from memoir_retrieval.errors import ModelError
+from memoir_retrieval.model.places import Place, in_out, projection_of, text_blocks
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["BaseModel", "Identity", "identify", "load_model", "resolve"]
+__all__ = ["BaseModel", "Identity", "identify", "load_model", "model_class", "resolve"]
 
 
 class Identity(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,6 +47,7 @@ class BaseModel:
     layer: number of the edited block.
     module: dotted name of the edited projection.
     projection: the module itself.
+    place: the part of the block that it closes.
     """
 
     model: Any
@@ -56,16 +58,17 @@ class BaseModel:
     layer: int
     module: str
     projection: torch.nn.Module
+    place: Place = "ffn"
 
     @property
     def d(self) -> int:
         """Width of the projection's input: the number of mask bits."""
-        return _in_out(self.projection)[0]
+        return in_out(self.projection)[0]
 
     @property
     def h(self) -> int:
         """Width of the projection's output: the hidden size."""
-        return _in_out(self.projection)[1]
+        return in_out(self.projection)[1]
 
     @property
     def dtype(self) -> str:
@@ -109,6 +112,9 @@ class BaseModel:
         """Whether what is added to the projection's output is added to the block's: not where a norm follows it."""
         import torch
 
+        if self.place == "attention":  # the FFN reads what is added there
+            return False
+
         outputs: list[torch.Tensor] = []
         noise: list[torch.Tensor] = []
 
@@ -145,8 +151,8 @@ class BaseModel:
 
         Raises ModelError where the model has no such block.
         """
-        module, projection = _edited(self.model, self.blocks, layer, self.name)
-        return replace(self, layer=layer, module=module, projection=projection)
+        module, projection, place = _edited(self.model, self.blocks, layer, self.name, self.place)
+        return replace(self, layer=layer, module=module, projection=projection, place=place)
 
 
 def resolve(name: str) -> Path:
@@ -179,8 +185,15 @@ def resolve(name: str) -> Path:
         ) from error
 
 
-def load_model(name: str | Path, *, layer: int | None = None, dtype: str = "float32", device: str = "cpu") -> BaseModel:
-    """Load a causal language model for editing or lookup.
+def load_model(
+    name: str | Path,
+    *,
+    layer: int | None = None,
+    place: Place | None = None,
+    dtype: str = "float32",
+    device: str = "cpu",
+) -> BaseModel:
+    """Load a language model for editing or lookup; of a vision-language model the text tower is edited.
 
     >>> from memoir_retrieval import load_model
     >>> base = load_model("smollm2-135m")
@@ -189,13 +202,15 @@ def load_model(name: str | Path, *, layer: int | None = None, dtype: str = "floa
 
     name: a folder, an embedded model's name or a Hub id that is in the local cache.
     layer: the block whose projection is edited; by default the preset's.
+    place: the projection that closes its FFN ("ffn") or its attention ("attention"); by default the FFN's where the FFN
+        is dense, else attention's.
     dtype: "float32", "bfloat16" or "float16".
     device: where the model runs, such as "cuda".
 
     Raises ModelError for a model that cannot be found, read or edited.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
     from memoir_retrieval.model.presets import preset_for
@@ -215,14 +230,15 @@ def load_model(name: str | Path, *, layer: int | None = None, dtype: str = "floa
     transformers_logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch_dtype).to(device).eval()
+        kind = model_class(AutoConfig.from_pretrained(path))
+        model = kind.from_pretrained(path, dtype=torch_dtype).to(device).eval()
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"model {path} cannot be loaded: {_first_line(error)}") from error
     model.requires_grad_(False)
-    blocks = _blocks(model)
+    blocks = text_blocks(model)
     if layer is None:
         layer = preset_for(model.config).layer
-    module, projection = _edited(model, blocks, layer, name)
+    module, projection, place = _edited(model, blocks, layer, name, place)
     return BaseModel(
         model=model,
         tokenizer=tokenizer,
@@ -232,56 +248,31 @@ def load_model(name: str | Path, *, layer: int | None = None, dtype: str = "floa
         layer=layer,
         module=module,
         projection=projection,
+        place=place,
     )
+
+
+def model_class(config: Any) -> Any:
+    """The automatic class of transformers that loads a model: not every vision-language model is a causal one there.
+
+    config: of the model.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    causal = type(config) in AutoModelForCausalLM._model_mapping
+    vision = type(config) in AutoModelForImageTextToText._model_mapping
+    return AutoModelForImageTextToText if vision and not causal else AutoModelForCausalLM
 
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _in_out(module: Any) -> tuple[int, int]:
-    """(inputs, outputs) of a linear module; GPT-2's Conv1D stores its weight the other way round."""
-    if hasattr(module, "in_features"):
-        return int(module.in_features), int(module.out_features)
-    return int(module.weight.shape[0]), int(module.weight.shape[1])
-
-
-def _blocks(model: Any) -> Any:
-    """The decoder blocks: the longest ModuleList of the model."""
-    import torch
-
-    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m)]
-    if not lists:
-        raise ModelError(
-            f"{type(model).__name__} has no list of decoder blocks: only decoder-only models can be edited"
-        )
-    return max(lists, key=len)
-
-
-def _edited(model: Any, blocks: Any, layer: int, name: str) -> tuple[str, Any]:
-    """Path and module of the projection of block `layer`."""
+def _edited(model: Any, blocks: Any, layer: int, name: str, place: Place | None = None) -> tuple[str, Any, Place]:
+    """Path, module and place of the projection of block `layer`."""
     if not 0 <= layer < len(blocks):
         raise ModelError(f"layer {layer} does not exist: {name} has layers 0 to {len(blocks) - 1}")
-    return _projection(model, blocks[layer])
-
-
-def _projection(model: Any, block: Any) -> tuple[str, Any]:
-    """The FFN's second projection of a block: the linear layer from a wider space back to the hidden size."""
-    import torch
-    from transformers.pytorch_utils import Conv1D
-
-    hidden = model.get_input_embeddings().weight.shape[1]
-    wide = [
-        m
-        for m in block.modules()
-        if isinstance(m, (torch.nn.Linear, Conv1D)) and _in_out(m)[1] == hidden and _in_out(m)[0] > hidden
-    ]
-    if len(wide) != 1:
-        raise ModelError(
-            f"a block of {type(model).__name__} has {len(wide)} linear layers from a wider space to the hidden size "
-            f"{hidden}, so the FFN's second projection is not plain: this architecture is not supported"
-        )
-    return next(name for name, m in model.named_modules() if m is wide[0]), wide[0]
+    return projection_of(model, blocks[layer], place)
 
 
 # ---- identity --------------------------------------------------------------------------------------------------
@@ -334,6 +325,15 @@ def _tokenizer_digest(folder: Path) -> str:
     raise ModelError(f"{folder} has no tokenizer.json, tokenizer.model or vocab.json: give a folder with a tokenizer")
 
 
+def _checkpoint_paths(module: str) -> list[str]:
+    """The names that checkpoints give a module."""
+    paths = [module, module.partition(".")[2]]
+    tower, rest = "model.language_model.", module.removeprefix("model.language_model.")
+    if module.startswith(tower):
+        paths += [f"language_model.model.{rest}", f"model.{rest}"]
+    return paths
+
+
 def _layer_digest(folder: Path, module: str) -> str:
     import torch
     from safetensors import safe_open
@@ -343,8 +343,8 @@ def _layer_digest(folder: Path, module: str) -> str:
         weight_map: dict[str, str] = _read_json(index)["weight_map"]
     else:
         weight_map = {}
-    # Checkpoints of some architectures leave out the first part of the module path.
-    prefixes = (module + ".", module.partition(".")[2] + ".")
+    # Checkpoints of some architectures leave out the first part of the module path, or name the text tower differently.
+    prefixes = tuple(f"{path}." for path in _checkpoint_paths(module))
     files = {name for key, name in weight_map.items() if key.startswith(prefixes)} or {"model.safetensors"}
     digest = hashlib.sha256()
     count = 0

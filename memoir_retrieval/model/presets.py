@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from memoir_retrieval.model.places import Place
+
 __all__ = ["PRESETS", "Preset", "preset_for"]
 
 
@@ -23,6 +25,14 @@ class Preset(NamedTuple):
     tau: float
     tau_chat: float
     source: str
+
+    def at(self, place: Place, d: int) -> Preset:
+        """The preset at a place. At attention's projection k is the published share of its inputs.
+
+        place: where edits act.
+        d: inputs of the projection there.
+        """
+        return self if place == "ffn" else self._replace(k=max(1, d * 2 // 7), source="default")
 
 
 # (model_type, hidden size H, FFN size D, blocks) -> preset. Published: arXiv 2506.07899, appendix on settings.

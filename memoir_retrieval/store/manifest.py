@@ -13,6 +13,7 @@ import msgspec
 
 from memoir_retrieval.errors import StoreError, StoreMismatch
 from memoir_retrieval.model.base import Identity
+from memoir_retrieval.model.places import Place, place_of
 from memoir_retrieval.question.span import SpanRule
 from memoir_retrieval.store.files import Written, publish, read_small
 from memoir_retrieval.store.tensors import unique_keys
@@ -111,6 +112,11 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     untrained: int = 0
     judge: str = ""
     sha256: str = ""
+
+    @property
+    def place(self) -> Place:
+        """The part of the block that the edited projection closes."""
+        return place_of(self.module)
 
     @property
     def size(self) -> int:

@@ -10,6 +10,7 @@ import msgspec
 from msgspec import Meta
 
 from memoir_retrieval.errors import ConfigError, Reason, StoreError
+from memoir_retrieval.model.places import Place
 from memoir_retrieval.model.presets import preset_for
 
 if TYPE_CHECKING:
@@ -100,7 +101,8 @@ class Contradiction(NamedTuple):
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """What a store is made with and keeps. None: not given; `resolved` and `of` leave none.
 
-    layer: the block whose FFN projection is edited.
+    layer: the block that is edited.
+    place: the projection in it, the FFN's or attention's.
     dtype: of the model's weights, such as "float32".
     chat: whether a plain prompt is asked through the chat template.
     rule: which tokens are pooled, the question's or all.
@@ -111,6 +113,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     layer: int = _UNSET
+    place: Place = _UNSET
     dtype: str = _UNSET
     chat: bool = _UNSET
     rule: Literal["question", "all"] = _UNSET
@@ -152,7 +155,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
         Raises ConfigError for settings that cannot work on the model.
         """
-        preset = preset_for(base.model.config)
+        preset = preset_for(base.model.config).at(base.place, base.d)
         chat = True if self.chat is None else self.chat
         rule = self.rule or "question"
         usual = preset.tau_chat if chat else preset.tau
@@ -173,6 +176,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         masks = min(training.context_masks, training.contexts) if chat and rule == "question" else 0
         return Settings(
             layer=base.layer,
+            place=base.place,
             dtype=base.dtype,
             chat=chat,
             rule=rule,

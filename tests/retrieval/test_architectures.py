@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ from memoir_retrieval.editing.memory import Memory, forgotten
 from memoir_retrieval.editing.train import Wording, answered, freeze, train_edits
 from memoir_retrieval.errors import ModelError
 from memoir_retrieval.model import bfloat16
-from memoir_retrieval.model.base import BaseModel, _blocks, _projection
+from memoir_retrieval.model.base import BaseModel
 from memoir_retrieval.model.bfloat16 import HalfProducts
 from memoir_retrieval.model.forward import (
     FrozenPast,
@@ -35,6 +36,7 @@ from memoir_retrieval.model.forward import (
     right_pad,
     run_from_block,
 )
+from memoir_retrieval.model.places import projection_of, text_blocks
 from memoir_retrieval.question.span import Span
 from memoir_retrieval.store.settings import Training
 
@@ -63,8 +65,8 @@ def base(request: pytest.FixtureRequest) -> BaseModel:
     config, module = CONFIGS[request.param]
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
-    blocks = _blocks(model)
-    name, projection = _projection(model, blocks[2])
+    blocks = text_blocks(model)
+    name, projection, _ = projection_of(model, blocks[2])
     assert name == module
     return BaseModel(model, None, Path(), request.param, blocks, 2, name, projection)
 
@@ -272,6 +274,17 @@ def test_right_pad() -> None:
 
 def test_a_model_without_a_plain_projection_is_refused(base: BaseModel) -> None:
     with pytest.raises(ModelError, match="not plain"):
-        _projection(base.model, torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.Linear(64, 32)))
+        projection_of(base.model, torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.Linear(64, 32)))
     with pytest.raises(ModelError, match="no list of decoder blocks"):
-        _blocks(torch.nn.Linear(2, 2))
+        text_blocks(torch.nn.Linear(2, 2))
+
+
+def test_a_linear_layer_with_a_forward_of_its_own_keeps_it_in_half_products() -> None:
+    class Router(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+            return super().forward(x), x
+
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), Router(8, 8))
+    with HalfProducts(SimpleNamespace(model=model)).used():  # type: ignore[arg-type]
+        assert "forward" in vars(model[0]) and "forward" not in vars(model[1])
+        assert len(model[1](torch.ones(1, 8))) == 2

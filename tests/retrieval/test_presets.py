@@ -18,8 +18,9 @@ from transformers import (
     Qwen2Config,
 )
 
-from memoir_retrieval.model.base import BaseModel, _blocks, _edited
+from memoir_retrieval.model.base import BaseModel, _edited
 from memoir_retrieval.model.embedded import get_model
+from memoir_retrieval.model.places import text_blocks
 from memoir_retrieval.model.presets import PRESETS, preset_for
 
 # The configurations as published. Settings: arXiv 2506.07899, appendix: layer, k, tau.
@@ -52,8 +53,8 @@ def test_a_published_model_is_edited_where_the_paper_edits_it(name: str) -> None
     assert (preset.k, preset.tau, preset.tau_chat) == (4096, tau, tau)
     with torch.device("meta"):  # every layer at its real shape, without memory for weights
         model = AutoModelForCausalLM.from_config(config)
-    blocks = _blocks(model)
-    layer, projection = _edited(model, blocks, preset.layer, name)
+    blocks = text_blocks(model)
+    layer, projection, _ = _edited(model, blocks, preset.layer, name)
     base = BaseModel(model, None, Path(), name, blocks, preset.layer, layer, projection)
     assert (layer, base.d, base.h) == (module, d, 4096)
     assert d % 8 == 0 and preset.k < d

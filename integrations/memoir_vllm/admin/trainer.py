@@ -128,7 +128,13 @@ class _Trainer:
         if self._base is None:
             self._send(TrainerAnswer(progress=TrainerProgress("loading")))
             manifest = EditStore.open(self._store).manifest
-            self._base = load_model(self._model, layer=manifest.layer, dtype=manifest.dtype, device=self._device)
+            self._base = load_model(
+                self._model,
+                layer=manifest.layer,
+                place=manifest.place,
+                dtype=manifest.dtype,
+                device=self._device,
+            )
         edit = msgspec.convert(request["add"], Edit)
         self._send(TrainerAnswer(progress=TrainerProgress("opening")))
         with Editor(self._base, self._store, watch=self._step) as editor:

@@ -31,7 +31,7 @@ class ResearchModel:
         model: its name or folder.
         """
         self._store = EditStore.open(store)
-        self._base = load_model(model, layer=self._store.manifest.layer)
+        self._base = load_model(model, layer=self._store.manifest.layer, place=self._store.manifest.place)
         manifest = self._store.manifest
         self._fingerprint = Fingerprint(self._store.background, self._store.permutation, manifest.k, self._base.device)
         self._masks = torch.from_numpy(unpack(self._store.codes, manifest.d))

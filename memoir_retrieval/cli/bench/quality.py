@@ -103,7 +103,7 @@ def bench_quality(
     from memoir_retrieval.evaluation.report import run_page
 
     chosen = settings.to_settings(training)  # refused before the model is loaded
-    base = model.load(layer=settings.layer)
+    base = model.load(layer=settings.layer, place=settings.place)
     editor = Editor(base, out / "store", **settings.for_editor(chat=False), training=chosen.training)
     out.mkdir(parents=True, exist_ok=True)
     with Progress(*COLUMNS, console=notes, disable=as_json) as bar:
