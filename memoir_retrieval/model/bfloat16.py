@@ -38,7 +38,8 @@ class HalfProducts:
 
         self._layers: list[tuple[torch.nn.Module, Any]] = []
         for module in base.model.modules():
-            if isinstance(module, (torch.nn.Linear, Conv1D)):
+            # A class of its own may give more than the product: Llama 4's router gives scores beside it.
+            if type(module).forward in (torch.nn.Linear.forward, Conv1D.forward):
                 weight = module.weight.T if isinstance(module, Conv1D) else module.weight
                 self._layers.append((module, _Product(weight, module.bias)))
 
