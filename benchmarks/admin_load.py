@@ -2,27 +2,36 @@
 
     python benchmarks/admin_load.py STORE [REQUESTS]
 
-The real routes, queue and audit log over a copy of a store. No engine, and nobody makes the changes: what is measured
-is what a request costs the loop that also serves `/v1`. A third of the requests add edits, half of these with a text of
-combining marks only; the others list edits and search them. Prints one JSON object: answers by method and status, and
-the longest time in milliseconds until the loop came round again. The client shares that loop and sends all requests in
-one turn of it, so this bounds what a server's loop would see from above.
+vLLM's HTTP server with the real routes, queue and audit log over a copy of a store; its clients are another process
+with a connection for each request. No engine, and nobody makes the changes: what is measured is what a request costs
+the loop that also serves `/v1`. A third of the requests add edits, half of these with a text of combining marks only;
+the others list edits, search them, and read the jobs and the audit log.
+
+Prints one JSON object for each kind of requests: answers by status, and how late in milliseconds the loop came round to
+a task that sleeps for a millisecond. `version` is vLLM's own cheapest route, for comparison: what its server takes to
+read a thousand requests, whatever they are. `strangers` have no token; `one holder` sends all with one token.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import shutil
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections.abc import AsyncIterator, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, cast
 
-import httpx
+import numpy as np
+import uvicorn
+import uvloop
+from vllm.entrypoints.launchers.app import build_app
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from memoir_vllm import config
 from memoir_vllm.admin.engines import Engines
@@ -31,12 +40,27 @@ from memoir_vllm.admin.routes import make_app
 from memoir_vllm.admin.service import Service
 from memoir_vllm.admin.tokens import Tokens
 
-TOKENS = [f"token-number-{n:04}" for n in range(10)]
+TOKENS = ["one-holders-token", *(f"token-number-{n:04}" for n in range(10))]
 MARKS = "a" + "\u0301\u0323" * 8_000
 TICK_S = 0.001
 
 
-async def longest_pause(pauses: list[float]) -> None:
+def request(line: str, body: Any = None, token: str = "") -> str:
+    text = "" if body is None else json.dumps(body)
+    known = f"Authorization: Bearer {token}\r\n" if token else ""
+    head = f"{line} HTTP/1.1\r\nHost: here\r\nConnection: close\r\n{known}Content-Type: application/json\r\n"
+    return f"{head}Content-Length: {len(text)}\r\n\r\n{text}"
+
+
+def administration(n: int, token: str) -> str:
+    if n % 3 == 0:
+        prompt = f"{n} {MARKS}" if n % 2 else f"Who runs company {n}?"
+        return request("POST /memoir/edits", {"prompt": prompt, "target": "Jane Doe"}, token)
+    reads = {1: "edits?limit=200", 2: f"edits?search=company%20{n}", 4: "jobs", 5: "audit?limit=200"}
+    return request(f"GET /memoir/{reads[n % 6]}", token=token)
+
+
+async def watch(pauses: list[float]) -> None:
     """Wakes up every millisecond and notes how late it was."""
     while True:
         before = time.perf_counter()
@@ -44,48 +68,66 @@ async def longest_pause(pauses: list[float]) -> None:
         pauses.append(time.perf_counter() - before - TICK_S)
 
 
-async def measure(store: Path, requests: int) -> dict[str, Any]:
+@contextlib.asynccontextmanager
+async def serving(service: Service) -> AsyncIterator[int]:
+    """vLLM's server, as it is started, and its port."""
+    app = build_app(make_arg_parser(FlexibleArgumentParser()).parse_args([]), ("generate",))
+    tokens = Tokens({sha256(token.encode()).digest(): token for token in TOKENS})
+    app.mount("/memoir", make_app(tokens, lambda: service, schema=False))
+    app.state.engine_client, app.state.log_stats = None, False
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
+    task = asyncio.create_task(server.serve())
+    while not server.started:
+        await asyncio.sleep(0.01)
+    yield server.servers[0].sockets[0].getsockname()[1]
+    server.should_exit = True
+    await task
+
+
+async def burst(port: int, requests: Sequence[str]) -> dict[str, Any]:
+    """Answers, seconds and pauses of one burst."""
+    client = await asyncio.create_subprocess_exec(
+        sys.executable,
+        str(Path(__file__).with_name("burst.py")),
+        str(port),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+    )
+    pauses: list[float] = []
+    watcher = asyncio.create_task(watch(pauses))
+    began = time.perf_counter()
+    answers, _ = await client.communicate(json.dumps(requests).encode())
+    seconds = time.perf_counter() - began
+    watcher.cancel()
+    late = np.percentile(1e3 * np.array(pauses), [50, 99, 100]).round(1)
+    return {
+        "answers": dict(sorted(json.loads(answers).items())),
+        "seconds": round(seconds, 2),
+        "pause_ms": dict(zip(["p50", "p99", "max"], late.tolist(), strict=True)),
+    }
+
+
+async def measure(store: Path, count: int) -> None:
     engines = Engines(cast(Any, None))  # nobody asks them
     service = Service(config.parse_section({"store": str(store)}), "", "here:1", engines, None)
-    tokens = Tokens({sha256(token.encode()).digest(): token for token in TOKENS})
-    app = make_app(tokens, lambda: service, schema=False)
-    pauses: list[float] = []
-    answers: Counter[str] = Counter()
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://here") as client:
-
-        async def ask(n: int) -> None:
-            headers = {"Authorization": f"Bearer {TOKENS[n % len(TOKENS)]}"}
-            if n % 3 == 0:
-                edit = {"prompt": f"Who runs company {n}?", "target": "Jane Doe"}
-                if n % 2:
-                    edit |= {"prompt": f"{n} {MARKS}"}
-                reply = await client.post("/edits", json=edit, headers=headers)
-            else:
-                query = {"search": MARKS[:256]} if n % 3 == 1 else {}
-                reply = await client.get("/edits", params=query, headers=headers)
-            answers[f"{reply.request.method} {reply.status_code}"] += 1
-
-        await ask(2)  # what is imported and read once
-        watch = asyncio.create_task(longest_pause(pauses))
-        await asyncio.sleep(0.05)
-        began = time.perf_counter()
-        await asyncio.gather(*(ask(n) for n in range(requests)))
-        seconds = time.perf_counter() - began
-        watch.cancel()
-    return {
-        "requests": requests,
-        "seconds": round(seconds, 2),
-        "answers": dict(sorted(answers.items())),
-        "waiting": len(service.jobs.open()),
-        "may_wait": QUEUE,
-        "longest_pause_ms": round(1e3 * max(pauses), 1),
+    kinds = {
+        "version": [request("GET /version") for _ in range(count)],
+        "strangers": [administration(n, "") for n in range(count)],
+        "one holder": [administration(n, "one-holders-token") for n in range(count)],
+        "administration": [administration(n, TOKENS[1 + n % 10]) for n in range(count)],
     }
+    async with serving(service) as port:
+        for requests in kinds.values():  # what is imported and read once
+            await burst(port, requests[1:3])
+        for kind, requests in kinds.items():
+            print(json.dumps({"requests": f"{count} {kind}"} | await burst(port, requests)), flush=True)
+    print(json.dumps({"changes that wait": len(service.jobs.open()), "may wait": QUEUE}))
 
 
 def main(store: str, requests: str = "1000") -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = shutil.copytree(store, Path(scratch) / "store")
-        print(json.dumps(asyncio.run(measure(folder, int(requests)))))
+        uvloop.run(measure(folder, int(requests)))
 
 
 if __name__ == "__main__":

@@ -226,6 +226,20 @@ def test_no_line_of_prose_is_over_120_columns() -> None:
                 assert len(line) <= 120, f"{page.relative_to(ROOT)}:{number} has {len(line)} columns"
 
 
+@pytest.mark.parametrize(
+    ("subject", "rate"),
+    [("asked in another language", r"at most \d+ %"), ("overrides a tool", "what is right whatever")],
+    ids=["another language", "a tool's result"],
+)
+def test_what_an_edit_cannot_do_is_among_the_limits(subject: str, rate: str) -> None:
+    """No test can change these two: a small model does not know the languages, and an edit is meant to win."""
+    (limits,) = re.findall(
+        r"^## Limits\n(.*?)(?=^## |\Z)", (ROOT / "docs/explanation/how-it-works.md").read_text(), re.S | re.M
+    )
+    (limit,) = (" ".join(text.split()) for text in limits.split("\n* ") if subject in " ".join(text.split()).lower())
+    assert re.search(rate, limit)
+
+
 def anchors(page: Path) -> set[str]:
     """Of a page's headings, as MkDocs and GitHub write them."""
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)

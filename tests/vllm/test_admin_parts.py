@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 from argparse import Namespace
+from collections import Counter
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import httpx
 import pytest
 from fastapi import FastAPI, Request
 from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
+from starlette.responses import Response
 
 from memoir_retrieval import Edit, Editor
 from memoir_retrieval.cli.serve import server_command
@@ -124,6 +126,38 @@ async def test_the_door(monkeypatch: pytest.MonkeyPatch) -> None:
         assert statuses[-1] == 429
         time.sleep(2 / guard.RATE)
         assert (await client.post("/echo", headers=known)).status_code == 200
+
+
+@pytest.mark.anyio
+async def test_the_loop_turns_between_requests_that_come_at_once() -> None:
+    """Whoever else is served by the loop waits for a few of them, not for all."""
+    turn, begun = 0, Counter[int]()
+
+    async def count() -> None:
+        nonlocal turn
+        while True:
+            turn += 1
+            await asyncio.sleep(0)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        begun[turn] += 1
+        order.append(int(scope["query_string"]))
+        await Response()(scope, receive, send)
+
+    order: list[int] = []
+    guarded = guard.Guard(app, Tokens({sha256(TOKEN.encode()).digest(): "ann"}), public=[])
+    transport = httpx.ASGITransport(guarded)
+    async with httpx.AsyncClient(transport=transport, headers={"Authorization": f"Bearer {TOKEN}"}) as client:
+        counting = asyncio.create_task(count())
+        requests = [asyncio.create_task(client.get(f"http://door/?{n}")) for n in range(100)]
+        await asyncio.sleep(0)
+        for request in requests[50:60]:
+            request.cancel()  # clients that have gone take nobody's place
+        replies = await asyncio.gather(*requests, return_exceptions=True)
+        counting.cancel()
+    assert sum(isinstance(reply, asyncio.CancelledError) for reply in replies) == 10
+    assert order == [*range(50), *range(60, 100)]
+    assert max(begun.values()) == guard.STARTS and len(begun) <= 90 / guard.STARTS + 2
 
 
 def test_the_audit_log_outlives_a_cut_off_line(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
+from collections import deque
 from collections.abc import Iterable
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -16,6 +18,7 @@ __all__ = ["LARGEST_BODY", "Guard"]
 LARGEST_BODY = 256 * 1024  # bytes
 # Requests of one token: on average so many a second, at most so many at once.
 RATE, BURST = 50.0, 500.0
+STARTS = 4  # requests that are read within one turn of the event loop, which serves /v1 between them
 
 _HEADERS = {
     "cache-control": "no-store",
@@ -29,6 +32,40 @@ _HEADERS = {
 }
 
 
+class Turns:
+    """Lets a few callers go on in each turn of the event loop, in the order in which they came."""
+
+    def __init__(self, starts: int):
+        """starts: how many in a turn."""
+        self._starts = self._left = starts
+        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._counting = False
+
+    async def wait(self) -> None:
+        """Wait for a place in a turn."""
+        loop = asyncio.get_running_loop()
+        if not self._counting:
+            self._counting = True
+            loop.call_soon(self._next)
+        if self._left and not self._waiting:
+            self._left -= 1
+        else:
+            self._waiting.append(loop.create_future())
+            await self._waiting[-1]
+
+    def _next(self) -> None:
+        """Begin a turn. Callers that go on are called in the next one, so nobody goes on twice."""
+        self._left = self._starts
+        while self._left and self._waiting:
+            place = self._waiting.popleft()
+            if not place.done():  # its caller has gone
+                place.set_result(None)
+                self._left -= 1
+        self._counting = self._left < self._starts
+        if self._counting:
+            asyncio.get_running_loop().call_soon(self._next)
+
+
 class Guard:
     """ASGI middleware that asks for a token."""
 
@@ -39,10 +76,13 @@ class Guard:
         """
         self._app, self._tokens, self._public = app, tokens, frozenset(public)
         self._allowance: dict[str, tuple[float, float]] = {}
+        self._turns = Turns(STARTS)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
+
+        await self._turns.wait()
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":

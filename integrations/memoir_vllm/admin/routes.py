@@ -14,6 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
+from pydantic import BaseModel
 
 from memoir_retrieval.edits.formats import show
 from memoir_retrieval.edits.record import StoredEdit
@@ -141,18 +142,22 @@ def _add_console(app: FastAPI) -> None:
 
 
 def _add_reads(app: FastAPI, service: Callable[[], Service]) -> None:
-    @app.get("/edits", summary="Edits of the store", responses=_said(503))
-    async def list_edits(search: Search = "", offset: Offset = 0, limit: Limit = 50) -> EditList:
-        generation, total, page = await asyncio.to_thread(service().search, search, offset, limit)
-        return EditList(generation=generation, total=total, edits=[_out(edit) for edit in page])
+    @app.get("/edits", summary="Edits of the store", response_model=EditList, responses=_said(503))
+    async def list_edits(search: Search = "", offset: Offset = 0, limit: Limit = 50) -> Response:
+        def read() -> EditList:
+            generation, total, page = service().search(search, offset, limit)
+            return EditList(generation=generation, total=total, edits=[_out(edit) for edit in page])
+
+        return await _page(read)
 
     @app.get("/edits/{edit_id}", summary="One edit", responses=_said(404, 503))
     async def get_edit(edit_id: EditId) -> StoredEditOut:
         return _out(await asyncio.to_thread(service().edit, edit_id))
 
-    @app.get("/jobs", summary="Changes since the server started")
-    async def list_jobs() -> JobPage:
-        return JobPage(jobs=service().jobs.all())
+    @app.get("/jobs", summary="Changes since the server started", response_model=JobPage)
+    async def list_jobs() -> Response:
+        jobs = [job.model_copy() for job in service().jobs.all()]  # their worker goes on with them meanwhile
+        return await _page(lambda: JobPage(jobs=jobs))
 
     @app.get("/jobs/{job_id}", summary="Progress of one change", responses=_said(404))
     async def get_job(job_id: JobId) -> Job:
@@ -161,10 +166,13 @@ def _add_reads(app: FastAPI, service: Callable[[], Service]) -> None:
             raise HTTPException(404, f"there is no job {job_id}; the audit log keeps what became of older ones")
         return job
 
-    @app.get("/audit", summary="Who changed what", responses=_said(503))
-    async def read_audit(offset: Offset = 0, limit: Limit = 50) -> AuditPage:
-        lines, torn = await asyncio.to_thread(service().audit.read)
-        return AuditPage(total=len(lines), torn=torn, entries=lines[::-1][offset : offset + limit])
+    @app.get("/audit", summary="Who changed what", response_model=AuditPage, responses=_said(503))
+    async def read_audit(offset: Offset = 0, limit: Limit = 50) -> Response:
+        def read() -> AuditPage:
+            lines, torn = service().audit.read()
+            return AuditPage(total=len(lines), torn=torn, entries=lines[::-1][offset : offset + limit])
+
+        return await _page(read)
 
     @app.get("/stats", summary="Counters", responses=_said(503))
     async def stats() -> Stats:
@@ -196,6 +204,12 @@ def _add_changes(app: FastAPI, service: Callable[[], Service]) -> None:
     @app.post("/reload", summary="Serve the store's present generation", responses=_said(503))
     async def reload(request: Request) -> Reloaded:
         return Reloaded(generation=await service().reload(request.scope["memoir_holder"]))
+
+
+async def _page(read: Callable[[], BaseModel]) -> Response:
+    """What may be megabytes is read and written as JSON beside the event loop."""
+    content = await asyncio.to_thread(lambda: read().model_dump_json())
+    return Response(content, media_type="application/json")
 
 
 def _out(edit: StoredEdit) -> StoredEditOut:
