@@ -5,8 +5,10 @@ The baseline Defer of Hartvigsen et al. 2023 (arXiv 2211.11031, section 4.1), af
 alone where g is at least .5 afterwards. Published configuration of EasyEdit for LLaMA: layer 27 of 32, Adam with
 learning rate 7e-5, 100 steps, threshold .5.
 
-Deviations: g and f read the prompt's last token, once for each request; EasyEdit reads the last token of whatever it is
-given, the answer's in teacher forcing. The layer is the one that memoir edits.
+Deviations: the rate is 7e-5 times 11,008 / D, since a step of Adam changes an output by the rate times the sum of its D
+inputs; without this a smaller model does not learn single edits. g and f read the prompt's last token, once for each
+request; EasyEdit reads the last token of whatever it is given, the answer's in teacher forcing. The layer is the one
+that memoir edits.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from memoir_retrieval.model.base import BaseModel
 
 __all__ = ["Defer"]
 
-RATE, STEPS, THRESHOLD = 7e-5, 100, 0.5
+RATE, WIDTH, STEPS, THRESHOLD = 7e-5, 11008, 100, 0.5
 
 
 class Defer(Method):
@@ -40,11 +42,12 @@ class Defer(Method):
             self.gate = torch.nn.Linear(base.d, 1).to(base.device)
             self.values = torch.nn.Linear(base.d, base.h).to(base.device)
         self.trained = False
+        self.rate = RATE * WIDTH / base.d
 
     @property
     def settings(self) -> dict[str, Any]:
         """See `Method`."""
-        return {"layer": self.base.layer, "rate": RATE, "steps": STEPS, "threshold": THRESHOLD}
+        return {"layer": self.base.layer, "rate": self.rate, "steps": STEPS, "threshold": THRESHOLD}
 
     @property
     def _parameters(self) -> list[torch.nn.Parameter]:
@@ -61,7 +64,7 @@ class Defer(Method):
         for edit in edits:
             prompt = self.ids(edit.prompt)
             rows = Rows(self.base, [prompt], [self.answer_ids(edit)])
-            optimizer = torch.optim.Adam(self._parameters, lr=RATE)
+            optimizer = torch.optim.Adam(self._parameters, lr=self.rate)
             with self._mixed(len(prompt), hard=False), torch.enable_grad():
                 for _ in range(STEPS):
                     optimizer.zero_grad()
