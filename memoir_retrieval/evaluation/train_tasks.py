@@ -39,6 +39,7 @@ __all__ = ["Framed", "LearntTasks", "fit", "framed", "learn_tasks"]
 EACH = 3  # messages of each sentence
 FOLDS = 5  # parts of the sentences, each held back once
 PENALTY = 1e-4  # of the squared weights; chosen by cross-validation over the sentences
+LABELS = (("Q: ", "A: "), ("User: ", "Assistant: "), ("Input: ", "Output: "), ("", "-> "), ("* ", "  "), ("Q. ", "A. "))
 QUOTES = ('"{}"', "'{}'", "“{}”", "{}", "{}", "{}", "{}", "{}")
 
 
@@ -69,6 +70,11 @@ def framed(seed: int = 0) -> Iterator[Framed]:
         of = rng.choice(own["questions"])
         return str(rng.choice(of["wordings"]).replace("{}", rng.choice(own["names"][of["name"]])))
 
+    def answer() -> str:
+        return str(
+            rng.choice(own["names"][rng.choice(("person", "country", "city", "work", "number", "year", "thing"))])
+        )
+
     def filled(sentence: str) -> str:
         thing = rng.choice(own["objects"])
         return sentence.replace("{object}", thing).replace("{}", rng.choice(own["names"]["language"]))
@@ -76,8 +82,8 @@ def framed(seed: int = 0) -> Iterator[Framed]:
     def frame() -> str:
         return filled(rng.choice(own["frames"]))
 
-    for task, sentences in ((True, own["tasks"]), (False, own["frames"])):
-        for sentence in sentences:
+    for task, key in ((True, "tasks"), (False, "frames")):
+        for sentence in own[key] + own[f"{key}_in_other_languages"]:
             for _ in range(EACH):
                 core, words, gap = question(), filled(sentence), rng.choice((" ", "\n", "\n\n"))
                 parts = [words, rng.choice(QUOTES).format(core)]
@@ -93,6 +99,13 @@ def framed(seed: int = 0) -> Iterator[Framed]:
         if rng.random() < 0.3:
             parts.insert(0, frame())
         yield Framed(rng.choice((" ", "\n", " Also, ", " And ")).join(parts), core, False, f"beside {others[0]}")
+    for _ in range(len(own["frames"]) // 2):  # a question behind others that have answers
+        ask, reply = rng.choice(LABELS)
+        core, pairs = question(), [(question(), answer()) for _ in range(rng.choice((1, 2, 2, 3)))]
+        gap = rng.choice(("\n", "\n\n"))
+        text = gap.join(f"{ask}{other}\n{reply}{said}" for other, said in pairs)
+        text = f"{text}{gap}{ask}{core}" + rng.choice(("", f"\n{reply}".rstrip()))
+        yield Framed(f"{frame()}\n{text}" if rng.random() < 0.3 else text, core, False, f"behind {pairs[0][0]}")
 
 
 def features(base: BaseModel, rule: SpanRule, messages: Sequence[Framed]) -> tuple[torch.Tensor, list[int]]:
