@@ -36,7 +36,7 @@ from memoir_retrieval.question.tasks import around, read_tasks
 
 __all__ = ["Framed", "LearntTasks", "fit", "framed", "learn_tasks"]
 
-EACH = 3  # messages of each sentence
+EACH = 2  # messages of each sentence
 FOLDS = 5  # parts of the sentences, each held back once
 PENALTY = 1e-4  # of the squared weights; chosen by cross-validation over the sentences
 LABELS = (("Q: ", "A: "), ("User: ", "Assistant: "), ("Input: ", "Output: "), ("", "-> "), ("* ", "  "), ("Q. ", "A. "))
@@ -83,7 +83,7 @@ def framed(seed: int = 0) -> Iterator[Framed]:
         return filled(rng.choice(own["frames"]))
 
     for task, key in ((True, "tasks"), (False, "frames")):
-        for sentence in own[key] + own[f"{key}_in_other_languages"]:
+        for sentence in own[key] + own[f"more_{key}"]:
             for _ in range(EACH):
                 core, words, gap = question(), filled(sentence), rng.choice((" ", "\n", "\n\n"))
                 parts = [words, rng.choice(QUOTES).format(core)]

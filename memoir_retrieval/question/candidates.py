@@ -30,7 +30,7 @@ LONGEST_QUOTE = 2000
 
 Kind = Literal["message", "quote", "label", "sentence", "line", "paragraph"]
 """message: all of it. quote: what stands in quotes, a tag or emphasis. label: what stands behind "Question:", a dash, a
-list mark or brackets. sentence, line, paragraph: as they are."""
+list mark, brackets or the line between two cells. sentence, line, paragraph: as they are."""
 
 
 class CandidateSpan(NamedTuple):
@@ -155,7 +155,7 @@ _ABBREVIATED = regex.compile(
 _SMALL = regex.compile(r"\s*\p{Ll}")
 _QUESTION = regex.compile(r"[?\uff1f\u061f][\"'\u201d\u2019\u00bb)\]*]*\s*$")
 _MARK = regex.compile(r"\s*(?:(?:[-*+>#\u2022\u2013]+|\(?\w{1,3}[.)])\s+)+")
-_LABEL = regex.compile(r"\s?[:\uff1a]\s|\s[-\u2013\u2014]\s|[>\])]\s")
+_LABEL = regex.compile(r"\s?[:\uff1a]\s|\s[-\u2013\u2014]\s|[>\])|]\s")
 _LINE = regex.compile(r"[^\n]+")
 
 
