@@ -30,7 +30,7 @@ def half_is_faster(base: BaseModel) -> bool:
 
 
 class HalfProducts:
-    """The linear layers of a model, with copies of their weights in bfloat16 that are made once."""
+    """The linear layers of a model, with a copy of each weight in bfloat16 that is made when it is first used."""
 
     def __init__(self, base: BaseModel):
         """base: the model."""
@@ -68,16 +68,16 @@ class _Product:
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None):
-        self._half = weight.detach().to(torch.bfloat16).contiguous()
+        self._weight = weight.detach()
         self._bias = bias
 
     @cached_property
     def _forth(self) -> torch.Tensor:
-        return _packed(self._half)
+        return _packed(self._weight)
 
     @cached_property
     def _back(self) -> torch.Tensor:
-        return _packed(self._half.T.contiguous())
+        return _packed(self._weight.T)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = _Differentiable.apply(x, self) if x.requires_grad else self.forward(x)
@@ -87,11 +87,11 @@ class _Product:
         return _times(x.to(torch.bfloat16), self._forth).to(x.dtype)
 
     def backward(self, gradient: torch.Tensor) -> torch.Tensor:
-        if len(self._half) < _WIDE:
+        if len(self._weight) < _WIDE:
             return _times(gradient.to(torch.bfloat16), self._back).to(gradient.dtype)
         rows = gradient.flatten(0, -2)
         chosen = (rows.abs().amax(0) > _LEAST).nonzero()[:, 0]
-        back = rows[:, chosen].to(torch.bfloat16) @ self._half[chosen]
+        back = rows[:, chosen].to(torch.bfloat16) @ self._weight[chosen].to(torch.bfloat16)
         return back.to(gradient.dtype).view(*gradient.shape[:-1], -1)
 
 
@@ -109,7 +109,8 @@ class _Differentiable(torch.autograd.Function):
 _ROWS = 64  # of a product, about: the order of the weights is chosen for so many
 
 
-def _packed(half: torch.Tensor) -> torch.Tensor:
+def _packed(weight: torch.Tensor) -> torch.Tensor:
+    half = weight.to(torch.bfloat16).contiguous()  # not kept: the products read the ordered one
     ordered: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(half, _ROWS)
     return ordered
 
