@@ -127,9 +127,11 @@ class OpenStore:
         self.empty()
 
     def _load(self, store: EditStore, settings: Settings) -> None:
-        if store.manifest.base.config == self.base.identity.config:
-            Settings.of(store.manifest).require(settings, self.path)  # names a layer or place, not the digest of one
+        stored = Settings.of(store.manifest)
+        if store.manifest.base.config == self.base.identity.config and settings.place not in (None, stored.place):
+            stored.require(settings, self.path)  # names the place, where the model's digests name a layer
         store.require(self.base.identity, self.base.name)
+        stored.require(settings, self.path)
         self.judge = judge_named(store.manifest.judge, self.path)
         self.manifest = store.manifest
         self.permutation, self.background, self.tasks = store.permutation, store.background, store.tasks

@@ -28,7 +28,10 @@ EIGENVALUE, L2 = 2e-2, 10.0
 
 
 class AlphaEdit(Memit):
-    """See the module."""
+    """See the module.
+
+    unedited: see `Method`.
+    """
 
     name = "alphaedit"
     unedited: ClassVar[tuple[str, ...]] = ("prefixes", "moments", "projections")

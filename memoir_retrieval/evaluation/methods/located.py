@@ -58,6 +58,7 @@ class LocatedMethod(Method):
 
     layers: that are written to. The value is sought in the last of them.
     search: how.
+    unedited: see `Method`.
     """
 
     layers: tuple[int, ...]

@@ -28,7 +28,10 @@ RIDGE = 1e-4  # of the mean diagonal of C, so that C can be inverted
 
 
 class Rome(LocatedMethod):
-    """See the module."""
+    """See the module.
+
+    unedited: see `Method`.
+    """
 
     name = "rome"
     unedited: ClassVar[tuple[str, ...]] = ("prefixes", "moments", "_factor")
