@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 import httpx
 import msgspec
 
-from memoir_retrieval.client.server import KEEP_ALIVE_S, base_url
+from memoir_retrieval.client.server import LAST_REQUEST, base_url
 from memoir_retrieval.edits.record import Edit, StoredEdit
 from memoir_retrieval.errors import AdminError, ConfigError
 from memoir_retrieval.lookup.decision import JudgedPart, Result
@@ -142,12 +142,11 @@ class AdminClient:
         timeout: of one request, seconds.
         """
         self._base = base_url(url)
-        headers = {"Authorization": f"Bearer {token}"}
+        headers = {"Authorization": f"Bearer {token}", **LAST_REQUEST}
         self._http = httpx.AsyncClient(
             base_url=f"{self._base}/memoir",
             headers=headers,
             timeout=timeout,
-            limits=httpx.Limits(keepalive_expiry=KEEP_ALIVE_S),
         )
 
     async def __aenter__(self) -> AdminClient:
@@ -280,7 +279,7 @@ class AdminClient:
         try:
             reply = await self._http.request(method, path, **more)
         except httpx.HTTPError as error:
-            raise AdminError(f"no server answers at {self._base} ({error or type(error).__name__})") from error
+            raise AdminError(f"no server answers at {self._base} ({str(error) or type(error).__name__})") from error
         if reply.is_success:
             return reply
         try:

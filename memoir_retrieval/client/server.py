@@ -10,14 +10,15 @@ from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.lookup.decision import Decision, decision_of
 from memoir_retrieval.question.prompts import Prompt, as_messages
 
-__all__ = ["KEEP_ALIVE_S", "TIMEOUT_S", "Reply", "Server", "base_url", "request_of"]
+__all__ = ["LAST_REQUEST", "TIMEOUT_S", "Reply", "Server", "base_url", "request_of"]
 
 TIMEOUT_S = 600.0
 """Of one request: a long answer of a busy server on a CPU takes minutes."""
 
-KEEP_ALIVE_S = 2.0
-"""Idle connections are given up so soon. vLLM closes them after 5 s, which is httpx's own limit too: a request that is
-sent at that moment gets no answer, and one that changes a store cannot simply be sent again."""
+LAST_REQUEST = {"Connection": "close"}
+"""Each request is the last one on its connection. vLLM's server closes a connection that was idle for 5 s, by its own
+clock: a busy client may send a request at that moment, which gets no answer, and one that changes a store cannot simply
+be sent again."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,9 @@ class Server:
         except ImportError:
             raise ConfigError("asking a server needs openai: pip install 'memoir-retrieval[eval]'") from None
         self.url = base_url(url)
-        client = OpenAI(base_url=self.url, api_key=api_key, timeout=TIMEOUT_S, max_retries=0)
+        client = OpenAI(
+            base_url=self.url, api_key=api_key, timeout=TIMEOUT_S, max_retries=0, default_headers=LAST_REQUEST
+        )
         self.model = str(self._call(client.get, "/v1/models")["data"][0]["id"])
         self._client = client.with_options(max_retries=retries)
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import httpx
 import msgspec
 
-from memoir_retrieval.client.server import KEEP_ALIVE_S, TIMEOUT_S, base_url, request_of
+from memoir_retrieval.client.server import LAST_REQUEST, TIMEOUT_S, base_url, request_of
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.lookup.decision import Decision
 from memoir_retrieval.question.prompts import Prompt
@@ -107,8 +107,8 @@ class SoakClient:
         self._http = httpx.AsyncClient(
             base_url=self.url,
             timeout=TIMEOUT_S,
-            headers={"Authorization": f"Bearer {api_key}"},
-            limits=httpx.Limits(max_connections=clients + 4, keepalive_expiry=KEEP_ALIVE_S),
+            headers={"Authorization": f"Bearer {api_key}", **LAST_REQUEST},
+            limits=httpx.Limits(max_connections=clients + 4),
         )
 
     async def begin(self) -> None:
@@ -116,12 +116,13 @@ class SoakClient:
         try:
             models = (await self._http.get("/v1/models")).raise_for_status().json()["data"]
             self._model, self.length = models[0]["id"], int(models[0]["max_model_len"])
+            fields = {"model": self._model, "prompt": "a", "max_tokens": 1, "priority": 1}
+            self.priorities = (await self._http.post("/v1/completions", json=fields)).status_code == httpx.codes.OK
         except (httpx.HTTPError, LookupError, ValueError, TypeError) as error:
+            reason = str(error) or type(error).__name__
             raise ConfigError(
-                f"no vLLM server answers at {self.url} ({error or type(error).__name__}): start one with `memoir serve`"
+                f"no vLLM server answers at {self.url} ({reason}): start one with `memoir serve`"
             ) from error
-        fields = {"model": self._model, "prompt": "a", "max_tokens": 1, "priority": 1}
-        self.priorities = (await self._http.post("/v1/completions", json=fields)).status_code == httpx.codes.OK
 
     async def close(self) -> None:
         """Close the connections; nothing can be asked afterwards."""
@@ -191,7 +192,7 @@ class SoakClient:
         try:
             reply = await self._http.post(path, json=body)
         except httpx.HTTPError as error:
-            raise NoAnswer(f"{path}: {error or type(error).__name__}") from error
+            raise NoAnswer(f"{path}: {str(error) or type(error).__name__}") from error
         if not reply.is_success:
             raise _refusal(path, reply)
         return reply.json()
@@ -218,7 +219,7 @@ class SoakClient:
                 else:
                     raise NoAnswer(f"{path}: a stream ends without [DONE]")
         except (httpx.HTTPError, ValueError) as error:
-            raise NoAnswer(f"{path}: {error or type(error).__name__}") from error
+            raise NoAnswer(f"{path}: {str(error) or type(error).__name__}") from error
         return [_answer(tokens, decision)]
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import re
+import socket
+import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,8 @@ from http_stand_in import JsonHandler, StandIn, running
 
 from memoir_retrieval import Edit, Editor, load_model
 from memoir_retrieval.cli import main
+from memoir_retrieval.client.admin import AdminClient
+from memoir_retrieval.client.server import Server
 from memoir_retrieval.client.soak import Soak, SoakReport
 from memoir_retrieval.errors import AdminError, ConfigError
 
@@ -25,8 +30,8 @@ CHAT = [{"role": "user", "content": "Hello there, how are you?"}]
 class Model(StandIn):
     """Answers depend on prompt, generation and edit alone, but for `fault`: (body, number of the request) -> shift."""
 
-    def __init__(self) -> None:
-        super().__init__(Handler)
+    def __init__(self, handler: type[Handler] | None = None) -> None:
+        super().__init__(handler or Handler)
         self.generation, self.number, self.memory = 1, itertools.count(), itertools.repeat(1000)
         self.fault: Callable[[dict[str, Any], int], int] = lambda body, number: 0
         self.status = self.near_tie = 0
@@ -40,7 +45,7 @@ class Handler(JsonHandler):
         if self.path == "/metrics":
             self.send(f"# HELP\nprocess_resident_memory_bytes {next(self.server.memory)}\n".encode(), 200, {})
         else:
-            self.reply({"data": [{"id": "m", "max_model_len": 64}]})
+            self.reply({"data": [{"id": "m", "max_model_len": 64}], "entries": [], "version": "0.32.0"})
 
     def do_POST(self) -> None:
         server, body = self.server, json.loads(self.read())
@@ -71,6 +76,29 @@ class Handler(JsonHandler):
         choice = {"token_ids": tokens, "logprobs": places}
         reply = {"choices": [choice] * body.get("n", 1), "usage": {"prompt_tokens": 6}, "kv_transfer_params": memoir}
         self.reply(reply)
+
+
+class Hasty(Handler):
+    """Closes a connection on which a second request comes, as uvicorn does where the idle time has just ended."""
+
+    protocol_version = "HTTP/1.1"
+    requests = 0
+
+    def parse_request(self) -> bool:
+        self.requests += 1
+        self.close_connection = self.requests > 1
+        return self.requests == 1 and super().parse_request()
+
+
+class Mute(Handler):
+    """Resets the connection of a request that is to be answered."""
+
+    def do_POST(self) -> None:
+        self.read()
+        linger = struct.pack("ii", 1, 0)
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        self.connection.shutdown(socket.SHUT_RD)
+        self.connection.close()
 
 
 @pytest.fixture
@@ -180,6 +208,26 @@ def test_a_store_that_others_change_is_not_soaked(stand_in: Model) -> None:
     stand_in.fault = changing
     with pytest.raises(ConfigError, match="somebody else changes the store"):
         soak(stand_in)
+
+
+def test_a_server_that_closes_idle_connections_loses_no_request() -> None:
+    """A request on a connection that was idle meets its end on a busy machine, and gets no answer."""
+
+    async def administrate(url: str) -> list[Any]:
+        async with AdminClient(url, "0123456789abcdef") as admin:
+            return [await admin.audit(), await admin.audit()]
+
+    with running(Model(Hasty)) as server:
+        assert failed(soak(server)) == []
+        assert asyncio.run(administrate(server.url)) == [[], []]
+        client = Server(server.url)
+        assert [client.version(), client.version()] == ["0.32.0", "0.32.0"]
+
+
+def test_an_error_without_words_is_named() -> None:
+    with running(Model(Mute)) as server, pytest.raises(ConfigError) as refusal:
+        soak(server)
+    assert re.search(r"no vLLM server answers at \S+ \(\w+\): start one", str(refusal.value))
 
 
 def test_no_server() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from engines import PROMPTS, Engine, Expected, Reply, flags
 from mixes import CLOSE, any_mix, prompts_of
 from safetensors.torch import load_file, save_file
+from servers import Server
 from transformers import AutoModelForCausalLM
 
 from memoir_retrieval.lookup.reference import EditedModel
@@ -187,3 +189,35 @@ def test_any_mix_of_requests(requests: int, engine: Engine, served: EditedModel,
     pairs = [(adapter.request, adapter.reference) for adapter in adapters]
     how = {"requests": requests, "lengths": (1, 3, 6), "adapters": pairs}
     assert any_mix(5, engine, served, prompts_of(served), **how) > 5, "the mix holds edits"
+
+
+@pytest.mark.slow
+def test_a_server_takes_adapters_by_name_and_counts_their_requests(
+    small: Path, small_edits: Path, adapters: list[Adapter], small_expected: dict[str, Expected], tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(small)]
+    command += ["--served-model-name", "m", "--dtype", "float32", "--enforce-eager", "--max-model-len", "256"]
+    command += ["--enable-lora", "--max-lora-rank", "8", "--lora-modules", f"other={adapters[0].request.lora_path}"]
+    command += ["--additional-config", json.dumps({"memoir": {"store": str(small_edits)}})]
+    server = Server(command, tmp_path / "log")
+    body = {"messages": PROMPTS["chat edit"], "temperature": 0, "max_tokens": 4, "return_token_ids": True}
+
+    def ask(model: str, **more: Any) -> dict[str, Any]:
+        response = server.http.post("/v1/chat/completions", json=body | {"model": model} | more)
+        return response.raise_for_status().json()
+
+    try:
+        wanted = small_expected["chat edit"]
+        for _ in range(2):
+            adapted, edited = ask("other"), ask("m")
+            assert adapted["kv_transfer_params"]["memoir"] == ADAPTER
+            (expected,) = adapters[0].reference.generate([wanted.ids], max_new_tokens=4, edited=False)
+            assert adapted["choices"][0]["token_ids"] == list(expected.tokens)
+            assert edited["kv_transfer_params"]["memoir"]["edit"] == wanted.edit
+            assert edited["choices"][0]["token_ids"] == wanted.tokens[:4]
+        wrong = server.http.post("/v1/chat/completions", json=body | {"model": "other", "vllm_xargs": {"memoir": "on"}})
+        assert wrong.status_code == 400
+        lines = server.http.get("/metrics").text.splitlines()
+        assert 'memoir_requests_total{result="adapter"} 2.0' in lines
+    finally:
+        server.stop()

@@ -6,12 +6,14 @@ Speeds are reported as ratios of neighbouring turns, so that a machine whose spe
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
 from collections.abc import Sequence
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -19,6 +21,7 @@ import msgspec
 __all__ = ["BenchEngine", "EngineFlags", "Turn"]
 
 START_TIMEOUT = 900.0
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM takes for the largest of an adapter
 
 
 class EngineFlags(msgspec.Struct, kw_only=True, frozen=True):
@@ -31,6 +34,8 @@ class EngineFlags(msgspec.Struct, kw_only=True, frozen=True):
     batch: requests at a time.
     max_model_len: tokens of a request.
     budget: tokens of a step.
+    adapter: folder of a LoRA adapter, or None for an engine that takes none.
+    drafts: tokens of an n-gram draft, or None for an engine that does not speculate.
     """
 
     model: str
@@ -40,6 +45,8 @@ class EngineFlags(msgspec.Struct, kw_only=True, frozen=True):
     batch: int = 32
     max_model_len: int = 2048
     budget: int = 2048
+    adapter: str | None = None
+    drafts: int | None = None
 
 
 class Turn(msgspec.Struct):
@@ -87,6 +94,7 @@ class BenchEngine:
         concurrent: int | None = None,
         warm: bool = False,
         off: bool = False,
+        adapted: bool = False,
     ) -> Turn:
         """One turn.
 
@@ -95,9 +103,10 @@ class BenchEngine:
         concurrent: requests at a time, all by default.
         warm: keep the prefix cache.
         off: opted out.
+        adapted: asked with the adapter.
         """
         self._signal(signal.SIGCONT)
-        self._pipe.send((list(prompts), tokens, concurrent or len(prompts), warm, off))
+        self._pipe.send((list(prompts), tokens, concurrent or len(prompts), warm, off, adapted))
         turn = self._receive()
         self._signal(signal.SIGSTOP)
         return msgspec.convert(turn, Turn)
@@ -119,6 +128,7 @@ def _serve(pipe: Connection, raw: dict[str, Any]) -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the whole engine in this process, so that signals reach it
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     from vllm import LLM
+    from vllm.lora.request import LoRARequest
 
     flags = msgspec.convert(raw, EngineFlags)
     llm = LLM(
@@ -130,26 +140,43 @@ def _serve(pipe: Connection, raw: dict[str, Any]) -> None:
         max_num_batched_tokens=flags.budget,
         additional_config={"memoir": {"store": flags.store}} if flags.store else {},
         seed=0,
+        **_lora(flags),
+        **_drafts(flags),
     )
+    adapter = LoRARequest("adapter", 1, flags.adapter) if flags.adapter else None
 
     def stats() -> dict[str, float]:
         return llm.collective_rpc("memoir_stats")[0] if flags.store else {}
 
     pipe.send("ready")
     while True:
-        prompts, tokens, concurrent, warm, off = pipe.recv()
+        prompts, tokens, concurrent, warm, off, adapted = pipe.recv()
         if not warm:
             llm.reset_prefix_cache()  # and what the scheduler remembers of prompts
         before, began = stats(), time.perf_counter()
-        times, matched = _run(llm.llm_engine, prompts, tokens, concurrent, off)
+        times, matched = _run(llm.llm_engine, prompts, tokens, concurrent, off, adapter if adapted else None)
         seconds, after = time.perf_counter() - began, stats()
         steps = max(1, after.get("steps", 0) - before.get("steps", 0))
         cost = {key: 1e3 * (after[key] - before[key]) / steps for key in after if key.endswith("_s")}
         pipe.send(msgspec.to_builtins(Turn(seconds, times, matched, cost)))
 
 
+def _lora(flags: EngineFlags) -> dict[str, Any]:
+    if flags.adapter is None:
+        return {}
+    rank = json.loads((Path(flags.adapter) / "adapter_config.json").read_bytes())["r"]
+    return {"enable_lora": True, "max_loras": 1, "max_lora_rank": min(size for size in RANKS if size >= rank)}
+
+
+def _drafts(flags: EngineFlags) -> dict[str, Any]:
+    if flags.drafts is None:
+        return {}
+    drafts = {"method": "ngram", "num_speculative_tokens": flags.drafts, "prompt_lookup_max": flags.drafts}
+    return {"speculative_config": drafts}
+
+
 def _run(
-    engine: Any, prompts: list[list[int]], tokens: int, concurrent: int, off: bool
+    engine: Any, prompts: list[list[int]], tokens: int, concurrent: int, off: bool, adapter: Any
 ) -> tuple[list[list[float]], list[bool]]:
     from vllm import SamplingParams
 
@@ -162,7 +189,7 @@ def _run(
         live = len(submitted) - sum(len(t) >= tokens for t in times)
         for n in range(len(submitted), min(len(prompts), len(submitted) + concurrent - live)):
             submitted.append(time.perf_counter())
-            engine.add_request(str(n), {"prompt_token_ids": prompts[n]}, sampling)
+            engine.add_request(str(n), {"prompt_token_ids": prompts[n]}, sampling, lora_request=adapter)
         for output in engine.step():
             now, n = time.perf_counter(), int(output.request_id)
             times[n] += [now - submitted[n]] * (len(output.outputs[0].token_ids) - len(times[n]))

@@ -36,6 +36,7 @@ class ServeSettings(msgspec.Struct, kw_only=True):
     batch: requests of a turn.
     tokens: new ones per request.
     pairs: turns of each kind of request.
+    adapter, drafts: see `EngineFlags`. Where one is set, only tokens per second are measured.
     """
 
     store: str
@@ -48,13 +49,28 @@ class ServeSettings(msgspec.Struct, kw_only=True):
     batch: int = 32
     tokens: int = 64
     pairs: int = 7
+    adapter: str | None = None
+    drafts: int | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether there are neither adapters nor drafts."""
+        return self.adapter is None and self.drafts is None
 
     def flags(self, **more: Any) -> EngineFlags:
         """Of an engine without the plugin.
 
         more: flags that are other than these settings say.
         """
-        return EngineFlags(model=self.model, dtype=self.dtype, eager=self.eager, batch=self.batch, **more)
+        return EngineFlags(
+            model=self.model,
+            dtype=self.dtype,
+            eager=self.eager,
+            batch=self.batch,
+            adapter=self.adapter,
+            drafts=self.drafts,
+            **more,
+        )
 
 
 def measure(settings: ServeSettings, say: Say = lambda _: None) -> dict[str, Any]:
@@ -68,17 +84,14 @@ def measure(settings: ServeSettings, say: Say = lambda _: None) -> dict[str, Any
     say("starting two engines")
     with BenchEngine(settings.flags()) as without, BenchEngine(settings.flags(store=settings.store)) as with_plugin:
         result = _throughput(settings, without, with_plugin, say)
-        result["ttft_ratio_inline"] = _first_token(settings, with_plugin, settings.matched[:FIRST], say, "inline")
-        if settings.cached:
-            matches = with_plugin.run(settings.cached, 1).matched  # behind such a message not every edit is found
-            cached = [prompt for prompt, matched in zip(settings.cached, matches, strict=True) if matched]
-            result["ttft_ratio_cached"] = _first_token(settings, with_plugin, cached[:FIRST], say, "cached", warm=True)
-        result["vs_research_ratio"] = _research(settings, with_plugin, say)
-    say("starting an engine whose steps are too small for a question")
-    few = msgspec.structs.replace(settings.flags(store=settings.store), batch=LONG_STEP, budget=LONG_STEP)
-    with BenchEngine(few) as small:
-        result["ttft_ratio_long"] = _first_token(settings, small, settings.matched[:FIRST], say, "long")
-    for key in ("dtype", "eager", "batch", "tokens", "pairs"):
+        if settings.plain:
+            result |= _latencies(settings, with_plugin, say)
+    if settings.plain:
+        say("starting an engine whose steps are too small for a question")
+        few = msgspec.structs.replace(settings.flags(store=settings.store), batch=LONG_STEP, budget=LONG_STEP)
+        with BenchEngine(few) as small:
+            result["ttft_ratio_long"] = _first_token(settings, small, settings.matched[:FIRST], say, "long")
+    for key in ("dtype", "eager", "batch", "tokens", "pairs", "drafts"):
         result[key] = getattr(settings, key)
     return result
 
@@ -87,18 +100,19 @@ def _throughput(settings: ServeSettings, without: BenchEngine, with_plugin: Benc
     """Tokens per second, the plugin over no plugin, in pairs of turns."""
     result: dict[str, Any] = {}
     generated = settings.batch * settings.tokens
-    for kind, rows, expected in (
-        ("unmatched", settings.unmatched, 0),
-        ("matched", settings.matched, settings.batch),
-    ):
+    kinds = [("unmatched", settings.unmatched, 0), ("matched", settings.matched, settings.batch)]
+    if settings.adapter is not None:
+        kinds.append(("adapter", settings.matched, 0))
+    for kind, rows, expected in kinds:
+        adapted = kind == "adapter"
         prompts = [rows[i % len(rows)] for i in range(settings.batch)]
-        without.run(prompts, settings.tokens)  # the first turn of a kind warms up
-        with_plugin.run(prompts, settings.tokens)
+        without.run(prompts, settings.tokens, adapted=adapted)  # the first turn of a kind warms up
+        with_plugin.run(prompts, settings.tokens, adapted=adapted)
         pairs: list[tuple[float, float]] = []
         costs: list[dict[str, float]] = []
         for turn in range(settings.pairs):
             order = (without, with_plugin) if turn % 2 == 0 else (with_plugin, without)
-            timed = {engine: engine.run(prompts, settings.tokens) for engine in order}
+            timed = {engine: engine.run(prompts, settings.tokens, adapted=adapted) for engine in order}
             ours = timed[with_plugin]
             if sum(ours.matched) != expected:
                 raise RuntimeError(f"{sum(ours.matched)} of {settings.batch} {kind} requests matched, not {expected}")
@@ -115,6 +129,17 @@ def _throughput(settings: ServeSettings, without: BenchEngine, with_plugin: Benc
         parts = {key.removesuffix("_s"): statistics.median(c[key] for c in costs) for key in costs[0]}
         result[f"{kind}_step_ms"] = {key: round(value, 3) for key, value in parts.items()}
     result["step_overhead_ms"] = round(sum(result["matched_step_ms"].values()), 3)
+    return result
+
+
+def _latencies(settings: ServeSettings, with_plugin: BenchEngine, say: Say) -> dict[str, float]:
+    """Ratios of times to the first token, and the ratio to the published way."""
+    result = {"ttft_ratio_inline": _first_token(settings, with_plugin, settings.matched[:FIRST], say, "inline")}
+    if settings.cached:
+        matches = with_plugin.run(settings.cached, 1).matched  # behind such a message not every edit is found
+        cached = [prompt for prompt, matched in zip(settings.cached, matches, strict=True) if matched]
+        result["ttft_ratio_cached"] = _first_token(settings, with_plugin, cached[:FIRST], say, "cached", warm=True)
+    result["vs_research_ratio"] = _research(settings, with_plugin, say)
     return result
 
 

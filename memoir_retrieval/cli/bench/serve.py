@@ -24,9 +24,28 @@ __all__ = ["bench_serve"]
 @click.option("--tokens", type=click.IntRange(min=1), default=64, show_default=True, help="New tokens per request.")
 @click.option("--pairs", type=click.IntRange(min=1), default=7, show_default=True, help="Turns of each engine.")
 @click.option("--compiled", is_flag=True, help="Let vLLM compile the model (default: eager).")
+@click.option(
+    "--lora",
+    metavar="FOLDER",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Let both engines take this LoRA adapter, and measure requests with it, too. Only tokens per second.",
+)
+@click.option(
+    "--drafts",
+    type=click.IntRange(min=1),
+    help="Let both engines speculate: n-gram drafts of at most so many tokens. Only tokens per second.",
+)
 @json_option
 def bench_serve(
-    store: Path, model: str | None, batch: int, tokens: int, pairs: int, compiled: bool, as_json: bool
+    store: Path,
+    model: str | None,
+    batch: int,
+    tokens: int,
+    pairs: int,
+    compiled: bool,
+    lora: Path | None,
+    drafts: int | None,
+    as_json: bool,
 ) -> None:
     """Tokens per second with the plugin over those without it, where nothing matches and where everything does.
 
@@ -57,12 +76,14 @@ def bench_serve(
         "tokens": tokens,
         "pairs": pairs,
         "eager": not compiled,
+        "adapter": None if lora is None else str(lora.resolve()),
+        "drafts": drafts,
     }
     result = run_benchmark("memoir_vllm.bench.serve", settings, environment)
     if as_json:
         echo_json(result)
         return
-    for kind in ("unmatched", "matched"):
+    for kind in ("unmatched", "matched", *(["adapter"] if lora else [])):
         notes.print(f"{kind}, milliseconds a step: {result[f'{kind}_step_ms']}")
         speeds = result[f"{kind}_tokens_per_s"]
         notes.print(f"{kind}: {speeds['plugin']} tokens/s with the plugin, {speeds['no_plugin']} without")
