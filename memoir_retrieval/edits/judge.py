@@ -288,21 +288,27 @@ class Judge:
         speaks: what `TaskProbe` says of the rest, in nats; without it the words of the rest decide whether it is a
             task.
         """
-        mine, theirs = read(edit), read(question)
-        if rest and (task := self._task(rest, speaks)):
-            return Verdict(False, -math.inf, 0.0, (), (), task, "task")
+        verdict = self._compared(read(edit), read(question), required)
+        if verdict.same and rest and (task := self._task(rest, speaks)):
+            return verdict._replace(same=False, score=-math.inf, task=task, part="task")
+        return verdict
+
+    def _compared(self, mine: Reading, theirs: Reading, required: Sequence[str]) -> Verdict:
+        """The verdict on an edit's question and another, whatever stands around that. required: see `verdict`."""
         if mine.words == theirs.words:
             return Verdict(True, self.weights.bias + self.weights.relation, 1.0, (), (), "", "same words")
         shared = {word for text in required for word in read(text).words}
         here, there = dict.fromkeys(mine.words), dict.fromkeys(theirs.words)
         little = LITTLE - _codes(mine) - _codes(theirs)
-        lacking = [word for word in here if word not in there and word not in shared and word not in little]
         added = [word for word in there if word not in here and word not in shared and word not in little]
-        for word in list(lacking):  # misspelt in one of them, it is shared
+        absent = [word for word in here if word not in there and word not in shared]
+        lacking = [word for word in absent if word not in little]
+        for word in absent:  # misspelt in one of them, it is shared
             twin = next((other for other in added if self._is_slip(word, other)), None)
             if twin is not None:
-                lacking.remove(word)
                 added.remove(twin)
+                if word in lacking:
+                    lacking.remove(word)
         relation = self._relation(mine.words, theirs.words)
         needed = self._against(lacking, tuple(there), self._needed)
         extra = self._against(added, tuple(here), self._extra)
@@ -487,12 +493,14 @@ def _derived(a: str, b: str) -> bool:
 
 
 def _misspelt(a: str, b: str) -> bool:
-    """Whether two words differ in one letter, or two in their order, and are long enough for that to be a slip."""
-    if min(len(a), len(b)) < 5 or abs(len(a) - len(b)) > 1 or has_digit(a + b):
+    """Whether two words differ in one letter, or in the order of two, and are long enough for that to be a slip."""
+    if abs(len(a) - len(b)) > 1 or has_digit(a + b):
         return False
     start = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
     x, y = a[start:], b[start:]
-    return x[1:] == y[1:] or x[1:] == y or x == y[1:] or (x[:2] == y[1::-1] and x[2:] == y[2:] and len(x) > 1)
+    if len(x) > 1 and x[:2] == y[1::-1] and x[2:] == y[2:]:
+        return len(a) >= 4
+    return min(len(a), len(b)) >= 5 and (x[1:] == y[1:] or x[1:] == y or x == y[1:])
 
 
 @cache

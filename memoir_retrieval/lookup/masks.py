@@ -9,7 +9,8 @@ matches for which most speaks, so another edit in its way, however near, does no
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -185,30 +186,23 @@ class EditLookup:
         The span decides for which most speaks; where none matches, the one that is nearest to an edit. Returns the
         hits of M messages, and int64 [M], the number of a question for each.
         """
-        hits = self._free.search(codes, tau, exact=exact)
+        hits = self._nearest(codes, tau, exact=exact)
         ids, overlaps, rows = hits.ids, hits.overlaps, hits.rows
-        if self._phrases:
-            rows[rows >= 0] = self._free_rows[rows[rows >= 0]]
         speaks = np.where(ids >= 0, PER_OVERLAP * overlaps, -np.inf)
-        starts = np.repeat(np.cumsum([0, *counts])[:-1], counts)
-        for q, (start, question) in enumerate(zip(starts.tolist(), questions, strict=True)):
-            if not self._phrases and self.judge is None:
-                continue  # nothing but the mask counts
-            text = self._decode(question)
-            literal = self._literal(text)
-            if not self._phrases and ids[q] < 0 and not literal:
-                continue  # nothing is near
-            rest = "" if q == start else self._rest(questions[start], question)
-            best: Candidate | None = None
-            context = _Around(rest, None if around is None else float(around[q]))
-            for candidate in list(self._candidates(codes[q], tau, text, context, hits, q, literal)):
-                if candidate.verdict.same and (best is None or _weight(candidate) > _weight(best)):
-                    best = candidate
-                overlaps[q] = max(overlaps[q], candidate.overlap)
-            ids[q], rows[q], speaks[q] = -1, -1, -np.inf
-            if best is not None:
-                ids[q], rows[q], overlaps[q], speaks[q] = best.edit, best.row, best.overlap, _weight(best)[0]
         ends = np.cumsum(counts)
+        for first, end in zip((ends - counts).tolist(), ends.tolist(), strict=True):
+            if not self._phrases and self.judge is None:
+                break  # nothing but the mask counts
+            says = None if around is None else around[first:end]
+            for q, candidates in enumerate(self._judge(codes[first:end], tau, questions[first:end], says, hits, first)):
+                if candidates is None:
+                    continue  # nothing is near
+                q += first
+                best = _best(candidates)
+                overlaps[q] = max([overlaps[q], *(candidate.overlap for candidate in candidates)])
+                ids[q], rows[q], speaks[q] = -1, -1, -np.inf
+                if best is not None:
+                    ids[q], rows[q], overlaps[q], speaks[q] = best.edit, best.row, best.overlap, _weight(best)[0]
         order = np.lexsort((-np.arange(len(ids)), overlaps, speaks))  # the last of a message decides
         rank = np.empty(len(order), np.int64)
         rank[order] = np.arange(len(order))
@@ -216,51 +210,72 @@ class EditLookup:
         chosen = chosen.astype(np.int64)
         return Hits(ids[chosen], overlaps[chosen], rows[chosen]), chosen
 
+    def _nearest(self, codes: NDArray[np.uint8], tau: float, *, exact: bool = True) -> Hits:
+        """The edit that requires nothing and is nearest to each mask, with its row in the store."""
+        hits = self._free.search(codes, tau, exact=exact)
+        if self._phrases:
+            hits.rows[hits.rows >= 0] = self._free_rows[hits.rows[hits.rows >= 0]]
+        return hits
+
+    def _judge(
+        self,
+        codes: NDArray[np.uint8],
+        tau: float,
+        questions: Sequence[Sequence[int]],
+        around: NDArray[np.float32] | None,
+        hits: Hits,
+        first: int,
+    ) -> list[list[Candidate] | None]:
+        """For each part of one message the edits that are judged for it; None for a part to which nothing is near.
+
+        hits: of many messages; those of this one begin at `first`.
+
+        A message that holds an edit's question beside a task is that task, however well the words of the whole fit.
+        """
+        judged: list[list[Candidate] | None] = []
+        for q, question in enumerate(questions):
+            text = self._decode(question)
+            literal = self._literal(text)
+            if not self._phrases and hits.ids[first + q] < 0 and not literal:
+                judged.append(None)
+                continue
+            context = _Around(self._rest(questions[0], question) if q else "", None if around is None else around[q])
+            judged.append(list(self._candidates(codes[q], tau, text, context, hits, first + q, literal)))
+        tasks = {
+            candidate.edit: candidate.verdict.task
+            for candidates in judged
+            for candidate in candidates or ()
+            if candidate.verdict.task
+        }
+        if not tasks:
+            return judged
+        return [candidates and [_beside(candidate, tasks) for candidate in candidates] for candidates in judged]
+
     def _rest(self, message: Sequence[int], span: Sequence[int]) -> str:
         """The text of a message around one of its spans, as far as it is judged."""
         whole, part = self._decode(message), self._decode(span).strip()
         before, _, after = whole.partition(part)
         return f"{before[-AROUND:]}\n{after[:AROUND]}"
 
-    def candidates(
-        self,
-        code: NDArray[np.uint8],
-        tau: float,
-        question: Sequence[int],
-        message: Sequence[int] | None = None,
-        around: float | None = None,
-    ) -> list[Candidate]:
-        """The edits that are judged for a question, as `decide` judges them, the nearest first.
-
-        code: uint8 [D/8].
-        tau: the least overlap that matches.
-        question: the token ids of its span.
-        message: those of the message that the span is a part of (default: the span is the message).
-        around: what `TaskProbe` says of what stands around the span (default: words decide).
-        """
-        hits = self._free.search(code[None], tau, exact=True)
-        if self._phrases:
-            hits.rows[hits.rows >= 0] = self._free_rows[hits.rows[hits.rows >= 0]]
-        rest = "" if message is None else self._rest(message, question)
-        text = self._decode(question)
-        candidates = self._candidates(code, tau, text, _Around(rest, around), hits, 0, self._literal(text))
-        return sorted(candidates, key=lambda candidate: (-candidate.overlap, candidate.row))
-
     def judged(
         self,
-        code: NDArray[np.uint8],
+        codes: NDArray[np.uint8],
         tau: float,
-        question: Sequence[int],
-        message: Sequence[int] | None = None,
-        around: float | None = None,
-    ) -> Candidate | None:
-        """Of the `candidates` that which asks the same, or else the nearest; None where none is near.
+        questions: Sequence[Sequence[int]],
+        around: NDArray[np.float32] | None = None,
+    ) -> list[Candidate | None]:
+        """For each part of one message the edit whose question it asks, or else the nearest; None where none is near.
 
-        code, tau, question, message, around: as there.
+        codes: uint8 [Q, D/8].
+        tau: the least overlap that matches.
+        questions: the token ids of each part, the whole message first.
+        around: float32 [Q], what `TaskProbe` says of what stands around each (default: words decide).
         """
-        edits = self.candidates(code, tau, question, message, around)
-        same = [edit for edit in edits if edit.verdict.same]
-        return max(same, key=_weight) if same else next(iter(edits), None)
+        judged = self._judge(codes, tau, questions, around, self._nearest(codes, tau), 0)
+        return [
+            _best(candidates or ()) or min(candidates or (), key=lambda one: (-one.overlap, one.row), default=None)
+            for candidates in judged
+        ]
 
     def parts(
         self,
@@ -272,22 +287,17 @@ class EditLookup:
     ) -> tuple[JudgedPart, ...]:
         """What is said of each part of one message.
 
-        codes: uint8 [Q, D/8].
-        tau: the least overlap that matches.
-        questions: the token ids of each part, the whole message first.
+        codes, tau, questions, around: see `judged`.
         decisive: the one that `decide` names.
-        around: as there.
         """
         overlaps = self.index.nearest(codes, 1)[1][:, 0]
         parts = []
-        for i, question in enumerate(questions):
-            says = None if around is None else float(around[i])
-            best = self.judged(codes[i], tau, question, questions[0] if i else None, says)
+        for i, best in enumerate(self.judged(codes, tau, questions, around)):
             verdict = best.verdict if best else _FAR
             words = (verdict.task,) if verdict.task else tuple(word for word, _ in verdict.added)
             parts.append(
                 JudgedPart(
-                    text=self._decode(question).strip()[:_SHOWN],
+                    text=self._decode(questions[i]).strip()[:_SHOWN],
                     edit=best.edit if best else None,
                     overlap=round(best.overlap if best else float(overlaps[i]), 4),
                     same=verdict.same,
@@ -369,6 +379,20 @@ class EditLookup:
             if len(best) == (CANDIDATES if self.judge else 1):
                 break
         return list(best.values())
+
+
+def _best(candidates: Sequence[Candidate]) -> Candidate | None:
+    """That which a question asks for, of the edits that are judged."""
+    return max((one for one in candidates if one.verdict.same), key=_weight, default=None)
+
+
+def _beside(candidate: Candidate, tasks: Mapping[int, str]) -> Candidate:
+    """An edit whose question another part of the message has beside a task. tasks: by edit."""
+    if not candidate.verdict.same or candidate.edit not in tasks:
+        return candidate
+    return candidate._replace(
+        verdict=candidate.verdict._replace(same=False, score=-math.inf, part="task", task=tasks[candidate.edit])
+    )
 
 
 def _weight(candidate: Candidate) -> tuple[float, int]:

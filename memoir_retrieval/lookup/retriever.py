@@ -182,10 +182,8 @@ class Retriever:
         (decisive,) = self._lookup.decide(codes, self.tau, questions, [len(questions)], around)[1].tolist()
         near, overlaps = self.index.nearest(codes, 1)
         parts = []
-        for i, (candidate, question) in enumerate(zip(candidates, questions, strict=True)):
-            best = self._lookup.judged(
-                codes[i], self.tau, question, questions[0] if i else None, None if around is None else float(around[i])
-            )
+        judged = self._lookup.judged(codes, self.tau, questions, around)
+        for i, (candidate, question, best) in enumerate(zip(candidates, questions, judged, strict=True)):
             parts.append(
                 Part(
                     kind=candidate.kind,

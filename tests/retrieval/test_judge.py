@@ -79,6 +79,14 @@ def test_what_the_rest_of_the_message_asks_counts() -> None:
     assert not verdict.same and verdict.part == "task" and verdict.task == "translate into german"
 
 
+def test_a_slip_is_not_another_word_but_another_code_is() -> None:
+    edit = "What year was the film Star Eyes made?"
+    for question in ("Waht year was the film Star Eyes made?", "What yaer was the flim Satr Eyes made?"):
+        assert JUDGE.verdict(edit, question).same
+    assert not JUDGE.verdict("Where is gene PRDM made?", "Where is gene PRMD7 made?").same
+    assert not JUDGE.verdict("Which trial is in form A12?", "Which trail is in form A12?").same, "both are words"
+
+
 def test_words_that_are_required_are_not_held_against_a_question() -> None:
     edit, question = "Who is the mayor of Mumbai?", "Who is the mayor of Bombay?"
     assert not JUDGE.verdict(edit, question).same
@@ -109,7 +117,9 @@ def test_a_damaged_table_is_refused() -> None:
 def test_a_store_of_another_judge_is_refused() -> None:
     assert judge_named("", Path("edits")) is None
     assert judge_named(JUDGE.name, Path("edits")) is JUDGE
-    with pytest.raises(StoreMismatch, match=r"store edits was made with judge 1-0123, this memoir-retrieval has 1-"):
+    with pytest.raises(
+        StoreMismatch, match=f"store edits was made with judge 1-0123, this memoir-retrieval has {JUDGE.name}"
+    ):
         judge_named("1-0123", Path("edits"))
 
 
@@ -134,8 +144,8 @@ def test_of_edits_with_one_mask_the_one_that_is_asked_matches(tmp_path: Path) ->
     hits = lookup.search(codes, 0.5, [[0], [1], [9], [2]])
     assert hits.ids.tolist() == [0, 1, -1, 2] and hits.rows.tolist() == [0, 1, -1, 2]
     assert hits.overlaps.tolist() == [1.0, 1.0, 1.0, 1.0]
-    judged = lookup.candidates(codes[0], 0.5, [1])
-    assert [(one.edit, one.verdict.same) for one in judged] == [(0, False), (1, True)]
+    judged = lookup.judged(codes[:2], 0.5, [[1], [9]])
+    assert [one and (one.edit, one.verdict.same) for one in judged] == [(1, True), (0, False)]
 
 
 def test_the_span_of_a_message_decides_whose_words_are_an_edits(tmp_path: Path) -> None:
@@ -153,6 +163,20 @@ def test_the_span_of_a_message_decides_whose_words_are_an_edits(tmp_path: Path) 
     hits, chosen = lookup.decide(codes, 0.9, [[0], [1], [2], [1], [4], [4], [3]], [2, 2, 1, 2])
     assert hits.ids.tolist() == [0, -1, -1, 1]
     assert chosen.tolist()[2:] == [4, 6] and chosen[0] in (0, 1)
+
+
+def test_a_message_that_holds_a_question_beside_a_task_is_that_task(tmp_path: Path) -> None:
+    """The words of the whole fit the question; what its own part has around it does not."""
+    texts = ["Now please, who runs Acme?", "Who runs Acme?", "please, who runs Acme?"]
+    lookup = EditLookup(judged_store(tmp_path), lambda ids: texts[ids[0]] if ids else "")
+    codes = masks(3, seed=4)[[0, 0, 0]]
+    for around, edit in (([-np.inf, -3, -3], 0), ([-np.inf, 3, -3], -1), ([-np.inf, 3, 3], -1)):
+        says = np.array(around, np.float32)
+        hits, chosen = lookup.decide(codes, 0.9, [[0], [1], [2]], [3], says)
+        assert hits.ids.tolist() == [edit]
+        parts = lookup.parts(codes, 0.9, [[0], [1], [2]], int(chosen[0]), says)
+        assert [part.same for part in parts] == [edit == 0] * 3
+        assert [part.reason == "task" for part in parts] == [edit < 0] * 3
 
 
 def test_each_part_says_what_spoke_against_its_edit_in_the_words_of_the_message_alone(tmp_path: Path) -> None:
