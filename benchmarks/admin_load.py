@@ -3,9 +3,10 @@
     python benchmarks/admin_load.py STORE [REQUESTS]
 
 vLLM's HTTP server with the real routes, queue and audit log over a copy of a store; its clients are another process
-with a connection for each request. No engine, and nobody makes the changes: what is measured is what a request costs
-the loop that also serves `/v1`. A third of the requests add edits, half of these with a text of combining marks only;
-the others list edits, search them, and read the jobs and the audit log.
+with a connection for each request: first a thousand at one moment, then a hundred at a time. No engine, and nobody
+makes the changes: what is measured is what a request costs the loop that also serves `/v1`. A third of the requests add
+edits, half of these with a text of combining marks only; the others list edits, search them, and read the jobs and the
+audit log.
 
 Prints one JSON object for each kind of requests: answers by status, and how late in milliseconds the loop came round to
 a task that sleeps for a millisecond. `processor_ms` is what the processor spent on the loop until then: the pause if no
@@ -44,6 +45,7 @@ from memoir_vllm.admin.tokens import Tokens
 TOKENS = ["one-holders-token", *(f"token-number-{n:04}" for n in range(10))]
 MARKS = "a" + "\u0301\u0323" * 8_000
 TICK_S = 0.001
+PAUSE_S = 12.0  # in which a token's allowance is full again
 
 
 def request(line: str, body: Any = None, token: str = "") -> str:
@@ -85,12 +87,13 @@ async def serving(service: Service) -> AsyncIterator[int]:
     await task
 
 
-async def burst(port: int, requests: Sequence[str]) -> dict[str, Any]:
-    """Answers, seconds and pauses of one burst."""
+async def burst(port: int, at_once: int, requests: Sequence[str]) -> dict[str, Any]:
+    """Answers, seconds and pauses of one burst. at_once: requests that wait at a time."""
     client = await asyncio.create_subprocess_exec(
         sys.executable,
         str(Path(__file__).with_name("burst.py")),
         str(port),
+        str(at_once),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
     )
@@ -120,9 +123,12 @@ async def measure(store: Path, count: int) -> None:
     }
     async with serving(service) as port:
         for requests in kinds.values():  # what is imported and read once
-            await burst(port, requests[1:3])
-        for kind, requests in kinds.items():
-            print(json.dumps({"requests": f"{count} {kind}"} | await burst(port, requests)), flush=True)
+            await burst(port, 1, requests[1:3])
+        for at_once in (count, count // 10):
+            for kind, requests in kinds.items():
+                row = {"requests": f"{count} {kind}", "at once": at_once}
+                print(json.dumps(row | await burst(port, at_once, requests)), flush=True)
+                await asyncio.sleep(PAUSE_S)
     print(json.dumps({"changes that wait": len(service.jobs.open()), "may wait": QUEUE}))
 
 

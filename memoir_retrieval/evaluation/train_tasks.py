@@ -36,9 +36,10 @@ from memoir_retrieval.question.tasks import around, read_tasks
 
 __all__ = ["Framed", "LearntTasks", "fit", "framed", "learn_tasks"]
 
-EACH = 2  # messages of each sentence
+EACH = 2  # messages of each sentence in a round
+ROUNDS = 3  # each puts all sentences around other questions; a third finds a fifth more tasks than one
 FOLDS = 5  # parts of the sentences, each held back once
-PENALTY = 1e-4  # of the squared weights; chosen by cross-validation over the sentences
+PENALTY = 3e-6  # of the squared weights; chosen by cross-validation over the sentences
 LABELS = (("Q: ", "A: "), ("User: ", "Assistant: "), ("Input: ", "Output: "), ("", "-> "), ("* ", "  "), ("Q. ", "A. "))
 QUOTES = ('"{}"', "'{}'", "“{}”", "{}", "{}", "{}", "{}", "{}")
 
@@ -109,7 +110,7 @@ def framed(seed: int = 0) -> Iterator[Framed]:
 
 
 def features(base: BaseModel, rule: SpanRule, messages: Sequence[Framed]) -> tuple[torch.Tensor, list[int]]:
-    """What is pooled around the question of each message: float32 [M, D], and which messages these are.
+    """What is pooled around the question of each message, of length 1: float32 [M, D], and which messages these are.
 
     base: the model.
     rule: how the question is found in a prompt.
@@ -126,7 +127,8 @@ def features(base: BaseModel, rule: SpanRule, messages: Sequence[Framed]) -> tup
             spans.append([whole, same[0]])
             numbers.append(number)
     (pooled,) = candidate_means([base], rows, spans)
-    return around(pooled.means, pooled.weights, [2] * len(rows))[1::2].cpu(), numbers
+    rest = around(pooled.means, pooled.weights, [2] * len(rows))[1::2].cpu()
+    return functional.normalize(rest), numbers
 
 
 def _same(text: str, question: str) -> bool:
@@ -156,7 +158,7 @@ def learn_tasks(base: BaseModel, rule: SpanRule) -> LearntTasks:
 
     Raises ConfigError where the model's template leaves too few messages whole.
     """
-    messages = list(framed())
+    messages = [message for seed in range(ROUNDS) for message in framed(seed)]
     rows, numbers = features(base, rule, messages)
     labels = torch.tensor([messages[number].task for number in numbers], dtype=torch.bool)
     if len(numbers) < len(messages) // 2:
@@ -170,10 +172,11 @@ def learn_tasks(base: BaseModel, rule: SpanRule) -> LearntTasks:
     for part in range(FOLDS):
         weights, bias = fit(rows[fold != part], labels[fold != part])
         scores[fold == part] = rows[fold == part] @ weights + bias
-    alone = (scores >= TASK).float()
+    scale, shift = fit(scores[:, None], labels)  # a direction is surer of what it was learnt from than of the rest
+    alone = (scores * scale + shift >= TASK).float()
     weights, bias = fit(rows, labels)
     return LearntTasks(
-        tasks=torch.cat([weights, torch.tensor([bias])]).numpy().astype(np.float32),
+        tasks=torch.cat([weights * scale, bias * scale + shift]).numpy().astype(np.float32),
         messages=len(numbers),
         caught=float(alone[labels].mean()),
         lost=float(alone[~labels].mean()),
@@ -186,7 +189,7 @@ def fit(rows: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, float]:
     rows: float32 [M, D].
     labels: bool [M].
     """
-    mean, scale = rows.mean(0), (rows.std(0) + 1e-3) * rows.shape[1] ** 0.5
+    mean, scale = rows.mean(0), (rows.std(0) + 1e-4) * rows.shape[1] ** 0.5
     inputs, wanted = ((rows - mean) / scale).double(), labels.double()
     weights = torch.zeros(rows.shape[1], dtype=torch.float64, requires_grad=True)
     bias = torch.zeros(1, dtype=torch.float64, requires_grad=True)

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from memoir_index import Hits, hamming_radius, popcount
-from memoir_retrieval.edits.judge import Verdict, judge_named, letters
+from memoir_retrieval.edits.judge import TASK, Verdict, judge_named, letters
 from memoir_retrieval.edits.record import StoredEdit
 from memoir_retrieval.edits.requires import Phrases
 from memoir_retrieval.lookup.decision import JudgedPart
@@ -230,23 +230,23 @@ class EditLookup:
 
         hits: of many messages; those of this one begin at `first`.
 
-        A message that holds an edit's question beside a task is that task, however well the words of the whole fit.
+        A message that holds an edit's question beside what the activations alone show to be a task is that task,
+        however well the words of the whole fit.
         """
         judged: list[list[Candidate] | None] = []
+        tasks: dict[int, str] = {}
         for q, question in enumerate(questions):
             text = self._decode(question)
             literal = self._literal(text)
             if not self._phrases and hits.ids[first + q] < 0 and not literal:
                 judged.append(None)
                 continue
-            context = _Around(self._rest(questions[0], question) if q else "", None if around is None else around[q])
-            judged.append(list(self._candidates(codes[q], tau, text, context, hits, first + q, literal)))
-        tasks = {
-            candidate.edit: candidate.verdict.task
-            for candidates in judged
-            for candidate in candidates or ()
-            if candidate.verdict.task
-        }
+            speaks = None if around is None else float(around[q])
+            context = _Around(self._rest(questions[0], question) if q else "", speaks)
+            candidates = list(self._candidates(codes[q], tau, text, context, hits, first + q, literal))
+            judged.append(candidates)
+            if speaks is not None and speaks >= TASK:
+                tasks |= {near.edit: near.verdict.task for near in candidates if near.verdict.task}
         if not tasks:
             return judged
         return [candidates and [_beside(candidate, tasks) for candidate in candidates] for candidates in judged]
@@ -273,7 +273,7 @@ class EditLookup:
         """
         judged = self._judge(codes, tau, questions, around, self._nearest(codes, tau), 0)
         return [
-            _best(candidates or ()) or min(candidates or (), key=lambda one: (-one.overlap, one.row), default=None)
+            _best(candidates or ()) or min(candidates or (), key=lambda near: (-near.overlap, near.row), default=None)
             for candidates in judged
         ]
 
@@ -383,7 +383,7 @@ class EditLookup:
 
 def _best(candidates: Sequence[Candidate]) -> Candidate | None:
     """That which a question asks for, of the edits that are judged."""
-    return max((one for one in candidates if one.verdict.same), key=_weight, default=None)
+    return max((near for near in candidates if near.verdict.same), key=_weight, default=None)
 
 
 def _beside(candidate: Candidate, tasks: Mapping[int, str]) -> Candidate:

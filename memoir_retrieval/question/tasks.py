@@ -1,9 +1,10 @@
 """Whether a message wants something done with a question: read off the activations of what stands around it.
 
 "Translate this:" and "I have a question:" differ in words that no list holds all of. In the activations of the edited
-layer one direction tells them apart. It is learnt once for a model and its layer (`evaluation.train_tasks`) and kept in
-the store: float32 [D + 1], the direction and then what is added to the product with a mean. From about 0 on a task is
-likelier than none. The embedded model's direction comes with the library.
+layer one direction tells them apart: of a mean activation it matters where it points to, not how long it is. The
+direction is learnt once for a model and its layer (`evaluation.train_tasks`) and kept in the store: float32 [D + 1],
+the direction and then what is added to the product with a mean of length 1. From about 0 on a task is likelier than
+none. The embedded model's direction comes with the library.
 """
 
 from __future__ import annotations
@@ -42,12 +43,10 @@ class TaskProbe:
         weights: float32 [Q], what each mean counts by: its denominator.
         counts: how many of the spans are of each message, in turn, the whole of it first.
         """
-        dots, sums = (column.cpu().numpy().astype(np.float64) for column in (means @ self._weights, weights))
-        first = _first_of(counts)
-        left = sums[first] - sums
-        with np.errstate(divide="ignore", invalid="ignore"):
-            rest = (sums[first] * dots[first] - sums * dots) / left + self._bias
-        return np.where(left > 0, rest, -np.inf).astype(np.float32)
+        rest = around(means, weights, counts)
+        lengths = rest.norm(dim=1)
+        nats = torch.where(lengths > 0, rest @ self._weights / lengths + self._bias, -torch.inf)
+        return nats.cpu().numpy().astype(np.float32)
 
 
 def around(means: torch.Tensor, weights: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:

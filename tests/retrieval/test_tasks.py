@@ -49,7 +49,7 @@ def test_the_score_of_a_part_is_that_of_what_stands_around_it(weighted: bool) ->
     scores = TaskProbe(np.append(direction, np.float32(0.5))).scores(means, weights, counts)
     rest = torch.cat([rows[:2], rows[5:]])
     ((mean,), _) = pooled(rest, [Span(0, 6, weighted)])
-    assert scores[1] == pytest.approx(float(mean @ torch.from_numpy(direction)) + 0.5, abs=1e-4)
+    assert scores[1] == pytest.approx(float(mean @ torch.from_numpy(direction) / mean.norm()) + 0.5, abs=1e-4)
     assert np.isneginf(scores[[0, 2, 3]]).all()
     assert torch.allclose(around(means, weights, counts)[1], mean, atol=1e-5)
     assert not around(means, weights, counts)[0].any()

@@ -17,7 +17,8 @@ from memoir_retrieval.question.span import derive_span_rule
 pytestmark = pytest.mark.engine
 
 
-@pytest.mark.parametrize("rule", ["question", pytest.param("all", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", ["question", "all"])
 def test_stores_that_act_from_the_first_token_answer_as_they_were_made(
     rule: Literal["question", "all"], start: Callable[..., Engine], model_folder: Path, base: BaseModel, tmp_path: Path
 ) -> None:

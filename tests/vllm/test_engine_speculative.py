@@ -78,7 +78,9 @@ def test_unedited_requests_keep_their_bits(
                 assert (reply.tokens, reply.logprobs) == (plain.tokens, plain.logprobs), name
 
 
-@pytest.mark.parametrize("greedy", [1.0, 0.0], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(
+    "greedy", [pytest.param(1.0, id="greedy"), pytest.param(0.0, id="sampled", marks=pytest.mark.slow)]
+)
 def test_any_mix_of_requests(greedy: float, engine: Engine, served: EditedModel) -> None:
     """Apart: beside sampled requests vLLM draws the tokens of greedy ones (findings)."""
     how = {"requests": 30, "lengths": (1, 4, 12), "greedy": greedy}
