@@ -29,6 +29,7 @@ def base(tiny: Path) -> BaseModel:
     return load_model(str(tiny))
 
 
+@pytest.mark.slow
 def test_a_question_is_looked_up_in_a_chat_by_its_mask_for_chats(smollm2: BaseModel, tmp_path: Path) -> None:
     with Editor(smollm2, tmp_path / "s") as editor:
         build(editor, EDITS[:1])

@@ -105,6 +105,7 @@ def after_tutorial(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
+@pytest.mark.slow
 def test_the_tutorial_prints_what_it_says(after_tutorial: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Numbers may differ, words may not."""
     ran = 0

@@ -220,6 +220,7 @@ def test_settings_that_cannot_work_are_refused_before_anything_is_written(smollm
         pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chat", [True, False])
 def test_the_rule_of_the_paper_trains_and_edits_every_token(
     smollm2: BaseModel, edits: list[Edit], tmp_path: Path, chat: bool
@@ -235,6 +236,7 @@ def test_the_rule_of_the_paper_trains_and_edits_every_token(
     assert [a.text.strip() for a in model.generate([prompt, within])] == [edits[0].target] * 2
 
 
+@pytest.mark.slow
 def test_an_answer_of_several_sentences_is_learnt_to_its_end(smollm2: BaseModel, tmp_path: Path) -> None:
     target = (
         "No. The ferry to Anholt leaves from Grenaa, not from Aarhus, and the crossing takes three hours.\n\n"

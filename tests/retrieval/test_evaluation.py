@@ -33,6 +33,7 @@ def model(smollm2: BaseModel, edits: list[Edit], tmp_path_factory: pytest.TempPa
     return EditedModel(Retriever(EditStore.open(folder), smollm2))
 
 
+@pytest.mark.slow
 def test_rows_that_share_their_beginning_are_read_as_they_are_alone(model: EditedModel, edits: list[Edit]) -> None:
     prompts = in_context("passages", [edits[0].prompt, "how tall is a giraffe", edits[1].rephrases[0]])
     targets = [model.target_ids(text) for text in (edits[0].target, "Five metres and a half", "On Monday")]

@@ -114,6 +114,7 @@ def test_a_bad_generation_changes_nothing(engine: Engine, answers: dict, folder:
     assert engine.llm.collective_rpc("memoir_reload") == [generation]
 
 
+@pytest.mark.slow
 def test_an_edit_acts_where_what_it_requires_stands(
     engine: Engine, answers: dict, folder: Path, model_folder: Path, base: BaseModel
 ) -> None:

@@ -37,9 +37,9 @@ def test_answers_are_the_references(
     start: Callable[..., Engine], model_folder: Path, store_folder: Path, expected: dict[str, Expected]
 ) -> None:
     engine = start(**flags(model_folder, store_folder, memoir={"mode": "single"}))
-    prompts = [wanted.ids for wanted in expected.values()]
+    names = list(PROMPTS)[::2]
     for _ in range(2):
-        for name, reply in zip(PROMPTS, engine.ask(prompts, warm=True), strict=True):
+        for name, reply in zip(names, engine.ask([expected[name].ids for name in names], warm=True), strict=True):
             assert reply.tokens == expected[name].tokens, name
             assert (reply.memoir["edit"], reply.hit) == (expected[name].edit, 0), name
     assert engine.stats()["recalled"] == 0

@@ -232,6 +232,17 @@ def test_a_batch_of_chats_has_a_decision_each(client: httpx.Client, expected: di
     assert [decision["edit"] for decision in params["memoir_choices"]] == [expected[name].edit for name in names]
 
 
+def test_a_stream_of_responses_ends_with_the_decision_by_itself(
+    client: httpx.Client, expected: dict[str, Expected]
+) -> None:
+    body = {"model": "m", "input": PROMPTS["chat edit"], "temperature": 0, "max_output_tokens": 4, "stream": True}
+    for more in ({}, {"vllm_xargs": {"memoir_report": 1}}):
+        text = client.post("/v1/responses", json=body | more).raise_for_status().text
+        last = [json.loads(line.removeprefix("data: ")) for line in text.splitlines() if line.startswith("data: {")][-1]
+        assert last["type"] in ("response.completed", "response.incomplete")
+        assert last["response"]["kv_transfer_params"]["memoir"]["edit"] == expected["chat edit"].edit
+
+
 def test_a_stream_of_messages_reports_the_decision_before_its_end(
     client: httpx.Client, expected: dict[str, Expected]
 ) -> None:

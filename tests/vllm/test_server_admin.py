@@ -215,6 +215,7 @@ def test_a_change_that_cannot_be_made_fails_with_one_line(server: Server, folder
     assert server.http.get("/memoir/audit").json()["entries"][0]["what"] == "failed"
 
 
+@pytest.mark.slow
 def test_every_answer_under_load_is_its_generations(server: Server, folder: Path, base: BaseModel) -> None:
     """Generations follow each other while clients ask; each answer is the reference's for the one that it reports."""
     questions = (*QUESTIONS, "Name three colours.")
