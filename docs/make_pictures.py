@@ -35,7 +35,9 @@ class Row(NamedTuple):
 ASKING = (
     Row("the edit's question, alone", "the edit's question, alone"),
     Row("after a time stamp, talk or passages, in a log", "after a time stamp"),
-    Row("in an e-mail, before “reply in JSON”", "in an agent's prompt"),
+    Row("in an agent's prompt, before “reply in JSON”", "in an agent's prompt"),
+    Row("in an e-mail", "in an e-mail"),
+    Row("in quotes, reported of somebody", "in quotes"),
     Row("in lower case", "lower case"),
     Row("in UPPER CASE", "lower case", 1),
     Row("again, after the model's own answer", "again after the model's own answer"),
@@ -49,9 +51,9 @@ NOT_ASKING = (
     Row("the same question about another name", "the same question about another name"),
     Row("another question about the same name", "another question about the same name"),
     Row("an opposite, a negation, another year", "an opposite"),
-    Row("“count the words” and ten more tasks", "correct, rewrite"),
-    Row("“translate it”", "SQL, translate", 1),
-    Row("“name its topic”", "topic, judge"),
+    Row("“translate it”, “name its topic” and nine more tasks", "correct, rewrite"),
+    Row("“allowed or blocked?”", "moderation"),
+    Row("“translate it”, asked in German", "*new:* translate"),
 )
 
 

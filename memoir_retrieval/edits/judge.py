@@ -73,9 +73,9 @@ OBJECTS = frozenset(
 """Words for a message and its parts: who asks for an answer has them, and who asks for a translation."""
 ABOUT_TEXT = 0.7
 """Nats that one of `OBJECTS` speaks for a task."""
-TASK = 1.5
+TASK = 2.5
 """Nats from which on what `TaskProbe` says of a message's rest makes it a task, whatever its words."""
-AGREED = -0.5
+AGREED = 1.0
 """Nats from which on it is one where its words say so, too."""
 REPLACED = 8.0
 """Nats that one word in place of another counts, more than can speak for an edit."""
