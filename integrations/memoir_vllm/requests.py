@@ -65,6 +65,7 @@ class Query(NamedTuple):
     parts: of the message, which are looked up too.
     adapter: a LoRA adapter answers. Its activations are others than those of the model on which edits were made, so
         nothing is looked up.
+    image: the prompt holds an image, a video or sound. Edits are made on text, so nothing is looked up.
     """
 
     span: Span
@@ -73,6 +74,7 @@ class Query(NamedTuple):
     routed: Routed | None = None
     parts: tuple[Span, ...] = ()
     adapter: bool = False
+    image: bool = False
 
     @property
     def computed_from(self) -> int:

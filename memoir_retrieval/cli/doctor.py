@@ -153,10 +153,10 @@ def _version(package: str, missing: str, fix: str) -> Finding:
 
 
 def _torchvision() -> Iterator[Finding]:
-    """Not needed, but where it was built for another torch ("operator torchvision::nms does not exist"),
-    transformers fails to import any model."""
+    """Most vision-language models need it on vLLM. Where it was built for another torch ("operator torchvision::nms
+    does not exist"), transformers fails to import any model."""
     if find_spec("torchvision") is not None:
-        yield _version("torchvision", "fail", "it is not needed: pip uninstall torchvision")
+        yield _version("torchvision", "fail", "install the build of your torch, or pip uninstall torchvision")
 
 
 def _first_line(error: BaseException) -> str:

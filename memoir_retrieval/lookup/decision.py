@@ -11,7 +11,7 @@ from memoir_retrieval.errors import ConfigError
 
 __all__ = ["Decision", "JudgedPart", "Result", "decision_of"]
 
-Result = Literal["matched", "unmatched", "off", "adapter", "unroutable"]
+Result = Literal["matched", "unmatched", "off", "adapter", "image", "unroutable"]
 
 
 class JudgedPart(msgspec.Struct, frozen=True):
@@ -41,8 +41,8 @@ class Decision(msgspec.Struct, frozen=True, omit_defaults=True):
     edit: id of the edit that acts on it, or None.
     overlap: with the nearest edit that may act, matched or not, in [0, 1]; 0 where none was looked up. Where nothing
         matches in a store of thousands, it is the nearest edit that was looked at (`memoir_index.Hits`).
-    result: "off" where the request opted out, "adapter" where a LoRA adapter answers, "unroutable" where it holds no
-        question.
+    result: "off" where the request opted out, "adapter" where a LoRA adapter answers, "image" where its prompt holds
+        an image, a video or sound, "unroutable" where it holds no question.
     generation: of the store that answered.
     nearest: id and overlap of as many edits as the request wants named, best first.
     reason: why the result is "unroutable", where more is known than that the prompt holds no question.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -227,7 +227,7 @@ class Engine:
         self, prompts: list[list[int]], options: list[dict[str, Any] | None] | None = None, **how: Any
     ) -> list[Reply]:
         """prompts: token ids. options: `vllm_xargs` of each request. warm: keep the prefix cache of earlier calls.
-        adapters: a LoRARequest or None for each request."""
+        adapters: a LoRARequest or None for each request. pictures: an image or None for each."""
         return [self._reply(output, 0) for output in self.ask_raw(prompts, options, **how)]
 
     def ask_raw(
@@ -238,6 +238,7 @@ class Engine:
         warm: bool = False,
         salt: str | None = None,
         adapters: list[Any] | None = None,
+        pictures: Sequence[Any] | None = None,
         **how: Any,
     ) -> Any:
         from vllm import SamplingParams
@@ -247,7 +248,11 @@ class Engine:
         how = {"temperature": 0, "max_tokens": NEW_TOKENS, "logprobs": 1, **how}
         params = [SamplingParams(extra_args=given, **how) for given in options or [None] * len(prompts)]
         self.llm.sleep(level=0)  # pauses the scheduler only
-        inputs = [{"prompt_token_ids": ids, **({"cache_salt": salt} if salt else {})} for ids in prompts]
+        same = {"cache_salt": salt} if salt else {}
+        inputs = [
+            {"prompt_token_ids": ids, **same, **({"multi_modal_data": {"image": picture}} if picture else {})}
+            for ids, picture in zip(prompts, pictures or [None] * len(prompts), strict=True)
+        ]
         self.llm.enqueue(inputs, params, lora_request=adapters, use_tqdm=False)
         self.llm.wake_up(tags=["scheduling"])
         return self.llm.wait_for_completion(use_tqdm=False)

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
+from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
@@ -132,6 +133,7 @@ class Simulation:
         max_tokens: int = 3,
         salt: str | None = None,
         adapter: LoRARequest | None = None,
+        image: PlaceholderRange | None = None,
     ) -> None:
         params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, extra_args=dict(options or {}))
         request = Request(
@@ -142,6 +144,7 @@ class Simulation:
             block_hasher=get_request_block_hasher(self.block_size, sha256),
             cache_salt=salt,
             lora_request=adapter,
+            mm_features=[MultiModalFeatureSpec(None, "image", "image", image)] if image else None,
         )
         self.requests[name] = request
         self.answers[name] = []

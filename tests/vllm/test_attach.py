@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import vllm
 from vllm.model_executor.layers.linear import RowParallelLinear, UnquantizedLinearMethod
+from vllm.model_executor.models.utils import WeightsMapper
 from vllm.v1.worker.gpu_worker import Worker
 
 from memoir_retrieval.errors import ConfigError
@@ -53,10 +57,72 @@ def test_the_layer_is_found_also_under_an_adapter() -> None:
     assert attach._find(model(down=wrapped), "down", D, H) is layer
 
 
+class Vision(torch.nn.Module):
+    """Names its text tower as Gemma 3, Qwen and Mistral do in vLLM, beside a vision tower with a layer of that name."""
+
+    hf_to_vllm_mapper = WeightsMapper(
+        orig_to_new_prefix={"model.language_model.": "language_model.model.", "model.dropped.": None}
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_module("language_model", model(model=model(down=Linear())))
+        self.add_module("visual", model(down=Linear()))
+
+
+def test_the_layer_is_found_under_the_name_that_the_models_class_maps() -> None:
+    vision = Vision()
+    text = vision.get_submodule("language_model.model.down")
+    assert attach._find(vision, "model.language_model.down", D, H) is text
+    for module in ("down", "model.down", "model.dropped.down"):
+        with pytest.raises(ConfigError, match=f"edits {module}, which Vision has .* under no name that its class maps"):
+            attach._find(vision, module, D, H)
+        assert attach._find(vision, module, D, H, elsewhere=True) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "architecture"),
+    [
+        ("gemma3_mm", "Gemma3ForConditionalGeneration"),
+        ("gemma4_mm", "Gemma4ForConditionalGeneration"),
+        ("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration"),
+        ("qwen3_vl", "Qwen3VLForConditionalGeneration"),
+        ("mistral3", "Mistral3ForConditionalGeneration"),
+        ("gpt_oss", "GptOssForCausalLM"),
+    ],
+)
+def test_vllms_own_classes_map_the_text_tower(name: str, architecture: str) -> None:
+    """Read in vLLM's source: most of these modules need torchvision to be imported."""
+    mapper = mapper_of(name, architecture)
+    stored = "model.layers.1.self_attn.o_proj" if name == "gpt_oss" else "model.language_model.layers.1.mlp.down_proj"
+    named = "model.layers.1.attn.o_proj" if name == "gpt_oss" else "language_model.model.layers.1.mlp.down_proj"
+    layer, root = Linear(), torch.nn.Module()
+    root.hf_to_vllm_mapper, owner = mapper, root
+    *path, last = named.split(".")
+    for part in path:
+        owner.add_module(part, torch.nn.Module())
+        owner = getattr(owner, part)
+    owner.add_module(last, layer)
+    assert attach._find(root, stored, D, H) is layer
+
+
+def mapper_of(name: str, architecture: str) -> WeightsMapper:
+    """The mapper that a class of vLLM's has, without importing its module."""
+    source = (Path(vllm.__file__).parent / "model_executor/models" / f"{name}.py").read_text()
+    (model_class,) = (n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == architecture)
+    (value,) = (
+        n.value
+        for n in model_class.body
+        if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "hf_to_vllm_mapper"
+    )
+    mapper: WeightsMapper = eval(ast.unparse(value), {"WeightsMapper": WeightsMapper})
+    return mapper
+
+
 @pytest.mark.parametrize(
     ("module", "says"),
     [
-        (None, "edits down, which Module does not have in vLLM"),
+        (None, "edits down, which Module has in vLLM under no name that its class maps: this architecture cannot be"),
         (FusedExperts(), "down, which is a FusedExperts in vLLM: only a dense RowParallelLinear"),
         (Linear(h=H + 1), f"as {D} -> {H}, vLLM has it as {D} -> {H + 1}: serve the model that the store was made on"),
     ],

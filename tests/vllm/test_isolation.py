@@ -12,6 +12,8 @@ import pytest
 import torch
 from simulation import Simulate, World, chat, oracle, other, right, world
 from vllm.lora.request import LoRARequest
+from vllm.multimodal.inputs import PlaceholderRange
+from vllm.v1.core.encoder_cache_manager import EncoderCacheManager
 from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys
 from vllm.v1.request import Request
 
@@ -83,6 +85,30 @@ def test_requests_of_an_adapter_meet_no_others(simulate: Simulate, here: World) 
                 assert extra == {("lora", adapter.lora_name, adapter.lora_path)}, name
     stats = sim.layer.stats()
     assert (stats["routed"], stats["recalled"], stats["live"]) == (1, 3, 0)
+
+
+@pytest.mark.parametrize("first", ["text", "image"])
+def test_requests_with_an_image_are_not_looked_up(first: str, simulate: Simulate, here: World) -> None:
+    """They share the blocks before the image with the same text, whose question is found in them; none behind it."""
+    sim = simulate(model_len=512)
+    sim.scheduler.max_num_encoder_input_tokens = 100
+    sim.scheduler.encoder_cache_manager = EncoderCacheManager(cache_size=100)
+    prompt, image = chat(here.questions[2], 32, AFTER), PlaceholderRange(offset=120, length=10)
+    full = (len(prompt) - 1) // 16 * 16
+    order = ["text", "image"] if first == "text" else ["image", "text"]
+    for turn in ("cold", "warm"):
+        for kind in order:
+            name = f"{turn} {kind}"
+            options = {"memoir_nearest": 2} if kind == "image" else None
+            sim.add(name, prompt, options, image=image if kind == "image" else None)
+            sim.run()
+            assert sim.said[name]["result"] == ("image" if kind == "image" else "matched"), name
+            assert sim.answers[name] == right(here, prompt, None if kind == "image" else 2), name
+            assert "nearest" not in sim.said[name], name
+    # The question is tokens 32 to 61, its block counted from its first token on; the edit acts from token 61 on.
+    assert [sim.hits[f"cold {kind}"] for kind in order] == [0, 48]
+    assert [sim.hits[f"warm {kind}"] for kind in order] == [full, full]
+    assert (sim.layer.stats()["routed"], sim.layer.stats()["recalled"]) == (1, 1)
 
 
 def _extra_keys(request: Request) -> list[tuple[Any, ...]]:

@@ -221,7 +221,7 @@ class LookedUpPart(BaseModel):
 class LookupResult(BaseModel):
     """What became of a prompt, as the engine decided it.
 
-    result: whether an edit would answer, none, or no question was seen.
+    result: whether an edit would answer, none, none because of an image, or no question was seen.
     reason: why it is unroutable, where that is known.
     generation: that the engine serves.
     tau: least overlap of a match.
@@ -229,7 +229,7 @@ class LookupResult(BaseModel):
     parts: the message, and what in it was looked up by itself.
     """
 
-    result: Literal["matched", "unmatched", "unroutable"]
+    result: Literal["matched", "unmatched", "image", "unroutable"]
     reason: str | None = None
     generation: int
     tau: float

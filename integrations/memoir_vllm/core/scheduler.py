@@ -94,6 +94,8 @@ class MemoirScheduler(Scheduler):
     def _query_of(self, request: Request) -> Query:
         if request.lora_request is not None:
             return Query(Span(0, 0), adapter=True)
+        if request.mm_features:
+            return Query(Span(0, 0), image=True)
         extra_args = request.sampling_params and request.sampling_params.extra_args
         return query_of(request.prompt_token_ids or [], extra_args, self._rule, self._pieces)
 
@@ -209,7 +211,7 @@ def _prompt_key(request: Request, span: Span) -> bytes | None:
     Requests of several cache salts share no key, as they share no cached block: how soon a request is decided must not
     tell one tenant what another has asked.
     """
-    if request.mm_features or request.prompt_token_ids is None:
+    if request.prompt_token_ids is None:
         return None
     tokens = np.asarray(request.prompt_token_ids[: span.end], dtype=np.int64)
     key = blake2b(tokens.tobytes(), digest_size=16, salt=span.start.to_bytes(8, "little"))

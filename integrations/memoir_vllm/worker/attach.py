@@ -42,7 +42,7 @@ def attach(
     Raises ConfigError where the module is not one that we know how to edit.
     """
     manifest, read = store.manifest, token_decoder(vllm_config.model_config)
-    held = values_of_stages(manifest.module in dict(model.named_modules()))
+    held = values_of_stages(_module_of(model, manifest.module) is not None)
     linear = _find(model, manifest.module, manifest.d, manifest.h, elsewhere=any(held))
     if linear is None:
         return None
@@ -62,16 +62,30 @@ def attach(
     return layer, Reloader(ours, manifest, layer, linear.tp_size, device, read)
 
 
+def _module_of(model: torch.nn.Module, module: str) -> Any:
+    """The module that transformers gives this name; None where the model has none of it.
+
+    vLLM may name it differently, as the text tower of a vision-language model. Then the model's class says how: by the
+    mapper with which it reads the names of a checkpoint.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if module in modules:
+        return modules[module]
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    weight = mapper and mapper.map_name(f"{module}.weight")
+    return modules.get(weight.removesuffix(".weight")) if weight else None
+
+
 def _find(model: torch.nn.Module, module: str, d: int, h: int, *, elsewhere: bool = False) -> RowParallelLinear | None:
     from vllm.model_executor.layers.linear import RowParallelLinear
 
-    projection: Any = dict(model.named_modules()).get(module)
+    projection = _module_of(model, module)
     if projection is None and elsewhere:
         return None
     if projection is None:
         raise ConfigError(
-            f"the store edits {module}, which {type(model).__name__} does not have in vLLM: "
-            "this architecture cannot be served with edits"
+            f"the store edits {module}, which {type(model).__name__} has in vLLM under no name that its class maps: "
+            "this architecture cannot be served with edits, answer with memoir_retrieval.EditedModel instead"
         )
     projection = getattr(projection, "base_layer", projection)
     if not isinstance(projection, RowParallelLinear):

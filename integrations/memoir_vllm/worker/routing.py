@@ -65,12 +65,14 @@ class Router:
         return Route(Routed(Decision(None, overlap, result, self.generation, reason=reason)))
 
     def unedited_of(self, query: Query) -> Route:
-        """Of a request that is not looked up: an adapter answers it, it opted out, or it holds no question.
+        """Of a request that is not looked up: an adapter answers it, it holds an image, opted out, or has no question.
 
         query: what it asks for.
         """
         if query.adapter:
             return self._unedited("adapter")
+        if query.image:
+            return self._unedited("image")
         if query.off:
             return self._unedited("off")
         return self._unedited("unroutable", reason=NO_CHAT if isinstance(self.rule, ChatSpanRule) else "")
