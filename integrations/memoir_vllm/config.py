@@ -106,7 +106,7 @@ def check_version() -> None:
         return
     tested, compared = (", ".join(f"{major}.{minor}.x" for major, minor in versions) for versions in (TESTED, COMPARED))
     raise ConfigError(
-        f"memoir was tested with vLLM {tested} (of {compared} only the source was read), this is {__version__}: "
+        f"memoir was tested with vLLM {tested} (of {compared} only the source was compared), this is {__version__}: "
         "install a tested version, or set MEMOIR_ALLOW_UNTESTED=1 to try"
     )
 

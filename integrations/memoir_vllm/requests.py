@@ -232,7 +232,9 @@ def _check(request: EngineCoreRequest, params: SamplingParams) -> None:
     from vllm.exceptions import VLLMValidationError
 
     if request.resumable:
-        raise VLLMValidationError("memoir cannot serve streaming input: its prompt has no end to look up")
+        raise VLLMValidationError(
+            "memoir cannot serve streaming input: its prompt has no end to look up; send the whole prompt at once"
+        )
     if params.max_tokens == 1 and params.watermarking is False and not params.detokenize:
         # Only beam search asks so: each beam comes back as a prompt, whose raw text would be pooled as a question.
         raise VLLMValidationError("memoir cannot serve beam search: use sampling (use_beam_search false)")

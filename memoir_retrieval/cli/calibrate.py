@@ -39,7 +39,7 @@ class _Numbers(click.ParamType):
         try:
             return [int(part) for part in value.split(",")]
         except ValueError:
-            return self.fail(f"{value!r} are no whole numbers with commas between them, such as 20,24", param, ctx)
+            return self.fail(f"{value!r} is not a list of whole numbers: write for example 20,24", param, ctx)
 
 
 @click.command()
@@ -55,8 +55,8 @@ class _Numbers(click.ParamType):
 @click.option(
     "--tasks",
     is_flag=True,
-    help="With DIR: learn from the model's activations what wants something done with a question, such as a "
-    "translation (about as long as 1,800 short prompts; comes with the library for smollm2-135m).",
+    help="With DIR: learn from the model's activations which messages want something done with a question, such as a "
+    "translation. This takes as long as 1,800 short prompts. For smollm2-135m it comes with the library.",
 )
 @json_option
 @threads_option
@@ -85,7 +85,7 @@ def calibrate(
       memoir calibrate --model smollm2-135m corrections.jsonl --layers 20,24,28
     """
     if html and not html.parent.is_dir():
-        raise ConfigError(f"the page cannot be written: {html.parent} is no folder; choose another --html")
+        raise ConfigError(f"the page cannot be written: {html.parent} is not a folder; choose another --html")
     if not 1 <= len(paths) <= 2:
         raise ConfigError(f"{len(paths)} paths are given: name a store DIR, a FILE of edits with --model, or both")
     # A lone path is FILE where it is a file, or is to be one since a model is measured.
@@ -93,7 +93,7 @@ def calibrate(
     store = None if alone else paths[0]
     file = paths[-1] if alone or len(paths) == 2 else None
     if file is None:
-        refuse_idle("without FILE", "put the file of edits behind DIR, or leave it out", "file_format", "limit")
+        refuse_idle("without FILE", "add the file of edits after DIR, or leave it out", "file_format", "limit")
     edits = source.load(file, "first") if file else []
     if store is not None:
         for option, value in (
@@ -170,14 +170,15 @@ def _learn(store: EditStore, base: BaseModel) -> NDArray[np.float32]:
 
     if not store.manifest.span.candidates:
         raise ConfigError(
-            f"--tasks is for stores that look for the question within a message, and {store.path} does not (chat, acts "
-            "last): leave it out"
+            f"--tasks needs a store that looks up parts of a message, and {store.path} does not, because its edits "
+            "were "
+            "not made in chats or act from a question's first token on: leave it out"
         )
     notes.print(f"learning tasks from the activations of {base.name}")
     learnt = learn_tasks(base, store.manifest.span)
     notes.print(
-        f"learnt from {learnt.messages} messages; of others it takes {learnt.caught:.0%} of the tasks for tasks by "
-        f"itself, and {learnt.lost:.1%} of what is none"
+        f"learnt from {learnt.messages} messages; of messages held back it takes {learnt.caught:.0%} of those with a "
+        f"task for tasks without help of words, and {learnt.lost:.1%} of those without one"
     )
     return learnt.tasks
 

@@ -163,7 +163,7 @@ def _wait_until_healthy(process: subprocess.Popen[bytes], port: int, log: Path) 
         except OSError:  # URLError is one
             time.sleep(1)
     tail = log.read_text(errors="replace").splitlines()[-5:]
-    why = f"exit code {process.returncode}" if process.poll() is not None else f"{START_TIMEOUT:.0f} s were not enough"
+    why = f"exit code {process.returncode}" if process.poll() is not None else f"no answer within {START_TIMEOUT:.0f} s"
     raise ConfigError(f"the server did not start ({why}), its log {log} ends: {' | '.join(tail)}")
 
 

@@ -128,10 +128,11 @@ def _self_test(store: Path | None, model: str) -> str:
             )
         if answer.overlap < edited.retriever.tau:  # it is known by its words
             raise StoreError(
-                f"the mask of edit {edit.id} is far from its prompt (overlap {answer.overlap:.3f}, tau "
+                f"the prompt of edit {edit.id} gives a mask far from the stored one (overlap {answer.overlap:.3f}, tau "
                 f"{edited.retriever.tau}): `memoir index verify {store}` says which masks are wrong"
             )
-        return f"edit {edit.id} finds itself, overlap {answer.overlap:.3f}, and answers {answer.text.strip()!r}"
+        text = answer.text.strip()
+        return f"the prompt of edit {edit.id} matches it, overlap {answer.overlap:.3f}, and is answered {text!r}"
     base = edited.base if edited else load_model(model)
     rows = prompt_ids(base.tokenizer, QUESTION, chat=bool(getattr(base.tokenizer, "chat_template", None)))
     import torch
@@ -139,7 +140,7 @@ def _self_test(store: Path | None, model: str) -> str:
     with torch.no_grad():
         logits = base.model(input_ids=torch.tensor([rows], device=base.device), logits_to_keep=1).logits
     if not bool(torch.isfinite(logits).all()):
-        raise ModelError(f"model {model} answers NaN or infinite numbers: fetch it again, or use another dtype")
+        raise ModelError(f"model {model} gives NaN or infinite numbers: fetch it again, or use another dtype")
     return f"{base.module} of {model} can be edited; asked {QUESTION!r} it begins with " + repr(
         base.tokenizer.decode([int(logits[0, -1].argmax())]).strip()
     )

@@ -48,8 +48,8 @@ __all__ = ["edit", "train"]
     type=click.Choice(["refuse", "first", "last", "both"]),
     default="refuse",
     show_default=True,
-    help="A question that is stored with another target: refuse, keep the first, let the last one win, or keep both "
-    "(where the words differ).",
+    help="What to do with a question that is stored with another target: refuse the edit, keep the first, replace it "
+    "by the last, or keep both (if their words differ).",
 )
 @click.option("--rephrase-masks", is_flag=True, help="Train the file's rephrasings too, each with a mask of its own.")
 @require_subject_option
@@ -128,7 +128,7 @@ def edit(
             )
         except KeyboardInterrupt:
             kept = len(editor.outcome.stored)
-            raise click.Abort(f"{kept} new edits are kept in {store}; the same command goes on from there") from None
+            raise click.Abort(f"{kept} new edits are kept in {store}; run the same command again to go on") from None
     _tell(editor, store, time.monotonic() - started, as_json)
 
 
@@ -186,8 +186,9 @@ def _tell(editor: Editor, store: Path, seconds: float, as_json: bool) -> None:
         )
         if opened and opened.manifest.generation == 1 and opened.manifest.span.candidates and not len(opened.tasks):
             notes.print(
-                f"words alone say what of a message is a task: `memoir calibrate {store} --tasks --write` learns it "
-                f"from the activations of {opened.manifest.model} as well"
+                f"{store} knows tasks, such as a translation, by words alone: `memoir calibrate {store} --tasks "
+                "--write` "
+                f"has it use the activations of {opened.manifest.model}, too"
             )
         if len(editor.edits) >= MANY:
             notes.print(

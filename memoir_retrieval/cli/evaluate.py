@@ -68,7 +68,7 @@ def eval_command(
         raise ConfigError(f"--tau {tau} cannot be set from here: with --server the store's own is used; leave it out")
     where = out or store.with_name(store.resolve().name + ".eval.json")
     if not where.parent.is_dir():  # refused now, not after the minutes that measuring takes
-        raise ConfigError(f"the report cannot be written: {where.parent} is no folder; choose another --out")
+        raise ConfigError(f"the report cannot be written: {where.parent} is not a folder; choose another --out")
     edits = source.load(file, "first")
     texts, context = measuring.texts(), measuring.context or "plain"
     opened = EditStore.open(store)

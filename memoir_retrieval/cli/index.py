@@ -62,7 +62,7 @@ index.add_command(info)
 @context_masks_option
 @store_settings_options()
 @ray_options
-@model_options(required=True, dtype="What the server will run in, such as bfloat16 (default: float32).")
+@model_options(required=True, dtype="Dtype of the server: float32 (default), bfloat16 or float16.")
 @json_option
 @threads_option
 def build(
@@ -122,7 +122,7 @@ def build(
             manifest = build_store(editor, edits, rephrases=rephrases, compute=compute, progress=tell)
         except KeyboardInterrupt:
             raise click.Abort(
-                f"{now.done} of {now.total} masks are kept; the same command goes on from there"
+                f"{now.done} of {now.total} masks are kept; run the same command again to go on"
             ) from None
     summary = {
         "store": str(store),
@@ -136,14 +136,16 @@ def build(
         echo_json(summary)
         return
     echo(
-        f"{store}: {now.total} masks of {len(edits)} edits in {summary['seconds']} s, {now.resumed} of them made "
-        f"before. Not trained: `memoir edit FILE --store {store}` does that"
+        f"{store}: {now.total} masks of {len(edits)} edits in {summary['seconds']} s, {now.resumed} of them from an "
+        f"earlier run. The edits are not trained yet: run `memoir edit FILE --store {store}`"
     )
 
 
 @index.command("verify")
 @store_argument
-@click.option("--masks", is_flag=True, help="Also make every mask again from its prompt, which takes the model.")
+@click.option(
+    "--masks", is_flag=True, help="Also make every mask again from its prompt, for which the model is loaded."
+)
 @model_options(dtype=None)
 @json_option
 @threads_option

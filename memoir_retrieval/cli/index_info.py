@@ -53,8 +53,8 @@ def info(store: Path, tau: float | None, as_json: bool) -> None:
         f"{manifest.k} ones"
     )
     if opened.additions:
-        echo(f"additions: {len(opened.additions)} of {opened.tail.size} bytes, which a later write takes up")
+        echo(f"additions: {len(opened.additions)} of {opened.tail.size} bytes, which a later write puts into the files")
     echo(f"memory: {bytes_per_mask} bytes per mask, {bytes_per_mask * masks / 2**20:.1f} MiB in all")
-    what = "full scan" if plan.kind == "scan" else f"sketch of {plan.bits} bits, then verify"
+    what = "full scan" if plan.kind == "scan" else f"sketch of {plan.bits} bits, then whole masks"
     echo(f"lookup at tau {tau:g}: {what} ({plan.why})")
     echo(f"threads: one for up to {SMALL_BATCH} queries at a time, all for more")

@@ -97,7 +97,7 @@ def lookup(
       memoir lookup edits --why "Hi! Which university did Watts Humphrey attend? Thanks."
     """
     if (prompt is None) == (messages is None):
-        raise ConfigError("give a PROMPT or --messages FILE, one of the two")
+        raise ConfigError("give either a PROMPT or --messages FILE")
     question: Any = prompt if messages is None else _messages(messages)
 
     from memoir_retrieval.lookup.retriever import Retriever
@@ -135,7 +135,7 @@ def lookup(
             echo(f"  nearest: edit {nearest.id}, overlap {nearest.overlap:.3f}: {nearest.edit.prompt}")
     if vetoed:
         required = json.dumps(vetoed.edit.requires, ensure_ascii=False)
-        reason = f"which requires {required}" if vetoed.edit.requires else "which asks something else, by its words"
+        reason = f"which requires {required}" if vetoed.edit.requires else "whose words ask for something else"
         echo(f"  passed over: edit {vetoed.id}, overlap {vetoed.overlap:.3f}, {reason}")
     if second:
         echo(f"  next best: edit {second[0]}, overlap {second[1]:.3f}")

@@ -76,8 +76,8 @@ require_subject_option = click.option(
 place_option = click.option(
     "--place",
     type=click.Choice(PLACES),
-    help="Projection of the block that is edited: the second of its FFN, or the output of its attention (default: the "
-    "FFN's, where it is no mixture of experts).",
+    help="Projection of the block that is edited: the second of its FFN, or the output of its attention (default: "
+    "ffn; attention in a mixture of experts).",
 )
 data_folder_option = click.option(
     "--data",
@@ -86,14 +86,14 @@ data_folder_option = click.option(
     envvar="MEMOIR_DATA",
     default="data",
     show_default=True,
-    help="Folder of the published data sets; the variable MEMOIR_DATA names it, too.",
+    help="Folder of the published data sets; the variable MEMOIR_DATA sets it too.",
 )
 context_masks_option = click.option(
     "--context-masks",
     type=click.IntRange(0, 1),
     metavar="N",
-    help="More masks of each question, after an earlier turn: chats find edits more often, the index doubles "
-    "(default: 1; 0 for raw prompts).",
+    help="Further masks of each question, made after an earlier turn. With one, edits match more often in chats, and "
+    "the index is twice as large (default: 1; 0 for raw prompts).",
 )
 
 
@@ -306,14 +306,14 @@ training_options = bundle(
             "--training",
             multiple=True,
             metavar="NAME=VALUE",
-            help="A setting of training, such as variants=16: more wordings are made up, so that rephrasings are "
-            "answered better, in more time.",
+            help="A setting of training. With variants=16, for example, each edit is trained in more wordings: "
+            "rephrasings are answered better, and training takes longer.",
         ),
         click.option(
             "--side-by-side",
             type=click.IntRange(min=1),
             metavar="N",
-            help="Memories that are trained at a time (default: as many as the file fills, at most 4).",
+            help="Residual memories that are trained at the same time (default: as many as the file fills, at most 4).",
         ),
     ),
 )
@@ -381,8 +381,11 @@ def measuring_options(*, usual: str, text: str = "none") -> Decorator:
             click.option(
                 "--context",
                 type=click.Choice([*CONTEXTS, "all"]),
-                help="Ask alone, under a long system prompt, as third turn, after passages in a system message, or in "
-                f"all of these; inline: after passages in the user's own. None is used in training (default: {usual}).",
+                help="What stands before a question: nothing (plain), a long system prompt, two earlier turns, "
+                "passages "
+                "in a system message, or passages in the user's message (inline). all: each of them but inline. "
+                "Training "
+                f"uses none of these contexts (default: {usual}).",
             ),
             click.option(
                 "--controls",

@@ -50,8 +50,9 @@ def remove(store: Path, edit_ids: tuple[int, ...], prompts: tuple[str, ...], as_
     for edit in removed:
         echo(f"removed edit {edit.id}: {edit.prompt}")
     echo(
-        f"{store}: generation {manifest.generation}. Unreachable, not erased: the residual memory still holds what was "
-        f"trained; `memoir compact {store}` erases it"
+        f"{store}: generation {manifest.generation}. Nothing matches removed edits, but the residual memory still "
+        "holds "
+        f"what was trained: `memoir compact {store}` erases it"
     )
     _tell(held)
 
@@ -70,7 +71,7 @@ def remove(store: Path, edit_ids: tuple[int, ...], prompts: tuple[str, ...], as_
 def compact(store: Path, model: ModelOptions, acts: Literal["first", "last"] | None, as_json: bool) -> None:
     """Train the edits of a store again from nothing, so that removed ones leave no trace.
 
-    Ids, settings, seed and threshold stay. The store answers as before until the last edit is trained; if the command
+    Ids, settings, seed and tau stay. The store answers as before until the last edit is trained; if the command
     is interrupted, the store stays as it was. In stores of format 4 and older, edits act from a question's first token
     on. --acts last trains them to act from its last token; the store is then served and extended as fast as a new one.
 
@@ -97,7 +98,7 @@ def compact(store: Path, model: ModelOptions, acts: Literal["first", "last"] | N
         try:
             trained = editor.compact(progress=tell, acts=acts)
         except KeyboardInterrupt:
-            raise click.Abort(f"{store} is what it was, at generation {manifest.generation}") from None
+            raise click.Abort(f"{store} is unchanged, at generation {manifest.generation}") from None
     failed = editor.outcome.failed
     del editor
     with store_lock(store):
@@ -125,13 +126,13 @@ def compact(store: Path, model: ModelOptions, acts: Literal["first", "last"] | N
             "them act from its last, as in new stores"
         )
     for failure in failed:
-        echo(f"not answered as it should be: {failure.prompt!r}: {failure.reason}")
+        echo(f"not answered with its target: {failure.prompt!r}: {failure.reason}")
     _tell(held)
 
 
 def _tell(held: list[str]) -> None:
     if held:
         echo(
-            f"still there, because a reader uses them: {', '.join(held)}; they go with the first write after the "
-            "reader has let go"
+            f"not deleted yet, because a reader uses them: {', '.join(held)}; the first write after the reader has "
+            "closed them deletes them"
         )

@@ -83,11 +83,11 @@ def _take_additional_config(flags: list[str]) -> tuple[list[str], dict]:
             rest.append(flag)
         elif dot:
             raise ConfigError(
-                f"{flag}: beside it vLLM would drop the store's {_ADDITIONAL}; write it as JSON, such as "
+                f"{flag} would make vLLM drop the store's {_ADDITIONAL}: write it as JSON, such as "
                 f'{_ADDITIONAL} \'{{"memoir": {{"tau": 0.5}}}}\''
             )
         elif text is not None:
-            raise ConfigError(f"{_ADDITIONAL} is there twice, and vLLM would take the last: write one")
+            raise ConfigError(f"{_ADDITIONAL} is given twice, and vLLM would take the last: give one")
         else:
             text = value if has_value else next(after, "")
     if text is None:
@@ -95,9 +95,9 @@ def _take_additional_config(flags: list[str]) -> tuple[list[str], dict]:
     try:
         config = json.loads(text)
     except ValueError as error:
-        raise ConfigError(f"{_ADDITIONAL} {text!r} is no JSON object: {error}") from None
+        raise ConfigError(f"{_ADDITIONAL} {text!r} is not a JSON object: {error}") from None
     if not isinstance(config, dict) or not isinstance(config.get("memoir", {}), dict):
-        raise ConfigError(f"{_ADDITIONAL} {text!r} is no JSON object of objects")
+        raise ConfigError(f"{_ADDITIONAL} {text!r} is not a JSON object of objects")
     return rest, config
 
 

@@ -34,7 +34,7 @@ SOAK_EDIT = Edit(
     "--store",
     "-s",
     type=click.Path(path_type=Path),
-    help="The store that it serves; matching prompts are then asked too.",
+    help="The store that it serves; prompts of its edits are then asked too.",
 )
 @click.option("--base", metavar="URL", help="A server of the same model and flags without the plugin, to compare with.")
 @click.option(
@@ -43,7 +43,7 @@ SOAK_EDIT = Edit(
 @click.option(
     "--prompts", type=click.IntRange(min=1, max=100), default=8, show_default=True, help="Prompts of each kind."
 )
-@click.option("--tokens", type=click.IntRange(min=1), default=16, show_default=True, help="Length of an answer.")
+@click.option("--tokens", type=click.IntRange(min=1), default=16, show_default=True, help="Tokens of an answer.")
 @click.option(
     "--turns",
     type=click.IntRange(min=0),
@@ -55,10 +55,14 @@ SOAK_EDIT = Edit(
     "--soak",
     type=click.FloatRange(min=0, min_open=True),
     metavar="MINUTES",
-    help="Soak the server for this long instead.",
+    help="Soak the server instead: ask with many clients at once for this long, and compare every answer.",
 )
 @click.option(
-    "--requests", type=click.IntRange(min=1), default=10_000, show_default=True, help="Most requests of a soak."
+    "--requests",
+    type=click.IntRange(min=1),
+    default=10_000,
+    show_default=True,
+    help="Requests after which a soak ends, if earlier.",
 )
 @click.option(
     "--clients", type=click.IntRange(1, 256), default=8, show_default=True, help="Clients of a soak at the same time."
@@ -89,9 +93,10 @@ def verify(
 
     The command sends matched, unmatched and opted-out requests on your hardware, and measures what edits cost there.
     Paste its report into a bug report. The exit code is 1 if something does not hold. A key for the server is read
-    from OPENAI_API_KEY. The bits of answers are exact only if nobody else uses the server meanwhile.
+    from OPENAI_API_KEY. Bits can be compared only if nobody else uses the server at the same time.
 
-    With --soak many clients ask at once instead, and each answer is compared with the quiet server's.
+    With --soak, many clients ask at once instead. Each answer is compared with that of the same server when it was
+    quiet.
 
 
     \b
@@ -104,7 +109,7 @@ def verify(
     else:
         refuse_idle("in a soak", "leave it out, or --soak", "base", "turns")
         if store is None:
-            raise click.UsageError("--soak needs --store DIR, for what to ask")
+            raise click.UsageError("--soak asks the prompts of a store: add --store DIR")
     opened = EditStore.open(store) if store else None
     if chat is None:
         chat = opened.manifest.chat if opened else True
@@ -179,7 +184,7 @@ def _print(report: Verification) -> None:
     _print_checks(report.checks)
     for cost in report.overhead:
         turns = " ".join(f"{turn:.3f}" for turn in cost.turns)
-        echo(f"time  {cost.kind} over opted out: {cost.ratio:.3f} (turns {turns}; {cost.opted_out_s:.2f} s a batch)")
+        echo(f"time  {cost.kind} over opted out: {cost.ratio:.3f} (turns {turns}; {cost.opted_out_s:.2f} s per batch)")
     _print_end(report.checks)
 
 
@@ -188,7 +193,10 @@ def _print_soak(report: SoakReport) -> None:
     echo(f"memoir verify --soak: {report.server}, {report.seconds:.0f} s, {report.generations} generations")
     echo(f"asked: {kinds}")
     preempted = "unknown" if report.preemptions is None else report.preemptions
-    echo(f"compared: {report.answers} answers, {report.tokens} tokens ({report.unclear} behind a near tie were not)")
+    echo(
+        f"compared: {report.answers} answers, {report.tokens} tokens ({report.unclear} tokens after a near tie were "
+        "not)"
+    )
     echo(f"preemptions: {preempted}")
     _print_checks(report.checks)
     for line in (*report.differences, *report.errors):
@@ -204,4 +212,4 @@ def _print_checks(checks: Sequence[Check]) -> None:
 def _print_end(checks: Sequence[Check]) -> None:
     failed = sum(check.state == "fail" for check in checks)
     skipped = sum(check.state == "skip" for check in checks)
-    echo(f"{'DOES NOT HOLD' if failed else 'holds'}: {failed} failed, {skipped} not looked at")
+    echo(f"{'DOES NOT HOLD' if failed else 'holds'}: {failed} failed, {skipped} skipped")

@@ -192,7 +192,8 @@ class AdminClient:
         """
         if edit.before:
             raise ConfigError(
-                "a running server is taught plain prompts: train a chat with `memoir edit`, or drop `before`"
+                "a running server adds edits of plain prompts only: train a chat with `memoir edit`, or leave out "
+                "`before`"
             )
         body: dict[str, Any] = {"prompt": edit.prompt, "target": edit.target, "rephrases": list(edit.rephrases)}
         body |= {"subject": edit.subject, "source": edit.source, "requires": list(edit.requires)}
@@ -296,4 +297,7 @@ class AdminClient:
         try:
             return msgspec.json.decode(reply.content, type=kind)
         except msgspec.DecodeError as error:
-            raise AdminError(f"{self._base} answers in another form than this version knows ({error})") from error
+            raise AdminError(
+                f"{self._base} answers in a form that this version does not know ({error}): install the server's "
+                "memoir-retrieval"
+            ) from error

@@ -217,7 +217,9 @@ class Soak:
         if generation not in self.references:
             references += [await self._refer(question) for question in self._questions[1:]]
             if {reference.decision.generation for reference in references} != {generation}:
-                raise ConfigError(f"somebody else changes the store of {self._traffic.url}: soak it alone")
+                raise ConfigError(
+                    f"another client changes the store of {self._traffic.url}: soak it when no one else does"
+                )
             for number, reference in enumerate(references):
                 if reference.decision.result != "matched":
                     self._compare(number, True, ServedAnswer(reference.tokens, self._base_of(number).decision))

@@ -220,7 +220,7 @@ def _checks(
         yield Check("opted out repeats", "ok", f"{len(prompts)} of {len(prompts)}, {how}")
     else:
         noisy = f"log-probabilities differ by {noise:.1e} from one time to the next"
-        hint = "is somebody else asking this server? see VLLM_BATCH_INVARIANT"
+        hint = "repeat this while nobody else asks the server, or see VLLM_BATCH_INVARIANT of vLLM"
         state: State = "fail" if noise >= LEAK else "skip"
         yield Check(
             "opted out repeats", state, f"{noisy}, so bits cannot be compared and {how} counts as equal; {hint}"
@@ -261,7 +261,7 @@ def _matched(
     right = sum(replies[e.id].text.strip().startswith(e.target.strip()) for e in edits)
     changed = sum(replies[e.id].tokens != plain[e.prompt].tokens for e in edits)
     yield Check(
-        "edits are felt",
+        "edits change answers",
         "ok" if changed else "fail",
         f"{changed} of {len(edits)} answers differ from the base model's, {right} begin with their target",
     )
@@ -285,7 +285,7 @@ def _batchmates(
     noise = max(distance(reply, plain[p]) for p, reply in zip(mixed, calm, strict=True))
     alone = [(p, r) for p, r in zip(mixed, busy, strict=True) if p in unrelated and r.edit is None]
     if not alone:
-        return Check("unmatched among matched", "skip", "no unrelated prompt is unmatched")
+        return Check("unmatched among matched", "skip", "every unrelated prompt matches an edit")
     moved = max(distance(reply, plain[p]) for p, reply in alone)
     allowed = max(TOLERANCE_TIMES * noise, LEAST_TOLERANCE)
     return Check(

@@ -36,7 +36,7 @@ def read_edits(path: str | PathLike[str], format: str | None = None, *, note: No
     edit, or has a record that does not fit; the message names the line where that record starts.
     """
     if format is not None and format not in FORMATS:
-        raise ConfigError(f"no edit format {show(format)}; use one of {', '.join(FORMATS)}")
+        raise ConfigError(f"edit format {show(format)} is not known; use one of {', '.join(FORMATS)}")
     text = _read_text(path)
     try:
         records = read_records(text, str(path), lambda line: note(f"{path}: {line}"))
@@ -59,7 +59,7 @@ def read_edits(path: str | PathLike[str], format: str | None = None, *, note: No
         raise EditFileError(f'{path}: holds no edit; write one {{"prompt": "...", "target": "..."}} per line')
     if ignored := sorted(keys.seen - keys.read):
         more = f" and {len(ignored) - 12} more" if len(ignored) > 12 else ""
-        note(f"{path}: nothing of format '{format}' reads the keys {', '.join(map(show, ignored[:12]))}{more}")
+        note(f"{path}: format '{format}' does not read the keys {', '.join(map(show, ignored[:12]))}{more}")
     return edits
 
 

@@ -97,8 +97,9 @@ def detect_format(record: Record) -> str:
     languages = [key for key, value in record.items() if isinstance(value, dict) and {"src", "alt"} <= value.keys()]
     if languages:
         raise EditFileError(
-            f"a record for each of {', '.join(map(show, languages[:5]))}, and an edit acts in its own language alone; "
-            "write those of one language"
+            f"it holds a record for each of {', '.join(map(show, languages[:5]))}, but an edit acts in its own "
+            "language "
+            "alone; write the records of one language"
         )
     sizes = {name: len(keys) for name in FORMATS for keys in FORMATS[name].keys if {*keys} <= {*record}}
     if sizes:
@@ -114,11 +115,11 @@ _NO_EDITS: list[tuple[set[str], str]] = [
     (
         {"example_type", "edit"},
         "a record of RippleEdits, whose edits are sentences without a question; read KnowEdit's wiki_recent and "
-        "wiki_counterfact, which were made of it",
+        "wiki_counterfact, which were made from it",
     ),
     (
         {"chosen", "rejected"},
-        "a pair of preferences, which has no one answer: write 'prompt' and 'target'",
+        "a pair of preferences, not a question with one answer: write 'prompt' and 'target'",
     ),
 ]
 """Keys of records that are no edits, and what these are."""
@@ -212,7 +213,7 @@ def _sharegpt(record: Fields) -> list[Edit]:
 def _alpaca(record: Fields) -> list[Edit]:
     if _text(record, "input", required=False).strip():
         raise EditFileError(
-            "how 'instruction' and 'input' make a question is yours to say; write 'prompt' and 'target'"
+            "'instruction' and 'input' can make a question in several ways; write it as 'prompt', with 'target'"
         )
     return _edit(_text(record, "instruction"), _target(record, "output"), "", ())
 
@@ -241,7 +242,7 @@ def _wikibigedit(record: Fields) -> list[Edit]:
 def _qaedit(record: Fields) -> list[Edit]:
     others = {*Edit.__struct_fields__} - {"prompt", "target", "subject", "source", "locality"}
     if mixed := sorted(others & record.keys()):
-        raise EditFileError(f"'rephrase' stands beside {show(mixed[0])}, a key of ours; write 'rephrases', a list")
+        raise EditFileError(f"'rephrase' and {show(mixed[0])} are keys of different formats; write 'rephrases', a list")
     locality = [
         _probe(entry, "prompt" if "prompt" in entry else "loc", "loc_ans", "answer", "ground_truth")
         for entry in (_objects(record, "locality") if record.get("locality") is not None else ())

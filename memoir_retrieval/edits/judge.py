@@ -522,6 +522,6 @@ def judge_named(name: str, store: Path) -> Judge | None:
     if judge.name != name:
         raise StoreMismatch(
             f"store {store} was made with judge {name}, this memoir-retrieval has {judge.name}: install the version it "
-            f"was made with, or put this one into it with `memoir calibrate {store} --write`"
+            f"was made with, or change its judge with `memoir calibrate {store} --write`"
         )
     return judge

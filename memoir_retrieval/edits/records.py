@@ -85,7 +85,7 @@ def _unique(pairs: Iterable[tuple[str, Any]]) -> Record:
     record: Record = {}
     for key, value in pairs:
         if key in record:
-            raise _RefusedError(f"key {show(key)} is there twice; keep one")
+            raise _RefusedError(f"key {show(key)} is given twice; keep one")
         record[key] = value
     return record
 
@@ -96,7 +96,7 @@ class _RefusedError(ValueError):
 
 def _constant(name: str) -> None:
     if name != "NaN":  # how pandas writes a cell that is missing
-        raise _RefusedError(f"{name} is no number of JSON; write text in double quotes")
+        raise _RefusedError(f"{name} is not a JSON number; write text in double quotes")
 
 
 _decoder = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_constant)
@@ -187,7 +187,7 @@ def _unpacked(whole: Located, note: Note) -> list[Located]:
         return _numbered(dict(zip(names, row, strict=True)) for row in rows)
     if value.get("prompts") is not None and value.get("target_new") is not None:
         if unread := sorted(value.keys() - _ARGUMENTS.keys() - _PROBES.keys()):
-            note(f"nothing reads the lists {', '.join(map(show, unread))}")
+            note(f"these lists are not read: {', '.join(map(show, unread))}")
         return _numbered(_keyword_records(value))
     columns = [*value.values()]
     if columns and all(isinstance(c, dict) and c and all(map(str.isdecimal, c)) for c in columns):
@@ -293,7 +293,7 @@ def _csv_records(text: str) -> Iterator[Located]:
             if not names:
                 names = [cell.strip() for cell in cells]
                 if twice := [name for name in names if names.count(name) > 1]:
-                    raise EditFileError(f"{where}: column {show(twice[0])} is there twice; keep one")
+                    raise EditFileError(f"{where}: column {show(twice[0])} is given twice; keep one")
                 continue
             if len(cells) > len(names):
                 raise EditFileError(

@@ -161,11 +161,12 @@ def check_requires(edit: Edit, *, whole: bool = False) -> None:
         texts = _texts(entry)
         if not texts or not all(words(text) for text in texts):
             raise EditFileError(
-                f"{entry!r} in 'requires' of prompt {edit.prompt!r} has no word: name what a question must have"
+                f"{entry!r} in 'requires' of prompt {edit.prompt!r} has no word: name what a question must contain"
             )
         if not Phrases([(0, (entry,))]).found_in(edit.prompt):
             raise EditFileError(
-                f"prompt {edit.prompt!r} has not what it requires, {' or '.join(map(repr, texts))}, so its edit would "
+                f"prompt {edit.prompt!r} does not contain what it requires, {' or '.join(map(repr, texts))}, so its "
+                "edit would "
                 "never act: write it as the prompt does, or leave it out"
             )
 

@@ -366,7 +366,7 @@ def _refuse_same_mask(shared: _Shared, unrelated: Sequence[str]) -> None:
     worst = int(shared.unrelated.argmax())
     if shared.unrelated[worst] == shared.k:
         raise ConfigError(
-            f"unrelated prompt {unrelated[worst]!r} has the very mask of edit {shared.nearest[worst]} at k={shared.k}, "
+            f"unrelated prompt {unrelated[worst]!r} has the same mask as edit {shared.nearest[worst]} at k={shared.k}, "
             "so no tau keeps them apart: leave it out of the file, or choose a smaller k"
         )
 

@@ -193,7 +193,10 @@ def _edit(
             ratio = _ratio(method.loss(watched), loss)
             if not ratio < DIVERGED:
                 diverged = earlier + done
-                tell(f"{method.name}: diverged at edit {diverged}, perplexity of unrelated prompts {ratio:.3g} times")
+                tell(
+                    f"{method.name}: diverged at edit {diverged}: perplexity of unrelated prompts is {ratio:.3g} times "
+                    "as high"
+                )
         if done % 10 == 0 or (done == len(edits) and done > 1):
             tell(f"{method.name}: {done}/{len(edits)} edits, {seconds / done:.2f} s each")
     return seconds, diverged

@@ -205,7 +205,7 @@ def _calibration(
     try:
         return calibrate_store(retriever, rephrases, unrelated) if rephrases else None
     except ConfigError as error:
-        tell(f"no threshold was measured: {error}")
+        tell(f"tau was not measured: {error}")
         return None
 
 
@@ -221,7 +221,7 @@ def read_run(folder: Path) -> Run:
     except OSError as error:
         raise ConfigError(f"{folder} holds no run ({error.strerror}): make one with `memoir bench quality`") from None
     except msgspec.DecodeError as error:
-        raise ConfigError(f"{folder / RESULT} is no run of this version ({error}): run it again") from None
+        raise ConfigError(f"{folder / RESULT} is not a run of this version ({error}): run it again") from None
 
 
 def _digest(edits: Sequence[Edit]) -> str:

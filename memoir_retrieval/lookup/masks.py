@@ -75,8 +75,9 @@ def task_probe(store: EditStore, device: torch.device | str) -> TaskProbe | None
         return TaskProbe(store.tasks, device)
     if store.manifest.judge and store.manifest.span.candidates:
         _log.info(
-            "words alone say what of a message is a task in store %s: `memoir calibrate %s --tasks --write` learns "
-            "it from the activations of %s",
+            "store %s knows tasks, such as a translation, by words alone: `memoir calibrate %s --tasks --write` has it "
+            "use "
+            "the activations of %s, too",
             store.path,
             store.path,
             store.manifest.model,
@@ -106,7 +107,7 @@ class EditLookup:
         if self.judge is None and store.manifest.span.rule == "question":
             _log.warning(
                 "store %s was made without a judge of questions, so masks alone decide: `memoir calibrate %s --write` "
-                "puts one into it",
+                "adds one",
                 store.path,
                 store.path,
             )

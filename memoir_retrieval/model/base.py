@@ -180,7 +180,7 @@ def resolve(name: str) -> Path:
         return Path(snapshot_download(name))
     except Exception as error:
         raise ModelError(
-            f"model {name!r} is neither a folder, nor one of {', '.join(EMBEDDED)}, nor on the Hub from here "
+            f"model {name!r} is neither a folder, nor one of {', '.join(EMBEDDED)}, nor can it be fetched from the Hub "
             f"({type(error).__name__}): give a folder or run `memoir model get {next(iter(EMBEDDED))}`"
         ) from error
 

@@ -102,7 +102,8 @@ def push(
             old = {file.rfilename for file in now.siblings or ()}
             if old - {".gitattributes"} and MANIFEST not in old:
                 raise HubError(
-                    f"{repo} holds something else than a store ({min(old - {'.gitattributes'})}): choose another name"
+                    f"{repo} holds files of something other than a store ({min(old - {'.gitattributes'})}): choose "
+                    "another name"
                 )
             stale = {name for name in old if _FILE.fullmatch(name)} | ({SCORES} & old)
             commit = api.create_commit(
@@ -146,7 +147,9 @@ def pull(
             info = _api().model_info(repo, revision=revision)
         commit, names = str(info.sha), {file.rfilename for file in info.siblings or ()}
         if MANIFEST not in names:
-            raise HubError(f"{repo} at {commit} is no store: it has no {MANIFEST}; name a repository of `memoir push`")
+            raise HubError(
+                f"{repo} at {commit} is not a store: it has no {MANIFEST}; name a repository of `memoir push`"
+            )
         try:
             data = _fetch(repo, commit, MANIFEST, scratch, MOST_BYTES).read_bytes()
             digest = hashlib.sha256(data).hexdigest()
@@ -167,7 +170,7 @@ def pull(
             fetched = EditStore.open(scratch)
         except StoreError as error:
             reason = str(error).replace(str(scratch), f"{repo}@{commit[:12]}")
-            raise StoreError(f"what the Hub gave cannot be used, nothing was changed: {reason}") from error
+            raise StoreError(f"what the Hub sent cannot be used, and nothing was changed: {reason}") from error
         generation, changed = _adopt(fetched, target, repo, replace)
     return Pulled(commit, digest, generation, len(fetched.edits), changed)
 
@@ -228,7 +231,7 @@ def _adopt(fetched: EditStore, folder: Path, repo: str, replace: bool) -> tuple[
         lost = {prompt for prompt, *_ in has[0] - has[1]}
         if lost and not replace:
             raise StoreMismatch(
-                f"store {folder} has {len(lost)} edits that {repo} has not, such as {min(lost)!r}",
+                f"store {folder} has {len(lost)} edits that {repo} does not have, such as {min(lost)!r}",
                 cure="choose a new folder, or replace it and lose them",
                 reason=Reason.OTHER_EDITS,
             )
@@ -297,11 +300,13 @@ def _hub_errors(repo: str) -> Iterator[None]:
     try:
         yield
     except RepositoryNotFoundError as error:
-        raise HubError(f"the Hub shows no {repo} to you: check its name, and log in with `hf auth login`") from error
+        raise HubError(
+            f"the Hub has no {repo} that you may read: check its name, and log in with `hf auth login`"
+        ) from error
     except RevisionNotFoundError as error:
         raise HubError(f"{repo} has no such revision ({first(error)}): give a commit, tag or branch it has") from error
     except HFValidationError as error:
-        raise HubError(f"{repo!r} is no name of a repository: write owner/name") from error
+        raise HubError(f"{repo!r} is not a repository name: write owner/name") from error
     except (transport_error, LocalEntryNotFoundError, ValueError) as error:
         raise HubError(f"the Hub refused {repo} ({first(error)}): check the network and `hf auth whoami`") from error
     except OSError as error:

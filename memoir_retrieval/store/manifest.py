@@ -186,8 +186,9 @@ def require_range(folder: Path, manifest: Manifest) -> None:
             continue
         wrong = f"{name} {getattr(manifest, name)}"
         raise StoreError(
-            f"store {folder} is at the end of its numbers, its next generation would have {wrong}: edit into a new "
-            "folder; the store is unchanged"
+            f"store {folder} cannot be written again, its next generation would have {wrong}, more than the format "
+            "allows: "
+            "edit into a new folder; the store is unchanged"
         )
 
 

@@ -166,7 +166,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         if not 0 < tau <= 1:
             raise ConfigError(f"tau is {tau}: choose 0 < tau <= 1, such as the preset's {usual}")
         if base.d % 8:
-            raise ConfigError(f"{base.module} has D={base.d} inputs, which is no multiple of 8: masks cannot be packed")
+            raise ConfigError(
+                f"{base.module} has D={base.d} inputs, which is not a multiple of 8: masks cannot be packed"
+            )
         if chat and not getattr(base.tokenizer, "chat_template", None):
             raise ConfigError(
                 f"{base.name} has no chat template", cure="ask raw prompts (chat=False)", reason=Reason.NO_TEMPLATE

@@ -115,12 +115,12 @@ def unique_keys(data: bytes) -> Any:
         values: dict[str, Any] = {}
         for key, value in pairs:
             if key in values:
-                raise ValueError(f"key {key!r:.60} is there twice")
+                raise ValueError(f"key {key!r:.60} is given twice")
             values[key] = value
         return values
 
     def refuse(number: str) -> Any:
-        raise ValueError(f"{number} is no number")
+        raise ValueError(f"{number} is not a number")
 
     try:
         return json.loads(data, object_pairs_hook=unique, parse_constant=refuse)

@@ -183,7 +183,7 @@ def manifest_deep(folder: Path) -> None:
     forge.sign(folder, text.replace(b'"contexts":', b'"contexts": [' + DEEP + b'], "contexts2":'))
 
 
-@attack("is there twice")
+@attack("is given twice")
 def manifest_key_twice(folder: Path) -> None:
     text = json.dumps(forge.manifest(folder) | {"sha256": "0" * 64}).encode()
     forge.sign(folder, text.replace(b'"tau": 0.5', b'"tau": 0.5, "tau": 0.9'))
@@ -278,7 +278,7 @@ for kind, tensor in (("memory", "memory"), ("codes", "codes")):
         ("header_deep", "header claims", with_header(kind, lambda h: DEEP)),
         ("header_less_deep", "nested too deep", with_header(kind, lambda h: b"[" * 20_000 + b"]" * 20_000)),
         ("header_no_utf8", "damaged", with_header(kind, lambda h: b'{"\xff": 1}')),
-        ("header_key_twice", "is there twice", with_header(
+        ("header_key_twice", "is given twice", with_header(
             kind, lambda h, t=tensor: json.dumps(h)[:-1].encode() + b', "%s": 1}' % t.encode())),
         ("metadata", "holds the tensors", with_header(kind, lambda h: h.update({"__metadata__": {"a": "b"}}))),
         ("tensor_missing", "holds the tensors", with_header(kind, lambda h, t=tensor: h.pop(t))),
@@ -369,7 +369,7 @@ for name, says, make in (
     ("list", "line 1: ", with_line(b"[]")),
     ("no_utf8", "line 1: ", with_line(LINE % b',"source":"\xff"')),
     ("deep", "line 1: ", with_line(LINE % (b',"x":' + DEEP))),
-    ("key_twice", "'id' is there twice", with_line(LINE % b',"id":0')),
+    ("key_twice", "'id' is given twice", with_line(LINE % b',"id":0')),
     ("id_negative", "line 1: id -1", with_line((LINE % b"").replace(b'"id":0', b'"id":-1'))),
     ("id_huge", "line 1: ", with_line((LINE % b"").replace(b'"id":0', b'"id":' + b"9" * 400))),
     ("id_of_64_bits", "line 1: id 18446744073709551615", with_line(

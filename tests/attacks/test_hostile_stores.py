@@ -72,7 +72,10 @@ def test_a_store_at_the_end_of_its_numbers_stays_as_it_is(
         True: partial(write_again, folder, store, generation=store.manifest.generation + 1, next_id=after),
         False: partial(add, folder, source="a test"),
     }
-    with pytest.raises(StoreError, match=f"is at the end of its numbers, its next generation would have {end}: edit"):
+    with pytest.raises(
+        StoreError,
+        match=f"cannot be written again, its next generation would have {end}, more than the format allows: edit",
+    ):
         commit[whole]()
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"} == before
     assert verify_store(folder) == [] and EditStore.open(folder).manifest == store.manifest

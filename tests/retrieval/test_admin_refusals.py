@@ -86,7 +86,7 @@ async def test_a_change_that_does_not_end_well(job: dict[str, Any], says: str) -
         (httpx.Response(404, json={"detail": "Not Found"}), "is MEMOIR_ADMIN_TOKEN set where the server runs"),
         (httpx.Response(409, json={"detail": "the store says otherwise"}), "with 409: the store says otherwise$"),
         (httpx.Response(502, text="<html>bad gateway"), "with 502: <html>bad gateway"),
-        (httpx.Response(200, json={"id": "x"}), "answers in another form than this version knows"),
+        (httpx.Response(200, json={"id": "x"}), "answers in a form that this version does not know"),
     ],
 )
 async def test_refusals_name_status_and_reason(reply: httpx.Response, says: str) -> None:

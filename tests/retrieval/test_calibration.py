@@ -132,9 +132,9 @@ def test_what_cannot_be_measured_is_refused(smollm2: BaseModel, template: Path, 
         calibrate_store(retriever, [], UNRELATED)
     with pytest.raises(ConfigError, match="'' has no tokens to pool"):
         calibrate_store(retriever, [(0, "")], UNRELATED)
-    with pytest.raises(ConfigError, match="has the very mask of edit 1 at k=438, so no tau keeps them apart"):
+    with pytest.raises(ConfigError, match="has the same mask as edit 1 at k=438, so no tau keeps them apart"):
         calibrate_store(retriever, [(0, edits[0].rephrases[0])], [*UNRELATED, edits[1].prompt])
-    with pytest.raises(ConfigError, match=r"has the very mask of edit 0 at k=1536.*choose a smaller k"):
+    with pytest.raises(ConfigError, match=r"has the same mask as edit 0 at k=1536.*choose a smaller k"):
         calibrate_model(smollm2, edits, UNRELATED[:1], [0], [1536], chat=False)
     with pytest.raises(ConfigError, match="k is 1537, but the layer has D=1536"):
         calibrate_model(smollm2, edits, UNRELATED[:1], [0], [1537], chat=False)

@@ -176,7 +176,7 @@ BAD_CALIBRATIONS = {
     "layer of a store": (["{store}", "--layers", "1"], EDITS, "--layers cannot be set for store"),
     "write a model": (["--model", "{tiny}", "{file}", "--write"], EDITS, "--write needs a store"),
     "no file of a model": (["--model", "{tiny}", "{none}"], EDITS, "cannot be read"),
-    "layers": (["--model", "{tiny}", "{file}", "--layers", "1,x"], EDITS, "'1,x' are no whole numbers"),
+    "layers": (["--model", "{tiny}", "{file}", "--layers", "1,x"], EDITS, "'1,x' is not a list of whole numbers"),
     "layer outside": (["--model", "{tiny}", "{file}", "--layers", "3"], EDITS, "layer 3 does not exist"),
     "k above D": (["--model", "{tiny}", "{file}", "--ks", "65"], EDITS, "k is 65, but the layer has D=64"),
     "model no rephrasings": (["--model", "{tiny}", "{file}"], BARE, "no edit of the file has a rephrasing"),
@@ -382,8 +382,8 @@ def test_serve_hands_vllm_its_flags(store: Path, tiny: Path, tmp_path: Path) -> 
     merged = json.loads(command[command.index("--additional-config") + 1])
     assert merged == {"other": {"a": 1}, "memoir": {"store": str(store.resolve())}}
     for bad, said in (
-        ("[1]", "is no JSON object"),
-        ("{", "is no JSON object"),
+        ("[1]", "is not a JSON object"),
+        ("{", "is not a JSON object"),
         ('{"memoir":{"store":"/x"}}', "give one"),
     ):
         with pytest.raises(ConfigError, match=said):
@@ -393,9 +393,9 @@ def test_serve_hands_vllm_its_flags(store: Path, tiny: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--additional-config.memoir.tau", "0.5"], "beside it vLLM would drop the store's --additional-config; write"),
-        (["--additional_config.other.x=1"], "--additional_config.other.x=1: beside it vLLM would drop"),
-        (["--additional-config", "{}", "--additional_config={}"], "is there twice, and vLLM would take the last"),
+        (["--additional-config.memoir.tau", "0.5"], "would make vLLM drop the store's --additional-config: write"),
+        (["--additional_config.other.x=1"], "--additional_config.other.x=1 would make vLLM drop"),
+        (["--additional-config", "{}", "--additional_config={}"], "is given twice, and vLLM would take the last"),
     ],
 )
 def test_no_flag_makes_vllm_drop_the_store(store: Path, tiny: Path, flags: list[str], said: str) -> None:
@@ -487,7 +487,7 @@ IDLE = {
         "add --ray ADDRESS, or leave it out",
     ),
     "device without the model": (["index", "verify", "{store}", "--device", "cpu"], "--device cpu", "add --masks, or"),
-    "limit": (["calibrate", "{store}", "--limit", "2"], "--limit 2", "put the file of edits behind DIR, or leave it"),
+    "limit": (["calibrate", "{store}", "--limit", "2"], "--limit 2", "add the file of edits after DIR, or leave it"),
     "format": (["calibrate", "{store}", "--format", "zsre"], "--format zsre", "without FILE: put the file of edits"),
     "edits": (["bench", "routing", "{store}", "--edits", "{file}"], "--edits {file}", "that is there: leave it out"),
     "chat": (["bench", "routing", "{store}", "--no-chat"], "--no-chat", "that is there: leave it out, or DIR"),
@@ -547,7 +547,7 @@ def test_doctor_asks_one_prompt(capsys: pytest.CaptureFixture[str], store: Path,
     findings = {f["check"]: f for f in json.loads(run(capsys, "doctor", "--store", store, "--json")[1])}
     assert (
         findings["self-test"]["state"] == "ok"
-        and "edit 1 finds itself, overlap 1.000" in findings["self-test"]["detail"]
+        and "the prompt of edit 1 matches it, overlap 1.000" in findings["self-test"]["detail"]
     )
     assert "self-test" not in run(capsys, "doctor", "--store", store, "--quick")[1]
     assert "begins with" in run(capsys, "doctor", "--model", tiny)[1]
@@ -561,7 +561,7 @@ def test_doctor_fails_for_an_edit_that_does_not_find_itself(capsys: pytest.Captu
     exchanged = replace(opened, path=elsewhere, masks=masks)
     write_again(store, exchanged, generation=opened.manifest.generation + 1)
     code, out, _ = run(capsys, "doctor", "--store", store)
-    assert code == 1 and "fail  self-test" in out and "the mask of edit 1 is far from its prompt" in out
+    assert code == 1 and "fail  self-test" in out and "the prompt of edit 1 gives a mask far from the stored one" in out
 
 
 def test_doctor_sees_a_plugin_that_vllm_would_not_load(

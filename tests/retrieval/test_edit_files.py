@@ -514,14 +514,14 @@ BAD = {
     ),
     "key twice": (
         OK + '{"prompt": "a", "target": "b", "target": "c"}',
-        "line 2: key 'target' is there twice; keep one",
+        "line 2: key 'target' is given twice; keep one",
     ),
-    "key twice in an array": ("[" + OK + ',\n{"prompt": "a", "prompt": "b"}]', "line 3: key 'prompt' is there twice"),
+    "key twice in an array": ("[" + OK + ',\n{"prompt": "a", "prompt": "b"}]', "line 3: key 'prompt' is given twice"),
     "key twice in a probe": (
         '{"prompt": "a", "target": "b", "locality": [{"prompt": "c", "answer": "d", "answer": "e"}]}',
-        "line 1: key 'answer' is there twice",
+        "line 1: key 'answer' is given twice",
     ),
-    "infinity": ('{"prompt": "a", "target": Infinity}', "line 1: Infinity is no number of JSON; write text"),
+    "infinity": ('{"prompt": "a", "target": Infinity}', "line 1: Infinity is not a JSON number; write text"),
     "lines broken": ('{"prompt": "a",\n "target" "b"}', "line 2: not JSON (Expecting ':' delimiter at column 11)"),
     "broken before another": ('{"prompt": "a"\n' + OK, "line 1: not JSON (Expecting ',' delimiter at column 15)"),
     "more behind lines": ('{"prompt": "a",\n"target": "b"} x', "line 1: not JSON"),
@@ -555,20 +555,20 @@ BAD = {
     ),
     "rephrase among our keys": (
         '{"prompt": "a", "target": "b", "rephrase": "c", "portability": []}',
-        "line 1: 'rephrase' stands beside 'portability', a key of ours; write 'rephrases', a list",
+        "line 1: 'rephrase' and 'portability' are keys of different formats; write 'rephrases', a list",
     ),
     "ripple edits": (
         '{"example_type": "popular", "edit": {"prompt": "Ann\'s mother is Eve."}, "Reasoning": [{}]}',
         "line 1: a record of RippleEdits, whose edits are sentences without a question; read KnowEdit's wiki_recent",
     ),
-    "preferences": ('{"prompt": "a", "chosen": "b", "rejected": "c"}', "line 1: a pair of preferences, which has no"),
+    "preferences": ('{"prompt": "a", "chosen": "b", "rejected": "c"}', "line 1: a pair of preferences, not a question"),
     "several languages": (
         '{"en": {"src": "a", "alt": "b"}, "zh": {"src": "c", "alt": "d"}}',
-        "line 1: a record for each of 'en', 'zh', and an edit acts in its own language alone; write those of one",
+        "line 1: it holds a record for each of 'en', 'zh', but an edit acts in its own language alone; write",
     ),
     "several languages of a territory": (
         '{"en-GB": {"src": "a", "alt": "b"}, "zh-CN": {"src": "c", "alt": "d"}}',
-        "line 1: a record for each of 'en-GB', 'zh-CN', and an edit acts in its own language alone; write those of one",
+        "line 1: it holds a record for each of 'en-GB', 'zh-CN', but an edit acts in its own language alone; write",
     ),
     "a record by its id": (
         '{"t-7": {"prompt": "a", "target": "b"}, "t-9": {"prompt": "c", "target": ""}}',
@@ -577,7 +577,7 @@ BAD = {
     "target an object": ('{"prompt": "a", "target_new": {"id": "Q1"}}', "'target_new' is {'id': 'Q1'}; write text in"),
     "alpaca with input": (
         '{"instruction": "a", "input": "b", "output": "c"}',
-        "how 'instruction' and 'input' make a question is yours to say",
+        "'instruction' and 'input' can make a question in several ways",
     ),
     "chat without an answer": (
         '{"messages": [{"role": "user", "content": "a"}]}',
@@ -739,7 +739,7 @@ def test_csv_is_read(tmp_path: Path, suffix: str, separator: str) -> None:
     ("content", "says"),
     [
         ("prompt,target\na,b,c\n", "line 2: 3 cells, but 2 columns; quote a cell that has ','"),
-        ("prompt,prompt\na,b\n", "line 1: column 'prompt' is there twice"),
+        ("prompt,prompt\na,b\n", "line 1: column 'prompt' is given twice"),
         ('prompt,target\n"a,b\n', "not CSV (unexpected end of data)"),
         ('prompt,target\n"a\nb",c\nd\n', "line 4: 'target' is missing"),
         ("frage,antwort\na,b\n", "line 2: no known format has the keys ['frage', 'antwort']"),
@@ -790,8 +790,8 @@ def test_keys_that_nothing_reads_are_named_once(tmp_path: Path) -> None:
     path = write(tmp_path / "e.jsonl", "\n".join([json.dumps(record), json.dumps({**record, "prompt": "f", "x": 1})]))
     notes: list[str] = []
     read_edits(path, note=notes.append)
-    assert notes == [f"{path}: nothing of format 'knowedit' reads the keys 'locality.k.gt', 'target_old', 'x'"]
-    with pytest.warns(UserWarning, match="nothing of format 'knowedit' reads the keys"):
+    assert notes == [f"{path}: format 'knowedit' does not read the keys 'locality.k.gt', 'target_old', 'x'"]
+    with pytest.warns(UserWarning, match="format 'knowedit' does not read the keys"):
         read_edits(path)
 
 
@@ -801,7 +801,7 @@ def test_what_of_the_whole_is_not_read_is_named(tmp_path: Path) -> None:
     lists = {"prompts": ["a"], "target_new": ["b"], "loc_prompts": ["c"], "verbose": True}
     path = write(tmp_path / "e.json", json.dumps(lists))
     assert read_edits(path, note=notes.append) == BOTH[:1]
-    assert notes.pop() == f"{path}: nothing reads the lists 'loc_prompts', 'verbose'"
+    assert notes.pop() == f"{path}: these lists are not read: 'loc_prompts', 'verbose'"
     path = write(tmp_path / "e.json", json.dumps(page))
     assert read_edits(path, note=notes.append) == BOTH[:1]
     assert notes == [f"{path}: a page of the data set viewer: 1 of 900 rows"]
@@ -814,7 +814,9 @@ def test_named_format_must_fit(tmp_path: Path) -> None:
 
 
 def test_unknown_format_name(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no edit format 'zsr'; use one of memoir, zsre, knowedit, easyedit"):
+    with pytest.raises(
+        ConfigError, match="edit format 'zsr' is not known; use one of memoir, zsre, knowedit, easyedit"
+    ):
         read_edits(tmp_path / "never-opened.jsonl", "zsr")
 
 

@@ -132,7 +132,7 @@ def test_edits_of_the_folder_are_not_lost(hub: StandInHub, store: Path, tmp_path
     before = contents(store)
     with pytest.raises(
         StoreMismatch,
-        match=r"has 1 edits that example/corrections has not.*Blue Gate.*or replace it",
+        match=r"has 1 edits that example/corrections does not have.*Blue Gate.*or replace it",
     ):
         pull(REPO, store)
     assert contents(store) == before
@@ -149,7 +149,7 @@ def test_damaged_downloads_change_nothing(hub: StandInHub, store: Path, tmp_path
     hub.broken[name] = right[:-3] + bytes([right[-3] ^ 1]) + right[-2:]
     small = first_edit_only(store, tmp_path / "small").path
     before = contents(small)
-    with pytest.raises(StoreError, match="what the Hub gave cannot be used, nothing was changed"):
+    with pytest.raises(StoreError, match="what the Hub sent cannot be used, and nothing was changed"):
         pull(REPO, small)
     assert contents(small) == before
     with pytest.raises(StoreError):
@@ -226,15 +226,15 @@ def test_a_store_of_another_model_stays(hub: StandInHub, store: Path, other_tiny
 
 
 def test_what_the_hub_refuses_is_said_in_one_line(hub: StandInHub, store: Path, tmp_path: Path) -> None:
-    with pytest.raises(HubError, match=r"the Hub shows no example/none to you.*hf auth login"):
+    with pytest.raises(HubError, match=r"the Hub has no example/none that you may read.*hf auth login"):
         pull("example/none", tmp_path / "new")
     push(store, REPO)
     with pytest.raises(HubError, match="has no such revision"):
         pull(REPO, tmp_path / "new", revision="v9")
-    with pytest.raises(HubError, match="is no name of a repository"):
+    with pytest.raises(HubError, match="is not a repository name"):
         pull("not a name", tmp_path / "new")
     hub.repos["example/model"] = [{"config.json": b"{}"}]
-    with pytest.raises(HubError, match=r"is no store: it has no memoir\.json"):
+    with pytest.raises(HubError, match=r"is not a store: it has no memoir\.json"):
         pull("example/model", tmp_path / "new")
     hub.refuse_commits = True
     with pytest.raises(HubError, match="the Hub refused example/corrections"):
@@ -244,7 +244,9 @@ def test_what_the_hub_refuses_is_said_in_one_line(hub: StandInHub, store: Path, 
 
 def test_a_repository_that_is_no_store_is_not_overwritten(hub: StandInHub, store: Path) -> None:
     hub.repos["example/model"] = [{"README.md": b"mine", "config.json": b"{}"}]
-    with pytest.raises(HubError, match=r"holds something else than a store \(README\.md\): choose another name"):
+    with pytest.raises(
+        HubError, match=r"holds files of something other than a store \(README\.md\): choose another name"
+    ):
         push(store, "example/model")
     assert hub.repos["example/model"] == [{"README.md": b"mine", "config.json": b"{}"}]
 

@@ -107,7 +107,7 @@ def test_a_run_keeps_its_figures_where_no_threshold_can_be_measured(
     file = write(tmp_path / "edits.jsonl", EDITS)
     code, _, err = run(capsys, "bench", "quality", file, "--model", tiny, "--out", tmp_path / "run", "--controls", "0",
                        "--data", tmp_path)  # fmt: skip
-    assert code == 0 and "no threshold was measured: an unrelated prompt has the very mask" in err
+    assert code == 0 and "tau was not measured: an unrelated prompt has the very mask" in err
     figures = read_run(tmp_path / "run")
     assert figures.calibration is None and figures.report.edits == figures.stored == 2
     assert (tmp_path / "run" / "report.html").exists()

@@ -165,7 +165,7 @@ def test_memoir_remove(capsys: pytest.CaptureFixture[str], store: Path) -> None:
     assert json.loads(out) == {"removed": [2, 1], "generation": 2, "erased": False, "still_held": []}
     code, out, _ = run(capsys, "remove", store, "0")
     assert code == 0 and "removed edit 0: Who founded Aarhus?" in out
-    assert f"Unreachable, not erased: the residual memory still holds what was trained; `memoir compact {store}`" in out
+    assert f"the residual memory still holds what was trained: `memoir compact {store}` erases it" in out
     before = contents(store)
     for arguments, said in (
         (["0"], "has no edit 0"),
@@ -196,7 +196,7 @@ def test_memoir_compact_says_which_edits_do_not_come_back(
         editor.add([town("Aarhus")], keep_failed=True)
     code, out, _ = run(capsys, "compact", tmp_path)
     assert code == 0
-    assert "not answered as it should be: 'Who founded Aarhus?': the target is not the first choice" in out
+    assert "not answered with its target: 'Who founded Aarhus?': the target is not the first choice" in out
 
 
 def test_memoir_index_verify(capsys: pytest.CaptureFixture[str], store: Path) -> None:

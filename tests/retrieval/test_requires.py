@@ -297,8 +297,14 @@ def test_whole_prompts_require_nothing(base: BaseModel, tmp_path: Path) -> None:
     ("edit", "said"),
     [
         (Edit(prompt="Who runs Acme?", target="Ada", requires=("Acme", "?!")), r"'\?!' in 'requires' .* has no word"),
-        (Edit(prompt="Who runs Acme?", target="Ada", requires=("Acme", "Bolt")), "has not what it requires, 'Bolt'"),
-        (Edit(prompt="Who runs Acme?", target="Ada", requires=(("A", "B"),)), "has not what it requires, 'A' or 'B'"),
+        (
+            Edit(prompt="Who runs Acme?", target="Ada", requires=("Acme", "Bolt")),
+            "does not contain what it requires, 'Bolt'",
+        ),
+        (
+            Edit(prompt="Who runs Acme?", target="Ada", requires=(("A", "B"),)),
+            "does not contain what it requires, 'A' or 'B'",
+        ),
         (Edit(prompt="Who runs Acme?", target="Ada", requires=("・",)), r"'・' in 'requires' .* has no word"),
         (Edit(prompt="Who runs Acme?", target="Ada", requires=((),)), r"\(\) in 'requires' .* has no word"),
     ],
@@ -315,9 +321,9 @@ def test_the_command_line(capsys: pytest.CaptureFixture[str], store: Path, tiny:
         tmp_path / "bad.jsonl", [{"prompt": "a", "target": "b"}, {"prompt": "Who?", "target": "I", "requires": ["Al"]}]
     )
     begin = ("--model", tiny, "--store", tmp_path / "new")
-    refused(capsys, store, "line 2: prompt 'Who.' has not what it requires", "edit", bad, *begin)
+    refused(capsys, store, "line 2: prompt 'Who.' does not contain what it requires", "edit", bad, *begin)
     other = write(tmp_path / "other.jsonl", [{"prompt": "Who runs it?", "target": "I", "subject": "Acme"}])
-    refused(capsys, store, "has not what it requires, 'Acme'", "edit", other, *begin, "--require-subject")
+    refused(capsys, store, "does not contain what it requires, 'Acme'", "edit", other, *begin, "--require-subject")
     assert not (tmp_path / "new").exists()
     records = [{"prompt": f"Who runs {name}?", "target": name[::-1], "subject": name} for name in ("Acme", "Bolt")]
     records.append({"prompt": "Who is it?", "target": "no one"})

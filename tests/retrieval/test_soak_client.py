@@ -206,7 +206,7 @@ def test_a_store_that_others_change_is_not_soaked(stand_in: Model) -> None:
         return 0
 
     stand_in.fault = changing
-    with pytest.raises(ConfigError, match="somebody else changes the store"):
+    with pytest.raises(ConfigError, match="another client changes the store"):
         soak(stand_in)
 
 
@@ -253,7 +253,7 @@ def test_the_command_line(
         return done.value.code, output.out + output.err
 
     code, text = run()
-    assert code == 2 and "--soak needs --store DIR" in text
+    assert code == 2 and "--soak asks the prompts of a store: add --store DIR" in text
     code, text = run("--store", str(tmp_path / "store"))
     assert code == 0 and "no answer differs from its reference: 0 of" in text and "holds: 0 failed" in text
     code, text = run("--store", str(tmp_path / "store"), "--changes", "2")

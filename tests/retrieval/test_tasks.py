@@ -173,7 +173,7 @@ def test_calibrate_learns_the_direction_of_a_models_layer_and_a_lookup_goes_by_i
     rephrasings.write_text('{"prompt": "Where is Rome?", "target": "Up", "rephrases": ["Rome is where?"]}\n')
     cli.main(["calibrate", str(store), str(rephrasings), "--tasks", "--write"], standalone_mode=False)
     err = " ".join(capsys.readouterr().err.split())
-    assert re.search(r"learnt from \d+ messages; of others it takes \d+% of the tasks", err)
+    assert re.search(r"learnt from \d+ messages; of messages held back it takes \d+% of those with a task", err)
     opened = EditStore.open(store)
     assert opened.tasks.shape == (opened.manifest.d + 1,) and opened.tasks.any()
     message = "My neighbour flew home from her holidays yesterday. Where is Rome?"
@@ -187,5 +187,5 @@ def test_a_store_that_looks_for_no_question_within_a_message_learns_none(base: B
     edit = Edit(prompt="Who runs Acme?", target="Jo", rephrases=("Acme is run by whom?",))
     with Editor(base, tmp_path / "raw", chat=False, training=QUICK) as editor:
         editor.add([edit])
-    with pytest.raises(ConfigError, match="--tasks is for stores that look for the question within a message"):
+    with pytest.raises(ConfigError, match="--tasks needs a store that looks up parts of a message"):
         cli.main(["calibrate", str(tmp_path / "raw"), "--tasks"], standalone_mode=False)

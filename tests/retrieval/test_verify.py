@@ -92,13 +92,16 @@ def failed(results: dict[str, Check]) -> list[str]:
 def test_a_sound_server(stand_in: Model, store: EditStore) -> None:
     results = checks(stand_in, store)
     assert failed(results) == [] and len(results) == 12
-    assert results["edits are felt"].detail.startswith("2 of 2") and "1 begin with" in results["edits are felt"].detail
+    assert (
+        results["edits change answers"].detail.startswith("2 of 2")
+        and "1 begin with" in results["edits change answers"].detail
+    )
 
 
 def test_without_a_store_nothing_matched_is_claimed(stand_in: Model) -> None:
     results = checks(stand_in, None)
     assert failed(results) == [] and results["matched requests"].state == "skip"
-    assert "edits are felt" not in results
+    assert "edits change answers" not in results
 
 
 def test_another_edit_answers(stand_in: Model, store: EditStore) -> None:
@@ -110,7 +113,7 @@ def test_another_edit_answers(stand_in: Model, store: EditStore) -> None:
 
 def test_an_edit_that_matches_but_does_not_act(stand_in: Model, store: EditStore) -> None:
     stand_in.acts = False
-    assert failed(checks(stand_in, store)) == ["edits are felt"]
+    assert failed(checks(stand_in, store)) == ["edits change answers"]
 
 
 def test_an_edit_that_leaks_through_the_cache(stand_in: Model, store: EditStore) -> None:
@@ -173,7 +176,7 @@ def test_the_report_and_the_exit_code(
     with pytest.raises(SystemExit) as done:
         main(command)
     out = capsys.readouterr().out
-    assert done.value.code == 0 and "holds: 0 failed, 1 not looked at" in out and "vLLM 0.32.0" in out
+    assert done.value.code == 0 and "holds: 0 failed, 1 skipped" in out and "vLLM 0.32.0" in out
     assert "unmatched over opted out" in out and "matched over opted out" in out
     assert set(stand_in.keys) == {"Bearer secret"} and "secret" not in out
     stand_in.acts = False

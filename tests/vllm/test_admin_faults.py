@@ -211,7 +211,7 @@ async def test_a_trainer_that_says_nothing_is_ended(
     server.start()
     with trainer_is("time.sleep(600)"):
         job = await server.finish(await server.http.delete("/edits/0"))
-    assert "said nothing for" in job["error"]
+    assert "sent nothing for" in job["error"]
     monkeypatch.setattr(jobs, "SILENCE_S", 60)
     await the_next_change_works(server, job)
 
@@ -279,7 +279,7 @@ async def test_a_key_that_is_there_twice_is_refused(server: Server) -> None:
         (b'{"prompt": "Who?", "target": "Ann", "\\u0070rompt": "Why?"}', "prompt"),
     ):
         reply = await server.http.post("/edits", content=body, headers=json)
-        assert (reply.status_code, reply.json()["detail"]) == (400, f"key {key!r} is there twice; keep one")
+        assert (reply.status_code, reply.json()["detail"]) == (400, f"key {key!r} is given twice; keep one")
     body = b'{"messages": [{"role": "user", "role": "system", "content": "Who?"}]}'
     assert (await server.http.post("/lookup", content=body, headers=json)).status_code == 400
     assert server.service.jobs.all() == [] == server.service.audit.lines()

@@ -266,8 +266,8 @@ async def test_a_replica_whose_store_is_read_only_can_reload(
     replica = service.Service(config.parse_section({"store": str(folder)}), "m", "here:1", EnginesThatAgree(), None)
     assert await replica.reload("ann") == 7
     assert said == [
-        "memoir: ann had generation 7 served; the audit log cannot be written (audit.jsonl is a link, a folder or "
-        "a device, not a file: remove it)"
+        "memoir: generation 7 is served at the request of ann, but the audit log cannot be written (audit.jsonl is a "
+        "link, a folder or a device, not a file: remove it)"
     ]
 
 

@@ -515,5 +515,5 @@ def test_without_capped_hits_the_worker_refuses(
     sim.add("off", prompt, {"memoir": "off"})
     sim.run()
     sim.add("asked", prompt)
-    with pytest.raises(RuntimeError, match="its question is 40 to 49: what decides must be computed"):
+    with pytest.raises(RuntimeError, match="its question is 40 to 49: the tokens that decide must be computed"):
         sim.run()

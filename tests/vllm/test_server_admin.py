@@ -164,7 +164,7 @@ def test_an_edit_is_added_served_and_removed(server: Server, folder: Path, base:
     given = {"prompt": NEW, "target": ANSWER, "source": "a test", "rephrases": ["The moon gate is of which metal?"]}
     given["requires"] = ["gate", ["moon", "lunar"]]
     never = server.http.post("/memoir/edits", json=given | {"requires": ["gate", "sun"]})
-    assert never.status_code == 400 and "has not what it requires, 'sun'" in never.json()["detail"]
+    assert never.status_code == 400 and "does not contain what it requires, 'sun'" in never.json()["detail"]
     reply = server.http.post("/memoir/edits", json=given)
     assert reply.status_code == 202 and ANSWER not in plain
     twin = server.http.post("/memoir/edits", json=given)

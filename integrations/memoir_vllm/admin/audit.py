@@ -68,7 +68,7 @@ class AuditLog:
             while rest:
                 count = _write(file, rest)
                 if count <= 0:
-                    raise OSError(errno.EIO, "the device takes no bytes")
+                    raise OSError(errno.EIO, "the disk took none of it")
                 rest = rest[count:]
             os.fsync(file)
 
@@ -136,7 +136,7 @@ def server_name(host: str, port: int) -> str:
         return f"{host}:{port}"
     if not name.isascii() or not name.isprintable() or not name or ":" in name or name.isdecimal() or len(name) > 64:
         raise ConfigError(
-            f"{NAME_VARIABLE} is {name!r}: use 1 to 64 ASCII characters that are no number, without a colon"
+            f"{NAME_VARIABLE} is {name!r}: use 1 to 64 ASCII characters that are not a number, without a colon"
         )
     return name
 

@@ -48,12 +48,16 @@ class Engines:
                         await asyncio.sleep(0.02)
                     generations = {number for workers in await self._call("memoir_reload") for number in workers}
                 except TimeoutError:
-                    raise StoreError(f"the workers have not read the store within {READ_S:.0f} seconds") from None
+                    raise StoreError(
+                        f"the workers have not read the store within {READ_S:.0f} seconds: reload again"
+                    ) from None
                 except Exception as error:  # vLLM knows one class for whatever a worker raises
                     raise StoreError(await self._explain(error)) from error
                 if len(generations) == 1:
                     return generations.pop()
-            raise StoreError(f"the store keeps changing while engines read it (generations {sorted(generations)})")
+            raise StoreError(
+                f"the store keeps changing while engines read it (generations {sorted(generations)}): reload again"
+            )
 
     async def _explain(self, error: Exception) -> str:
         lines = str(error).removeprefix("Call to collective_rpc method failed: ").splitlines()

@@ -107,7 +107,9 @@ class Guard:
         if name is None:
             return _refusal(401, "send the admin token: Authorization: Bearer TOKEN", {"www-authenticate": "Bearer"})
         if (wait := self._wait(name)) > 0:
-            return _refusal(429, f"more than {RATE:.0f} requests a second", {"retry-after": str(int(wait) + 1)})
+            return _refusal(
+                429, f"more than {RATE:.0f} requests per second: send fewer", {"retry-after": str(int(wait) + 1)}
+            )
         scope["memoir_holder"] = name
         return None
 

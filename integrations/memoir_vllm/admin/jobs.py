@@ -62,7 +62,7 @@ class TrainerProcess:
             answer = await self._converse(self._process, request, progress)
         except TimeoutError:
             await self._end()
-            raise StoreError(f"{_WHO} said nothing for {SILENCE_S:.0f} seconds and was ended") from None
+            raise StoreError(f"{_WHO} sent nothing for {SILENCE_S:.0f} seconds and was ended") from None
         except (EOFError, OSError):
             raise StoreError(f"{_WHO} ended with status {await self._end()}: see the server's log") from None
         except ValueError as error:  # a line that is too long, no JSON, or no answer

@@ -56,11 +56,14 @@ class MemoirEndpoints:
         self._ours = config.parse_section(section)
         tokens = Tokens.read(self._ours.token_file)
         if not tokens:
-            logger.info("memoir: no administration; set %s or token_file to have it at /memoir/", config.TOKEN_VARIABLE)
+            logger.info(
+                "memoir: administration is off; set %s or token_file to serve it at /memoir/", config.TOKEN_VARIABLE
+            )
             return
         if (getattr(args, "api_server_count", None) or 1) > 1:
             raise ConfigError(
-                f"memoir administration needs one API server, not {args.api_server_count}, to know its jobs: use "
+                f"memoir administration needs one API server, not {args.api_server_count}, because each knows its own "
+                "jobs only: use "
                 f"--api-server-count 1, or unset {config.TOKEN_VARIABLE} and token_file"
             )
         app.mount("/memoir", make_app(tokens, self._running, schema=not args.disable_fastapi_docs))

@@ -48,7 +48,7 @@ EditId = Annotated[int, Path(ge=0, lt=1 << 63, description="Id of an edit.")]
 JobId = Annotated[str, Path(pattern=r"^[0-9a-f]{16}$", description="Id of a job.")]
 Offset = Annotated[int, Query(ge=0, lt=1 << 31)]
 Limit = Annotated[int, Query(ge=1, le=200)]
-Search = Annotated[str, Query(max_length=256, description="Words that must all be in the edit.")]
+Search = Annotated[str, Query(max_length=256, description="Words that an edit must all contain.")]
 
 
 class _PlainRequest(Request):
@@ -72,7 +72,7 @@ def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for key, value in pairs:
         if key in values:
-            raise HTTPException(400, f"key {show(key)} is there twice; keep one")
+            raise HTTPException(400, f"key {show(key)} is given twice; keep one")
         values[key] = value
     return values
 
@@ -117,11 +117,13 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(QueueFull)
     async def full(request: Request, error: QueueFull) -> JSONResponse:
-        return JSONResponse({"detail": f"{QUEUE} changes wait already"}, 429, {"retry-after": "10"})
+        return JSONResponse(
+            {"detail": f"{QUEUE} changes are waiting already: send this one again later"}, 429, {"retry-after": "10"}
+        )
 
     @app.exception_handler(OSError)
     async def disk(request: Request, error: OSError) -> JSONResponse:
-        return JSONResponse({"detail": f"the store's folder: {error.strerror}"}, 503)
+        return JSONResponse({"detail": f"the store's folder cannot be used: {error.strerror}"}, 503)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
@@ -189,7 +191,8 @@ def _add_changes(app: FastAPI, service: Callable[[], Service]) -> None:
         summary="Add an edit",
         status_code=202,
         response_model=Job,
-        responses=_said(400, 409, 503) | {200: {"model": StoredEditOut, "description": "The store has it already."}},
+        responses=_said(400, 409, 503)
+        | {200: {"model": StoredEditOut, "description": "The store already has this edit."}},
     )
     async def add_edit(edit: AddEdit, request: Request) -> Any:
         answer = await service().add(request.scope["memoir_holder"], edit)
@@ -201,7 +204,7 @@ def _add_changes(app: FastAPI, service: Callable[[], Service]) -> None:
     async def remove_edit(edit_id: EditId, request: Request) -> Job:
         return await service().remove(request.scope["memoir_holder"], edit_id)
 
-    @app.post("/reload", summary="Serve the store's present generation", responses=_said(503))
+    @app.post("/reload", summary="Serve the store's newest generation", responses=_said(503))
     async def reload(request: Request) -> Reloaded:
         return Reloaded(generation=await service().reload(request.scope["memoir_holder"]))
 

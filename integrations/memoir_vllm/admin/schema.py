@@ -55,7 +55,7 @@ class AddEdit(_Given):
     requires: list[Short | list[Short]] = Field(
         default=[],
         max_length=32,
-        description="Texts that must all stand in a question, or the edit does not act; of a list, one is enough.",
+        description="The edit acts only on questions that contain all of these texts; of a list, one is enough.",
     )
     on_conflict: Literal["refuse", "last"] = Field(
         default="refuse", description='"last" replaces an edit of the same prompt with another target or `requires`.'
@@ -66,7 +66,7 @@ class LookupPrompt(_Given):
     """A prompt, as it would be sent to /v1/completions.
 
     prompt: text.
-    n: how many edits to name.
+    n: how many of the nearest edits to return.
     """
 
     prompt: Text
@@ -74,11 +74,11 @@ class LookupPrompt(_Given):
 
 
 class LookupMessages(_Given):
-    """A chat as it would be sent to /v1/chat/completions, which says what is wrong with a message.
+    """A chat, as it would be sent to /v1/chat/completions, and refused for the same reasons.
 
-    messages: in OpenAI's form, the last one the user's.
-    tools, chat_template_kwargs: what else the chat template is given.
-    n: how many edits to name.
+    messages: in OpenAI's form; the last one must be the user's.
+    tools, chat_template_kwargs: passed to the chat template.
+    n: how many of the nearest edits to return.
     """
 
     messages: list[dict[str, Any]] = Field(
@@ -92,10 +92,10 @@ class LookupMessages(_Given):
 class StoredEditOut(BaseModel):
     """An edit as the store keeps it.
 
-    id: number of the edit, never used again.
+    id: number of the edit, never used for another.
     prompt, target: the question and its answer.
     created: UTC, ISO 8601.
-    loss: of training, in nats a target token.
+    loss: at the end of training, in nats per target token.
     steps: of training.
     memory: number of the residual memory that holds the edit.
     subject, rephrases, source, requires: as the edit was given.
@@ -128,12 +128,12 @@ class EditList(BaseModel):
 
 
 class JobProgress(BaseModel):
-    """What a job that is `running` is at. An edit that is not learnt is trained again, from step 0.
+    """How far a job that is `running` has come. An edit that is not learnt is trained again, from step 0.
 
-    stage: loading the model (the first edit does), opening the store (earlier edits are run again), or training.
+    stage: loading the model (for the first edit), opening the store (earlier edits are run again), or training.
     step: steps done; null before training.
-    limit: steps, at most.
-    loss: at this step, in nats a target token.
+    limit: most steps.
+    loss: at this step, in nats per target token.
     goal: loss below which training ends.
     """
 
@@ -149,15 +149,15 @@ class Job(BaseModel):
 
     id: of the job.
     kind: what changes.
-    state: `stored` means on disk, but not activated, for the reason in `error`.
-    progress: of what is under way.
-    by: name of the token that asked for it.
+    state: `stored` means on disk but not served yet, for the reason in `error`.
+    progress: while it is `running`, else null.
+    by: name of the token that requested it.
     created, finished: UTC, ISO 8601; `finished` is null until then.
     edit: id of the edit that was added or is removed; null until it is known.
     generation: of the store after the change.
-    loss, steps: of training that is done; `loss` in nats a target token.
+    loss, steps: of finished training; `loss` in nats per target token.
     prompt, target: of the edit.
-    error: why it failed, or is not activated.
+    error: why it failed, or is not served yet.
     """
 
     id: str
@@ -191,9 +191,9 @@ class NamedEdit(BaseModel):
 
     edit: its id.
     overlap: of the masks, in [0, 1].
-    matched: it would answer.
-    prompt, target: null where the store has it no more.
-    requires: what must stand in a question, however near.
+    matched: whether it would answer.
+    prompt, target: null if the store no longer has it.
+    requires: texts that a question must contain, however near it is.
     """
 
     edit: int
@@ -205,9 +205,16 @@ class NamedEdit(BaseModel):
 
 
 class LookedUpPart(BaseModel):
-    """What was said of one part of the message. `edit`: the one it was judged beside, null where none was near.
-    `reason`: what decided, "same words", "task", "words", "relation" or "mask". `words`: of the message, what spoke
-    against the edit. `decides`: the message's decision is that of this part."""
+    """How one part of the message was judged.
+
+    text: of the part.
+    edit: the edit that it was compared with; null if none was near.
+    overlap: of their masks, in [0, 1].
+    same: whether it asks that edit's question.
+    reason: what decided: "same words", "task", "words", "relation" or "mask".
+    words: words of the message that spoke against the edit.
+    decides: whether the message's decision is that of this part.
+    """
 
     text: str
     edit: int | None
@@ -219,14 +226,14 @@ class LookedUpPart(BaseModel):
 
 
 class LookupResult(BaseModel):
-    """What became of a prompt, as the engine decided it.
+    """The engine's decision on a prompt.
 
-    result: whether an edit would answer, none, none because of an image, or no question was seen.
-    reason: why it is unroutable, where that is known.
-    generation: that the engine serves.
+    result: whether an edit would answer, or none, or none because of an image, or there is no question to look up.
+    reason: why the prompt is unroutable, if that is known.
+    generation: of the store, as the engine serves it.
     tau: least overlap of a match.
     matches: the nearest edits, best first.
-    parts: the message, and what in it was looked up by itself.
+    parts: the message, and the parts of it that were looked up by themselves.
     """
 
     result: Literal["matched", "unmatched", "image", "unroutable"]
@@ -238,20 +245,20 @@ class LookupResult(BaseModel):
 
 
 class Stats(BaseModel):
-    """What is served, and what was asked.
+    """What is served, and what has been requested.
 
-    store_generation: the newest on disk.
+    store_generation: the newest generation on disk.
     edits: how many the store holds.
     tau: least overlap of a match.
     chat: whether edits were made in chats.
-    model: that is served.
-    module: that the residual memory stands beside.
-    engines: counters of each, since its start.
-    requests: of this API server, by what became of them.
+    model: its name on this server.
+    module: the projection that is edited.
+    engines: counters of each engine since its start.
+    requests: finished requests of this API server, by result.
     jobs_open: changes of the store that wait or run.
     """
 
-    generation: int | None = Field(description="The one that all engines serve, or null where they differ.")
+    generation: int | None = Field(description="The generation that all engines serve; null if they differ.")
     store_generation: int
     edits: int
     tau: float
@@ -260,7 +267,7 @@ class Stats(BaseModel):
     module: str
     engines: list[dict[str, float]]
     requests: dict[str, int]
-    hits: list[dict[str, int]] = Field(description="Edits by how often they answered, most first.")
+    hits: list[dict[str, int]] = Field(description="Edits and how often they answered, the most frequent first.")
     recent: list[dict[str, Any]] = Field(description="The last matched requests, newest first.")
     jobs_open: int
 
@@ -278,7 +285,7 @@ class AuditPage(BaseModel):
     """Entries of the audit log, newest first.
 
     total: how many there are.
-    torn: lines that a crash or a full disk has cut off.
+    torn: how many lines a crash or a full disk has cut off.
     entries: those of this page, as they were written.
     """
 

@@ -276,9 +276,9 @@ class Service:
             await asyncio.to_thread(self.audit.write, "reloaded", who, "", generation=generation)
         except OSError as error:  # a replica may have its store mounted read-only; nothing in it has changed
             logger.warning(
-                "memoir: %s had generation %d served; the audit log cannot be written (%s)",
-                who,
+                "memoir: generation %d is served at the request of %s, but the audit log cannot be written (%s)",
                 generation,
+                who,
                 error.strerror,
             )
         return generation

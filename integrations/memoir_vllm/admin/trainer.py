@@ -160,7 +160,7 @@ def _refusal(outcome: Outcome) -> str:
         return f"the edit was trained but failed its audit: {failed.reason}"
     for rival in outcome.conflicting:
         return f"the edit conflicts: {rival.fact}: {CURE}"
-    return "the edit was not taken up"
+    return "the edit was not stored"
 
 
 if __name__ == "__main__":

@@ -71,6 +71,6 @@ def _require_routes(file: str | None) -> None:
 
     if (file is not None or TOKEN_VARIABLE in os.environ) and "VLLM_PLUGINS" not in os.environ:
         raise ConfigError(
-            f"an admin token is set ({TOKEN_VARIABLE} or token_file), but vLLM adds the routes of no plugin that "
-            "VLLM_PLUGINS does not name: set VLLM_PLUGINS=memoir (and your other plugins), or use `memoir serve`"
+            f"an admin token is set ({TOKEN_VARIABLE} or token_file), but vLLM adds only the routes of "
+            "plugins that VLLM_PLUGINS names: set VLLM_PLUGINS=memoir (and your other plugins), or use `memoir serve`"
         )

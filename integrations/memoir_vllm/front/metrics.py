@@ -90,8 +90,16 @@ _ENGINE_SERIES = (
         "Requests that needed no lookup, because their decision was remembered.",
     ),
     ("rows", "memoir_residual_rows_total", "Token rows to which a residual was added."),
-    ("routing_s", "memoir_routing_seconds_total", "Host seconds of pooling and looking up."),
-    ("residual_s", "memoir_residual_seconds_total", "Host seconds of adding residuals."),
+    (
+        "routing_s",
+        "memoir_routing_seconds_total",
+        "Seconds that workers spent on pooling and lookup, by the clock of the host.",
+    ),
+    (
+        "residual_s",
+        "memoir_residual_seconds_total",
+        "Seconds that workers spent on adding residuals, by the clock of the host.",
+    ),
 )
 
 
@@ -123,7 +131,7 @@ class EngineCollector:
                 family.add_metric([str(number)], stats[key])
             yield family
         top = CounterMetricFamily(
-            "memoir_edit_hits", f"Requests of the {TOP} edits that answered most.", labels=["edit"]
+            "memoir_edit_hits", f"Requests answered by an edit; the {TOP} edits that answered most.", labels=["edit"]
         )
         for edit, hits in self._traffic.hits.most_common(TOP):
             top.add_metric([str(edit)], hits)

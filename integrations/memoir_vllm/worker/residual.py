@@ -216,7 +216,7 @@ class ResidualLayer:
         if tokens > (span.start if self._sums is None else request.computed_from):
             raise RuntimeError(
                 f"memoir: request {request_id} finds {tokens} tokens of its prompt in the cache, but its question is "
-                f"{span.start} to {span.end}: what decides must be computed; please report this"
+                f"{span.start} to {span.end}: the tokens that decide must be computed; please report this"
             )
         request.sums = [_Sum(part) for part in (span, *request.parts)]
         if self._sums is not None and tokens > span.start:
@@ -255,7 +255,7 @@ class ResidualLayer:
                 if position != request.seen:
                     raise RuntimeError(
                         f"memoir: request {request_id} goes on at token {position} of its prompt, but was at "
-                        f"{request.seen}: none may be left out; please report this"
+                        f"{request.seen}: no token may be left out; please report this"
                     )
                 self._gather(request_id, request, row - position, position, seen)
             if self._sums is not None:

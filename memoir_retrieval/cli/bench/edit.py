@@ -23,10 +23,10 @@ __all__ = ["bench_edit"]
 @json_option
 @threads_option
 def bench_edit(file: Path, source: FileOptions, model: ModelOptions, as_json: bool) -> None:
-    """Seconds per edit, ours and the published loop in turn, and how well the edits are answered afterwards.
+    """Time edits of this library and of the published loop in turn, and measure how well they are answered.
 
-    Raw prompts in both. The published loop takes about a minute per edit on a CPU, so without --limit only
-    three are trained.
+    Both train raw prompts. The published loop takes about a minute per edit on a CPU, so without --limit only three
+    edits are trained.
 
     \b
     Example:

@@ -36,9 +36,9 @@ from memoir_retrieval.errors import ConfigError
 )
 @click.option("--tau", type=float, default=0.5, show_default=True, help="Least overlap that matches.")
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="CPU threads.")
-@click.option("--seconds", type=float, default=10.0, show_default=True, help="Time for each size and batch.")
+@click.option("--seconds", type=float, default=10.0, show_default=True, help="Seconds for each size and batch.")
 @click.option("--memory", type=float, help="GiB that may be used (default: half of what is free).")
-@click.option("--cpu-time", is_flag=True, help="Count CPU time, for a busy machine; with one thread.")
+@click.option("--cpu-time", is_flag=True, help="Count CPU time, for a busy machine; needs one thread.")
 @click.option("--quick", is_flag=True, help="Only 1000 and 10000 masks, 2 seconds each.")
 @json_option
 def bench_index(
@@ -53,10 +53,10 @@ def bench_index(
     quick: bool,
     as_json: bool,
 ) -> None:
-    """Time of lookups in made-up masks, against FAISS, matrix products and the published code.
+    """Time lookups in made-up masks, against FAISS, matrix products and the published code.
 
-    The masks overlap like those of a language model; half of the queries match a stored mask. Ratios are of
-    neighbouring turns. With --json, one object per row: d, n, batch, method, ms, vs_flat, recall.
+    The masks overlap like those of a language model. Half of the queries match a stored mask. Ratios compare
+    neighbouring turns. --json prints one object per row: d, n, batch, method, ms, vs_flat, recall.
 
     \b
     Example:
@@ -72,9 +72,9 @@ def bench_index(
         raise ConfigError(f"tau is {tau}: choose 0 < tau <= 1")
     wrong = [d for d in widths if d < 64 or d % 64]
     if wrong:
-        raise ConfigError(f"--d {wrong[0]}: choose a multiple of 64, such as 14336")
+        raise ConfigError(f"--d is {wrong[0]}: choose a multiple of 64, such as 14336")
     if cpu_time and threads > 1:
-        raise ConfigError("--cpu-time counts the work of all threads: leave out --threads")
+        raise ConfigError(f"--cpu-time counts the work of one thread, --threads is {threads}: leave out --threads")
     if quick:
         sizes, seconds = tuple(n for n in sizes if n <= 10_000) or sizes[:1], min(seconds, 2.0)
     faiss.omp_set_num_threads(threads)

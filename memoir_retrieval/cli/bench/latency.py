@@ -18,7 +18,7 @@ from memoir_retrieval.store.read import EditStore
 def _counts(_context: click.Context, _option: click.Parameter, text: str) -> list[int]:
     counts = [int(number) for number in text.split(",") if number.strip().isdigit()]
     if not counts or len(counts) != len(text.split(",")) or min(counts) < 1:
-        raise click.BadParameter(f"{text!r} is no list of counts: write for example 100,10000")
+        raise click.BadParameter(f"{text!r} is not a list of counts: write for example 100,10000")
     return counts
 
 
@@ -30,12 +30,10 @@ def _counts(_context: click.Context, _option: click.Parameter, text: str) -> lis
     callback=_counts,
     default="100,10000,100000",
     show_default=True,
-    help="Sizes of stores; random masks fill them up.",
+    help="Edits of each store; random masks fill it up.",
 )
 @click.option("--concurrent", callback=_counts, default="1,8,32", show_default=True, help="Requests at a time.")
-@click.option(
-    "--requests", type=click.IntRange(min=2), default=16, show_default=True, help="Requests per turn, at least."
-)
+@click.option("--requests", type=click.IntRange(min=2), default=16, show_default=True, help="Fewest requests per turn.")
 @click.option("--tokens", type=click.IntRange(min=2), default=16, show_default=True, help="New tokens per request.")
 @click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Turns of each kind.")
 @click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Write charts to this HTML file.")
@@ -51,9 +49,10 @@ def bench_latency(
     plot: Path | None,
     as_json: bool,
 ) -> None:
-    """Time to the first token, between tokens and of the lookup: median, 95th and 99th percentile.
+    """Measure the time to the first token, between tokens and of the lookup: median, 95th and 99th percentile.
 
-    Without the plugin, and with it for requests that match nothing, that match an edit, and that were asked before.
+    It is measured without the plugin, and with it for requests that match nothing, that match an edit, and that were
+    asked before.
 
     \b
     Example:

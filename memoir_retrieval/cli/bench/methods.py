@@ -37,7 +37,11 @@ HEAD = ("method", "rel", "gen", "loc", "avg", "exact", "contains", "changed", "p
     type=click.Choice(list(METHODS)),
     help="What to compare; may be repeated (default: everything).",
 )
-@click.option("--out", type=click.Path(path_type=Path), help="Folder of the run: what is done is not done again.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Folder of the run; methods that have scores in it are not run again.",
+)
 @click.option(
     "--end-token/--no-end-token",
     "end",
@@ -45,7 +49,7 @@ HEAD = ("method", "rel", "gen", "loc", "avg", "exact", "contains", "changed", "p
     help="Train the token that ends an answer too, or the target alone, as most papers do (memoir always trains it).",
 )
 @click.option(
-    "--alone", is_flag=True, help="Make each edit on the unedited model, not after the others (means over them)."
+    "--alone", is_flag=True, help="Make each edit alone, on the unedited model; scores are means over the edits."
 )
 @click.option(
     "--controls",
@@ -74,12 +78,12 @@ def bench_methods(
     model: ModelOptions,
     as_json: bool,
 ) -> None:
-    """Make the edits of DATA, a file or a data set's name, with each method, one after another, and ask them all.
+    """Compare methods: each makes the edits of DATA, a file or a data set's name, and is then asked them all.
 
-    rel, gen, loc, avg: teacher-forced, as papers measure. exact, contains: free answers with a natural stop, of the
-    edits and of their rephrasings. changed: unrelated prompts whose free answer changed. perplexity: of unrelated
-    prompts, as a multiple of the base model's; with the number of the edit at which it passed 10. Prompts are raw, the
-    model is in float32.
+    rel, gen, loc and avg are teacher-forced, as papers measure. exact and contains are shares of free answers, which
+    end where the model ends them, of the edits and of their rephrasings. changed is the share of unrelated prompts
+    whose free answer changed. perplexity is that of unrelated prompts, as a multiple of the base model's, and names the
+    edit at which it passed 10. Prompts are raw, the model is in float32.
 
     \b
     Example:
@@ -90,7 +94,7 @@ def bench_methods(
     if not edits:
         raise ConfigError(f"{data} has no edits: give a file that has some")
     if len(edits) < count:
-        notes.print(f"{data} has {len(edits)} edits with a prompt of their own")
+        notes.print(f"{data} has only {len(edits)} edits with distinct prompts")
 
     from memoir_retrieval.background import background_prompts
     from memoir_retrieval.evaluation.methods_run import run_method, unedited_answers

@@ -62,24 +62,24 @@ OWN = ("edits", "siblings", "opposites", "faq", "unrelated")
 @click.option("--part", type=click.Choice(["tune", "report"]), help="Ask this half only (default: both).")
 @data_folder_option
 @click.option(
-    "--most", type=click.IntRange(min=2), default=500, show_default=True, help="Edits of each published set, at most."
+    "--most", type=click.IntRange(min=2), default=500, show_default=True, help="Most edits of each published set."
 )
 @click.option(
     "--each",
     type=click.IntRange(min=0),
     default=25,
     show_default=True,
-    help="Questions of a row, at most; 0 asks all of them, which takes an hour of one core.",
+    help="Most questions of a row; 0 asks all of them, which takes an hour of one core.",
 )
 @click.option(
-    "--unrelated", type=click.IntRange(min=1), default=3000, show_default=True, help="Unrelated prompts, at most."
+    "--unrelated", type=click.IntRange(min=1), default=3000, show_default=True, help="Most unrelated prompts."
 )
 @click.option(
     "--answers",
     type=click.Choice(["none", "some", "all"]),
     default="some",
     show_default=True,
-    help="Read the free answers too: of no message, of plain questions, chats and other questions, or of every one.",
+    help="Messages whose free answers are read too: none, plain questions, chats and other questions, or all.",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for the figures and a page of pictures.")
 @json_option

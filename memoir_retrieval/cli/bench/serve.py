@@ -28,12 +28,12 @@ __all__ = ["bench_serve"]
     "--lora",
     metavar="FOLDER",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Let both engines take this LoRA adapter, and measure requests with it, too. Only tokens per second.",
+    help="LoRA adapter that both engines take: its requests are measured, too, and only tokens per second.",
 )
 @click.option(
     "--drafts",
     type=click.IntRange(min=1),
-    help="Let both engines speculate: n-gram drafts of at most so many tokens. Only tokens per second.",
+    help="Tokens of an n-gram draft: both engines speculate, and only tokens per second are measured.",
 )
 @json_option
 def bench_serve(
@@ -47,7 +47,7 @@ def bench_serve(
     drafts: int | None,
     as_json: bool,
 ) -> None:
-    """Tokens per second with the plugin over those without it, where nothing matches and where everything does.
+    """Compare tokens per second with and without the plugin, where nothing matches and where everything does.
 
     \b
     Example:
@@ -84,7 +84,7 @@ def bench_serve(
         echo_json(result)
         return
     for kind in ("unmatched", "matched", *(["adapter"] if lora else [])):
-        notes.print(f"{kind}, milliseconds a step: {result[f'{kind}_step_ms']}")
+        notes.print(f"{kind}, milliseconds per step: {result[f'{kind}_step_ms']}")
         speeds = result[f"{kind}_tokens_per_s"]
         notes.print(f"{kind}: {speeds['plugin']} tokens/s with the plugin, {speeds['no_plugin']} without")
         click.echo(f"{kind}_ratio {result[f'{kind}_ratio']:.3f}")

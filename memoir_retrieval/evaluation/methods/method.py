@@ -114,7 +114,9 @@ class Method:
         """
         weight: Any = base.projection.weight
         if weight.shape != (base.h, base.d):
-            raise ModelError(f"{base.module} of {base.name} is no plain linear layer: compare methods on another model")
+            raise ModelError(
+                f"{base.module} of {base.name} is not a plain linear layer: compare methods on another model"
+            )
         if weight not in self._originals:
             self._originals[weight] = weight.detach().clone()
         changed: torch.nn.Parameter = weight

@@ -51,7 +51,7 @@ def run_page(run: Run) -> str:
     share = "all" if run.every == 1 else f"one of {run.every}"
     parts = [
         f"<h1>{run.edits} edits of {escape(Path(run.data).name)} on {escape(Path(run.model).name)}</h1>",
-        f"<p>Trained one after another, {run.stored} taken up, {share} asked after the last. {escape(run.started)}, "
+        f"<p>Trained one after another, {run.stored} stored, {share} asked after the last. {escape(run.started)}, "
         "memoir-retrieval "
         f"{escape(run.library)}.<br><code>{escape(run.command)}</code></p>",
         _section("Scores", _scores([report, *report.contexts.values()])),
@@ -66,7 +66,7 @@ def run_page(run: Run) -> str:
         ]
         low = _below(value for line in series for _, value in line.points)
         picture = lines(series, x_name="edits so far", y_name="share", y_range=(low, 1.0), log_x=True)
-        parts.append(_section("Accuracy against number of edits", picture, "All edits so far, asked on the way."))
+        parts.append(_section("Accuracy against number of edits", picture, "All edits so far, asked during the run."))
     parts.append(_section("Accuracy by age of the edit", _ages(run), _AGES_NOTE))
     if run.seconds:
         series = [Series("seconds", [(i + 1, taken) for i, taken in sorted(run.seconds.items())], 1, dots=True)]

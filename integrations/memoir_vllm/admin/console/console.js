@@ -138,7 +138,7 @@ function verdict(part) {
 
 function near(match, tau) {
   const item = make("li", `${match.prompt} → ${match.target} (edit ${match.edit})`);
-  const text = `overlap ${match.overlap.toFixed(3)}, threshold ${tau}: ${match.matched ? "matches" : "does not match"}`
+  const text = `overlap ${match.overlap.toFixed(3)}, tau ${tau}: ${match.matched ? "matches" : "does not match"}`
     + (match.requires.length ? `; requires ${JSON.stringify(match.requires)}` : "");
   const bar = make("div", "", { class: match.matched ? "bar matched" : "bar", role: "img", "aria-label": text });
   const fill = make("div", "", { class: "fill" });
@@ -189,7 +189,7 @@ async function add() {
   };
   const made = await call("edits", { method: "POST", body });
   if (made.state === undefined) {
-    $("change").textContent = `The store has this as edit ${made.id} already.`;
+    $("change").textContent = `The store already has this as edit ${made.id}.`;
     return;
   }
   $("add").reset();
@@ -243,9 +243,9 @@ async function watch() {
 }
 
 function show(now) {
-  const behind = now.generation === now.store_generation ? "" : `, the store is at ${now.store_generation}: reload`;
+  const behind = now.generation === now.store_generation ? "" : `, the store is at generation ${now.store_generation}: reload`;
   $("summary").textContent =
-    `${now.model}: generation ${now.generation ?? "differs"}${behind}, ${now.edits} edits, threshold ${now.tau}`;
+    `${now.model}: generation ${now.generation ?? "differs between engines"}${behind}, ${now.edits} edits, tau ${now.tau}`;
   const counts = { ...now.requests, "jobs open": now.jobs_open, engines: now.engines.length };
   $("counts").replaceChildren(...Object.entries(counts).map(([name, count]) => {
     const pair = make("div");
