@@ -106,6 +106,7 @@ def edit(
         raise ConfigError(f"store {store} is new, so it needs a model: add --model NAME, such as smollm2-135m")
 
     from memoir_retrieval.editing.editor import Editor
+    from memoir_retrieval.question.thinking import described
 
     base = model.load(manifest, layer=settings.layer, place=settings.place)
     started = time.monotonic()
@@ -116,6 +117,8 @@ def edit(
         trainer, side_by_side = on_ray(ray.address, ray.workers, model.device), side_by_side or ray.workers
     editor = Editor(base, store, **settings.for_editor(), training=chosen.training, trainer=trainer)
     with editor:
+        if editor.manifest.chat and (thinking := described(base.tokenizer)):
+            notes.print(f"{base.name}: {thinking}")
         try:
             train(
                 editor,

@@ -12,6 +12,7 @@ from memoir_retrieval.lookup.reference import Answer
 from memoir_retrieval.model.base import resolve
 from memoir_retrieval.question.prompts import Prompt, given_ids, prompt_ids, target_ids
 from memoir_retrieval.question.span import find_span
+from memoir_retrieval.question.thinking import behind_thinking
 from memoir_retrieval.store.read import EditStore
 
 __all__ = ["ServerModel"]
@@ -150,6 +151,8 @@ class ServerModel:
                 f"{self._store.manifest.generation}: restart the server, or POST /memoir/reload"
             )
         text = self._tokenizer.decode(tokens, skip_special_tokens=True)
+        if self._store.manifest.chat:
+            text = behind_thinking(self._tokenizer, text)
         return Answer(text, tokens, decision.edit, decision.overlap, logprobs)
 
     @staticmethod

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from memoir_retrieval.editing.train import Lesson, answered
+from memoir_retrieval.editing.train import Lesson, Use, answered
 from memoir_retrieval.model.base import BaseModel
 
 __all__ = ["Memory", "forgotten"]
@@ -16,7 +16,8 @@ class Memory:
     """A residual memory W_m, float32 [H, D], open for more edits.
 
     `lessons`: what is asked of each of its edits, by id. `used`: float32 [D, D], C of `train`: the sum of a a^T over
-    their tokens, each on its own active columns. Neither is stored, since the edits can give them again.
+    their tokens, and over those of the edits' answers in other forms, each on its own active columns. Neither is
+    stored, since the edits can give them again.
     """
 
     def __init__(self, weight: torch.Tensor):
@@ -24,15 +25,18 @@ class Memory:
         self.weight = weight
         self.used = torch.zeros(weight.shape[1], weight.shape[1], device=weight.device)
         self.lessons: dict[int, list[Lesson]] = {}
+        self._uses: dict[int, Sequence[Use]] = {}
 
-    def add(self, edit: int, lessons: list[Lesson]) -> None:
+    def add(self, edit: int, lessons: list[Lesson], uses: Sequence[Use] = ()) -> None:
         """Count an edit among those that training must leave alone.
 
         edit: its id.
         lessons: its rows.
+        uses: of other rows of it, which are left alone and not asked again.
         """
         self._count(lessons, 1)
-        self.lessons[edit] = lessons
+        self._count(uses, 1)
+        self.lessons[edit], self._uses[edit] = lessons, uses
 
     def forget(self, edit: int) -> None:
         """Let later edits overwrite an edit, if it is in this memory.
@@ -40,11 +44,12 @@ class Memory:
         edit: its id.
         """
         self._count(self.lessons.pop(edit, []), -1)
+        self._count(self._uses.pop(edit, []), -1)
 
-    def _count(self, lessons: list[Lesson], sign: int) -> None:
-        for lesson in lessons:
-            a = lesson.activations
-            self.used[lesson.columns[:, None], lesson.columns] += sign * (a.T @ a)
+    def _count(self, rows: Sequence[Lesson | Use], sign: int) -> None:
+        for row in rows:
+            a = row.activations
+            self.used[row.columns[:, None], row.columns] += sign * (a.T @ a)
 
     def nearest(self, columns: torch.Tensor, n: int) -> list[int]:
         """Ids of the edits whose masks have most ones among some columns: those that a change there can hurt.

@@ -39,7 +39,7 @@ from memoir_retrieval.store.settings import Training
 IGNORED = -100  # what cross entropy leaves out
 NEAR = 5.0  # nats below which longer steps were measured to do no harm (docs)
 
-__all__ = ["Frozen", "Lesson", "Trained", "Wording", "answered", "freeze", "train_edits"]
+__all__ = ["Frozen", "Lesson", "Trained", "Use", "Wording", "answered", "freeze", "train_edits"]
 
 
 class Trained(NamedTuple):
@@ -66,11 +66,13 @@ class Wording(NamedTuple):
     context: which one stands before it.
     ids: from the question's first token to the end of the prompt.
     acts: the position among them from which on the residual acts.
+    answer: what follows; its last token is predicted and never read.
     """
 
     context: int
     ids: list[int]
     acts: int
+    answer: list[int]
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ class Frozen:
     labels: int64 [B, T], the token that each position must predict, or -100.
     masks: bool [B, D], each row's own, all ones until `masked`.
     pooled: so many of the rows, the first ones, have masks of their own.
+    other: so many, the last ones, have an answer in another form, such as in JSON.
     """
 
     ids: torch.Tensor
@@ -97,6 +100,7 @@ class Frozen:
     labels: torch.Tensor
     masks: torch.Tensor
     pooled: int = 0
+    other: int = 0
 
     def masked(self, masks: torch.Tensor) -> Frozen:
         """The same rows with masks.
@@ -110,22 +114,43 @@ class Frozen:
         """Which tokens are none of the padding: bool [B, T]."""
         return torch.arange(self.ids.shape[1], device=self.ids.device) < self.lengths[:, None]
 
-    def lesson(self, row: int) -> Lesson:
-        """A row to be asked again later.
+    @property
+    def lessons(self) -> list[Lesson]:
+        """The rows to be asked again later: those that have masks of their own."""
+        return [self._lesson(row) for row in range(self.pooled)]
 
-        row: its place.
-        """
-        n = int(self.lengths[row])
+    @property
+    def uses(self) -> list[Use]:
+        """What the rows that are not asked again, but answer in another form, use of a memory."""
+        return [self._use(row) for row in range(len(self.lengths) - self.other, len(self.lengths))]
+
+    def _use(self, row: int) -> Use:
         columns = self.masks[row].nonzero()[:, 0]
+        return Use(columns, self.activations[row, : int(self.lengths[row]), columns].float())
+
+    def _lesson(self, row: int) -> Lesson:
+        n = int(self.lengths[row])
+        use = self._use(row)
         states = [(keys.clone(), values.clone()) for keys, values in self.before[row].states]
         return Lesson(
             ids=self.ids[row, :n].clone(),
             labels=self.labels[row, :n].clone(),
             hidden=self.hidden[row, :n].clone(),
-            columns=columns,
-            activations=self.activations[row, :n, columns].float(),
+            columns=use.columns,
+            activations=use.activations,
             before=self.before[row]._replace(states=states),
         )
+
+
+class Use(NamedTuple):
+    """What one row of an edit uses of a memory.
+
+    columns: int64 [k], the mask's positions.
+    activations: float32 [T, k], on these columns.
+    """
+
+    columns: torch.Tensor
+    activations: torch.Tensor
 
 
 class Lesson(NamedTuple):
@@ -150,19 +175,19 @@ def freeze(
     base: BaseModel,
     past: FrozenPast,
     wordings: Sequence[Wording],
-    answer: Sequence[int],
     pooled: Sequence[Span] = (),
+    other: int = 0,
     quick: AbstractContextManager[Any] | None = None,
 ) -> tuple[Frozen, list[torch.Tensor]]:
-    """Run questions and the answer up to the edited block, and above it what stands before the residual acts.
+    """Run questions and answers up to the edited block, and above it what stands before the residual acts.
 
     base: the model.
     past: the contexts that the wordings name.
     wordings: the rows.
-    answer: target ids and the end token, which is predicted, never read.
     pooled: spans of the first wordings, whose means make fingerprints. These are run apart from the others, those of
         one question in different contexts together, so that a mean is the same whatever it is trained with.
-    quick: entered while the others are run.
+    other: see `Frozen`.
+    quick: entered while those without spans are run.
 
     Returns the rows and the means, float32 [D] each.
     """
@@ -175,14 +200,16 @@ def freeze(
     rows: list[_Row] = []
     means: list[torch.Tensor] = []
     for group in groups:
-        group_rows = _run_rows(base, past, [wordings[i] for i in group], answer)
+        group_rows = _run_rows(base, past, [wordings[i] for i in group])
         means += [span_mean(row.activations, pooled[i]) for i, row in zip(group, group_rows, strict=True)]
         rows += group_rows
     with quick or nullcontext():
         if others := wordings[len(pooled) :]:
-            rows += _run_rows(base, past, others, answer)
+            rows += _run_rows(base, past, others)
         states = _states(base, past, wordings, [row.hidden for row in rows])
-    ids, lengths = right_pad([[*wording.ids[wording.acts :], *answer[:-1]] for wording in wordings], base.device)
+    ids, lengths = right_pad(
+        [[*wording.ids[wording.acts :], *wording.answer[:-1]] for wording in wordings], base.device
+    )
     hidden, activations = (
         pad_sequence([part[wording.acts :] for wording, part in zip(wordings, parts, strict=True)], batch_first=True)
         for parts in ([row.hidden for row in rows], [row.activations for row in rows])
@@ -193,9 +220,10 @@ def freeze(
         before=[Before(past, wording.context, part) for wording, part in zip(wordings, states, strict=True)],
         hidden=hidden,
         activations=activations,
-        labels=_labels(ids, [len(wording.ids) - wording.acts for wording in wordings], answer),
+        labels=_labels(ids, wordings),
         masks=torch.ones(len(wordings), base.d, dtype=torch.bool, device=base.device),
         pooled=len(pooled),
+        other=other,
     ), means
 
 
@@ -206,8 +234,8 @@ class _Row(NamedTuple):
     activations: torch.Tensor
 
 
-def _run_rows(base: BaseModel, past: FrozenPast, wordings: Sequence[Wording], answer: Sequence[int]) -> list[_Row]:
-    ids, lengths = right_pad([[*wording.ids, *answer[:-1]] for wording in wordings], base.device)
+def _run_rows(base: BaseModel, past: FrozenPast, wordings: Sequence[Wording]) -> list[_Row]:
+    ids, lengths = right_pad([[*wording.ids, *wording.answer[:-1]] for wording in wordings], base.device)
     before = past.take([wording.context for wording in wordings])
     hidden, activations = frozen_run(base, before.inputs(ids), above=first_block(base) > base.layer)
     return [_Row(hidden[i, :n], activations[i, :n]) for i, n in enumerate(lengths.tolist())]
@@ -356,11 +384,12 @@ def answered(base: BaseModel, lessons: Sequence[tuple[Lesson, torch.Tensor]]) ->
     return [bool(part.all()) for part in right.split(wanted.sum(1).tolist())]
 
 
-def _labels(ids: torch.Tensor, lengths: Sequence[int], answer: Sequence[int]) -> torch.Tensor:
-    """What each position must predict, or -100: int64 [B, T]. lengths: tokens of each row before the answer."""
+def _labels(ids: torch.Tensor, wordings: Sequence[Wording]) -> torch.Tensor:
+    """What each position must predict, or -100: int64 [B, T]. ids: those on which the residual acts, padded."""
     labels = torch.full_like(ids, IGNORED)
-    for row, n in enumerate(lengths):
-        labels[row, n - 1 :][: len(answer)] = torch.tensor(list(answer), device=ids.device)
+    for row, wording in enumerate(wordings):
+        first = len(wording.ids) - wording.acts - 1
+        labels[row, first:][: len(wording.answer)] = torch.tensor(wording.answer, device=ids.device)
     return labels
 
 

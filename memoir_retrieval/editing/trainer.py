@@ -169,7 +169,7 @@ class Trainer:
         masks: list[np.ndarray] = []
         for task in tasks:
             frozen, codes = self._wordings.freeze_for_training(task.edit, task.id, task.rephrases, self._quick())
-            self._prepared[task.id] = frozen, [frozen.lesson(row) for row in range(len(codes))]
+            self._prepared[task.id] = frozen, frozen.lessons
             masks.append(codes)
         return masks
 
@@ -200,7 +200,8 @@ class Trainer:
         """
         memory = self.memories[task.memory]
         memory.weight[:, trained.columns] = trained.weights
-        memory.add(task.id, self._prepared[task.id][1])
+        frozen, lessons = self._prepared[task.id]
+        memory.add(task.id, lessons, frozen.uses)
 
     def forget(self, edit: int) -> None:
         """Let later tasks overwrite an edit, if its memory is open.
@@ -218,8 +219,8 @@ class Trainer:
         masks: how many it has.
         """
         if number in self.memories:
-            frozen, _ = self._wordings.freeze_masked(edit, self._wordings.rephrases(masks))
-            self.memories[number].add(edit.id, [frozen.lesson(row) for row in range(masks)])
+            frozen, _ = self._wordings.freeze_masked(edit, self._wordings.rephrases(masks), self._quick())
+            self.memories[number].add(edit.id, frozen.lessons, frozen.uses)
 
     def stop(self) -> None:
         """Let go of what is held elsewhere: of nothing, here."""

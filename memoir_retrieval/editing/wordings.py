@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -18,8 +20,9 @@ from memoir_retrieval.errors import EditFileError, Reason
 from memoir_retrieval.model.base import BaseModel
 from memoir_retrieval.model.forward import FrozenPast, frozen_past
 from memoir_retrieval.question.fingerprint import Fingerprint
-from memoir_retrieval.question.prompts import Prompt, end_token, prompt_ids, target_ids
+from memoir_retrieval.question.prompts import Prompt, end_token, prompt_ids, target_ids, text_ids
 from memoir_retrieval.question.span import Span, find_span
+from memoir_retrieval.question.thinking import closing, prompt_ends, thinks
 from memoir_retrieval.store.manifest import Manifest
 from memoir_retrieval.store.settings import Training
 
@@ -74,10 +77,11 @@ class Wordings:
         span = find_span(prompt, self.span)
         if span.start >= span.end:
             raise EditFileError(f"prompt {edit.prompt!r} has no tokens to pool: give a longer prompt")
-        if not target:
+        if not text_ids(self.base.tokenizer, edit.target):
             raise EditFileError(f"target {edit.target!r} of prompt {edit.prompt!r} has no tokens: give a longer target")
         prompt_length = max([self._past.width + len(prompt), *map(len, self._in_contexts(edit.prompt))])
-        longest = prompt_length + len(target) + 1
+        others = [self._past.width + len(row.ids) + len(row.answer) for row in self._other_answers(edit)]
+        longest = max([prompt_length + len(target) + 1, *others])
         if longest > self.base.max_length:
             raise EditFileError(
                 f"prompt {edit.prompt[:60]!r} and its target need {longest} tokens, {self.base.name} takes "
@@ -91,38 +95,44 @@ class Wordings:
         """
         return max(0, masks - 1 - self.training.context_masks)
 
-    def freeze_masked(self, edit: Edit | StoredEdit, rephrases: int = 0) -> tuple[Frozen, np.ndarray]:
-        """What has a mask (see `edit.masked`), run up to the edited block, and the masks: uint8 [R, D/8].
+    def freeze_masked(
+        self, edit: Edit | StoredEdit, rephrases: int = 0, quick: AbstractContextManager[None] | None = None
+    ) -> tuple[Frozen, np.ndarray]:
+        """What has a mask (see `edit.masked`) and what is answered in other forms, run up to the edited block, and the
+        masks: uint8 [R, D/8].
 
         edit: any.
         rephrases: how many of its rephrasings have masks.
+        quick: entered while what has no mask is run.
         """
-        return self._frozen(edit, rephrases, [], nullcontext())
+        return self._frozen(edit, rephrases, [], quick or nullcontext())
 
     def freeze_for_training(
         self, edit: Edit | StoredEdit, number: int, rephrases: int, quick: AbstractContextManager[None]
     ) -> tuple[Frozen, np.ndarray]:
-        """As `freeze_masked`, with the wordings behind them that have no mask of their own.
+        """As `freeze_masked`, with wordings between these two that are learnt, and not left alone by later edits.
 
-        Those stand after contexts, or are noisy; and plain where the edit is part of a chat.
+        They stand after contexts, or are noisy; and plain where the edit is part of a chat.
 
         edit: any.
         number: its id, from which its noise is drawn.
         rephrases: how many of its rephrasings have masks.
         quick: entered while these others are run.
         """
-        question = self._cut(as_prompt(edit))
+        question, answer = self._cut(as_prompt(edit)), self._answer(edit)
         # Rows with their context in them are whole: under the rule "all" nothing follows the question.
         unmasked = range(1 + self.training.context_masks, 1 + len(self.contexts))
         whole = self._in_contexts(edit.prompt)
         others = [
-            Wording(context, whole[i], 0) if whole else Wording(context, question.ids, question.pooled.acts_from)
+            Wording(context, whole[i], 0, answer)
+            if whole
+            else Wording(context, question.ids, question.pooled.acts_from, answer)
             for i, context in enumerate(unmasked)
         ]
         others += self.noisy(edit, number)
         if edit.before:
             plain = self._cut(edit.prompt)
-            others.append(Wording(0, plain.ids, plain.pooled.acts_from))
+            others.append(Wording(0, plain.ids, plain.pooled.acts_from, answer))
         return self._frozen(edit, rephrases, others, quick)
 
     def noisy(self, edit: Edit | StoredEdit, number: int) -> list[Wording]:
@@ -143,8 +153,50 @@ class Wordings:
             if variant % 2 and question.pooled.acts == "last" and replaceable[-1] and len(words) > 1:
                 noisy.pop()
             acts = question.pooled.acts_from + min(0, len(noisy) - len(words))
-            variants.append(Wording(self._context_of(edit), [*noisy, *question.ids[question.pooled.end :]], acts))
+            ids = [*noisy, *question.ids[question.pooled.end :]]
+            variants.append(Wording(self._context_of(edit), ids, acts, self._answer(edit)))
         return variants
+
+    def _other_answers(self, edit: Edit | StoredEdit) -> list[Wording]:
+        return [*self.in_json(edit), *self.thinking(edit)]
+
+    def in_json(self, edit: Edit | StoredEdit) -> list[Wording]:
+        """The answer as a string in JSON, which ends at its quotation mark.
+
+        A grammar that a server forces an answer into forbids the model's end token there.
+
+        edit: any.
+        """
+        if not self.training.json_strings:
+            return []
+        question = self._cut(as_prompt(edit))
+        head, string = (closing(self.base.tokenizer) + text for text in _in_json(edit.target))
+        ids, answer = text_ids(self.base.tokenizer, head), text_ids(self.base.tokenizer, string + "}")
+        shared = next((n for n, (a, b) in enumerate(zip(ids, answer, strict=False)) if a != b), len(ids))
+        # Quotation mark and bracket may be one token, and the mark one with what ends the target.
+        ends = (n for n in range(shared + 1, len(answer)) if self._text(answer[:n]).startswith(string))
+        end = next(ends, len(answer))
+        return [
+            Wording(
+                self._context_of(edit), [*question.ids, *ids[:shared]], question.pooled.acts_from, answer[shared:end]
+            )
+        ]
+
+    def thinking(self, edit: Edit | StoredEdit) -> list[Wording]:
+        """The prompt with thinking switched on or off, where the template does not begin so by itself, and behind a
+        thought; nothing where a template has no thinking.
+
+        edit: any.
+        """
+        tokenizer = self.base.tokenizer
+        if not (self.chat and thinks(tokenizer)):
+            return []
+        rows: list[Wording] = []
+        for options, begin in prompt_ends(tokenizer)[1:]:
+            cut = self._cut(as_prompt(edit), options)
+            answer = [*text_ids(tokenizer, begin + edit.target), end_token(tokenizer)]
+            rows.append(Wording(self._context_of(edit), cut.ids, cut.pooled.acts_from, answer))
+        return rows
 
     def _required(self, edit: Edit | StoredEdit, ids: list[int]) -> np.ndarray:
         """Which tokens of a question are of what its edit requires, without which it never acts: bool [T]."""
@@ -173,10 +225,13 @@ class Wordings:
         contexts = [self._context_of(edit)] * len(cuts)
         after = range(1, 1 + self.training.context_masks)
         cuts[1:1], contexts[1:1] = cuts[:1] * len(after), after
-        rows = [Wording(c, cut.ids, cut.pooled.acts_from) for c, cut in zip(contexts, cuts, strict=True)]
+        rows = [
+            Wording(c, cut.ids, cut.pooled.acts_from, self._answer(edit)) for c, cut in zip(contexts, cuts, strict=True)
+        ]
         past = self._past.beside(frozen_past(self.base, [cuts[0].before])) if edit.before else self._past
         pooled = [cut.pooled for cut in cuts]
-        frozen, means = freeze(self.base, past, [*rows, *others], self._answer(edit), pooled, quick)
+        others += (other := self._other_answers(edit))
+        frozen, means = freeze(self.base, past, [*rows, *others], pooled, len(other), quick)
         codes = self.fingerprint.codes(torch.stack(means))
         bits = torch.as_tensor(unpack(codes, self.base.d), device=self.base.device)
         return frozen.masked(torch.cat([bits, bits[:1].expand(len(others), -1)])), codes
@@ -184,13 +239,17 @@ class Wordings:
     def _answer(self, edit: Edit | StoredEdit) -> list[int]:
         return [*target_ids(self.base.tokenizer, edit.target, chat=self.chat), end_token(self.base.tokenizer)]
 
-    def _cut(self, prompt: Prompt) -> Cut:
-        ids = self._prompt_ids(prompt)
+    def _cut(self, prompt: Prompt, options: Mapping[str, bool] | None = None) -> Cut:
+        ids = self._prompt_ids(prompt, options)
         span = find_span(ids, self.span)
         return Cut(ids[: span.start], ids[span.start :], span.moved(-span.start))
 
-    def _prompt_ids(self, prompt: Prompt) -> list[int]:
-        return prompt_ids(self.base.tokenizer, prompt, chat=self.chat)
+    def _prompt_ids(self, prompt: Prompt, options: Mapping[str, bool] | None = None) -> list[int]:
+        return prompt_ids(self.base.tokenizer, prompt, chat=self.chat, options=options)
+
+    def _text(self, ids: list[int]) -> str:
+        text: str = self.base.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        return text
 
     def _frozen_contexts(self) -> FrozenPast:
         """The tokens before the question: the bare prompt's own, then those of every training context."""
@@ -212,3 +271,9 @@ class Wordings:
         if self.chat:
             return [self._prompt_ids([*context, {"role": "user", "content": prompt}]) for context in self.contexts]
         return [self._prompt_ids(f"{context} {prompt}") for context in self.contexts]
+
+
+def _in_json(target: str) -> tuple[str, str]:
+    """An object up to its key, and up to the quotation mark that ends the target."""
+    head = '{"answer'
+    return head, head + '": ' + json.dumps(target, ensure_ascii=False)

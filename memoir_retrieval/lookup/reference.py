@@ -26,6 +26,7 @@ from memoir_retrieval.model.forward import (
 )
 from memoir_retrieval.question.prompts import Prompt, end_token, given_ids, target_ids
 from memoir_retrieval.question.span import Span
+from memoir_retrieval.question.thinking import behind_thinking, closing
 
 __all__ = ["Answer", "EditedModel"]
 
@@ -34,7 +35,7 @@ __all__ = ["Answer", "EditedModel"]
 class Answer:
     """One answer.
 
-    text: the answer as text, without special tokens.
+    text: the answer as text, without special tokens, and without thinking where the chat template has it.
     tokens: the new token ids, with the end token where the model stopped by itself.
     edit: id of the matched edit, or None.
     overlap: that of `memoir_index.Hits`.
@@ -264,7 +265,9 @@ class EditedModel:
             states.append(_BatchRow(spans[r], width - len(row) - shared, _questions(row, spans[r])))
         options: dict[str, Any] = {"past_key_values": past.repeated(len(rows)).growing()} if shared else {}
         if wanted is not None:
-            options["stopping_criteria"] = StoppingCriteriaList([_GivenUp(self.base.tokenizer, wanted, width)])
+            begin = closing(self.base.tokenizer) if self.retriever.store.manifest.chat else ""
+            hoped = [begin + text for text in wanted]
+            options["stopping_criteria"] = StoppingCriteriaList([_GivenUp(self.base.tokenizer, hoped, width)])
         with self._edits_on(states, edited):
             out = self.base.model.generate(
                 input_ids=ids,
@@ -284,6 +287,8 @@ class EditedModel:
 
     def _answer(self, tokens: list[int], row: _BatchRow, logprobs: tuple[float, ...] = ()) -> Answer:
         text = self.base.tokenizer.decode(tokens, skip_special_tokens=True)
+        if self.retriever.store.manifest.chat:
+            text = behind_thinking(self.base.tokenizer, text)
         return Answer(text, tuple(tokens), row.edit, row.overlap, logprobs)
 
     @contextmanager

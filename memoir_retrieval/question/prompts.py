@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias, cast
 
 from memoir_retrieval.errors import ConfigError, Reason
+from memoir_retrieval.question.thinking import closing
 
-__all__ = ["Message", "Prompt", "as_messages", "end_token", "given_ids", "prompt_ids", "target_ids"]
+__all__ = ["Message", "Prompt", "as_messages", "end_token", "given_ids", "prompt_ids", "target_ids", "text_ids"]
 
 Message: TypeAlias = dict[str, str]
 Prompt: TypeAlias = str | Sequence[Message]
 
 
-def prompt_ids(tokenizer: Any, prompt: Prompt, *, chat: bool) -> list[int]:
+def prompt_ids(tokenizer: Any, prompt: Prompt, *, chat: bool, options: Mapping[str, Any] | None = None) -> list[int]:
     """Token ids of a prompt, as an OpenAI-compatible server would make them.
 
     tokenizer: of Hugging Face.
     prompt: text or messages; messages always go through the chat template.
     chat: whether text is one user message, else it is raw.
+    options: what the chat template is given besides the messages.
 
     Raises ConfigError where messages have no template to go through.
     """
@@ -29,7 +31,9 @@ def prompt_ids(tokenizer: Any, prompt: Prompt, *, chat: bool) -> list[int]:
             "this tokenizer has no chat template", cure="ask raw prompts (chat=False)", reason=Reason.NO_TEMPLATE
         )
     messages = as_messages(prompt)
-    rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+    rendered = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, **options or {}
+    )
     return list(rendered["input_ids"])
 
 
@@ -67,8 +71,19 @@ def end_token(tokenizer: Any) -> int:
 def target_ids(tokenizer: Any, target: str, *, chat: bool) -> list[int]:
     """Token ids of an answer without the end token. After raw text the answer begins with a space.
 
+    Where the chat template has the model think first, the answer closes that at once (see `question.thinking`).
+
     tokenizer: of Hugging Face.
     target: the answer's text.
     chat: whether the answer stands in a chat.
     """
-    return list(tokenizer(target if chat else " " + target, add_special_tokens=False).input_ids)
+    return text_ids(tokenizer, closing(tokenizer) + target if chat else " " + target)
+
+
+def text_ids(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a part of an answer.
+
+    tokenizer: of Hugging Face.
+    text: what it is to be.
+    """
+    return list(tokenizer(text, add_special_tokens=False).input_ids)

@@ -37,6 +37,8 @@ class Training(msgspec.Struct, frozen=True):
     context_masks: after so many of them a question has a mask of its own, which finds the edit in chats that have
         begun; none for raw prompts and under the span rule "all", where what is pooled is not the question alone.
     variants: so many prompts with random words are made up.
+    json_strings: 1 trains the answer in a JSON object too, where a grammar forbids the token that ends it; 0 for raw
+        prompts.
     noise: how likely each token of the question is replaced in them.
     max_steps: training ends after so many gradient steps.
     stop_loss: training ends below this mean loss, in nats per target token.
@@ -47,6 +49,7 @@ class Training(msgspec.Struct, frozen=True):
     contexts: Annotated[int, Meta(ge=0)] = 1
     context_masks: Annotated[int, Meta(ge=0)] = 1
     variants: Annotated[int, Meta(ge=0)] = 2
+    json_strings: Annotated[int, Meta(ge=0, le=1)] = 1
     noise: Annotated[float, Meta(ge=0, le=1)] = 0.25
     max_steps: Annotated[int, Meta(ge=0)] = 60
     stop_loss: Annotated[float, Meta(gt=0)] = 0.02
@@ -70,6 +73,10 @@ def _range(kind: Any) -> str:
     return f"{number} above {meta.gt}" if meta.ge is None else f"{number} of {meta.ge} or more"
 
 
+# What stores were made without before there was a choice.
+_LATER: dict[str, float | int | str] = {"context_masks": 0, "json_strings": 0}
+
+
 def training_of(manifest: Manifest) -> Training:
     """How the edits of a store are trained.
 
@@ -78,7 +85,7 @@ def training_of(manifest: Manifest) -> Training:
     Raises StoreError where it names what cannot be.
     """
     try:
-        return msgspec.convert({"context_masks": 0} | manifest.training, Training)
+        return msgspec.convert(_LATER | manifest.training, Training)
     except msgspec.ValidationError as error:
         raise StoreError(
             f"a store of {manifest.model} is damaged (training: {error}): restore it from a backup"
@@ -145,7 +152,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         manifest: the store's.
         """
         fields = {name: getattr(manifest, name) for name in cls.__struct_fields__ if hasattr(manifest, name)}
-        fields["training"] = {"context_masks": 0} | manifest.training
+        fields["training"] = _LATER | manifest.training
         return cls(**fields, rule=manifest.span.rule)
 
     def resolved(self, base: BaseModel) -> Settings:
@@ -185,7 +192,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             k=k,
             tau=tau,
             seed=self.seed or 0,
-            training=msgspec.structs.asdict(training) | {"context_masks": masks},
+            training=msgspec.structs.asdict(training)
+            | {"context_masks": masks, "json_strings": training.json_strings if chat else 0},
         )
 
     def contradiction(self, other: Settings) -> Contradiction | None:
@@ -201,6 +209,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             stored = self.training.get(name, wanted)
             if name == "context_masks" and not (self.chat and self.rule == "question"):
                 wanted = 0  # as `resolved` has it
+            if name == "json_strings" and not self.chat:
+                wanted = 0
             if stored != wanted:
                 return Contradiction(f"training.{name}", stored, wanted)
         return None

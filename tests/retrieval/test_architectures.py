@@ -149,9 +149,9 @@ def test_an_edit_is_trained_in_rows_of_different_length_as_if_each_stood_alone(b
     masks[:2, ::3] = True
     masks[2, ::4] = True  # a row with a mask of its own, as a rephrasing may have
     past = FrozenPast(None, torch.zeros(3, dtype=torch.int64))
-    wordings = [Wording(i, question, acts) for i, question in enumerate(questions)]
+    wordings = [Wording(i, question, acts, answer) for i, question in enumerate(questions)]
     spans = [Span(0, len(question)) for question in questions[:2]]
-    frozen = freeze(base, past, wordings, answer, spans)[0].masked(masks)
+    frozen = freeze(base, past, wordings, spans)[0].masked(masks)
     (trained,) = train_edits(base, [(frozen, torch.zeros(32, 64), torch.zeros(64, 64))], Training(max_steps=3))
     assert trained.steps == 3 and trained.columns.tolist() == masks.any(0).nonzero()[:, 0].tolist()
     weight = torch.zeros(32, 64)
@@ -205,8 +205,8 @@ def test_a_lesson_is_answered_with_the_weights_it_belongs_to(base: BaseModel, la
             ids.append(int(base.model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
         handle.remove()
         answer = ids[-3:]
-        frozen = freeze(base, past, [Wording(0, question, acts)], answer)[0].masked(mask)
-        memory.add(edit, [frozen.lesson(0)])
+        frozen = freeze(base, past, [Wording(0, question, acts, answer)], [Span(0, len(question))])[0].masked(mask)
+        memory.add(edit, frozen.lessons)
     lessons = [own[0] for own in memory.lessons.values()]
     assert answered(base, [(lesson, memory.weight) for lesson in lessons]) == [True, True]
     both = [(memory, 0), (memory, 1)]
