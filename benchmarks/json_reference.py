@@ -88,7 +88,7 @@ def ask(model: EditedModel, prompts: Sequence[Any], schema: dict[str, Any] | Non
     try:
         return [answer.text for answer in model.generate(prompts, max_new_tokens=TOKENS)]
     finally:
-        base.generate = generate
+        vars(base).pop("generate", None)
 
 
 def value_of(text: str, path: tuple[str | int, ...] | None) -> Any:

@@ -247,14 +247,17 @@ def _states(
     """Of each row the `states` of `Before`."""
     if not any(wording.acts for wording in wordings):
         return [[] for _ in wordings]
-    ids, _ = right_pad([wording.ids[: wording.acts] for wording in wordings], base.device)
-    inputs = pad_sequence(
-        [part[: wording.acts] for wording, part in zip(wordings, hidden, strict=True)], batch_first=True
-    )
-    layers = frozen_states(base, past.take([wording.context for wording in wordings]), ids, inputs)
+    # The same question may be answered in several forms.
+    questions = [(wording.context, tuple(wording.ids[: wording.acts])) for wording in wordings]
+    first = {question: row for row, question in reversed([*enumerate(questions)])}
+    rows = sorted(first.values())
+    ids, _ = right_pad([wordings[row].ids[: wordings[row].acts] for row in rows], base.device)
+    inputs = pad_sequence([hidden[row][: wordings[row].acts] for row in rows], batch_first=True)
+    layers = frozen_states(base, past.take([wordings[row].context for row in rows]), ids, inputs)
+    place = {question: rows.index(row) for question, row in first.items()}
     return [
         [(keys[i, :, : wording.acts], values[i, :, : wording.acts]) for keys, values in layers] if wording.acts else []
-        for i, wording in enumerate(wordings)
+        for wording, i in zip(wordings, (place[question] for question in questions), strict=True)
     ]
 
 
