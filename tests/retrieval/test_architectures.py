@@ -183,6 +183,40 @@ def test_an_edit_is_trained_in_rows_of_different_length_as_if_each_stood_alone(b
     assert trained.lead == pytest.approx(min(leads[:2]), abs=1e-2), "the row that no fingerprint is made of is another"
 
 
+@pytest.mark.parametrize("acts", [0, 4])
+def test_a_question_answered_in_two_forms_is_frozen_as_if_each_stood_alone(base: BaseModel, acts: int) -> None:
+    past = FrozenPast(None, torch.zeros(1, dtype=torch.int64))
+    forms = [Wording(0, TAIL, acts, [30, 31]), Wording(0, [*TAIL, 40, 41], acts, [32, 33, 34])]
+    both, _ = freeze(base, past, forms, [Span(0, len(TAIL))], 1)
+    assert both.labels.tolist() == [
+        [-100] * (len(TAIL) - acts - 1) + [30, 31] + [-100] * 3,
+        [-100] * (len(TAIL) + 1 - acts) + [32, 33, 34],
+    ]
+    for row, form in enumerate(forms):
+        alone, _ = freeze(base, past, [form])
+        n = int(alone.lengths[0])
+        assert n == int(both.lengths[row])
+        torch.testing.assert_close(both.hidden[row, :n], alone.hidden[0], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(both.activations[row, :n], alone.activations[0], atol=1e-5, rtol=1e-4)
+        assert len(both.before[row].states) == len(alone.before[0].states)
+        for pair, expected in zip(both.before[row].states, alone.before[0].states, strict=True):
+            torch.testing.assert_close(pair, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_later_edits_leave_alone_what_another_form_of_the_answer_uses(base: BaseModel) -> None:
+    past = FrozenPast(None, torch.zeros(1, dtype=torch.int64))
+    forms = [Wording(0, TAIL, 4, [30, 31]), Wording(0, [*TAIL, 40], 4, [32, 33])]
+    frozen, _ = freeze(base, past, forms, [Span(0, len(TAIL))], 1)
+    memory, plain = Memory(torch.zeros(32, 64)), Memory(torch.zeros(32, 64))
+    plain.add(0, frozen.lessons)
+    memory.add(0, frozen.lessons, frozen.uses)
+    assert len(memory.lessons[0]) == 1, "the other form is not asked again"
+    rows = frozen.activations[1, : int(frozen.lengths[1])]
+    torch.testing.assert_close(memory.used - plain.used, rows.T @ rows, atol=1e-4, rtol=1e-4)
+    memory.forget(0)
+    assert memory.used.abs().max() < 1e-3 * plain.used.max()
+
+
 @pytest.mark.parametrize("last", [False, True])
 def test_a_lesson_is_answered_with_the_weights_it_belongs_to(base: BaseModel, last: bool) -> None:
     torch.manual_seed(1)
