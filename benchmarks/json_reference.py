@@ -74,6 +74,8 @@ class Grammar(LogitsProcessor):
 
 def ask(model: EditedModel, prompts: Sequence[Any], schema: dict[str, Any] | None) -> list[str]:
     """The free answers to prompts, under a grammar or not."""
+    if schema is None:
+        return _answers(model, prompts)
     base = model.base.model
     info = xgrammar.TokenizerInfo.from_huggingface(model.base.tokenizer, vocab_size=base.config.vocab_size)
     compiled = xgrammar.GrammarCompiler(info).compile_json_schema(json.dumps(schema), any_whitespace=True)
@@ -83,12 +85,15 @@ def ask(model: EditedModel, prompts: Sequence[Any], schema: dict[str, Any] | Non
         grammar = Grammar(compiled, len(inputs["input_ids"]), base.config.vocab_size)
         return generate(**inputs, logits_processor=LogitsProcessorList([grammar]))
 
-    if schema:
-        base.generate = under_grammar
+    base.generate = under_grammar
     try:
-        return [answer.text for answer in model.generate(prompts, max_new_tokens=TOKENS)]
+        return _answers(model, prompts)
     finally:
-        vars(base).pop("generate", None)
+        del base.generate
+
+
+def _answers(model: EditedModel, prompts: Sequence[Any]) -> list[str]:
+    return [answer.text for answer in model.generate(prompts, max_new_tokens=TOKENS)]
 
 
 def value_of(text: str, path: tuple[str | int, ...] | None) -> Any:
