@@ -146,7 +146,8 @@ class Wordings:
         words = question.ids[: question.pooled.end]
         replaceable = ~self._required(edit, words)
         variants: list[Wording] = []
-        for variant in range(self.training.variants):
+        # An answer in JSON takes the place of the first, so that training costs little more.
+        for variant in range(self.training.json_strings, self.training.variants):
             replaced = (random.random(len(words)) < self.training.noise) & replaceable
             noisy = np.where(replaced, random.choice(self._other_tokens, len(words)), words).tolist()
             # Where the residual acts from the last token on, such as a question mark, some will leave that out.

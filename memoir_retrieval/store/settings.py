@@ -36,7 +36,7 @@ class Training(msgspec.Struct, frozen=True):
     contexts: after so many of the library's contexts a prompt is trained too.
     context_masks: after so many of them a question has a mask of its own, which finds the edit in chats that have
         begun; none for raw prompts and under the span rule "all", where what is pooled is not the question alone.
-    variants: so many prompts with random words are made up.
+    variants: so many prompts with random words are made up; one less where `json_strings` is 1.
     json_strings: 1 trains the answer in a JSON object too, where a grammar forbids the token that ends it; 0 for raw
         prompts.
     noise: how likely each token of the question is replaced in them.

@@ -43,6 +43,15 @@ def test_raw_prompts_and_a_store_that_says_so_have_no_such_wording(base: BaseMod
             assert editor.manifest.training["json_strings"] == 0
 
 
+def test_it_takes_the_place_of_a_variant(base: BaseModel, tmp_path: Path) -> None:
+    counts = {}
+    for strings in (0, 1):
+        with Editor(base, tmp_path / str(strings), training=Training(variants=3, json_strings=strings)) as editor:
+            wordings = editor._session.wordings
+            counts[strings] = len(wordings.noisy(LAMIINAE, 0)), len(wordings.in_json(LAMIINAE))
+    assert counts == {0: (3, 0), 1: (2, 1)}
+
+
 def test_a_store_from_before_keeps_training_without_it(base: BaseModel, tmp_path: Path) -> None:
     with Editor(base, tmp_path, training=Training(max_steps=0, variants=0)) as editor:
         editor.add([LAMIINAE], keep_failed=True)

@@ -20,7 +20,8 @@ ENDS = {
     "switched on": _START
     + "{% if thinking is defined and thinking %}{{ '<think>' }}{% else %}{{ '</think>' }}{% endif %}",
 }
-_TOKENS = {"<jupyter_start>": "<think>", "<jupyter_text>": "</think>"}
+# These two have embeddings of their own. Most of the model's special tokens share one, so that it cannot say which.
+_TOKENS = {"<repo_name>": "<think>", "<filename>": "</think>"}
 
 
 def save_thinking(folder: Path, ending: str) -> Path:
