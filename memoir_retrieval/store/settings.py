@@ -37,8 +37,7 @@ class Training(msgspec.Struct, frozen=True):
     context_masks: after so many of them a question has a mask of its own, which finds the edit in chats that have
         begun; none for raw prompts and under the span rule "all", where what is pooled is not the question alone.
     variants: so many prompts with random words are made up; one less where `json_strings` is 1.
-    json_strings: 1 trains the answer in a JSON object too, where a grammar forbids the token that ends it; 0 for raw
-        prompts.
+    json_strings: 1 trains the answers of chats in a JSON object too, where a grammar forbids the token that ends them.
     noise: how likely each token of the question is replaced in them.
     max_steps: training ends after so many gradient steps.
     stop_loss: training ends below this mean loss, in nats per target token.
@@ -49,7 +48,7 @@ class Training(msgspec.Struct, frozen=True):
     contexts: Annotated[int, Meta(ge=0)] = 1
     context_masks: Annotated[int, Meta(ge=0)] = 1
     variants: Annotated[int, Meta(ge=0)] = 2
-    json_strings: Annotated[int, Meta(ge=0, le=1)] = 1
+    json_strings: Annotated[int, Meta(ge=0, le=1)] = 0
     noise: Annotated[float, Meta(ge=0, le=1)] = 0.25
     max_steps: Annotated[int, Meta(ge=0)] = 60
     stop_loss: Annotated[float, Meta(gt=0)] = 0.02

@@ -189,7 +189,7 @@ def manifest_key_twice(folder: Path) -> None:
     forge.sign(folder, text.replace(b'"tau": 0.5', b'"tau": 0.5, "tau": 0.9'))
 
 
-@attack("NaN is no number")
+@attack("NaN is not a number")
 def manifest_nan(folder: Path) -> None:
     forge.sign(folder, forge.manifest(folder) | {"tau": float("nan")})
 

@@ -488,7 +488,7 @@ IDLE = {
     ),
     "device without the model": (["index", "verify", "{store}", "--device", "cpu"], "--device cpu", "add --masks, or"),
     "limit": (["calibrate", "{store}", "--limit", "2"], "--limit 2", "add the file of edits after DIR, or leave it"),
-    "format": (["calibrate", "{store}", "--format", "zsre"], "--format zsre", "without FILE: put the file of edits"),
+    "format": (["calibrate", "{store}", "--format", "zsre"], "--format zsre", "without FILE: add the file of edits"),
     "edits": (["bench", "routing", "{store}", "--edits", "{file}"], "--edits {file}", "that is there: leave it out"),
     "chat": (["bench", "routing", "{store}", "--no-chat"], "--no-chat", "that is there: leave it out, or DIR"),
 }

@@ -199,7 +199,7 @@ def test_a_store_without_a_judge_is_decided_by_its_masks_and_says_so(
     lookup = EditLookup(judged_store(tmp_path, judge=""), words_of)
     assert [record.message for record in caplog.records] == [
         f"store {tmp_path} was made without a judge of questions, so masks alone decide: `memoir calibrate {tmp_path} "
-        "--write` puts one into it"
+        "--write` adds one"
     ]
     assert lookup.search(masks(3, seed=4)[:1], 0.5, [[1]]).ids.tolist() == [0]
 

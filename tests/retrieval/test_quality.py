@@ -198,7 +198,7 @@ def test_what_a_run_cannot_do_is_said_before_it_starts(
     refused(capsys, store, "--data or MEMOIR_DATA", "bench", "quality", "zsre", "--out", tmp_path, "--data", tmp_path)
     refused(capsys, store, "holds no run", "report", tmp_path)
     (tmp_path / "run.json").write_text("{}")
-    refused(capsys, store, "is no run of this version", "report", tmp_path)
+    refused(capsys, store, "is not a run of this version", "report", tmp_path)
     assert not (tmp_path / "run").exists()
 
 

@@ -363,7 +363,7 @@ def test_a_device_that_takes_a_part_gets_the_rest_or_fails_the_change(
     if taken:
         log.write("active", "ann", "1")
     else:
-        with pytest.raises(OSError, match="takes no bytes"):
+        with pytest.raises(OSError, match="the disk took none of it"):
             log.write("active", "ann", "1")
     monkeypatch.undo()
     assert [entry["what"] for entry in log.lines()] == ["accepted", *(["active"] if taken else [])]
