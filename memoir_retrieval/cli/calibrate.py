@@ -161,7 +161,8 @@ def _calibrate_store(
     for near in calibration.nearest:
         click.echo(f"nearest unrelated: {near.overlap:.3f} {near.prompt!r} to edit {near.edit}")
     click.echo(
-        f"tau {tau} suggested, {manifest.tau} is the store's" + ("" if write else "; --write puts it into the store")
+        f"tau {tau} suggested, "
+        + (f"{manifest.tau} was the store's" if write else f"{manifest.tau} is the store's; --write puts {tau} into it")
     )
 
 
