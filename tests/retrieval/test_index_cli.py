@@ -138,7 +138,7 @@ def test_the_benchmark_leaves_out_what_does_not_fit_into_memory() -> None:
     [
         (["--tau", "0"], "tau is 0.0: choose 0 < tau <= 1"),
         (["--d", "100"], "--d is 100: choose a multiple of 64"),
-        (["--cpu-time", "--threads", "2"], "--cpu-time counts the work of one thread, --threads is 2"),
+        (["--cpu-time", "--threads", "2"], "--cpu-time counts the work of all threads, and --threads is 2"),
     ],
 )
 def test_the_benchmark_refuses_what_it_cannot_measure(arguments: list[str], said: str) -> None:

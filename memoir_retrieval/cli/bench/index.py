@@ -38,7 +38,7 @@ from memoir_retrieval.errors import ConfigError
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="CPU threads.")
 @click.option("--seconds", type=float, default=10.0, show_default=True, help="Seconds for each size and batch.")
 @click.option("--memory", type=float, help="GiB that may be used (default: half of what is free).")
-@click.option("--cpu-time", is_flag=True, help="Count CPU time, for a busy machine; needs one thread.")
+@click.option("--cpu-time", is_flag=True, help="Count CPU time, for a busy machine; for one thread only.")
 @click.option("--quick", is_flag=True, help="Only 1000 and 10000 masks, 2 seconds each.")
 @json_option
 def bench_index(
@@ -74,7 +74,7 @@ def bench_index(
     if wrong:
         raise ConfigError(f"--d is {wrong[0]}: choose a multiple of 64, such as 14336")
     if cpu_time and threads > 1:
-        raise ConfigError(f"--cpu-time counts the work of one thread, --threads is {threads}: leave out --threads")
+        raise ConfigError(f"--cpu-time counts the work of all threads, and --threads is {threads}: leave out --threads")
     if quick:
         sizes, seconds = tuple(n for n in sizes if n <= 10_000) or sizes[:1], min(seconds, 2.0)
     faiss.omp_set_num_threads(threads)
