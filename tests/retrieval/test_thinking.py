@@ -56,6 +56,7 @@ def test_a_template_without_thinking_is_left_as_it_is(tiny: Path) -> None:
     assert closing(tokenizer) == "" and "opens none" in described(tokenizer)
 
 
+@pytest.mark.slow
 def test_the_target_arrives_behind_the_thinking_however_it_is_switched(
     ending: str, folder: Path, tmp_path: Path
 ) -> None:
