@@ -21,19 +21,35 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow]
 EDITS = read_edits(Path(__file__).parents[2] / "examples" / "zsre-100.jsonl")[:4]
 
 
-@pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    """A server with a reasoning parser, on a template that opens a think tag unless a request switches that off."""
-    folder = tmp_path_factory.mktemp("answers")
-    model = save_thinking(folder / "model", "opened or switched off")
+def served(folder: Path, model: Path, *options: str) -> Server:
+    """A server of a model whose edits were trained for JSON, too.
+
+    folder: for the store and the log.
+    options: of the server.
+    """
     with Editor(load_model(str(model)), folder / "store", training=Training(json_strings=1)) as editor:
         editor.add(EDITS)
         assert not editor.outcome.failed
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", str(model), "--served-model-name", "m", "--dtype", "float32", "--enforce-eager"]
-    command += ["--max-model-len", "512", "--max-num-seqs", "4", "--reasoning-parser", "qwen3"]
+    command += ["--max-model-len", "512", "--max-num-seqs", "4", *options]
     command += ["--additional-config", json.dumps({"memoir": {"store": str(folder / "store")}})]
-    server = Server(command, folder / "log")
+    return Server(command, folder / "log")
+
+
+@pytest.fixture(scope="module")
+def client(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    server = served(tmp_path_factory.mktemp("answers"), model_folder)
+    yield server.http
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def thinking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    """With a reasoning parser, on a template that opens a think tag unless a request switches that off."""
+    folder = tmp_path_factory.mktemp("thinking")
+    model = save_thinking(folder / "model", "opened or switched off")
+    server = served(folder, model, "--reasoning-parser", "qwen3")
     yield server.http
     server.stop()
 
@@ -55,6 +71,6 @@ def test_under_a_json_schema_the_value_is_the_target(client: httpx.Client, key: 
 
 
 @pytest.mark.parametrize("switch", [{}, {"enable_thinking": True}, {"enable_thinking": False}])
-def test_the_target_arrives_in_content_behind_the_thinking(client: httpx.Client, switch: dict[str, bool]) -> None:
+def test_the_target_arrives_in_content_behind_the_thinking(thinking: httpx.Client, switch: dict[str, bool]) -> None:
     for edit in EDITS:
-        assert content(client, edit, chat_template_kwargs=switch) == edit.target
+        assert content(thinking, edit, chat_template_kwargs=switch) == edit.target
