@@ -145,6 +145,7 @@ class Wordings:
         random = np.random.default_rng([self.seed, number])
         words = question.ids[: question.pooled.end]
         replaceable = ~self._required(edit, words)
+        answer = self._answer(edit)
         variants: list[Wording] = []
         # An answer in JSON takes the place of the first, so that training costs little more.
         for variant in range(self.training.json_strings, self.training.variants):
@@ -155,7 +156,7 @@ class Wordings:
                 noisy.pop()
             acts = question.pooled.acts_from + min(0, len(noisy) - len(words))
             ids = [*noisy, *question.ids[question.pooled.end :]]
-            variants.append(Wording(self._context_of(edit), ids, acts, self._answer(edit)))
+            variants.append(Wording(self._context_of(edit), ids, acts, answer))
         return variants
 
     def _other_answers(self, edit: Edit | StoredEdit) -> list[Wording]:
@@ -226,16 +227,16 @@ class Wordings:
         contexts = [self._context_of(edit)] * len(cuts)
         after = range(1, 1 + self.training.context_masks)
         cuts[1:1], contexts[1:1] = cuts[:1] * len(after), after
-        rows = [
-            Wording(c, cut.ids, cut.pooled.acts_from, self._answer(edit)) for c, cut in zip(contexts, cuts, strict=True)
-        ]
+        answer = self._answer(edit)
+        rows = [Wording(c, cut.ids, cut.pooled.acts_from, answer) for c, cut in zip(contexts, cuts, strict=True)]
         past = self._past.beside(frozen_past(self.base, [cuts[0].before])) if edit.before else self._past
         pooled = [cut.pooled for cut in cuts]
-        others += (other := self._other_answers(edit))
-        frozen, means = freeze(self.base, past, [*rows, *others], pooled, len(other), quick)
+        other = self._other_answers(edit)
+        unmasked = [*others, *other]
+        frozen, means = freeze(self.base, past, [*rows, *unmasked], pooled, len(other), quick)
         codes = self.fingerprint.codes(torch.stack(means))
         bits = torch.as_tensor(unpack(codes, self.base.d), device=self.base.device)
-        return frozen.masked(torch.cat([bits, bits[:1].expand(len(others), -1)])), codes
+        return frozen.masked(torch.cat([bits, bits[:1].expand(len(unmasked), -1)])), codes
 
     def _answer(self, edit: Edit | StoredEdit) -> list[int]:
         return [*target_ids(self.base.tokenizer, edit.target, chat=self.chat), end_token(self.base.tokenizer)]
