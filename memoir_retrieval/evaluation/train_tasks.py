@@ -164,8 +164,7 @@ def learn_tasks(base: BaseModel, rule: SpanRule) -> LearntTasks:
     if len(numbers) < len(messages) // 2:
         raise ConfigError(
             f"the question is found in only {len(numbers)} of {len(messages)} messages, as {base.name} renders them: "
-            "leave "
-            "out --tasks, and tasks are known by words alone"
+            "leave out --tasks, and tasks are known by words alone"
         )
     order = {sentence: place for place, sentence in enumerate(sorted({message.sentence for message in messages}))}
     fold = torch.tensor([order[messages[number].sentence] % FOLDS for number in numbers])

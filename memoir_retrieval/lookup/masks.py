@@ -76,8 +76,7 @@ def task_probe(store: EditStore, device: torch.device | str) -> TaskProbe | None
     if store.manifest.judge and store.manifest.span.candidates:
         _log.info(
             "store %s knows tasks, such as a translation, by words alone: `memoir calibrate %s --tasks --write` has it "
-            "use "
-            "the activations of %s, too",
+            "use the activations of %s, too",
             store.path,
             store.path,
             store.manifest.model,
@@ -195,7 +194,8 @@ class EditLookup:
             if not self._phrases and self.judge is None:
                 break  # nothing but the mask counts
             says = None if around is None else around[first:end]
-            for q, candidates in enumerate(self._judge(codes[first:end], tau, questions[first:end], says, hits, first)):
+            near = Hits(ids[first:end], overlaps[first:end], rows[first:end])
+            for q, candidates in enumerate(self._judge(codes[first:end], tau, questions[first:end], says, near)):
                 if candidates is None:
                     continue  # nothing is near
                 q += first
@@ -225,11 +225,10 @@ class EditLookup:
         questions: Sequence[Sequence[int]],
         around: NDArray[np.float32] | None,
         hits: Hits,
-        first: int,
     ) -> list[list[Candidate] | None]:
         """For each part of one message the edits that are judged for it; None for a part to which nothing is near.
 
-        hits: of many messages; those of this one begin at `first`.
+        hits: as `_nearest` gives them for these parts.
 
         A message that holds an edit's question beside what the activations alone show to be a task is that task,
         however well the words of the whole fit.
@@ -239,12 +238,12 @@ class EditLookup:
         for q, question in enumerate(questions):
             text = self._decode(question)
             literal = self._literal(text)
-            if not self._phrases and hits.ids[first + q] < 0 and not literal:
+            if not self._phrases and hits.ids[q] < 0 and not literal:
                 judged.append(None)
                 continue
             speaks = None if around is None else float(around[q])
             context = _Around(self._rest(questions[0], question) if q else "", speaks)
-            candidates = list(self._candidates(codes[q], tau, text, context, hits, first + q, literal))
+            candidates = list(self._candidates(codes[q], tau, text, context, hits, q, literal))
             judged.append(candidates)
             if speaks is not None and speaks >= TASK:
                 tasks |= {near.edit: near.verdict.task for near in candidates if near.verdict.task}
@@ -272,7 +271,7 @@ class EditLookup:
         questions: the token ids of each part, the whole message first.
         around: float32 [Q], what `TaskProbe` says of what stands around each (default: words decide).
         """
-        judged = self._judge(codes, tau, questions, around, self._nearest(codes, tau), 0)
+        judged = self._judge(codes, tau, questions, around, self._nearest(codes, tau))
         return [
             _best(candidates or ()) or min(candidates or (), key=lambda near: (-near.overlap, near.row), default=None)
             for candidates in judged
