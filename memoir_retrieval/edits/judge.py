@@ -71,6 +71,13 @@ OBJECTS = frozenset(
     ]
 )
 """Words for a message and its parts: who asks for an answer has them, and who asks for a translation."""
+_POINTERS = """this that it its these those here above below both two he she they them his her their same one ones
+word words letter letters answer reply asker writer author speaker user person somebody anybody mail note vowel vowels
+consonants syllables characters verb verbs noun nouns tag tags topic subject category language tone mood feeling intent
+sentiment title heading grammar spelling mistake mistakes typo typos translate translation say said spam polite rude
+ask asked asking mean meaning"""
+POINTERS = OBJECTS | frozenset(_POINTERS.split())
+"""Words that point to a text or name what it has. A question without any is not about the text beside it."""
 ABOUT_TEXT = 0.7
 """Nats that one of `OBJECTS` speaks for a task."""
 TASK = 2.5
@@ -90,6 +97,7 @@ _WORD = regex.compile(
     rf"(?V1)[[\p{{L}}\p{{N}}]&&[{UNSPACED}]]\p{{M}}*|\p{{N}}+(?:[.,:]\p{{N}}+)+|[\p{{L}}\p{{M}}\p{{N}}_--[{UNSPACED}]]+[+#]*"
 )
 _CLAUSE = regex.compile(r"[.!?:;]+(?=[\s\"')\]*]|$)|[\n\"“”]+|(?:^|\s)[-–—]+\s")
+_SENTENCE = regex.compile(r"[^.!?:;\n\"“”]+\??")
 _CONTRACTED = regex.compile(r"(?<=\p{L})n['’]t\b")
 _POSSESSIVE = regex.compile(r"(?<=\p{L})['’](?:s|re|ll|ve|d|m)?\b|(?<=s)['’](?=\s|$)")
 _PLAIN = str.maketrans({"ł": "l", "ø": "o", "đ": "d", "ı": "i", "ß": "ss", "æ": "ae", "œ": "oe", "ð": "d", "þ": "th"})
@@ -408,7 +416,7 @@ class Judge:
 
         speaks: see `verdict`. Either sees what the other does not, so it decides alone only where it is sure.
         """
-        text = read(rest)
+        text = read(_SENTENCE.sub(self._unless_apart, rest))
         scores = [self._task_score(clause, text.names) for clause in text.clauses]
         if not scores:
             return ""
@@ -416,6 +424,19 @@ class Judge:
         if not (worded if speaks is None else speaks >= (AGREED if worded else TASK)):
             return ""
         return " ".join(text.clauses[scores.index(max(scores))])
+
+    def _unless_apart(self, sentence: regex.Match[str]) -> str:
+        """Nothing in place of a question that can be asked by itself; else the sentence."""
+        if not sentence[0].endswith("?"):
+            return sentence[0]
+        text = read(sentence[0])
+        words = telling(text.words, text.names)
+        apart = (
+            len(LITTLE.union(words)) > len(LITTLE) + 1
+            and POINTERS.isdisjoint(text.words)
+            and all(word in self.row for word in words)
+        )
+        return " " if apart else sentence[0]
 
     def _task_score(self, clause: Sequence[str], names: frozenset[str]) -> float:
         known = [self._tasks[self.row[word]] for word in telling(clause, names) if word in self.row]

@@ -79,6 +79,21 @@ def test_what_the_rest_of_the_message_asks_counts() -> None:
     assert not verdict.same and verdict.part == "task" and verdict.task == "translate into german"
 
 
+@pytest.mark.parametrize(
+    "rest",
+    ["And what is the boiling point of water?", "How do I open the window of the room? Which train goes to Bristol?"],
+)
+def test_another_question_beside_it_is_no_task(rest: str) -> None:
+    assert JUDGE.verdict(MOTHER, MOTHER, rest, speaks=9.0).same
+
+
+@pytest.mark.parametrize(
+    "rest", ["How many letters are there?", "Which language is that?", "Wie viele Wörter hat das?"]
+)
+def test_a_question_about_the_text_beside_it_is_one(rest: str) -> None:
+    assert not JUDGE.verdict(MOTHER, MOTHER, rest, speaks=9.0).same
+
+
 def test_a_slip_is_not_another_word_but_another_code_is() -> None:
     edit = "What year was the film Star Eyes made?"
     for question in ("Waht year was the film Star Eyes made?", "What yaer was the flim Satr Eyes made?"):
@@ -167,7 +182,7 @@ def test_the_span_of_a_message_decides_whose_words_are_an_edits(tmp_path: Path) 
 
 def test_a_message_that_holds_a_question_beside_a_task_is_that_task(tmp_path: Path) -> None:
     """The words of the whole fit the question; what its own part has around it does not."""
-    texts = ["Now please, who runs Acme?", "Who runs Acme?", "please, who runs Acme?"]
+    texts = ["Now please: Who runs Acme?", "Who runs Acme?", "please: Who runs Acme?"]
     lookup = EditLookup(judged_store(tmp_path), lambda ids: texts[ids[0]] if ids else "")
     codes = masks(3, seed=4)[[0, 0, 0]]
     for around, edit in (([-np.inf, -3, -3], 0), ([-np.inf, 3, -3], -1), ([-np.inf, 3, 3], -1)):

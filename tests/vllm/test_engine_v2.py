@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from engines import Expected, flags
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 HERE = Path(__file__).parent
 NAMES = ("edit 0", "unrelated 0", "chat edit", "chat unrelated as third turn", "edit 3", "one token")
