@@ -177,7 +177,7 @@ def test_calibrate_learns_the_direction_of_a_models_layer_and_a_lookup_goes_by_i
     opened = EditStore.open(store)
     assert opened.tasks.shape == (opened.manifest.d + 1,) and opened.tasks.any()
     message = "My neighbour flew home from her holidays yesterday. Where is Rome?"
-    for nats, found in ((TASK, False), (AGREED - 1, True)):
+    for nats, found in ((TASK + 0.1, False), (AGREED - 1, True)):
         tasks = np.append(np.zeros(opened.manifest.d, np.float32), np.float32(nats))
         parts = Retriever(replace(opened, tasks=tasks), base).parts(message)
         assert any(part.match == 1 for part in parts) == found
