@@ -32,11 +32,12 @@ METHODS = {
 
 
 def open_method(name: str, base: BaseModel, *, end: bool = True, texts: Sequence[str] = (), seed: int = 0) -> Method:
-    """A method on a model, to be closed when it is not needed any more.
+    """A method on a model, prepared for edits and to be closed when it is not needed any more.
 
     name: one of `METHODS`.
     base, end, texts, seed: see `Method`.
     """
     module, _, kind = METHODS[name].partition(".")
     method: Method = getattr(import_module(f"{__name__}.{module}"), kind)(base, end=end, texts=texts, seed=seed)
+    method.prepare()
     return method

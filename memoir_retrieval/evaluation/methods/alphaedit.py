@@ -2,12 +2,14 @@
 
 Fang et al. 2024 (arXiv 2410.02355, section 3): P projects to the eigenvectors of K0 K0^T with small eigenvalues, the
 change is values K^T P (Kp Kp^T P + K K^T P + L2 I)^-1 with the keys Kp of earlier edits. Published configuration for
-LLaMA-3: layers 4 to 8 of 32, eigenvalues below .02, L2 10, Adam with learning rate .1, at most 25 steps, weight decay
-.5, the change at most .75 times the first value.
+LLaMA-3: layers 4 to 8 of 32, eigenvalues below .02, L2 10, Adam with at most 25 steps, weight decay .5, the change at
+most .75 times the first value.
 
-Deviations: one edit at a time; statistics of 16,384 tokens of WikiText instead of 100,000 articles of Wikipedia. Keys
-have another length on another model; both constants are kept as published all the same, and `settings` says which share
-of the directions is left (`kept`). On another model the layers are at the same part of the depth.
+Deviations: the learning rate is .5, as published for GPT-2 XL with the same clamp. That for LLaMA-3, .1, ends at a
+third of the clamp in SmolLM2, whose values are long: 25 steps add at most 25 sqrt(H) times the rate. One edit at a
+time; statistics of 16,384 tokens of WikiText instead of 100,000 articles of Wikipedia. Keys have another length on
+another model; the threshold and L2 are kept as published all the same, and `settings` says which share of the
+directions is left (`kept`). On another model the layers are at the same part of the depth.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ class AlphaEdit(Memit):
 
     name = "alphaedit"
     unedited: ClassVar[tuple[str, ...]] = ("prefixes", "moments", "projections")
-    search = ValueSearch(rate=0.1, steps=25, clamp=0.75, decay=0.5)
+    search = ValueSearch(rate=0.5, steps=25, clamp=0.75, decay=0.5)
 
     def __init__(self, base: BaseModel, **options: Any):
         """base, options: see `Method`."""
@@ -54,7 +56,8 @@ class AlphaEdit(Memit):
         return super().settings | {"eigenvalue": EIGENVALUE, "l2": L2, "kept": kept}
 
     def prepare(self) -> None:
-        """See `Memit`."""
+        """See `Method`."""
+        super().prepare()
         _ = self.projections
 
     def finish(self, edit: Edit) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from memoir_retrieval.edits.record import Edit
+from memoir_retrieval.evaluation.methods.descent import descend
 from memoir_retrieval.evaluation.methods.method import Method
 from memoir_retrieval.evaluation.methods.rows import Rows
 from memoir_retrieval.model.base import BaseModel
@@ -64,12 +65,8 @@ class Defer(Method):
         for edit in edits:
             prompt = self.ids(edit.prompt)
             rows = Rows(self.base, [prompt], [self.answer_ids(edit)])
-            optimizer = torch.optim.Adam(self._parameters, lr=self.rate)
-            with self._mixed(len(prompt), hard=False), torch.enable_grad():
-                for _ in range(STEPS):
-                    optimizer.zero_grad()
-                    rows.loss().backward()
-                    optimizer.step()
+            with self._mixed(len(prompt), hard=False):
+                descend(torch.optim.Adam(self._parameters, lr=self.rate), rows.loss, STEPS)
 
     @contextmanager
     def acting(self, prompts: torch.Tensor) -> Iterator[None]:

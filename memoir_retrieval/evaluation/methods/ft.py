@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from memoir_retrieval.edits.record import Edit
+from memoir_retrieval.evaluation.methods.descent import descend
 from memoir_retrieval.evaluation.methods.method import Method, scaled
 from memoir_retrieval.evaluation.methods.rows import Rows
 from memoir_retrieval.model.base import BaseModel
@@ -44,14 +45,5 @@ class FineTuning(Method):
         for edit in edits:
             rows = Rows(self.at, [self.ids(edit.prompt)], [self.answer_ids(edit)])
             weight = self.weight(self.at).requires_grad_()
-            optimizer = torch.optim.Adam([weight], lr=RATE)
-            with torch.enable_grad():
-                for _ in range(STEPS):
-                    loss = rows.loss()
-                    if loss < STOP:
-                        break
-                    optimizer.zero_grad()
-                    loss.backward()
-                    optimizer.step()
-            weight.grad = None
+            descend(torch.optim.Adam([weight], lr=RATE), rows.loss, STEPS, enough=lambda loss: loss < STOP)
             weight.requires_grad_(False)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from memoir_retrieval.edits.record import Edit
+from memoir_retrieval.evaluation.methods.descent import descend
 from memoir_retrieval.evaluation.methods.method import Method
 from memoir_retrieval.evaluation.methods.rows import Rows
 from memoir_retrieval.model.base import BaseModel
@@ -55,20 +56,16 @@ class Grace(Method):
     def edit(self, edits: Sequence[Edit]) -> None:
         """See `Method`."""
         for edit in edits:
-            rows = Rows(self.base, [self.ids(edit.prompt)], [self.answer_ids(edit)])
-            last = rows.starts[0] - 1
-            chosen = self._entry(rows.activations[0, last], edit.target)
+            prompt = self.ids(edit.prompt)
+            rows = Rows(self.base, [prompt], [self.answer_ids(edit)], past=[len(prompt) - 1])
+            chosen = self._entry(rows.activations[0, 0], edit.target)
             value = self.values[chosen].clone().requires_grad_()
-            optimizer = torch.optim.Adam([value], lr=RATE)
-            with self._training(last, value), torch.enable_grad():
-                for _ in range(STEPS):
-                    optimizer.zero_grad()
-                    rows.loss().backward()
-                    optimizer.step()
+            with self._training(value):
+                descend(torch.optim.Adam([value], lr=RATE), rows.loss, STEPS)
             self.values[chosen] = value.detach()
 
-    def _training(self, last: int, value: torch.Tensor) -> AbstractContextManager[None]:
-        return replaced(self.base, lambda _: [(0, last, value)])
+    def _training(self, value: torch.Tensor) -> AbstractContextManager[None]:
+        return replaced(self.base, lambda _: [(0, 0, value)])
 
     def _entry(self, query: torch.Tensor, label: str) -> int:
         """The entry that is to hold an edit's value (Algorithm 1): a new one, or the nearest where it says the same."""

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from memoir_retrieval.editing.contexts import own_prefixes
 from memoir_retrieval.edits.record import Edit
+from memoir_retrieval.evaluation.methods.descent import descend
 from memoir_retrieval.evaluation.methods.method import Method
 from memoir_retrieval.evaluation.methods.rows import Rows
 from memoir_retrieval.model.base import BaseModel
@@ -22,6 +23,7 @@ PREFIXES = 5
 KL = 0.0625
 STOP = 5e-2
 CORPUS_TOKENS = 16384
+RIDGE = 1e-4  # of the mean diagonal of C, so that C can be inverted
 
 
 class ValueSearch(NamedTuple):
@@ -72,14 +74,20 @@ class LocatedMethod(Method):
 
     @cached_property
     def moments(self) -> dict[int, torch.Tensor]:
-        """C of each layer, of the unedited model."""
-        return second_moments([self.base.at(layer) for layer in self.layers], [self.ids(text) for text in self.texts])
+        """C of each layer, of the unedited model, with a ridge."""
+        rows = [self.ids(text) for text in self.texts]
+        of_layer = second_moments([self.base.at(layer) for layer in self.layers], rows)
+        return {layer: c + RIDGE * c.diagonal().mean() * torch.eye(len(c)).to(c) for layer, c in of_layer.items()}
 
     @property
     def settings(self) -> dict[str, Any]:
         """See `Method`."""
         shared = {"kl": KL, "prefixes": PREFIXES, "corpus_tokens": CORPUS_TOKENS}
         return {"layers": self.layers, **self.search._asdict(), **shared}
+
+    def prepare(self) -> None:
+        """See `Method`."""
+        _ = self.prefixes, self.moments
 
     def ends(self, edit: Edit) -> list[tuple[list[int], int]]:
         """The prompt after each prefix: token ids and the place of the subject's last token.
@@ -100,41 +108,40 @@ class LocatedMethod(Method):
         essence = f"{edit.subject or edit.prompt} is a"
         prompts = [*rows, self.ids(essence)]
         places = (*places, subject_end(base.tokenizer, essence, edit.subject))
-        batch = Rows(base, prompts, [*([self.answer_ids(edit)] * len(rows)), []])
+        batch = Rows(base, prompts, [*([self.answer_ids(edit)] * len(rows)), []], past=places)
         wanted = batch.wanted.clone()
-        wanted[-1, len(prompts[-1]) - 1] = True
+        wanted[-1, batch.starts[-1] - 1] = True
         first: list[torch.Tensor] = []
         change = torch.zeros(base.h, device=base.device, requires_grad=True)
 
         def keep(_module: Any, _args: Any, output: Any) -> None:
             if not first:
-                first.append((output[0] if isinstance(output, tuple) else output)[0, places[0]].detach().clone())
+                first.append((output[0] if isinstance(output, tuple) else output)[0, 0].detach().clone())
 
         def add(_module: Any, _args: Any, output: torch.Tensor) -> torch.Tensor:
-            added = torch.zeros_like(output)
-            added[range(len(places)), places] = 1.0
-            return output + added * change
+            return torch.cat([output[:, :1] + change, output[:, 1:]], dim=1)  # the subject's last token is first
 
         watched = base.blocks[base.layer] if block_output else base.projection
         handles = [watched.register_forward_hook(keep), base.projection.register_forward_hook(add)]
-        optimizer = torch.optim.Adam([change], lr=self.search.rate)
-        before: torch.Tensor | None = None
+        before: list[torch.Tensor] = []
+
+        def loss() -> torch.Tensor:
+            logits = batch.logits(wanted).float()
+            odds = functional.log_softmax(logits[-1], dim=-1)
+            if not before:
+                before.append(odds.detach())
+            likely = functional.cross_entropy(logits[:-1], batch.targets)
+            kept = KL * functional.kl_div(odds, before[0], log_target=True, reduction="sum")
+            return likely + kept + self.search.decay * change.norm() / first[0].norm() ** 2
+
         try:
-            with torch.enable_grad():
-                for _ in range(self.search.steps):
-                    logits = batch.logits(wanted).float()
-                    odds = functional.log_softmax(logits[-1], dim=-1)
-                    before = odds.detach() if before is None else before
-                    loss = functional.cross_entropy(logits[:-1], batch.targets)
-                    loss = loss + KL * functional.kl_div(odds, before, log_target=True, reduction="sum")
-                    loss = loss + self.search.decay * change.norm() / first[0].norm() ** 2
-                    if not loss > STOP:
-                        break
-                    optimizer.zero_grad()
-                    loss.backward()
-                    optimizer.step()
-                    with torch.no_grad():
-                        change.mul_((self.search.clamp * first[0].norm() / change.norm()).clamp(max=1.0))
+            descend(
+                torch.optim.Adam([change], lr=self.search.rate),
+                loss,
+                self.search.steps,
+                enough=lambda value: not value > STOP,
+                weights=lambda: change.mul_((self.search.clamp * first[0].norm() / change.norm()).clamp(max=1.0)),
+            )
         finally:
             for handle in handles:
                 handle.remove()

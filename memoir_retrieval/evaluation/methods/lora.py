@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
 from memoir_retrieval.edits.record import Edit
 from memoir_retrieval.errors import ConfigError, ModelError
+from memoir_retrieval.evaluation.methods.descent import descend
 from memoir_retrieval.evaluation.methods.method import Method
 from memoir_retrieval.model.base import BaseModel
 
@@ -77,19 +79,20 @@ class Lora(Method):
 
     def edit(self, edits: Sequence[Edit]) -> None:
         """See `Method`."""
-        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(torch.randint(1 << 62, (), generator=self.random)))
             self._dropout(True)
             for edit in edits:
                 prompt, answer = self.ids(edit.prompt), self.answer_ids(edit)
                 ids = torch.tensor([[*prompt, *answer]], device=self.base.device)
                 labels = torch.tensor([[*([IGNORED] * len(prompt)), *answer]], device=self.base.device)
-                optimizer = torch.optim.Adam(self.weights, lr=RATE)
-                for _ in range(STEPS):
-                    optimizer.zero_grad()
-                    self.adapted(input_ids=ids, labels=labels, use_cache=False).loss.backward()  # of Eq. 4 too
-                    optimizer.step()
+                descend(torch.optim.Adam(self.weights, lr=RATE), partial(self._loss, ids, labels), STEPS)
             self._dropout(False)
+
+    def _loss(self, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Of the answer, and that of Eq. 4."""
+        loss: torch.Tensor = self.adapted(input_ids=ids, labels=labels, use_cache=False).loss
+        return loss
 
     def _dropout(self, on: bool) -> None:
         for name, module in self.adapted.named_modules():

@@ -5,8 +5,10 @@ by Eq. 20, each written by Eq. 14 with C0 = lambda E[k k^T] (Eq. 15). Published 
 layers 4 to 8 of 32, lambda 15,000, Adam with learning rate .5, at most 25 steps, KL .0625, weight decay .001, the
 change at most 4 times the first value.
 
-Deviations: one edit at a time, since edits arrive one after another; statistics of 16,384 tokens of WikiText instead of
-100,000 articles of Wikipedia. On another model the layers are at the same part of the depth.
+Deviations: lambda is 15,000 times D / 14,336. Eq. 14 makes the share s / (1 + s) of one value, where s = k^T C0^-1 k,
+and the mean of s over the corpus is D / lambda whatever the keys' length: unscaled, a model of D = 1,536 gets less than
+half of each value. One edit at a time, since edits arrive one after another; statistics of 16,384 tokens of WikiText
+instead of 100,000 articles of Wikipedia. On another model the layers are at the same part of the depth.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from memoir_retrieval.model.forward import frozen_run
 
 __all__ = ["Memit", "least_squares"]
 
-WEIGHT = 15000.0
+WEIGHT, WIDTH = 15000.0, 14336
 
 
 class Memit(LocatedMethod):
@@ -40,7 +42,6 @@ class Memit(LocatedMethod):
 
     def edit(self, edits: Sequence[Edit]) -> None:
         """See `Method`."""
-        self.prepare()
         for edit in edits:
             first, change = self.value_change(edit, block_output=True)
             for number, layer in enumerate(self.layers):
@@ -50,10 +51,6 @@ class Memit(LocatedMethod):
                 with torch.no_grad():
                     weight.add_(self.solution(layer, key[:, None], missing[:, None]))
             self.finish(edit)
-
-    def prepare(self) -> None:
-        """What must be computed before the first edit."""
-        _ = self.moments
 
     def finish(self, edit: Edit) -> None:
         """What is kept of an edit that was made.
@@ -68,7 +65,7 @@ class Memit(LocatedMethod):
         keys: [D, n].
         values: [H, n], what is missing.
         """
-        return least_squares(WEIGHT * self.moments[layer], keys, values)
+        return least_squares(WEIGHT * self.base.d / WIDTH * self.moments[layer], keys, values)
 
     @torch.no_grad()
     def _output(self, edit: Edit) -> torch.Tensor:

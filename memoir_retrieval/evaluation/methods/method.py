@@ -18,7 +18,7 @@ from memoir_retrieval.question.prompts import end_token, prompt_ids, target_ids
 
 __all__ = ["Method", "Unedited", "scaled"]
 
-ROWS = 16  # prompts that are run at once
+ROWS = 32  # prompts that are run at once
 
 
 def scaled(layer: int, base: BaseModel, of: int = 32) -> int:
@@ -68,6 +68,9 @@ class Method:
     def bytes(self) -> int:
         """Bytes that must be kept beside the base model to answer with the edits made so far."""
         return sum(weight.numel() * weight.element_size() for weight in self._originals)
+
+    def prepare(self) -> None:
+        """Compute what the unedited model alone decides, before the first edit."""
 
     def edit(self, edits: Sequence[Edit]) -> None:
         """Make edits, after those that were made before.

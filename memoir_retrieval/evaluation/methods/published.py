@@ -2,7 +2,8 @@
 
 Wang et al. 2025 (arXiv 2506.07899): the mask is Eq. 3 over all tokens of the prompt, each counted alike, minus the mean
 of unrelated prompts; the residual of Eq. 2 is trained on the prompt and the prompt after 10 prefixes that the model
-wrote, and looked up by Eq. 4. SGD with learning rate 1.0 on all of the memory, gradients clipped to norm 1.0, 70 steps.
+wrote, and looked up by Eq. 4. SGD with learning rate 1.0 on all of the memory, gradients clipped to norm 1.0, 70
+steps at most: training ends once the loss is at most .02 and moves by at most 1e-4.
 
 Deviations: the thirteenth row of the published batch, an unrelated prompt that has no part in the loss, is left out;
 the blocks below the layer are run once. No weight decay: the published optimiser shrinks every column a little. The
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from memoir_index import unpack
 from memoir_retrieval.background import background_prompts
 from memoir_retrieval.editing.contexts import own_prefixes
 from memoir_retrieval.edits.record import Edit
+from memoir_retrieval.evaluation.methods.descent import Settled, descend
 from memoir_retrieval.evaluation.methods.method import Method
 from memoir_retrieval.evaluation.methods.rows import Rows
 from memoir_retrieval.evaluation.published_loop import CLIP, PREFIXES, RATE
@@ -59,6 +61,10 @@ class PublishedLoop(Method):
         """Texts that the model wrote."""
         return own_prefixes(self.base, PREFIXES, self.random.initial_seed())
 
+    def prepare(self) -> None:
+        """See `Method`."""
+        _ = self.prefixes
+
     @property
     def settings(self) -> dict[str, Any]:
         """See `Method`."""
@@ -80,13 +86,14 @@ class PublishedLoop(Method):
             rows = Rows(self.base, [self.ids(text) for text in prompts], [self.answer_ids(edit)] * len(prompts))
             mask = self._masks(rows.activations[:1, : rows.starts[0]].mean(1))
             memory = self.memory.clone().requires_grad_()
-            optimizer = torch.optim.SGD([memory], lr=RATE)
-            with self._added(mask.expand(len(prompts), -1), memory), torch.enable_grad():
-                for _ in range(STEPS):
-                    optimizer.zero_grad()
-                    rows.loss().backward()
-                    torch.nn.utils.clip_grad_norm_([memory], CLIP)
-                    optimizer.step()
+            with self._added(mask.expand(len(prompts), -1), memory):
+                descend(
+                    torch.optim.SGD([memory], lr=RATE),
+                    rows.loss,
+                    STEPS,
+                    enough=Settled(),
+                    gradients=partial(torch.nn.utils.clip_grad_norm_, [memory], CLIP),
+                )
             self.memory = memory.detach()
             self.masks = torch.cat([self.masks, mask])
 

@@ -24,8 +24,6 @@ from memoir_retrieval.model.base import BaseModel
 
 __all__ = ["Rome", "rank_one"]
 
-RIDGE = 1e-4  # of the mean diagonal of C, so that C can be inverted
-
 
 class Rome(LocatedMethod):
     """See the module.
@@ -44,12 +42,15 @@ class Rome(LocatedMethod):
 
     @cached_property
     def _factor(self) -> torch.Tensor:
-        c = self.moments[self.layers[0]]
-        return torch.linalg.cholesky(c + RIDGE * c.diagonal().mean() * torch.eye(len(c), device=c.device))
+        return torch.linalg.cholesky(self.moments[self.layers[0]])
+
+    def prepare(self) -> None:
+        """See `Method`."""
+        super().prepare()
+        _ = self._factor
 
     def edit(self, edits: Sequence[Edit]) -> None:
         """See `Method`."""
-        _ = self._factor  # of the model before its first edit
         for edit in edits:
             _first, change = self.value_change(edit, block_output=False)
             key = self.key(edit, self.layers[0])

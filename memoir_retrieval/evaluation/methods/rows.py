@@ -8,13 +8,15 @@ import torch
 from torch.nn import functional
 
 from memoir_retrieval.model.base import BaseModel
-from memoir_retrieval.model.forward import frozen_run, right_pad, run_from_block
+from memoir_retrieval.model.forward import frozen_past, frozen_run, right_pad, run_from_block
 
 __all__ = ["Rows"]
 
 
 class Rows:
     """Prompts with answers, padded on the right, and the hidden states that enter the layer of `base`.
+
+    Tokens of `past` are left out of everything below.
 
     ids: int64 [B, T].
     starts: length of each prompt.
@@ -23,16 +25,25 @@ class Rows:
     """
 
     def __init__(
-        self, base: BaseModel, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], whole: bool = False
+        self,
+        base: BaseModel,
+        prompts: Sequence[Sequence[int]],
+        answers: Sequence[Sequence[int]],
+        whole: bool = False,
+        past: Sequence[int] = (),
     ):
         """Run the model up to the layer.
 
         base: the model at the lowest layer that is trained.
         prompts, answers: token ids; a row without an answer has no part in the loss.
         whole: run everything in each pass, for methods that change what lies below.
+        past: so many first tokens of each prompt are run once, since nothing that is trained acts on them.
         """
         self.base, self.whole = base, whole
         _ = base.blocks_return_tuples  # runs the model, which no hook of a method should see
+        before = frozen_past(base, [prompt[:n] for prompt, n in zip(prompts, past, strict=True)]) if past else None
+        if past:
+            prompts = [prompt[n:] for prompt, n in zip(prompts, past, strict=True)]
         rows = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
         self.ids, self.lengths = right_pad(rows, base.device)
         self.starts = [len(prompt) for prompt in prompts]
@@ -40,7 +51,7 @@ class Rows:
         self.wanted = torch.zeros_like(self.ids, dtype=torch.bool)
         for row, prompt, answer in zip(self.wanted, prompts, answers, strict=True):
             row[len(prompt) - 1 : len(prompt) - 1 + len(answer)] = True
-        self._inputs = {"input_ids": self.ids, "use_cache": False}
+        self._inputs = before.inputs(self.ids) if before else {"input_ids": self.ids, "use_cache": False}
         self.hidden, self.activations = frozen_run(base, self._inputs)
 
     def logits(self, wanted: torch.Tensor | None = None) -> torch.Tensor:
