@@ -6,7 +6,7 @@ layers 4 to 8 of 32, lambda 15,000, Adam with learning rate .5, at most 25 steps
 change at most 4 times the first value.
 
 Deviations: lambda is 15,000 times D / 14,336. Eq. 14 makes the share s / (1 + s) of one value, where s = k^T C0^-1 k,
-and the mean of s over the corpus is D / lambda whatever the keys' length: unscaled, a model of D = 1,536 gets less than
+and the mean of s over the corpus is D / lambda whatever the keys' length: unscaled, a model of D = 1,536 gets at most
 half of each value. One edit at a time, since edits arrive one after another; statistics of 16,384 tokens of WikiText
 instead of 100,000 articles of Wikipedia. On another model the layers are at the same part of the depth.
 """
