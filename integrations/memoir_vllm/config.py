@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import msgspec
 from vllm import envs
@@ -14,6 +15,7 @@ from vllm.logger import init_logger
 
 from memoir_retrieval.errors import ConfigError, ModelError
 from memoir_retrieval.lookup.masks import Decode
+from memoir_retrieval.model.adapter import adapter_digest
 from memoir_retrieval.model.base import identify, resolve
 from memoir_retrieval.question.span import ChatSpanRule, SpanRule
 from memoir_retrieval.store.manifest import read_manifest
@@ -22,23 +24,25 @@ from memoir_retrieval.store.read import EditStore, Manifest, library_version
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.lora.request import LoRARequest
 
 __all__ = [
     "OP",
     "TOKEN_VARIABLE",
     "MemoirConfig",
+    "ServedStore",
     "apply",
     "check_version",
     "is_inline",
     "keeps_sums",
-    "open_store",
+    "open_stores",
     "parse_section",
     "prefer",
     "refusal_of",
     "refuse",
     "section_of",
     "served_rule",
-    "span_rule",
+    "served_stores",
     "token_decoder",
     "with_mode",
 ]
@@ -52,6 +56,7 @@ OP = "vllm::memoir_residual"
 TOKEN_VARIABLE = "MEMOIR_ADMIN_TOKEN"
 """The environment variable of the administrator's token (`admin/tokens.py`)."""
 
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 TESTED = ((0, 32),)
 COMPARED = ((0, 33),)  # read and compared by source, run in part: docs/reference/compatibility.md
 # The ways to make drafts that were run with edits (tests/vllm/test_engine_speculative.py).
@@ -85,17 +90,64 @@ WORKERS = {
 class MemoirConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The `memoir` section of `--additional-config`.
 
-    store: folder of the edits.
+    store: folder of the edits that requests get who name no store.
+    stores: further folders, each by the name under which requests ask for it. One that was made on the model with a
+        LoRA adapter has the adapter's name, and serves its requests. "" is another way to give `store`.
     mode: "inline" keeps chunked prefill and prefix caching, see `core/scheduler.py`; "single" decides and applies in
         the one step that holds a whole prompt, and needs both off; None: see `with_mode`.
     tau: matches from this overlap on, instead of the store's own threshold.
     token_file: turns administration on, see `admin/tokens.py`.
     """
 
-    store: Annotated[str, msgspec.Meta(min_length=1)]
+    store: str = ""
+    stores: dict[str, Annotated[str, msgspec.Meta(min_length=1)]] = {}
     mode: Literal["inline", "single"] | None = None
     tau: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
     token_file: Annotated[str, msgspec.Meta(min_length=1)] | None = None
+
+    @property
+    def folders(self) -> dict[str, str]:
+        """Folder of each store by name, the default one first."""
+        return {"": self.store} | self.stores
+
+
+class ServedStore(NamedTuple):
+    """What is known of a store where none is opened.
+
+    rule: how its question is found in a prompt.
+    adapter: digest of the adapter that it was made with; "" for a store of the model alone.
+    """
+
+    rule: SpanRule
+    adapter: str
+
+    def require(self, name: str, adapter: LoRARequest | None) -> None:
+        """Raises ConfigError where the store was made with another adapter than answers.
+
+        name: of the store.
+        adapter: that answers, or None.
+        """
+        if adapter is None:
+            if self.adapter:
+                raise ConfigError(f"store {name!r} was made with an adapter: send the requests to the model {name!r}")
+            return
+        if not self.adapter:
+            raise ConfigError(
+                f"store {name!r} was made on the model without adapter {name!r}: give one of the two another name"
+            )
+        if adapter_digest(_folder_of(adapter.lora_path)) != self.adapter:
+            raise ConfigError(
+                f"store {name!r} was made with another adapter than {adapter.lora_path}: serve the adapter that it was "
+                "made with"
+            )
+
+
+@functools.cache
+def _folder_of(adapter: str) -> Path:
+    """Where vLLM reads an adapter from."""
+    from vllm.lora.utils import get_adapter_absolute_path
+
+    return Path(get_adapter_absolute_path(adapter))
 
 
 def check_version() -> None:
@@ -118,14 +170,37 @@ def parse_section(section: Any) -> MemoirConfig:
 
     Raises ConfigError, naming the key, for one that is not what `MemoirConfig` describes.
     """
+    known = ", ".join(field.name for field in msgspec.structs.fields(MemoirConfig))
     try:
         config = msgspec.convert(section, MemoirConfig)
+        fault = _fault_of(config)
     except msgspec.ValidationError as error:
-        known = ", ".join(field.name for field in msgspec.structs.fields(MemoirConfig))
-        raise ConfigError(f'--additional-config {{"memoir": ...}}: {error}; known keys: {known}') from None
+        fault = str(error)
+    if fault:
+        raise ConfigError(f'--additional-config {{"memoir": ...}}: {fault}; known keys: {known}')
+    folders = {"": config.store} | config.stores if config.store else dict(config.stores)
     # Every process of the engine must find the same folder, whatever its working directory.
-    store, tokens = (path and str(Path(path).expanduser().resolve()) for path in (config.store, config.token_file))
-    return msgspec.structs.replace(config, store=store, token_file=tokens)
+    paths = {name: str(Path(path).expanduser().resolve()) for name, path in folders.items()}
+    tokens = config.token_file and str(Path(config.token_file).expanduser().resolve())
+    return msgspec.structs.replace(config, store=paths.pop(""), stores=paths, token_file=tokens)
+
+
+def _fault_of(config: MemoirConfig) -> str:
+    """What is wrong with the stores of a section, if anything."""
+    if config.store and "" in config.stores:
+        return 'store and stores."" are the same: give one'
+    if not config.store and "" not in config.stores:
+        return 'there is no store for requests that name none: add "store": DIR'
+    for name in config.stores:
+        if name and not _NAME.fullmatch(name):
+            allowed = "letters, digits, '.', '_' and '-', at most 64, a letter or digit first"
+            return f"a store is called {name!r}: use {allowed}"
+    if config.stores.keys() - {""} and config.tau is not None:
+        return (
+            "tau is of one store, and there are several: leave it out, and set that of each by "
+            "`memoir calibrate STORE FILE --write`"
+        )
+    return ""
 
 
 def refusal_of(call: str) -> str | None:
@@ -163,13 +238,13 @@ def served_rule(manifest: Manifest) -> SpanRule:
     return _rule(msgspec.to_builtins(manifest.span), manifest.chat)
 
 
-def span_rule(vllm_config: VllmConfig) -> SpanRule:
-    """The same, for the scheduler, which opens no store.
+def served_stores(vllm_config: VllmConfig) -> dict[str, ServedStore]:
+    """The stores by name, for processes that open none.
 
     vllm_config: which `apply` has seen.
     """
-    section = vllm_config.additional_config
-    return _rule(section["memoir_span"], section["memoir_chat"])
+    stores: dict[str, Any] = vllm_config.additional_config["memoir_stores"]
+    return {name: ServedStore(_rule(said["span"], said["chat"]), said["adapter"]) for name, said in stores.items()}
 
 
 def _rule(span: dict[str, Any], chat: bool) -> SpanRule:
@@ -206,14 +281,16 @@ def with_mode(config: MemoirConfig) -> MemoirConfig:
 
     Raises ConfigError for such a store in mode `inline`, StoreError for none.
     """
-    span = read_manifest(Path(config.store)).span
-    if span.acts == "last":
+    spans = {folder: read_manifest(Path(folder)).span for folder in config.folders.values()}
+    from_first = [(folder, span) for folder, span in spans.items() if span.acts != "last"]
+    if not from_first:
         return msgspec.structs.replace(config, mode=config.mode or "inline")
-    retrain = f"`memoir compact {config.store} --acts last` trains them again to act from its last"
+    folder, span = from_first[0]
+    retrain = f"`memoir compact {folder} --acts last` trains them again to act from its last"
     why = "the span rule is all" if span.rule == "all" else retrain
     if config.mode == "inline":
         raise ConfigError(
-            f"edits of store {config.store} act from the question's first token on, which mode inline cannot serve "
+            f"edits of store {folder} act from the question's first token on, which mode inline cannot serve "
             f"({why}): leave mode out, or use single"
         )
     if config.mode is None:
@@ -221,18 +298,41 @@ def with_mode(config: MemoirConfig) -> MemoirConfig:
     return msgspec.structs.replace(config, mode="single")
 
 
-def open_store(config: MemoirConfig, model: ModelConfig) -> EditStore:
-    """Open the store and check that it was made on the served model.
+def open_stores(config: MemoirConfig, vllm_config: VllmConfig) -> dict[str, EditStore]:
+    """Open the stores, by name, and check that they were made on the served model, and fit together.
 
     config: the section.
-    model: which is served.
+    vllm_config: of the engine.
 
-    Raises StoreError or ModelError.
+    Raises StoreError, ModelError or ConfigError.
     """
-    store = EditStore.open(config.store)
-    store.require_trained()
-    store.require(identify(resolve(model.model), store.manifest.module), model.model)
-    return store
+    model = vllm_config.model_config
+    stores = {}
+    for name, folder in config.folders.items():
+        store = stores[name] = EditStore.open(folder)
+        store.require_trained()
+        identity = identify(resolve(model.model), store.manifest.module)
+        if name and store.manifest.base.adapter:
+            # Which adapter it is, is known once requests for it come.
+            identity = msgspec.structs.replace(identity, adapter=store.manifest.base.adapter)
+            if vllm_config.lora_config is None:
+                raise ConfigError(f"store {folder} was made with an adapter: add --enable-lora and --lora-modules")
+        store.require(identity, model.model)
+        _fit(config.store, stores[""].manifest, folder, store.manifest)
+    return stores
+
+
+def _fit(first: str, ours: Manifest, second: str, theirs: Manifest) -> None:
+    """Raises ConfigError where one edited layer cannot serve two stores."""
+    for what, one, other, cure in (
+        ("module", ours.module, theirs.module, "edit both in one --layer"),
+        ("weighting of tokens", ours.span.weighted, theirs.span.weighted, "make both with one version"),
+    ):
+        if one != other:
+            raise ConfigError(
+                f"stores {first} and {second} have another {what} ({one}, {other}), and one server edits one layer: "
+                f"{cure}, or use two servers"
+            )
 
 
 def token_decoder(model: ModelConfig) -> Decode:
@@ -381,21 +481,27 @@ def _transfer_fault(vllm_config: VllmConfig) -> str:
     return f"KV transfer by {connector}, which {why} (leave out {flag})"
 
 
-def apply(config: MemoirConfig, vllm_config: VllmConfig, manifest: Manifest) -> None:
+def apply(config: MemoirConfig, vllm_config: VllmConfig, manifests: Mapping[str, Manifest]) -> None:
     """Hand our classes to vLLM through the slots that its configuration has for them.
 
     config: the section.
     vllm_config: of the engine, which is changed.
-    manifest: the store's.
+    manifests: of the stores, by name.
     """
     vllm_config.additional_config = {
         **vllm_config.additional_config,
         "memoir": msgspec.to_builtins(config),
         # vLLM hashes this dict into the key of its compile cache (VllmConfig.compute_hash): what changes the graph
         # must be here. The edits are read inside the opaque op, so a new generation needs no new compilation.
-        "memoir_graph": {"version": library_version(), "module": manifest.module},
-        "memoir_span": msgspec.to_builtins(manifest.span),
-        "memoir_chat": manifest.chat,
+        "memoir_graph": {"version": library_version(), "module": manifests[""].module},
+        "memoir_stores": {
+            name: {
+                "span": msgspec.to_builtins(manifest.span),
+                "chat": manifest.chat,
+                "adapter": manifest.base.adapter,
+            }
+            for name, manifest in manifests.items()
+        },
     }
     kind = "MemoirAsyncScheduler" if vllm_config.scheduler_config.async_scheduling else "MemoirScheduler"
     vllm_config.scheduler_config.scheduler_cls = f"memoir_vllm.core.scheduler.{kind}"

@@ -15,9 +15,11 @@ from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.lookup.decision import Decision
 from memoir_retrieval.question.candidates import Pieces, find_candidates
 from memoir_retrieval.question.span import Span, SpanRule, find_span
+from memoir_vllm import config
 from memoir_vllm.patches import wrap_once
 
 if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
     from vllm.sampling_params import SamplingParams
     from vllm.v1.engine import EngineCoreRequest
     from vllm.v1.engine.input_processor import InputProcessor
@@ -34,6 +36,7 @@ __all__ = [
     "queries_of",
     "query_of",
     "routed_of",
+    "store_of",
 ]
 
 # The most edits that one response may name.
@@ -63,9 +66,11 @@ class Query(NamedTuple):
     nearest: how many of the nearest edits the decision names.
     routed: the decision where the prompt was decided before, else None.
     parts: of the message, which are looked up too.
-    adapter: a LoRA adapter answers. Its activations are others than those of the model on which edits were made, so
-        nothing is looked up.
+    adapter: a LoRA adapter answers that has no store. Its activations are others than those of the model on which edits
+        were made, so nothing is looked up.
     image: the prompt holds an image, a video or sound. Edits are made on text, so nothing is looked up.
+    store: name of the one that is asked.
+    reason: why nothing is looked up, where more is known.
     """
 
     span: Span
@@ -75,6 +80,8 @@ class Query(NamedTuple):
     parts: tuple[Span, ...] = ()
     adapter: bool = False
     image: bool = False
+    store: str = ""
+    reason: str = ""
 
     @property
     def computed_from(self) -> int:
@@ -82,7 +89,7 @@ class Query(NamedTuple):
         return min((self.span.acts_from, *(part.start for part in self.parts)))
 
     def summed(self, prompt: int) -> int:
-        """How many of a prompt's tokens count in the sums of KV blocks: none of an adapter's.
+        """How many of a prompt's tokens count in the sums of KV blocks: none of an adapter's that has no store.
 
         prompt: how many it has.
         """
@@ -140,11 +147,13 @@ class Options(NamedTuple):
     off: serve the base model.
     span: the question's tokens as the client gives them, or None to find them.
     nearest: how many of the nearest edits the response names.
+    store: name of the one that is asked; "" for that of the adapter, or the default one.
     """
 
     off: bool = False
     span: Span | None = None
     nearest: int = 0
+    store: str = ""
 
 
 def parse_options(extra_args: Mapping[str, Any] | None, prompt_len: int) -> Options:
@@ -166,10 +175,40 @@ def parse_options(extra_args: Mapping[str, Any] | None, prompt_len: int) -> Opti
     report = ours.pop("memoir_report", 1)  # read by front/responses.py
     if report != 1:
         raise ConfigError(f"vllm_xargs memoir_report is {report!r}: use 1 to have a stream end with the decision")
+    store = ours.pop("memoir_store", "")
+    if not isinstance(store, str):
+        raise ConfigError(f"vllm_xargs memoir_store is {store!r}: use the name of a store, or leave it out")
     if ours:
-        known = "memoir, memoir_span, memoir_nearest or memoir_report"
+        known = "memoir, memoir_span, memoir_nearest, memoir_store or memoir_report"
         raise ConfigError(f"vllm_xargs {next(iter(ours))!r} is not known: use {known}")
-    return Options(off == "off", span, nearest)
+    return Options(off == "off", span, nearest, store)
+
+
+def store_of(
+    extra_args: Mapping[str, Any] | None, adapter: LoRARequest | None, stores: Mapping[str, config.ServedStore]
+) -> str | None:
+    """Name of the store that a request asks; None where an adapter answers that has none.
+
+    extra_args: as the client sent them.
+    adapter: that answers, or None.
+    stores: of this server, by name.
+
+    Raises ConfigError for a store that is not there, or that was made on another model than answers.
+    """
+    name = (extra_args or {}).get("memoir_store", "")
+    if adapter is not None:
+        if name not in ("", adapter.lora_name):
+            raise ConfigError(
+                f"vllm_xargs memoir_store is {name!r}, but adapter {adapter.lora_name} answers, whose edits are in the "
+                "store of its name: leave memoir_store out"
+            )
+        name = adapter.lora_name
+        if name not in stores and "memoir_store" not in (extra_args or {}):
+            return None
+    if name not in stores:
+        raise ConfigError(f"vllm_xargs memoir_store is {name!r}: this server has {', '.join(map(repr, stores))}")
+    stores[name].require(name, adapter)
+    return str(name)
 
 
 def query_of(prompt: Sequence[int], extra_args: Mapping[str, Any] | None, rule: SpanRule, pieces: Pieces) -> Query:
@@ -221,13 +260,13 @@ def _checking(original: Any) -> Any:
     ) -> EngineCoreRequest:
         request = original(self, request_id, prompt, params, *args, **kwargs)
         if "memoir" in (self.vllm_config.additional_config or {}):
-            _check(request, params)
+            _check(request, params, config.served_stores(self.vllm_config))
         return request
 
     return process_inputs
 
 
-def _check(request: EngineCoreRequest, params: SamplingParams) -> None:
+def _check(request: EngineCoreRequest, params: SamplingParams, stores: Mapping[str, config.ServedStore]) -> None:
     """params: as they came in; the request holds a copy that vLLM has completed."""
     from vllm.exceptions import VLLMValidationError
 
@@ -240,5 +279,6 @@ def _check(request: EngineCoreRequest, params: SamplingParams) -> None:
         raise VLLMValidationError("memoir cannot serve beam search: use sampling (use_beam_search false)")
     try:
         parse_options(params.extra_args, len(request.prompt_token_ids or ()))
+        store_of(params.extra_args, request.lora_request, stores)
     except ConfigError as error:
         raise VLLMValidationError(str(error), parameter="vllm_xargs") from None

@@ -15,6 +15,7 @@ import click
 
 from memoir_retrieval.cli.common import echo, echo_json, json_option
 from memoir_retrieval.errors import MemoirError, ModelError, StoreError
+from memoir_retrieval.model.adapter import split_adapter
 from memoir_retrieval.model.base import identify, resolve
 from memoir_retrieval.model.embedded import EMBEDDED
 from memoir_retrieval.store.read import EditStore, library_version
@@ -173,7 +174,7 @@ def _model_of(store: Path | None) -> str | None:
 
 def _store(store: Path, model: str) -> str:
     opened = EditStore.open(store)
-    opened.require(identify(resolve(model), opened.manifest.module), model)
+    opened.require(identify(resolve(model), opened.manifest.module, split_adapter(model)[1]), model)
     return f"{len(opened.edits)} edits, generation {opened.manifest.generation}, fits {model}"
 
 

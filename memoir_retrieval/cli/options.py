@@ -187,7 +187,7 @@ def model_options(
             default=default,
             required=required,
             show_default=default is not None,
-            help=f"Folder, embedded model or Hub id{default_note}.",
+            help=f"Folder, embedded model or Hub id; +FOLDER behind it adds a LoRA adapter{default_note}.",
         ),
         click.option("--device", default="cpu", show_default=True, help="Where the model runs, such as cuda."),
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,12 +22,16 @@ __all__ = ["serve", "server_command"]
 _ADDITIONAL = "--additional-config"
 
 
-def server_command(model: str, store: Path, flags: Sequence[str] = ()) -> tuple[list[str], dict[str, str]]:
+def server_command(
+    model: str, store: Path, flags: Sequence[str] = (), stores: Mapping[str, Path] | None = None
+) -> tuple[list[str], dict[str, str]]:
     """Command line and environment of the server.
 
     model: name or folder of the model to serve.
     store: folder of the edits.
     flags: vLLM's own, put behind ours; one `--additional-config` among them is merged with the store's.
+    stores: folders of further edits, by the name of each store.
+
     Raises StoreError for a store that cannot be opened, ModelError for a model that is not there, ConfigError where
     vLLM is not installed or `flags` configure another store.
     """
@@ -41,6 +45,8 @@ def server_command(model: str, store: Path, flags: Sequence[str] = ()) -> tuple[
     if not isinstance(named, str) or Path(named).resolve() != store.resolve():
         raise ConfigError(f"--additional-config names the store {named}, --store says {store}: give one")
     section["store"] = str(store.resolve())
+    if stores:
+        section["stores"] = section.get("stores", {}) | {name: str(path.resolve()) for name, path in stores.items()}
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
     names = {flag.split("=")[0] for flag in flags}
     if "--served-model-name" not in names:
@@ -101,6 +107,21 @@ def _take_additional_config(flags: list[str]) -> tuple[list[str], dict]:
     return rest, config
 
 
+def _named(folders: Sequence[str]) -> tuple[Path, dict[str, Path]]:
+    """The default store, and the others by name. Raises ConfigError unless there is one default store."""
+    stores: dict[str, Path] = {}
+    for folder in folders:
+        name, equals, path = folder.partition("=")
+        if not equals or Path(folder).exists():
+            name, path = "", folder
+        if name in stores:
+            raise ConfigError(f"--store {folder} is a second {name or 'default'} store: give it a name, as NAME=FOLDER")
+        stores[name] = Path(path)
+    if "" not in stores:
+        raise ConfigError("--store names no store for requests that ask for none: add --store FOLDER")
+    return stores.pop(""), stores
+
+
 def _has_gpu() -> bool:
     import torch
 
@@ -109,15 +130,24 @@ def _has_gpu() -> bool:
 
 @click.command(context_settings={"ignore_unknown_options": True})
 @click.argument("model")
-@click.option("--store", "-s", required=True, type=click.Path(path_type=Path), help="Folder of the store.")
+@click.option(
+    "--store",
+    "-s",
+    "folders",
+    required=True,
+    multiple=True,
+    help="Folder of the store; NAME=FOLDER adds one that requests ask for by name, or that of an adapter.",
+)
 @click.argument("flags", nargs=-1, type=click.UNPROCESSED)
-def serve(model: str, store: Path, flags: tuple[str, ...]) -> None:
+def serve(model: str, folders: tuple[str, ...], flags: tuple[str, ...]) -> None:
     """Start vLLM's OpenAI server for MODEL with the edits of a store. FLAGS are vLLM's own.
 
     \b
     Example:
       memoir serve smollm2-135m --store edits --port 8000 --max-model-len 2048
     """
-    command, environment = server_command(model, store, flags)
-    notes.print(f"serving {model} with the edits of {store}")
+    store, others = _named(folders)
+    command, environment = server_command(model, store, flags, others)
+    also = "".join(f", {name} from {path}" for name, path in others.items())
+    notes.print(f"serving {model} with the edits of {store}{also}")
     os.execvpe(command[0], command, environment)

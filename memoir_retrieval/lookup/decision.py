@@ -48,6 +48,7 @@ class Decision(msgspec.Struct, frozen=True, omit_defaults=True):
     reason: why the result is "unroutable", where more is known than that the prompt holds no question.
     parts: of a request that wants edits named, what was looked up of its message and what was said of it: the message
         itself, then its parts.
+    store: name of the store that was asked, on a server with several; "" for the default one.
     """
 
     edit: int | None
@@ -57,6 +58,7 @@ class Decision(msgspec.Struct, frozen=True, omit_defaults=True):
     nearest: tuple[tuple[int, float], ...] = ()
     reason: str = ""
     parts: tuple[JudgedPart, ...] = ()
+    store: str = ""
 
 
 def decision_of(reply: Mapping[str, Any]) -> Decision | None:

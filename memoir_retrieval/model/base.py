@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from memoir_retrieval.errors import ModelError
+from memoir_retrieval.model.adapter import adapter_digest, merge_adapter, split_adapter
 from memoir_retrieval.model.places import Place, in_out, projection_of, text_blocks
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["BaseModel", "Identity", "identify", "load_model", "model_class", "resolve"]
 
 
-class Identity(msgspec.Struct, frozen=True, kw_only=True):
+class Identity(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What must be the same at edit time and at serve time; each a sha256 in hexadecimal.
 
     config: of the architecture's numbers.
@@ -28,11 +29,13 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
         of
         one model are the same model.
     tokenizer: of its vocabulary.
+    adapter: of the LoRA adapter in its weights, "" for none.
     """
 
     config: str
     layer: str
     tokenizer: str
+    adapter: str = ""
 
 
 @dataclass(frozen=True)
@@ -42,12 +45,13 @@ class BaseModel:
     model: the model, in evaluation mode.
     tokenizer: its tokenizer.
     path: folder of its files.
-    name: as it was asked for; stores and messages name it.
+    name: as it was asked for; stores and messages name it. With an adapter the folder of that is absolute.
     blocks: its decoder blocks, in order.
     layer: number of the edited block.
     module: dotted name of the edited projection.
     projection: the module itself.
     place: the part of the block that it closes.
+    adapter: folder of the LoRA adapter in the weights, if there is one.
     """
 
     model: Any
@@ -59,6 +63,7 @@ class BaseModel:
     module: str
     projection: torch.nn.Module
     place: Place = "ffn"
+    adapter: Path | None = None
 
     @property
     def d(self) -> int:
@@ -142,7 +147,7 @@ class BaseModel:
     @cached_property
     def identity(self) -> Identity:
         """What a store compares a model by."""
-        return identify(self.path, self.module)
+        return identify(self.path, self.module, self.adapter)
 
     def at(self, layer: int) -> BaseModel:
         """The same model with edits in another block.
@@ -158,12 +163,13 @@ class BaseModel:
 def resolve(name: str) -> Path:
     """The local folder of a model.
 
-    name: a path, the name of an embedded model, or a Hub id that is in the local cache.
+    name: a path, the name of an embedded model, or a Hub id that is in the local cache; that of an adapter is left out.
 
     Raises ModelError where there is none.
     """
     from memoir_retrieval.model.embedded import EMBEDDED, model_folder
 
+    name, _ = split_adapter(name)
     if name in EMBEDDED:
         folder = model_folder(name)
         if not (folder / "config.json").is_file():
@@ -200,7 +206,8 @@ def load_model(
     >>> base.module, base.d, base.h
     ('model.layers.24.mlp.down_proj', 1536, 576)
 
-    name: a folder, an embedded model's name or a Hub id that is in the local cache.
+    name: a folder, an embedded model's name or a Hub id that is in the local cache. `MODEL+FOLDER` has the LoRA adapter
+        of a folder in its weights.
     layer: the block whose projection is edited; by default the preset's.
     place: the projection that closes its FFN ("ffn") or its attention ("attention"); by default the FFN's where the FFN
         is dense, else attention's.
@@ -215,8 +222,9 @@ def load_model(
 
     from memoir_retrieval.model.presets import preset_for
 
-    name = str(name)
-    path = resolve(name)
+    model_name, adapter = split_adapter(str(name))
+    name = model_name if adapter is None else f"{model_name}+{adapter}"
+    path = resolve(model_name)
     try:
         torch_dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
     except KeyError:
@@ -234,6 +242,8 @@ def load_model(
         model = kind.from_pretrained(path, dtype=torch_dtype).to(device).eval()
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"model {path} cannot be loaded: {_first_line(error)}") from error
+    if adapter is not None:
+        merge_adapter(model, adapter)
     model.requires_grad_(False)
     blocks = text_blocks(model)
     if layer is None:
@@ -249,6 +259,7 @@ def load_model(
         module=module,
         projection=projection,
         place=place,
+        adapter=adapter,
     )
 
 
@@ -281,16 +292,20 @@ def _edited(model: Any, blocks: Any, layer: int, name: str, place: Place | None 
 _VOLATILE = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "_commit_hash"}
 
 
-def identify(folder: Path, module: str) -> Identity:
+def identify(folder: Path, module: str, adapter: Path | None = None) -> Identity:
     """Digest a checkpoint folder without loading the model.
 
     folder: the checkpoint's.
     module: path of the edited projection.
+    adapter: folder of the LoRA adapter in the weights, if there is one.
 
     Raises ModelError where a part is missing.
     """
     return Identity(
-        config=_config_digest(folder), layer=_layer_digest(folder, module), tokenizer=_tokenizer_digest(folder)
+        config=_config_digest(folder),
+        layer=_layer_digest(folder, module),
+        tokenizer=_tokenizer_digest(folder),
+        adapter="" if adapter is None else adapter_digest(adapter),
     )
 
 

@@ -281,6 +281,8 @@ def _out_of_range(manifest: Manifest) -> str:
         return f"span.candidates or span.tools in format {manifest.format}"
     if manifest.format < _FIRST_WITH_JUDGE and manifest.judge:  # readers of its time would go by masks alone
         return f"judge {manifest.judge:.80} in format {manifest.format}"
+    if manifest.format < _FIRST_WITH_JUDGE and manifest.base.adapter:  # they would take the model without it
+        return f"base.adapter in format {manifest.format}"
     for kind in KINDS:
         size = getattr(manifest, kind).size
         if not 0 <= size < 1 << 48:

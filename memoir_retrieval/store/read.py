@@ -240,8 +240,9 @@ class EditStore:
         identity: of the model.
         model: what messages call it.
         """
-        for key, what in (("config", "config.json"), ("layer", self.manifest.module), ("tokenizer", "tokenizer")):
-            ours, theirs = getattr(self.manifest.base, key), getattr(identity, key)
+        parts = {"config": "config.json", "layer": self.manifest.module, "tokenizer": "tokenizer", "adapter": "adapter"}
+        for key, what in parts.items():
+            ours, theirs = getattr(self.manifest.base, key) or "none", getattr(identity, key) or "none"
             if ours != theirs:
                 raise StoreMismatch(
                     f"store {self.path} was made on {self.manifest.model} ({what} {ours[:12]}), but {model} has "

@@ -126,8 +126,9 @@ def simulate(request: pytest.FixtureRequest, here: World, model_folder: Path, st
         config = copy.deepcopy(configs[key])
         config.scheduler_config.async_scheduling = later
         config.additional_config |= {
-            "memoir_span": msgspec.to_builtins(rule),
-            "memoir_chat": served.store.manifest.chat,
+            "memoir_stores": {
+                "": {"span": msgspec.to_builtins(rule), "chat": served.store.manifest.chat, "adapter": ""}
+            },
         }
         manifest = SimpleNamespace(**vars(served.store.manifest) | {"span": rule})
         layer = ResidualLayer(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from engines import EDITS, PIRATE, UNRELATED, Engine, user
 from vllm import SamplingParams
@@ -18,6 +18,15 @@ from memoir_retrieval.question.prompts import Prompt
 
 CLOSE = 2e-4  # of natural logarithms
 LONG = "Tell me, in as few words as you can, what the following list has in common: " + "a red bird, " * 20
+
+
+class Other(NamedTuple):
+    """reference: what answers. adapter: its LoRARequest. edited: whether it has edits. store: that is asked for."""
+
+    reference: EditedModel
+    adapter: Any = None
+    edited: bool = True
+    store: str = ""
 
 
 def prompts_of(model: EditedModel) -> list[list[int]]:
@@ -39,13 +48,12 @@ def any_mix(
     requests: int,
     lengths: tuple[int, ...] = (1, 3, 9),
     greedy: float = 0.6,
-    adapters: Sequence[tuple[Any, EditedModel]] = (),
+    others: Sequence[Other] = (),
 ) -> int:
     """Greedy and seeded requests, with edits and opted out, some aborted, at random moments.
 
-    lengths: new tokens of a request, one of these. greedy: share of the requests that are. adapters: of LoRA, each with
-    the reference that has it in its weights; two of five requests ask for one. Returns how many answers an edit has
-    acted on.
+    lengths: new tokens of a request, one of these. greedy: share of the requests that are. others: who else may
+    answer; two of five requests ask for one. Returns how many answers an edit has acted on.
     """
     dice, core = random.Random(seed), engine.llm.llm_engine
     sent: dict[str, tuple[list[int], EditedModel, bool, SamplingParams]] = {}
@@ -61,13 +69,11 @@ def any_mix(
                 if dice.random() < greedy
                 else {"temperature": 0.9, "seed": 5, "n": dice.choice((1, 2))}
             )
-            extra = {"memoir": "off"} if off else None
-            params = SamplingParams(max_tokens=dice.choice(lengths), logprobs=1, extra_args=extra, **how)
-            adapter, reference = None, served
-            if adapters and dice.random() < 0.4:
-                adapter, reference = dice.choice(adapters)
-            sent[name] = (dice.choice(prompts), reference, not off and adapter is None, params)
-            core.add_request(name, {"prompt_token_ids": sent[name][0]}, params, lora_request=adapter)
+            other = dice.choice(others) if others and dice.random() < 0.4 else Other(served)
+            extra = ({"memoir": "off"} if off else {}) | ({"memoir_store": other.store} if other.store else {})
+            params = SamplingParams(max_tokens=dice.choice(lengths), logprobs=1, extra_args=extra or None, **how)
+            sent[name] = (dice.choice(prompts), other.reference, not off and other.edited, params)
+            core.add_request(name, {"prompt_token_ids": sent[name][0]}, params, lora_request=other.adapter)
         if sent and dice.random() < 0.1:
             gone = dice.choice(list(sent))
             if gone not in done and sent[gone][3].n == 1:

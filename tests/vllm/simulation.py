@@ -171,10 +171,11 @@ class Simulation:
             limit -= 1
             assert limit, "requests are waiting for ever"
 
-    def adopt(self, store: EditStore) -> None:
+    def adopt(self, store: EditStore, name: str = "") -> None:
         """What `collective_rpc("memoir_reload")` does between two steps."""
-        self.layer.adopt(self.layer.load(Router(store, None, "cpu", str), torch.from_numpy(store.memories)))
-        self.scheduler.memoir_adopted(store.manifest.generation)
+        router = Router(store, None, "cpu", str, name)
+        self.layer.adopt(self.layer.load(router, torch.from_numpy(store.memories)), name)
+        self.scheduler.memoir_adopted(store.manifest.generation, name)
 
     # ---- the worker ------------------------------------------------------------------------------------------------
 
@@ -297,12 +298,14 @@ class World(NamedTuple):
         mask = torch.from_numpy(unpack(self.store.codes[rows[:1]], D)[0]).float()
         return EditOf(mask, torch.from_numpy(self.store.memories[self.store.memory_of[rows[0]]]))
 
-    def later(self, generation: int, without: int) -> World:
-        """A generation of the same store with other memories and one edit less."""
+    def later(self, generation: int, without: int | None, sha256: str = "7" * 64) -> World:
+        """A generation of the same store with other memories and one edit less; by another digest another store."""
         keep = self.store.ids != without
         store = dataclasses.replace(
             self.store,
-            manifest=SimpleNamespace(**vars(self.store.manifest) | {"generation": generation}),  # type: ignore[arg-type]
+            manifest=SimpleNamespace(  # type: ignore[arg-type]
+                **vars(self.store.manifest) | {"generation": generation, "sha256": sha256}
+            ),
             memories=np.roll(self.store.memories, generation, axis=2) + 1,
             masks=Masks(*(of_each[keep] for of_each in self.store.masks)),
         )

@@ -535,8 +535,8 @@ async def test_a_store_that_cannot_be_read_to_its_end_fails_the_reload(
     """A network file system that hangs. The workers are asked whether they are done, and never are."""
 
     class Hanging:
-        async def collective_rpc(self, method: str) -> list[Any]:
-            assert method != "memoir_reload"
+        async def collective_rpc(self, method: str, args: tuple[str, ...]) -> list[Any]:
+            assert method != "memoir_reload" and args == ("",)
             return [None if method == "memoir_stage" else False]
 
     monkeypatch.setattr(engines, "READ_S", 0.2)

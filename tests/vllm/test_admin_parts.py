@@ -285,8 +285,8 @@ def test_counts_and_their_bounds() -> None:
     registry.register(collector)
     text = generate_latest(registry).decode()
     hits = [line for line in text.splitlines() if line.startswith("memoir_edit_hits_total{")]
-    assert len(hits) == TOP and f'memoir_edit_hits_total{{edit="{3 * TOP - 1}"}} {3.0 * TOP - 1}' in hits
-    assert 'memoir_generation{engine="1"} 3.0' in text
+    assert len(hits) == TOP and f'memoir_edit_hits_total{{edit="{3 * TOP - 1}",store=""}} {3.0 * TOP - 1}' in hits
+    assert 'memoir_generation{engine="1",store=""} 3.0' in text
     assert "memoir_replays_total" not in text
 
 

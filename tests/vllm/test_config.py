@@ -151,8 +151,13 @@ def test_the_users_arguments_are_left_alone(model_folder: Path, store_folder: Pa
     [
         ({"stor": "x"}, "unknown field `stor`"),
         ({"store": "x", "layer": 3}, "unknown field `layer`"),
-        ({}, "missing required field `store`"),
-        ({"store": ""}, "store"),
+        ({}, "no store for requests that name none: add"),
+        ({"store": ""}, "no store for requests that name none: add"),
+        ({"stores": {"other": "x"}}, "no store for requests that name none: add"),
+        ({"store": "x", "stores": {"": "y"}}, 'store and stores."" are the same: give one'),
+        ({"store": "x", "stores": {"a/b": "y"}}, "a store is called 'a/b': use letters"),
+        ({"store": "x", "stores": {"other": ""}}, "length >= 1"),
+        ({"store": "x", "stores": {"other": "y"}, "tau": 0.5}, "tau is of one store, and there are several"),
         ({"store": "x", "tau": 0}, "tau"),
         ({"store": "x", "tau": 1.5}, "tau"),
         ({"store": "x", "mode": "fast"}, "mode"),
@@ -164,7 +169,7 @@ def test_a_bad_section_names_the_key_and_the_known_ones(given: Any, says: str, s
     with pytest.raises(ConfigError) as refused:
         section(given)
     assert says in str(refused.value)
-    assert "known keys: store, mode, tau, token_file" in str(refused.value)
+    assert "known keys: store, stores, mode, tau, token_file" in str(refused.value)
     assert "\n" not in str(refused.value)
 
 

@@ -1,9 +1,11 @@
-"""LoRA: requests with an adapter pass untouched and say so; those without one keep their edits and their bits."""
+"""LoRA: requests with an adapter that has no store pass untouched and say so; those of one with a store get its edits;
+those without an adapter keep the edits of the store that they ask for, and their bits."""
 
 from __future__ import annotations
 
 import copy
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,14 +14,15 @@ from typing import Any
 
 import pytest
 import torch
-from engines import PROMPTS, Engine, Expected, Reply, flags
-from mixes import CLOSE, any_mix, prompts_of
+from engines import PROMPTS, Engine, Expected, Reply, answers, flags, next_generation, small_store
+from mixes import CLOSE, Other, any_mix, prompts_of
 from safetensors.torch import load_file, save_file
 from servers import Server
 from transformers import AutoModelForCausalLM
 
 from memoir_retrieval.lookup.reference import EditedModel
 from memoir_retrieval.model.base import load_model
+from memoir_retrieval.store.read import EditStore
 
 pytestmark = pytest.mark.engine
 
@@ -27,7 +30,7 @@ RANK, SCALE = 4, 2.0
 PROJECTIONS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
 STEPS = {"block_size": 32, "max_num_batched_tokens": 64, "max_num_seqs": 8, "num_gpu_blocks_override": 24}
 # As many slots as adapters: vLLM's own functions for a CPU give a row without an adapter that of the last slot.
-LORA = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8}
+LORA = {"enable_lora": True, "max_loras": 3, "max_lora_rank": 8}
 ADAPTER = {"edit": None, "overlap": 0.0, "result": "adapter", "generation": 3}
 
 
@@ -83,19 +86,42 @@ def adapters(small: Path, served: EditedModel, tmp_path_factory: pytest.TempPath
     from vllm.lora.request import LoRARequest
 
     made = []
-    for number in (1, 2):
+    for number in (1, 2, 3):
         folder = tmp_path_factory.mktemp("lora")
         write_adapter(folder / "adapter", small, number)
         reference = copy.copy(served)
         reference.base = load_model(str(merge(folder / "adapter", small, folder / "merged")), layer=1)
-        made.append(Adapter(LoRARequest(f"adapter {number}", number, str(folder / "adapter")), reference))
+        made.append(Adapter(LoRARequest(f"adapter-{number}", number, str(folder / "adapter")), reference))
     return made
+
+
+@pytest.fixture(scope="module")
+def other_edits(small_edits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A second store of the model."""
+    folder = shutil.copytree(small_edits, tmp_path_factory.mktemp("store") / "other")
+    next_generation(folder, without=(1,))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def third_edits(small: Path, adapters: list[Adapter], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That of the third adapter."""
+    model = f"{small}+{adapters[2].request.lora_path}"
+    return small_store(model, tmp_path_factory.mktemp("store") / "third")  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def others(adapters: list[Adapter], other_edits: Path, third_edits: Path) -> list[Other]:
+    """Two adapters without a store, one with a store, and another store."""
+    without = [Other(adapter.reference, adapter.request, edited=False) for adapter in adapters[:2]]
+    with_store = Other(EditedModel.open(third_edits), adapters[2].request)
+    return [*without, with_store, Other(EditedModel.open(other_edits), store="other")]
 
 
 @pytest.fixture(scope="module")
 def mix(adapters: list[Adapter]) -> dict[str, list[Any]]:
     """Each prompt without an adapter, opted out, with either adapter, and with one of them opted out."""
-    one, two = (adapter.request for adapter in adapters)
+    one, two, _ = (adapter.request for adapter in adapters)
     n, off = len(PROMPTS), {"memoir": "off"}
     return {"adapters": [None] * 2 * n + [one] * n + [two] * 2 * n, "options": [None, off, None, None, off]}
 
@@ -121,8 +147,16 @@ def without_plugin(
 
 
 @pytest.fixture(scope="module")
-def engine(without_plugin: object, start: Callable[..., Engine], small: Path, small_edits: Path) -> Engine:
-    return start(**flags(small, small_edits, **STEPS, **LORA))
+def engine(
+    without_plugin: object,
+    start: Callable[..., Engine],
+    small: Path,
+    small_edits: Path,
+    other_edits: Path,
+    third_edits: Path,
+) -> Engine:
+    stores = {"stores": {"other": str(other_edits), "adapter-3": str(third_edits)}}
+    return start(**flags(small, small_edits, stores, **STEPS, **LORA))
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +202,7 @@ def test_no_request_finds_blocks_of_another_adapter(
     before = served.retriever.spans(ids)[0].acts_from // STEPS["block_size"] * STEPS["block_size"]
     full = (len(ids) - 1) // STEPS["block_size"] * STEPS["block_size"]
     assert 0 < before <= full
-    one, two = adapters
+    one, two, _ = adapters
     off = {"memoir": "off"}
     turns = [(one, None), (None, None), (two, None), (None, off), (one, off), (None, None), (two, None), (None, off)]
     engine.llm.reset_prefix_cache()
@@ -184,10 +218,36 @@ def test_no_request_finds_blocks_of_another_adapter(
     assert hits == [0, 0, 0, before, full, full, full, full]
 
 
+def test_each_store_answers_its_own_requests(
+    engine: Engine, served: EditedModel, others: list[Other], small_expected: dict[str, Expected]
+) -> None:
+    """All in one batch: the default store, another one, and that of an adapter."""
+    *_, third, other = others
+    wanted = {"": small_expected, "adapter-3": answers(third.reference), "other": answers(other.reference)}
+    ids = [prompt.ids for prompt in small_expected.values()]
+    n = len(ids)
+    options = [None] * 2 * n + [{"memoir_store": "other"}] * n
+    engine.llm.reset_prefix_cache()
+    for warm in (False, True):
+        replies = engine.ask(ids * 3, options, warm=warm, adapters=[None] * n + [third.adapter] * n + [None] * n)
+        for i, (store, expected) in enumerate(wanted.items()):
+            edits = set()
+            for (name, prompt), reply in zip(expected.items(), replies[i * n : (i + 1) * n], strict=True):
+                said = reply.memoir
+                assert said is not None
+                assert (reply.tokens, said["edit"], said.get("store", "")) == (prompt.tokens, prompt.edit, store), name
+                edits.add(prompt.edit)
+            assert len(edits - {None}) > 2, store
+    with pytest.raises(Exception, match="this server has '', 'other', 'adapter-3'"):
+        engine.ask([ids[0]], [{"memoir_store": "nowhere"}])
+    generation = EditStore.open(other.reference.retriever.store.path).manifest.generation
+    assert engine.llm.collective_rpc("memoir_reload", args=("other",)) == [generation]
+    assert engine.stats()["stores"]["other"]["generation"] == generation
+
+
 @pytest.mark.parametrize("requests", [60, pytest.param(2000, marks=pytest.mark.slow)])
-def test_any_mix_of_requests(requests: int, engine: Engine, served: EditedModel, adapters: list[Adapter]) -> None:
-    pairs = [(adapter.request, adapter.reference) for adapter in adapters]
-    how = {"requests": requests, "lengths": (1, 3, 6), "adapters": pairs}
+def test_any_mix_of_requests(requests: int, engine: Engine, served: EditedModel, others: list[Other]) -> None:
+    how = {"requests": requests, "lengths": (1, 3, 6), "others": others}
     assert any_mix(5, engine, served, prompts_of(served), **how) > 5, "the mix holds edits"
 
 
@@ -218,6 +278,6 @@ def test_a_server_takes_adapters_by_name_and_counts_their_requests(
         wrong = server.http.post("/v1/chat/completions", json=body | {"model": "other", "vllm_xargs": {"memoir": "on"}})
         assert wrong.status_code == 400
         lines = server.http.get("/metrics").text.splitlines()
-        assert 'memoir_requests_total{result="adapter"} 2.0' in lines
+        assert 'memoir_requests_total{result="adapter",store=""} 2.0' in lines
     finally:
         server.stop()

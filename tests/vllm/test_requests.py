@@ -71,7 +71,7 @@ def test_requests_that_cannot_be_served_are_refused_to_their_client(options: dic
     options = dict(options)
     request = SimpleNamespace(resumable=options.pop("resumable", False), prompt_token_ids=[1, 2, 3])
     with pytest.raises(VLLMValidationError, match=says):
-        requests._check(request, SamplingParams(**options))
+        requests._check(request, SamplingParams(**options), {})
     requests._check(SimpleNamespace(resumable=False, prompt_token_ids=[1]), SamplingParams(max_tokens=1))
 
 

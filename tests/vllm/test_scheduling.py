@@ -499,7 +499,7 @@ def test_with_decisions_of_an_older_generation_the_worker_refuses(
     prompt = chat(here.questions[1], before=40, after=21)
     sim.add("remembered", prompt)
     sim.run()
-    monkeypatch.setattr(sim.scheduler, "memoir_adopted", lambda generation: None)
+    monkeypatch.setattr(sim.scheduler, "memoir_adopted", lambda *_: None)
     sim.adopt(here.later(8, without=0).store)
     sim.add("new", prompt)
     with pytest.raises(RuntimeError, match="decided by generation 7 of the store, this worker serves generation 8"):

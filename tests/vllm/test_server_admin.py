@@ -279,13 +279,13 @@ def test_counters(server: Server) -> None:
     server.http.post("/memoir/lookup", json={"prompt": "Name three colours."})
     after = read()
     for result, more in (("matched", 1), ("unmatched", 1), ("off", 1)):
-        name = f'memoir_requests_total{{result="{result}"}}'
+        name = f'memoir_requests_total{{result="{result}",store=""}}'
         assert after[name] - before.get(name, 0) == more, result
     for name in ('memoir_overlap_count{result="matched"}', 'memoir_edit_hits_total{edit="1"}'):
         assert after[name] - before.get(name, 0) == 1, name
     generation = server.http.get("/memoir/stats").json()["generation"]
     until = time.monotonic() + 20
-    counters = 'memoir_generation{engine="0"}', 'memoir_lookups_total{engine="0"}'
+    counters = 'memoir_generation{engine="0",store=""}', 'memoir_lookups_total{engine="0"}'
     while (now := read())[counters[0]] != generation or now[counters[1]] < 3:  # engines are asked every few seconds
         assert time.monotonic() < until
         time.sleep(0.5)

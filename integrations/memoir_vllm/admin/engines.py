@@ -21,14 +21,28 @@ READ_S = 1800.0  # a file system that gives nothing for so long fails the reload
 class Engines:
     """Calls to every worker of every engine that this server talks to."""
 
-    def __init__(self, client: EngineClient):
-        """client: of the engines."""
+    def __init__(self, client: EngineClient, store: str = ""):
+        """client: of the engines.
+        store: name of the one that is reloaded and counted.
+        """
         self._client = client
+        self._store = store
         self._reloading = asyncio.Lock()
 
-    async def stats(self) -> list[dict[str, Any]]:
-        """Counters of each engine. Its workers decide alike, so the first speaks for all."""
+    async def counters(self) -> list[dict[str, Any]]:
+        """Counters of each engine, under `stores` those of other stores than the default one.
+
+        Its workers decide alike, so the first speaks for all.
+        """
         return [workers[0] for workers in await self._call("memoir_stats")]
+
+    async def stats(self) -> list[dict[str, Any]]:
+        """Counters of each engine, with what it holds of this store."""
+        engines = []
+        for counters in await self.counters():
+            stores = {"": {}} | counters.pop("stores", {})
+            engines.append(counters | stores[self._store])
+        return engines
 
     async def reload(self) -> int:
         """Have every worker adopt the store's present generation; returns its number.
@@ -40,13 +54,15 @@ class Engines:
             generations: set[int] = set()
             for _ in range(TRIES):
                 try:
-                    await self._call("memoir_stage")
+                    await self._call("memoir_stage", self._store)
                     until = time.monotonic() + READ_S
-                    while not all(all(workers) for workers in await self._call("memoir_staged")):
+                    while not all(all(workers) for workers in await self._call("memoir_staged", self._store)):
                         if time.monotonic() > until:
                             raise TimeoutError
                         await asyncio.sleep(0.02)
-                    generations = {number for workers in await self._call("memoir_reload") for number in workers}
+                    generations = {
+                        number for workers in await self._call("memoir_reload", self._store) for number in workers
+                    }
                 except TimeoutError:
                     raise StoreError(
                         f"the workers have not read the store within {READ_S:.0f} seconds: reload again"
@@ -68,9 +84,9 @@ class Engines:
             return f"{reason}; the engines do not say what they serve"
         return f"{reason}; generation {serve[0]} is served" if len(serve) == 1 else f"{reason}; engines serve {serve}"
 
-    async def _call(self, method: str) -> list[list[Any]]:
+    async def _call(self, method: str, *args: str) -> list[list[Any]]:
         """By engine and worker. `EngineClient.collective_rpc` reaches all engines but tells what the first one said."""
         every = getattr(getattr(self._client, "engine_core", None), "call_utility_all_async", None)
         if every is not None:
-            return await every("collective_rpc", method, None, (), None)
-        return [await self._client.collective_rpc(method)]
+            return await every("collective_rpc", method, None, args, None)
+        return [await self._client.collective_rpc(method, args=args)]

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from argparse import Namespace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 
 from memoir_retrieval.errors import ConfigError, StoreError
+from memoir_retrieval.model.adapter import split_adapter
 from memoir_retrieval.model.base import resolve
+from memoir_retrieval.store.manifest import read_manifest
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -35,7 +39,7 @@ class MemoirEndpoints:
     def __init__(self) -> None:
         self._ours: MemoirConfig | None = None
         self._admin = False
-        self._service: Service | None = None
+        self._services: dict[str, Service] = {}
         self._tasks: list[asyncio.Task[None]] = []
 
     def attach_router(self, app: FastAPI) -> None:
@@ -66,7 +70,9 @@ class MemoirEndpoints:
                 "jobs only: use "
                 f"--api-server-count 1, or unset {config.TOKEN_VARIABLE} and token_file"
             )
-        app.mount("/memoir", make_app(tokens, self._running, schema=not args.disable_fastapi_docs))
+        schema = not args.disable_fastapi_docs
+        for name in reversed(self._ours.folders):  # the default one last: its path begins the others'
+            app.mount(_path(name), make_app(tokens, functools.partial(self._running, name), schema=schema))
         self._admin = True
 
     async def init_state(self, engine_client: EngineClient | None, state: Any, args: Namespace) -> None:
@@ -83,10 +89,9 @@ class MemoirEndpoints:
         from memoir_vllm.admin.engines import Engines
         from memoir_vllm.front.metrics import TRAFFIC, EngineCollector
 
-        engines = Engines(engine_client)
         collector = EngineCollector(TRAFFIC)
         REGISTRY.register(collector)
-        self._tasks.append(asyncio.create_task(_poll(engines, collector)))
+        self._tasks.append(asyncio.create_task(_poll(Engines(engine_client), collector)))
         if not self._admin:
             return
         import socket
@@ -96,23 +101,32 @@ class MemoirEndpoints:
 
         server = server_name(socket.gethostname(), args.port)
         model = str(resolve(engine_client.model_config.model))
-        self._service = Service(self._ours, model, server, engines, state)
-        try:
-            await asyncio.to_thread(self._service.close_unfinished)
-        except (OSError, StoreError) as error:
-            logger.warning("memoir: the audit log cannot be written, changes will be refused: %s", error)
-        self._tasks.append(asyncio.create_task(self._service.jobs.run()))
-        logger.info("memoir: administration at /memoir/, audit log in %s", self._service.folder)
+        for name, folder in self._ours.folders.items():
+            _, adapter = split_adapter(read_manifest(Path(folder)).model)
+            adapted = model if adapter is None else f"{model}+{adapter}"
+            service = Service(self._ours, adapted, server, Engines(engine_client, name), state, name)
+            self._services[name] = service
+            try:
+                await asyncio.to_thread(service.close_unfinished)
+            except (OSError, StoreError) as error:
+                logger.warning("memoir: the audit log cannot be written, changes will be refused: %s", error)
+            self._tasks.append(asyncio.create_task(service.jobs.run()))
+            logger.info("memoir: administration at %s/, audit log in %s", _path(name), service.folder)
 
-    def _running(self) -> Service:
-        assert self._service is not None, "vLLM serves no route before init_state"
-        return self._service
+    def _running(self, name: str) -> Service:
+        assert name in self._services, "vLLM serves no route before init_state"
+        return self._services[name]
+
+
+def _path(name: str) -> str:
+    """Where a store is administrated."""
+    return f"/memoir/stores/{name}" if name else "/memoir"
 
 
 async def _poll(engines: Any, collector: Any) -> None:
     while True:
         try:
-            collector.engines = await engines.stats()
+            collector.engines = await engines.counters()
         except Exception as error:  # a dead engine stops the server itself; until then /metrics shows what was last
             logger.debug("memoir: no counters from the engines: %s", error)
         await asyncio.sleep(POLL_S)

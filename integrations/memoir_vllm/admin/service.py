@@ -44,17 +44,18 @@ class Refused(MemoirError):
 
 
 class Service:
-    """Administration of one server."""
+    """Administration of one store of a server."""
 
-    def __init__(self, ours: MemoirConfig, model: str, server: str, engines: Engines, state: Any):
+    def __init__(self, ours: MemoirConfig, model: str, server: str, engines: Engines, state: Any, name: str = ""):
         """ours: the section of the configuration.
         model: its name or folder.
         server: what this one is called, see `server_name`.
-        engines: of this server.
+        engines: of this server, for this store.
         state: vLLM's own, with the handlers of /v1.
+        name: of the store.
         """
-        self._ours, self._state = ours, state
-        self.folder = Path(ours.store)
+        self._ours, self._state, self._name = ours, state, name
+        self.folder = Path(ours.folders[name])
         self.engines = engines
         self.audit = AuditLog(self.folder, server)
         device = os.environ.get(DEVICE_VARIABLE, "cpu")
@@ -133,6 +134,7 @@ class Service:
         engines = await self.engines.stats()
         store = await asyncio.to_thread(self.store)
         served = {int(engine["generation"]) for engine in engines}
+        traffic = TRAFFIC.of(self._name)
         return Stats(
             generation=served.pop() if len(served) == 1 else None,
             store_generation=store.manifest.generation,
@@ -142,9 +144,9 @@ class Service:
             model=self._state.openai_serving_models.base_model_paths[0].name,
             module=store.manifest.module,
             engines=engines,
-            requests=dict(TRAFFIC.results),
-            hits=[{"edit": edit, "hits": hits} for edit, hits in TRAFFIC.hits.most_common(TOP)],
-            recent=list(reversed(TRAFFIC.recent)),
+            requests=dict(traffic.results),
+            hits=[{"edit": edit, "hits": hits} for edit, hits in traffic.hits.most_common(TOP)],
+            recent=list(reversed(traffic.recent)),
             jobs_open=len(self.jobs.open()),
         )
 
@@ -163,6 +165,10 @@ class Service:
 
         how: dict[str, Any] = {"max_tokens": 1, "temperature": 0, "vllm_xargs": {"memoir_nearest": prompt.n}}
         how["request_id"] = f"{LOOKUP_ID}-{os.urandom(8).hex()}"
+        if (await asyncio.to_thread(self.store)).manifest.base.adapter:
+            how["model"] = self._name
+        elif self._name:
+            how["vllm_xargs"]["memoir_store"] = self._name
         reply: Any
         if isinstance(prompt, LookupMessages):
             chat = prompt.model_dump(exclude={"n"}, exclude_none=True)

@@ -48,7 +48,7 @@ def _beside_the_scheduler(original: Any) -> Any:
         if method == "memoir_reload":
             if refusals := [result for result in results if isinstance(result, str)]:
                 raise StoreError(refusals[0])
-            self.scheduler.memoir_adopted(results[0])
+            self.scheduler.memoir_adopted(results[0], *args, **(kwargs or {}))
         elif method == "memoir_stats":
             results = [result | self.scheduler.memoir_stats() for result in results]
         return results

@@ -20,11 +20,12 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
+from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.question.candidates import Pieces
 from memoir_retrieval.question.span import Span
 from memoir_vllm import config
 from memoir_vllm.core import blocks, rpc
-from memoir_vllm.requests import Query, Routed, put_queries, query_of, routed_of
+from memoir_vllm.requests import Query, Routed, put_queries, query_of, routed_of, store_of
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -61,11 +62,11 @@ class MemoirScheduler(Scheduler):
         super().__init__(*args, **kwargs)
         self._states: dict[str, _State] = {}
         self._unreported: set[str] = set()  # decided, and no output has taken it to the front end yet
-        self._generation = 0
+        self._generations: dict[str, int] = {}  # by store, the one that was adopted last
         self._remembered: LRUCache[bytes, Routed] = LRUCache(REMEMBERED)
-        self._rule = config.span_rule(self.vllm_config)
+        self._stores = config.served_stores(self.vllm_config)
         decode = config.token_decoder(self.vllm_config.model_config)
-        if self._rule.candidates:
+        if any(store.rule.candidates for store in self._stores.values()):
             decode(())  # the tokenizer is loaded now, not while requests wait
         self._pieces = Pieces(decode)
         self._inline = config.is_inline(self.vllm_config)
@@ -86,18 +87,24 @@ class MemoirScheduler(Scheduler):
             query = self._query_of(request)
             # Who asks for the nearest edits is always looked up: a decision is remembered without them.
             remembers = self._inline and query.is_looked_up and not query.nearest
-            prompt = _prompt_key(request, query.span) if remembers else None
+            prompt = _prompt_key(request, query) if remembers else None
             self._states[request.request_id] = _State(query, prompt)
             self._recall(request)
         super().add_request(request)
 
     def _query_of(self, request: Request) -> Query:
-        if request.lora_request is not None:
+        extra_args = request.sampling_params and request.sampling_params.extra_args
+        adapter = request.lora_request
+        try:
+            store = store_of(extra_args, adapter, self._stores)
+        except ConfigError as error:  # a front end of another language let it pass
+            return Query(Span(0, 0), adapter=adapter is not None, reason=str(error))
+        if store is None:
             return Query(Span(0, 0), adapter=True)
         if request.mm_features:
-            return Query(Span(0, 0), image=True)
-        extra_args = request.sampling_params and request.sampling_params.extra_args
-        return query_of(request.prompt_token_ids or [], extra_args, self._rule, self._pieces)
+            return Query(Span(0, 0), image=True, store=store)
+        prompt = request.prompt_token_ids or []
+        return query_of(prompt, extra_args, self._stores[store].rule, self._pieces)._replace(store=store)
 
     def _recall(self, request: Request) -> None:
         """Settle a request that has not begun, where its prompt was decided before, or while it waited."""
@@ -135,7 +142,7 @@ class MemoirScheduler(Scheduler):
                 continue
             state = self._states[request_id]
             self._settle(request, state, routed)
-            if state.prompt is not None and routed.decision.generation >= self._generation:
+            if state.prompt is not None and routed.decision.generation >= self._generations.get(state.query.store, 0):
                 self._remembered[state.prompt] = routed
             if self._inline and request.status == RequestStatus.RUNNING:
                 # What `allocate_slots` would have published before the forward.
@@ -171,18 +178,20 @@ class MemoirScheduler(Scheduler):
         self._remembered.clear()
         return super().reset_prefix_cache(*args, **kwargs)
 
-    def memoir_adopted(self, generation: int) -> None:
-        """The workers decide by another generation from now on; called between steps.
+    def memoir_adopted(self, generation: int, store: str = "") -> None:
+        """The workers decide by another generation of a store from now on; called between steps.
 
         Steps in flight and requests that the workers know keep the older one, which the workers keep as long. What is
         remembered of it is forgotten, and requests that wait with such a decision are looked up as new ones.
 
         generation: its number.
+        store: its name.
         """
-        self._generation = generation
-        self._remembered.clear()
+        self._generations[store] = generation
+        for prompt in [prompt for prompt, routed in self._remembered.items() if routed.decision.store == store]:
+            del self._remembered[prompt]
         for request_id, state in self._states.items():
-            if state.routed is not None and not state.begun:
+            if state.query.store == store and state.routed is not None and not state.begun:
                 if state.routed.row >= 0:
                     blocks.disown(self.requests[request_id], self.hash_block_size)
                 state.routed = None
@@ -205,16 +214,21 @@ def _with_decision(params: dict[str, Any] | None, routed: Routed | None) -> dict
     return params if routed is None else {**(params or {}), "memoir": msgspec.to_builtins(routed.decision)}
 
 
-def _prompt_key(request: Request, span: Span) -> bytes | None:
+def _prompt_key(request: Request, query: Query) -> bytes | None:
     """Equal keys have equal decisions: what is pooled depends on the tokens up to the question's end alone.
+
+    So do the activations, but for an adapter, whose store has its name.
 
     Requests of several cache salts share no key, as they share no cached block: how soon a request is decided must not
     tell one tenant what another has asked.
     """
     if request.prompt_token_ids is None:
         return None
+    span = query.span
     tokens = np.asarray(request.prompt_token_ids[: span.end], dtype=np.int64)
     key = blake2b(tokens.tobytes(), digest_size=16, salt=span.start.to_bytes(8, "little"))
+    if query.store:
+        key.update(b"store" + query.store.encode() + b"\0")
     if request.cache_salt:
         key.update(b"salt" + request.cache_salt.encode("utf-8", "surrogatepass"))
     return key.digest()

@@ -58,7 +58,8 @@ def _create_with_edits(args: EngineArgs, create: Callable[[], VllmConfig]) -> Vl
     config.prefer(ours, args)
     vllm_config = create()
     config.refuse(ours, vllm_config)
-    config.apply(ours, vllm_config, config.open_store(ours, vllm_config.model_config).manifest)
+    stores = config.open_stores(ours, vllm_config)
+    config.apply(ours, vllm_config, {name: store.manifest for name, store in stores.items()})
     requests.install()
     decisions.install()
     return vllm_config

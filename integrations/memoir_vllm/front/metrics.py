@@ -30,7 +30,7 @@ LOOKUP_ID = f"memoir-lookup-{secrets.token_hex(16)}"
 TOP = 20  # edits that are named on /metrics
 RECENT = 50
 
-_REQUESTS = CounterSeries("memoir_requests", "Finished requests by result.", ["result"])
+_REQUESTS = CounterSeries("memoir_requests", "Finished requests by result and store.", ["result", "store"])
 _OVERLAP = Histogram(
     "memoir_overlap",
     "Overlap of a looked-up request with the nearest edit.",
@@ -40,12 +40,24 @@ _OVERLAP = Histogram(
 
 
 class Traffic:
-    """Counts of this process."""
+    """Counts of this process for one store, and for every other one that was asked."""
 
     def __init__(self) -> None:
+        self._others: dict[str, Traffic] = {}
         self.results: Counter[str] = Counter()
         self.hits: Counter[int] = Counter()
         self.recent: deque[dict[str, Any]] = deque(maxlen=RECENT)
+
+    def of(self, store: str) -> Traffic:
+        """The counts of a store.
+
+        store: its name; "" for the one whose counts these are.
+        """
+        return self._others.setdefault(store, Traffic()) if store else self
+
+    def stores(self) -> dict[str, Traffic]:
+        """The counts of every store, by name."""
+        return {"": self} | self._others
 
     def count(self, request_id: str, said: dict[str, Any]) -> None:
         """Take up a request that is finished.
@@ -55,19 +67,21 @@ class Traffic:
         """
         if LOOKUP_ID in request_id:
             return
-        result, edit, overlap = said["result"], said["edit"], said["overlap"]
-        self.results[result] += 1
-        _REQUESTS.labels(result).inc()
+        result, edit, overlap, store = said["result"], said["edit"], said["overlap"], said.get("store", "")
+        counts = self.of(store)
+        counts.results[result] += 1
+        _REQUESTS.labels(result, store).inc()
         if result in ("matched", "unmatched"):
             _OVERLAP.labels(result).observe(overlap)
         if edit is None:
             return
-        self.hits[edit] += 1
+        counts.hits[edit] += 1
         generation = said["generation"]
-        self.recent.append({"when": time.time(), "edit": edit, "overlap": overlap, "generation": generation})
+        counts.recent.append({"when": time.time(), "edit": edit, "overlap": overlap, "generation": generation})
         logger.debug(
-            'memoir: {"request": "%s", "edit": %d, "overlap": %.4f, "generation": %d}',
+            'memoir: {"request": "%s", "store": "%s", "edit": %d, "overlap": %.4f, "generation": %d}',
             request_id,
+            store,
             edit,
             overlap,
             generation,
@@ -103,6 +117,10 @@ _ENGINE_SERIES = (
 )
 
 
+# Those that each store has.
+_OF_STORES = ("edits", "generation", "older_generations")
+
+
 class EngineCollector:
     """Series of engines, as last reported, and the edits that answered most.
 
@@ -112,7 +130,7 @@ class EngineCollector:
 
     def __init__(self, traffic: Traffic) -> None:
         """traffic: of this process."""
-        self.engines: list[dict[str, int | float]] = []
+        self.engines: list[dict[str, Any]] = []
         self._traffic = traffic
 
     def describe(self) -> Iterable[Metric]:
@@ -123,16 +141,25 @@ class EngineCollector:
         """The counters of each engine, as they were polled last, and those of this process."""
         for key, name, text in _ENGINE_SERIES:
             family: Metric
+            of_stores = key in _OF_STORES
+            labels = ["engine", "store"] if of_stores else ["engine"]
             if name.endswith("_total"):
-                family = CounterMetricFamily(name.removesuffix("_total"), text, labels=["engine"])
+                family = CounterMetricFamily(name.removesuffix("_total"), text, labels=labels)
             else:
-                family = GaugeMetricFamily(name, text, labels=["engine"])
+                family = GaugeMetricFamily(name, text, labels=labels)
             for number, stats in enumerate(self.engines):
-                family.add_metric([str(number)], stats[key])
+                stores = {"": stats} | stats.get("stores", {}) if of_stores else {}
+                for store, held in stores.items():
+                    family.add_metric([str(number), store], held[key])
+                if not of_stores:
+                    family.add_metric([str(number)], stats[key])
             yield family
         top = CounterMetricFamily(
-            "memoir_edit_hits", f"Requests answered by an edit; the {TOP} edits that answered most.", labels=["edit"]
+            "memoir_edit_hits",
+            f"Requests answered by an edit; the {TOP} edits of each store that answered most.",
+            labels=["edit", "store"],
         )
-        for edit, hits in self._traffic.hits.most_common(TOP):
-            top.add_metric([str(edit)], hits)
+        for store, traffic in self._traffic.stores().items():
+            for edit, hits in traffic.hits.most_common(TOP):
+                top.add_metric([str(edit), store], hits)
         yield top

@@ -8,6 +8,7 @@ after the product, so each rank adds the residual of its own shard to its own pa
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,37 +30,46 @@ __all__ = ["attach"]
 
 
 def attach(
-    ours: MemoirConfig, store: EditStore, vllm_config: VllmConfig, model: torch.nn.Module, device: torch.device
-) -> tuple[ResidualLayer, Reloader] | None:
-    """Make the store act on the model; None where another stage of the pipeline holds the module.
+    ours: MemoirConfig,
+    stores: Mapping[str, EditStore],
+    vllm_config: VllmConfig,
+    model: torch.nn.Module,
+    device: torch.device,
+) -> tuple[ResidualLayer, dict[str, Reloader]] | None:
+    """Make stores act on the model; None where another stage of the pipeline holds the module.
 
     ours: the section of the configuration.
-    store: which was checked.
+    stores: by name, "" for the default one, which were checked: all of one module.
     vllm_config: of this worker.
     model: as this worker has loaded it.
     device: where it lies.
 
     Raises ConfigError where the module is not one that we know how to edit.
     """
-    manifest, read = store.manifest, token_decoder(vllm_config.model_config)
+    manifest, read = stores[""].manifest, token_decoder(vllm_config.model_config)
     held = values_of_stages(_module_of(model, manifest.module) is not None)
     linear = _find(model, manifest.module, manifest.d, manifest.h, elsewhere=any(held))
     if linear is None:
         return None
-    _agree(manifest.generation, linear.tp_size)
+    _agree([store.manifest.generation for store in stores.values()], linear.tp_size)
     register_op()
     layer = ResidualLayer(
-        Router(store, ours.tau, device, read),
-        torch.from_numpy(store.memories),
+        Router(stores[""], ours.tau, device, read),
+        torch.from_numpy(stores[""].memories),
         rank=linear.tp_rank,
         ranks=linear.tp_size,
         dtype=vllm_config.model_config.dtype,
         device=device,
     )
-    name = context_key(manifest.module)
-    vllm_config.compilation_config.static_forward_context[name] = layer
-    _hook(linear, name)
-    return layer, Reloader(ours, manifest, layer, linear.tp_size, device, read)
+    reloaders = {}
+    for name, store in stores.items():
+        if name:
+            layer.adopt(layer.load(Router(store, ours.tau, device, read, name), torch.from_numpy(store.memories)), name)
+        reloaders[name] = Reloader(ours, store.manifest, layer, linear.tp_size, device, read, name)
+    key = context_key(manifest.module)
+    vllm_config.compilation_config.static_forward_context[key] = layer
+    _hook(linear, key)
+    return layer, reloaders
 
 
 def _module_of(model: torch.nn.Module, module: str) -> Any:
@@ -101,11 +111,11 @@ def _find(model: torch.nn.Module, module: str, d: int, h: int, *, elsewhere: boo
     return projection
 
 
-def _agree(generation: int, ranks: int) -> None:
-    """Raises StoreError where the ranks have read different generations: the store was written meanwhile."""
-    read = values_of_ranks(generation, ranks)
-    if len(set(read)) > 1:
-        raise StoreError(f"the store changed while the workers read it (generations {read}): start the engine again")
+def _agree(generations: list[int], ranks: int) -> None:
+    """Raises StoreError where the ranks have read different generations: a store was written meanwhile."""
+    read = values_of_ranks(generations, ranks)
+    if any(other != read[0] for other in read):
+        raise StoreError(f"a store changed while the workers read it (generations {read}): start the engine again")
 
 
 def _hook(linear: RowParallelLinear, name: str) -> None:

@@ -33,7 +33,7 @@ class MemoirWorker(Worker):
     """A vLLM worker with edits. Put in front of a subclass of vLLM's it calls that one's methods."""
 
     _memoir: ResidualLayer | None  # None on a stage of a pipeline that does not hold the edited layer
-    _reloader: Reloader | None
+    _reloaders: dict[str, Reloader]  # by name of a store; none on such a stage
 
     def load_model(self, **kwargs: Any) -> None:
         """As vLLM's, then with the store's residual memories. Raises ConfigError without a memoir section."""
@@ -43,21 +43,23 @@ class MemoirWorker(Worker):
         ours = config.section_of(self.vllm_config)
         if ours is None:
             raise ConfigError(f"{type(self).__name__} needs a memoir section in --additional-config")
-        store = config.open_store(ours, self.vllm_config.model_config)
+        stores = config.open_stores(ours, self.vllm_config)
         model = self.model_runner.get_model()
-        self._memoir, self._reloader = attach(ours, store, self.vllm_config, model, self.device) or (None, None)
+        self._memoir, self._reloaders = attach(ours, stores, self.vllm_config, model, self.device) or (None, {})
         kind = follow(self.model_runner, self._memoir)
         if self._memoir is None:
             return
-        logger.info(
-            "memoir: serving %s, generation %d, %d edits on %s (mode %s, model runner %s)",
-            ours.store,
-            store.manifest.generation,
-            len(store.edits),
-            store.manifest.module,
-            ours.mode,
-            kind,
-        )
+        for name, store in stores.items():
+            logger.info(
+                "memoir: serving %s%s, generation %d, %d edits on %s (mode %s, model runner %s)",
+                f"{name} from " if name else "",
+                store.path,
+                store.manifest.generation,
+                len(store.edits),
+                store.manifest.module,
+                ours.mode,
+                kind,
+            )
 
     def determine_available_memory(self) -> int:
         """Bytes for the KV cache, less what the sums of its blocks take (`block_sums.py`)."""
@@ -114,34 +116,45 @@ class MemoirWorker(Worker):
         """Refused, as `reload_weights`."""
         raise RuntimeError(config.refusal_of("start_weight_update"))
 
-    def memoir_stage(self) -> None:
-        """Begin to read the store's present generation in the background."""
-        if self._reloader is not None:
-            self._reloader.stage()
+    def memoir_stage(self, store: str = "") -> None:
+        """Begin to read the present generation of a store in the background.
 
-    def memoir_staged(self) -> bool:
-        """Whether the background reading is done."""
-        return self._reloader is None or self._reloader.staged()
+        store: its name.
+        """
+        if store in self._reloaders:
+            self._reloaders[store].stage()
 
-    def memoir_reload(self) -> int | str | None:
-        """Adopt the store's present generation for all questions that end from now on; returns its number.
+    def memoir_staged(self, store: str = "") -> bool:
+        """Whether the background reading is done.
+
+        store: its name.
+        """
+        return store not in self._reloaders or self._reloaders[store].staged()
+
+    def memoir_reload(self, store: str = "") -> int | str | None:
+        """Adopt a store's present generation for all questions that end from now on; returns its number.
 
         Call it on all workers at once: `collective_rpc("memoir_reload")` runs between two steps and also makes the
         scheduler forget older decisions. Where one worker cannot, nothing changes and each returns the reason, which
         the engine core raises as StoreError (`core/rpc.py`).
+
+        store: its name.
         """
-        if self._memoir is None or self._reloader is None:
+        if self._memoir is None:
             return None
-        before = self._reloader.manifest.generation
+        reloader = self._reloaders.get(store)
+        if reloader is None:
+            return f"this server has no store {store!r}: use one of {sorted(self._reloaders)}"
+        before = reloader.manifest.generation
         try:
-            now = self._reloader.reload()
+            now = reloader.reload()
         except StoreError as error:
             return str(error)
         if now != before:
-            edits = self._memoir.now.router.edits
+            edits = self._memoir.stores[store].router.edits
             logger.info("memoir: serving generation %d with %d edits, was %d", now, edits, before)
         return now
 
-    def memoir_stats(self) -> dict[str, int | float] | None:
+    def memoir_stats(self) -> dict[str, Any] | None:
         """Counters of this worker; `collective_rpc("memoir_stats")` reads those of all that hold the edited layer."""
         return None if self._memoir is None else self._memoir.stats()

@@ -41,7 +41,14 @@ class Reloader:
     """The store of one worker. manifest: of the generation that acts."""
 
     def __init__(
-        self, ours: MemoirConfig, manifest: Manifest, layer: ResidualLayer, ranks: int, device: Any, decode: Decode
+        self,
+        ours: MemoirConfig,
+        manifest: Manifest,
+        layer: ResidualLayer,
+        ranks: int,
+        device: Any,
+        decode: Decode,
+        name: str = "",
     ):
         """ours: the section of the configuration.
         manifest: of the generation that acts.
@@ -49,8 +56,10 @@ class Reloader:
         ranks: of tensor parallelism.
         device: of the layer.
         decode: reads text back from token ids.
+        name: of the store on this server.
         """
         self.manifest = manifest
+        self._name, self._folder = name, ours.folders[name]
         self._decode = decode
         self._ours, self._layer, self._ranks, self._device = ours, layer, ranks, device
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="memoir-reload")
@@ -84,12 +93,12 @@ class Reloader:
             raise StoreError(f"the store changed while the workers read it (generations {answers}): reload again")
         if loaded is not None:
             self.manifest = loaded[0]
-            self._layer.adopt(loaded[1])
+            self._layer.adopt(loaded[1], self._name)
         return self.manifest.generation
 
     def _begin(self) -> Future[_Loaded | None]:
         try:
-            return self._threads.submit(self._read, self._layer.older())
+            return self._threads.submit(self._read, self._layer.older(self._name))
         except RuntimeError as error:  # the system starts no further thread
             failed: Future[_Loaded | None] = Future()
             failed.set_exception(error)
@@ -100,7 +109,7 @@ class Reloader:
 
         older: how many generations before that one still answer requests.
         """
-        store = EditStore.open(self._ours.store)
+        store = EditStore.open(self._folder)
         ours, theirs = self.manifest, store.manifest
         if theirs == ours:
             return None
@@ -120,7 +129,7 @@ class Reloader:
             raise StoreError(
                 f"{OLDER} older generations of store {store.path} still answer requests: reload when those are done"
             )
-        router = Router(store, self._ours.tau, self._device, self._decode)
+        router = Router(store, self._ours.tau, self._device, self._decode, self._name)
         return theirs, self._layer.load(router, torch.from_numpy(store.memories))
 
 

@@ -3,6 +3,9 @@
 One `ResidualLayer` per worker. Its state is keyed by request id and lives from a request's first step until vLLM names
 the id finished, so it outlives preemption: a request that is computed again keeps its decision, and the generation of
 the store that made it. An older generation is held by its requests alone and goes with the last of them.
+
+A server may have several stores, which all edit this layer: each question is looked up in the store of its request. The
+tables of requests and of sums are one for all of them.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -53,8 +56,8 @@ class _Sum:
 @dataclass
 class _Request:
     """span: of its message. parts: of it, which are looked up too. questions: the tokens of each, the message first.
-    computed_from: see `Query`. prompt: how many tokens it begins with; 0: none is looked at. seen: the
-    position after the last that passed.
+    store: name of the one that is asked. computed_from: see `Query`. prompt: how many tokens it begins with; 0: none is
+    looked at. seen: the position after the last that passed.
 
     sums: of what is looked up. nearest: how many edits its decision names. route: None until it is decided. mask: of
     the matched edit, this rank's share, on the device. of: the generation that matched it; it acts until the request is
@@ -64,6 +67,7 @@ class _Request:
     span: Span
     parts: tuple[Span, ...]
     questions: Sequence[Sequence[int]]
+    store: str
     computed_from: int
     prompt: int
     nearest: int
@@ -104,7 +108,7 @@ class ResidualLayer:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ):
-        """router: of the first generation.
+        """router: of the default store's first generation; `adopt` brings other stores.
         memories: float32 [M, H, D]; this rank keeps its share of D in the serving dtype, as vLLM shards the layer's own
             weight.
         rank, ranks: of tensor parallelism.
@@ -115,7 +119,7 @@ class ResidualLayer:
         self._share, self._shard = share, slice(rank * share, (rank + 1) * share)
         self._ranks = ranks
         self._dtype, self._device = dtype, device
-        self.now = self.load(router, memories)
+        self.stores = {"": self.load(router, memories)}
         self.probe: Callable[[torch.Tensor, torch.Tensor], None] | None = None
         self._requests: dict[str, _Request] = {}
         self._passing: dict[str, _Request] = {}  # whose prompt has not passed
@@ -147,16 +151,26 @@ class ResidualLayer:
         share = memories[:, :, self._shard].to(device=self._device, dtype=self._dtype, copy=True).contiguous()
         return Generation(router, [ResidualProduct(weight) for weight in share])
 
-    def adopt(self, generation: Generation) -> None:
+    @property
+    def now(self) -> Generation:
+        """The generation that decides questions of the default store."""
+        return self.stores[""]
+
+    def adopt(self, generation: Generation, store: str = "") -> None:
         """Decide every question that ends from now on by another generation. Decided requests keep theirs.
 
         generation: as `load` returned it.
+        store: name of its store.
         """
-        self.now = generation
+        self.stores[store] = generation
 
-    def older(self) -> int:
-        """How many generations before this one still answer requests."""
-        return len({id(r.of) for r in self._requests.values() if r.of not in (None, self.now)})
+    def older(self, store: str = "") -> int:
+        """How many generations before the present one still answer requests.
+
+        store: name of the generations' store.
+        """
+        now = self.stores[store]
+        return len({id(r.of) for r in self._requests.values() if r.store == store and r.of not in (None, now)})
 
     # ---- between steps, called by the model runner's wrappers ------------------------------------------------------
 
@@ -172,9 +186,9 @@ class ResidualLayer:
         span = query.span
         questions = [prompt_ids[part.start : part.end] for part in (span, *query.parts)]
         prompt = query.summed(len(prompt_ids))
-        request = _Request(span, query.parts, questions, query.computed_from, prompt, query.nearest)
+        request = _Request(span, query.parts, questions, query.store, query.computed_from, prompt, query.nearest)
         self._requests[request_id] = request
-        router = self.now.router
+        router = self.stores[query.store].router
         if query.routed is not None:
             route = router.recall(query.routed)
             self._decide(request_id, route, *self._on_device([route]))
@@ -287,11 +301,17 @@ class ResidualLayer:
         routed, self._routed = self._routed, {}
         return routed
 
-    def stats(self) -> dict[str, int | float]:
-        """Counters since the start. Seconds are those of the host."""
-        router = self.now.router
-        held = {"live": len(self._requests), "older_generations": self.older()}
-        return {"edits": router.edits, "generation": router.generation} | held | self._stats
+    def stats(self) -> dict[str, Any]:
+        """Counters since the start, with what the default store holds; `stores` says it of the others by name.
+
+        Seconds are those of the host.
+        """
+        held = {name: self._holds(name) for name in self.stores}
+        return held.pop("") | {"live": len(self._requests), "stores": held} | self._stats
+
+    def _holds(self, store: str) -> dict[str, int]:
+        router = self.stores[store].router
+        return {"edits": router.edits, "generation": router.generation, "older_generations": self.older(store)}
 
     # ---- in the forward, called by the op --------------------------------------------------------------------------
 
@@ -353,14 +373,22 @@ class ResidualLayer:
 
             # Every rank now holds the same numbers in the same order, so every rank decides alike.
             means = tensor_model_parallel_all_gather(means, dim=-1)
-        routes = self.now.router.route(
-            means,
-            [question for request in requests for question in request.questions],
-            [request.nearest for request in requests],
-            [len(request.questions) for request in requests],
-            divisors,
-        )
-        for request_id, route, mask in zip(ids, routes, self._on_device(routes), strict=True):
+        counts = [len(request.questions) for request in requests]
+        routes: dict[str, Route] = {}
+        for store in dict.fromkeys(request.store for request in requests):
+            chosen = [i for i, request in enumerate(requests) if request.store == store]
+            of_store: slice | torch.Tensor = slice(None)  # all of them, as with one store: nothing is copied
+            if len(chosen) < len(requests):
+                of_store = torch.from_numpy(np.repeat([r.store == store for r in requests], counts)).to(means.device)
+            decided = self.stores[store].router.route(
+                means[of_store],
+                [question for i in chosen for question in requests[i].questions],
+                [requests[i].nearest for i in chosen],
+                [counts[i] for i in chosen],
+                divisors[of_store],
+            )
+            routes |= zip([ids[i] for i in chosen], decided, strict=True)
+        for (request_id, route), mask in zip(routes.items(), self._on_device([*routes.values()]), strict=True):
             self._decide(request_id, route, mask)
             self._routed[request_id] = route.routed
             self._stats["routed"] += 1
@@ -379,7 +407,7 @@ class ResidualLayer:
         request = self._requests[request_id]
         request.route, request.sums = route, ()
         if mask is not None:
-            request.mask, request.of = mask, self.now
+            request.mask, request.of = mask, self.stores[request.store]
             self._edited[request_id] = request
             self._last = None
 
@@ -404,7 +432,7 @@ class ResidualLayer:
         for i in rows:
             request = self._edited[step.ids[i]]
             assert request.route is not None and request.of is not None and request.mask is not None
-            key = (request.of.router.generation, request.route.memory)
+            key = (id(request.of), request.route.memory)
             number, _ = memories.setdefault(key, (len(memories), request.of.memories[request.route.memory]))
             starts.append(request.span.acts_from)
             masks.append(request.mask)

@@ -41,12 +41,14 @@ class Route:
 class Router:
     """The lookup side of one generation of a store."""
 
-    def __init__(self, store: EditStore, tau: float | None, device: torch.device | str, decode: Decode):
+    def __init__(self, store: EditStore, tau: float | None, device: torch.device | str, decode: Decode, name: str = ""):
         """store: which was checked.
         tau: the least overlap that matches; None: the store's own.
         device: on which means come.
         decode: the text of a question's token ids; see `EditLookup`.
+        name: of the store on this server.
         """
+        self.name = name
         manifest = store.manifest
         self.generation = manifest.generation
         # Numbers of generations and rows are the same in two stores. Manifests of format 1 have no digest of their own.
@@ -62,7 +64,7 @@ class Router:
         self._memory_of = store.memory_of
 
     def _unedited(self, result: Result, overlap: float = 0.0, reason: str = "") -> Route:
-        return Route(Routed(Decision(None, overlap, result, self.generation, reason=reason)))
+        return Route(Routed(Decision(None, overlap, result, self.generation, reason=reason, store=self.name)))
 
     def unedited_of(self, query: Query) -> Route:
         """Of a request that is not looked up: an adapter answers it, it holds an image, opted out, or has no question.
@@ -70,12 +72,13 @@ class Router:
         query: what it asks for.
         """
         if query.adapter:
-            return self._unedited("adapter")
+            return self._unedited("adapter", reason=query.reason)
         if query.image:
             return self._unedited("image")
         if query.off:
             return self._unedited("off")
-        return self._unedited("unroutable", reason=NO_CHAT if isinstance(self.rule, ChatSpanRule) else "")
+        no_chat = NO_CHAT if isinstance(self.rule, ChatSpanRule) else ""
+        return self._unedited("unroutable", reason=query.reason or no_chat)
 
     def unroutable(self) -> Route:
         """Of a request whose question has no fingerprint, or whose options are wrong."""
@@ -121,7 +124,7 @@ class Router:
             if row < 0:
                 routes[q] = self._unedited("unmatched", round(overlap, 4))
             else:
-                decision = Decision(edit, round(overlap, 4), "matched", self.generation)
+                decision = Decision(edit, round(overlap, 4), "matched", self.generation, store=self.name)
                 routes[q] = self.recall(Routed(decision, row, self.digest))
         if any(nearest):
             named = self._named(codes[decisive], max(nearest))
