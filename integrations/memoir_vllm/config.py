@@ -72,7 +72,6 @@ CONNECTORS = {
     "LMCacheConnectorV1": _BY_TOKENS,
     "LMCacheMPConnector": _BY_TOKENS,
     "MooncakeStoreConnector": _BY_HASH,
-    "OffloadingConnector": _BY_HASH,
     "SimpleCPUOffloadConnector": _BY_HASH,
     "MooncakeConnector": _BY_REQUEST,
     "MoRIIOConnector": _BY_REQUEST,
@@ -80,6 +79,7 @@ CONNECTORS = {
     "NixlPullConnector": _BY_REQUEST,
     "NixlPushConnector": _BY_REQUEST,
 }
+_HOST_MEMORY = "CPUOffloadingSpec"
 # vLLM's worker class -> ours, which inherits from it. The slot takes one class by name.
 WORKERS = {
     "vllm.v1.worker.cpu_worker.CPUWorker": "memoir_vllm.worker.cpu.MemoirCPUWorker",
@@ -405,6 +405,7 @@ def _checks(config: MemoirConfig, vllm_config: VllmConfig) -> list[tuple[bool, s
     captured = graphs.cudagraph_mode is not None and bool(graphs.cudagraph_mode)
     full = captured and graphs.cudagraph_mode.has_full_cudagraphs()
     single = config.mode == "single"
+    offloads = _offloads(vllm_config)
     return [
         (
             single and bool(cache.enable_prefix_caching),
@@ -429,7 +430,8 @@ def _checks(config: MemoirConfig, vllm_config: VllmConfig) -> list[tuple[bool, s
         (parallel.decode_context_parallel_size > 1, "context parallelism (use --decode-context-parallel-size 1)"),
         (parallel.prefill_context_parallel_size > 1, "context parallelism (use --prefill-context-parallel-size 1)"),
         (parallel.use_ubatching, "micro-batches (leave out --enable-dbo and --ubatch-size)"),
-        (vllm_config.kv_transfer_config is not None, _transfer_fault(vllm_config)),
+        (vllm_config.kv_transfer_config is not None and not offloads, _transfer_fault(vllm_config)),
+        (offloads and single, "KV offloading in mode single (leave out --kv-offloading-size and --kv-transfer-config)"),
         (
             vllm_config.lora_config is not None and envs.VLLM_LORA_ENABLE_DUAL_STREAM,
             "LoRA adapters on a second stream (leave VLLM_LORA_ENABLE_DUAL_STREAM unset)",
@@ -470,6 +472,14 @@ def _checks(config: MemoirConfig, vllm_config: VllmConfig) -> list[tuple[bool, s
             "CUDA graphs that are not split (leave splitting_ops out of --compilation-config)",
         ),
     ]
+
+
+def _offloads(vllm_config: VllmConfig) -> bool:
+    """Whether KV blocks go to this host's memory by vLLM's own connector, which `core/offloading.py` knows."""
+    transfer = vllm_config.kv_transfer_config
+    if transfer is None or transfer.kv_connector != "OffloadingConnector":
+        return False
+    return bool(transfer.kv_connector_extra_config.get("spec_name", _HOST_MEMORY) == _HOST_MEMORY)
 
 
 def _transfer_fault(vllm_config: VllmConfig) -> str:

@@ -26,6 +26,7 @@ from engines import (
     small_store,
 )
 from simulation import RULE, Simulate, Simulation, World, world
+from vllm.config import KVTransferConfig
 from vllm.engine.arg_utils import EngineArgs
 
 from memoir_retrieval.errors import ModelError
@@ -117,6 +118,7 @@ def simulate(request: pytest.FixtureRequest, here: World, model_folder: Path, st
         model_len: int = MAX_MODEL_LEN,
         rule: SpanRule = RULE,
         served: World = here,
+        host_blocks: int = 0,
     ) -> Simulation:
         sizes = {"block_size": block, "max_num_batched_tokens": budget, "max_num_seqs": seqs}
         given = flags(model_folder, store_folder, **sizes) | {"max_model_len": model_len}
@@ -125,6 +127,11 @@ def simulate(request: pytest.FixtureRequest, here: World, model_folder: Path, st
             configs[key] = EngineArgs(**given).create_engine_config()
         config = copy.deepcopy(configs[key])
         config.scheduler_config.async_scheduling = later
+        if host_blocks:
+            size = {"cpu_bytes_to_use": host_blocks * 4096}
+            config.kv_transfer_config = KVTransferConfig(
+                kv_connector="OffloadingConnector", kv_role="kv_both", kv_connector_extra_config=size
+            )
         config.additional_config |= {
             "memoir_stores": {
                 "": {"span": msgspec.to_builtins(rule), "chat": served.store.manifest.chat, "adapter": ""}

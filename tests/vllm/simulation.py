@@ -20,12 +20,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from vllm import SamplingParams
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.worker import OffloadingConnectorWorker
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
 from vllm.lora.request import LoRARequest
 from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
-from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.kv_offload.base import OffloadingWorker, TransferResult
+from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
@@ -77,6 +81,41 @@ class _State:
     blocks: list[int]
 
 
+class HostMemory(OffloadingWorker):
+    """Stands in for the copies between a GPU and its host. A copy is done at once, and heard of one step later."""
+
+    def __init__(self, kv: dict[tuple[int, int], int], block_size: int):
+        self._kv, self._offsets = kv, range(block_size)
+        self._chunks: dict[tuple[int, int], int] = {}
+        self._done: list[list[TransferResult]] = [[], []]
+        self.loaded = self.stored = 0
+
+    def submit_store(self, job_id: int, src_spec: Any, dst_spec: Any) -> bool:
+        self.stored += self._copy(self._kv, src_spec, self._chunks, dst_spec, job_id)
+        return True
+
+    def submit_load(self, job_id: int, src_spec: Any, dst_spec: Any) -> bool:
+        self.loaded += self._copy(self._chunks, src_spec, self._kv, dst_spec, job_id)
+        return True
+
+    def _copy(self, source: dict, blocks: Any, target: dict, others: Any, job_id: int) -> int:
+        for block, other in zip(blocks.block_ids.tolist(), others.block_ids.tolist(), strict=True):
+            for offset in self._offsets:
+                target[other, offset] = source[block, offset]
+        self._done[-1].append(TransferResult(job_id, True))
+        return len(blocks.block_ids)
+
+    def get_finished(self) -> Any:
+        self._done.append([])
+        return self._done.pop(0)
+
+    def wait(self, job_ids: Any) -> None:
+        pass
+
+    def shutdown(self) -> None:
+        pass
+
+
 @dataclass
 class Simulation:
     """One scheduler and one worker. `lag`: steps that are scheduled before a step's output is processed."""
@@ -92,6 +131,7 @@ class Simulation:
     hits: dict[str, int] = field(default_factory=dict)
     chunks: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
     steps: int = 0
+    offload: OffloadingConnectorWorker | None = None
     _states: dict[str, _State] = field(default_factory=dict)
     _kv: dict[tuple[int, int], int] = field(default_factory=dict)
     _in_flight: deque[tuple[Any, Any]] = field(default_factory=deque)
@@ -122,7 +162,13 @@ class Simulation:
             block_size=block_size,
             hash_block_size=block_size,
         )
-        return cls(scheduler, layer, embedding, block_size, lag)
+        sim = cls(scheduler, layer, embedding, block_size, lag)
+        if vllm_config.kv_transfer_config is not None:
+            connector = OffloadingConnector(vllm_config, KVConnectorRole.WORKER, kv)
+            sim.offload = connector.connector_worker
+            assert sim.offload is not None
+            sim.offload.worker = HostMemory(sim._kv, block_size)
+        return sim
 
     def add(
         self,
@@ -155,7 +201,7 @@ class Simulation:
         """Schedule and run one step, and process the outputs that are due. Returns False when nothing is left."""
         self.steps += 1
         scheduled = self.scheduler.schedule()
-        if scheduled.total_num_scheduled_tokens or scheduled.finished_req_ids:
+        if scheduled.total_num_scheduled_tokens or scheduled.finished_req_ids or self.offload:
             self._in_flight.append((scheduled, self._execute(scheduled)))
         while self._in_flight and (len(self._in_flight) > self.lag or not scheduled.total_num_scheduled_tokens):
             done, output = self._in_flight.popleft()
@@ -180,6 +226,20 @@ class Simulation:
     # ---- the worker ------------------------------------------------------------------------------------------------
 
     def _execute(self, scheduled: Any) -> ModelRunnerOutput:
+        if self.offload is None:
+            return self._forward(scheduled)
+        moves = scheduled.kv_connector_metadata
+        self.offload.handle_preemptions(moves)
+        self.offload.start_kv_transfers(moves)
+        output = self._forward(scheduled)
+        self.offload.prepare_store_kv(moves)
+        _, loaded = self.offload.get_finished(scheduled.finished_req_ids)
+        output.kv_connector_output = KVConnectorOutput(
+            finished_recving=loaded, kv_connector_worker_meta=self.offload.build_connector_worker_meta()
+        )
+        return output
+
+    def _forward(self, scheduled: Any) -> ModelRunnerOutput:
         self._follow(scheduled)
         rows, x, tags = [], [], []
         for name, count in scheduled.num_scheduled_tokens.items():

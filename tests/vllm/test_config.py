@@ -181,7 +181,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"kv_transfer_config": KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")},
         "--kv-transfer-config",
     ),
-    "KV offloading": ({"kv_offloading_size": 1}, "(leave out --kv-offloading-size)"),
+    "KV offloading": ({"kv_offloading_size": 1, "memoir": SINGLE}, "(leave out --kv-offloading-size and"),
+    "KV offloading elsewhere": (
+        {"kv_offloading_size": 1, "kv_offloading_backend": "lmcache"},
+        "LMCacheMPConnector, which keys blocks by their tokens alone",
+    ),
     "quantisation while loading": ({"quantization": "fp8", "dtype": "bfloat16"}, "--quantization"),
     "another configuration": ({"hf_overrides": {"rms_norm_eps": 1e-3}}, "--hf-overrides"),
     "prompt embeddings": ({"enable_prompt_embeds": True}, "--enable-prompt-embeds"),
@@ -238,14 +242,17 @@ def test_drafts_are_made_by_methods_that_were_run(model_folder: Path, store_fold
         config.refuse(config.parse_section({"store": str(store_folder)}), made)
 
 
-def test_every_connector_of_vllm_is_refused_by_name(model_folder: Path, store_folder: Path) -> None:
+def test_every_connector_of_vllm_but_its_own_to_host_memory_is_refused_by_name(model_folder: Path, store_folder: Path) -> None:
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 
     ours = config.parse_section({"store": str(store_folder)})
     vllm_config = EngineArgs(**flags(model_folder)).create_engine_config()
     assert config.CONNECTORS.keys() <= KVConnectorFactory._registry.keys()
     for name in KVConnectorFactory._registry:
-        vllm_config.kv_transfer_config = KVTransferConfig(kv_connector=name, kv_role="kv_both")
+        vllm_config.kv_transfer_config = transfer = KVTransferConfig(kv_connector=name, kv_role="kv_both")
+        if name == "OffloadingConnector":
+            config.refuse(ours, vllm_config)
+            transfer.kv_connector_extra_config = {"spec_name": "TieringOffloadingSpec"}
         with pytest.raises(ConfigError, match=rf"KV transfer by {name}, which .* \(leave out --kv-transfer-config\)"):
             config.refuse(ours, vllm_config)
 

@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from memoir_retrieval.errors import StoreError
+from memoir_vllm.core.rpc import LOADS
 
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
@@ -15,6 +16,7 @@ __all__ = ["Engines"]
 
 # A store that is written while it is read is read again, so often.
 TRIES = 3
+LOADS_S = 30.0  # so long it is tried to find a moment in which no decided request waits for offloaded blocks
 READ_S = 1800.0  # a file system that gives nothing for so long fails the reload; the engines go on all the while
 
 
@@ -60,9 +62,7 @@ class Engines:
                         if time.monotonic() > until:
                             raise TimeoutError
                         await asyncio.sleep(0.02)
-                    generations = {
-                        number for workers in await self._call("memoir_reload", self._store) for number in workers
-                    }
+                    generations = {number for workers in await self._adopt() for number in workers}
                 except TimeoutError:
                     raise StoreError(
                         f"the workers have not read the store within {READ_S:.0f} seconds: reload again"
@@ -74,6 +74,16 @@ class Engines:
             raise StoreError(
                 f"the store keeps changing while engines read it (generations {sorted(generations)}): reload again"
             )
+
+    async def _adopt(self) -> list[list[Any]]:
+        until = time.monotonic() + LOADS_S
+        while True:
+            try:
+                return await self._call("memoir_reload", self._store)
+            except Exception as error:  # vLLM knows one class for whatever is raised there
+                if LOADS not in str(error) or time.monotonic() > until:
+                    raise
+                await asyncio.sleep(0.02)
 
     async def _explain(self, error: Exception) -> str:
         lines = str(error).removeprefix("Call to collective_rpc method failed: ").splitlines()

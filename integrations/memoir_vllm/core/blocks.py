@@ -50,6 +50,13 @@ class SummedBlocks:
         first[(numbers == question // self.block_size) & (first == 0)] = question % self.block_size
         self._first[list(blocks)] = first
 
+    def forget(self, blocks: Sequence[int]) -> None:
+        """Blocks are not computed, but loaded: they have no sums.
+
+        blocks: their ids.
+        """
+        self._first[list(blocks)] = -1
+
     def reach(self, blocks: Sequence[int], question: int) -> int:
         """Up to which position cached blocks serve a question.
 
@@ -117,6 +124,7 @@ def guard(
             number = len(coordinator.get_blocks(request.request_id)[0]) - len(blocks)
             looked_up = query(request)
             summed.record(blocks, number, looked_up.span.start, looked_up.summed(request.num_prompt_tokens))
+            summed.forget(blocks[: -(-kwargs.get("num_external_computed_tokens", 0) // summed.block_size)])
         return slots
 
     coordinator.cache_blocks, manager.get_computed_blocks = cache_blocks, get_computed_blocks

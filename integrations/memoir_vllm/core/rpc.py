@@ -21,7 +21,10 @@ from memoir_vllm.patches import wrap_once
 if TYPE_CHECKING:
     from vllm.v1.engine.core import EngineCore
 
-__all__ = ["install"]
+__all__ = ["LOADS", "install"]
+
+LOADS = "requests wait for offloaded blocks of the generation that is served: reload again"
+"""Why a reload is refused for a moment (`scheduler.memoir_loads`)."""
 
 
 def install() -> None:
@@ -42,6 +45,8 @@ def _beside_the_scheduler(original: Any) -> Any:
     ) -> list[Any]:
         if isinstance(method, str):
             _refuse(_call(method, args, kwargs or {}))
+        if method == "memoir_reload" and self.scheduler.memoir_loads(*args, **(kwargs or {})):
+            raise StoreError(LOADS)
         results = original(self, method, timeout, args, kwargs)
         if method in ("memoir_reload", "memoir_stats"):  # only one stage of a pipeline has something to say
             results = [result for result in results if result is not None]

@@ -25,6 +25,7 @@ from memoir_retrieval.question.candidates import Pieces
 from memoir_retrieval.question.span import Span
 from memoir_vllm import config
 from memoir_vllm.core import blocks, rpc
+from memoir_vllm.core.offloading import Offloads
 from memoir_vllm.requests import Query, Routed, put_queries, query_of, routed_of, store_of
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ class MemoirScheduler(Scheduler):
             decode(())  # the tokenizer is loaded now, not while requests wait
         self._pieces = Pieces(decode)
         self._inline = config.is_inline(self.vllm_config)
+        self._offloads = None if self.connector is None else Offloads(self.connector)
         rpc.install()
         if self._inline:
             blocks.install()
@@ -88,7 +90,9 @@ class MemoirScheduler(Scheduler):
             # Who asks for the nearest edits is always looked up: a decision is remembered without them.
             remembers = self._inline and query.is_looked_up and not query.nearest
             prompt = _prompt_key(request, query) if remembers else None
-            self._states[request.request_id] = _State(query, prompt)
+            self._states[request.request_id] = state = _State(query, prompt)
+            if self._offloads is not None and state.undecided:
+                self._offloads.hold(request, query.span)
             self._recall(request)
         super().add_request(request)
 
@@ -167,6 +171,8 @@ class MemoirScheduler(Scheduler):
         if self._inline and routed.row >= 0:
             name = f"{routed.store}:{routed.decision.generation}:{routed.row}"
             blocks.own(request, name, state.query.span.acts_from, self.hash_block_size)
+        if self._offloads is not None:
+            self._offloads.release(request)
 
     # ---- after it --------------------------------------------------------------------------------------------------
 
@@ -192,10 +198,27 @@ class MemoirScheduler(Scheduler):
             del self._remembered[prompt]
         for request_id, state in self._states.items():
             if state.query.store == store and state.routed is not None and not state.begun:
+                request = self.requests[request_id]
                 if state.routed.row >= 0:
-                    blocks.disown(self.requests[request_id], self.hash_block_size)
+                    blocks.disown(request, self.hash_block_size)
                 state.routed = None
+                if self._offloads is not None and state.undecided:
+                    self._offloads.hold(request, state.query.span)
+                    self._offloads.rename(request)
                 self._unreported.discard(request_id)
+
+    def memoir_loads(self, store: str = "") -> bool:
+        """Whether a decided request waits for blocks that are being loaded. It has to begin with that decision.
+
+        store: name of the one that decided it.
+        """
+        return any(
+            state.query.store == store
+            and state.routed is not None
+            and not state.begun
+            and self.requests[request_id].status == RequestStatus.WAITING_FOR_REMOTE_KVS
+            for request_id, state in self._states.items()
+        )
 
     def memoir_stats(self) -> dict[str, int]:
         """What the scheduler adds to the counters of its workers."""
