@@ -122,7 +122,7 @@ class ServedStore(NamedTuple):
     adapter: str
 
     def require(self, name: str, adapter: LoRARequest | None) -> None:
-        """Raises ConfigError where the store was made with another adapter than answers.
+        """Raises ConfigError where the store was made with another adapter than answers, ModelError for one that is gone.
 
         name: of the store.
         adapter: that answers, or None.

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from memoir_retrieval.errors import ConfigError
+from memoir_retrieval.errors import ConfigError, MemoirError
 from memoir_retrieval.lookup.decision import Decision
 from memoir_retrieval.question.candidates import Pieces, find_candidates
 from memoir_retrieval.question.span import Span, SpanRule, find_span
@@ -193,7 +193,8 @@ def store_of(
     adapter: that answers, or None.
     stores: of this server, by name.
 
-    Raises ConfigError for a store that is not there, or that was made on another model than answers.
+    Raises ConfigError for a store that is not there, or that was made on another model than answers; ModelError for an
+    adapter that cannot be read.
     """
     name = (extra_args or {}).get("memoir_store", "")
     if adapter is not None:
@@ -280,5 +281,5 @@ def _check(request: EngineCoreRequest, params: SamplingParams, stores: Mapping[s
     try:
         parse_options(params.extra_args, len(request.prompt_token_ids or ()))
         store_of(params.extra_args, request.lora_request, stores)
-    except ConfigError as error:
+    except MemoirError as error:
         raise VLLMValidationError(str(error), parameter="vllm_xargs") from None

@@ -128,12 +128,13 @@ def test_an_adapter_with_a_store_is_looked_up_in_it_and_its_sums_are_counted(
 @pytest.mark.parametrize(
     ("name", "adapter", "says"),
     [
-        ("nowhere", None, r"'nowhere': this server has '', 'other', 'french'"),
+        ("nowhere", None, r"'nowhere': this server has '', 'other', 'french', 'gone'"),
         (["other"], None, "use the name of a store"),
         ("french", None, "send the requests to the model 'french'"),
         ("other", "french", "leave memoir_store out"),
         ("", "other", "give one of the two another name"),
         ("", "french", "made with another adapter than"),
+        ("", "gone", "cannot be read"),
     ],
     ids=str,
 )
@@ -141,8 +142,9 @@ def test_a_store_that_cannot_answer_is_refused_to_its_client(
     name: Any, adapter: str | None, says: str, tmp_path: Path
 ) -> None:
     folder = written_adapter(tmp_path / "adapter", {"x": (2, 2)})
-    stores = {"": ServedStore(RULE, ""), "other": ServedStore(RULE, ""), "french": ServedStore(RULE, "0" * 64)}
-    lora = adapter and LoRARequest(adapter, 1, str(folder))
+    stores = {name: ServedStore(RULE, "") for name in ("", "other")}
+    stores |= {name: ServedStore(RULE, "0" * 64) for name in ("french", "gone")}
+    lora = adapter and LoRARequest(adapter, 1, str(tmp_path / "gone" if adapter == "gone" else folder))
     request = SimpleNamespace(resumable=False, prompt_token_ids=[1], lora_request=lora)
     params = SimpleNamespace(
         max_tokens=2, watermarking=False, detokenize=True, extra_args={"memoir_store": name} if name else None

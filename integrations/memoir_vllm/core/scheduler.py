@@ -20,7 +20,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
-from memoir_retrieval.errors import ConfigError
+from memoir_retrieval.errors import MemoirError
 from memoir_retrieval.question.candidates import Pieces
 from memoir_retrieval.question.span import Span
 from memoir_vllm import config
@@ -101,7 +101,7 @@ class MemoirScheduler(Scheduler):
         adapter = request.lora_request
         try:
             store = store_of(extra_args, adapter, self._stores)
-        except ConfigError as error:  # a front end of another language let it pass
+        except MemoirError as error:  # a front end of another language let it pass
             return Query(Span(0, 0), adapter=adapter is not None, reason=str(error))
         if store is None:
             return Query(Span(0, 0), adapter=True)
