@@ -122,10 +122,12 @@ class ServedStore(NamedTuple):
     adapter: str
 
     def require(self, name: str, adapter: LoRARequest | None) -> None:
-        """Raises ConfigError where the store was made with another adapter than answers, ModelError for one that is gone.
+        """Raise unless the store was made on what answers.
 
         name: of the store.
         adapter: that answers, or None.
+
+        Raises ConfigError for another adapter than that of the store, ModelError for one that cannot be read.
         """
         if adapter is None:
             if self.adapter:
