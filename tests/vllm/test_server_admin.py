@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -50,7 +51,17 @@ checks.positive_data_acceptance.expected-statuses = ["2xx", 400]
 """
 
 
-def serve(model_folder: Path, folder: Path, log: Path, port: int | None = None) -> Server:
+@pytest.fixture(scope="module")
+def other(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A second store, without the second edit."""
+    store = shutil.copytree(folder, tmp_path_factory.mktemp("admin") / "other")
+    next_generation(store, without=(1,))
+    return store
+
+
+def serve(
+    model_folder: Path, folder: Path, log: Path, port: int | None = None, stores: dict[str, Path] | None = None
+) -> Server:
     flags = [
         "--served-model-name",
         "m",
@@ -60,13 +71,13 @@ def serve(model_folder: Path, folder: Path, log: Path, port: int | None = None) 
         "--max-num-seqs",
         "8",
     ]
-    command, environment = server_command(str(model_folder), folder, flags)
+    command, environment = server_command(str(model_folder), folder, flags, stores)
     return Server(command, log, {**environment, "MEMOIR_ADMIN_TOKEN": TOKEN, "VLLM_LOGGING_LEVEL": "DEBUG"}, port)
 
 
 @pytest.fixture(scope="module")
-def server(model_folder: Path, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = serve(model_folder, folder, tmp_path_factory.mktemp("server") / "log")
+def server(model_folder: Path, folder: Path, other: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = serve(model_folder, folder, tmp_path_factory.mktemp("server") / "log", stores={"other": other})
     server.http.headers.update(KNOWN)
     yield server
     server.stop()
@@ -109,6 +120,36 @@ def test_edits_are_listed_and_searched(server: Server) -> None:
     assert (edit["prompt"], edit["target"], edit["subject"]) == (QUESTIONS[0], TARGETS[0], "tests")
     assert server.http.get("/memoir/edits/7").status_code == 404
     assert server.http.get("/memoir/edits/x").status_code == 422
+
+
+def test_a_named_store_is_administrated_by_itself(server: Server, folder: Path, other: Path) -> None:
+    routes = "/memoir/stores/other"
+    assert server.http.get(f"{routes}/edits", headers={"Authorization": ""}).status_code == 401
+    assert server.http.get(f"{routes}/edits").json()["total"] == 1
+    asked = {"messages": [{"role": "user", "content": QUESTIONS[1]}]}
+    for path, generation, edits, result in (
+        ("/memoir", EditStore.open(folder).manifest.generation, 2, "matched"),
+        (routes, EditStore.open(other).manifest.generation, 1, "unmatched"),
+    ):
+        stats = server.http.get(f"{path}/stats").json()
+        assert (stats["generation"], stats["edits"], stats["engines"][0]["edits"]) == (generation, edits, edits)
+        assert server.http.post(f"{path}/lookup", json=asked).json()["result"] == result
+    before = server.http.get("/memoir/stats").json()
+    answer = ask(server, QUESTIONS[0], vllm_xargs={"memoir_store": "other"})
+    said = answer["kv_transfer_params"]["memoir"]
+    assert (said["store"], said["edit"], said["generation"]) == ("other", 0, generation)
+    newer = next_generation(other, without=(0, 1))
+    assert server.http.post(f"{routes}/reload").json() == {"generation": newer}
+    said = ask(server, QUESTIONS[0], vllm_xargs={"memoir_store": "other"})["kv_transfer_params"]["memoir"]
+    assert (said["store"], said["edit"], said["generation"]) == ("other", None, newer)
+    assert server.http.get(f"{routes}/stats").json()["requests"] == {"matched": 1, "unmatched": 1}
+    now = server.http.get("/memoir/stats").json()
+    assert [now[key] for key in ("generation", "requests")] == [before[key] for key in ("generation", "requests")]
+    assert "reloaded" in (other / "audit.jsonl").read_text()
+    refused = server.http.post(
+        "/v1/chat/completions", json={"model": "m", **asked, "vllm_xargs": {"memoir_store": "nowhere"}}
+    )
+    assert refused.status_code == 400 and "this server has" in refused.json()["error"]["message"]
 
 
 def test_a_lookup_measures_what_the_reference_measures(server: Server, base: BaseModel, folder: Path) -> None:
@@ -281,7 +322,7 @@ def test_counters(server: Server) -> None:
     for result, more in (("matched", 1), ("unmatched", 1), ("off", 1)):
         name = f'memoir_requests_total{{result="{result}",store=""}}'
         assert after[name] - before.get(name, 0) == more, result
-    for name in ('memoir_overlap_count{result="matched"}', 'memoir_edit_hits_total{edit="1"}'):
+    for name in ('memoir_overlap_count{result="matched"}', 'memoir_edit_hits_total{edit="1",store=""}'):
         assert after[name] - before.get(name, 0) == 1, name
     generation = server.http.get("/memoir/stats").json()["generation"]
     until = time.monotonic() + 20
@@ -292,7 +333,9 @@ def test_counters(server: Server) -> None:
     assert now['memoir_routing_seconds_total{engine="0"}'] > 0
     stats = server.http.get("/memoir/stats").json()
     assert stats["recent"][0]["edit"] == 1
-    assert {entry["edit"]: entry["hits"] for entry in stats["hits"]}[1] == after['memoir_edit_hits_total{edit="1"}']
+    assert {entry["edit"]: entry["hits"] for entry in stats["hits"]}[1] == after[
+        'memoir_edit_hits_total{edit="1",store=""}'
+    ]
 
 
 def test_the_log_tells_of_matches_and_never_of_tokens(server: Server) -> None:
