@@ -119,12 +119,18 @@ def guard(
     @functools.wraps(allocate)
     def allocate_slots(request: Request, *args: Any, **kwargs: Any) -> Any:
         slots = allocate(request, *args, **kwargs)
-        if summed is not None and slots is not None and any(slots.blocks):
+        if summed is None or slots is None:
+            return slots
+        held = coordinator.get_blocks(request.request_id)[0]
+        if any(slots.blocks):
             blocks = [block.block_id for block in slots.blocks[0]]
-            number = len(coordinator.get_blocks(request.request_id)[0]) - len(blocks)
             looked_up = query(request)
-            summed.record(blocks, number, looked_up.span.start, looked_up.summed(request.num_prompt_tokens))
-            summed.forget(blocks[: -(-kwargs.get("num_external_computed_tokens", 0) // summed.block_size)])
+            counted = looked_up.summed(request.num_prompt_tokens)
+            summed.record(blocks, len(held) - len(blocks), looked_up.span.start, counted)
+        if loaded := kwargs.get("num_external_computed_tokens", 0):  # into blocks that are not among the slots
+            begin = request.num_computed_tokens + kwargs.get("num_new_computed_tokens", 0)
+            size = summed.block_size
+            summed.forget([block.block_id for block in held[begin // size : -(-(begin + loaded) // size)]])
         return slots
 
     coordinator.cache_blocks, manager.get_computed_blocks = cache_blocks, get_computed_blocks
