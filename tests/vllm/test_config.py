@@ -182,10 +182,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "--kv-transfer-config",
     ),
     "KV offloading": ({"kv_offloading_size": 1, "memoir": SINGLE}, "(leave out --kv-offloading-size and"),
-    "KV offloading elsewhere": (
-        {"kv_offloading_size": 1, "kv_offloading_backend": "lmcache"},
-        "LMCacheMPConnector, which keys blocks by their tokens alone",
-    ),
     "quantisation while loading": ({"quantization": "fp8", "dtype": "bfloat16"}, "--quantization"),
     "another configuration": ({"hf_overrides": {"rms_norm_eps": 1e-3}}, "--hf-overrides"),
     "prompt embeddings": ({"enable_prompt_embeds": True}, "--enable-prompt-embeds"),

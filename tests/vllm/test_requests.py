@@ -10,8 +10,9 @@ from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
 from memoir_retrieval.errors import ConfigError
-from memoir_retrieval.question.span import Span
+from memoir_retrieval.question.span import Span, SpanRule
 from memoir_vllm import requests
+from memoir_vllm.config import ServedStore
 from memoir_vllm.requests import Options, parse_options
 
 
@@ -69,10 +70,12 @@ def test_a_report_is_asked_for_or_not(value: Any) -> None:
 def test_requests_that_cannot_be_served_are_refused_to_their_client(options: dict[str, Any], says: str) -> None:
     """The error that vLLM answers with 400."""
     options = dict(options)
-    request = SimpleNamespace(resumable=options.pop("resumable", False), prompt_token_ids=[1, 2, 3])
+    stores = {"": ServedStore(SpanRule(), "")}
+    request = SimpleNamespace(resumable=options.pop("resumable", False), prompt_token_ids=[1, 2, 3], lora_request=None)
     with pytest.raises(VLLMValidationError, match=says):
-        requests._check(request, SamplingParams(**options), {})
-    requests._check(SimpleNamespace(resumable=False, prompt_token_ids=[1]), SamplingParams(max_tokens=1))
+        requests._check(request, SamplingParams(**options), stores)
+    sound = SimpleNamespace(resumable=False, prompt_token_ids=[1], lora_request=None)
+    requests._check(sound, SamplingParams(max_tokens=1), stores)
 
 
 def test_unknown_keys_of_ours_are_refused() -> None:
