@@ -19,6 +19,7 @@ from mixes import CLOSE, Other, any_mix, prompts_of
 from safetensors.torch import load_file, save_file
 from servers import Server
 from transformers import AutoModelForCausalLM
+from vllm import SamplingParams
 
 from memoir_retrieval.lookup.reference import EditedModel
 from memoir_retrieval.model.base import load_model
@@ -239,7 +240,7 @@ def test_each_store_answers_its_own_requests(
                 edits.add(prompt.edit)
             assert len(edits - {None}) > 2, store
     with pytest.raises(Exception, match="this server has '', 'other', 'adapter-3'"):
-        engine.ask([ids[0]], [{"memoir_store": "nowhere"}])
+        engine.llm.generate({"prompt_token_ids": ids[0]}, SamplingParams(extra_args={"memoir_store": "nowhere"}))
     generation = EditStore.open(other.reference.retriever.store.path).manifest.generation
     assert engine.llm.collective_rpc("memoir_reload", args=("other",)) == [generation]
     assert engine.stats()["stores"]["other"]["generation"] == generation
