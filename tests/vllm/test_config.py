@@ -201,6 +201,7 @@ def test_refused_flags_are_named(what: str, model_folder: Path, store_folder: Pa
 
 # Settings that vLLM itself does not accept on a CPU: set on a finished configuration.
 REFUSED_ELSEWHERE: dict[str, tuple[str, str, Any]] = {
+    "(use mode single, or --pipeline-parallel-size 1)": ("parallel_config", "pipeline_parallel_size", 2),
     "--decode-context-parallel-size": ("parallel_config", "decode_context_parallel_size", 2),
     "--prefill-context-parallel-size": ("parallel_config", "prefill_context_parallel_size", 2),
     "--enable-dbo": ("parallel_config", "enable_dbo", True),
@@ -237,9 +238,7 @@ def test_drafts_are_made_by_methods_that_were_run(model_folder: Path, store_fold
         config.refuse(config.parse_section({"store": str(store_folder)}), made)
 
 
-def test_every_connector_of_vllm_but_its_own_to_host_memory_is_refused_by_name(
-    model_folder: Path, store_folder: Path
-) -> None:
+def test_every_connector_but_that_to_host_memory_is_refused_by_name(model_folder: Path, store_folder: Path) -> None:
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 
     ours = config.parse_section({"store": str(store_folder)})
@@ -263,6 +262,13 @@ def test_lora_is_served_unless_its_layers_hide_the_op(
     monkeypatch.setenv("VLLM_LORA_ENABLE_DUAL_STREAM", "1")
     with pytest.raises(ConfigError, match="leave VLLM_LORA_ENABLE_DUAL_STREAM unset"):
         config.refuse(ours, vllm_config)
+
+
+def test_a_pipeline_is_served_in_mode_single(model_folder: Path, store_folder: Path) -> None:
+    vllm_config = create(model_folder, store_folder, memoir=SINGLE, pipeline_parallel_size=2)
+    assert vllm_config.parallel_config.worker_cls == "memoir_vllm.worker.cpu.MemoirCPUWorker"
+    with pytest.raises(ConfigError, match=r"pipeline parallelism in mode inline \(use mode single"):
+        create(model_folder, store_folder, pipeline_parallel_size=2)
 
 
 def test_what_a_model_is_may_be_refused(

@@ -94,18 +94,13 @@ def _agree(engine: Engine) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["single", "inline"])
 @pytest.mark.parametrize("layer", [1, 2], ids=["first stage", "last stage"])
-def test_two_stages_answer_as_one(
-    layer: int, mode: str, start: Callable[..., Engine], small: Path, tmp_path: Path
-) -> None:
-    """Each stage has two of the four layers. Few blocks, so that requests are preempted and computed again. In mode
-    inline questions pass in several steps, of which two are under way at a time."""
+def test_two_stages_answer_as_one(layer: int, start: Callable[..., Engine], small: Path, tmp_path: Path) -> None:
+    """Each stage has two of the four layers. Few blocks, so that requests are preempted and computed again."""
     folder = small_store(small, tmp_path / "edits", layer)
     model = EditedModel.open(folder, str(small))
     few = {"block_size": 32, "num_gpu_blocks_override": 28, "disable_log_stats": False}
-    few |= {"max_num_batched_tokens": 64} if mode == "inline" else {}
-    engine = start(**flags(small, folder, {"mode": mode}, pipeline_parallel_size=2, max_num_seqs=16, **few))
+    engine = start(**flags(small, folder, {"mode": "single"}, pipeline_parallel_size=2, max_num_seqs=16, **few))
     prompts = [model.prompt_ids(prompt) for prompt in PROMPTS.values()]
     for generation in (3, next_generation(folder, without=(1,))):
         if generation > 3:

@@ -517,24 +517,3 @@ def test_without_capped_hits_the_worker_refuses(
     sim.add("asked", prompt)
     with pytest.raises(RuntimeError, match="its question is 40 to 49: the tokens that decide must be computed"):
         sim.run()
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_steps_of_a_pipeline_decide_behind_each_other(seed: int, simulate: Simulate, here: World) -> None:
-    """Several steps are under way, one for each stage, before the output of the first is back."""
-    dice = random.Random(seed)
-    sim = simulate(model_len=512, kv_blocks=40, seqs=8, budget=48)
-    sim.lag = dice.choice((1, 2, 3))
-    asked = {}
-    for n in range(50):
-        edit = dice.choice((None, 0, 1, 2))
-        question = other(9) if edit is None else here.questions[edit]
-        prompt, tokens = chat(question, dice.choice((8, 40, 90)), dice.choice((2, 30))), dice.choice((1, 3, 20))
-        off = dice.random() < 0.3
-        sim.add(f"{n}", prompt, {"memoir": "off"} if off else None, max_tokens=tokens)
-        asked[f"{n}"] = (prompt, None if off else edit, tokens)
-        for _ in range(dice.choice((0, 1, 3))):
-            sim.step()
-    sim.run()
-    for name, (prompt, edit, tokens) in asked.items():
-        assert sim.answers[name] == right(here, prompt, edit, tokens), name
