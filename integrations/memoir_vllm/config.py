@@ -326,13 +326,13 @@ def open_stores(config: MemoirConfig, vllm_config: VllmConfig) -> dict[str, Edit
 
 def _fit(first: str, ours: Manifest, second: str, theirs: Manifest) -> None:
     """Raises ConfigError where one edited layer cannot serve two stores."""
-    for what, one, other, cure in (
+    for what, mine, other, cure in (
         ("module", ours.module, theirs.module, "edit both in one --layer"),
         ("weighting of tokens", ours.span.weighted, theirs.span.weighted, "make both with one version"),
     ):
-        if one != other:
+        if mine != other:
             raise ConfigError(
-                f"stores {first} and {second} have another {what} ({one}, {other}), and one server edits one layer: "
+                f"stores {first} and {second} have another {what} ({mine}, {other}), and one server edits one layer: "
                 f"{cure}, or use two servers"
             )
 

@@ -27,8 +27,9 @@ FLOORS = (
     ("memoir_retrieval.edits", "memoir_retrieval.model"),
     ("memoir_retrieval.store",),
     ("memoir_retrieval.lookup", "memoir_retrieval.editing"),
-    ("memoir_retrieval.evaluation", "memoir_retrieval.client", "memoir_vllm.config", "memoir_vllm.requests"),
-    ("memoir_retrieval.cli", "memoir_vllm.front", "memoir_vllm.core", "memoir_vllm.worker"),
+    ("memoir_retrieval.evaluation", "memoir_retrieval.client", "memoir_vllm.config"),
+    ("memoir_retrieval.cli", "memoir_vllm.requests"),
+    ("memoir_vllm.front", "memoir_vllm.core", "memoir_vllm.worker"),
     ("memoir_vllm.admin", "memoir_vllm.bench"),
     ("memoir_retrieval", "memoir_vllm"),  # the public face, and the entry point
 )

@@ -114,8 +114,9 @@ class MemoirEndpoints:
             logger.info("memoir: administration at %s/, audit log in %s", _path(name), service.folder)
 
     def _running(self, name: str) -> Service:
-        assert name in self._services, "vLLM serves no route before init_state"
-        return self._services[name]
+        service = self._services.get(name)
+        assert service is not None, "vLLM serves no route before init_state"
+        return service
 
 
 def _path(name: str) -> str:
