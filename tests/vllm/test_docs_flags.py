@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -29,11 +30,16 @@ def servers() -> dict[str, list[str]]:
 @pytest.mark.parametrize(("where", "given"), servers().items(), ids=list(servers()))
 def test_vllm_knows_the_flags(where: str, given: list[str]) -> None:
     model, *flags = given
-    if "--store" in flags:  # `memoir serve`: this one flag is ours
+    section: dict[str, Any] = {}
+    while "--store" in flags:  # `memoir serve`: this one flag is ours
         at = flags.index("--store")
-        section = {"store": flags[at + 1]}
+        name, is_named, folder = flags[at + 1].partition("=")
+        if is_named:
+            section.setdefault("stores", {})[name] = folder
+        else:
+            section["store"] = name
         flags = flags[:at] + flags[at + 2 :]
-    else:
+    if not section:
         section = json.loads(flags[flags.index("--additional-config") + 1])["memoir"]
     parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(["--model", model, *flags])
     assert parsed.model == model
