@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
+import numpy as np
 
 from memoir_retrieval.editing.build_masks import build
 from memoir_retrieval.editing.editor import Editor
@@ -33,10 +35,10 @@ from memoir_retrieval.evaluation.routing_data import (
     writings,
 )
 from memoir_retrieval.lookup.reference import EditedModel
-from memoir_retrieval.lookup.retriever import Retriever
-from memoir_retrieval.store.read import EditStore, library_version
+from memoir_retrieval.lookup.retriever import Asked, Retriever
+from memoir_retrieval.store.read import EditStore, Masks, library_version
 
-__all__ = ["RESULT", "SETS", "RoutingRun", "Row", "Slip", "check_sets", "run_routing", "with_candidates"]
+__all__ = ["RESULT", "SETS", "RoutingRun", "Row", "Slip", "check_sets", "run_routing", "with_candidates", "with_first"]
 
 RESULT = "routing.json"
 SETS = ("edits", "siblings", "opposites", "faq", *PUBLISHED, "unrelated")
@@ -66,12 +68,15 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
 
     set, kind, name: what was asked.
     part: "tune" or "report".
+    edits: how many the store has.
     asked: how many questions.
     found: the share that gets the edit it asks for; None where no edit may act.
     other: the share that gets an edit it does not ask for.
     exact: the share whose free answer is the target of the edit it asks for; None where no answers were read.
     answered: of those with an edit that they do not ask for, the share whose free answer has its target in it; None
     where no answers were read.
+    lost: of those that do not get the edit that they ask for, how many for which reason (`Loss`); None where no edit
+    may act.
     slips: examples of what went wrong.
     """
 
@@ -79,11 +84,13 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     kind: str
     name: str
     part: Part
+    edits: int
     asked: int
     found: float | None
     other: float
     exact: float | None = None
     answered: float | None = None
+    lost: dict[str, int] | None = None
     slips: list[Slip] = []
 
     @property
@@ -125,6 +132,8 @@ def run_routing(
     each: int | None = 25,
     prompts: int = 3000,
     answers: Literal["none", "some", "all"] = "some",
+    only: Sequence[str] = (),
+    first: Sequence[int] = (),
     command: str = "",
     tell: Callable[[str], None] = lambda _: None,
 ) -> RoutingRun:
@@ -139,26 +148,33 @@ def run_routing(
     each: questions of a row, at most, but for unrelated prompts; None asks all.
     prompts: how many unrelated ones, at most.
     answers: which free answers are read; "some": those of `ANSWERED`.
+    only: ask no other rows than those of these kinds or names; empty asks all.
+    first: ask "edits" and "unrelated" of so many first edits of the store, one after another; empty asks all of it.
     command: noted in the result.
     tell: called with a line on each set before it is asked.
-    Raises ConfigError for a set that `data` does not have.
+    Raises ConfigError for a set that `data` does not have, and for more first edits than there are.
     """
     check_sets(sets, data)
+    parts_of_store = [with_first(retriever, n) for n in first] or [retriever]
     began, started = time.monotonic(), time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     stored: tuple[int, int] | None = None
     rows: list[Row] = []
 
+    known: dict[str, Asked] = {}
+
     def ask(name: str, of: Retriever, questions: Iterable[Question], trained: bool) -> None:
-        chosen = _spread([question for question in questions if part in (None, question.part)], each)
+        wanted = [question for question in questions if part in (None, question.part)]
+        chosen = _spread([q for q in wanted if not only or {q.kind, q.name} & set(only)], each)
         tell(f"{name}: {len(chosen)} questions of {len(of.store.edits)} edits")
-        rows.extend(_rows(name, of, chosen, answers if trained else "none"))
+        rows.extend(_rows(name, of, chosen, answers if trained else "none", known))
 
     for name in sets:
         if name == "edits":
-            questions = _of_edits(retriever, each)
-            ask(name, retriever, questions, bool(retriever.store.edits) and _trained(retriever))
+            for of in parts_of_store:
+                ask(name, of, _of_edits(of, each, only), bool(of.store.edits) and _trained(of))
         elif name == "unrelated":
-            ask(name, retriever, unrelated(data, prompts, retriever.store.edits), False)
+            for of in parts_of_store:
+                ask(name, of, unrelated(data, prompts, retriever.store.edits), False)
         else:
             trial = _trial(name, data, most)
             with tempfile.TemporaryDirectory() as folder:
@@ -272,9 +288,28 @@ def with_candidates(retriever: Retriever, candidates: bool) -> Retriever:
     return Retriever(replace(store, manifest=manifest), retriever.base, retriever.tau)
 
 
-def _of_edits(retriever: Retriever, each: int | None) -> list[Question]:
+def with_first(retriever: Retriever, n: int) -> Retriever:
+    """The store as it would be with its first edits alone.
+
+    retriever: of the store.
+    n: how many edits.
+    Raises ConfigError where it has fewer.
+    """
+    store = retriever.store
+    if n > len(store.edits):
+        raise ConfigError(f"the store has {len(store.edits)} edits, not {n}: choose fewer first edits")
+    edits = tuple(store.edits[:n])
+    rows = np.isin(store.ids, [edit.id for edit in edits])
+    masks = Masks(store.codes[rows], store.ids[rows], store.memory_of[rows])
+    kept = replace(store, masks=masks, edits=edits, additions=())
+    return Retriever(kept, retriever.base, retriever.tau)
+
+
+def _of_edits(retriever: Retriever, each: int | None, only: Sequence[str]) -> list[Question]:
     edits = retriever.store.edits
     plain = list(plain_questions(edits))
+    if only and {question.name for question in plain} | {"plain"} >= set(only):
+        return plain  # nothing else has to be made up
     questions = [*plain, *forms(edits), *writings(edits), *other_questions(edits), *tasks(edits)]
     if retriever.store.manifest.chat and _trained(retriever):
         chosen = {question.edit for question in _spread(plain, each) if question.name == "edits"}
@@ -284,10 +319,20 @@ def _of_edits(retriever: Retriever, each: int | None) -> list[Question]:
     return questions
 
 
-def _rows(name: str, retriever: Retriever, questions: Sequence[Question], answers: str) -> list[Row]:
+def _rows(
+    name: str, retriever: Retriever, questions: Sequence[Question], answers: str, known: dict[str, Asked]
+) -> list[Row]:
+    """known: what was taken from the model of texts, which other stores of the run may be asked, too."""
     decisions = []
+    asked: list[Asked] = []
     for start in range(0, len(questions), 512):
-        decisions += retriever.decide_batch([question.prompt for question in questions[start : start + 512]])
+        some = [question.prompt for question in questions[start : start + 512]]
+        new = [prompt for prompt in some if not isinstance(prompt, str) or prompt not in known]
+        taken = iter(retriever.ask(new))
+        messages = [known[prompt] if isinstance(prompt, str) and prompt in known else next(taken) for prompt in some]
+        known |= {prompt: message for prompt, message in zip(some, messages, strict=True) if isinstance(prompt, str)}
+        decisions += retriever.decide(messages)
+        asked += messages
     edits = [match.id if match else _NO_EDIT for match, _ in decisions]
     texts = _texts(retriever, questions, edits, answers)
     targets = {edit.id: edit.target for edit in retriever.store.edits}
@@ -303,21 +348,30 @@ def _rows(name: str, retriever: Retriever, questions: Sequence[Question], answer
         exact = [texts[i] == targets[edits[i]].strip() for i in right] if read and texts and wanted else None
         harm = [_holds(texts[i], targets[edits[i]]) for i in other] if read and texts and other else None
         wrong = [i for i in group if i not in set(right)] if wanted else other
+        lost = [i for i in group if edits[i] not in questions[i].right] if wanted else []
         rows.append(
             Row(
                 set=name,
                 kind=kind,
                 name=what,
                 part=part,
+                edits=len(retriever.store.edits),
                 asked=len(group),
                 found=round(len(right) / len(group), 4) if wanted else None,
                 other=round(len(other) / len(group), 4),
                 exact=None if exact is None else round(sum(exact) / len(group), 4),
                 answered=None if harm is None else round(sum(harm) / len(harm), 4),
+                lost=dict(Counter(_loss(retriever, asked[i], questions[i]) for i in lost)) if wanted else None,
                 slips=[_slip(questions[i], decisions[i]) for i in wrong[:SLIPS]],
             )
         )
     return rows
+
+
+def _loss(retriever: Retriever, message: Asked, question: Question) -> str:
+    """Why the message does not get its edit. "not stored": training refused the edit."""
+    stored = [edit for edit in question.right if edit != _NOT_STORED]
+    return retriever.loss(message, stored[0]) if stored else "not stored"
 
 
 def _texts(

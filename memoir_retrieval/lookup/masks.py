@@ -257,6 +257,20 @@ class EditLookup:
         before, _, after = whole.partition(part)
         return f"{before[-AROUND:]}\n{after[:AROUND]}"
 
+    def candidates(
+        self,
+        codes: NDArray[np.uint8],
+        tau: float,
+        questions: Sequence[Sequence[int]],
+        around: NDArray[np.float32] | None = None,
+    ) -> list[list[Candidate]]:
+        """For each part of one message the edits that are judged for it.
+
+        codes, tau, questions, around: see `judged`.
+        """
+        judged = self._judge(codes, tau, questions, around, self._nearest(codes, tau))
+        return [candidates or [] for candidates in judged]
+
     def judged(
         self,
         codes: NDArray[np.uint8],
@@ -271,10 +285,9 @@ class EditLookup:
         questions: the token ids of each part, the whole message first.
         around: float32 [Q], what `TaskProbe` says of what stands around each (default: words decide).
         """
-        judged = self._judge(codes, tau, questions, around, self._nearest(codes, tau))
         return [
-            _best(candidates or ()) or min(candidates or (), key=lambda near: (-near.overlap, near.row), default=None)
-            for candidates in judged
+            _best(candidates) or min(candidates, key=lambda near: (-near.overlap, near.row), default=None)
+            for candidates in self.candidates(codes, tau, questions, around)
         ]
 
     def parts(

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from memoir_index import Hits, hamming_radius
+from memoir_index import Hits, hamming_radius, popcount
 from memoir_retrieval.edits.judge import Verdict
 from memoir_retrieval.edits.record import StoredEdit
 from memoir_retrieval.errors import ConfigError
@@ -23,7 +23,7 @@ from memoir_retrieval.question.prompts import Prompt, prompt_ids
 from memoir_retrieval.question.span import Span
 from memoir_retrieval.store.read import EditStore
 
-__all__ = ["Match", "Part", "Retriever"]
+__all__ = ["Asked", "Loss", "Match", "Part", "Retriever"]
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,24 @@ class Part(NamedTuple):
     match: int | None
     verdict: Verdict | None
     decides: bool
+
+
+Loss = Literal["mask", "place", "judge", "another edit"]
+"""Why an edit does not act on a message. mask: it does not reach tau. place: other edits are nearer, and no more than a
+few are judged. judge: its verdict. another edit: for which more speaks."""
+
+
+class Asked(NamedTuple):
+    """What a lookup takes from the model of a message, whatever edits there are.
+
+    questions: token ids of the message and of its parts; empty where it holds no question.
+    codes: uint8 [P, D/8], the mask of each.
+    around: float32 [P], what `TaskProbe` says of what stands around each, or None.
+    """
+
+    questions: list[list[int]]
+    codes: NDArray[np.uint8]
+    around: NDArray[np.float32] | None
 
 
 class Retriever:
@@ -202,17 +220,45 @@ class Retriever:
 
         prompts: text or messages each.
         """
+        return self.decide(self.ask(prompts))
+
+    def ask(self, prompts: Sequence[Prompt]) -> list[Asked]:
+        """What `decide` takes of each prompt. It holds for any store with the settings of this one.
+
+        prompts: text or messages each.
+        """
         rows = [self.prompt_ids(p) for p in prompts]
         spans = [self.spans(ids) for ids in rows]
         asking = [i for i, parts in enumerate(spans) if _holds_question(parts[0])]
-        decisions: list[tuple[Match | None, Match | None]] = [(None, None)] * len(rows)
+        asked = [Asked([], np.empty((0, self.base.d // 8), np.uint8), None) for _ in rows]
+        if not asking:
+            return asked
+        pooled = candidate_means([self.base], [rows[i] for i in asking], [spans[i] for i in asking])[0]
+        codes, around = self._codes(pooled, [len(spans[i]) for i in asking])
+        first = 0
+        for i in asking:
+            end = first + len(spans[i])
+            questions = [rows[i][span.start : span.end] for span in spans[i]]
+            asked[i] = Asked(questions, codes[first:end], None if around is None else around[first:end])
+            first = end
+        return asked
+
+    def decide(self, messages: Sequence[Asked]) -> list[tuple[Match | None, Match | None]]:
+        """See `decide_batch`.
+
+        messages: as `ask` gives them.
+        """
+        decisions: list[tuple[Match | None, Match | None]] = [(None, None)] * len(messages)
+        asking = [i for i, message in enumerate(messages) if message.questions]
         if not asking or not len(self.index):
             return decisions
-        pooled = candidate_means([self.base], [rows[i] for i in asking], [spans[i] for i in asking])[0]
-        questions = [rows[i][span.start : span.end] for i in asking for span in spans[i]]
-        counts = [len(spans[i]) for i in asking]
-        codes, around = self._codes(pooled, counts)
-        hits, decisive = self._lookup.decide(codes, self.tau, questions, counts, around)
+        asked = [messages[i] for i in asking]
+        codes = np.concatenate([message.codes for message in asked])
+        around = None
+        if self._probe is not None:
+            around = np.concatenate([message.around for message in asked if message.around is not None])
+        questions = [question for message in asked for question in message.questions]
+        hits, decisive = self._lookup.decide(codes, self.tau, questions, [len(m.questions) for m in asked], around)
         near, overlaps = self.index.nearest(codes[decisive], 2)
         for q, i in enumerate(asking):
             ranked = [(int(n), float(o)) for n, o in zip(near[q], overlaps[q], strict=True) if n >= 0]
@@ -224,6 +270,22 @@ class Retriever:
             match = match_of(int(hits.ids[q]), float(hits.overlaps[q])) if hits.ids[q] >= 0 else None
             decisions[i] = match, match_of(*ranked[0])
         return decisions
+
+    def loss(self, message: Asked, edit: int) -> Loss:
+        """What keeps an edit from acting on a message that does not get it.
+
+        message: as `ask` gives it.
+        edit: its id.
+        """
+        if not message.questions:
+            return "mask"
+        judged = self._lookup.candidates(message.codes, self.tau, message.questions, message.around)
+        verdicts = [near.verdict for candidates in judged for near in candidates if near.edit == edit]
+        if verdicts:
+            return "another edit" if any(verdict.same for verdict in verdicts) else "judge"
+        own = self.index.take(np.flatnonzero(self.store.ids == edit))
+        bits = max(int(popcount(own & code).max()) for code in message.codes)
+        return "place" if 2 * (self.index.k - bits) <= hamming_radius(self.tau, self.index.k) else "mask"
 
     def nearest_acting(self, codes: NDArray[np.uint8], questions: Sequence[Sequence[int]]) -> NDArray[np.int64]:
         """For each question the nearest edit that may act, at any overlap; else -1. int64 [Q].

@@ -9,7 +9,9 @@ import pytest
 from test_cli import EDITS, run, write
 from test_quality import checked
 
-from memoir_retrieval.edits.record import StoredEdit
+from memoir_retrieval.editing.build_masks import build
+from memoir_retrieval.editing.editor import Editor
+from memoir_retrieval.edits.record import Edit, StoredEdit
 from memoir_retrieval.evaluation.routing_data import (
     PUBLISHED,
     Question,
@@ -26,6 +28,9 @@ from memoir_retrieval.evaluation.routing_data import (
     unrelated,
     writings,
 )
+from memoir_retrieval.lookup.retriever import Retriever
+from memoir_retrieval.model.base import load_model
+from memoir_retrieval.store.read import EditStore
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "zsre-100.jsonl"
 
@@ -152,6 +157,42 @@ def test_a_run_writes_its_figures_and_a_page_that_loads_nothing(
     code, out, _ = run(capsys, "bench", "routing", tmp_path / "run" / "store", "--set", "unrelated", "--unrelated", "8",
                        "--data", tmp_path, "--part", "report")  # fmt: skip
     assert code == 0 and "report" in out and "tune" not in out
+
+
+def test_first_edits_are_asked_as_a_store_of_their_own_and_every_loss_has_a_reason(
+    capsys: pytest.CaptureFixture[str], tiny: Path, tmp_path: Path
+) -> None:
+    file = write(tmp_path / "edits.jsonl", [edit | {"rephrases": ["purple rain over Oslo"]} for edit in EDITS])
+    code, _, err = run(capsys, "index", "build", file, "--model", tiny, "--store", tmp_path / "masks")
+    assert code == 0, err
+    asked = ("--set", "edits", "--set", "unrelated", "--unrelated", "4", "--data", tmp_path, "--each", "0", "--json")
+    code, out, err = run(capsys, "bench", "routing", tmp_path / "masks", "--first", "1", "--first", len(EDITS),
+                         "--only", "plain", "--only", "the library's", *asked)  # fmt: skip
+    assert code == 0, err
+    rows = json.loads(out)["rows"]
+    assert {row["kind"] for row in rows} == {"plain", "unrelated"} and {row["edits"] for row in rows} == {1, len(EDITS)}
+    assert sum(row["asked"] for row in rows if row["name"] == "edits" and row["edits"] == 1) == 1
+    for row in rows:
+        if row["kind"] == "unrelated":
+            assert row["lost"] is None
+            continue
+        assert sum(row["lost"].values()) == round(row["asked"] * (1 - row["found"]))
+        assert bool(row["lost"]) == (row["name"] == "rephrasings")
+    code, _, err = run(capsys, "bench", "routing", tmp_path / "masks", "--first", len(EDITS) + 1, *asked)
+    assert code != 0 and f"the store has {len(EDITS)} edits, not {len(EDITS) + 1}" in err
+
+
+def test_a_loss_is_put_down_to_the_mask_the_judge_or_another_edit(tiny: Path, tmp_path: Path) -> None:
+    base = load_model(tiny)
+    prompts = ("Who is the head of Acme?", "Who is the chief of Acme?", "Who is the head of Zeta?")
+    with Editor(base, tmp_path / "masks", chat=True, tau=0.01) as editor:
+        build(editor, [Edit(prompt=prompt, target="-") for prompt in prompts])
+    retriever = Retriever(EditStore.open(tmp_path / "masks"), base)
+    (message,) = retriever.ask([prompts[0]])
+    assert retriever.decide([message])[0][0].id == 0
+    assert [retriever.loss(message, edit) for edit in (1, 2)] == ["another edit", "judge"]
+    far = Retriever(retriever.store, base, 1.0)
+    assert far.loss(message, 2) == "mask"
 
 
 def test_a_set_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str], tiny: Path, tmp_path: Path) -> None:

@@ -59,6 +59,19 @@ OWN = ("edits", "siblings", "opposites", "faq", "unrelated")
     type=click.Choice(SETS),
     help="What to ask; may be repeated (default: all that --data has, except counterfact).",
 )
+@click.option(
+    "--only",
+    multiple=True,
+    metavar="NAME",
+    help="Ask rows of this kind or name only, such as rephrasings; may be repeated (default: all rows).",
+)
+@click.option(
+    "--first",
+    multiple=True,
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Ask edits and unrelated prompts of the first N edits of DIR only; may be repeated (default: all edits).",
+)
 @click.option("--part", type=click.Choice(["tune", "report"]), help="Ask this half only (default: both).")
 @data_folder_option
 @click.option(
@@ -92,6 +105,8 @@ def bench_routing(
     tau: float | None,
     candidates: bool | None,
     chosen: tuple[str, ...],
+    only: tuple[str, ...],
+    first: tuple[int, ...],
     part: Any,
     folder: Path,
     most: int,
@@ -148,6 +163,8 @@ def bench_routing(
             each=each or None,
             prompts=unrelated,
             answers=answers,
+            only=only,
+            first=first,
             command=shlex.join(["memoir", *sys.argv[1:]]),
             tell=notes.print,
         )
@@ -159,9 +176,10 @@ def bench_routing(
     if as_json:
         echo_json(msgspec.to_builtins(run))
         return
-    table = Table("set", "kind", "question", "part", "asked", "found", "other", "exact", "answered")
+    table = Table("set", "kind", "question", "part", "edits", "asked", "found", "other", "exact", "answered", "lost")
     for row in run.rows:
         shares = (row.found, row.other, row.exact, row.answered)
         cells = ("" if share is None else f"{share:.3f}" for share in shares)
-        table.add_row(row.set, row.kind, row.name, row.part, str(row.asked), *cells)
+        lost = ", ".join(f"{reason} {n}" for reason, n in (row.lost or {}).items())
+        table.add_row(row.set, row.kind, row.name, row.part, str(row.edits), str(row.asked), *cells, lost)
     tables.print(table)

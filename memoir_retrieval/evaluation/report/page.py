@@ -130,8 +130,8 @@ def routing_page(run: RoutingRun) -> str:
     for kind in dict.fromkeys(row.kind for row in unwanted):
         picture = _shares([row for row in unwanted if row.kind == kind], lambda row: row.other)
         parts.append(_section(f"An edit acts where none may: {kind}", picture, "Less is better."))
-    columns = ("set", "kind", "name", "part", "asked", "found", "other", "exact", "answered")
-    rows = [["" if (value := getattr(row, c)) is None else value for c in columns] for row in run.rows]
+    columns = ("set", "kind", "name", "part", "edits", "asked", "found", "other", "exact", "answered", "lost")
+    rows = [["" if (value := _cell(row, c)) is None else value for c in columns] for row in run.rows]
     parts.append(_section("All figures", _table([columns, *rows])))
     slips = [
         (row.name, slip.message[:SHOWN_LETTERS], "none" if slip.edit is None else slip.edit, slip.overlap)
@@ -145,12 +145,19 @@ def routing_page(run: RoutingRun) -> str:
     return _page("Which edit a message gets", parts)
 
 
+def _cell(row: Row, column: str) -> Any:
+    value = getattr(row, column)
+    return ", ".join(f"{reason} {n}" for reason, n in value.items()) if isinstance(value, dict) else value
+
+
 def _shares(rows: Sequence[Row], share: Callable[[Row], float | None]) -> str:
     """A bar for each part of what has one name in one set."""
     several = len({row.set for row in rows}) > 1
+    sizes = {name: len({row.edits for row in rows if row.set == name}) for name in {row.set for row in rows}}
     by_name: dict[str, list[float | None]] = {}
     for row in rows:
         name = f"{row.set}: {row.name}" if several else row.name
+        name += f" ({row.edits} edits)" if sizes[row.set] > 1 else ""
         by_name.setdefault(name, [None] * len(PARTS))[PARTS.index(row.part)] = share(row)
     return bars(by_name, PARTS)
 
