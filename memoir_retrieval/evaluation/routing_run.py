@@ -16,6 +16,7 @@ import numpy as np
 
 from memoir_retrieval.editing.build_masks import build
 from memoir_retrieval.editing.editor import Editor
+from memoir_retrieval.edits.record import StoredEdit
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.evaluation.routing_data import (
     PUBLISHED,
@@ -134,6 +135,7 @@ def run_routing(
     answers: Literal["none", "some", "all"] = "some",
     only: Sequence[str] = (),
     first: Sequence[int] = (),
+    about: int | None = None,
     command: str = "",
     tell: Callable[[str], None] = lambda _: None,
 ) -> RoutingRun:
@@ -150,6 +152,7 @@ def run_routing(
     answers: which free answers are read; "some": those of `ANSWERED`.
     only: ask no other rows than those of these kinds or names; empty asks all.
     first: ask "edits" and "unrelated" of so many first edits of the store, one after another; empty asks all of it.
+    about: ask "edits" about no more than so many first ones of each store.
     command: noted in the result.
     tell: called with a line on each set before it is asked.
     Raises ConfigError for a set that `data` does not have, and for more first edits than there are.
@@ -171,7 +174,7 @@ def run_routing(
     for name in sets:
         if name == "edits":
             for of in parts_of_store:
-                ask(name, of, _of_edits(of, each, only), bool(of.store.edits) and _trained(of))
+                ask(name, of, _of_edits(of, of.store.edits[:about], each, only), bool(of.store.edits) and _trained(of))
         elif name == "unrelated":
             for of in parts_of_store:
                 ask(name, of, unrelated(data, prompts, retriever.store.edits), False)
@@ -305,8 +308,9 @@ def with_first(retriever: Retriever, n: int) -> Retriever:
     return Retriever(kept, retriever.base, retriever.tau)
 
 
-def _of_edits(retriever: Retriever, each: int | None, only: Sequence[str]) -> list[Question]:
-    edits = retriever.store.edits
+def _of_edits(
+    retriever: Retriever, edits: Sequence[StoredEdit], each: int | None, only: Sequence[str]
+) -> list[Question]:
     plain = list(plain_questions(edits))
     if only and {question.name for question in plain} | {"plain"} >= set(only):
         return plain  # nothing else has to be made up

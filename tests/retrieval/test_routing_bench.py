@@ -178,6 +178,9 @@ def test_first_edits_are_asked_as_a_store_of_their_own_and_every_loss_has_a_reas
             continue
         assert sum(row["lost"].values()) == round(row["asked"] * (1 - row["found"]))
         assert bool(row["lost"]) == (row["name"] == "rephrasings")
+    code, out, err = run(capsys, "bench", "routing", tmp_path / "masks", "--about", "1", "--only", "edits", *asked)
+    assert code == 0, err
+    assert [(row["edits"], row["asked"]) for row in json.loads(out)["rows"]] == [(len(EDITS), 1)]
     code, _, err = run(capsys, "bench", "routing", tmp_path / "masks", "--first", len(EDITS) + 1, *asked)
     assert code != 0 and f"the store has {len(EDITS)} edits, not {len(EDITS) + 1}" in err
 

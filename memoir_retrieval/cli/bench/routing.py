@@ -72,6 +72,7 @@ OWN = ("edits", "siblings", "opposites", "faq", "unrelated")
     metavar="N",
     help="Ask edits and unrelated prompts of the first N edits of DIR only; may be repeated (default: all edits).",
 )
+@click.option("--about", type=click.IntRange(min=1), metavar="N", help="Ask about the first N edits only.")
 @click.option("--part", type=click.Choice(["tune", "report"]), help="Ask this half only (default: both).")
 @data_folder_option
 @click.option(
@@ -107,6 +108,7 @@ def bench_routing(
     chosen: tuple[str, ...],
     only: tuple[str, ...],
     first: tuple[int, ...],
+    about: int | None,
     part: Any,
     folder: Path,
     most: int,
@@ -165,6 +167,7 @@ def bench_routing(
             answers=answers,
             only=only,
             first=first,
+            about=about,
             command=shlex.join(["memoir", *sys.argv[1:]]),
             tell=notes.print,
         )
