@@ -187,15 +187,15 @@ def test_first_edits_are_asked_as_a_store_of_their_own_and_every_loss_has_a_reas
 
 def test_a_loss_is_put_down_to_the_mask_the_judge_or_another_edit(tiny: Path, tmp_path: Path) -> None:
     base = load_model(tiny)
-    prompts = ("Who is the head of Acme?", "Who is the chief of Acme?", "Who is the head of Zeta?")
+    prompts = ("Who is the head of Acme?", "Please, who is the head of Acme?", "Who is the head of Zeta?")
     with Editor(base, tmp_path / "masks", chat=True, tau=0.01) as editor:
         build(editor, [Edit(prompt=prompt, target="-") for prompt in prompts])
     retriever = Retriever(EditStore.open(tmp_path / "masks"), base)
-    (message,) = retriever.ask([prompts[0]])
-    assert retriever.decide([message])[0][0].id == 0
-    assert [retriever.loss(message, edit) for edit in (1, 2)] == ["another edit", "judge"]
-    far = Retriever(retriever.store, base, 1.0)
-    assert far.loss(message, 2) == "mask"
+    (message,) = retriever.ask(["Who is head of Acme?"])
+    match, _ = retriever.decide([message])[0]
+    assert match is not None and match.id in (0, 1)
+    assert [retriever.loss(message, edit) for edit in (1 - match.id, 2)] == ["another edit", "judge"]
+    assert Retriever(retriever.store, base, 1.0).loss(message, 2) == "mask"
 
 
 def test_a_set_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str], tiny: Path, tmp_path: Path) -> None:

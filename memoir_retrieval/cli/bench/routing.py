@@ -179,10 +179,24 @@ def bench_routing(
     if as_json:
         echo_json(msgspec.to_builtins(run))
         return
-    table = Table("set", "kind", "question", "part", "edits", "asked", "found", "other", "exact", "answered", "lost")
+    sizes, losses = len(first) > 1, any(row.lost for row in run.rows)
+    columns = [
+        "set",
+        "kind",
+        "question",
+        "part",
+        *["edits"][: int(sizes)],
+        "asked",
+        "found",
+        "other",
+        "exact",
+        "answered",
+    ]
+    table = Table(*columns, *["lost"][: int(losses)])
     for row in run.rows:
         shares = (row.found, row.other, row.exact, row.answered)
         cells = ("" if share is None else f"{share:.3f}" for share in shares)
         lost = ", ".join(f"{reason} {n}" for reason, n in (row.lost or {}).items())
-        table.add_row(row.set, row.kind, row.name, row.part, str(row.edits), str(row.asked), *cells, lost)
+        size = [str(row.edits)][: int(sizes)]
+        table.add_row(row.set, row.kind, row.name, row.part, *size, str(row.asked), *cells, *[lost][: int(losses)])
     tables.print(table)
