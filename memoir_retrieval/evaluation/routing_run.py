@@ -312,15 +312,22 @@ def _of_edits(
     retriever: Retriever, edits: Sequence[StoredEdit], each: int | None, only: Sequence[str]
 ) -> list[Question]:
     plain = list(plain_questions(edits))
-    if only and {question.name for question in plain} | {"plain"} >= set(only):
-        return plain  # nothing else has to be made up
+    if _holds_all(plain, only):
+        return plain
     questions = [*plain, *forms(edits), *writings(edits), *other_questions(edits), *tasks(edits)]
+    if _holds_all(questions, only):
+        return questions
     if retriever.store.manifest.chat and _trained(retriever):
         chosen = {question.edit for question in _spread(plain, each) if question.name == "edits"}
         chosen_edits = [edit for edit in edits if edit.id in chosen]
         base = EditedModel(retriever).generate([edit.prompt for edit in chosen_edits], max_new_tokens=24, edited=False)
         questions += chats(chosen_edits, [answer.text.strip() for answer in base])
     return questions
+
+
+def _holds_all(questions: Iterable[Question], only: Sequence[str]) -> bool:
+    """Whether the rows that are asked, if not all are, are among those of the questions."""
+    return bool(only) and {text for question in questions for text in (question.kind, question.name)} >= set(only)
 
 
 def _rows(
