@@ -372,17 +372,28 @@ def _rows(
                 other=round(len(other) / len(group), 4),
                 exact=None if exact is None else round(sum(exact) / len(group), 4),
                 answered=None if harm is None else round(sum(harm) / len(harm), 4),
-                lost=dict(Counter(_loss(retriever, asked[i], questions[i]) for i in lost)) if wanted else None,
+                lost=dict(Counter(_loss(retriever, asked[i], questions[i], edits[i]) for i in lost))
+                if wanted
+                else None,
                 slips=[_slip(questions[i], decisions[i]) for i in wrong[:SLIPS]],
             )
         )
     return rows
 
 
-def _loss(retriever: Retriever, message: Asked, question: Question) -> str:
-    """Why the message does not get its edit. "not stored": training refused the edit."""
+def _loss(retriever: Retriever, message: Asked, question: Question, match: int) -> str:
+    """Why the message does not get its edit: a `Loss`, or one of two more.
+
+    match: the edit that acts, or -1.
+    "not stored": training refused the edit. "same name": an edit acts that has the subject of the right one.
+    """
     stored = [edit for edit in question.right if edit != _NOT_STORED]
-    return retriever.loss(message, stored[0]) if stored else "not stored"
+    if not stored:
+        return "not stored"
+    subject = retriever.store.edit(stored[0]).subject
+    if match >= 0 and subject and retriever.store.edit(match).subject == subject:
+        return "same name"
+    return retriever.loss(message, stored[0])
 
 
 def _texts(
