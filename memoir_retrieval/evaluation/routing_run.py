@@ -335,7 +335,7 @@ def _rows(
 ) -> list[Row]:
     """known: what was taken from the model of texts, which other stores of the run may be asked, too."""
     decisions = []
-    asked: list[Asked] = []
+    lookups: list[Asked] = []
     for start in range(0, len(questions), 512):
         some = [question.prompt for question in questions[start : start + 512]]
         new = [prompt for prompt in some if not isinstance(prompt, str) or prompt not in known]
@@ -343,7 +343,7 @@ def _rows(
         messages = [known[prompt] if isinstance(prompt, str) and prompt in known else next(taken) for prompt in some]
         known |= {prompt: message for prompt, message in zip(some, messages, strict=True) if isinstance(prompt, str)}
         decisions += retriever.decide(messages)
-        asked += messages
+        lookups += messages
     edits = [match.id if match else _NO_EDIT for match, _ in decisions]
     texts = _texts(retriever, questions, edits, answers)
     targets = {edit.id: edit.target for edit in retriever.store.edits}
@@ -372,7 +372,7 @@ def _rows(
                 other=round(len(other) / len(group), 4),
                 exact=None if exact is None else round(sum(exact) / len(group), 4),
                 answered=None if harm is None else round(sum(harm) / len(harm), 4),
-                lost=dict(Counter(_loss(retriever, asked[i], questions[i], edits[i]) for i in lost))
+                lost=dict(Counter(_loss(retriever, lookups[i], questions[i], edits[i]) for i in lost))
                 if wanted
                 else None,
                 slips=[_slip(questions[i], decisions[i]) for i in wrong[:SLIPS]],

@@ -230,18 +230,18 @@ class Retriever:
         rows = [self.prompt_ids(p) for p in prompts]
         spans = [self.spans(ids) for ids in rows]
         asking = [i for i, parts in enumerate(spans) if _holds_question(parts[0])]
-        asked = [Asked([], np.empty((0, self.base.d // 8), np.uint8), None) for _ in rows]
+        messages = [Asked([], np.empty((0, self.base.d // 8), np.uint8), None) for _ in rows]
         if not asking:
-            return asked
+            return messages
         pooled = candidate_means([self.base], [rows[i] for i in asking], [spans[i] for i in asking])[0]
         codes, around = self._codes(pooled, [len(spans[i]) for i in asking])
         first = 0
         for i in asking:
             end = first + len(spans[i])
             questions = [rows[i][span.start : span.end] for span in spans[i]]
-            asked[i] = Asked(questions, codes[first:end], None if around is None else around[first:end])
+            messages[i] = Asked(questions, codes[first:end], None if around is None else around[first:end])
             first = end
-        return asked
+        return messages
 
     def decide(self, messages: Sequence[Asked]) -> list[tuple[Match | None, Match | None]]:
         """See `decide_batch`.
@@ -252,13 +252,13 @@ class Retriever:
         asking = [i for i, message in enumerate(messages) if message.questions]
         if not asking or not len(self.index):
             return decisions
-        asked = [messages[i] for i in asking]
-        codes = np.concatenate([message.codes for message in asked])
+        lookups = [messages[i] for i in asking]
+        codes = np.concatenate([message.codes for message in lookups])
         around = None
         if self._probe is not None:
-            around = np.concatenate([message.around for message in asked if message.around is not None])
-        questions = [question for message in asked for question in message.questions]
-        hits, decisive = self._lookup.decide(codes, self.tau, questions, [len(m.questions) for m in asked], around)
+            around = np.concatenate([message.around for message in lookups if message.around is not None])
+        questions = [question for message in lookups for question in message.questions]
+        hits, decisive = self._lookup.decide(codes, self.tau, questions, [len(m.questions) for m in lookups], around)
         near, overlaps = self.index.nearest(codes[decisive], 2)
         for q, i in enumerate(asking):
             ranked = [(int(n), float(o)) for n, o in zip(near[q], overlaps[q], strict=True) if n >= 0]
@@ -283,8 +283,8 @@ class Retriever:
         verdicts = [near.verdict for candidates in judged for near in candidates if near.edit == edit]
         if verdicts:
             return "another edit" if any(verdict.same for verdict in verdicts) else "judge"
-        own = self.index.take(np.flatnonzero(self.store.ids == edit))
-        bits = max(int(popcount(own & code).max()) for code in message.codes)
+        masks = self.index.take(np.flatnonzero(self.store.ids == edit))
+        bits = max(int(popcount(masks & code).max()) for code in message.codes)
         return "place" if 2 * (self.index.k - bits) <= hamming_radius(self.tau, self.index.k) else "mask"
 
     def nearest_acting(self, codes: NDArray[np.uint8], questions: Sequence[Sequence[int]]) -> NDArray[np.int64]:
