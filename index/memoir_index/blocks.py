@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memoir_index.codes import Codes, popcount
-from memoir_index.plan import usual_ones
+from memoir_index.plan import sketch_bytes, usual_ones
 
 Ids = NDArray[np.int64]
 
@@ -56,8 +56,8 @@ class Room:
         self.used = end
 
     def sketch(self, rows: int, bits: int, k: int) -> Codes | None:
-        """The first bits of the first rows, uint8 [rows, bits/8], copied when first asked for; an index asks for one
-        size only. None where a row has so many or so few ones there that its bits were never permuted.
+        """The first bits of the first rows, uint8 [rows, `sketch_bytes`], copied when first asked for; an index asks
+        for one size only. None where a row has so many or so few ones there that its bits were never permuted.
         """
         if self._sketched < rows:
             with self._sketching:
@@ -68,10 +68,10 @@ class Room:
 
     def _extend(self, rows: int, bits: int, k: int) -> None:
         if self._sketch is None:
-            self._sketch = np.empty((len(self.codes), bits // 8), np.uint8)
+            self._sketch = np.zeros((len(self.codes), sketch_bytes(bits)), np.uint8)
         start, d = self._sketched, 8 * self.codes.shape[1]
         if start < rows:
-            self._sketch[start:rows] = self.codes[start:rows, : bits // 8]
+            self._sketch[start:rows, : bits // 8] = self.codes[start:rows, : bits // 8]
             ones = popcount(self._sketch[start:rows])
             least, most = usual_ones(d, k, bits)
             self._odd |= bool((ones < least).any() or (ones > most).any())

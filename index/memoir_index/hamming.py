@@ -7,6 +7,7 @@ assignment; FAISS itself may crash when an index is extended while it is searche
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
 from operator import index as as_int
 from typing import NamedTuple
 
@@ -27,7 +28,7 @@ from memoir_index.codes import (
 from memoir_index.errors import CodeError
 from memoir_index.plan import Plan, check_bits, choose_plan, sketch_bits
 from memoir_index.scan import Rows, threads_for
-from memoir_index.sketch import search_sketch
+from memoir_index.sketch import Near, search_sketch
 from memoir_index.snapshot import Snapshot
 
 
@@ -234,24 +235,52 @@ class HammingIndex:
 
         Raises CodeError for tau outside (0, 1] and for queries that `check_codes` refuses.
         """
+        return self._search(codes, tau, 1, exact)[0]
+
+    def search_edits(self, codes: Codes, tau: float, n: int, *, exact: bool = False) -> tuple[Hits, list[list[int]]]:
+        """What `search` returns, and of each query the n nearest distinct edits that reach tau, best first.
+
+        An edit counts with its best row; among equals the edit of the earlier row comes first. So the first of them is
+        the match. Fewer where fewer reach tau.
+
+        codes, tau, exact: as in `search`, and so are the errors.
+        n: how many edits, 1 or more.
+        """
+        hits, near = self._search(codes, tau, n, exact)
+        edits: list[dict[int, None]] = [{} for _ in range(len(codes))]
+        for query, edit in near:
+            if len(edits[query]) < n:
+                edits[query][edit] = None
+        return hits, [list(numbers) for numbers in edits]
+
+    def _search(self, codes: Codes, tau: float, n: int, exact: bool) -> tuple[Hits, Iterable[tuple[int, int]]]:
+        """The matches, and pairs of a query and an edit that reaches tau, the nearest first."""
         radius = hamming_radius(tau, self.k)
         codes = check_codes(codes, self.d, self.k)
         now = self._now
         if not now.alive or not len(codes):
             none = np.full(len(codes), -1, dtype=np.int64)
-            return Hits(none, np.zeros(len(codes)), none.copy())
+            return Hits(none, np.zeros(len(codes)), none.copy()), ()
         plan = choose_plan(now.alive, self.d, self.k, tau, self.sketch)
+        # n - 1 edits own at most (n - 1) * most_rows rows, so one row more always reaches an n-th edit
+        wanted = min(now.alive, (n - 1) * now.most_rows + 1) if n > 1 else 1
         with threads_for(len(codes)):
             if plan.bits and not exact:
-                dist, nearest = search_sketch(now.blocks, codes, plan, self.k, radius)
+                dist, nearest, near = search_sketch(now.blocks, codes, plan, self.k, radius, wanted)
             else:
-                distances, places = now.nearest(codes, 1)
+                distances, places = now.nearest(codes, wanted)
                 dist, nearest = distances[:, 0].astype(np.int64), places[:, 0]
+                query, column = np.nonzero(distances <= radius)
+                near = Near(query, places[query, column], distances[query, column].astype(np.int64))
         match = dist <= radius
         rows, ids = now.resolve(np.where(match, nearest, -1))
         if self._recheck:
             self._check_returned(now, rows)
-        return Hits(ids=ids, overlaps=overlap_from_hamming(dist, self.k), rows=rows)
+        hits = Hits(ids=ids, overlaps=overlap_from_hamming(dist, self.k), rows=rows)
+        if n == 1:
+            return hits, ()
+        order = np.lexsort((near.place, near.distance))
+        return hits, zip(near.query[order].tolist(), now.resolve(near.place[order])[1].tolist(), strict=True)
 
     def nearest(self, codes: Codes, n: int) -> tuple[Ids, NDArray[np.float64]]:
         """The n distinct edits of largest overlap for each query, best first; always a full scan.

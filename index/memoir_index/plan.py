@@ -42,13 +42,11 @@ class Plan:
     kind: "scan" reads every row, "sketch" a part of each first.
     bits: of the sketch, 0 for a full scan.
     why: one line for people.
-    passing: the share of unrelated rows that the sketch is expected to let pass.
     """
 
     kind: Literal["scan", "sketch"]
     bits: int
     why: str
-    passing: float = 1.0
 
 
 def sketch_bits(d: int) -> int:
@@ -87,7 +85,7 @@ def choose_plan(n: int, d: int, k: int, tau: float, bits: int | None = None) -> 
     if passing > MOST_PASSING:
         return Plan("scan", 0, f"at tau={tau:g} about {passing:.0%} of unrelated masks pass a sketch of {bits} bits")
     why = f"{bits} of {d} bits separate all but {passing:.2%} of unrelated masks from a match"
-    return Plan("sketch", bits, why, passing)
+    return Plan("sketch", bits, why)
 
 
 def check_bits(bits: int, d: int) -> int:
@@ -95,6 +93,11 @@ def check_bits(bits: int, d: int) -> int:
     if bits % 8 or not 0 <= bits < d:
         raise CodeError(f"a sketch of {bits} bits of a mask of {d} is refused: pass 0 or a multiple of 8 below {d}")
     return bits
+
+
+def sketch_bytes(bits: int) -> int:
+    """Bytes of a sketch: whole words of 64 bits, the last one filled up with zeros."""
+    return -(-bits // 64) * 8
 
 
 @lru_cache(maxsize=64)

@@ -2,86 +2,112 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from memoir_index.blocks import BLOCK, Block
+from memoir_index.blocks import Block
 from memoir_index.codes import Codes
-from memoir_index.plan import Plan, limits_for
-from memoir_index.scan import FAR, Distances, Rows, between, knn, nearest_there, within
-
-TOP = 8
-"""Rows of a block that are kept for each query where few pass; most often they are more than could match."""
+from memoir_index.plan import Plan, limits_for, sketch_bytes
+from memoir_index.scan import CORE_BYTES, FAR, Distances, Rows, between, distances, nearest_there, threads
 
 _PLACE_BITS = 32
 _NOTHING = np.int64(FAR) << _PLACE_BITS
+
+Share = Callable[[Callable[[int], Any], Iterable[int]], Iterable[Any]]
 
 _Pairs = tuple[Rows, Rows, Distances]
 """Numbers of queries, positions of rows in a block, and their distances in the sketch; all [P]."""
 
 
+class Near(NamedTuple):
+    """Pairs of a query and a row: numbers of queries, places, and distances on all bits; int64 [P]."""
+
+    query: Rows
+    place: Rows
+    distance: NDArray[np.int64]
+
+
 def search_sketch(
-    blocks: Sequence[Block], codes: Codes, plan: Plan, k: int, radius: int
-) -> tuple[NDArray[np.int64], Rows]:
+    blocks: Sequence[Block], codes: Codes, plan: Plan, k: int, radius: int, rows: int = 1
+) -> tuple[NDArray[np.int64], Rows, Near]:
     """The nearest row of each query, uint8 [Q, d/8], where it differs in at most radius bits; the earliest of equals.
 
-    Returns distances int64 [Q] and places int64 [Q], positions counted over all blocks. Where no row is that near,
-    those of the nearest row that was looked at, at least one.
-    """
-    search = _SketchSearch(codes, plan, radius)
-    start = 0
-    for block in blocks:
-        sketch = block.sketch(plan.bits, k)
-        if sketch is None:
-            dist, position = nearest_there(block, codes, 1)
-            search.best.offer(search.all, dist[:, 0], position[:, 0] + start)
-        else:
-            search.verify(block, start, search.candidates(block, sketch, start))
-        start += block.rows
+    rows: how many of the nearest rows within the radius are wanted of each query.
 
-    alone = np.flatnonzero(search.best.place < 0)
-    if len(alone):
-        search.look_at_closest(blocks, alone, k)
-    return search.best.distance, search.best.place
+    Returns distances int64 [Q] and places int64 [Q], positions counted over all blocks. Where no row is that near,
+    those of the nearest row that was looked at, at least one. And at least so many rows of each query as are wanted
+    and within the radius; nothing where one is wanted.
+    """
+    search = _SketchSearch(codes, plan, radius, rows)
+    start = 0
+    with threads(len(codes)) as share:
+        for block in blocks:
+            sketch = block.sketch(plan.bits, k)
+            if sketch is None:
+                search.scan(block, start)
+            else:
+                search.verify(block, start, search.candidates(block, sketch, start, share))
+            start += block.rows
+    search.look_at_closest(blocks)
+    return search.best.distance, search.best.place, search.near()
 
 
 class _SketchSearch:
     """One batch of queries on its way through the blocks."""
 
-    def __init__(self, codes: Codes, plan: Plan, radius: int) -> None:
+    def __init__(self, codes: Codes, plan: Plan, radius: int, rows: int) -> None:
         self.codes = codes
         self.all = np.arange(len(codes))
         self.best = _Best(len(codes))
         self._d = 8 * codes.shape[1]
         self._bits = plan.bits
         self._radius = radius
-        self._many = plan.passing * BLOCK > TOP
-        self._sketches = np.ascontiguousarray(codes[:, : plan.bits // 8])
+        self._sketches = np.zeros((len(codes), sketch_bytes(plan.bits)), np.uint8)
+        self._sketches[:, : plan.bits // 8] = codes[:, : plan.bits // 8]
         self._closest = _Best(len(codes))  # by the sketch alone
+        self._rows = rows
+        self._near = [Near(*np.empty((3, 0), np.int64))]
 
-    def candidates(self, block: Block, sketch: Codes, start: int) -> _Pairs:
+    def near(self) -> Near:
+        """The rows within the radius."""
+        query, place, dist = (np.concatenate(column) for column in zip(*self._near, strict=True))
+        return Near(query, place, dist)
+
+    def scan(self, block: Block, start: int) -> None:
+        """Compare all rows of a block."""
+        dist, position = nearest_there(block, self.codes, min(self._rows, block.alive))
+        query = np.repeat(self.all, dist.shape[1])
+        self._take(query, dist.ravel(), position.ravel() + start)
+
+    def candidates(self, block: Block, sketch: Codes, start: int, share: Share) -> _Pairs:
         """Every row of a block that may be a query's match: its sketch lies within the limit."""
         limit = self._limits(self._bits)
-        if self._many:
-            return self._within(block, sketch, self.all, limit)
-        dist, position = knn(self._sketches, sketch, min(TOP, block.rows))
-        # If even the last of the nearest is within the limit, others may be.
-        open_ = np.flatnonzero(dist.max(axis=1) <= limit) if block.rows > TOP else self.all[:0]
-        if block.gone is not None:
-            dist = np.where(block.gone[position], FAR, dist)
-        first = dist.argmin(axis=1)
-        self._closest.offer(self.all, dist[self.all, first], position[self.all, first] + start)
-        near = dist <= limit[:, None]
-        near[open_] = False
-        query, column = np.nonzero(near)
-        matches = query, position[query, column], dist[query, column]
-        if not len(open_):
-            return matches
-        more = self._within(block, sketch, open_, limit)
-        query, positions, dist = (np.concatenate([matches[i], more[i]]) for i in range(3))
-        return query, positions, dist
+        # So many rows that they and the distances to them stay in the cache while every query passes over them.
+        step = CORE_BYTES // (sketch.shape[1] + 4 * len(limit)) + 1 if len(limit) > 1 else block.rows
+
+        def look(first: int) -> tuple[NDArray[np.int64], _Pairs]:
+            dist = distances(self._sketches, sketch[first : first + step])
+            if block.gone is not None:
+                dist[:, block.gone[first : first + step]] = FAR
+            closest = dist.argmin(axis=1)
+            least = dist[self.all, closest]
+            some = np.flatnonzero(least <= limit)
+            if len(some) < len(limit) / 2:
+                query, position = np.nonzero(dist[some] <= limit[some, None])
+                query = some[query]
+            else:
+                query, position = np.divmod(np.flatnonzero(dist <= limit[:, None]), dist.shape[1])
+            return _keys(least, closest + first + start), (query, position + first, dist[query, position])
+
+        pairs = []
+        for closest, near in share(look, range(0, block.rows, step)):
+            self._closest.offer_all(closest)
+            pairs.append(near)
+        query, position, dist = (np.concatenate(column) for column in zip(*pairs, strict=True))
+        return query, position, dist
 
     def verify(self, block: Block, start: int, pairs: _Pairs) -> None:
         """Compare candidates on all bits; first the closest of each query, after which most others cannot win."""
@@ -105,52 +131,35 @@ class _SketchSearch:
             query, position = query[keep], position[keep]
         self._offer(block, start, query, position)
 
-    def look_at_closest(self, blocks: Sequence[Block], queries: Rows, k: int) -> None:
-        """Compare these queries, for which no row was within the limit, with the row closest by the sketch."""
-        if self._many:
-            start = 0
-            for block in blocks:
-                sketch = block.sketch(self._bits, k)
-                if sketch is not None:
-                    dist, position = knn(self._sketches[queries], sketch, min(TOP, block.rows))
-                    query, column = np.nonzero(
-                        np.ones(position.shape, np.bool_) if block.gone is None else ~block.gone[position]
-                    )
-                    self._closest.offer(queries[query], dist[query, column], position[query, column] + start)
-                start += block.rows
+    def look_at_closest(self, blocks: Sequence[Block]) -> None:
+        """Compare each query for which no row was within the limit with the row closest by the sketch."""
+        alone = np.flatnonzero(self.best.place < 0)
         start = 0
-        for block in blocks:
-            place = self._closest.place[queries] - start
+        for block in blocks if len(alone) else ():
+            place = self._closest.place[alone] - start
             in_block = (place >= 0) & (place < block.rows)
-            self._offer(block, start, queries[in_block], place[in_block])
-            start += block.rows
-        left = queries[self.best.place[queries] < 0]  # all that a sketch showed of them is gone
-        start = 0
-        for block in blocks if len(left) else ():
-            dist, position = nearest_there(block, self.codes[left], 1)
-            self.best.offer(left, dist[:, 0], position[:, 0] + start)
+            self._offer(block, start, alone[in_block], place[in_block])
             start += block.rows
 
     def _limits(self, bits: int) -> NDArray[np.int64]:
-        return limits_for(self._d, self._radius, bits, self.best.distance)
-
-    def _within(self, block: Block, sketch: Codes, queries: Rows, limit: NDArray[np.int64]) -> _Pairs:
-        query, position, dist = within(self._sketches[queries], sketch, int(limit[queries].max()))
-        query = queries[query]
-        keep = dist <= limit[query]
-        if block.gone is not None:
-            keep &= ~block.gone[position]
-        return query[keep], position[keep], dist[keep]
+        # Where more than the nearest row is wanted, a near one rules out no other.
+        far = self.best.distance if self._rows == 1 else np.full(len(self.codes), FAR)
+        return limits_for(self._d, self._radius, bits, far)
 
     def _offer(self, block: Block, start: int, query: Rows, position: Rows) -> None:
-        self.best.offer(query, between(self.codes, query, block.codes, position), position + start)
+        self._take(query, between(self.codes, query, block.codes, position), position + start)
+
+    def _take(self, query: Rows, dist: Distances, place: Rows) -> None:
+        self.best.offer(query, dist, place)
+        if self._rows > 1:
+            near = dist <= self._radius
+            self._near.append(Near(query[near], place[near], dist[near].astype(np.int64)))
 
 
 class _Best:
     """The nearest row of each query so far; the earliest of equals."""
 
     def __init__(self, queries: int) -> None:
-        # Distance and place in one number, so that the least is the nearest and of equals the earliest.
         self._key = np.full(queries, _NOTHING)
 
     @property
@@ -165,4 +174,13 @@ class _Best:
 
     def offer(self, query: Rows, distance: Distances, place: Rows) -> None:
         """Pairs of a query and a row; a query may come several times. A distance of FAR stands for no row."""
-        np.minimum.at(self._key, query, (distance.astype(np.int64) << _PLACE_BITS) + place)
+        np.minimum.at(self._key, query, _keys(distance, place))
+
+    def offer_all(self, keys: NDArray[np.int64]) -> None:
+        """A row for every query; see `_keys`."""
+        np.minimum(self._key, keys, out=self._key)
+
+
+def _keys(distance: Distances, place: Rows) -> NDArray[np.int64]:
+    """Distance and place in one number, so that the least is the nearest and of equals the earliest."""
+    return (distance.astype(np.int64) << _PLACE_BITS) + place

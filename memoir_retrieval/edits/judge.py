@@ -199,6 +199,8 @@ def _names(text: str) -> frozenset[str]:
 
 
 def _fold(text: str) -> str:
+    if text.isascii():
+        return text.lower().replace("cannot", "can not")
     folded = unicodedata.normalize("NFKD", text.casefold())
     return "".join(c for c in folded if not unicodedata.combining(c)).translate(_PLAIN).replace("cannot", "can not")
 

@@ -186,7 +186,7 @@ class EditLookup:
         The span decides for which most speaks; where none matches, the one that is nearest to an edit. Returns the
         hits of M messages, and int64 [M], the number of a question for each.
         """
-        hits = self._nearest(codes, tau, exact=exact)
+        hits, edits = self._nearest(codes, tau, exact=exact)
         ids, overlaps, rows = hits.ids, hits.overlaps, hits.rows
         speaks = np.where(ids >= 0, PER_OVERLAP * overlaps, -np.inf)
         ends = np.cumsum(counts)
@@ -195,7 +195,8 @@ class EditLookup:
                 break  # nothing but the mask counts
             says = None if around is None else around[first:end]
             near = Hits(ids[first:end], overlaps[first:end], rows[first:end])
-            for q, candidates in enumerate(self._judge(codes[first:end], tau, questions[first:end], says, near)):
+            judged = self._judge(codes[first:end], tau, questions[first:end], says, near, edits[first:end])
+            for q, candidates in enumerate(judged):
                 if candidates is None:
                     continue  # nothing is near
                 q += first
@@ -211,12 +212,13 @@ class EditLookup:
         chosen = chosen.astype(np.int64)
         return Hits(ids[chosen], overlaps[chosen], rows[chosen]), chosen
 
-    def _nearest(self, codes: NDArray[np.uint8], tau: float, *, exact: bool = True) -> Hits:
-        """The edit that requires nothing and is nearest to each mask, with its row in the store."""
-        hits = self._free.search(codes, tau, exact=exact)
+    def _nearest(self, codes: NDArray[np.uint8], tau: float, *, exact: bool = True) -> tuple[Hits, list[list[int]]]:
+        """The edit that requires nothing and is nearest to each mask, with its row in the store; and where they are
+        judged the nearest `CANDIDATES` that reach tau."""
+        hits, edits = self._free.search_edits(codes, tau, CANDIDATES if self.judge else 1, exact=exact)
         if self._phrases:
             hits.rows[hits.rows >= 0] = self._free_rows[hits.rows[hits.rows >= 0]]
-        return hits
+        return hits, edits
 
     def _judge(
         self,
@@ -225,37 +227,32 @@ class EditLookup:
         questions: Sequence[Sequence[int]],
         around: NDArray[np.float32] | None,
         hits: Hits,
+        edits: Sequence[Sequence[int]],
     ) -> list[list[Candidate] | None]:
         """For each part of one message the edits that are judged for it; None for a part to which nothing is near.
 
-        hits: as `_nearest` gives them for these parts.
+        hits, edits: as `_nearest` gives them for these parts.
 
         A message that holds an edit's question beside what the activations alone show to be a task is that task,
         however well the words of the whole fit.
         """
         judged: list[list[Candidate] | None] = []
         tasks: dict[int, str] = {}
-        for q, question in enumerate(questions):
-            text = self._decode(question)
+        texts = [self._decode(question) for question in questions]
+        for q, text in enumerate(texts):
             literal = self._literal(text)
             if not self._phrases and hits.ids[q] < 0 and not literal:
                 judged.append(None)
                 continue
             speaks = None if around is None else float(around[q])
-            context = _Around(self._rest(questions[0], question) if q else "", speaks)
-            candidates = list(self._candidates(codes[q], tau, text, context, hits, q, literal))
+            context = _Around(_rest(texts[0], text) if q else "", speaks)
+            candidates = list(self._candidates(codes[q], tau, text, context, hits, edits[q], q, literal))
             judged.append(candidates)
             if speaks is not None and speaks >= TASK:
                 tasks |= {near.edit: near.verdict.task for near in candidates if near.verdict.task}
         if not tasks:
             return judged
         return [candidates and [_beside(candidate, tasks) for candidate in candidates] for candidates in judged]
-
-    def _rest(self, message: Sequence[int], span: Sequence[int]) -> str:
-        """The text of a message around one of its spans, as far as it is judged."""
-        whole, part = self._decode(message), self._decode(span).strip()
-        before, _, after = whole.partition(part)
-        return f"{before[-AROUND:]}\n{after[:AROUND]}"
 
     def candidates(
         self,
@@ -268,7 +265,7 @@ class EditLookup:
 
         codes, tau, questions, around: see `judged`.
         """
-        judged = self._judge(codes, tau, questions, around, self._nearest(codes, tau))
+        judged = self._judge(codes, tau, questions, around, *self._nearest(codes, tau))
         return [candidates or [] for candidates in judged]
 
     def judged(
@@ -330,11 +327,19 @@ class EditLookup:
         return {edit for edit in edits if any(letters(prompt) == key for prompt in self._prompts(edit)[0])}
 
     def _candidates(
-        self, code: NDArray[np.uint8], tau: float, text: str, context: _Around, hits: Hits, q: int, literal: set[int]
+        self,
+        code: NDArray[np.uint8],
+        tau: float,
+        text: str,
+        context: _Around,
+        hits: Hits,
+        edits: Sequence[int],
+        q: int,
+        literal: set[int],
     ) -> Iterator[Candidate]:
         """The edits near enough to a question, or of the same words, and what is said of each.
 
-        hits: of the edits that require nothing.
+        hits, edits: of the edits that require nothing, the nearest one and more of them.
         literal: see `_literal`. The same words in capitals, or after another answer, may have a mask that is far.
         """
         k, radius = self.index.k, hamming_radius(tau, self.index.k)
@@ -351,11 +356,8 @@ class EditLookup:
             yield Candidate(nearest, int(hits.rows[q]), float(hits.overlaps[q]), verdict)
         if self.judge is None or verdict.part in ("same words", "task"):
             return
-        near = self._free.nearest(code[None], CANDIDATES)[0][0]
-        others = {int(edit) for edit in near if edit >= 0} - {nearest} - literal
-        for edit, row, bits in self._nearest_of(code, others):
-            if 2 * (k - bits) <= radius:
-                yield Candidate(edit, row, bits / k, self._judged(edit, text, context))
+        for edit, row, bits in self._nearest_of(code, set(edits) - {nearest} - literal):
+            yield Candidate(edit, row, bits / k, self._judged(edit, text, context))
 
     def _judged(self, edit: int, text: str, context: _Around) -> Verdict:
         if self.judge is None:
@@ -392,6 +394,12 @@ class EditLookup:
             if len(best) == (CANDIDATES if self.judge else 1):
                 break
         return list(best.values())
+
+
+def _rest(message: str, part: str) -> str:
+    """The text of a message around one of its parts, as far as it is judged."""
+    before, _, after = message.partition(part.strip())
+    return f"{before[-AROUND:]}\n{after[:AROUND]}"
 
 
 def _best(candidates: Sequence[Candidate]) -> Candidate | None:

@@ -70,6 +70,21 @@ def test_lookup_after_removals_and_additions_equals_the_exhaustive_lookup(case, 
 
 
 @settings(max_examples=200, deadline=None)
+@given(stored_and_queries(), st.integers(1, 12), st.data())
+def test_several_edits_of_a_search_are_the_first_of_the_ranking_that_reach_tau(case, n, data):
+    d, k, ids, stored, queries = case
+    needed = data.draw(st.integers(1, k))
+    index = HammingIndex.from_codes(d, k, ids, stored)
+    hits, edits = index.search_edits(queries, needed / k, n)
+    assert_same(hits, oracle_search(queries, ids, stored, d, k, needed))
+    ranking = zip(*oracle_nearest(queries, ids, stored, d, k, n), strict=True)
+    assert edits == [
+        [edit for edit, overlap in zip(*line, strict=True) if edit >= 0 and round(overlap * k) >= needed]
+        for line in ranking
+    ]
+
+
+@settings(max_examples=200, deadline=None)
 @given(stored_and_queries(), st.integers(1, 12))
 def test_nearest_equals_the_exhaustive_ranking(case, n):
     d, k, ids, stored, queries = case

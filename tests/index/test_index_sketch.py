@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from fractions import Fraction
 from math import comb
 
+import faiss
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from index_oracle import oracle_search, random_codes, random_masks, shared_bits, with_overlap
+from index_oracle import oracle_nearest, oracle_search, random_codes, random_masks, shared_bits, with_overlap
 
-from memoir_index import CodeError, HammingIndex, Plan, blocks, choose_plan, hamming, pack, sketch_bits
+from memoir_index import CodeError, HammingIndex, Plan, blocks, choose_plan, hamming, pack, sketch, sketch_bits
 from memoir_index.plan import MISS, limit, limits, limits_for
 from memoir_index.synthetic import MaskSource
 
-MANY, FEW = 1.0, 0.0  # shares of rows expected to pass, which choose the way candidates are gathered
 
-
-def sketching(monkeypatch: pytest.MonkeyPatch, bits: int, passing: float, block: int = 64) -> None:
-    """Use the sketch in indexes of any size, in blocks of a few rows."""
-    monkeypatch.setattr(hamming, "choose_plan", lambda *_: Plan("sketch", bits, "as the test wants", passing))
+def sketching(monkeypatch: pytest.MonkeyPatch, bits: int, block: int = 64, cache: int = 1 << 12) -> None:
+    """Use the sketch in indexes of any size, in blocks of a few rows, of which a few are in the cache."""
+    monkeypatch.setattr(hamming, "choose_plan", lambda *_: Plan("sketch", bits, "as the test wants"))
     monkeypatch.setattr(blocks, "BLOCK", block)
+    monkeypatch.setattr(sketch, "CORE_BYTES", cache)
+
+
+@pytest.fixture(params=[1, 3])
+def omp_threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(request.param)
+    yield
+    faiss.omp_set_num_threads(before)
 
 
 def exact_limit(d: int, differing: int, bits: int, miss: Fraction) -> int:
@@ -76,13 +85,14 @@ def test_an_index_tells_its_plan_and_takes_another_sketch():
             HammingIndex(512, 64, sketch=bits)
 
 
-@settings(max_examples=150, deadline=None)
-@given(st.integers(0, 2**32), st.sampled_from([MANY, FEW]), st.data())
-def test_a_sketch_finds_what_an_exhaustive_search_finds(seed, passing, data):
+@pytest.mark.usefixtures("omp_threads")
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(0, 2**32), st.sampled_from([1, 1 << 12, 1 << 20]), st.data())
+def test_a_sketch_finds_what_an_exhaustive_search_finds(seed, cache, data):
     """Stored rows repeat and queries lie within a bit of tau, so that ties and near misses are common."""
     rng = np.random.default_rng(seed)
     d, k = data.draw(st.sampled_from([(512, 128), (768, 60)]))
-    bits = data.draw(st.sampled_from([64, 128, 256]))
+    bits = data.draw(st.sampled_from([64, 72, 128, 256]))
     needed = data.draw(st.integers(k // 3, k))
     distinct = random_masks(rng, 40, d, k)
     stored = pack(distinct)[rng.integers(0, 40, data.draw(st.sampled_from([5, 64, 300])))]
@@ -96,13 +106,22 @@ def test_a_sketch_finds_what_an_exhaustive_search_finds(seed, passing, data):
     gone = rng.integers(0, 100, data.draw(st.sampled_from([0, 5, 60])))
 
     with pytest.MonkeyPatch.context() as patch:
-        sketching(patch, bits, passing)
+        sketching(patch, bits, cache=cache)
         index = HammingIndex.from_codes(d, k, ids, stored, sketch=bits)
         index.remove(gone)
         keep = ~np.isin(ids, gone)
         expected = oracle_search(queries, ids[keep], stored[keep], d, k, needed)
         hits = index.search(queries, needed / k)
         exact = index.search(queries, needed / k, exact=True)
+        several = [index.search_edits(queries, needed / k, 4, exact=way) for way in (False, True)]
+    ranking = oracle_nearest(queries, ids[keep], stored[keep], d, k, 4)
+    for (same, edits), alone in zip(several, (hits, exact), strict=True):
+        for field in range(3):
+            np.testing.assert_array_equal(same[field], alone[field])
+        assert edits == [
+            [edit for edit, overlap in zip(*line, strict=True) if edit >= 0 and overlap * k >= needed - 0.5]
+            for line in zip(*(part.tolist() for part in ranking), strict=True)
+        ]
     for result in (hits, exact):
         np.testing.assert_array_equal(result.ids, expected.ids)
         np.testing.assert_array_equal(result.rows, expected.rows)
@@ -115,11 +134,10 @@ def test_a_sketch_finds_what_an_exhaustive_search_finds(seed, passing, data):
         assert all(hits.overlaps[q] in every[q] for q in range(len(queries)))
 
 
-@pytest.mark.parametrize("passing", [MANY, FEW])
-def test_an_edit_that_is_gone_hides_no_other(monkeypatch, passing):
+def test_an_edit_that_is_gone_hides_no_other(monkeypatch):
     """The nearest rows of a block by their sketch are all gone, but not enough to write it anew."""
     rng = np.random.default_rng(9)
-    sketching(monkeypatch, 128, passing, block=128)
+    sketching(monkeypatch, 128, block=128)
     stored = random_codes(rng, 100, 512, 128)
     stored[10:20] = stored[10]
     ids = np.arange(100)
