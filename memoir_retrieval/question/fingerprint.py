@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 
@@ -11,6 +13,7 @@ __all__ = ["Fingerprint", "permutation", "top_mask"]
 
 _NAN = "activations hold NaN, so no fingerprint can be made: check the model and its dtype"
 _SAMPLE = 512  # entries of a row, at most, from which its k-th largest is guessed
+_PROBES = 12  # of values, at most, until one is picked from those that are left
 _ROWS = 16  # done together, so that what they take stays in the cache
 _BITS = np.array([1 << bit for bit in range(8)], np.uint8)[:, None]
 
@@ -44,51 +47,48 @@ def top_mask(values: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def _top_of_rows(values: np.ndarray, k: int) -> np.ndarray:
-    """`top_mask` of float32 [N, D], N > 0: bool [N, D]."""
+    """`top_mask` of float32 [N, D], N > 0: bool [N, D].
+
+    Where exactly k entries of a row are above some value, these are the ones. Such a value is looked for. A sample of
+    the row gives a first guess, and how many entries are above that tells how far off it is.
+    """
     if np.isnan(values.max()):  # a maximum passes NaN on
         raise ConfigError(_NAN)
-    least = _kth_largest(values, k)[:, None]
-    masks = values >= least
-    for row, mask in enumerate(masks):
-        excess = np.count_nonzero(mask) - k
-        if excess:
-            mask[np.flatnonzero(values[row] == least[row])[-excess:]] = False
+    masks = np.empty(values.shape, np.bool_)
+    samples = np.sort(values[:, :: -(-values.shape[1] // _SAMPLE)], axis=1)
+    for row, sample, mask in zip(values, samples, masks, strict=True):
+        _top_of_row(row, sample, k, mask)
     return masks
 
 
-def _kth_largest(values: np.ndarray, k: int) -> np.ndarray:
-    """The k-th largest entry of each row of float32 [N, D]: float32 [N].
-
-    A sample of the row gives a first guess; how many entries lie above that tells how far off it is, so a second
-    entry of the sample brackets the one that is sought. Of the few in between, the right one is picked. Where the
-    bracket does not hold it, as among many equal entries, it is picked from the whole row.
-    """
-    n, d = values.shape
-    sample = np.sort(values[:, :: -(-d // _SAMPLE)], axis=1)
-    size = sample.shape[1]
-    guess = (d - k) * size // d
-    above = values > sample[:, guess, None]
-    beyond = _counts(above)
-    off = (beyond - k) * (size / d)  # in entries of the sample; two standard deviations are added
-    bound = (guess + off + np.copysign(2 * np.sqrt(np.abs(off)) + 2, off)).astype(np.int64)
-    end = sample[np.arange(n), np.minimum(np.maximum(bound, 0), size - 1)]
-    past_end = values > end[:, None]
-    beyond_end = _counts(past_end)
-    between = values.reshape(-1)[np.flatnonzero(above ^ past_end)]
-    least = np.empty(n, np.float32)
-    start = 0
-    for row, (above_guess, above_bound) in enumerate(zip(beyond.tolist(), beyond_end.tolist(), strict=True)):
-        bracket, rank = between[start : start + abs(above_guess - above_bound)], k - min(above_guess, above_bound)
-        start += len(bracket)
-        if not 0 < rank <= len(bracket):
-            bracket, rank = values[row], k
-        place = len(bracket) - rank
-        least[row] = np.partition(bracket, place)[place]
-    return least
-
-
-def _counts(masks: np.ndarray) -> np.ndarray:
-    return np.array([np.count_nonzero(mask) for mask in masks])
+def _top_of_row(row: np.ndarray, sample: np.ndarray, k: int, mask: np.ndarray) -> None:
+    """Set `mask` to the k largest of float32 [D]. sample: entries of it, in order."""
+    d, last = len(row), len(sample) - 1
+    low, many, high, few = -np.inf, d, np.inf, 0  # many > k entries are above low, few < k above high
+    guess = (d - k) * (last + 1) / d
+    value = sample[int(guess)]
+    for _ in range(_PROBES):
+        count = int(np.count_nonzero(np.greater(row, value, out=mask)))
+        if count == k:
+            return
+        if count > k:
+            low, many = value, count
+        else:
+            high, few = value, count
+        if few and many < d:
+            value = low + (high - low) * np.float32((many - k) / (many - few))
+        else:  # two standard deviations are added, so that the one that is sought lies between the two
+            off = (count - k) * (last + 1) / d
+            guess += off + math.copysign(2 * math.sqrt(abs(off)) + 2, off)
+            value = sample[min(max(int(guess), 0), last)]
+        if not low < value < high:
+            break
+    between = row[(row <= high) & (row > low)] if many < d else row[row <= high]
+    place = len(between) - (k - few)
+    least = np.partition(between, place)[place]
+    excess = np.count_nonzero(np.greater_equal(row, least, out=mask)) - k
+    if excess:
+        mask[np.flatnonzero(row == least)[-excess:]] = False
 
 
 def _top_of_tensor(values: torch.Tensor, k: int) -> torch.Tensor:
