@@ -205,6 +205,8 @@ class EditLookup:
                 ids[q], rows[q], speaks[q] = -1, -1, -np.inf
                 if best is not None:
                     ids[q], rows[q], overlaps[q], speaks[q] = best.edit, best.row, best.overlap, _weight(best)[0]
+        if len(ids) == len(counts):
+            return hits, np.arange(len(ids))
         order = np.lexsort((-np.arange(len(ids)), overlaps, speaks))  # the last of a message decides
         rank = np.empty(len(order), np.int64)
         rank[order] = np.arange(len(order))
@@ -343,18 +345,16 @@ class EditLookup:
         literal: see `_literal`. The same words in capitals, or after another answer, may have a mask that is far.
         """
         k, radius = self.index.k, hamming_radius(tau, self.index.k)
-        tied = self._phrases.found_in(text) if self._phrases else set()
-        if tied or literal:
-            for edit, row, bits in self._nearest_of(code, tied | literal):
-                near = edit in literal or 2 * (k - bits) <= radius
-                yield Candidate(edit, row, bits / k, self._judged(edit, text, context) if near else _FAR)
-        if hits.ids[q] < 0:
-            return
         nearest = int(hits.ids[q])
-        verdict = self._judged(nearest, text, context)
-        if nearest not in literal:
+        verdict = _FAR
+        if nearest >= 0:
+            verdict = self._judged(nearest, text, context)
             yield Candidate(nearest, int(hits.rows[q]), float(hits.overlaps[q]), verdict)
-        if self.judge is None or verdict.part in ("same words", "task"):
+        tied = self._phrases.found_in(text) if self._phrases else set()
+        for edit, row, bits in self._nearest_of(code, (tied | literal) - {nearest}):
+            near = edit in literal or 2 * (k - bits) <= radius
+            yield Candidate(edit, row, bits / k, self._judged(edit, text, context) if near else _FAR)
+        if nearest < 0 or self.judge is None or verdict.part in ("same words", "task"):
             return
         for edit, row, bits in self._nearest_of(code, set(edits) - {nearest} - literal):
             yield Candidate(edit, row, bits / k, self._judged(edit, text, context))
