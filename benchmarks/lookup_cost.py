@@ -75,6 +75,7 @@ def store_of(
     folder: Path, codes: np.ndarray, d: int, k: int, rule: SpanRule, perm: np.ndarray, tau: float
 ) -> EditStore:
     edits = len(codes)
+    folder.mkdir()
     write_generation(
         folder,
         draft_manifest(

@@ -84,7 +84,7 @@ class _SketchSearch:
 
     def candidates(self, block: Block, sketch: Codes, start: int, share: Share) -> _Pairs:
         """Every row of a block that may be a query's match: its sketch lies within the limit."""
-        limit = self._limits(self._bits)
+        limit = self._limits(self._bits).astype(np.int32)  # as distances are: else all of them are converted
         # So many rows that they and the distances to them stay in the cache while every query passes over them.
         step = CORE_BYTES // (sketch.shape[1] + 4 * len(limit)) + 1 if len(limit) > 1 else block.rows
 
@@ -95,12 +95,12 @@ class _SketchSearch:
             closest = dist.argmin(axis=1)
             least = dist[self.all, closest]
             some = np.flatnonzero(least <= limit)
-            if len(some) < len(limit) / 2:
-                query, position = np.nonzero(dist[some] <= limit[some, None])
-                query = some[query]
-            else:
-                query, position = np.divmod(np.flatnonzero(dist <= limit[:, None]), dist.shape[1])
-            return _keys(least, closest + first + start), (query, position + first, dist[query, position])
+            near = dist if len(some) == len(limit) else dist[some]
+            flat = np.flatnonzero(near <= limit[some, None])
+            counts = np.diff(np.searchsorted(flat, np.arange(len(some) + 1) * dist.shape[1]))
+            position = flat - np.repeat(np.arange(len(some)) * dist.shape[1], counts)
+            pairs = np.repeat(some, counts), position + first, near.ravel()[flat]
+            return _keys(least, closest + first + start), pairs
 
         pairs = []
         for closest, near in share(look, range(0, block.rows, step)):
