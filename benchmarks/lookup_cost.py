@@ -14,7 +14,6 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -72,7 +71,7 @@ def question(edit: int) -> dict[str, str]:
 
 
 def store_of(
-    folder: Path, codes: np.ndarray, d: int, k: int, rule: SpanRule, perm: np.ndarray, tau: float
+    folder: Path, codes: np.ndarray, d: int, k: int, rule: SpanRule, perm: np.ndarray, tau: float, judge: str
 ) -> EditStore:
     edits = len(codes)
     folder.mkdir()
@@ -95,7 +94,7 @@ def store_of(
             contexts=(),
             training={},
             next_id=edits,
-            judge=shipped_judge().name,
+            judge=judge,
         ),
         Content(
             memories=np.zeros((1, 64, d), np.float32),
@@ -133,12 +132,16 @@ def measure(folder: Path, edits: int, d: int, rounds: int, tau: float) -> Iterat
     source, perm = MaskSource(d, k), permutation(d, 0)
     tokenizer = AutoTokenizer.from_pretrained(get_model("smollm2-135m"))
     rule = derive_span_rule(tokenizer)
-    store = store_of(folder, source.masks(edits), d, k, rule, perm, tau)
-    plain = replace(store, manifest=msgspec.structs.replace(store.manifest, judge=""))
-    ways = [
-        Way("masks alone", msgspec.structs.replace(rule, candidates=False), EditLookup(plain, tokenizer.decode)),
-        Way("spans and judge", msgspec.structs.replace(rule, candidates=True), EditLookup(store, tokenizer.decode)),
-    ]
+    codes = source.masks(edits)
+    ways = []
+    for name, judge in (("masks alone", ""), ("spans and judge", shipped_judge().name)):
+        own = msgspec.structs.replace(rule, candidates=bool(judge))
+        store = store_of(folder / name, codes, d, k, own, perm, tau, judge)
+        ways.append(Way(name, own, EditLookup(store, tokenizer.decode)))
+        disk = sum(file.stat().st_size for file in store.path.iterdir())
+        held = sum(array.nbytes for array in vars(ways[-1].lookup).values() if isinstance(array, np.ndarray))
+        row = {"edits": edits, "way": name, "disk_bytes_an_edit": round(disk / edits, 1)}
+        yield row | {"index_bytes_an_edit": d // 8 + 8, "lookup_bytes_an_edit": round(held / edits, 1)}
     fingerprint, pieces = Fingerprint(store.background, perm, k), Pieces(tokenizer.decode)
     probe = TaskProbe(random.standard_normal(d + 1).astype(np.float32) * np.float32(0.1))
     for way in ways:
@@ -223,7 +226,7 @@ def main() -> None:
     torch.set_num_threads(1)
     for edits in arguments.edits or (100, 100_000):
         with tempfile.TemporaryDirectory() as folder:
-            for row in measure(Path(folder) / "store", edits, arguments.d, arguments.rounds, arguments.tau):
+            for row in measure(Path(folder), edits, arguments.d, arguments.rounds, arguments.tau):
                 print(json.dumps(row) if arguments.json else "  ".join(f"{key} {value}" for key, value in row.items()))
 
 
