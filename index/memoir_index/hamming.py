@@ -277,8 +277,8 @@ class HammingIndex:
         if self._recheck:
             self._check_returned(now, rows)
         hits = Hits(ids=ids, overlaps=overlap_from_hamming(dist, self.k), rows=rows)
-        if n == 1:
-            return hits, ()
+        if wanted == 1:
+            return hits, ((query, edit) for query, edit in enumerate(ids.tolist()) if edit >= 0)
         order = np.lexsort((near.place, near.distance))
         return hits, zip(near.query[order].tolist(), now.resolve(near.place[order])[1].tolist(), strict=True)
 
