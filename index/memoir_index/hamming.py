@@ -28,7 +28,7 @@ from memoir_index.codes import (
 from memoir_index.errors import CodeError
 from memoir_index.plan import Plan, check_bits, choose_plan, sketch_bits
 from memoir_index.scan import Rows, threads_for
-from memoir_index.sketch import Near, search_sketch
+from memoir_index.sketch import Neighbours, search_sketch
 from memoir_index.snapshot import Snapshot
 
 
@@ -271,7 +271,7 @@ class HammingIndex:
                 distances, places = now.nearest(codes, wanted)
                 dist, nearest = distances[:, 0].astype(np.int64), places[:, 0]
                 query, column = np.nonzero(distances <= radius)
-                near = Near(query, places[query, column], distances[query, column].astype(np.int64))
+                near = Neighbours(query, places[query, column], distances[query, column].astype(np.int64))
         match = dist <= radius
         rows, ids = now.resolve(np.where(match, nearest, -1))
         if self._recheck:

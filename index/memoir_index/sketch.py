@@ -22,7 +22,7 @@ _Pairs = tuple[Rows, Rows, Distances]
 """Numbers of queries, positions of rows in a block, and their distances in the sketch; all [P]."""
 
 
-class Near(NamedTuple):
+class Neighbours(NamedTuple):
     """Pairs of a query and a row: numbers of queries, places, and distances on all bits; int64 [P]."""
 
     query: Rows
@@ -32,7 +32,7 @@ class Near(NamedTuple):
 
 def search_sketch(
     blocks: Sequence[Block], codes: Codes, plan: Plan, k: int, radius: int, rows: int = 1
-) -> tuple[NDArray[np.int64], Rows, Near]:
+) -> tuple[NDArray[np.int64], Rows, Neighbours]:
     """The nearest row of each query, uint8 [Q, d/8], where it differs in at most radius bits; the earliest of equals.
 
     rows: how many of the nearest rows within the radius are wanted of each query.
@@ -69,12 +69,12 @@ class _SketchSearch:
         self._sketches[:, : plan.bits // 8] = codes[:, : plan.bits // 8]
         self._closest = _Best(len(codes))  # by the sketch alone
         self._rows = rows
-        self._near = [Near(*np.empty((3, 0), np.int64))]
+        self._near = [Neighbours(*np.empty((3, 0), np.int64))]
 
-    def near(self) -> Near:
+    def near(self) -> Neighbours:
         """The rows within the radius."""
         query, place, dist = (np.concatenate(column) for column in zip(*self._near, strict=True))
-        return Near(query, place, dist)
+        return Neighbours(query, place, dist)
 
     def scan(self, block: Block, start: int) -> None:
         """Compare all rows of a block."""
@@ -153,7 +153,7 @@ class _SketchSearch:
         self.best.offer(query, dist, place)
         if self._rows > 1:
             near = dist <= self._radius
-            self._near.append(Near(query[near], place[near], dist[near].astype(np.int64)))
+            self._near.append(Neighbours(query[near], place[near], dist[near].astype(np.int64)))
 
 
 class _Best:
