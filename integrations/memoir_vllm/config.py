@@ -364,15 +364,11 @@ def token_decoder(model: ModelConfig) -> Decode:
 def prefer(config: MemoirConfig, args: EngineArgs) -> None:
     """Choose what we need for the flags that the user left open. `refuse` sees the others.
 
-    In mode `single` the op must see every row of a prompt in one step. In both its Python must run in each step, which
-    a captured full graph would skip. The log says what each choice costs.
+    In mode `single` the op must see every row of a prompt in one step. The log says what each choice costs.
 
     config: the section.
     args: of the engine, which are changed.
     """
-    from vllm.config import CUDAGraphMode
-    from vllm.platforms import current_platform
-
     if config.mode == "single":
         if args.enable_prefix_caching is None:
             args.enable_prefix_caching = False
@@ -380,13 +376,6 @@ def prefer(config: MemoirConfig, args: EngineArgs) -> None:
         if args.enable_chunked_prefill is None:
             args.enable_chunked_prefill = False
             logger.warning("memoir: mode single turns chunked prefill off: a long prompt holds up all other requests")
-    if args.compilation_config.cudagraph_mode is None:
-        args.compilation_config.cudagraph_mode = CUDAGraphMode.PIECEWISE
-        if current_platform.is_cuda_alike() and not args.enforce_eager:
-            logger.warning(
-                "memoir: CUDA graphs are captured piecewise, not in full: attention and the edited layer's op are "
-                "launched by Python in every decode step, which costs most with a small model and few requests"
-            )
 
 
 def refuse(config: MemoirConfig, vllm_config: VllmConfig) -> None:
@@ -404,8 +393,7 @@ def _checks(config: MemoirConfig, vllm_config: VllmConfig) -> list[tuple[bool, s
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     scheduler, cache, graphs = vllm_config.scheduler_config, vllm_config.cache_config, vllm_config.compilation_config
     drafts = vllm_config.speculative_config
-    captured = graphs.cudagraph_mode is not None and bool(graphs.cudagraph_mode)
-    full = captured and graphs.cudagraph_mode.has_full_cudagraphs()
+    piecewise = graphs.cudagraph_mode is not None and graphs.cudagraph_mode.has_piecewise_cudagraphs()
     single = config.mode == "single"
     offloads = _offloads(vllm_config)
     return [
@@ -468,10 +456,10 @@ def _checks(config: MemoirConfig, vllm_config: VllmConfig) -> list[tuple[bool, s
             parallel.worker_cls not in WORKERS,
             f"worker {parallel.worker_cls} (leave out --worker-cls, serve on CPU or CUDA)",
         ),
-        (full, 'full CUDA graphs (use --compilation-config \'{"cudagraph_mode": "PIECEWISE"}\')'),
         (
-            captured and not graphs.splitting_ops,
-            "CUDA graphs that are not split (leave splitting_ops out of --compilation-config)",
+            piecewise and not graphs.splitting_ops,
+            "piecewise CUDA graphs that are not split (leave splitting_ops out of --compilation-config, and set "
+            "VLLM_USE_BREAKABLE_CUDAGRAPH=0)",
         ),
     ]
 

@@ -98,9 +98,18 @@ SEAMS = {
     "v1/outputs.py": ("AsyncModelRunnerOutput",),
     "forward_context.py": ("set_forward_context",),
     "v1/request.py": ("Request.update_block_hashes",),
+    "v1/cudagraph_dispatcher.py": ("CudagraphDispatcher.dispatch",),
+    "v1/worker/gpu/cudagraph_utils.py": (
+        "BatchExecutionDescriptor",
+        "_is_compatible",
+        "CudaGraphManager.capture",
+        "CudaGraphManager.dispatch",
+    ),
+    "v1/worker/gpu/dp_utils.py": ("dispatch_cg_and_sync_dp", "sync_cudagraph_and_dp_padding"),
     "v1/worker/gpu_model_runner.py": (
         "GPUModelRunner.execute_model",
         "GPUModelRunner.sample_tokens",
+        "GPUModelRunner._determine_batch_execution_and_padding",
         "GPUModelRunner._prepare_inputs",
         "GPUModelRunner._update_states",
         "GPUModelRunner._dummy_run",

@@ -91,25 +91,24 @@ def test_our_classes_are_named(model_folder: Path, store_folder: Path) -> None:
     assert vllm_config.parallel_config.worker_cls == "memoir_vllm.worker.cpu.MemoirCPUWorker"
 
 
-def test_full_cuda_graphs_are_never_the_default(model_folder: Path, store_folder: Path) -> None:
-    args = EngineArgs(**flags(model_folder, store_folder, enforce_eager=False))
-    config.prefer(config.parse_section({"store": str(store_folder)}), args)
-    assert args.compilation_config.cudagraph_mode == CUDAGraphMode.PIECEWISE
-
-
-@pytest.mark.parametrize(("eager", "cuda"), [(False, True), (True, True), (False, False)])
-def test_the_log_says_what_piecewise_graphs_cost(
-    eager: bool, cuda: bool, model_folder: Path, store_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from vllm.platforms import current_platform
-
-    monkeypatch.setattr(type(current_platform), "is_cuda_alike", lambda self: cuda)
-    said: list[str] = []
-    monkeypatch.setattr(config.logger, "warning", said.append)
-    args = EngineArgs(**flags(model_folder, enforce_eager=eager))
-    config.prefer(config.parse_section({"store": str(store_folder)}), args)
-    assert [line for line in said if "piecewise, not in full" in line] == said
-    assert len(said) == (cuda and not eager)
+@pytest.mark.parametrize("mode", ["inline", "single"])
+def test_vllms_choice_of_cuda_graphs_is_kept(mode: str, model_folder: Path, store_folder: Path) -> None:
+    args = EngineArgs(**flags(model_folder, enforce_eager=False))
+    ours = config.parse_section({"store": str(store_folder), "mode": mode})
+    config.prefer(ours, args)
+    assert args.compilation_config.cudagraph_mode is None
+    vllm_config = args.create_engine_config()
+    splits = vllm_config.compilation_config.splitting_ops = ["vllm::unified_attention_with_output"]
+    for graphs in CUDAGraphMode:
+        vllm_config.compilation_config.cudagraph_mode = graphs
+        config.refuse(ours, vllm_config)
+        splits.clear()
+        if graphs.requires_piecewise_compilation():
+            with pytest.raises(ConfigError, match="piecewise CUDA graphs that are not split"):
+                config.refuse(ours, vllm_config)
+        else:
+            config.refuse(ours, vllm_config)
+        splits.append("vllm::unified_attention_with_output")
 
 
 def test_the_log_says_what_mode_single_turns_off(
@@ -210,7 +209,7 @@ REFUSED_ELSEWHERE: dict[str, tuple[str, str, Any]] = {
     "--runner generate": ("model_config", "runner_type", "pooling"),
     "decoder-only": ("model_config", "is_encoder_decoder", True),
     "--tokenizer": ("model_config", "tokenizer", "elsewhere"),
-    '{"cudagraph_mode": "PIECEWISE"}': ("compilation_config", "cudagraph_mode", CUDAGraphMode.FULL_AND_PIECEWISE),
+    "VLLM_USE_BREAKABLE_CUDAGRAPH=0": ("compilation_config", "cudagraph_mode", CUDAGraphMode.FULL_AND_PIECEWISE),
     "splitting_ops": ("compilation_config", "cudagraph_mode", CUDAGraphMode.PIECEWISE),
 }
 

@@ -1,4 +1,4 @@
-"""An engine on a GPU, in bfloat16, eager and with piecewise CUDA graphs, against the reference on the same GPU.
+"""An engine on a GPU, in bfloat16, eager and with CUDA graphs, against the reference on the same GPU.
 
 pytest -m gpu tests
 """
@@ -42,9 +42,9 @@ def reference(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> E
     return EditedModel(Retriever(EditStore.open(folder), base))
 
 
-@pytest.mark.parametrize("eager", [True, False], ids=["eager", "piecewise"])
+@pytest.mark.parametrize("graphs", ["NONE", "PIECEWISE", "FULL_AND_PIECEWISE", "FULL_DECODE_ONLY"])
 def test_answers_are_the_references_and_others_keep_their_bits(
-    eager: bool,
+    graphs: str,
     reference: EditedModel,
     model_folder: Path,
     tmp_path: Path,
@@ -55,12 +55,17 @@ def test_answers_are_the_references_and_others_keep_their_bits(
     texts = [text for pair in zip((e.prompt for e in store.edits), unrelated_prompts(), strict=False) for text in pair]
     prompts = [reference.prompt_ids(text) for text in texts]
     how = {"max_tokens": TOKENS, "ignore_eos": True}  # so that every step has the same rows, whatever is answered
+    eager, opt_out = graphs == "NONE", [{"memoir": "off"}]
+    chosen = {} if eager else {"compilation_config": {"cudagraph_mode": graphs}}
     replies = []
     for served in (None, store.path):
-        engine = Engine(**flags(model_folder, served, enforce_eager=eager, **ROOM))
+        engine = Engine(**flags(model_folder, served, enforce_eager=eager, **chosen, **ROOM))
         try:
             replies.append(engine.ask(prompts, **how))
-            off = engine.ask(prompts, [{"memoir": "off"}] * len(prompts), **how) if served else []
+            if served:
+                others = prompts[1::2]
+                off = engine.ask(prompts, opt_out * len(prompts), **how)
+                unrelated = [engine.ask(others, option, **how) for option in (None, opt_out * len(others))]
         finally:
             engine.close()
     without, edited = replies
@@ -72,7 +77,10 @@ def test_answers_are_the_references_and_others_keep_their_bits(
         assert edited[i].tokens[: len(answer)] == answer, texts[i]
     for i in range(1, len(texts), 2):
         assert edited[i].memoir["edit"] is None, texts[i]
-        assert (edited[i].tokens, edited[i].logprobs) == (off[i].tokens, off[i].logprobs), texts[i]
+        if not graphs.startswith("FULL"):  # else an edited neighbour takes the step off the full graph
+            assert (edited[i].tokens, edited[i].logprobs) == (off[i].tokens, off[i].logprobs), texts[i]
+    for asked_for, opted_out in zip(*unrelated, strict=True):
+        assert (asked_for.tokens, asked_for.logprobs) == (opted_out.tokens, opted_out.logprobs)
     if eager:  # compiled, the op splits a graph that Inductor fuses without it
         for opted_out, other, edit in zip(off, without, edited, strict=True):
             assert (opted_out.tokens, opted_out.logprobs) == (other.tokens, other.logprobs)

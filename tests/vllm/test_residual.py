@@ -375,6 +375,59 @@ def test_self_test_refuses_a_wrong_residual(layer: ResidualLayer, monkeypatch: p
         self_test(FakeRunner(layer), layer)
 
 
+def test_self_test_probes_no_graph_that_has_captured_the_op(layer: ResidualLayer) -> None:
+    """Neither without the probe: another graph may round otherwise, which would pass for the probe."""
+    runner, needed = FakeRunner(layer), []
+    dummy_run = runner._dummy_run
+
+    def seen(n: int, uniform_decode: bool) -> tuple[torch.Tensor, None]:
+        needed.append(layer.needs_python)
+        return dummy_run(n, uniform_decode)
+
+    runner._dummy_run = seen  # type: ignore[method-assign]
+    self_test(runner, layer)
+    assert len(needed) > 1 and all(needed) and not layer.needs_python
+
+
+def test_a_step_needs_the_op_while_a_prompt_passes_and_while_an_edit_acts(
+    layer: ResidualLayer, activations: torch.Tensor
+) -> None:
+    begin(layer, "edited", prompt(4))
+    begin(layer, "off", prompt(4), {"memoir": "off"})
+    begin(layer, "other", prompt(4))
+    needs = {}
+
+    def need(*ids: str) -> bool:
+        layer.expect(ids)
+        return layer.needs_python
+
+    assert need("edited") and need("off", "other") and not need()
+    x = torch.cat([activations[1], activations[1], torch.ones(4, D)])
+    step(layer, [Rows("edited", 0, 4, 0), Rows("off", 4, 8, 0), Rows("other", 8, 12, 0)], x)
+    layer.end_step()
+    assert {name: r.edit for name, r in said(layer).items()} == {"edited": 1, "off": None, "other": None}
+    for ids in (["edited"], ["off", "edited"], ["off", "other"], ["other"]):
+        needs[" ".join(ids)] = need(*ids)
+        layer.end_step()
+        assert not layer.needs_python, "a dummy step comes between steps"
+    assert needs == {"edited": True, "off edited": True, "off other": False, "other": False}
+    layer.drop(["edited"])
+    assert not need("edited")
+
+
+def test_a_step_that_leaves_out_an_op_it_needs_raises(layer: ResidualLayer, activations: torch.Tensor) -> None:
+    begin(layer, "a", prompt(4))
+    layer.expect(["a"])
+    layer.require_run()  # no rows were prepared: vLLM had nothing to run
+    layer.begin_step(step_of([Rows("a", 0, 4, 0)]))
+    with pytest.raises(RuntimeError, match="has not run the edited layer's op"):
+        layer.require_run()
+    layer.run(activations[1], torch.zeros(4, H))
+    layer.require_run()
+    layer.end_step()
+    layer.require_run()
+
+
 def test_following_a_runner(layer: ResidualLayer, activations: torch.Tensor) -> None:
     """The batch's order, not the scheduler's; decisions travel with the output; finished ids go first."""
     runner = FakeRunner(layer)
@@ -384,6 +437,7 @@ def test_following_a_runner(layer: ResidualLayer, activations: torch.Tensor) -> 
         finished_req_ids=set(),
         scheduled_new_reqs=[SimpleNamespace(req_id=name, **fields) for name in "ab"],
         scheduled_cached_reqs=SimpleNamespace(resumed_req_ids=set()),
+        num_scheduled_tokens={"a": 4, "b": 4},
         x=torch.cat([activations[1], activations[0]]),
         y=torch.zeros(8, H),
     )
@@ -443,6 +497,7 @@ def test_the_last_stage_tells_what_the_first_has_decided(
             finished_req_ids=set(),
             scheduled_new_reqs=[SimpleNamespace(req_id=name, **fields) for name in names],
             scheduled_cached_reqs=SimpleNamespace(resumed_req_ids=set()),
+            num_scheduled_tokens={"a": 4, "b": 4},
             x=torch.cat([activations[1], activations[0]]),
             y=torch.zeros(8, H),
         )

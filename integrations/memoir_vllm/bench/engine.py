@@ -129,6 +129,7 @@ def _serve(pipe: Connection, raw: dict[str, Any]) -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     from vllm import LLM
     from vllm.lora.request import LoRARequest
+    from vllm.platforms import current_platform
 
     flags = msgspec.convert(raw, EngineFlags)
     llm = LLM(
@@ -140,6 +141,8 @@ def _serve(pipe: Connection, raw: dict[str, Any]) -> None:
         max_num_batched_tokens=flags.budget,
         additional_config={"memoir": {"store": flags.store}} if flags.store else {},
         seed=0,
+        # Two engines take turns on one GPU.
+        **({"gpu_memory_utilization": 0.4} if current_platform.is_cuda_alike() else {}),
         **_lora(flags),
         **_drafts(flags),
     )

@@ -16,6 +16,7 @@ from memoir_retrieval.errors import ConfigError, StoreError
 from memoir_vllm import config
 from memoir_vllm.worker import lora
 from memoir_vllm.worker.attach import attach
+from memoir_vllm.worker.graphs import keep_full_graphs_from
 from memoir_vllm.worker.runner import follow
 from memoir_vllm.worker.selftest import dummy_step, self_test
 
@@ -70,8 +71,10 @@ class MemoirWorker(Worker):
         return available * block // max(1, block + self._memoir.bytes_per_block)
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
-        """As vLLM's; sums of blocks are kept where the mode needs them."""
+        """As vLLM's; sums of blocks are kept where the mode needs them, and steps with edits replay no full graph."""
         super().initialize_from_config(kv_cache_config)
+        if self._memoir:
+            keep_full_graphs_from(self.model_runner, self._memoir)
         if self._memoir and config.keeps_sums(self.vllm_config, len(kv_cache_config.kv_cache_groups)):
             spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
             self._memoir.watch_blocks(kv_cache_config.num_blocks, spec.block_size)

@@ -126,6 +126,7 @@ class ResidualLayer:
         self._edited: dict[str, _Request] = {}
         self._sums: BlockSums | None = None
         self._step: StepRows | None = None
+        self._due = self._has_run = False
         self._parts: list[_Part] = []
         self._counted: list[_Counted] = []
         self._last: tuple[StepRows, Acting, list[Batch]] | None = None
@@ -248,6 +249,29 @@ class ResidualLayer:
                 self._last = None
             self._routed.pop(request_id, None)
 
+    def expect(self, request_ids: Iterable[str]) -> None:
+        """Note whether the coming step has something to do here: tokens of prompts, or requests with an edit.
+
+        request_ids: of the step.
+        """
+        ids = set(request_ids)
+        self._due = not (ids.isdisjoint(self._passing) and ids.isdisjoint(self._edited))
+        self._has_run = False
+
+    @property
+    def needs_python(self) -> bool:
+        """Whether the coming forward must run the op, and so may not replay a graph that holds it."""
+        return self._due or self.probe is not None
+
+    def require_run(self) -> None:
+        """The model has run. Raises RuntimeError where it has left out an op that had something to do."""
+        if self._due and self._step is not None and not self._has_run:
+            raise RuntimeError(
+                "memoir: a step with edits or questions has not run the edited layer's op, so its answers would be the "
+                'base model\'s: serve with --compilation-config \'{"cudagraph_mode": "PIECEWISE"}\', and please report '
+                "this"
+            )
+
     def begin_step(self, step: StepRows) -> None:
         """The rows of the coming forward. Without this call (profiling, warm-up, idle ranks) the op does nothing.
 
@@ -293,8 +317,9 @@ class ResidualLayer:
         self._counted.append(_Counted(np.flatnonzero(counted) + row, begins[counted]))
 
     def end_step(self) -> None:
-        """The forward is over."""
+        """The step is over."""
         self._step = None
+        self._due = False
 
     def take_routed(self) -> dict[str, Routed]:
         """What was decided since the last call, by request id."""
@@ -328,6 +353,7 @@ class ResidualLayer:
         if self._step is None:
             return
         began = time.perf_counter()
+        self._has_run = True
         self._stats["steps"] += 1
         if self._counted or self._parts:
             self._pass_prompts(x[: int(self._step.edges[-1])], slots)

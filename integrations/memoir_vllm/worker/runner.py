@@ -50,8 +50,11 @@ def _wrap_step(runner: Any, layer: ResidualLayer) -> None:
     @functools.wraps(execute_model)
     def execute(scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
         take_up(layer, scheduler_output)
+        layer.expect(scheduler_output.num_scheduled_tokens)
         try:
-            return execute_model(scheduler_output, *args, **kwargs)
+            output = execute_model(scheduler_output, *args, **kwargs)
+            layer.require_run()
+            return output
         finally:
             layer.end_step()
 

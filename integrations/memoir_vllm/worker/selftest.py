@@ -1,11 +1,12 @@
 """The proof, before the first request, that the op is in the model's real forward and that its output is used.
 
-Model code may bypass a layer's quant method (hand-fused kernels), and a captured full graph never runs Python again. In
-both cases the base model would be served without a word.
+Model code may bypass a layer's quant method (hand-fused kernels), and a graph that has captured the op never runs its
+Python again. In both cases the base model would be served without a word.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ PROBES = (1.0, 1e4, 1e12, float("nan"))
 
 
 def self_test(runner: Any, layer: ResidualLayer) -> None:
-    """Run vLLM's dummy decode step without and with a probe.
+    """Run vLLM's dummy decode step without and with a probe, each as a step with edits runs: in no full graph.
 
     Every tensor-parallel rank runs it, in step, on its own shard.
 
@@ -33,14 +34,10 @@ def self_test(runner: Any, layer: ResidualLayer) -> None:
 
     Raises ConfigError where the probe is not felt.
     """
-    plain = dummy_step(runner)
+    plain = _probed(runner, layer, lambda x, y: None)
     for size in PROBES:
         probe = _Probe(layer, size)
-        layer.probe = probe
-        try:
-            probed = dummy_step(runner)
-        finally:
-            layer.probe = None
+        probed = _probed(runner, layer, probe)
         if not torch.equal(plain, probed):
             break
     where = f"the model's forward ({type(runner.get_model()).__name__}, {type(runner).__name__})"
@@ -56,6 +53,14 @@ def self_test(runner: Any, layer: ResidualLayer) -> None:
             f"memoir self-test: {where} runs the edited layer's op but does not use its output: serve with "
             "--enforce-eager, and report the model and the flags if that does not help"
         )
+
+
+def _probed(runner: Any, layer: ResidualLayer, probe: Callable[[torch.Tensor, torch.Tensor], None]) -> torch.Tensor:
+    layer.probe = probe
+    try:
+        return dummy_step(runner)
+    finally:
+        layer.probe = None
 
 
 def dummy_step(runner: Any) -> torch.Tensor:
