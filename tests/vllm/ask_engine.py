@@ -32,7 +32,8 @@ def main() -> None:
             store = order["flags"]["additional_config"]["memoir"]["store"]
             reference = EditedModel.open(store, order["flags"]["model"])
             for seed in order["mixes"]:
-                edited += any_mix(seed, engine, reference, prompts_of(reference), requests=order["requests"])
+                how = {"requests": order["requests"], "ends_heard": False}  # no step comes after the last
+                edited += any_mix(seed, engine, reference, prompts_of(reference), **how)
         for turn in order.get("turns", [] if "mixes" in order else [order]):
             replies += engine.ask(turn["prompts"], turn.get("options"), **order.get("how", {}))
         answer = {"replies": [dataclasses.asdict(reply) for reply in replies], "stats": engine.settled()}

@@ -49,11 +49,13 @@ def any_mix(
     lengths: tuple[int, ...] = (1, 3, 9),
     greedy: float = 0.6,
     others: Sequence[Other] = (),
+    ends_heard: bool = True,
 ) -> int:
     """Greedy and seeded requests, with edits and opted out, some aborted, at random moments.
 
     lengths: new tokens of a request, one of these. greedy: share of the requests that are. others: who else may
-    answer; two of five requests ask for one. Returns how many answers an edit has acted on.
+    answer; two of five requests ask for one.
+    ends_heard: whether workers hear of the last requests' end. Returns how many answers an edit has acted on.
     """
     dice, core = random.Random(seed), engine.llm.llm_engine
     sent: dict[str, tuple[list[int], EditedModel, bool, SamplingParams]] = {}
@@ -95,5 +97,5 @@ def any_mix(
             assert max(abs(a - b) for a, b in zip(logprobs, wanted.logprobs, strict=True)) < CLOSE, name
             assert params.temperature or tokens == list(wanted.tokens), name
             edited += wanted.edit is not None
-    assert engine.settled()["live"] == 0
+    assert not ends_heard or engine.settled()["live"] == 0
     return edited

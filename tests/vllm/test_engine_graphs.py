@@ -11,11 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import EDITS, Expected, flags, make_store
-from mixes import LONG
-
-from memoir_retrieval.model.base import BaseModel
-from memoir_retrieval.question.span import derive_span_rule
+from engines import Expected, flags
 
 pytestmark = pytest.mark.engine
 
@@ -44,9 +40,8 @@ def answer(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def test_any_mix_of_requests(base: BaseModel, model_folder: Path, tmp_path: Path) -> None:
-    folder = make_store(base, tmp_path / "edits", edits=(*EDITS, LONG), rule=derive_span_rule(base.tokenizer))
-    order = {"flags": flags(model_folder, folder, **STEPS), "full_graphs": "guarded", "mixes": [0, 1], "requests": 18}
+def test_any_mix_of_requests(small: Path, small_edits: Path) -> None:
+    order = {"flags": flags(small, small_edits, **STEPS), "full_graphs": "guarded", "mixes": [0, 1], "requests": 60}
     said = answer(ask(order))
     assert said["edited"] > 3, "the mix holds edits"
     assert 0 < said["full_graphs"] < said["decode_steps"]

@@ -46,7 +46,7 @@ def _guard_v1(dispatcher: CudagraphDispatcher, layer: ResidualLayer) -> None:
             invalid_modes = {CUDAGraphMode.FULL, *(invalid_modes or ())}
         return choose(*args, invalid_modes=invalid_modes, **kwargs)
 
-    dispatcher.dispatch = dispatch  # type: ignore[method-assign]
+    dispatcher.dispatch = dispatch
 
 
 def _guard_v2(manager: CudaGraphManager, layer: ResidualLayer) -> None:
@@ -79,4 +79,4 @@ def _guard_v2(manager: CudaGraphManager, layer: ResidualLayer) -> None:
             )
         return graph
 
-    manager.dispatch = dispatch  # type: ignore[method-assign]
+    manager.dispatch = dispatch
