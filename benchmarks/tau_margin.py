@@ -15,7 +15,8 @@ import numpy as np
 
 from memoir_index import hamming_radius
 from memoir_retrieval import Retriever
-from memoir_retrieval.evaluation.calibration import MARGIN, calibrate_store, suggest_tau
+from memoir_retrieval.evaluation.calibration import calibrate_store
+from memoir_retrieval.store.threshold import MARGIN, least_tau
 
 DRAWS, DRAWN = 400, 200
 
@@ -34,7 +35,7 @@ def main(store: str, file: str) -> None:
     random = np.random.default_rng(0)
     draws = [random.permutation(shared) for _ in range(DRAWS)]
     for margin in (0.0, 0.01, 0.02, 0.03):
-        taus = np.array([suggest_tau(draw[:DRAWN], k) - MARGIN + margin for draw in draws])
+        taus = np.array([least_tau(draw[:DRAWN], k) - MARGIN + margin for draw in draws])
         needed = [k - hamming_radius(float(tau), k) // 2 for tau in taus]
         matched = [np.mean(draw[DRAWN:] >= least) for draw, least in zip(draws, needed, strict=True)]
         print(

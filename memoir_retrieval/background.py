@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from importlib.resources import files
 
-__all__ = ["background_prompts", "control_prompts", "shipped", "unrelated_prompts"]
+__all__ = ["background_prompts", "control_prompts", "reference_prompts", "shipped", "unrelated_prompts"]
 
 
 def shipped(name: str) -> str:
@@ -29,6 +29,11 @@ def unrelated_prompts() -> list[str]:
 def control_prompts() -> list[str]:
     """Return 256 prompts whose answers no edit should change: all of the above and 56 others."""
     return [*unrelated_prompts(), *background_prompts(), *_texts("controls.jsonl")]
+
+
+def reference_prompts() -> list[str]:
+    """Return the prompts by which stores set tau."""
+    return control_prompts()
 
 
 def _texts(name: str) -> list[str]:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.table import Table
 
-from memoir_retrieval.cli.common import echo_json, json_option, notes, refuse_idle, tables, threads_option
+from memoir_retrieval.cli.common import describe_tau, echo_json, json_option, notes, refuse_idle, tables, threads_option
 from memoir_retrieval.cli.options import FileOptions, ModelOptions, file_options, model_options, place_option
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.model.places import Place
@@ -51,7 +51,12 @@ class _Numbers(click.ParamType):
 @click.option("--ks", type=_Numbers(), help="Without DIR: sizes of masks to compare (default: the preset's, and half).")
 @click.option("--chat/--no-chat", default=None, help="Without DIR: ask through the chat template (default), or raw.")
 @click.option("--html", type=click.Path(path_type=Path), help="Write the pictures to this file, a page of its own.")
-@click.option("--write", is_flag=True, help="Put the suggested tau, and the judge of this version, into the store.")
+@click.option("--tau", type=float, help="With DIR and --write: fix tau at this value, until you calibrate again.")
+@click.option(
+    "--write",
+    is_flag=True,
+    help="Have the store set tau itself, now and with every change of its edits, and judge by this version.",
+)
 @click.option(
     "--tasks",
     is_flag=True,
@@ -69,18 +74,22 @@ def calibrate(
     ks: list[int] | None,
     chat: bool | None,
     html: Path | None,
+    tau: float | None,
     write: bool,
     tasks: bool,
     as_json: bool,
 ) -> None:
     """Suggest tau for the store DIR; or without DIR, layer, k and tau for a model.
 
-    Rephrasings come from FILE, or from the store; unrelated prompts are the locality probes of FILE and 100 that
-    come with the library. The suggested tau is the least that no unrelated prompt reaches, plus 0.02.
+    Rephrasings come from FILE, or from the store; unrelated prompts are the locality probes of FILE and some that
+    come with the library. For a store, tau is suggested by the store's own rule: the least at which the share of
+    unrelated prompts that match is bounded by 0.0005. With --write the store keeps to it, and FILE's locality probes
+    count from then on.
 
     \b
     Example:
       memoir calibrate edits corrections.jsonl --write --html overlaps.html
+      memoir calibrate edits --tau 0.6 --write
       memoir calibrate edits --tasks --write
       memoir calibrate --model smollm2-135m corrections.jsonl --layers 20,24,28
     """
@@ -105,8 +114,14 @@ def calibrate(
         ):
             if value is not None:
                 raise ConfigError(f"{option} cannot be set for store {store}, which keeps its own: leave it out")
-        _calibrate_store(store, edits, model, html, write, tasks, as_json)
+        if tau is not None and not 0 < tau <= 1:
+            raise ConfigError(f"tau is {tau}: choose 0 < tau <= 1")
+        if tau is not None and not write:
+            refuse_idle("without --write", "add --write, or leave it out", "tau")
+        _calibrate_store(store, edits, model, html, tau, write, tasks, as_json)
         return
+    if tau is not None:
+        raise ConfigError("--tau needs a store: memoir calibrate DIR --tau TAU --write")
     if tasks:
         raise ConfigError("--tasks needs a store: memoir calibrate DIR --tasks --write")
     if write:
@@ -121,15 +136,18 @@ def _calibrate_store(
     edits: list[Edit],
     model: ModelOptions,
     html: Path | None,
+    chosen: float | None,
     write: bool,
     tasks: bool,
     as_json: bool,
 ) -> None:
     opened = EditStore.open(store)
 
+    from memoir_retrieval.editing.open_store import make_references
     from memoir_retrieval.evaluation.calibration import calibrate_store, unrelated_to, with_this_judge, write_tau
     from memoir_retrieval.evaluation.measure import stored_ids
     from memoir_retrieval.lookup.retriever import Retriever
+    from memoir_retrieval.store.threshold import set_tau
 
     manifest = opened.manifest
     if edits:
@@ -143,27 +161,48 @@ def _calibrate_store(
     judged = with_this_judge(opened)
     if tasks:
         judged = with_this_judge(opened, _learn(judged, base))
-    calibration = calibrate_store(Retriever(judged, base), rephrases, unrelated)
-    tau = calibration.suggested.tau
-    if html:
+    retriever = Retriever(judged, base)
+    references = judged.references
+    if edits or not references.texts:
+        probes = [probe.prompt for edit in edits for probe in edit.locality]
+        references = make_references(base, judged.manifest, retriever.fingerprint, probes)
+    calibration = None
+    if rephrases or not write:
+        calibration = calibrate_store(retriever, rephrases, unrelated, references)
+        tau, threshold = calibration.suggested.tau, calibration.threshold
+    else:
+        contexts = len(manifest.masked_contexts)
+        tau, threshold = set_tau(retriever.index, judged.edits, references, retriever.judge, contexts)
+    if html and calibration:
         from memoir_retrieval.evaluation.report import calibration_page
 
         publish(html, calibration_page(calibration, str(store)).encode())
         notes.print(f"pictures written to {html}")
     if write:
-        generation = write_tau(replace(judged, manifest=manifest), tau).generation
-        notes.print(f"tau {tau} written to {store} as generation {generation}; a running server keeps {manifest.tau}")
+        measured = replace(judged, manifest=manifest)
+        if chosen is None:
+            generation = write_tau(measured, tau, references, threshold).generation
+        else:
+            generation = write_tau(measured, chosen).generation
+        notes.print(
+            f"tau {tau if chosen is None else chosen:g} written to {store} as generation {generation}; a running "
+            f"server keeps {manifest.tau}"
+        )
     if as_json:
-        echo_json(msgspec.to_builtins(calibration))
+        echo_json(msgspec.to_builtins(calibration) if calibration else {"tau": tau})
         return
-    _show_taus(calibration, store)
-    _show_overlaps(calibration.overlaps)
-    for near in calibration.nearest:
-        click.echo(f"nearest unrelated: {near.overlap:.3f} {near.prompt!r} to edit {near.edit}")
+    if calibration:
+        _show_taus(calibration, store)
+        _show_overlaps(calibration.overlaps)
+        for near in calibration.nearest:
+            click.echo(f"nearest unrelated: {near.overlap:.3f} {near.prompt!r} to edit {near.edit}")
+    else:
+        notes.print(f"no edit of {store} has a rephrasing, so only tau is set: name a FILE to measure it")
     click.echo(
         f"tau {tau} suggested, "
         + (f"{manifest.tau} was the store's" if write else f"{manifest.tau} is the store's; --write puts {tau} into it")
     )
+    click.echo(f"tau {tau}: {describe_tau(threshold)}")
 
 
 def _learn(store: EditStore, base: BaseModel) -> NDArray[np.float32]:

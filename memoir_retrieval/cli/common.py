@@ -9,7 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 import regex
@@ -19,7 +19,11 @@ from rich.text import Text
 
 from memoir_retrieval.errors import ConfigError
 
+if TYPE_CHECKING:
+    from memoir_retrieval.store.threshold import Threshold
+
 __all__ = [
+    "describe_tau",
     "echo",
     "echo_json",
     "json_option",
@@ -133,6 +137,22 @@ def run_benchmark(module: str, settings: Mapping[str, Any], environment: Mapping
 
 
 model_option = click.option("--model", "-m", help="Folder, embedded model or Hub id (default: the store's own).")
+
+
+def describe_tau(threshold: Threshold | None) -> str:
+    """What a store's tau rests on, in words.
+
+    threshold: of its manifest.
+    """
+    if threshold is None:
+        return "chosen by whoever made the store"
+    judged = "" if threshold.passed is None else f", the judge takes {threshold.passed} for an edit's question"
+    return (
+        f"set by the store, with every change, from {threshold.references} reference prompts: {threshold.near} are "
+        f"near{judged}; of others like them at most {threshold.bound:.2g} match"
+    )
+
+
 tau_option = click.option("--tau", type=float, help="Least overlap that matches (default: the store's own).")
 
 

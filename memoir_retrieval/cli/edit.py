@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from memoir_retrieval.cli.common import echo, echo_json, json_option, notes, threads_option
+from memoir_retrieval.cli.common import describe_tau, echo, echo_json, json_option, notes, threads_option
 from memoir_retrieval.cli.options import (
     FileOptions,
     ModelOptions,
@@ -28,7 +28,7 @@ from memoir_retrieval.edits.record import edit_time
 from memoir_retrieval.edits.requires import require_subjects
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.store.read import MANIFEST, EditStore
-from memoir_retrieval.store.settings import Settings
+from memoir_retrieval.store.settings import require_made_with
 
 if TYPE_CHECKING:
     from memoir_retrieval.editing.conflicts import Conflict
@@ -101,7 +101,7 @@ def edit(
     edit_time()
     chosen = settings.to_settings(training, dtype=model.dtype)
     if manifest:
-        Settings.of(manifest).require(chosen, store)
+        require_made_with(manifest, chosen, store)
     elif model.model_name is None:
         raise ConfigError(f"store {store} is new, so it needs a model: add --model NAME, such as smollm2-135m")
 
@@ -135,7 +135,7 @@ def edit(
     _tell(editor, store, time.monotonic() - started, as_json)
 
 
-# From about here on the presets' thresholds let unrelated prompts through (docs/measurements/many-edits.md).
+# From about here on thresholds that suit small stores let unrelated prompts through (docs/measurements/many-edits.md).
 MANY = 500
 
 
@@ -169,6 +169,8 @@ def _tell(editor: Editor, store: Path, seconds: float, as_json: bool) -> None:
         "generation": manifest.generation if manifest else 0,
         "memories": len(editor.memories),
         "store": str(store),
+        "tau": manifest.tau if manifest else None,
+        "bound": manifest.threshold.bound if manifest and manifest.threshold else None,
         "bytes": size,
     }
     if as_json:
@@ -193,7 +195,9 @@ def _tell(editor: Editor, store: Path, seconds: float, as_json: bool) -> None:
                 "--write` "
                 f"has it use the activations of {opened.manifest.model}, too"
             )
-        if len(editor.edits) >= MANY:
+        if manifest and manifest.threshold:
+            echo(f"tau {manifest.tau:g}: {describe_tau(manifest.threshold)}")
+        elif len(editor.edits) >= MANY:
             notes.print(
                 f"{len(editor.edits)} edits: the more there are, the likelier an unrelated prompt matches one; measure "
                 f"whether tau {editor.manifest.tau:g} still holds with `memoir calibrate {store}`"

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
+import msgspec
 
 from memoir_index import choose_plan
 from memoir_index.scan import SMALL_BATCH
-from memoir_retrieval.cli.common import echo, echo_json, json_option, store_argument
+from memoir_retrieval.cli.common import describe_tau, echo, echo_json, json_option, store_argument
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.store.read import EditStore
 
@@ -30,6 +31,7 @@ def info(store: Path, tau: float | None, as_json: bool) -> None:
     if not 0 < tau <= 1:
         raise ConfigError(f"tau is {tau}: choose 0 < tau <= 1 (this store was made with {manifest.tau})")
     masks, edits = len(opened.ids), len(set(opened.ids.tolist()))
+    threshold = manifest.threshold if tau == manifest.tau else None
     plan = choose_plan(masks, manifest.d, manifest.k, tau)
     bytes_per_mask = manifest.d // 8 + 8 + plan.bits // 8  # code, edit id, sketch
     report = {
@@ -40,6 +42,7 @@ def info(store: Path, tau: float | None, as_json: bool) -> None:
         "d": manifest.d,
         "k": manifest.k,
         "tau": tau,
+        "threshold": msgspec.to_builtins(threshold) | {"bound": threshold.bound} if threshold else None,
         "bytes_per_mask": bytes_per_mask,
         "bytes_per_edit": round(bytes_per_mask * masks / edits, 1) if edits else None,
         "plan": {"kind": plan.kind, "sketch_bits": plan.bits, "why": plan.why},
@@ -57,4 +60,6 @@ def info(store: Path, tau: float | None, as_json: bool) -> None:
     echo(f"memory: {bytes_per_mask} bytes per mask, {bytes_per_mask * masks / 2**20:.1f} MiB in all")
     what = "full scan" if plan.kind == "scan" else f"sketch of {plan.bits} bits, then whole masks"
     echo(f"lookup at tau {tau:g}: {what} ({plan.why})")
+    if tau == manifest.tau:
+        echo(f"tau {tau:g}: {describe_tau(threshold)}")
     echo(f"threads: one for up to {SMALL_BATCH} queries at a time, all for more")

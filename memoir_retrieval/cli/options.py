@@ -253,7 +253,11 @@ def store_settings_options(*, chat: bool = True) -> Decorator:
             click.option("--layer", type=int, help="Block that is edited (default: the preset's)."),
             place_option,
             click.option("--k", type=int, help="Ones in every mask (default: the preset's)."),
-            click.option("--tau", type=float, help="Least overlap that matches, in (0, 1] (default: the preset's)."),
+            click.option(
+                "--tau",
+                type=float,
+                help="Least overlap that matches, in (0, 1], for good (default: the store sets it with every change).",
+            ),
             click.option(
                 "--span", type=click.Choice(["question", "all"]), help="Which tokens are pooled (default: question)."
             ),

@@ -71,9 +71,10 @@ def remove(store: Path, edit_ids: tuple[int, ...], prompts: tuple[str, ...], as_
 def compact(store: Path, model: ModelOptions, acts: Literal["first", "last"] | None, as_json: bool) -> None:
     """Train the edits of a store again from nothing, so that removed ones leave no trace.
 
-    Ids, settings, seed and tau stay. The store answers as before until the last edit is trained; if the command
-    is interrupted, the store stays as it was. In stores of format 4 and older, edits act from a question's first token
-    on. --acts last trains them to act from its last token; the store is then served and extended as fast as a new one.
+    Ids, settings and seed stay, and so does a tau that somebody has chosen. The store answers as before until the last
+    edit is trained; if the command is interrupted, the store stays as it was. In stores of format 4 and older, edits
+    act from a question's first token on. --acts last trains them to act from its last token; the store is then served
+    and extended as fast as a new one.
 
 
     \b

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 import numpy as np
 
-from memoir_index import check_codes
+from memoir_index import HammingIndex, check_codes
 from memoir_retrieval.edits.record import Edit, StoredEdit, masked, stored_as
 from memoir_retrieval.edits.requires import check_requires
 from memoir_retrieval.errors import CodeError, EditFileError, StoreError
@@ -110,17 +110,20 @@ def build(
         done += len(masks)
         progress(BuildProgress(done, len(texts), resumed))
     stored = _stored(edits)
+    ids = np.array([i for i, _ in texts], dtype=np.int64)
     content = Content(
         memories=np.zeros((1, editor.base.h, editor.base.d), dtype=np.float32),
         background=store.background,
         permutation=store.permutation,
         tasks=store.tasks,
+        references=store.references,
         codes=codes,
-        ids=np.array([i for i, _ in texts], dtype=np.int64),
+        ids=ids,
         memory_of=np.zeros(len(texts), dtype=np.int32),
         edits=stored,
     )
-    manifest = msgspec.structs.replace(store.next_manifest(stored), next_id=len(stored))
+    index = HammingIndex.from_codes(editor.base.d, store.manifest.k, ids, codes)
+    manifest = msgspec.structs.replace(store.next_manifest(stored, index), next_id=len(stored))
     published = write_generation(editor.path, manifest, content)
     for path in editor.path.glob(".masks-*"):
         path.unlink(missing_ok=True)

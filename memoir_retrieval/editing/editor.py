@@ -61,7 +61,7 @@ class Editor:
         chat: ask each prompt through the chat template (default: yes).
         rule: which tokens are pooled (default: the question's).
         k: ones in every mask (default: the preset's).
-        tau: least overlap that matches (default: the preset's).
+        tau: least overlap that matches, which then stays (default: the store sets it with every change).
         seed: of the permutation and of training (default: 0).
         training: how edits are trained, or some fields of it by name.
         trainer: makes what trains, as the editor is entered (default: a `Trainer` in this process).

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from memoir_index import HammingIndex
-from memoir_retrieval.background import background_prompts
+from memoir_retrieval.background import background_prompts, reference_prompts
 from memoir_retrieval.editing.contexts import chat_contexts, own_prefixes
 from memoir_retrieval.edits.judge import judge_named, shipped_judge
 from memoir_retrieval.edits.record import StoredEdit
@@ -28,9 +28,10 @@ from memoir_retrieval.store.commits import Commits
 from memoir_retrieval.store.files import store_lock
 from memoir_retrieval.store.manifest import MANIFEST, Manifest, draft_manifest
 from memoir_retrieval.store.read import NO_TASKS, EditStore
-from memoir_retrieval.store.settings import Settings, training_of
+from memoir_retrieval.store.settings import Settings, require_made_with, training_of
+from memoir_retrieval.store.threshold import NO_REFERENCES, References, set_tau
 
-__all__ = ["OpenStore", "StoreState"]
+__all__ = ["OpenStore", "StoreState", "make_references"]
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class OpenStore:
     manifest: as it is now; generation 0 before the first write.
     background: float32 [D]. permutation: int64 [D].
     tasks: float32 [D + 1], by which tasks around a question are known; of length 0 where words alone tell them.
+    references: prompts by which tau is set with every commit; none where somebody has chosen tau.
     memories: float32 [H, D] each.
     edits: those that are stored, in the order in which they came.
     index: their masks.
@@ -74,13 +76,14 @@ class OpenStore:
         """
         self.base, self.path = base, path
         new = not (path / MANIFEST).exists()
+        chosen = settings.tau is not None
         if new:
             settings = settings.resolved(base)
             _refuse_foreign(path)
         with ExitStack() as lock:
             lock.enter_context(store_lock(path))
             if new and not (path / MANIFEST).exists():
-                self._begin(settings)
+                self._begin(settings, chosen)
             else:
                 self._load(EditStore.open(path), settings)
             self.training = training_of(self.manifest)
@@ -92,7 +95,8 @@ class OpenStore:
         self.is_open = False
         self._lock.close()
 
-    def _begin(self, settings: Settings) -> None:
+    def _begin(self, settings: Settings, chosen: bool) -> None:
+        """settings: all of them. chosen: whether tau stays as it is there."""
         base = self.base
         span = derive_span_rule(base.tokenizer, settings.rule)
         if not settings.chat:
@@ -124,6 +128,7 @@ class OpenStore:
         rows = [prompt_ids(base.tokenizer, prompt, chat=settings.chat) for prompt in background_prompts()]
         means = question_means(base, rows, [find_span(ids, span) for ids in rows])
         self.background: np.ndarray = means.mean(0).cpu().numpy()
+        self.references = NO_REFERENCES if chosen else make_references(base, self.manifest, self.fingerprint)
         self.empty()
 
     def _load(self, store: EditStore, settings: Settings) -> None:
@@ -131,10 +136,11 @@ class OpenStore:
         if store.manifest.base.config == self.base.identity.config and settings.place not in (None, stored.place):
             stored.require(settings, self.path)  # names the place, where the model's digests name a layer
         store.require(self.base.identity, self.base.name)
-        stored.require(settings, self.path)
+        require_made_with(store.manifest, settings, self.path)
         self.judge = judge_named(store.manifest.judge, self.path)
         self.manifest = store.manifest
         self.permutation, self.background, self.tasks = store.permutation, store.background, store.tasks
+        self.references = store.references
         self.memories = [torch.tensor(memory, device=self.base.device) for memory in store.memories]
         self.edits = list(store.edits)
         self.index = store.index()
@@ -202,13 +208,19 @@ class OpenStore:
         self.edits.append(edit)
         self.manifest = msgspec.structs.replace(self.manifest, next_id=max(self.manifest.next_id, edit.id + 1))
 
-    def next_manifest(self, edits: Iterable[StoredEdit]) -> Manifest:
-        """The manifest of a next generation, as `write_generation` takes it.
+    def next_manifest(self, edits: Sequence[StoredEdit], index: HammingIndex) -> Manifest:
+        """The manifest of a next generation, as `write_generation` takes it, with the tau that its edits need.
 
         edits: those of that generation.
+        index: their masks.
         """
+        tau, threshold = self.manifest.tau, None
+        if self.references.texts:
+            tau, threshold = set_tau(index, edits, self.references, self.judge, len(self.manifest.masked_contexts))
         return msgspec.structs.replace(
             self.manifest,
+            tau=tau,
+            threshold=threshold,
             generation=self.manifest.generation + 1,
             model=self.base.name,
             untrained=sum(not edit.trained for edit in edits),
@@ -217,14 +229,31 @@ class OpenStore:
     def commit(self) -> None:
         """Write everything as the next generation. Raises StoreError where the disk refuses."""
         self.manifest = self._commits.write(
-            self.next_manifest(self.edits),
+            self.next_manifest(self.edits, self.index),
             self.memories,
             self.index,
             self.edits,
             self.background,
             self.permutation,
             self.tasks,
+            self.references,
         )
+
+
+def make_references(
+    base: BaseModel, manifest: Manifest, fingerprint: Fingerprint, more: Sequence[str] = ()
+) -> References:
+    """The library's prompts that no edit should match, and others, with their masks.
+
+    base: the model.
+    manifest: of the store, whose way of asking counts.
+    fingerprint: makes its masks.
+    more: prompts of the store's own users.
+    """
+    prompts = list(dict.fromkeys(" ".join(text.split()) for text in (*reference_prompts(), *more)))
+    rows = [prompt_ids(base.tokenizer, prompt, chat=manifest.chat) for prompt in prompts]
+    means = question_means(base, rows, [find_span(ids, manifest.span) for ids in rows])
+    return References(fingerprint.codes(means), tuple(prompts))
 
 
 def _refuse_foreign(path: Path) -> None:

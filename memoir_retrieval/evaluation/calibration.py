@@ -1,8 +1,6 @@
 """Measuring tau, and before that layer and k: how far rephrasings of edits stand out from unrelated prompts.
 
-The rule for tau: the smallest threshold on a grid of .01 that no unrelated prompt reaches, plus `MARGIN`. A sample
-holds less than its population's largest overlap, and the margin stands for the rest. `docs/measurements/choices.md`
-says how many of 3200 others match with and without it.
+The rule for tau is that of `store.threshold`.
 """
 
 from __future__ import annotations
@@ -16,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from memoir_index import HammingIndex, hamming_radius, popcount
+from memoir_index import HammingIndex, popcount
 from memoir_retrieval.background import background_prompts, unrelated_prompts
 from memoir_retrieval.edits.judge import shipped_judge
 from memoir_retrieval.edits.record import Edit, as_prompt, prompt_key
@@ -30,10 +28,18 @@ from memoir_retrieval.question.span import Span, SpanRule, derive_span_rule, fin
 from memoir_retrieval.question.tasks import shipped_tasks
 from memoir_retrieval.store.files import store_lock
 from memoir_retrieval.store.read import NO_TASKS, EditStore, Manifest
+from memoir_retrieval.store.threshold import (
+    GRID,
+    NO_REFERENCES,
+    References,
+    Threshold,
+    bits_needed,
+    least_tau,
+    set_tau,
+)
 from memoir_retrieval.store.write import write_again
 
 __all__ = [
-    "MARGIN",
     "Calibration",
     "NearestEdit",
     "Overlaps",
@@ -41,16 +47,10 @@ __all__ = [
     "Setting",
     "calibrate_model",
     "calibrate_store",
-    "suggest_tau",
     "unrelated_to",
     "with_this_judge",
     "write_tau",
 ]
-
-MARGIN = 0.02
-"""Added to the least tau that no measured unrelated prompt reaches."""
-
-GRID = tuple(step / 100 for step in range(1, 101))
 
 
 class Point(msgspec.Struct, frozen=True):
@@ -97,6 +97,7 @@ class Calibration(msgspec.Struct, frozen=True):
 
     now: what the store's own tau does.
     suggested: what the tau of the rule does.
+    threshold: what that rests on; None where it is the measured prompts.
     curve: a point for every .01 between the smallest overlap and 1.
     overlaps: of all that was asked.
     nearest: the up to three unrelated prompts that set the suggestion, the nearest first.
@@ -107,6 +108,7 @@ class Calibration(msgspec.Struct, frozen=True):
     curve: tuple[Point, ...]
     overlaps: Overlaps
     nearest: tuple[NearestEdit, ...]
+    threshold: Threshold | None = None
 
 
 class Setting(msgspec.Struct, frozen=True):
@@ -130,7 +132,7 @@ class Setting(msgspec.Struct, frozen=True):
 class _Shared:
     """Bits in common with a mask, of k. edits int64 [N], rephrases int64 [R]: with the own edit's best mask;
     unrelated int64 [U]: with the nearest mask, which is that of edit `nearest` [U]. is_nearest bool [R]: whether the
-    own edit is the nearest of those that may act."""
+    own edit is the nearest of those that may act. acting int64 [U]: with the edit that would act at some tau, or 0."""
 
     k: int
     edits: NDArray[np.int64]
@@ -138,24 +140,30 @@ class _Shared:
     is_nearest: NDArray[np.bool_]
     unrelated: NDArray[np.int64]
     nearest: NDArray[np.int64]
+    acting: NDArray[np.int64]
 
     def at(self, tau: float) -> Point:
-        needed = _needed(tau, self.k)
+        needed = bits_needed(tau, self.k)
         return Point(
             tau,
             round(float(np.mean(self.is_nearest & (self.rephrases >= needed))), 5),
-            round(float(np.mean(self.unrelated >= needed)), 5),
+            round(float(np.mean(self.acting >= needed)), 5),
         )
 
 
 def calibrate_store(
-    retriever: Retriever, rephrases: Sequence[tuple[int, str]], unrelated: Sequence[str]
+    retriever: Retriever,
+    rephrases: Sequence[tuple[int, str]],
+    unrelated: Sequence[str],
+    references: References = NO_REFERENCES,
 ) -> Calibration:
     """Measure a store in its own prompt form.
 
     retriever: of the store, whose model makes the masks.
     rephrases: pairs of an edit's id and a rephrasing of its prompt.
     unrelated: prompts that no edit should match.
+    references: by which the suggested tau is set; without any it is the least that no unrelated prompt reaches by its
+        mask, and `MARGIN`.
     Raises ConfigError where there is nothing to measure, or an unrelated prompt has the very mask of an edit.
     """
     store = retriever.store
@@ -166,9 +174,7 @@ def calibrate_store(
     k = store.manifest.k
     edited, _ = _codes(retriever, [as_prompt(edit) for edit in store.edits])
     rephrased, questions = _codes(retriever, [text for _, text in rephrases])
-    # Other questions about a name are not among the unrelated prompts, yet tau must tell them apart too: so these are
-    # compared with all edits, whatever an edit requires and whatever the judge says.
-    others, _ = _codes(retriever, unrelated)
+    others, unrelated_questions = _codes(retriever, unrelated)
     shared = _share(
         retriever.index,
         edited,
@@ -177,9 +183,13 @@ def calibrate_store(
         [own for own, _ in rephrases],
         retriever.nearest_acting(rephrased, questions),
         others,
+        retriever.nearest_acting(others, unrelated_questions),
     )
     _refuse_same_mask(shared, unrelated)
-    tau = suggest_tau(shared.unrelated, k)
+    tau, threshold = least_tau(shared.unrelated, k), None
+    if references.texts:
+        contexts = len(store.manifest.masked_contexts)
+        tau, threshold = set_tau(retriever.index, store.edits, references, retriever.judge, contexts)
     top = np.argsort(-shared.unrelated, kind="stable")[:3]
     least = min(a.min() for a in (shared.edits, shared.rephrases, shared.unrelated)) / k
     return Calibration(
@@ -190,6 +200,7 @@ def calibrate_store(
         nearest=tuple(
             NearestEdit(unrelated[i], int(shared.nearest[i]), round(int(shared.unrelated[i]) / k, 4)) for i in top
         ),
+        threshold=threshold,
     )
 
 
@@ -235,21 +246,10 @@ def calibrate_model(
             nearest = index.nearest(rephrased, 1)[0][:, 0]
             shared = _share(index, edited, range(len(edits)), rephrased, own, nearest, others)
             _refuse_same_mask(shared, unrelated)
-            point = shared.at(suggest_tau(shared.unrelated, k))
+            point = shared.at(least_tau(shared.unrelated, k))
             gap = float(np.quantile(shared.rephrases / k, 0.05)) - point.tau
             settings.append(Setting(cut.layer, k, point.tau, point.rephrases_found, round(gap, 4)))
     return sorted(settings, key=lambda setting: (-setting.rephrases_found, -setting.gap))
-
-
-def suggest_tau(unrelated: NDArray[np.int64], k: int) -> float:
-    """The tau of the module's rule, at most 1.
-
-    unrelated: int64 [U], bits of k that each unrelated prompt shares with its nearest mask; all below k, for a prompt
-    with the very mask of an edit is separated from it by no tau.
-    k: bits that are set in a mask.
-    """
-    least = next(tau for tau in GRID if unrelated.max() < _needed(tau, k))
-    return min(1.0, round(least + MARGIN, 2))
 
 
 def unrelated_to(edits: Sequence[Edit], probed: Sequence[Edit] | None = None) -> list[str]:
@@ -268,11 +268,14 @@ def unrelated_to(edits: Sequence[Edit], probed: Sequence[Edit] | None = None) ->
     return [text for text in dict.fromkeys([*unrelated_prompts(), *probes]) if prompt_key(text) not in own]
 
 
-def write_tau(measured: EditStore, tau: float) -> Manifest:
+def write_tau(
+    measured: EditStore, tau: float, references: References = NO_REFERENCES, threshold: Threshold | None = None
+) -> Manifest:
     """Publish the store's next generation, the same but for tau and what judges its questions. Returns its manifest.
 
     measured: the store as tau was measured on it.
     tau: in (0, 1].
+    references, threshold: as `set_tau` took and gave them; without them tau stays as it is from now on.
     Raises StoreError where the store has changed since, is being written, or cannot be written; it is then what it was.
     """
     with store_lock(Path(measured.path)):
@@ -291,6 +294,8 @@ def write_tau(measured: EditStore, tau: float) -> Manifest:
             span=span,
             judge=judge,
             tasks=measured.tasks,
+            references=references,
+            threshold=threshold,
         )
 
 
@@ -345,6 +350,7 @@ def _share(
     own: Sequence[int],
     nearest: NDArray[np.int64],
     unrelated: NDArray[np.uint8],
+    acting: NDArray[np.int64] | None = None,
 ) -> _Shared:
     def with_own(codes: NDArray[np.uint8], numbers: Sequence[int]) -> NDArray[np.int64]:
         """Bits in common with the best mask of the edit that each code belongs to."""
@@ -352,28 +358,30 @@ def _share(
         return np.array(best, dtype=np.int64)
 
     to_unrelated, overlaps = index.nearest(unrelated, 1)
+    nearest_bits = np.rint(overlaps[:, 0] * index.k).astype(np.int64)
+    acting_bits = nearest_bits
+    if acting is not None:
+        acts = np.flatnonzero(acting >= 0)
+        acting_bits = np.zeros(len(unrelated), np.int64)
+        acting_bits[acts] = with_own(unrelated[acts], acting[acts].tolist())
     return _Shared(
         k=index.k,
         edits=with_own(prompts, edits),
         rephrases=with_own(rephrases, own),
         is_nearest=nearest == np.asarray(own),
-        unrelated=np.rint(overlaps[:, 0] * index.k).astype(np.int64),
+        unrelated=nearest_bits,
         nearest=to_unrelated[:, 0],
+        acting=acting_bits,
     )
 
 
 def _refuse_same_mask(shared: _Shared, unrelated: Sequence[str]) -> None:
-    worst = int(shared.unrelated.argmax())
-    if shared.unrelated[worst] == shared.k:
+    worst = int(shared.acting.argmax())
+    if shared.acting[worst] == shared.k:
         raise ConfigError(
             f"unrelated prompt {unrelated[worst]!r} has the same mask as edit {shared.nearest[worst]} at k={shared.k}, "
             "so no tau keeps them apart: leave it out of the file, or choose a smaller k"
         )
-
-
-def _needed(tau: float, k: int) -> int:
-    """Bits two masks must share to match at tau: the same whole number that lookup and server compare with."""
-    return k - hamming_radius(tau, k) // 2
 
 
 def _overlaps(shared: NDArray[np.int64], k: int) -> tuple[float, ...]:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memoir_index import Hits, hamming_radius, popcount
-from memoir_retrieval.edits.judge import Verdict
+from memoir_retrieval.edits.judge import Judge, Verdict
 from memoir_retrieval.edits.record import StoredEdit
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.lookup.masks import EditLookup, task_probe
@@ -294,6 +294,11 @@ class Retriever:
         questions: token ids of each.
         """
         return self._lookup.search(codes, 1 / self.store.manifest.k, questions, exact=True).ids
+
+    @property
+    def judge(self) -> Judge | None:
+        """What decides behind the masks; None where they decide alone."""
+        return self._lookup.judge
 
     def was_vetoed(self, match: Match | None, nearest: Match | None) -> bool:
         """Whether the nearest edit was near enough to match, and required what the prompt lacks.

@@ -26,6 +26,7 @@ from memoir_retrieval.store.edit_lines import StoredEdits, edit_chunks
 from memoir_retrieval.store.files import publish, read_small
 from memoir_retrieval.store.manifest import FIRST_WITH_ADDITIONS, FORMAT, Manifest, require_range
 from memoir_retrieval.store.tensors import Tensor, read_tensors, tensor_chunks, unique_keys
+from memoir_retrieval.store.threshold import Threshold, threshold_fault
 
 __all__ = [
     "MOST",
@@ -80,7 +81,8 @@ class Columns(NamedTuple):
 class Addition(NamedTuple):
     """What one small commit adds.
 
-    next_id, untrained: the manifest's from then on.
+    next_id, untrained, tau, threshold: the manifest's from then on; tau and threshold are None where somebody has
+        chosen tau, which stays.
     codes: uint8 [n, D/8], masks.
     ids: int64 [n], the edit of each.
     memory_of: int32 [n], the memory of each.
@@ -92,6 +94,8 @@ class Addition(NamedTuple):
 
     next_id: int
     untrained: int
+    tau: float | None
+    threshold: Threshold | None
     codes: np.ndarray
     ids: np.ndarray
     memory_of: np.ndarray
@@ -101,10 +105,12 @@ class Addition(NamedTuple):
     edits: StoredEdits
 
 
-class _Head(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class _Head(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     after: str
     next_id: int
     untrained: int
+    tau: float | None = None
+    threshold: Threshold | None = None
 
 
 def append(
@@ -121,7 +127,7 @@ def append(
     """Publish an addition; the caller holds `store_lock`. Returns the manifest and the tail after it.
 
     folder: the store's.
-    manifest, tail: as the store is now.
+    manifest, tail: as the store is now, but for `tau` and `threshold`, which are those of the next generation.
     codes, ids, memory_of, edits: what is added; see `Addition`.
     columns: what training has changed, by number of the memory.
     Returns None, and writes nothing, where the files must be written instead: there are `MOST` additions, or with this
@@ -138,7 +144,8 @@ def append(
     next_id = max(manifest.next_id, *(edit.id + 1 for edit in edits))
     after = msgspec.structs.replace(manifest, generation=generation, next_id=next_id, untrained=untrained)
     require_range(folder, after)
-    head = msgspec.json.encode(_Head(tail.sha256, next_id, untrained))
+    tau = manifest.tau if manifest.threshold else None
+    head = msgspec.json.encode(_Head(tail.sha256, next_id, untrained, tau, manifest.threshold))
     changed = [(number, change) for number, change in sorted(columns.items()) if len(change.numbers)]
     none = [np.empty((0, manifest.h), np.float32)]
     tensors = {
@@ -287,7 +294,7 @@ def _parse(path: Path, data: bytearray, manifest: Manifest) -> tuple[_Head, Addi
     head = msgspec.convert(unique_keys(held.pop("head").tobytes()), _Head)
     edits = StoredEdits(bytearray(held.pop("edits").tobytes()), str(path))
     edits.check()
-    return head, Addition(head.next_id, head.untrained, edits=edits, **held)
+    return head, Addition(head.next_id, head.untrained, head.tau, head.threshold, edits=edits, **held)
 
 
 def _faults(manifest: Manifest, addition: Addition, memories: int, next_id: int) -> Iterator[str]:
@@ -300,6 +307,14 @@ def _faults(manifest: Manifest, addition: Addition, memories: int, next_id: int)
     if not next_id <= addition.next_id < 1 << 63 or addition.untrained < 0:
         yield f"next_id {addition.next_id}, untrained {addition.untrained}"
         return
+    sets = manifest.threshold is not None
+    if (addition.tau is not None, addition.threshold is not None) != (sets, sets):
+        yield f"it has tau {addition.tau}, the store's is {'its own' if sets else 'chosen'}"
+        return
+    if addition.tau is not None and not 0 < addition.tau <= 1:
+        yield f"tau {addition.tau}"
+    if addition.threshold is not None and (wrong := threshold_fault(addition.threshold)):
+        yield wrong
     after = msgspec.structs.replace(manifest, next_id=addition.next_id)
     yield from id_faults(after, memories, addition.ids, addition.memory_of)
     yield from code_faults(after, addition.codes)

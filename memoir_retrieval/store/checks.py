@@ -10,8 +10,9 @@ from memoir_index import popcount
 from memoir_retrieval.edits.record import StoredEdit
 from memoir_retrieval.store.files import CHUNK
 from memoir_retrieval.store.manifest import Manifest
+from memoir_retrieval.store.threshold import References
 
-__all__ = ["code_faults", "edit_faults", "id_faults", "memory_faults", "weight_faults"]
+__all__ = ["code_faults", "edit_faults", "id_faults", "memory_faults", "reference_faults", "weight_faults"]
 
 
 def memory_faults(
@@ -30,6 +31,21 @@ def memory_faults(
             yield f"{name} holds NaN or infinite numbers in `{key}`"
     if not np.array_equal(np.sort(permutation), np.arange(manifest.d)):
         yield f"{name} holds no permutation of {manifest.d} positions"
+
+
+def reference_faults(manifest: Manifest, references: References) -> Iterator[str]:
+    """Of the prompts by which tau is set.
+
+    manifest: the store's.
+    references: its own.
+    """
+    name, threshold, count = manifest.memory.name, manifest.threshold, len(references.texts)
+    if (threshold is not None) != bool(count) or (threshold and threshold.references > count):
+        claimed = f"{threshold.references} of them set tau" if threshold else "somebody has chosen tau"
+        yield f"{name} holds {count} reference prompts, the manifest says that {claimed}"
+    wrong = np.flatnonzero(popcount(references.codes) != manifest.k)
+    if len(wrong):
+        yield f"{name}: the mask of reference prompt {wrong[0]} has not k={manifest.k} ones"
 
 
 def weight_faults(manifest: Manifest, memories: np.ndarray) -> Iterator[str]:

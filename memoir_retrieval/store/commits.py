@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import torch
 
@@ -13,6 +14,7 @@ from memoir_retrieval.edits.record import StoredEdit
 from memoir_retrieval.store.additions import Columns, Tail, append
 from memoir_retrieval.store.manifest import Manifest
 from memoir_retrieval.store.read import Content, EditStore
+from memoir_retrieval.store.threshold import References
 from memoir_retrieval.store.write import write_generation
 
 __all__ = ["Commits"]
@@ -62,6 +64,7 @@ class Commits:
         background: np.ndarray,
         permutation: np.ndarray,
         tasks: np.ndarray,
+        references: References,
     ) -> Manifest:
         """Publish the changes as the next generation. Returns its manifest.
 
@@ -73,11 +76,14 @@ class Commits:
         background: float32 [D].
         permutation: int64 [D].
         tasks: float32 [D + 1] or [0].
+        references: by which tau is set, or none.
         Raises StoreError where the disk refuses; what was changed is still to be written then.
         """
         added = None
         if self._now and self._only_added and len(memories) == self._now[2]:
-            added = self._append(*self._now[:2], memories)
+            before, tail, _ = self._now
+            now = msgspec.structs.replace(before, tau=manifest.tau, threshold=manifest.threshold)
+            added = self._append(now, tail, memories)
         if added:
             published, tail = added
         else:
@@ -91,6 +97,7 @@ class Commits:
                 memory_of=np.array([memory_of[edit] for edit in index.ids.tolist()], dtype=np.int32),
                 edits=edits,
                 tasks=tasks,
+                references=references,
             )
             published = write_generation(self._folder, manifest, content)
             tail = Tail(published.sha256)

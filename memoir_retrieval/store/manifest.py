@@ -17,6 +17,7 @@ from memoir_retrieval.model.places import Place, place_of
 from memoir_retrieval.question.span import SpanRule
 from memoir_retrieval.store.files import Written, publish, read_small
 from memoir_retrieval.store.tensors import unique_keys
+from memoir_retrieval.store.threshold import Threshold, threshold_fault
 
 __all__ = [
     "FIRST_WITH_ADDITIONS",
@@ -75,6 +76,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     d, h: its inputs and outputs.
     k: ones in every mask.
     tau: least overlap that matches, 0 < tau <= 1.
+    threshold: what tau rests on; None where somebody has chosen it.
     span: which tokens of a prompt are pooled, and from which on the residual acts.
     chat: whether a plain string is asked through the chat template.
     dtype: of the model's weights.
@@ -111,6 +113,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     edits: FileEntry
     untrained: int = 0
     judge: str = ""
+    threshold: Threshold | None = None
     sha256: str = ""
 
     @property
@@ -283,6 +286,10 @@ def _out_of_range(manifest: Manifest) -> str:
         return f"judge {manifest.judge:.80} in format {manifest.format}"
     if manifest.format < _FIRST_WITH_JUDGE and manifest.base.adapter:  # they would take the model without it
         return f"base.adapter in format {manifest.format}"
+    if manifest.threshold and (wrong := threshold_fault(manifest.threshold)):
+        return wrong
+    if manifest.format < _FIRST_WITH_JUDGE and manifest.threshold:
+        return f"threshold in format {manifest.format}"
     for kind in KINDS:
         size = getattr(manifest, kind).size
         if not 0 <= size < 1 << 48:

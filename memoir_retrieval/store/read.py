@@ -28,6 +28,7 @@ from memoir_retrieval.store.edit_lines import JoinedEdits, StoredEdits
 from memoir_retrieval.store.files import CHUNK, Data, read_or_map
 from memoir_retrieval.store.manifest import FORMAT, KINDS, MANIFEST, FileEntry, Manifest, library_version, read_manifest
 from memoir_retrieval.store.tensors import Tensor, read_tensors
+from memoir_retrieval.store.threshold import NO_REFERENCES, References
 
 __all__ = [
     "FORMAT",
@@ -73,6 +74,7 @@ class Content(NamedTuple):
     memory_of: int32 [N], the memory that holds it.
     edits: the edits.
     tasks: float32 [D + 1], see `question.tasks`; of length 0 where words alone tell tasks.
+    references: what tau is set by; none where somebody has chosen it.
     """
 
     memories: np.ndarray
@@ -83,6 +85,7 @@ class Content(NamedTuple):
     memory_of: np.ndarray
     edits: Iterable[StoredEdit]
     tasks: np.ndarray = NO_TASKS
+    references: References = NO_REFERENCES
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,7 @@ class EditStore:
     tail: where the next addition goes.
     tasks: float32 [D + 1], the direction of the activations by which tasks are known (`question.tasks`); of length 0
         where words alone tell them.
+    references: prompts by which tau is set at every change of the edits; none where somebody has chosen it.
     """
 
     path: Path
@@ -122,6 +126,7 @@ class EditStore:
     additions: tuple[Addition, ...] = ()
     tail: Tail = START
     tasks: np.ndarray = field(default_factory=lambda: NO_TASKS)
+    references: References = NO_REFERENCES
 
     @classmethod
     def open(cls, path: str | Path, *, check: bool = True) -> EditStore:
@@ -180,6 +185,7 @@ class EditStore:
         """What of the content cannot be, one line each. Raises StoreError for a line that is no edit."""
         manifest = self.manifest
         yield from checks.memory_faults(manifest, self.background, self.permutation, self.tasks)
+        yield from checks.reference_faults(manifest, self.references)
         yield from checks.weight_faults(manifest, self.memories)
         yield from checks.id_faults(manifest, len(self.memories), self.ids, self.memory_of)
         yield from checks.code_faults(manifest, self.masks.codes)
@@ -222,6 +228,7 @@ class EditStore:
             memory_of=self.memory_of,
             edits=self.edits,
             tasks=self.tasks,
+            references=self.references,
         )
 
     def index(self) -> HammingIndex:
@@ -291,6 +298,7 @@ class Parts(NamedTuple):
     masks: Masks
     edits: StoredEdits
     tasks: np.ndarray
+    references: References
 
 
 def parse(folder: Path, manifest: Manifest, data: dict[str, Data]) -> Parts:
@@ -305,6 +313,8 @@ def parse(folder: Path, manifest: Manifest, data: dict[str, Data]) -> Parts:
             "background": Tensor(np.float32, (d,)),
             "permutation": Tensor(np.int64, (d,)),
             "tasks": Tensor(np.float32, (d + 1,), required=False),
+            "references": Tensor(np.uint8, (None, d // 8), required=False),
+            "reference_texts": Tensor(np.uint8, (None,), required=False),
         },
     )
     coded = _tensors(
@@ -331,7 +341,24 @@ def parse(folder: Path, manifest: Manifest, data: dict[str, Data]) -> Parts:
         Masks(coded["codes"], coded["ids"], coded["memory_of"]),
         edits,
         memory.get("tasks", NO_TASKS),
+        _references(folder / manifest.memory.name, memory),
     )
+
+
+def _references(path: Path, memory: dict[str, np.ndarray]) -> References:
+    """What a file holds of them. Raises StoreError for texts that are none, or not as many as there are masks."""
+    if "references" not in memory and "reference_texts" not in memory:
+        return NO_REFERENCES
+    codes, texts = (memory.get(name, np.empty(0, np.uint8)) for name in ("references", "reference_texts"))
+    try:
+        lines = texts.tobytes().decode().split("\n")
+    except UnicodeDecodeError as error:
+        raise StoreError(f"{path} is damaged (reference_texts: {error.reason}): restore it from a backup") from error
+    if len(lines) != len(codes):
+        raise StoreError(
+            f"{path} is damaged ({len(codes)} masks of {len(lines)} reference prompts): restore it from a backup"
+        )
+    return References(codes, tuple(lines))
 
 
 def _read_generation(folder: Path, manifest: Manifest) -> EditStore:
@@ -356,6 +383,7 @@ def _read_generation(folder: Path, manifest: Manifest) -> EditStore:
         _refuse(folder, store.faults())
     else:
         _refuse(folder, checks.memory_faults(store.manifest, store.background, store.permutation, store.tasks))
+        _refuse(folder, checks.reference_faults(store.manifest, store.references))
         _refuse(folder, checks.id_faults(store.manifest, len(store.memories), store.ids, store.memory_of))
     return store
 
@@ -372,7 +400,13 @@ def assemble(
         last = additions[-1]
         generation = manifest.generation + len(additions)
         manifest = msgspec.structs.replace(
-            manifest, generation=generation, next_id=last.next_id, untrained=last.untrained, sha256=tail.sha256
+            manifest,
+            generation=generation,
+            next_id=last.next_id,
+            untrained=last.untrained,
+            tau=manifest.tau if last.tau is None else last.tau,
+            threshold=last.threshold,
+            sha256=tail.sha256,
         )
     for addition in additions:
         for number in np.unique(addition.memories).tolist():
@@ -390,6 +424,7 @@ def assemble(
         additions,
         tail,
         parts.tasks,
+        parts.references,
     )
 
 

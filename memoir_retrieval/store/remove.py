@@ -7,10 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
+from memoir_retrieval.edits.judge import judge_named, shipped_judge
 from memoir_retrieval.edits.record import prompt_key
 from memoir_retrieval.errors import StoreError
 from memoir_retrieval.store.files import store_lock
 from memoir_retrieval.store.read import EditStore, Manifest
+from memoir_retrieval.store.threshold import set_tau
 from memoir_retrieval.store.write import sweep, write_again
 
 __all__ = ["find_prompts", "remove_edits"]
@@ -35,7 +37,8 @@ def remove_edits(folder: Path, ids: Sequence[int]) -> Manifest:
     """Publish a generation in which no prompt reaches these edits. Returns its manifest.
 
     The masks and the text of the edits are gone then. What they changed in the residual memory is still there, out of
-    reach, since edits that were trained later share columns with them: `Editor.compact` erases it.
+    reach, since edits that were trained later share columns with them: `Editor.compact` erases it. A store that sets
+    its own tau sets it again, unless its judge is another one than the library's.
 
     folder: the store's.
     ids: of the edits.
@@ -47,11 +50,20 @@ def remove_edits(folder: Path, ids: Sequence[int]) -> Manifest:
         store = EditStore.open(folder)
         gone = {edit_id: store.edit(edit_id) for edit_id in ids}
         untrained = store.manifest.untrained - sum(not edit.trained for edit in gone.values())
+        tau, threshold = store.manifest.tau, store.manifest.threshold
+        if threshold and store.manifest.judge in ("", shipped_judge().name):
+            index = store.index()
+            index.remove(list(gone))
+            judge = judge_named(store.manifest.judge, store.path)
+            tau, threshold = set_tau(index, store.edits, store.references, judge, len(store.manifest.masked_contexts))
+        # Else tau stays: with fewer edits its bound holds all the more, and a removal must not wait for another judge.
         manifest = write_again(
             folder,
             store,
             edits=(edit for edit in store.edits if edit.id not in gone),
             rows=np.flatnonzero(~np.isin(store.ids, list(gone))),
+            tau=tau,
+            threshold=threshold,
             generation=store.manifest.generation + 1,
             untrained=untrained,
         )

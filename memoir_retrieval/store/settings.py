@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from memoir_retrieval.model.base import BaseModel
     from memoir_retrieval.store.manifest import Manifest
 
-__all__ = ["Contradiction", "Settings", "Training", "training_of"]
+__all__ = ["Contradiction", "Settings", "Training", "require_made_with", "training_of"]
 
 _UNSET: Any = None  # so that a field has the type of what may be given, and mypy takes a resolved one as it is
 
@@ -113,7 +113,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     chat: whether a plain prompt is asked through the chat template.
     rule: which tokens are pooled, the question's or all.
     k: ones in every mask.
-    tau: least overlap that matches, 0 < tau <= 1.
+    tau: least overlap that matches, 0 < tau <= 1. One that is given stays; else the store sets it with every change.
     seed: of the permutation and of training.
     training: fields of `Training`, those that are given.
     """
@@ -221,11 +221,28 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         store: its folder, for the message.
         """
         if differs := self.contradiction(other):
-            section, _, field = differs.name.rpartition(".")
-            setting = f"{section} {field}=" if section else f"{field} "
-            raise ConfigError(
-                f"store {store} was made with {setting}{differs.stored}, not {differs.other}",
-                cure="leave that setting out, or choose a new folder",
-                reason=Reason.SETTINGS,
-                about=differs,
-            )
+            raise _contradicted(differs, store)
+
+
+def require_made_with(manifest: Manifest, other: Settings, store: str | Path) -> None:
+    """Raise ConfigError where a store has not these settings, or sets its own tau and one is given.
+
+    manifest: the store's.
+    other, store: see `Settings.require`.
+    """
+    if manifest.threshold is None or other.tau is None:
+        Settings.of(manifest).require(other, store)
+        return
+    Settings.of(manifest).require(msgspec.structs.replace(other, tau=_UNSET), store)
+    raise _contradicted(Contradiction("tau", f"{manifest.tau:g} (which it sets itself)", other.tau), store)
+
+
+def _contradicted(differs: Contradiction, store: str | Path) -> ConfigError:
+    section, _, field = differs.name.rpartition(".")
+    setting = f"{section} {field}=" if section else f"{field} "
+    return ConfigError(
+        f"store {store} was made with {setting}{differs.stored}, not {differs.other}",
+        cure="leave that setting out, or choose a new folder",
+        reason=Reason.SETTINGS,
+        about=differs,
+    )

@@ -21,6 +21,7 @@ from memoir_retrieval.store.files import Written, remove_unused, write_new
 from memoir_retrieval.store.manifest import KINDS, MANIFEST, NAMES, FileEntry, Manifest, read_manifest, write_manifest
 from memoir_retrieval.store.read import Content, EditStore
 from memoir_retrieval.store.tensors import tensor_chunks
+from memoir_retrieval.store.threshold import References
 
 __all__ = ["leftovers", "sweep", "write_again", "write_generation"]
 
@@ -55,6 +56,7 @@ def write_generation(
         "memory": tensor_chunks(
             {"memory": content.memories, "background": content.background, "permutation": content.permutation}
             | ({"tasks": content.tasks} if len(content.tasks) else {})
+            | _reference_tensors(content.references)
         ),
         "codes": tensor_chunks({"codes": content.codes, "ids": content.ids, "memory_of": content.memory_of}, rows),
         "edits": edit_chunks(content.edits),
@@ -84,6 +86,7 @@ def write_again(
     edits: Iterable[StoredEdit] | None = None,
     rows: np.ndarray | None = None,
     tasks: np.ndarray | None = None,
+    references: References | None = None,
     **changes: Any,
 ) -> Manifest:
     """Publish the content of `store` in `folder` as it is, but for some fields of its manifest.
@@ -92,14 +95,18 @@ def write_again(
     store: what is written.
     edits, rows: given together, only these edits and these rows of `codes` are kept.
     tasks: float32 [D + 1], in place of what the store has (default: as it is).
+    references: the same.
     changes: fields of `Manifest`, `generation` among them.
     Raises as `write_generation`.
     """
     kept = set(KINDS) if edits is None else {"memory"}
     content = store.content if edits is None else store.content._replace(edits=edits)
     if tasks is not None and not np.array_equal(tasks, content.tasks):
-        kept.remove("memory")
+        kept.discard("memory")
         content = content._replace(tasks=tasks)
+    if references is not None and references is not content.references:
+        kept.discard("memory")
+        content = content._replace(references=references)
     same = Path(folder).resolve() == store.path.resolve() and not store.additions
     return write_generation(
         folder,
@@ -108,6 +115,13 @@ def write_again(
         rows=rows,
         unchanged={kind: getattr(store.manifest, kind) for kind in kept} if same else None,
     )
+
+
+def _reference_tensors(references: References) -> dict[str, np.ndarray]:
+    if not references.texts:
+        return {}
+    texts = np.frombuffer("\n".join(references.texts).encode(), np.uint8)
+    return {"references": references.codes, "reference_texts": texts}
 
 
 def leftovers(folder: Path, manifest: Manifest | None = None) -> list[Path]:

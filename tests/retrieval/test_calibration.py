@@ -20,16 +20,15 @@ from memoir_retrieval.background import unrelated_prompts
 from memoir_retrieval.edits.record import Probe
 from memoir_retrieval.errors import ConfigError, ModelError, StoreError
 from memoir_retrieval.evaluation.calibration import (
-    MARGIN,
     calibrate_model,
     calibrate_store,
-    suggest_tau,
     unrelated_to,
     write_tau,
 )
 from memoir_retrieval.model.base import BaseModel
 from memoir_retrieval.store import files
 from memoir_retrieval.store.files import store_lock
+from memoir_retrieval.store.threshold import MARGIN, least_tau
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "zsre-100.jsonl"
 UNRELATED = unrelated_prompts()[:12]
@@ -37,14 +36,14 @@ UNRELATED = unrelated_prompts()[:12]
 
 @pytest.mark.parametrize(("most", "tau"), [(48, 0.51), (49, 0.52), (0, 0.03), (96, 0.99), (97, 1.0), (99, 1.0)])
 def test_the_suggested_tau_is_the_least_that_none_reaches_plus_the_margin(most: int, tau: float) -> None:
-    assert suggest_tau(np.array([0, most, most // 2]), 100) == tau
+    assert least_tau(np.array([0, most, most // 2]), 100) == tau
 
 
 @settings(deadline=None)
 @given(st.integers(1, 5000), st.data())
 def test_no_unrelated_prompt_reaches_tau_and_one_would_reach_a_lower_one(k: int, data: st.DataObject) -> None:
     shared = data.draw(st.lists(st.integers(0, k - 1), min_size=1, max_size=5))
-    tau = suggest_tau(np.array(shared), k)
+    tau = least_tau(np.array(shared), k)
 
     def matching(threshold: float) -> int:
         return sum(2 * (k - bits) <= hamming_radius(threshold, k) for bits in shared)
@@ -94,9 +93,10 @@ def test_the_shares_are_those_of_lookups_at_that_tau(smollm2: BaseModel, templat
         assert points[tau].rephrases_found == round(np.mean(right), 5)
         assert points[tau].unrelated_matched == round(np.mean(matched), 5)
     assert 0 < points[0.46].unrelated_matched < points[0.4].unrelated_matched
-    # Other prompts are compared by masks alone, so that tau does not lean on the judge: with it fewer match.
-    judged = Retriever(EditStore.open(template), smollm2, tau=0.4).lookup_batch(unrelated)
-    assert np.mean([match is not None for match in judged]) < points[0.4].unrelated_matched
+    judged = Retriever(EditStore.open(template), smollm2, tau=0.4)
+    matched = [match is not None for match in judged.lookup_batch(unrelated)]
+    with_judge = {point.tau: point for point in calibrate_store(judged, rephrases, unrelated).curve}
+    assert with_judge[0.4].unrelated_matched == round(np.mean(matched), 5) < points[0.4].unrelated_matched
     assert points[0.4].rephrases_found == 0.75 and calibration.curve[-1].tau == 1.0
 
 

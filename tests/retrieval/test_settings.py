@@ -32,7 +32,7 @@ def store(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 CONTRADICTIONS: list[tuple[dict[str, Any], Contradiction]] = [
     ({"k": 20}, Contradiction("k", 18, 20)),
-    ({"tau": 0.99}, Contradiction("tau", 0.55, 0.99)),
+    ({"tau": 0.99}, Contradiction("tau", "0.5 (which it sets itself)", 0.99)),
     ({"seed": 7}, Contradiction("seed", 0, 7)),
     ({"chat": False}, Contradiction("chat", True, False)),
     ({"rule": "all"}, Contradiction("rule", "question", "all")),
@@ -58,7 +58,7 @@ def test_a_store_does_not_ignore_settings_that_are_not_its_own(
 
 def test_settings_that_are_the_store_s_own_are_taken(base: BaseModel, store: Path) -> None:
     training = Training(max_steps=0, variants=0)
-    with Editor(base, store, chat=True, rule="question", k=18, tau=0.55, seed=0, training=training) as editor:
+    with Editor(base, store, chat=True, rule="question", k=18, seed=0, training=training) as editor:
         assert editor.add([AARHUS]) == [] and editor.outcome.skipped == 1
         assert editor.store.training == training
 
