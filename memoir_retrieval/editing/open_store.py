@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,7 +128,10 @@ class OpenStore:
         rows = [prompt_ids(base.tokenizer, prompt, chat=settings.chat) for prompt in background_prompts()]
         means = question_means(base, rows, [find_span(ids, span) for ids in rows])
         self.background: np.ndarray = means.mean(0).cpu().numpy()
-        self.references = NO_REFERENCES if chosen else make_references(base, self.manifest, self.fingerprint)
+        self.references = NO_REFERENCES
+        if not chosen:
+            known = dict(zip(background_prompts(), means, strict=True))
+            self.references = make_references(base, self.manifest, self.fingerprint, known=known)
         self.empty()
 
     def _load(self, store: EditStore, settings: Settings) -> None:
@@ -241,7 +244,11 @@ class OpenStore:
 
 
 def make_references(
-    base: BaseModel, manifest: Manifest, fingerprint: Fingerprint, more: Sequence[str] = ()
+    base: BaseModel,
+    manifest: Manifest,
+    fingerprint: Fingerprint,
+    more: Sequence[str] = (),
+    known: Mapping[str, torch.Tensor] | None = None,
 ) -> References:
     """The library's prompts that no edit should match, and others, with their masks.
 
@@ -249,11 +256,14 @@ def make_references(
     manifest: of the store, whose way of asking counts.
     fingerprint: makes its masks.
     more: prompts of the store's own users.
+    known: float32 [D], the mean activation of prompts that need not be asked again.
     """
-    prompts = list(dict.fromkeys(" ".join(text.split()) for text in (*reference_prompts(), *more)))
-    rows = [prompt_ids(base.tokenizer, prompt, chat=manifest.chat) for prompt in prompts]
-    means = question_means(base, rows, [find_span(ids, manifest.span) for ids in rows])
-    return References(fingerprint.codes(means), tuple(prompts))
+    prompts = list(dict.fromkeys(" ".join(text.split()) for text in (*reference_prompts(), *more) if text.strip()))
+    new = [prompt for prompt in prompts if not known or prompt not in known]
+    rows = [prompt_ids(base.tokenizer, prompt, chat=manifest.chat) for prompt in new]
+    means = dict(zip(new, question_means(base, rows, [find_span(ids, manifest.span) for ids in rows]), strict=True))
+    means |= known or {}
+    return References(fingerprint.codes(torch.stack([means[prompt] for prompt in prompts])), tuple(prompts))
 
 
 def _refuse_foreign(path: Path) -> None:

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -49,7 +50,7 @@ def near_masks(shared: Sequence[int], code: np.ndarray) -> np.ndarray:
     return np.packbits(rows, axis=1, bitorder="little")
 
 
-def edit(number: int, prompt: str, **fields: object) -> StoredEdit:
+def edit(number: int, prompt: str, **fields: Any) -> StoredEdit:
     return msgspec.structs.replace(stored_edit(number), prompt=prompt, rephrases=(), **fields)
 
 
@@ -188,7 +189,7 @@ def test_damage_is_named(store: Path, damage: str) -> None:
     codes, texts = opened.references
     wrong = codes.copy()
     wrong[3] ^= 1
-    changes = {
+    changes: dict[str, Any] = {
         "no references": {"references": References(np.empty((0, 0), np.uint8), ())},
         "no threshold": {"threshold": None},
         "ones": {"references": References(wrong, texts)},
