@@ -143,7 +143,7 @@ def bits_needed(tau: float, k: int) -> int:
 def _compare(
     index: HammingIndex, edits: Iterable[StoredEdit], references: References, judge: Judge | None, contexts: int
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Of each reference prompt the bits in common with the nearest edit that may act on it, or 0: int64 [n]; and
+    """Of each reference prompt the bits in common with the nearest edit, or 0: int64 [n]; and
     whether the judge takes one of the nearest for its question: bool [n].
 
     Those with the very words of an edit that is near are left out.
@@ -161,13 +161,14 @@ def _compare(
         if any(letters(text) == letters(prompt) for number, _ in near for prompt in wordings[number]):
             continue
         there = phrases.found_in(text) if phrases else set()
-        acting = [(number, share) for number, share in near if not by_id[number].requires or number in there]
-        bits.append(round(acting[0][1] * index.k) if acting else 0)
+        # tau is chosen as if nothing were required, since a name may stand in a question of something else.
+        bits.append(round(near[0][1] * index.k) if near else 0)
+        acting = [number for number, _ in near if not by_id[number].requires or number in there]
         passed.append(
             judge is not None
             and any(
                 _is_same(judge, prompt, by_id[number].requires, text)
-                for number, _ in acting
+                for number in acting
                 for prompt in wordings[number]
             )
         )

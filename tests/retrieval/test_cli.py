@@ -135,7 +135,7 @@ def test_calibrate_measures_a_store_and_writes_its_tau(
     before = contents(store)
     code, out, err = run(capsys, "calibrate", store, file, "--json")
     result = json.loads(out)
-    assert code == 0 and set(result) == {"now", "suggested", "curve", "overlaps", "nearest"}
+    assert code == 0 and set(result) == {"now", "suggested", "curve", "overlaps", "nearest", "threshold"}
     assert {kind: len(values) for kind, values in result["overlaps"].items()} == {
         "edits": 2, "rephrases": 1, "unrelated": 101
     }  # fmt: skip

@@ -215,7 +215,8 @@ def test_a_rephrasing_finds_its_edit_past_a_nearer_one(base: BaseModel, store: P
         retriever, [(0, "Lyon: who is the mayor?"), (1, "Mayor of Turin: who?")], ["Who are you?"]
     )
     assert calibration.now.rephrases_found == 1.0
-    assert calibration.now.unrelated_matched == 1.0  # tau must be chosen as if nothing were required
+    assert calibration.now.unrelated_matched == 0.0 and calibration.nearest[0].overlap >= calibration.now.tau
+    assert calibration.suggested.tau > calibration.nearest[0].overlap  # chosen as if nothing were required
 
 
 def test_lookup_tells_what_the_nearest_edit_requires(capsys: pytest.CaptureFixture[str], store: Path) -> None:
