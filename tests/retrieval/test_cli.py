@@ -244,7 +244,7 @@ def refused(capsys: pytest.CaptureFixture[str], store: Path, said: str, *argumen
     ("options", "said"),
     [
         (["--k", "65"], "made with k 18, not 65"),
-        (["--tau", "0.9"], r"made with tau 0\.5 \(which it sets itself\), not 0\.9"),
+        (["--tau", "0.9"], r"made with tau 0\.53 \(which it sets itself\), not 0\.9"),
         (["--no-chat"], "leave out --no-chat"),
         (["--span", "all"], "made with rule question, not all: leave out --span all"),
         (["--layer", "0"], "made with layer 2"),

@@ -32,7 +32,7 @@ def store(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 CONTRADICTIONS: list[tuple[dict[str, Any], Contradiction]] = [
     ({"k": 20}, Contradiction("k", 18, 20)),
-    ({"tau": 0.99}, Contradiction("tau", "0.5 (which it sets itself)", 0.99)),
+    ({"tau": 0.99}, Contradiction("tau", "0.53 (which it sets itself)", 0.99)),
     ({"seed": 7}, Contradiction("seed", 0, 7)),
     ({"chat": False}, Contradiction("chat", True, False)),
     ({"rule": "all"}, Contradiction("rule", "question", "all")),
