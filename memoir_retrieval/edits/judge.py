@@ -100,6 +100,7 @@ _CLAUSE = regex.compile(r"[.!?:;]+(?=[\s\"')\]*]|$)|[\n\"“”]+|(?:^|\s)[-–�
 _SENTENCE = regex.compile(r"[^.!?:;\n\"“”]+\??")
 _CONTRACTED = regex.compile(r"(?<=\p{L})n['’]t\b")
 _POSSESSIVE = regex.compile(r"(?<=\p{L})['’](?:s|re|ll|ve|d|m)?\b|(?<=s)['’](?=\s|$)")
+_THOUSANDS = regex.compile(r"\d{1,3}(?:,\d{3})+")
 _PLAIN = str.maketrans({"ł": "l", "ø": "o", "đ": "d", "ı": "i", "ß": "ss", "æ": "ae", "œ": "oe", "ð": "d", "þ": "th"})
 
 
@@ -207,7 +208,7 @@ def _fold(text: str) -> str:
 
 def _whole(word: str) -> str:
     """A number without the signs between its thousands."""
-    return word.replace(",", "") if regex.fullmatch(r"\d{1,3}(,\d{3})+", word) else word
+    return word.replace(",", "") if _THOUSANDS.fullmatch(word) else word
 
 
 def letters(text: str) -> str:
@@ -377,7 +378,9 @@ class Judge:
 
     def _is_slip(self, a: str, b: str) -> bool:
         """Whether one of two words is the other in another form, or misspelt: both words of the table are not."""
-        return _inflected(a, b) or (not (a in self.row and b in self.row) and (_misspelt(a, b) or _derived(a, b)))
+        if a in self.row and b in self.row:
+            return _inflected(a, b)
+        return _inflected(a, b) or _misspelt(a, b) or _derived(a, b)
 
     def _rows(self, words: tuple[str, ...]) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
         """Of words of the table: their vectors, float32 [N, W], and the weighted sum of these, float64 [W].
@@ -488,6 +491,7 @@ def _other_kind(a: Reading, b: Reading) -> bool:
     return "" not in kinds and kinds[0] != kinds[1]
 
 
+@lru_cache(maxsize=1 << 16)
 def has_digit(word: str) -> bool:
     """Whether a word is a number, or a code with one in it.
 
@@ -502,7 +506,9 @@ def _heaviest(terms: list[tuple[str, float]]) -> Terms:
 
 def _inflected(a: str, b: str) -> bool:
     """Whether one of two words is the other with an ending of English grammar."""
-    short, long = sorted((a, b), key=len)
+    if a[:2] != b[:2]:  # most pairs: this is asked of every two words
+        return False
+    short, long = (a, b) if len(a) <= len(b) else (b, a)
     if len(short) < 3 or has_digit(long):
         return False
     stem = short.removesuffix("e")
