@@ -17,15 +17,13 @@ import time
 from pathlib import Path
 
 import numpy as np
+from made_up_store import write_made_up
 
 from memoir_index import pack
 from memoir_retrieval.edits.record import StoredEdit
-from memoir_retrieval.model.base import Identity
 from memoir_retrieval.question.span import SpanRule
 from memoir_retrieval.store.additions import Columns, append
-from memoir_retrieval.store.manifest import draft_manifest
-from memoir_retrieval.store.read import Content, EditStore
-from memoir_retrieval.store.write import write_generation
+from memoir_retrieval.store.read import EditStore
 
 K_SHARE = 3.5  # D / k, as in the method
 ADDED = 100
@@ -39,46 +37,15 @@ def make(folder: Path, edits: int, d: int, h: int) -> None:
         row[random.permutation(d)[:k]] = True
     base = pack(bits)
     codes = np.concatenate([np.roll(base, shift, axis=1) for shift in range(-(-edits // len(base)))])[:edits]
-    write_generation(
+    write_made_up(
         folder,
-        draft_manifest(
-            generation=1,
-            model="synthetic",
-            base=Identity(config="0" * 64, layer="0" * 64, tokenizer="0" * 64),
-            module="model.layers.24.mlp.down_proj",
-            layer=24,
-            d=d,
-            h=h,
-            k=k,
-            tau=0.55,
-            span=SpanRule(),
-            chat=True,
-            dtype="bfloat16",
-            seed=0,
-            contexts=(),
-            training={},
-            next_id=edits,
-        ),
-        Content(
-            memories=np.resize(random.standard_normal(1 << 20).astype(np.float32), (1, h, d)),
-            background=np.zeros(d, dtype=np.float32),
-            permutation=random.permutation(d),
-            codes=codes,
-            ids=np.arange(edits),
-            memory_of=np.zeros(edits, dtype=np.int32),
-            edits=(
-                StoredEdit(
-                    id=i,
-                    prompt=f"Which university did the person with number {i} attend in the years before the war?",
-                    target=f"The university of the town with number {i}",
-                    created="2026-01-01T00:00:00+00:00",
-                    loss=0.01234,
-                    steps=7,
-                    subject=f"person {i}",
-                )
-                for i in range(edits)
-            ),
-        ),
+        codes,
+        lambda i: f"Which university did the person with number {i} attend in the years before the war?",
+        np.resize(random.standard_normal(1 << 20).astype(np.float32), (h, d)),
+        random.permutation(d),
+        k,
+        tau=0.55,
+        span=SpanRule(),
     )
 
 

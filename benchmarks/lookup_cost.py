@@ -22,23 +22,20 @@ import faiss
 import msgspec
 import numpy as np
 import torch
+from made_up_store import write_made_up
 from transformers import AutoTokenizer
 
 from memoir_index import unpack
 from memoir_index.synthetic import MaskSource
 from memoir_retrieval.edits.judge import shipped_judge
-from memoir_retrieval.edits.record import StoredEdit
 from memoir_retrieval.lookup.masks import EditLookup
-from memoir_retrieval.model.base import Identity
 from memoir_retrieval.model.embedded import get_model
 from memoir_retrieval.question.candidates import Pieces, find_candidates
 from memoir_retrieval.question.fingerprint import Fingerprint, permutation
 from memoir_retrieval.question.prompts import prompt_ids
 from memoir_retrieval.question.span import SpanRule, derive_span_rule
 from memoir_retrieval.question.tasks import TaskProbe
-from memoir_retrieval.store.manifest import draft_manifest
-from memoir_retrieval.store.read import Content, EditStore
-from memoir_retrieval.store.write import write_generation
+from memoir_retrieval.store.read import EditStore
 
 TAU = 0.55
 OFFICES = ("mayor", "chief engineer", "head coach", "finance director", "founder", "ambassador", "editor", "bishop")
@@ -70,53 +67,8 @@ def question(edit: int) -> dict[str, str]:
     return {"office": OFFICES[edit % len(OFFICES)], "place": name.title(), "other": other.title()}
 
 
-def store_of(
-    folder: Path, codes: np.ndarray, d: int, k: int, rule: SpanRule, perm: np.ndarray, tau: float, judge: str
-) -> EditStore:
-    edits = len(codes)
-    folder.mkdir()
-    write_generation(
-        folder,
-        draft_manifest(
-            generation=1,
-            model="synthetic",
-            base=Identity(config="0" * 64, layer="0" * 64, tokenizer="0" * 64),
-            module="model.layers.24.mlp.down_proj",
-            layer=24,
-            d=d,
-            h=64,
-            k=k,
-            tau=tau,
-            span=rule,
-            chat=True,
-            dtype="bfloat16",
-            seed=0,
-            contexts=(),
-            training={},
-            next_id=edits,
-            judge=judge,
-        ),
-        Content(
-            memories=np.zeros((1, 64, d), np.float32),
-            background=np.zeros(d, np.float32),
-            permutation=perm,
-            codes=codes,
-            ids=np.arange(edits),
-            memory_of=np.zeros(edits, np.int32),
-            edits=(
-                StoredEdit(
-                    id=i,
-                    prompt=KINDS["own"].format(**question(i)),
-                    target=f"Number {i}",
-                    created="2026-01-01T00:00:00+00:00",
-                    loss=0.01234,
-                    steps=7,
-                )
-                for i in range(edits)
-            ),
-        ),
-    )
-    return EditStore.open(folder, check=False)
+def own_question(edit: int) -> str:
+    return KINDS["own"].format(**question(edit))
 
 
 def means_of(codes: np.ndarray, perm: np.ndarray, random: np.random.Generator) -> torch.Tensor:
@@ -136,7 +88,10 @@ def measure(folder: Path, edits: int, d: int, rounds: int, tau: float) -> Iterat
     ways = []
     for name, judge in (("masks alone", ""), ("spans and judge", shipped_judge().name)):
         own = msgspec.structs.replace(rule, candidates=bool(judge))
-        store = store_of(folder / name, codes, d, k, own, perm, tau, judge)
+        (folder / name).mkdir()
+        memory = np.zeros((64, d), np.float32)
+        write_made_up(folder / name, codes, own_question, memory, perm, k, tau, own, judge)
+        store = EditStore.open(folder / name, check=False)
         ways.append(Way(name, own, EditLookup(store, tokenizer.decode)))
         disk = sum(file.stat().st_size for file in store.path.iterdir())
         held = sum(array.nbytes for array in vars(ways[-1].lookup).values() if isinstance(array, np.ndarray))
