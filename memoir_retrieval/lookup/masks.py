@@ -58,11 +58,23 @@ class Candidate(NamedTuple):
     verdict: Verdict
 
 
-class _Around(NamedTuple):
-    """What stands around a span. rest: its text. speaks: what `TaskProbe` says of it, or None."""
+class _Part(NamedTuple):
+    """A part of a message, before it is judged.
 
+    code: uint8 [D/8], its mask.
+    text: of its tokens.
+    rest: the text around it.
+    speaks: what `TaskProbe` says of what stands around it, or None.
+    nearest: edit, row and overlap of the nearest mask that reaches tau, of edits that require nothing; edit -1: none.
+    edits: more of these edits, the nearest first.
+    """
+
+    code: NDArray[np.uint8]
+    text: str
     rest: str
     speaks: float | None
+    nearest: tuple[int, int, float]
+    edits: Sequence[int]
 
 
 def task_probe(store: EditStore, device: torch.device | str) -> TaskProbe | None:
@@ -193,13 +205,13 @@ class EditLookup:
         for first, end in zip((ends - counts).tolist(), ends.tolist(), strict=True):
             if not self._phrases and self.judge is None:
                 break  # nothing but the mask counts
-            says = None if around is None else around[first:end]
-            near = Hits(ids[first:end], overlaps[first:end], rows[first:end])
-            judged = self._judge(codes[first:end], tau, questions[first:end], says, near, edits[first:end])
-            for q, candidates in enumerate(judged):
+            part = slice(first, end)
+            says = None if around is None else around[part]
+            near = Hits(ids[part], overlaps[part], rows[part])
+            judged = self._judge(self._read(codes[part], questions[part], says, near, edits[part]), tau)
+            for q, candidates in enumerate(judged, first):
                 if candidates is None:
                     continue  # nothing is near
-                q += first
                 best = _best(candidates)
                 overlaps[q] = max([overlaps[q], *(candidate.overlap for candidate in candidates)])
                 ids[q], rows[q], speaks[q] = -1, -1, -np.inf
@@ -222,35 +234,37 @@ class EditLookup:
             hits.rows[hits.rows >= 0] = self._free_rows[hits.rows[hits.rows >= 0]]
         return hits, edits
 
-    def _judge(
+    def _read(
         self,
         codes: NDArray[np.uint8],
-        tau: float,
         questions: Sequence[Sequence[int]],
         around: NDArray[np.float32] | None,
         hits: Hits,
         edits: Sequence[Sequence[int]],
-    ) -> list[list[Candidate] | None]:
-        """For each part of one message the edits that are judged for it; None for a part to which nothing is near.
+    ) -> list[_Part]:
+        """The parts of one message, the whole of it first. hits, edits: as `_nearest` gives them for these parts."""
+        texts = [self._decode(question) for question in questions]
+        nearest = zip(hits.ids.tolist(), hits.rows.tolist(), hits.overlaps.tolist(), strict=True)
+        says = [None] * len(texts) if around is None else around.tolist()
+        rests = ["", *(_rest(texts[0], text) for text in texts[1:])]
+        return [_Part(*row) for row in zip(codes, texts, rests, says, nearest, edits, strict=True)]
 
-        hits, edits: as `_nearest` gives them for these parts.
+    def _judge(self, parts: Sequence[_Part], tau: float) -> list[list[Candidate] | None]:
+        """For each part of one message the edits that are judged for it; None for a part to which nothing is near.
 
         A message that holds an edit's question beside what the activations alone show to be a task is that task,
         however well the words of the whole fit.
         """
         judged: list[list[Candidate] | None] = []
         tasks: dict[int, str] = {}
-        texts = [self._decode(question) for question in questions]
-        for q, text in enumerate(texts):
-            literal = self._literal(text)
-            if not self._phrases and hits.ids[q] < 0 and not literal:
+        for part in parts:
+            literal = self._literal(part.text)
+            if not self._phrases and part.nearest[0] < 0 and not literal:
                 judged.append(None)
                 continue
-            speaks = None if around is None else float(around[q])
-            context = _Around(_rest(texts[0], text) if q else "", speaks)
-            candidates = list(self._candidates(codes[q], tau, text, context, hits, edits[q], q, literal))
+            candidates = list(self._candidates(part, tau, literal))
             judged.append(candidates)
-            if speaks is not None and speaks >= TASK:
+            if part.speaks is not None and part.speaks >= TASK:
                 tasks |= {near.edit: near.verdict.task for near in candidates if near.verdict.task}
         if not tasks:
             return judged
@@ -267,8 +281,8 @@ class EditLookup:
 
         codes, tau, questions, around: see `judged`.
         """
-        judged = self._judge(codes, tau, questions, around, *self._nearest(codes, tau))
-        return [candidates or [] for candidates in judged]
+        parts = self._read(codes, questions, around, *self._nearest(codes, tau))
+        return [candidates or [] for candidates in self._judge(parts, tau)]
 
     def judged(
         self,
@@ -328,42 +342,31 @@ class EditLookup:
         edits = self._edits_of_keys[first:last].tolist()
         return {edit for edit in edits if any(letters(prompt) == key for prompt in self._prompts(edit)[0])}
 
-    def _candidates(
-        self,
-        code: NDArray[np.uint8],
-        tau: float,
-        text: str,
-        context: _Around,
-        hits: Hits,
-        edits: Sequence[int],
-        q: int,
-        literal: set[int],
-    ) -> Iterator[Candidate]:
-        """The edits near enough to a question, or of the same words, and what is said of each.
+    def _candidates(self, part: _Part, tau: float, literal: set[int]) -> Iterator[Candidate]:
+        """The edits near enough to a part, or of the same words, and what is said of each.
 
-        hits, edits: of the edits that require nothing, the nearest one and more of them.
         literal: see `_literal`. The same words in capitals, or after another answer, may have a mask that is far.
         """
         k, radius = self.index.k, hamming_radius(tau, self.index.k)
-        nearest = int(hits.ids[q])
+        nearest, row, overlap = part.nearest
         verdict = _FAR
         if nearest >= 0:
-            verdict = self._judged(nearest, text, context)
-            yield Candidate(nearest, int(hits.rows[q]), float(hits.overlaps[q]), verdict)
-        tied = self._phrases.found_in(text) if self._phrases else set()
-        for edit, row, bits in self._nearest_of(code, (tied | literal) - {nearest}):
+            verdict = self._judged(nearest, part)
+            yield Candidate(nearest, row, overlap, verdict)
+        tied = self._phrases.found_in(part.text) if self._phrases else set()
+        for edit, row, bits in self._nearest_of(part.code, (tied | literal) - {nearest}):
             near = edit in literal or 2 * (k - bits) <= radius
-            yield Candidate(edit, row, bits / k, self._judged(edit, text, context) if near else _FAR)
+            yield Candidate(edit, row, bits / k, self._judged(edit, part) if near else _FAR)
         if nearest < 0 or self.judge is None or verdict.part in ("same words", "task"):
             return
-        for edit, row, bits in self._nearest_of(code, set(edits) - {nearest} - literal):
-            yield Candidate(edit, row, bits / k, self._judged(edit, text, context))
+        for edit, row, bits in self._nearest_of(part.code, set(part.edits) - {nearest} - literal):
+            yield Candidate(edit, row, bits / k, self._judged(edit, part))
 
-    def _judged(self, edit: int, text: str, context: _Around) -> Verdict:
+    def _judged(self, edit: int, part: _Part) -> Verdict:
         if self.judge is None:
             return Verdict(True, 0.0, 0.0, (), (), "", "mask")
         prompts, requires = self._prompts(edit)
-        verdicts = [self.judge.verdict(prompt, text, context.rest, requires, context.speaks) for prompt in prompts]
+        verdicts = [self.judge.verdict(prompt, part.text, part.rest, requires, part.speaks) for prompt in prompts]
         return max(verdicts, key=lambda verdict: verdict.score)
 
     def _wordings(self, edit: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
