@@ -5,8 +5,10 @@ what it stores. Everything before the question and below the edited block is run
 searched in the space that the edit's own activations span, measured by what it would do to earlier edits: with A
 the activations of the edit's tokens on its k active columns and C the sum of a a^T over the tokens of earlier
 edits, a change U of the columns costs tr(U (C + ridge I) U^T), so that directions which earlier edits rely on are
-the last to be used. And the step is Polyak's, loss over squared gradient, which needs no learning rate; nearer to the
-answer, where cross entropy falls off exponentially, it is Newton's on the logarithm of the loss, up to twice as long.
+the last to be used. Tokens of other questions about the edit's subject count there too, as if edits relied on them, so
+an edit does little where it is not asked for. And the step is Polyak's, loss over squared gradient, which needs no
+learning rate; nearer to the answer, where cross entropy falls off exponentially, it is Newton's on the logarithm of the
+loss, up to twice as long.
 """
 
 from __future__ import annotations
@@ -90,6 +92,7 @@ class Frozen:
     masks: bool [B, D], each row's own, all ones until `masked`.
     pooled: so many of the rows, the first ones, have masks of their own.
     other: so many, the last ones, have an answer in another form, such as in JSON.
+    spared: [S, D], what enters the edited projection at tokens where the edit should do little.
     """
 
     ids: torch.Tensor
@@ -101,6 +104,7 @@ class Frozen:
     masks: torch.Tensor
     pooled: int = 0
     other: int = 0
+    spared: torch.Tensor | None = None
 
     def masked(self, masks: torch.Tensor) -> Frozen:
         """The same rows with masks.
@@ -178,6 +182,7 @@ def freeze(
     pooled: Sequence[Span] = (),
     other: int = 0,
     quick: AbstractContextManager[Any] | None = None,
+    spared: Sequence[Wording] = (),
 ) -> tuple[Frozen, list[torch.Tensor]]:
     """Run questions and answers up to the edited block, and above it what stands before the residual acts.
 
@@ -188,6 +193,7 @@ def freeze(
         one question in different contexts together, so that a mean is the same whatever it is trained with.
     other: see `Frozen`.
     quick: entered while those without spans are run.
+    spared: prompts on which the residual should do little; they have no answers.
 
     Returns the rows and the means, float32 [D] each.
     """
@@ -204,9 +210,11 @@ def freeze(
         means += [span_mean(row.activations, pooled[i]) for i, row in zip(group, group_rows, strict=True)]
         rows += group_rows
     with quick or nullcontext():
-        if others := wordings[len(pooled) :]:
+        if others := [*wordings[len(pooled) :], *spared]:
             rows += _run_rows(base, past, others)
+        rows, beside = rows[: len(wordings)], rows[len(wordings) :]
         states = _states(base, past, wordings, [row.hidden for row in rows])
+    acting = [row.activations[wording.acts :] for wording, row in zip(spared, beside, strict=True)]
     ids, lengths = right_pad(
         [[*wording.ids[wording.acts :], *wording.answer[:-1]] for wording in wordings], base.device
     )
@@ -224,6 +232,7 @@ def freeze(
         masks=torch.ones(len(wordings), base.d, dtype=torch.bool, device=base.device),
         pooled=len(pooled),
         other=other,
+        spared=torch.cat(acting) if acting else None,
     ), means
 
 
@@ -316,7 +325,11 @@ class _ChangeSearch:
         # Each row acts on the columns of its own mask; the padding must span no direction.
         self._real = frozen.real
         rows = (frozen.activations[..., self.columns].float() * frozen.masks[:, None, self.columns])[self._real]
-        self._basis = _basis(rows, used[self.columns[:, None], self.columns], ridge)
+        used = used[self.columns[:, None], self.columns]
+        if frozen.spared is not None:
+            spared = frozen.spared[:, self.columns].float() * frozen.masks[0, self.columns]
+            used = used + spared.T @ spared
+        self._basis = _basis(rows, used, ridge)
         self._features = rows @ self._basis.T
         self._before = rows @ self._weights.T
         self.change = torch.zeros(len(self._basis), len(weight), device=weight.device, requires_grad=True)

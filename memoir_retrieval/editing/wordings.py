@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -27,6 +28,9 @@ from memoir_retrieval.store.manifest import Manifest
 from memoir_retrieval.store.settings import Training
 
 __all__ = ["Wordings"]
+
+OTHER_QUESTIONS = ("What is {} known for?", "Where is {}?", "Who made {}?", "When did {} begin?")
+"""What may be asked about an edit's subject beside its own question."""
 
 
 class Cut(NamedTuple):
@@ -105,7 +109,7 @@ class Wordings:
         rephrases: how many of its rephrasings have masks.
         quick: entered while what has no mask is run.
         """
-        return self._frozen(edit, rephrases, [], quick or nullcontext())
+        return self._frozen(edit, rephrases, [], [], quick or nullcontext())
 
     def freeze_for_training(
         self, edit: Edit | StoredEdit, number: int, rephrases: int, quick: AbstractContextManager[None]
@@ -133,7 +137,18 @@ class Wordings:
         if edit.before:
             plain = self._cut(edit.prompt)
             others.append(Wording(0, plain.ids, plain.pooled.acts_from, answer))
-        return self._frozen(edit, rephrases, others, quick)
+        return self._frozen(edit, rephrases, others, self.about_the_same(edit), quick)
+
+    def about_the_same(self, edit: Edit | StoredEdit) -> list[Wording]:
+        """Other questions about what an edit is about, without answers: where they match it, it should do little.
+
+        edit: any.
+        """
+        subject = edit.subject or named(edit.prompt)
+        texts = [text.format(subject) for text in OTHER_QUESTIONS[: self.training.other_questions] if subject]
+        cuts = [self._cut(as_prompt(edit, text)) for text in texts if text != edit.prompt]
+        context = self._context_of(edit)
+        return [Wording(context, cut.ids, cut.pooled.acts_from, []) for cut in cuts if cut.pooled.acts == "last"]
 
     def noisy(self, edit: Edit | StoredEdit, number: int) -> list[Wording]:
         """The variants of an edit's prompt that stand for rephrasings.
@@ -221,6 +236,7 @@ class Wordings:
         edit: Edit | StoredEdit,
         rephrases: int,
         others: list[Wording],
+        spared: list[Wording],
         quick: AbstractContextManager[None],
     ) -> tuple[Frozen, np.ndarray]:
         cuts = [self._cut(as_prompt(edit, text)) for text in (edit.prompt, *edit.rephrases[:rephrases])]
@@ -233,7 +249,7 @@ class Wordings:
         pooled = [cut.pooled for cut in cuts]
         other = self._other_answers(edit)
         unmasked = [*others, *other]
-        frozen, means = freeze(self.base, past, [*rows, *unmasked], pooled, len(other), quick)
+        frozen, means = freeze(self.base, past, [*rows, *unmasked], pooled, len(other), quick, spared)
         codes = self.fingerprint.codes(torch.stack(means))
         bits = torch.as_tensor(unpack(codes, self.base.d), device=self.base.device)
         return frozen.masked(torch.cat([bits, bits[:1].expand(len(unmasked), -1)])), codes
@@ -273,6 +289,17 @@ class Wordings:
         if self.chat:
             return [self._prompt_ids([*context, {"role": "user", "content": prompt}]) for context in self.contexts]
         return [self._prompt_ids(f"{context} {prompt}") for context in self.contexts]
+
+
+def named(prompt: str) -> str:
+    """What a question seems to be about: its longest run of words with capitals or digits, but for the first word.
+
+    prompt: of an edit that names no subject.
+    """
+    words = [word.strip("\"'?!.,;:()") for word in prompt.split()]
+    marked = [i > 0 and any(c.isupper() or c.isdigit() for c in word) for i, word in enumerate(words)]
+    runs = [list(run) for is_marked, run in groupby(range(len(words)), marked.__getitem__) if is_marked]
+    return " ".join(words[i] for i in max(runs, key=len, default=[]))
 
 
 def _in_json(target: str) -> tuple[str, str]:

@@ -38,6 +38,8 @@ class Training(msgspec.Struct, frozen=True):
         begun; none for raw prompts and under the span rule "all", where what is pooled is not the question alone.
     variants: so many prompts with random words are made up; one less where `json_strings` is 1.
     json_strings: 1 trains the answers of chats in a JSON object too, where a grammar forbids the token that ends them.
+    other_questions: so many made-up other questions about an edit's subject, in chats, are hardly touched where they
+        match; 0 to 4.
     noise: how likely each token of the question is replaced in them.
     max_steps: training ends after so many gradient steps.
     stop_loss: training ends below this mean loss, in nats per target token.
@@ -49,6 +51,7 @@ class Training(msgspec.Struct, frozen=True):
     context_masks: Annotated[int, Meta(ge=0)] = 1
     variants: Annotated[int, Meta(ge=0)] = 2
     json_strings: Annotated[int, Meta(ge=0, le=1)] = 0
+    other_questions: Annotated[int, Meta(ge=0, le=4)] = 4
     noise: Annotated[float, Meta(ge=0, le=1)] = 0.25
     max_steps: Annotated[int, Meta(ge=0)] = 60
     stop_loss: Annotated[float, Meta(gt=0)] = 0.02
@@ -73,7 +76,7 @@ def _range(kind: Any) -> str:
 
 
 # What stores were made without before there was a choice.
-_LATER: dict[str, float | int | str] = {"context_masks": 0, "json_strings": 0}
+_LATER: dict[str, float | int | str] = {"context_masks": 0, "json_strings": 0, "other_questions": 0}
 
 
 def training_of(manifest: Manifest) -> Training:
@@ -182,6 +185,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         fields: dict[str, Any] = dict(self.training)
         training = Training(**fields)
         masks = min(training.context_masks, training.contexts) if chat and rule == "question" else 0
+        # Elsewhere the residual acts on the subject's own tokens, of which an edit is made.
+        others = training.other_questions if chat and rule == "question" else 0
         return Settings(
             layer=base.layer,
             place=base.place,
@@ -192,7 +197,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             tau=tau,
             seed=self.seed or 0,
             training=msgspec.structs.asdict(training)
-            | {"context_masks": masks, "json_strings": training.json_strings if chat else 0},
+            | {"context_masks": masks, "json_strings": training.json_strings if chat else 0, "other_questions": others},
         )
 
     def contradiction(self, other: Settings) -> Contradiction | None:
@@ -206,7 +211,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
                 return Contradiction(name, stored, wanted)
         for name, wanted in other.training.items():
             stored = self.training.get(name, wanted)
-            if name == "context_masks" and not (self.chat and self.rule == "question"):
+            if name in ("context_masks", "other_questions") and not (self.chat and self.rule == "question"):
                 wanted = 0  # as `resolved` has it
             if name == "json_strings" and not self.chat:
                 wanted = 0
