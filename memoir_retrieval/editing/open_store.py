@@ -126,7 +126,13 @@ class OpenStore:
         self.tasks = shipped_tasks(base.identity.layer) if span.candidates else NO_TASKS
         self.permutation = permutation(base.d, settings.seed)
         rows = [prompt_ids(base.tokenizer, prompt, chat=settings.chat) for prompt in background_prompts()]
-        means = question_means(base, rows, [find_span(ids, span) for ids in rows])
+        spans = [find_span(ids, span) for ids in rows]
+        # What a template puts before every question is run once, and what it puts behind them not at all.
+        shared = rows[0][: min(part.start for part in spans)]
+        if any(ids[: len(shared)] != shared for ids in rows):
+            shared = []
+        questions = [ids[len(shared) : part.end] for ids, part in zip(rows, spans, strict=True)]
+        means = question_means(base, questions, [part.moved(-len(shared)) for part in spans], before=shared)
         self.background: np.ndarray = means.mean(0).cpu().numpy()
         self.references = NO_REFERENCES
         if not chosen:

@@ -455,7 +455,11 @@ def run_with_added(
 
 
 def question_means(
-    base: BaseModel, prompts: Sequence[Sequence[int]], spans: Sequence[Span], batch_size: int = 16
+    base: BaseModel,
+    prompts: Sequence[Sequence[int]],
+    spans: Sequence[Span],
+    batch_size: int = 16,
+    before: Sequence[int] = (),
 ) -> torch.Tensor:
     """The mean activation of each prompt's span: float32 [N, D] on the model's device.
 
@@ -465,8 +469,9 @@ def question_means(
     prompts: token ids of each.
     spans: of each, not empty.
     batch_size: how many are run at once.
+    before: token ids that stand before each, which are run once.
     """
-    return layer_means([base], prompts, spans, batch_size)[0]
+    return candidate_means([base], prompts, [[span] for span in spans], batch_size, before)[0].means
 
 
 @torch.no_grad()
@@ -503,11 +508,13 @@ def candidate_means(
     prompts: Sequence[Sequence[int]],
     spans: Sequence[Sequence[Span]],
     batch_size: int = 16,
+    before: Sequence[int] = (),
 ) -> list[Pooled]:
     """`layer_means` of several spans of each prompt, one after another, C spans in all.
 
     bases, prompts, batch_size: as there.
     spans: those of each prompt, none of them empty.
+    before: see `question_means`.
     """
     first_of = [0, *accumulate(len(parts) for parts in spans)]
     out = [
@@ -517,6 +524,7 @@ def candidate_means(
     deepest = max(bases, key=lambda base: base.layer)
     seen: dict[int, torch.Tensor] = {}
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    past = frozen_past(deepest, [before]) if before else None
     with ExitStack() as hooks:
         for number, base in enumerate(bases):
 
@@ -527,7 +535,9 @@ def candidate_means(
         for first in range(0, len(order), batch_size):
             batch = order[first : first + batch_size]
             ids, _ = right_pad([prompts[i] for i in batch], deepest.device)
-            frozen_run(deepest, {"input_ids": ids, "use_cache": False})
+            frozen_run(
+                deepest, past.repeated(len(batch)).inputs(ids) if past else {"input_ids": ids, "use_cache": False}
+            )
             for number, activations in seen.items():
                 for row, i in enumerate(batch):
                     for place, span in enumerate(spans[i], first_of[i]):

@@ -284,6 +284,12 @@ def test_the_gradient_of_a_vocabulary_goes_through_what_is_likely(monkeypatch: p
     assert (few - exact).norm() < 1.1 * (rounded - exact).norm() + 1e-3 * exact.norm()
 
 
+def test_what_stands_before_every_question_is_run_once(base: BaseModel) -> None:
+    prompts, spans = [CONTEXTS[1] + TAIL, CONTEXTS[1] + TAIL[:2]], [Span(3, 8), Span(3, 5)]
+    once = question_means(base, [TAIL, TAIL[:2]], [Span(0, 5), Span(0, 2)], before=CONTEXTS[1])
+    torch.testing.assert_close(once, question_means(base, prompts, spans), atol=1e-5, rtol=1e-4)
+
+
 def test_question_means_do_not_depend_on_batching(base: BaseModel) -> None:
     prompts = [[1, 2, 3, 4, 5, 6], [7, 8], [9, 10, 11, 12]]
     spans = [Span(2, 6), Span(0, 2), Span(1, 3)]
