@@ -38,8 +38,8 @@ class Training(msgspec.Struct, frozen=True):
         begun; none for raw prompts and under the span rule "all", where what is pooled is not the question alone.
     variants: so many prompts with random words are made up; one less where `json_strings` is 1.
     json_strings: 1 trains the answers of chats in a JSON object too, where a grammar forbids the token that ends them.
-    other_questions: so many made-up other questions about an edit's subject, in chats, are hardly touched where they
-        match; 0 to 4.
+    other_questions: so many made-up other questions about an edit's subject, in chats, are little changed where they
+        match; 0 to 4. A few rephrasings fewer are then answered exactly.
     noise: how likely each token of the question is replaced in them.
     max_steps: training ends after so many gradient steps.
     stop_loss: training ends below this mean loss, in nats per target token.
@@ -51,7 +51,7 @@ class Training(msgspec.Struct, frozen=True):
     context_masks: Annotated[int, Meta(ge=0)] = 1
     variants: Annotated[int, Meta(ge=0)] = 2
     json_strings: Annotated[int, Meta(ge=0, le=1)] = 0
-    other_questions: Annotated[int, Meta(ge=0, le=4)] = 4
+    other_questions: Annotated[int, Meta(ge=0, le=4)] = 0
     noise: Annotated[float, Meta(ge=0, le=1)] = 0.25
     max_steps: Annotated[int, Meta(ge=0)] = 60
     stop_loss: Annotated[float, Meta(gt=0)] = 0.02

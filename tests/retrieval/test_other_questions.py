@@ -42,15 +42,15 @@ def test_what_is_asked_beside_an_edit(tiny: Path, tmp_path: Path) -> None:
         known = Edit(prompt=OTHER_QUESTIONS[0].format("Bell"), target="x", subject="Bell")
         assert len(wordings.about_the_same(known)) == 1  # an edit's own question is none of them
     for folder, options in (("raw", {"chat": False}), ("all", {"rule": "all"})):
-        with Editor(base, tmp_path / folder, training=Training(max_steps=0), **options) as editor:  # type: ignore[arg-type]
+        with Editor(base, tmp_path / folder, training=Training(max_steps=0, other_questions=4), **options) as editor:  # type: ignore[arg-type]
             assert editor.manifest.training["other_questions"] == 0
             assert editor._session.trainer._wordings.about_the_same(EDIT) == []  # type: ignore[attr-defined]
 
 
 def test_a_store_made_before_is_trained_as_it_was(tiny: Path, tmp_path: Path) -> None:
-    with Editor(load_model(str(tiny)), tmp_path, training=Training(max_steps=0)) as editor:
+    with Editor(load_model(str(tiny)), tmp_path, training=Training(max_steps=0, other_questions=4)) as editor:
         manifest = editor.manifest
-    assert manifest.training["other_questions"] == Training().other_questions
+    assert manifest.training["other_questions"] == training_of(manifest).other_questions == 4
     del manifest.training["other_questions"]
     assert training_of(manifest).other_questions == 0 and Settings.of(manifest).training["other_questions"] == 0
     with pytest.raises(ConfigError, match="other_questions=5 is out of range"):
