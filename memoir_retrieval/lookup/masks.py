@@ -58,7 +58,7 @@ class Candidate(NamedTuple):
     verdict: Verdict
 
 
-class _Part(NamedTuple):
+class _Passage(NamedTuple):
     """A part of a message, before it is judged.
 
     code: uint8 [D/8], its mask.
@@ -241,15 +241,15 @@ class EditLookup:
         around: NDArray[np.float32] | None,
         hits: Hits,
         edits: Sequence[Sequence[int]],
-    ) -> list[_Part]:
+    ) -> list[_Passage]:
         """The parts of one message, the whole of it first. hits, edits: as `_nearest` gives them for these parts."""
         texts = [self._decode(question) for question in questions]
         nearest = zip(hits.ids.tolist(), hits.rows.tolist(), hits.overlaps.tolist(), strict=True)
         says = [None] * len(texts) if around is None else around.tolist()
         rests = ["", *(_rest(texts[0], text) for text in texts[1:])]
-        return [_Part(*row) for row in zip(codes, texts, rests, says, nearest, edits, strict=True)]
+        return [_Passage(*row) for row in zip(codes, texts, rests, says, nearest, edits, strict=True)]
 
-    def _judge(self, parts: Sequence[_Part], tau: float) -> list[list[Candidate] | None]:
+    def _judge(self, parts: Sequence[_Passage], tau: float) -> list[list[Candidate] | None]:
         """For each part of one message the edits that are judged for it; None for a part to which nothing is near.
 
         A message that holds an edit's question beside what the activations alone show to be a task is that task,
@@ -342,7 +342,7 @@ class EditLookup:
         edits = self._edits_of_keys[first:last].tolist()
         return {edit for edit in edits if any(letters(prompt) == key for prompt in self._prompts(edit)[0])}
 
-    def _candidates(self, part: _Part, tau: float, literal: set[int]) -> Iterator[Candidate]:
+    def _candidates(self, part: _Passage, tau: float, literal: set[int]) -> Iterator[Candidate]:
         """The edits near enough to a part, or of the same words, and what is said of each.
 
         literal: see `_literal`. The same words in capitals, or after another answer, may have a mask that is far.
@@ -362,7 +362,7 @@ class EditLookup:
         for edit, row, bits in self._nearest_of(part.code, set(part.edits) - {nearest} - literal):
             yield Candidate(edit, row, bits / k, self._judged(edit, part))
 
-    def _judged(self, edit: int, part: _Part) -> Verdict:
+    def _judged(self, edit: int, part: _Passage) -> Verdict:
         if self.judge is None:
             return Verdict(True, 0.0, 0.0, (), (), "", "mask")
         prompts, requires = self._prompts(edit)
