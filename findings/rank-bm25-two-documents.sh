@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# rank-bm25 0.2.2: with two documents, BM25Okapi scores whatever is asked 0 against both, and the last one always wins.
+# rank-bm25 0.2.2 (numpy 2.4.6): with two documents, BM25Okapi scores whatever is asked 0 against both, and the last one always wins.
 #
 # Seen: "price milk" and "mayor graz" score 0.0 and 0.0 against "mayor of graz" and "price of milk", and get_top_n gives
 # "price of milk" for both. With a third document the score is .97; BM25L and BM25Plus tell the two apart. No warning.
