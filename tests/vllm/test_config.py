@@ -23,10 +23,12 @@ from memoir_vllm.front import engine
 
 @pytest.fixture(autouse=True)
 def _restore_patches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The hooks of this process go with each test."""
+    """The hooks of this process go with each test, but for those that vLLM's loader of plugins leaves, once."""
+    from vllm.plugins import load_general_plugins
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.engine.output_processor import RequestState
 
+    load_general_plugins()
     monkeypatch.setattr(EngineArgs, "create_engine_config", EngineArgs.create_engine_config)
     monkeypatch.setattr(InputProcessor, "process_inputs", InputProcessor.process_inputs)
     monkeypatch.setattr(RequestState, "make_request_output", RequestState.make_request_output)
