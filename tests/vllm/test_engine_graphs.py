@@ -69,6 +69,7 @@ def test_steps_without_edits_replay_and_others_do_not(
         assert said["full_graphs"] == share * said["decode_steps"]
 
 
+@pytest.mark.slow
 def test_a_vllm_that_asks_elsewhere_is_stopped(
     small: Path, small_edits: Path, small_expected: dict[str, Expected]
 ) -> None:
