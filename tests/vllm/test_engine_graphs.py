@@ -47,7 +47,8 @@ def test_any_mix_of_requests(small: Path, small_edits: Path) -> None:
     assert 0 < said["full_graphs"] < said["decode_steps"]
 
 
-@pytest.mark.parametrize("runner", ["V1", pytest.param("V2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("runner", ["V1", "V2"])
 def test_steps_without_edits_replay_and_others_do_not(
     runner: str, small: Path, small_edits: Path, small_expected: dict[str, Expected]
 ) -> None:
