@@ -25,6 +25,7 @@ from memoir_retrieval.edits.requires import Phrases
 from memoir_retrieval.lookup.decision import JudgedPart
 from memoir_retrieval.question.tasks import TaskProbe
 from memoir_retrieval.store.read import EditStore
+from memoir_retrieval.store.threshold import CANDIDATES
 
 __all__ = ["Candidate", "Decode", "EditLookup", "task_probe"]
 
@@ -34,8 +35,6 @@ Decode = Callable[[Sequence[int]], str]
 _log = logging.getLogger(__name__)
 
 _MOST = 1 << 14  # rows that are compared at a time
-CANDIDATES = 8
-"""Edits, at most, that are judged for a question."""
 _SHOWN = 200  # characters of a part's text in a decision
 AROUND = 2000
 """Characters before a span, and behind it, that may say that something else is asked for."""

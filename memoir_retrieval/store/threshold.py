@@ -25,6 +25,7 @@ from memoir_retrieval.edits.record import Requires, StoredEdit
 from memoir_retrieval.edits.requires import Phrases
 
 __all__ = [
+    "CANDIDATES",
     "GRID",
     "MARGIN",
     "MOST_MATCHED",
@@ -46,7 +47,7 @@ largest overlap."""
 FLOOR = 0.53
 """Least tau where a judge decides, too: from 0.52 on no more tasks about a question get its edit than at 0.55."""
 CANDIDATES = 8
-"""Edits that are judged of each reference prompt, as in a lookup."""
+"""Edits, at most, that are judged for a question: in a lookup, and of each reference prompt."""
 
 
 class References(NamedTuple):
