@@ -7,7 +7,7 @@ assignment; FAISS itself may crash when an index is extended while it is searche
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from operator import index as as_int
 from typing import NamedTuple
 
@@ -276,11 +276,7 @@ class HammingIndex:
         rows, ids = now.resolve(np.where(match, nearest, -1))
         if self._recheck:
             self._check_returned(now, rows)
-        hits = Hits(ids=ids, overlaps=overlap_from_hamming(dist, self.k), rows=rows)
-        if wanted == 1:
-            return hits, ((query, edit) for query, edit in enumerate(ids.tolist()) if edit >= 0)
-        order = np.lexsort((near.place, near.distance))
-        return hits, zip(near.query[order].tolist(), now.resolve(near.place[order])[1].tolist(), strict=True)
+        return Hits(ids=ids, overlaps=overlap_from_hamming(dist, self.k), rows=rows), _edits_near(now, near)
 
     def nearest(self, codes: Codes, n: int) -> tuple[Ids, NDArray[np.float64]]:
         """The n distinct edits of largest overlap for each query, best first; always a full scan.
@@ -322,6 +318,12 @@ class HammingIndex:
         wrong = np.flatnonzero(popcount(codes) != self.k)[:1]
         if wrong.size:
             check_codes(codes[wrong], self.d, self.k, first_row=int(rows[wrong[0]]))
+
+
+def _edits_near(now: Snapshot, near: Neighbours) -> Iterator[tuple[int, int]]:
+    """Pairs of a query and an edit, the nearest first; nothing is sorted before the first is taken."""
+    order = np.lexsort((near.place, near.distance))
+    yield from zip(near.query[order].tolist(), now.resolve(near.place[order])[1].tolist(), strict=True)
 
 
 def _check_lengths(ids: Ids, codes: Codes) -> None:

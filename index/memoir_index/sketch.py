@@ -39,7 +39,7 @@ def search_sketch(
 
     Returns distances int64 [Q] and places int64 [Q], positions counted over all blocks. Where no row is that near,
     those of the nearest row that was looked at, at least one. And at least so many rows of each query as are wanted
-    and within the radius; nothing where one is wanted.
+    and within the radius.
     """
     search = _SketchSearch(codes, plan, radius, rows)
     start = 0
@@ -151,9 +151,8 @@ class _SketchSearch:
 
     def _take(self, query: Rows, dist: Distances, place: Rows) -> None:
         self.best.offer(query, dist, place)
-        if self._rows > 1:
-            near = dist <= self._radius
-            self._near.append(Neighbours(query[near], place[near], dist[near].astype(np.int64)))
+        near = dist <= self._radius
+        self._near.append(Neighbours(query[near], place[near], dist[near].astype(np.int64)))
 
 
 class _Best:
