@@ -13,7 +13,18 @@ from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.question.prompts import Message, Prompt
 from memoir_retrieval.question.text import plain_text, text_key
 
-__all__ = ["Edit", "Probe", "Requires", "StoredEdit", "as_prompt", "edit_time", "masked", "prompt_key", "stored_as"]
+__all__ = [
+    "Edit",
+    "Probe",
+    "Requires",
+    "StoredEdit",
+    "as_prompt",
+    "edit_time",
+    "masked",
+    "masked_texts",
+    "prompt_key",
+    "stored_as",
+]
 
 
 Requires = tuple[str | tuple[str, ...], ...]
@@ -177,6 +188,16 @@ def masked(edit: Edit | StoredEdit, contexts: Sequence[Sequence[Message]], rephr
         *([*context, question] for context in contexts),
         *(as_prompt(edit, text) for text in others),
     ]
+
+
+def masked_texts(edit: StoredEdit, masks: int, contexts: int) -> tuple[str, ...]:
+    """The wordings of an edit that have a mask: its prompt, and the first of its rephrasings.
+
+    edit: of a store.
+    masks: how many it has there.
+    contexts: how many of them are of its prompt after something else.
+    """
+    return (edit.prompt, *edit.rephrases[: max(0, masks - 1 - contexts)])
 
 
 def prompt_key(prompt: str) -> str:

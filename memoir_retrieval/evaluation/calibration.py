@@ -21,7 +21,7 @@ from memoir_retrieval.edits.record import Edit, as_prompt, prompt_key
 from memoir_retrieval.errors import ConfigError, StoreError
 from memoir_retrieval.lookup.retriever import Retriever
 from memoir_retrieval.model.base import BaseModel
-from memoir_retrieval.model.forward import layer_means, question_means
+from memoir_retrieval.model.forward import candidate_means, question_means
 from memoir_retrieval.question.fingerprint import Fingerprint, permutation
 from memoir_retrieval.question.prompts import Prompt, prompt_ids
 from memoir_retrieval.question.span import Span, SpanRule, derive_span_rule, find_span
@@ -233,12 +233,12 @@ def calibrate_model(
     groups = [background_prompts(), [edit.prompt for edit in edits], [text for _, text in rephrases], list(unrelated)]
     prompts = [prompt for group in groups for prompt in group]
     rows = [prompt_ids(base.tokenizer, prompt, chat=chat) for prompt in prompts]
-    means = layer_means(bases, rows, _spans(prompts, rows, rule))
+    pooled = candidate_means(bases, rows, [[span] for span in _spans(prompts, rows, rule)])
     own = [number for number, _ in rephrases]
     ends = np.cumsum([len(group) for group in groups])[:-1].tolist()
     settings: list[Setting] = []
-    for cut, values in zip(bases, means, strict=True):
-        background, *parts = torch.tensor_split(values, ends)
+    for cut, (means, _) in zip(bases, pooled, strict=True):
+        background, *parts = torch.tensor_split(means, ends)
         for k in ks:
             make = Fingerprint(background.mean(0).cpu().numpy(), permutation(cut.d, 0), k, cut.device)
             edited, rephrased, others = (make.codes(mean) for mean in parts)

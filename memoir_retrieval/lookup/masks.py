@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from memoir_index import Hits, hamming_radius, popcount
 from memoir_retrieval.edits.judge import TASK, Verdict, judge_named, letters
-from memoir_retrieval.edits.record import StoredEdit
+from memoir_retrieval.edits.record import StoredEdit, masked_texts
 from memoir_retrieval.edits.requires import Phrases
 from memoir_retrieval.lookup.decision import JudgedPart
 from memoir_retrieval.question.tasks import TaskProbe
@@ -228,7 +228,10 @@ class EditLookup:
     def _nearest(self, codes: NDArray[np.uint8], tau: float, *, exact: bool = True) -> tuple[Hits, list[list[int]]]:
         """The edit that requires nothing and is nearest to each mask, with its row in the store; and where they are
         judged the nearest `CANDIDATES` that reach tau."""
-        hits, edits = self._free.search_edits(codes, tau, CANDIDATES if self.judge else 1, exact=exact)
+        if self.judge:
+            hits, edits = self._free.search_edits(codes, tau, CANDIDATES, exact=exact)
+        else:
+            hits, edits = self._free.search(codes, tau, exact=exact), [[] for _ in codes]
         if self._phrases:
             hits.rows[hits.rows >= 0] = self._free_rows[hits.rows[hits.rows >= 0]]
         return hits, edits
@@ -372,9 +375,9 @@ class EditLookup:
         """The texts that have a mask of an edit, and the words that it requires."""
         stored: StoredEdit = self._edits[int(self._place[np.searchsorted(self._numbers, edit)])]
         first, last = np.searchsorted(self._ids, [edit, edit + 1])
-        more = int(last - first) - 1 - self._contexts
         entries = [entry if isinstance(entry, tuple) else (entry,) for entry in stored.requires]
-        return (stored.prompt, *stored.rephrases[: max(0, more)]), tuple(text for entry in entries for text in entry)
+        prompts = masked_texts(stored, int(last - first), self._contexts)
+        return prompts, tuple(text for entry in entries for text in entry)
 
     def _nearest_of(self, code: NDArray[np.uint8], edits: set[int]) -> list[tuple[int, int, int]]:
         """The nearest of these edits, at most `CANDIDATES`: each edit, its nearest row, the earliest among equals, and

@@ -15,12 +15,13 @@ from memoir_retrieval.edits.judge import Judge, Verdict
 from memoir_retrieval.edits.record import StoredEdit
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.lookup.masks import EditLookup, task_probe
-from memoir_retrieval.model.base import BaseModel, load_model
+from memoir_retrieval.model.base import BaseModel
 from memoir_retrieval.model.forward import Pooled, candidate_means
 from memoir_retrieval.question.candidates import CandidateSpan, Kind, Pieces, find_candidates
 from memoir_retrieval.question.fingerprint import Fingerprint
 from memoir_retrieval.question.prompts import Prompt, prompt_ids
 from memoir_retrieval.question.span import Span
+from memoir_retrieval.store.manifest import load_model_of
 from memoir_retrieval.store.read import EditStore
 
 __all__ = ["Asked", "Loss", "Match", "Part", "Retriever"]
@@ -135,14 +136,7 @@ class Retriever:
         constructor raises.
         """
         opened = EditStore.open(store)
-        base = load_model(
-            model or opened.manifest.model,
-            layer=opened.manifest.layer,
-            place=opened.manifest.place,
-            dtype=opened.manifest.dtype,
-            device=device,
-        )
-        return cls(opened, base, tau)
+        return cls(opened, load_model_of(opened.manifest, model, device=device), tau)
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt as the store's settings render it.

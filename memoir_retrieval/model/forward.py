@@ -28,7 +28,6 @@ __all__ = [
     "frozen_past",
     "frozen_run",
     "frozen_states",
-    "layer_means",
     "question_means",
     "right_pad",
     "run_from_block",
@@ -474,23 +473,6 @@ def question_means(
     return candidate_means([base], prompts, [[span] for span in spans], batch_size, before)[0].means
 
 
-@torch.no_grad()
-def layer_means(
-    bases: Sequence[BaseModel],
-    prompts: Sequence[Sequence[int]],
-    spans: Sequence[Span],
-    batch_size: int = 16,
-) -> list[torch.Tensor]:
-    """`question_means` of one model at several layers, from one pass over the prompts.
-
-    bases: the model at each layer, see `BaseModel.at`.
-    prompts: token ids of each.
-    spans: of each, not empty.
-    batch_size: how many are run at once.
-    """
-    return [pooled.means for pooled in candidate_means(bases, prompts, [[span] for span in spans], batch_size)]
-
-
 class Pooled(NamedTuple):
     """What is pooled of C spans.
 
@@ -510,11 +492,11 @@ def candidate_means(
     batch_size: int = 16,
     before: Sequence[int] = (),
 ) -> list[Pooled]:
-    """`layer_means` of several spans of each prompt, one after another, C spans in all.
+    """The mean activation of each span of each prompt, one after another, at several layers of a model, in one pass.
 
-    bases, prompts, batch_size: as there.
-    spans: those of each prompt, none of them empty.
-    before: see `question_means`.
+    bases: the model at each layer, see `BaseModel.at`.
+    prompts, batch_size, before: see `question_means`.
+    spans: those of each prompt, none of them empty; C in all.
     """
     first_of = [0, *accumulate(len(parts) for parts in spans)]
     out = [

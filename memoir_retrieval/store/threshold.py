@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from memoir_index import HammingIndex, hamming_radius
 from memoir_retrieval.edits.judge import Judge, letters
-from memoir_retrieval.edits.record import Requires, StoredEdit
+from memoir_retrieval.edits.record import Requires, StoredEdit, masked_texts
 from memoir_retrieval.edits.requires import Phrases
 
 __all__ = [
@@ -154,8 +154,7 @@ def _compare(
     by_id = {edit.id: edit for edit in edits if edit.id in wanted}
     phrases = Phrases((edit.id, edit.requires) for edit in by_id.values() if edit.requires)
     masks = dict(zip(*(column.tolist() for column in np.unique(index.ids, return_counts=True)), strict=True))
-    wordings = {number: (edit.prompt, *edit.rephrases)[: max(1, masks[number] - contexts)]
-                for number, edit in by_id.items()}  # fmt: skip
+    wordings = {number: masked_texts(edit, masks[number], contexts) for number, edit in by_id.items()}
     bits, passed = [], []
     for text, row, shares in zip(references.texts, numbers.tolist(), overlaps.tolist(), strict=True):
         near = [(number, share) for number, share in zip(row, shares, strict=True) if number >= 0]

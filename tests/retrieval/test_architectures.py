@@ -29,9 +29,9 @@ from memoir_retrieval.model.base import BaseModel
 from memoir_retrieval.model.bfloat16 import HalfProducts
 from memoir_retrieval.model.forward import (
     FrozenPast,
+    candidate_means,
     frozen_past,
     frozen_run,
-    layer_means,
     question_means,
     right_pad,
     run_from_block,
@@ -301,7 +301,8 @@ def test_question_means_do_not_depend_on_batching(base: BaseModel) -> None:
 def test_one_pass_gives_the_means_of_several_layers(base: BaseModel) -> None:
     prompts, spans = [[1, 2, 3, 4, 5, 6], [7, 8], [9, 10, 11, 12]], [Span(2, 6), Span(0, 2), Span(1, 3)]
     bases = [base.at(layer) for layer in (3, 0, 2)]
-    for base_at_layer, means in zip(bases, layer_means(bases, prompts, spans, batch_size=2), strict=True):
+    pooled = candidate_means(bases, prompts, [[span] for span in spans], batch_size=2)
+    for base_at_layer, (means, _) in zip(bases, pooled, strict=True):
         torch.testing.assert_close(means, question_means(base_at_layer, prompts, spans, batch_size=2))
     with pytest.raises(ModelError, match=r"layer 4 does not exist: .* has layers 0 to 3"):
         base.at(4)

@@ -122,19 +122,12 @@ class _Trainer:
         from memoir_retrieval.editing.conflicts import same_edit
         from memoir_retrieval.editing.editor import Editor
         from memoir_retrieval.edits.record import Edit
-        from memoir_retrieval.model.base import load_model
+        from memoir_retrieval.store.manifest import load_model_of
         from memoir_retrieval.store.read import EditStore
 
         if self._base is None:
             self._send(TrainerAnswer(progress=TrainerProgress("loading")))
-            manifest = EditStore.open(self._store).manifest
-            self._base = load_model(
-                self._model,
-                layer=manifest.layer,
-                place=manifest.place,
-                dtype=manifest.dtype,
-                device=self._device,
-            )
+            self._base = load_model_of(EditStore.open(self._store).manifest, self._model, device=self._device)
         edit = msgspec.convert(request["add"], Edit)
         self._send(TrainerAnswer(progress=TrainerProgress("opening")))
         with Editor(self._base, self._store, watch=self._step) as editor:

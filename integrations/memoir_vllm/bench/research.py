@@ -14,10 +14,10 @@ import torch
 from torch.nn import functional
 
 from memoir_index import unpack
-from memoir_retrieval.model.base import load_model
 from memoir_retrieval.model.forward import span_mean
 from memoir_retrieval.question.fingerprint import Fingerprint
 from memoir_retrieval.question.span import find_span
+from memoir_retrieval.store.manifest import load_model_of
 from memoir_retrieval.store.read import EditStore
 
 __all__ = ["ResearchModel"]
@@ -31,8 +31,8 @@ class ResearchModel:
         model: its name or folder.
         """
         self._store = EditStore.open(store)
-        self._base = load_model(model, layer=self._store.manifest.layer, place=self._store.manifest.place)
         manifest = self._store.manifest
+        self._base = load_model_of(manifest, model, dtype="float32")
         self._fingerprint = Fingerprint(self._store.background, self._store.permutation, manifest.k, self._base.device)
         self._masks = torch.from_numpy(unpack(self._store.codes, manifest.d))
         self._memories = torch.from_numpy(self._store.memories)
