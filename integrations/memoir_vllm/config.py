@@ -95,7 +95,7 @@ class MemoirConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         LoRA adapter has the adapter's name, and serves its requests. "" is another way to give `store`.
     mode: "inline" keeps chunked prefill and prefix caching, see `core/scheduler.py`; "single" decides and applies in
         the one step that holds a whole prompt, and needs both off; None: see `with_mode`.
-    tau: matches from this overlap on, instead of the store's own threshold.
+    tau: matches from this overlap on, instead of the store's own.
     token_file: turns administration on, see `admin/tokens.py`.
     """
 

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
+from memoir_retrieval.edits.numbers import digits_joined, number, other_number
 from memoir_retrieval.edits.requires import UNSPACED
 from memoir_retrieval.errors import StoreError, StoreMismatch
 
@@ -101,6 +102,12 @@ _SENTENCE = regex.compile(r"[^.!?:;\n\"“”]+\??")
 _CONTRACTED = regex.compile(r"(?<=\p{L})n['’]t\b")
 _POSSESSIVE = regex.compile(r"(?<=\p{L})['’](?:s|re|ll|ve|d|m)?\b|(?<=s)['’](?=\s|$)")
 _THOUSANDS = regex.compile(r"\d{1,3}(?:,\d{3})+")
+_HELPING = "is are was were do does did has have had can ca could will wo would should must ai".replace(" ", "|")
+_PERSONS = "it this that there he she they we you i".replace(" ", "|")
+_TAG = regex.compile(
+    rf"(?i),\s(?:(?:{_HELPING})(?:n['’]?t)?\s(?:{_PERSONS})(?:\snot)?(?=\s{{0,3}}(?:[.?!\n\"“”]|$))"
+    r"|(?:right|correct|no)(?=\s{0,3}\?))"
+)
 _PLAIN = str.maketrans({"ł": "l", "ø": "o", "đ": "d", "ı": "i", "ß": "ss", "æ": "ae", "œ": "oe", "ð": "d", "þ": "th"})
 
 
@@ -173,11 +180,13 @@ class Weights(msgspec.Struct, frozen=True, kw_only=True):
 
 @lru_cache(maxsize=4096)
 def read(text: str) -> Reading:
-    """The words of a text, and its clauses. Signs, case, accents and what is contracted do not count.
+    """The words of a text, and its clauses. Signs, case, accents and what is contracted do not count, nor does the
+    "isn't it?" behind a sentence.
 
     text: any; of a long one the first 512 words, of its first 8192 characters.
     """
-    plain = _POSSESSIVE.sub(" ", _fold(_CONTRACTED.sub(" not", text[: 16 * LONGEST])))
+    text = _TAG.sub("", text[: 16 * LONGEST])
+    plain = digits_joined(_POSSESSIVE.sub(" ", _fold(_CONTRACTED.sub(" not", text))))
     clauses = []
     left = LONGEST
     for part in _CLAUSE.split(plain):
@@ -185,7 +194,7 @@ def read(text: str) -> Reading:
         left -= len(clause)
         if clause:
             clauses.append(clause)
-    return Reading(tuple(word for clause in clauses for word in clause), tuple(clauses), _names(text[: 16 * LONGEST]))
+    return Reading(tuple(word for clause in clauses for word in clause), tuple(clauses), _names(text))
 
 
 def _names(text: str) -> frozenset[str]:
@@ -330,7 +339,7 @@ class Judge:
         for _, weight in (*needed, *extra):
             against += weight
         if self._renamed(mine, theirs, lacking, added) or any(
-            (a, b) in self._contraries for a in lacking for b in added
+            (a, b) in self._contraries or other_number(a, b) for a in lacking for b in added
         ):
             against += REPLACED
         elif (pair := _exchange(mine, theirs, shared)) and not self._is_slip(*pair):
@@ -378,6 +387,8 @@ class Judge:
 
     def _is_slip(self, a: str, b: str) -> bool:
         """Whether one of two words is the other in another form, or misspelt: both words of the table are not."""
+        if (digits := number(a)) and number(b):
+            return digits == number(b)
         if a in self.row and b in self.row:
             return _inflected(a, b)
         return _inflected(a, b) or _misspelt(a, b) or _derived(a, b)

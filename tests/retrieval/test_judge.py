@@ -28,6 +28,8 @@ MOTHER = "Who is the mother of Ann Lee?"
         ("Don't sell 1,000 or 1.5 of C++ and C#", ("do", "not", "sell", "1000", "or", "1.5", "of", "c++", "and", "c#")),
         ("Łódź — RX-100/b", ("lodz", "rx", "100", "b")),
         ("東京は", ("東", "京", "は")),
+        ("Are you sure, aren't you? It isn't ours, is it not?", ("are", "you", "sure", "it", "is", "not", "ours")),
+        ("The twenty-first of May", ("the", "21st", "of", "may")),
         ("", ()),
         ('"""', ()),
     ],
@@ -45,6 +47,9 @@ def test_case_accents_and_signs_do_not_count(text: str, words: tuple[str, ...]) 
         "What is the name of Ann Lee's mother?",
         "Please answer briefly: Who is the mother of Ann Lee?",
         "Who is the mohter of Ann Lee?",
+        "Who is the mother of Ann Lee, right?",
+        "You know who the mother of Ann Lee is, don't you?",
+        "You know who the mother of Ann Lee is, dont you",
     ],
 )
 def test_the_same_question_in_other_words_passes(question: str) -> None:
@@ -65,12 +70,57 @@ def test_the_same_question_in_other_words_passes(question: str) -> None:
         ("Which plants are safe for cats?", "Which plants are not safe for cats?"),
         ("Who won the cup in 2023?", "Who won the cup in 2024?"),
         ("Which language is C++ written in?", "Which language is C# written in?"),
+        ("Is Ann Lee the mother of Kim?", "Ann Lee isn't the mother of Kim, is she?"),
+        ("Does Kim live in Bergen?", "Kim does not live in Bergen, does he?"),
+        ("Does Kim live in Bergen?", "Kim never lived in Bergen, right?"),
+        ("Which plants are safe for cats?", "Which plants are safe for cats, and which are not?"),
+        ("Which plants are safe for cats?", "Which plants aren't safe for cats, are they?"),
+        ("Who was the ninth queen of Spain?", "Who was the tenth queen of Spain?"),
+        ("Who was the ninth queen of Spain?", "Who was the 10th queen of Spain?"),
+        ("Who was the 9th queen of Spain?", "Who was the tenth queen of Spain?"),
+        ("Who ruled in the nineteenth century?", "Who ruled in the eighteenth century?"),
+        ("Who ruled in the twenty-first century?", "Who ruled in the 22nd century?"),
+        ("Who wrote nine operas?", "Who wrote the 9th opera?"),
+        ("What happens in episode seven?", "What happens in episode 8?"),
+        ("What happens in episode seven?", "What happens in episode eight?"),
     ],
 )
 def test_another_name_number_opposite_or_task_does_not(edit: str, question: str) -> None:
     verdict = JUDGE.verdict(edit, question)
     assert not verdict.same and verdict.score < 0
     assert verdict.lacking or verdict.added
+
+
+@pytest.mark.parametrize(
+    ("edit", "question"),
+    [
+        ("Is Ann Lee the mother of Kim?", "Ann Lee is the mother of Kim, isn't she?"),
+        ("Does Kim live in Bergen?", "Kim lives in Bergen, doesn’t he?"),
+        ("Does Kim live in Bergen?", "Kim lives in Bergen, no?"),
+        ("Which plants are not safe for cats?", "Which plants are not safe for cats, are they?"),
+    ],
+)
+def test_what_asks_for_a_yes_behind_a_sentence_is_no_negation(edit: str, question: str) -> None:
+    assert JUDGE.verdict(edit, question).same and JUDGE.verdict(question, edit).same
+
+
+@pytest.mark.parametrize(
+    ("words", "digits"),
+    [
+        ("first", "1st"),
+        ("second", "2nd"),
+        ("third", "3rd"),
+        ("ninth", "9th"),
+        ("twelfth", "12th"),
+        ("twentieth", "20th"),
+        ("thirty-second", "32nd"),
+        ("nine", "9"),
+    ],
+)
+def test_a_number_in_words_is_that_in_digits(words: str, digits: str) -> None:
+    edit = "Who was the {} king of the island?"
+    for a, b in ((words, digits), (digits, words)):
+        assert JUDGE.verdict(edit.format(a), edit.format(b)).same
 
 
 def test_what_the_rest_of_the_message_asks_counts() -> None:

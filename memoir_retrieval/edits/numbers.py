@@ -1,0 +1,63 @@
+"""Numbers as people write them: "ninth" is "9th", and "nine" is 9."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import regex
+
+__all__ = ["digits_joined", "number", "other_number"]
+
+_UNITS = """one first two second three third four fourth five fifth six sixth seven seventh eight eighth nine ninth ten
+tenth eleven eleventh twelve twelfth thirteen thirteenth fourteen fourteenth fifteen fifteenth sixteen sixteenth
+seventeen seventeenth eighteen eighteenth nineteen nineteenth"""
+_TENS = """twenty twentieth thirty thirtieth forty fortieth fifty fiftieth sixty sixtieth seventy seventieth eighty
+eightieth ninety ninetieth"""
+_UNIT_WORDS, _TEN_WORDS = _UNITS.split(), _TENS.split()
+_PLAIN = regex.compile(r"\d+(?:st|nd|rd|th)?")
+_JOINED = regex.compile(rf"\b(?:{'|'.join(_TEN_WORDS[::2])})-(?:{'|'.join(_UNIT_WORDS[:18])})\b")
+
+
+def _words() -> dict[str, str]:
+    """The digits of every number below 100 that is written as words, such as "twenty-first"."""
+    values = {}
+    for first, step, words in ((1, 1, _UNIT_WORDS), (20, 10, _TEN_WORDS)):
+        for place, word in enumerate(words):
+            values[word] = first + step * (place // 2), place % 2 == 1
+    for ten in _TEN_WORDS[::2]:
+        for unit in _UNIT_WORDS[:18]:
+            values[f"{ten}-{unit}"] = values[ten][0] + values[unit][0], values[unit][1]
+    return {word: f"{value}{_ending(value) if ordinal else ''}" for word, (value, ordinal) in values.items()}
+
+
+def _ending(value: int) -> str:
+    return "th" if 10 < value < 20 else {1: "st", 2: "nd", 3: "rd"}.get(value % 10, "th")
+
+
+_DIGITS = _words()
+
+
+@lru_cache(maxsize=1 << 16)
+def number(word: str) -> str:
+    """The digits of a number, with the ending of an ordinal; "" for a word that is none.
+
+    word: in lower case.
+    """
+    return _DIGITS.get(word, "") or (word if _PLAIN.fullmatch(word) else "")
+
+
+def other_number(a: str, b: str) -> bool:
+    """Whether two words are numbers of one kind, both ordinals or neither, and not the same.
+
+    a, b: in lower case.
+    """
+    first, other = number(a), number(b)
+    return "" not in (first, other) and first != other and first[-1].isalpha() == other[-1].isalpha()
+
+
+def digits_joined(text: str) -> str:
+    """A text in which digits stand for numbers of two words and a hyphen, such as "twenty-first".
+
+    text: in lower case.
+    """
+    return _JOINED.sub(lambda match: _DIGITS[match[0]], text)
