@@ -261,10 +261,18 @@ def _checking(original: Any) -> Any:
     ) -> EngineCoreRequest:
         request = original(self, request_id, prompt, params, *args, **kwargs)
         if "memoir" in (self.vllm_config.additional_config or {}):
-            _check(request, params, config.served_stores(self.vllm_config))
+            _check(request, params, _stores_of(self))
         return request
 
     return process_inputs
+
+
+def _stores_of(processor: Any) -> Mapping[str, config.ServedStore]:
+    """Of a processor's engine. They never change, so their table is made for its first request."""
+    stores: Mapping[str, config.ServedStore] | None = getattr(processor, "_memoir_stores", None)
+    if stores is None:
+        stores = processor._memoir_stores = config.served_stores(processor.vllm_config)
+    return stores
 
 
 def _check(request: EngineCoreRequest, params: SamplingParams, stores: Mapping[str, config.ServedStore]) -> None:

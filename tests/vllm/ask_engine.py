@@ -1,9 +1,9 @@
 """One engine in a process of its own, for an environment that must not leak into the tests.
 
 Reads flags and prompts as JSON from stdin; the last line of stdout is the answer. `turns`: asked one after another.
-`mixes`: seeds of random mixes, each compared with the reference. These ask for VLLM_ENABLE_V1_MULTIPROCESSING=0:
-`naive`: without what keeps edits out of other requests' blocks. `full_graphs`: with a stand-in for full CUDA graphs,
-"unguarded" for one that vLLM replays in every decode step.
+`mixes`: seeds of random mixes, each compared with the reference. `stats`: the answer says the counters, too. These two
+are for an engine without a process for its core: `naive`: without what keeps edits out of other requests' blocks.
+`full_graphs`: with a stand-in for full CUDA graphs, "unguarded" for one that vLLM replays in every decode step.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ def main() -> None:
                 edited += any_mix(seed, engine, reference, prompts_of(reference), **how)
         for turn in order.get("turns", [] if "mixes" in order else [order]):
             replies += engine.ask(turn["prompts"], turn.get("options"), **order.get("how", {}))
-        answer = {"replies": [dataclasses.asdict(reply) for reply in replies], "stats": engine.settled()}
+        answer = {"replies": [dataclasses.asdict(reply) for reply in replies]}
+        answer |= {"stats": engine.settled()} if order.get("stats") else {}
         answer |= {"edited": edited, "full_graphs": sum(replayed), "decode_steps": len(replayed)}
     finally:
         engine.close()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -41,6 +44,10 @@ from memoir_retrieval.store.write import write_generation
 LAYER, K, TAU = 24, 438, 0.6
 MAX_MODEL_LEN = 256
 NEW_TOKENS = 16
+
+# The path and the environment with which an engine of `ask_apart` takes the model runner V2.
+V2_STAND_IN = Path(__file__).parent / "gpu_stand_in"
+V2 = {"VLLM_USE_V2_MODEL_RUNNER": "1"}
 
 EDITS = (
     "The president of the fictional state of Zubrovia is",
@@ -279,6 +286,31 @@ class Engine:
 
     def close(self) -> None:
         self.llm.llm_engine.engine_core.shutdown()
+
+
+def ask_apart(order: dict[str, Any], *paths: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """An engine in a process of its own, whatever becomes of it.
+
+    order: see ask_engine.py. paths: of modules that the process finds first. environment: more of it, as in `V2`.
+    """
+    here = Path(__file__).parent
+    path = os.pathsep.join(part for part in (*map(str, paths), str(here), *sys.path) if part)
+    # What stands in for parts of the scheduler or the worker must be in the process that holds them.
+    together = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} if order.keys() & {"naive", "full_graphs"} else {}
+    return subprocess.run(
+        [sys.executable, str(here / "ask_engine.py")],
+        input=json.dumps(order),
+        capture_output=True,
+        text=True,
+        timeout=500,
+        env={**os.environ, "PYTHONPATH": path, **together, **environment},
+    )
+
+
+def answer_of(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    """What an engine of `ask_apart` has answered."""
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def next_generation(

@@ -3,46 +3,19 @@ replay does not run the op. Everything else is real, and so is who decides which
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-from engines import Expected, flags
+from engines import V2, V2_STAND_IN, Expected, answer_of, ask_apart, flags
 
 pytestmark = pytest.mark.engine
 
-HERE = Path(__file__).parent
 STEPS = {"block_size": 32, "max_num_batched_tokens": 64, "max_num_seqs": 8, "num_gpu_blocks_override": 16}
-
-
-def ask(order: dict[str, Any], *paths: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(HERE / "ask_engine.py")],
-        input=json.dumps(order),
-        capture_output=True,
-        text=True,
-        timeout=500,
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(path for path in (*paths, str(HERE), *sys.path) if path),
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            **environment,
-        },
-    )
-
-
-def answer(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def test_any_mix_of_requests(small: Path, small_edits: Path) -> None:
     order = {"flags": flags(small, small_edits, **STEPS), "full_graphs": "guarded", "mixes": [0, 1], "requests": 60}
-    said = answer(ask(order))
+    said = answer_of(ask_apart(order))
     assert said["edited"] > 3, "the mix holds edits"
     assert 0 < said["full_graphs"] < said["decode_steps"]
 
@@ -53,16 +26,14 @@ def test_steps_without_edits_replay_and_others_do_not(
     runner: str, small: Path, small_edits: Path, small_expected: dict[str, Expected]
 ) -> None:
     """One request at a time: all decode steps of one without an edit, and none of one with it."""
-    there: dict[str, str] = {}
-    paths = []
+    paths, there = ([V2_STAND_IN], V2) if runner == "V2" else ([], {})
     if runner == "V2":
         pytest.importorskip("triton")
-        paths, there = [str(HERE / "gpu_stand_in")], {"VLLM_USE_V2_MODEL_RUNNER": "1"}
     sizes = {"max_num_batched_tokens": 40, "block_size": 32}
     for names, share in ((("edit 0", "chat edit"), 0), (("unrelated 0", "chat unrelated as third turn"), 1)):
         turns = [{"prompts": [small_expected[name].ids]} for name in names]
         order = {"flags": flags(small, small_edits, **sizes), "full_graphs": "guarded", "turns": turns}
-        said = answer(ask({**order, "how": {"max_tokens": 6}}, *paths, **there))
+        said = answer_of(ask_apart({**order, "how": {"max_tokens": 6}}, *paths, **there))
         for name, reply in zip(names, said["replies"], strict=True):
             assert reply["tokens"] == small_expected[name].tokens[:6], name
             assert reply["memoir"]["edit"] == small_expected[name].edit, name
@@ -77,5 +48,5 @@ def test_a_vllm_that_asks_elsewhere_is_stopped(
     """Without the guard an edited request would get the base model's tokens from its second one on. The self-test at
     the start finds it; what would stop a later step is tested in test_residual.py."""
     order = {"flags": flags(small, small_edits), "full_graphs": "unguarded", "prompts": [small_expected["edit 0"].ids]}
-    done = ask(order)
+    done = ask_apart(order)
     assert done.returncode and "does not run the edited layer's op" in done.stderr + done.stdout

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 import pytest
-from engines import EDITS, SYSTEM, Engine, flags, make_store, user
+from engines import EDITS, SYSTEM, Engine, answer_of, ask_apart, flags, make_store, user
 from mixes import CLOSE, LONG, any_mix, prompts_of
 
 from memoir_retrieval.lookup.reference import EditedModel
@@ -20,7 +16,6 @@ from memoir_retrieval.question.span import SpanRule, derive_span_rule
 
 pytestmark = pytest.mark.engine
 
-HERE = Path(__file__).parent
 STEPS = {"block_size": 32, "max_num_batched_tokens": 64, "max_num_seqs": 8, "num_gpu_blocks_override": 16}
 
 
@@ -97,20 +92,7 @@ def test_without_the_protocol_edits_reach_other_requests(
         "turns": [{"prompts": [ids], "options": [option]} for option in (None, off)],
         "how": {"max_tokens": 8, "warm": True},
     }
-    done = subprocess.run(
-        [sys.executable, str(HERE / "ask_engine.py")],
-        input=json.dumps(order),
-        capture_output=True,
-        text=True,
-        timeout=500,
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path]),
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        },
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    edited, plain = json.loads(done.stdout.strip().splitlines()[-1])["replies"]
+    edited, plain = answer_of(ask_apart(order))["replies"]
     assert edited["memoir"]["edit"] == 1 and plain["memoir"]["result"] == "off"
     (wanted,) = model.predict([ids], [plain["tokens"]], edited=False)
     wrong = max(abs(a - b) for a, b in zip(plain["logprobs"], wanted.logprobs, strict=True))

@@ -81,3 +81,25 @@ def test_requests_that_cannot_be_served_are_refused_to_their_client(options: dic
 def test_unknown_keys_of_ours_are_refused() -> None:
     with pytest.raises(ConfigError, match="'memoir_sapn'"):
         parse_options({"memoir_sapn": "0:1"}, prompt_len=10)
+
+
+def test_the_stores_are_read_once_for_all_requests_of_an_engine() -> None:
+    asked = SimpleNamespace(resumable=False, prompt_token_ids=[1, 2, 3], lora_request=None)
+    process = requests._checking(lambda processor, *args: asked)
+
+    def engine(*names: str) -> Any:
+        stores = {name: {"span": {}, "chat": False, "adapter": ""} for name in names}
+        return SimpleNamespace(vllm_config=SimpleNamespace(additional_config={"memoir": {}, "memoir_stores": stores}))
+
+    first, second, bare = (
+        engine("", "laws"),
+        engine(""),
+        SimpleNamespace(vllm_config=SimpleNamespace(additional_config={})),
+    )
+    laws = SamplingParams(extra_args={"memoir_store": "laws"})
+    for name in ("1", "2"):
+        assert process(first, name, "a prompt", laws) is asked
+        assert process(bare, name, "a prompt", laws) is asked
+        with pytest.raises(VLLMValidationError, match="'laws': this server has ''"):
+            process(second, name, "a prompt", laws)
+    assert requests._stores_of(first) is requests._stores_of(first) is not requests._stores_of(second)
