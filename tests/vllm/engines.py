@@ -110,11 +110,12 @@ class Expected:
 def answers(model: EditedModel) -> dict[str, Expected]:
     """One prompt at a time, in float32: what every engine here must reproduce token for token."""
     texts = {}
+    how = {"max_new_tokens": NEW_TOKENS, "batch_size": 1}
     for name, prompt in PROMPTS.items():
         ids = model.prompt_ids(prompt)
-        edited, plain = (
-            model.generate([ids], max_new_tokens=NEW_TOKENS, edited=on, batch_size=1)[0] for on in (True, False)
-        )
+        (edited,) = (plain,) = model.generate([ids], **how)
+        if edited.edit is not None:
+            (plain,) = model.generate([ids], edited=False, **how)
         texts[name] = Expected(ids, list(edited.tokens), list(plain.tokens), edited.edit, edited.overlap)
     return texts
 
@@ -225,10 +226,17 @@ class Reply:
 class Engine:
     """An engine whose requests of one call are all in its first step, whatever the timing of the front end."""
 
-    def __init__(self, **engine_flags: Any):
+    def __init__(self, *, here: bool = False, **engine_flags: Any):
+        """here: its core and its worker are in this process, where a small model is ready in a third of the time. They
+        step when they are asked to, and no other engine may be here at the same time."""
         from vllm import LLM
 
-        self.llm = LLM(**engine_flags)
+        self._here = here
+        with pytest.MonkeyPatch.context() as patch:
+            if here:
+                patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+                patch.setattr(torch, "set_num_threads", torch.set_num_threads)  # which vLLM replaces by nothing
+            self.llm = LLM(**engine_flags)
 
     def ask(
         self, prompts: list[list[int]], options: list[dict[str, Any] | None] | None = None, **how: Any
@@ -279,6 +287,8 @@ class Engine:
     def settled(self) -> dict[str, Any]:
         """Counters once workers know of no request. vLLM names ended requests in a step after the one that ends the
         last of them, and a call may come before that step: asked again for ten seconds."""
+        if self._here:
+            self.llm.llm_engine.step()
         end = time.monotonic() + 10
         while (stats := self.stats())["live"] and time.monotonic() < end:
             time.sleep(0.01)

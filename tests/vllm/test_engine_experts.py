@@ -44,7 +44,7 @@ def test_answers_behind_attention_are_the_references_and_no_other_bit_changes(
 ) -> None:
     """The requests that no edit answers are compared apart: experts multiply what a step sends each of them at once."""
     model, store, wanted = served
-    engine = start(**flags(model, store))
+    engine = start(here=True, **flags(model, store))
     prompts = {name: wanted[name].ids for name in PROMPTS}
     for name, reply in zip(prompts, engine.ask(list(prompts.values())), strict=True):
         assert reply.memoir["edit"] == wanted[name].edit, name
@@ -58,5 +58,6 @@ def test_answers_behind_attention_are_the_references_and_no_other_bit_changes(
     assert all(wanted[name].tokens != wanted[name].base for name in matched)
     unmatched = [prompts[name] for name in prompts if name not in matched]
     edited = engine.ask(unmatched)
-    plain = start(**flags(model)).ask(unmatched)
+    engine.close()
+    plain = start(here=True, **flags(model)).ask(unmatched)
     assert [(r.tokens, r.logprobs) for r in edited] == [(r.tokens, r.logprobs) for r in plain]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from engines import EDITS, NEW_TOKENS, Engine, flags, make_store, next_generation
+from engines import EDITS, NEW_TOKENS, Engine, Expected, flags, make_store, next_generation
 
 from memoir_retrieval.edits.judge import shipped_judge
 from memoir_retrieval.edits.record import Requires
@@ -22,23 +23,28 @@ ASKED = ("edit 0", "edit 1", "unrelated 0", "chat edit", "chat unrelated after s
 
 
 @pytest.fixture(scope="module")
-def folder(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_store(base, tmp_path_factory.mktemp("generations") / "edits")
+def folder(small_edits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return shutil.copytree(small_edits, tmp_path_factory.mktemp("generations") / "edits")
 
 
 @pytest.fixture(scope="module")
-def engine(start: Callable[..., Engine], model_folder: Path, folder: Path) -> Engine:
-    return start(**flags(model_folder, folder, block_size=32))
+def engine(start: Callable[..., Engine], small: Path, folder: Path) -> Engine:
+    return start(here=True, **flags(small, folder, block_size=32))
+
+
+@pytest.fixture(scope="module")
+def expected(small_expected: dict[str, Expected]) -> dict[str, Expected]:
+    return small_expected
 
 
 @pytest.fixture(scope="module")
 def answers(
-    engine: Engine, folder: Path, model_folder: Path, expected: dict
+    engine: Engine, folder: Path, small: Path, expected: dict[str, Expected]
 ) -> dict[int, dict[str, tuple[list[int], int | None]]]:
     """By generation: the reference's tokens and edit. The second lacks edit 1 and answers the others differently."""
     answers = {FIRST: {name: (expected[name].tokens, expected[name].edit) for name in ASKED}}
     assert next_generation(folder, without=(1,)) == SECOND
-    model = EditedModel.open(folder, str(model_folder))
+    model = EditedModel.open(folder, str(small))
     prompts = [expected[name].ids for name in ASKED]
     second = model.generate(prompts, max_new_tokens=NEW_TOKENS, batch_size=1)
     answers[SECOND] = {name: (list(a.tokens), a.edit) for name, a in zip(ASKED, second, strict=True)}
@@ -115,35 +121,38 @@ def test_a_bad_generation_changes_nothing(engine: Engine, answers: dict, folder:
 
 
 @pytest.mark.slow
-def test_an_edit_acts_where_what_it_requires_stands(
-    engine: Engine, answers: dict, folder: Path, model_folder: Path, base: BaseModel
-) -> None:
+def test_an_edit_acts_where_what_it_requires_stands(model_folder: Path, base: BaseModel, tmp_path: Path) -> None:
     """Another name: matched while masks alone decide, and the base model's bits once it is required, or judged."""
     prompts = [EDITS[0], EDITS[0].replace("Zubrovia", "Zubrowka"), EDITS[0].replace("The", "the").replace("Z", "z")]
     rows = [prompt_ids(base.tokenizer, prompt, chat=False) for prompt in prompts]
     required: Requires = ("president", ("Zembla", "ZUBROVIA"))
-    for judge, requires, edits in (
-        ("", {}, [0, 0, 0]),
-        ("", {0: required}, [0, None, 0]),
-        (shipped_judge().name, {0: ()}, [0, None, 0]),
-    ):
-        generation = next_generation(folder, requires=requires, judge=judge)
-        assert engine.llm.collective_rpc("memoir_reload") == [generation]
-        model = EditedModel.open(folder, str(model_folder))
-        wanted = model.generate(rows, max_new_tokens=NEW_TOKENS, batch_size=1)
-        assert [answer.edit for answer in wanted] == edits
-        for batch in (rows, rows, [rows[1]]):  # decided, remembered, alone
-            for reply, answer in zip(engine.ask(batch), wanted if len(batch) == 3 else wanted[1:2], strict=True):
-                assert (list(reply.tokens), reply.memoir["edit"]) == (list(answer.tokens), answer.edit)
-    (matched_not,) = engine.ask([rows[1]])
-    (opted_out,) = engine.ask([rows[1]], [{"memoir": "off"}])
+    folder = make_store(base, tmp_path / "edits")
+    engine = Engine(**flags(model_folder, folder, block_size=32))
+    try:
+        for judge, requires, edits in (
+            ("", {}, [0, 0, 0]),
+            ("", {0: required}, [0, None, 0]),
+            (shipped_judge().name, {0: ()}, [0, None, 0]),
+        ):
+            generation = next_generation(folder, requires=requires, judge=judge)
+            assert engine.llm.collective_rpc("memoir_reload") == [generation]
+            model = EditedModel.open(folder, str(model_folder))
+            wanted = model.generate(rows, max_new_tokens=NEW_TOKENS, batch_size=1)
+            assert [answer.edit for answer in wanted] == edits
+            for batch in (rows, rows, [rows[1]]):  # decided, remembered, alone
+                for reply, answer in zip(engine.ask(batch), wanted if len(batch) == 3 else wanted[1:2], strict=True):
+                    assert (list(reply.tokens), reply.memoir["edit"]) == (list(answer.tokens), answer.edit)
+        (matched_not,) = engine.ask([rows[1]])
+        (opted_out,) = engine.ask([rows[1]], [{"memoir": "off"}])
+    finally:
+        engine.close()
     assert matched_not.tokens == opted_out.tokens and matched_not.memoir["result"] == "unmatched"
 
 
 def test_a_store_that_went_back_is_refused(
-    engine: Engine, answers: dict, base: BaseModel, folder: Path, tmp_path: Path
+    engine: Engine, answers: dict, small_edits: Path, folder: Path, tmp_path: Path
 ) -> None:
-    restored = make_store(base, tmp_path / "edits")
+    restored = shutil.copytree(small_edits, tmp_path / "edits")
     for path in folder.iterdir():
         path.unlink()
     for path in restored.iterdir():

@@ -139,7 +139,7 @@ def without_plugin(
     small: Path, small_expected: dict[str, Expected], mix: dict[str, list[Any]]
 ) -> dict[str, list[Reply]]:
     """The same flags without a memoir section: the whole mix, and a batch without adapters."""
-    engine = Engine(**flags(small, **STEPS, **LORA))
+    engine = Engine(here=True, **flags(small, **STEPS, **LORA))
     try:
         base = engine.ask([wanted.ids for wanted in small_expected.values()])
         return {"mix": ask(engine, small_expected, mix, plain=True), "base": base}
@@ -157,7 +157,7 @@ def engine(
     third_edits: Path,
 ) -> Engine:
     stores = {"stores": {"other": str(other_edits), "adapter-3": str(third_edits)}}
-    return start(**flags(small, small_edits, stores, **STEPS, **LORA))
+    return start(here=True, **flags(small, small_edits, stores, **STEPS, **LORA))
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,7 @@ def test_stores_that_act_from_the_first_token_answer_as_they_were_made(
 def test_answers_are_the_references(
     start: Callable[..., Engine], small: Path, small_edits: Path, small_expected: dict[str, Expected]
 ) -> None:
-    engine = start(**flags(small, small_edits, memoir={"mode": "single"}))
+    engine = start(here=True, **flags(small, small_edits, memoir={"mode": "single"}))
     for _ in range(2):
         replies = engine.ask([wanted.ids for wanted in small_expected.values()], warm=True)
         for (name, wanted), reply in zip(small_expected.items(), replies, strict=True):
