@@ -413,10 +413,6 @@ def _checks(config: MemoirConfig, vllm_config: VllmConfig) -> list[tuple[bool, s
             model.is_hybrid and bool(cache.enable_prefix_caching),
             "prefix caching of a model with recurrent layers (use --no-enable-prefix-caching)",
         ),
-        (
-            parallel.pipeline_parallel_size > 1 and not single,
-            "pipeline parallelism in mode inline (use mode single, or --pipeline-parallel-size 1)",
-        ),
         (parallel.decode_context_parallel_size > 1, "context parallelism (use --decode-context-parallel-size 1)"),
         (parallel.prefill_context_parallel_size > 1, "context parallelism (use --prefill-context-parallel-size 1)"),
         (parallel.use_ubatching, "micro-batches (leave out --enable-dbo and --ubatch-size)"),

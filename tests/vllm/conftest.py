@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import pytest
@@ -103,10 +103,31 @@ def here() -> World:
     return world()
 
 
-@pytest.fixture(scope="module", params=["sync", "async"])
+class Steps(NamedTuple):
+    """How steps follow each other: whether scheduling is asynchronous; stages of a pipeline; how many steps are in
+    flight while one is scheduled; whether it is as for the model runner V2."""
+
+    later: bool
+    stages: int = 1
+    lag: int = 0
+    v2: bool = False
+
+
+STEPS = {
+    "sync": Steps(False),
+    "async": Steps(True, lag=1),
+    "pipeline": Steps(False, stages=2, lag=1),
+    "async pipeline": Steps(True, stages=2, lag=2, v2=True),
+}
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=pytest.mark.slow if how.stages > 1 else ()) for name, how in STEPS.items()],
+)
 def simulate(request: pytest.FixtureRequest, here: World, model_folder: Path, store_folder: Path) -> Simulate:
     """Starts a scheduler and its worker. The budget of a step is 64 tokens."""
-    later = request.param == "async"
+    how = STEPS[request.param]
     configs: dict[tuple[int, ...], Any] = {}
 
     def start_one(
@@ -126,7 +147,8 @@ def simulate(request: pytest.FixtureRequest, here: World, model_folder: Path, st
         if key not in configs:  # most of a test's time otherwise: the store is read and checked
             configs[key] = EngineArgs(**given).create_engine_config()
         config = copy.deepcopy(configs[key])
-        config.scheduler_config.async_scheduling = later
+        config.scheduler_config.async_scheduling = how.later
+        config.parallel_config.pipeline_parallel_size = how.stages
         if host_blocks:
             size = {"cpu_bytes_to_use": host_blocks * 4096}
             config.kv_transfer_config = KVTransferConfig(
@@ -142,7 +164,7 @@ def simulate(request: pytest.FixtureRequest, here: World, model_folder: Path, st
             Router(dataclasses.replace(served.store, manifest=manifest), None, "cpu", str),
             torch.from_numpy(served.store.memories),
         )
-        kind = MemoirAsyncScheduler if later else MemoirScheduler
-        return Simulation.start(kind, config, layer, served.embedding, blocks=kv_blocks, lag=int(later))
+        kind = MemoirAsyncScheduler if how.later else MemoirScheduler
+        return Simulation.start(kind, config, layer, served.embedding, blocks=kv_blocks, lag=how.lag, v2=how.v2)
 
     return start_one

@@ -146,6 +146,7 @@ class Simulation:
         *,
         blocks: int,
         lag: int,
+        v2: bool = False,
     ) -> Simulation:
         block_size = vllm_config.cache_config.block_size
         vllm_config.cache_config.num_gpu_blocks = blocks
@@ -162,6 +163,7 @@ class Simulation:
             block_size=block_size,
             hash_block_size=block_size,
         )
+        scheduler.use_v2_model_runner = v2  # which vLLM asks the platform for, and a CPU has it not
         sim = cls(scheduler, layer, embedding, block_size, lag)
         if vllm_config.kv_transfer_config is not None:
             connector = OffloadingConnector(vllm_config, KVConnectorRole.WORKER, kv)
@@ -268,16 +270,17 @@ class Simulation:
         return put_routed(output, routed) if routed else output
 
     def _follow(self, scheduled: Any) -> None:
-        """What a model runner learns from a scheduler's output, as V1 does."""
+        """What a model runner learns from a scheduler's output. V2 hears of resumed requests as of new ones, with all
+        their tokens."""
         for name in scheduled.finished_req_ids:
             self._states.pop(name, None)
         self._positions: dict[str, int] = {}
         for new in scheduled.scheduled_new_reqs:
-            self._states[new.req_id] = _State(
-                list(new.prompt_token_ids), len(new.prompt_token_ids), list(new.block_ids[0])
-            )
+            if new.req_id not in self._states:
+                self.hits[new.req_id] = new.num_computed_tokens
+            tokens = new.prefill_token_ids or new.prompt_token_ids
+            self._states[new.req_id] = _State(list(tokens), len(new.prompt_token_ids), list(new.block_ids[0]))
             self._positions[new.req_id] = new.num_computed_tokens
-            self.hits[new.req_id] = new.num_computed_tokens
         cached = scheduled.scheduled_cached_reqs
         for i, name in enumerate(cached.req_ids):
             state = self._states[name]

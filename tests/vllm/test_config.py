@@ -202,7 +202,6 @@ def test_refused_flags_are_named(what: str, model_folder: Path, store_folder: Pa
 
 # Settings that vLLM itself does not accept on a CPU: set on a finished configuration.
 REFUSED_ELSEWHERE: dict[str, tuple[str, str, Any]] = {
-    "(use mode single, or --pipeline-parallel-size 1)": ("parallel_config", "pipeline_parallel_size", 2),
     "--decode-context-parallel-size": ("parallel_config", "decode_context_parallel_size", 2),
     "--prefill-context-parallel-size": ("parallel_config", "prefill_context_parallel_size", 2),
     "--enable-dbo": ("parallel_config", "enable_dbo", True),
@@ -265,11 +264,10 @@ def test_lora_is_served_unless_its_layers_hide_the_op(
         config.refuse(ours, vllm_config)
 
 
-def test_a_pipeline_is_served_in_mode_single(model_folder: Path, store_folder: Path) -> None:
-    vllm_config = create(model_folder, store_folder, memoir=SINGLE, pipeline_parallel_size=2)
-    assert vllm_config.parallel_config.worker_cls == "memoir_vllm.worker.cpu.MemoirCPUWorker"
-    with pytest.raises(ConfigError, match=r"pipeline parallelism in mode inline \(use mode single"):
-        create(model_folder, store_folder, pipeline_parallel_size=2)
+def test_a_pipeline_is_served_in_both_modes(model_folder: Path, store_folder: Path) -> None:
+    for mode in ("inline", "single"):
+        vllm_config = create(model_folder, store_folder, memoir={"mode": mode}, pipeline_parallel_size=2)
+        assert vllm_config.parallel_config.worker_cls == "memoir_vllm.worker.cpu.MemoirCPUWorker"
 
 
 def test_what_a_model_is_may_be_refused(

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from engines import EDITS, NEW_TOKENS, PROMPTS, Engine, Expected, flags, next_generation, small_store
+from mixes import any_mix, prompts_of
 
 from memoir_retrieval.lookup.reference import EditedModel
 
@@ -95,12 +96,17 @@ def _agree(engine: Engine) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layer", [1, 2], ids=["first stage", "last stage"])
-def test_two_stages_answer_as_one(layer: int, start: Callable[..., Engine], small: Path, tmp_path: Path) -> None:
-    """Each stage has two of the four layers. Few blocks, so that requests are preempted and computed again."""
+@pytest.mark.parametrize("mode", ["single", "inline"])
+def test_two_stages_answer_as_one(
+    mode: str, layer: int, start: Callable[..., Engine], small: Path, tmp_path: Path
+) -> None:
+    """Each stage has two of the four layers. Few blocks, so that requests are preempted and computed again. Inline,
+    questions pass in several steps, two of which are in flight, and lie in the prefix cache."""
     folder = small_store(small, tmp_path / "edits", layer)
     model = EditedModel.open(folder, str(small))
-    few = {"block_size": 32, "num_gpu_blocks_override": 28, "disable_log_stats": False}
-    engine = start(**flags(small, folder, {"mode": "single"}, pipeline_parallel_size=2, max_num_seqs=16, **few))
+    few = {"max_num_seqs": 16, "block_size": 32, "num_gpu_blocks_override": 28, "disable_log_stats": False}
+    steps = SMALL_STEPS if mode == "inline" else {}
+    engine = start(**flags(small, folder, {"mode": mode}, pipeline_parallel_size=2, **few | steps))
     prompts = [model.prompt_ids(prompt) for prompt in PROMPTS.values()]
     for generation in (3, next_generation(folder, without=(1,))):
         if generation > 3:
@@ -108,17 +114,20 @@ def test_two_stages_answer_as_one(layer: int, start: Callable[..., Engine], smal
             assert engine.llm.collective_rpc("memoir_reload") == [generation], "the stage that holds the layer"
         wanted = [model.generate([ids], max_new_tokens=60)[0] for ids in prompts]
         assert 2 < sum(answer.edit is not None for answer in wanted) < len(PROMPTS)
-        for name, answer, reply in zip(PROMPTS, wanted, engine.ask(prompts, max_tokens=60), strict=True):
-            assert (reply.tokens, reply.memoir["edit"]) == (list(answer.tokens), answer.edit), name
-            assert reply.memoir["generation"] == generation
+        for warm in (False, True):
+            replies = engine.ask(prompts, warm=warm, max_tokens=60)
+            for name, answer, reply in zip(PROMPTS, wanted, replies, strict=True):
+                assert (reply.tokens, reply.memoir["edit"]) == (list(answer.tokens), answer.edit), name
+                assert reply.memoir["generation"] == generation
         off = engine.ask(prompts, [{"memoir": "off"}] * len(prompts))
         plain = [model.generate([ids], max_new_tokens=NEW_TOKENS, edited=False)[0] for ids in prompts]
         assert [reply.tokens for reply in off] == [list(answer.tokens) for answer in plain]
     preempted = sum(m.value for m in engine.llm.get_metrics() if m.name == "vllm:num_preemptions")
+    if mode == "inline":
+        how = {"requests": 100, "lengths": (1, 3, 9, 30), "ends_heard": False}
+        assert any_mix(layer, engine, model, prompts_of(model), **how) > 3, "the mix holds edits"
     engine.ask([[5, 6, 7]])
-    (stats,) = engine.llm.collective_rpc("memoir_stats")
-    # vLLM tells the stages that a request is done with the step after, and the last request had none after it.
-    assert preempted > 0 and stats["live"] == 1
+    assert preempted > 0 and engine.settled()["live"] == 0
 
 
 @pytest.mark.slow
