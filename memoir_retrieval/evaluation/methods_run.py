@@ -22,7 +22,7 @@ from memoir_retrieval.model.base import BaseModel
 from memoir_retrieval.question.prompts import prompt_ids, target_ids
 from memoir_retrieval.store.files import publish
 
-__all__ = ["TOKENS", "FreeShares", "MethodScores", "run_method", "unedited_answers"]
+__all__ = ["TOKENS", "ChangedShares", "FreeShares", "MethodScores", "run_method", "unedited_answers"]
 
 TOKENS = 32
 """The most tokens of a free answer. It ends before where the model ends it, or the line."""
@@ -42,6 +42,18 @@ class FreeShares(msgspec.Struct, frozen=True):
     rephrases: float | None
 
 
+class ChangedShares(msgspec.Struct, frozen=True):
+    """Shares of unrelated prompts whose free answer is not that of the base model.
+
+    questions: of the edits' own unrelated questions, None where there are none.
+    controls: of the library's prompts. Stores set tau by these, so memoir and reading may do better on them than
+        elsewhere.
+    """
+
+    questions: float | None
+    controls: float | None
+
+
 class MethodScores(msgspec.Struct, frozen=True, kw_only=True):
     """One method on some edits; `NAME.json` of a run.
 
@@ -53,8 +65,8 @@ class MethodScores(msgspec.Struct, frozen=True, kw_only=True):
     reliability, generality, locality, average: teacher-forced, as `Scores` has them.
     exact: free answers that equal the target, capitals and a full stop at the end aside.
     contains: free answers in which the target stands as words.
-    controls: how many unrelated prompts were answered freely.
-    changed: share of those whose answer is not that of the base model.
+    controls: how many unrelated prompts of each kind were answered freely, at most.
+    changed: how many of those answers are not those of the base model.
     perplexity: of unrelated prompts, over that of the base model.
     diverged: the number of the first edit after which that was above 10 or no number; None: of no edit.
     edit_seconds: mean for an edit.
@@ -74,7 +86,7 @@ class MethodScores(msgspec.Struct, frozen=True, kw_only=True):
     exact: FreeShares
     contains: FreeShares
     controls: int
-    changed: float | None
+    changed: ChangedShares
     perplexity: float
     diverged: int | None
     edit_seconds: float
@@ -86,26 +98,34 @@ class BaseAnswers(msgspec.Struct, frozen=True):
     """What the base model says, which no method may change.
 
     probes: first choices at each unrelated answer.
-    controls: free answers to unrelated prompts.
+    questions: free answers to the first of the edits' unrelated questions.
+    controls: free answers to the library's unrelated prompts.
     loss: of the watched prompts, nats per token.
     """
 
     probes: list[list[int]]
+    questions: list[str]
     controls: list[str]
     loss: float
 
 
-def unedited_answers(base: BaseModel, edits: Sequence[Edit], controls: int) -> BaseAnswers:
-    """Ask the base model what is compared with.
+def unedited_answers(base: BaseModel, edits: Sequence[Edit], controls: int, *, alone: bool = False) -> BaseAnswers:
+    """Ask the base model what is compared with, in the batches in which a method is asked: rounding depends on them.
 
     base: the model, not edited.
     edits: with their unrelated questions.
-    controls: how many unrelated prompts are answered freely.
+    controls: see `MethodScores`.
+    alone: see `run_method`.
     """
     model = Unedited(base)
-    prompts, targets = _probes(base, edits)
-    free = _ids(base, control_prompts()[:controls])
-    return BaseAnswers(model.choices(prompts, targets), model.answers(free, TOKENS), model.loss(_watched(base)))
+    probes: list[list[int]] = []
+    questions: list[str] = []
+    for group in _groups(edits, alone):
+        prompts, targets = _probes(base, group)
+        questions += model.answers(prompts[: max(0, controls - len(probes))], TOKENS)
+        probes += model.choices(prompts, targets)
+    free = model.answers(_ids(base, control_prompts()[:controls]), TOKENS)
+    return BaseAnswers(probes, questions, free, model.loss(_watched(base)))
 
 
 def run_method(
@@ -147,7 +167,7 @@ def run_method(
     method = open_method(name, base, end=end, texts=texts)
     shares, seconds, size, diverged, number = _Shares(), 0.0, 0, None, 0
     try:
-        for group in ([edit] for edit in edits) if alone else [edits]:
+        for group in _groups(edits, alone):
             if number:
                 method = method.restart()
             took, broken = _edit(method, group, number, before.loss, tell)
@@ -211,7 +231,7 @@ class _Shares:
     unrelated: list[float] = field(default_factory=list)
     exact: tuple[list[bool], list[bool]] = field(default_factory=lambda: ([], []))
     contains: tuple[list[bool], list[bool]] = field(default_factory=lambda: ([], []))
-    changed: list[bool] = field(default_factory=list)
+    changed: tuple[list[bool], list[bool]] = field(default_factory=lambda: ([], []))
     perplexities: list[float] = field(default_factory=list)
     controls: int = 0
 
@@ -230,13 +250,15 @@ class _Shares:
         for number, (text, i) in enumerate(zip(answers, of, strict=True)):
             self.exact[number >= n].append(_plain(text) == _plain(edits[i].target))
             self.contains[number >= n].append(_holds(text, edits[i].target))
-        unrelated = method.choices(*_probes(base, edits))
+        prompts, targets = _probes(base, edits)
         first = len(self.unrelated)
-        probes = before.probes[first : first + len(unrelated)]
-        self.unrelated += [_same(a, b) for a, b in zip(unrelated, probes, strict=True)]
+        probes = before.probes[first : first + len(prompts)]
+        self.unrelated += [_same(a, b) for a, b in zip(method.choices(prompts, targets), probes, strict=True)]
         self.controls = controls
+        free = method.answers(prompts[: max(0, controls - first)], TOKENS)
+        self.changed[0].extend(a != b for a, b in zip(free, before.questions[first : first + len(free)], strict=True))
         free = method.answers(_ids(base, control_prompts()[:controls]), TOKENS)
-        self.changed += [a != b for a, b in zip(free, before.controls, strict=True)]
+        self.changed[1].extend(a != b for a, b in zip(free, before.controls, strict=True))
         self.perplexities.append(_ratio(method.loss(_watched(base)), before.loss))
 
     def scores(self) -> dict[str, Any]:
@@ -252,9 +274,14 @@ class _Shares:
             "exact": FreeShares(_mean(self.exact[0]) or 0.0, _mean(self.exact[1])),
             "contains": FreeShares(_mean(self.contains[0]) or 0.0, _mean(self.contains[1])),
             "controls": self.controls,
-            "changed": _mean(self.changed),
+            "changed": ChangedShares(_mean(self.changed[0]), _mean(self.changed[1])),
             "perplexity": _mean(self.perplexities),
         }
+
+
+def _groups(edits: Sequence[Edit], alone: bool) -> list[Sequence[Edit]]:
+    """Edits that are made one after another, and asked after the last of them."""
+    return [[edit] for edit in edits] if alone else [edits]
 
 
 def _ids(base: BaseModel, texts: Sequence[str]) -> list[list[int]]:

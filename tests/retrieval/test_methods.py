@@ -276,11 +276,23 @@ def test_edits_made_alone_do_not_meet_each_other(base: BaseModel, monkeypatch: p
 
     def scores(alone: bool) -> MethodScores:
         edits = [EDIT, other]
-        return run_method("ft", base, edits, lambda: unedited_answers(base, edits, 1), controls=1, alone=alone)
+        answers = unedited_answers(base, edits, 1, alone=alone)
+        return run_method("ft", base, edits, lambda: answers, controls=1, alone=alone)
 
     after, alone = scores(False), scores(True)
     assert after.reliability < 1 and alone.reliability == 1
     assert alone.edit_megabytes == pytest.approx(2 * after.edit_megabytes, rel=1e-2) and after.edit_megabytes > 0
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_the_base_model_changes_no_answer(base: BaseModel, alone: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("memoir_retrieval.evaluation.methods_run.TOKENS", 4)
+    probes = tuple(Probe(prompt=f"Where is the sea of {name}?", answer="South") for name in ("Ada", "Elbe", "Portaal"))
+    edits = [EDIT, msgspec.structs.replace(OTHER, locality=probes)]
+    answers = unedited_answers(base, edits, 3, alone=alone)
+    assert len(answers.questions) == 3 and len(answers.probes) == 4
+    scores = run_method("base", base, edits, lambda: answers, controls=3, alone=alone)
+    assert (scores.changed.questions, scores.changed.controls, scores.locality) == (0.0, 0.0, 1.0)
 
 
 def test_what_was_computed_of_the_unedited_model_is_kept(base: BaseModel) -> None:
@@ -314,6 +326,7 @@ def test_a_method_that_diverges_is_reported_with_the_edit(base: BaseModel, monke
     )
     assert scores.diverged == 2 and scores.perplexity > DIVERGED
     assert any("diverged at edit 2" in line for line in lines)
+    assert (scores.changed.questions, scores.changed.controls) == (1.0, 1.0)
     assert all(torch.equal(weight, before[name]) for name, weight in base.model.named_parameters())
 
 
@@ -334,7 +347,10 @@ def test_a_run_is_printed_kept_and_not_done_again(
     command += ["--method", "base", "--method", "ft"]
     first = json.loads(run(capsys, *command, "--json")[1])
     assert [scores["method"] for scores in first] == ["base", "ft"]
-    assert first[1]["reliability"] > first[0]["reliability"] and first[0]["changed"] == 0
+    assert first[1]["reliability"] > first[0]["reliability"] and first[0]["changed"] == {
+        "questions": None,
+        "controls": 0.0,
+    }
     assert first[1]["edit_megabytes"] > 0 and first[1]["settings"]["steps"] == 25
     assert [line.split(" | ")[0] for line in (folder / "methods.md").read_text().splitlines()] == [
         "| method",

@@ -56,7 +56,7 @@ HEAD = ("method", "rel", "gen", "loc", "avg", "exact", "contains", "changed", "p
     type=click.IntRange(0, 256),
     default=64,
     show_default=True,
-    help="Unrelated prompts whose free answers are compared with the base model's.",
+    help="Unrelated prompts of each kind whose free answers are compared with the base model's.",
 )
 @data_folder_option
 @click.option(
@@ -82,8 +82,9 @@ def bench_methods(
 
     rel, gen, loc and avg are teacher-forced, as papers measure. exact and contains are shares of free answers, which
     end where the model ends them, of the edits and of their rephrasings. changed is the share of unrelated prompts
-    whose free answer changed. perplexity is that of unrelated prompts, as a multiple of the base model's, and names the
-    edit at which it passed 10. Prompts are raw, the model is in float32.
+    whose free answer changed, of the edits' unrelated questions and of the library's prompts. perplexity is that of
+    unrelated prompts, as a multiple of the base model's, and names the edit at which it passed 10. Prompts are raw, the
+    model is in float32.
 
     \b
     Example:
@@ -103,7 +104,7 @@ def bench_methods(
     base = model.load()
     corpus = folder / STATISTICS
     texts = read_texts(corpus, most=400) if corpus.is_file() else background_prompts()
-    answers = cache(lambda: unedited_answers(base, edits, controls))
+    answers = cache(lambda: unedited_answers(base, edits, controls, alone=alone))
     if out:
         out.mkdir(parents=True, exist_ok=True)
     results: list[MethodScores] = []
@@ -142,6 +143,7 @@ def _cells(scores: MethodScores) -> list[str]:
 
     teacher = (scores.reliability, scores.generality, scores.locality, scores.average)
     free = (f"{share(both.edits)} / {share(both.rephrases)}" for both in (scores.exact, scores.contains))
+    changed = f"{share(scores.changed.questions)} / {share(scores.changed.controls)}"
     at = f" (edit {scores.diverged})" if scores.diverged else ""
     cost = (f"{scores.perplexity:.3g}{at}", f"{scores.edit_seconds:.2f}", f"{scores.edit_megabytes:.3f}")
-    return [scores.method, *(share(score) for score in teacher), *free, share(scores.changed), *cost]
+    return [scores.method, *(share(score) for score in teacher), *free, changed, *cost]
