@@ -28,6 +28,7 @@ TOKENS = 32
 """The most tokens of a free answer. It ends before where the model ends it, or the line."""
 
 WATCHED = 16  # control prompts whose likelihood is watched between edits
+CLOSELY = 10  # so many first edits are watched one by one, later ones in tens: watching can take longer than an edit
 DIVERGED = 10.0  # so many times the perplexity of the base model
 
 
@@ -68,7 +69,8 @@ class MethodScores(msgspec.Struct, frozen=True, kw_only=True):
     controls: how many unrelated prompts of each kind were answered freely, at most.
     changed: how many of those answers are not those of the base model.
     perplexity: of unrelated prompts, over that of the base model.
-    diverged: the number of the first edit after which that was above 10 or no number; None: of no edit.
+    diverged: the number of the first edit after which that was seen above 10 or no number; None: of no edit. It is
+        looked at after each of the first ten edits, after each tenth, and after the last.
     edit_seconds: mean for an edit.
     edit_megabytes: mean for an edit, of what is kept beside the base model; 10^6 bytes.
     seconds: of everything.
@@ -209,7 +211,8 @@ def _edit(
         method.edit(batch)
         seconds += time.perf_counter() - started
         done += len(batch)
-        if method.checked and diverged is None:
+        watch = done <= CLOSELY or done % CLOSELY == 0 or done == len(edits)
+        if method.checked and diverged is None and watch:
             ratio = _ratio(method.loss(watched), loss)
             if not ratio < DIVERGED:
                 diverged = earlier + done

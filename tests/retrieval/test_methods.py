@@ -330,6 +330,23 @@ def test_a_method_that_diverges_is_reported_with_the_edit(base: BaseModel, monke
     assert all(torch.equal(weight, before[name]) for name, weight in base.model.named_parameters())
 
 
+def test_later_edits_are_watched_in_tens(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    from memoir_retrieval.evaluation import methods_run
+
+    class Watched(Unedited):
+        done, seen = 0, list[int]()
+
+        def edit(self, edits: list[Edit]) -> None:
+            self.done += len(edits)
+
+        def loss(self, texts: list[list[int]]) -> float:
+            self.seen.append(self.done)
+            return 1.0
+
+    methods_run._edit(Watched(base), [EDIT] * 25, 0, 1.0, lambda _: None)
+    assert Watched.seen == [*range(1, 11), 20, 25]
+
+
 def test_a_run_is_printed_kept_and_not_done_again(
     base: BaseModel, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
