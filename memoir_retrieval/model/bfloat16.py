@@ -7,7 +7,7 @@ nothing. Training uses it; fingerprints and the question whether an edit is lear
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -32,14 +32,16 @@ def half_is_faster(base: BaseModel) -> bool:
 class HalfProducts:
     """The linear layers of a model, with a copy of each weight in bfloat16 that is made when it is first used."""
 
-    def __init__(self, base: BaseModel):
-        """base: the model."""
+    def __init__(self, base: BaseModel, without: Container[torch.Tensor] = ()):
+        """base: the model.
+        without: weights that are not multiplied in bfloat16, since they change.
+        """
         from transformers.pytorch_utils import Conv1D
 
         self._layers: list[tuple[torch.nn.Module, Any]] = []
         for module in base.model.modules():
             # A class of its own may give more than the product: Llama 4's router gives scores beside it.
-            if type(module).forward in (torch.nn.Linear.forward, Conv1D.forward):
+            if type(module).forward in (torch.nn.Linear.forward, Conv1D.forward) and module.weight not in without:
                 weight = module.weight.T if isinstance(module, Conv1D) else module.weight
                 self._layers.append((module, _Product(weight, module.bias)))
 

@@ -65,7 +65,7 @@ class Defer(Method):
         for edit in edits:
             prompt = self.ids(edit.prompt)
             rows = Rows(self.base, [prompt], [self.answer_ids(edit)])
-            with self._mixed(len(prompt), hard=False):
+            with self.training(), self._mixed(len(prompt), hard=False):
                 descend(torch.optim.Adam(self._parameters, lr=self.rate), rows.loss, STEPS)
 
     @contextmanager

@@ -45,5 +45,6 @@ class FineTuning(Method):
         for edit in edits:
             rows = Rows(self.at, [self.ids(edit.prompt)], [self.answer_ids(edit)])
             weight = self.weight(self.at).requires_grad_()
-            descend(torch.optim.Adam([weight], lr=RATE), rows.loss, STEPS, enough=lambda loss: loss < STOP)
+            with self.training():
+                descend(torch.optim.Adam([weight], lr=RATE), rows.loss, STEPS, enough=lambda loss: loss < STOP)
             weight.requires_grad_(False)

@@ -60,11 +60,11 @@ class Grace(Method):
             rows = Rows(self.base, [prompt], [self.answer_ids(edit)], past=[len(prompt) - 1])
             chosen = self._entry(rows.activations[0, 0], edit.target)
             value = self.values[chosen].clone().requires_grad_()
-            with self._training(value):
+            with self.training(), self._written(value):
                 descend(torch.optim.Adam([value], lr=RATE), rows.loss, STEPS)
             self.values[chosen] = value.detach()
 
-    def _training(self, value: torch.Tensor) -> AbstractContextManager[None]:
+    def _written(self, value: torch.Tensor) -> AbstractContextManager[None]:
         return replaced(self.base, lambda _: [(0, 0, value)])
 
     def _entry(self, query: torch.Tensor, label: str) -> int:

@@ -86,7 +86,8 @@ class Lora(Method):
                 prompt, answer = self.ids(edit.prompt), self.answer_ids(edit)
                 ids = torch.tensor([[*prompt, *answer]], device=self.base.device)
                 labels = torch.tensor([[*([IGNORED] * len(prompt)), *answer]], device=self.base.device)
-                descend(torch.optim.Adam(self.weights, lr=RATE), partial(self._loss, ids, labels), STEPS)
+                with self.training():
+                    descend(torch.optim.Adam(self.weights, lr=RATE), partial(self._loss, ids, labels), STEPS)
             self._dropout(False)
 
     def _loss(self, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -86,7 +86,7 @@ class PublishedLoop(Method):
             rows = Rows(self.base, [self.ids(text) for text in prompts], [self.answer_ids(edit)] * len(prompts))
             mask = self._masks(rows.activations[:1, : rows.starts[0]].mean(1))
             memory = self.memory.clone().requires_grad_()
-            with self._added(mask.expand(len(prompts), -1), memory):
+            with self.training(), self._added(mask.expand(len(prompts), -1), memory):
                 descend(
                     torch.optim.SGD([memory], lr=RATE),
                     rows.loss,

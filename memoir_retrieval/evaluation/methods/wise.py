@@ -86,7 +86,7 @@ class Wise(Method):
             rows = Rows(self.base, prompts, [*([answer] * len(texts)), []])
             real = torch.arange(rows.ids.shape[1], device=rows.ids.device) < rows.lengths[:, None]
             side = self.side.clone().requires_grad_()
-            with self._sided(side):
+            with self.training(), self._sided(side):
                 descend(
                     torch.optim.SGD([side], lr=RATE, weight_decay=DECAY),
                     partial(self._loss, rows, side, real),
