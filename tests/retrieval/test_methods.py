@@ -240,6 +240,7 @@ def test_the_published_loop_is_that_of_the_whole_model(base: BaseModel, monkeypa
     from memoir_retrieval.evaluation import published_loop
     from memoir_retrieval.evaluation.methods import published
 
+    monkeypatch.setattr("memoir_retrieval.evaluation.methods.method.half_is_faster", lambda _: False)
     monkeypatch.setattr(published_loop, "STEPS", 3)
     monkeypatch.setattr(published, "STEPS", 3)
     method = open_method("published", base, texts=TEXTS)
@@ -282,6 +283,20 @@ def test_edits_made_alone_do_not_meet_each_other(base: BaseModel, monkeypatch: p
     after, alone = scores(False), scores(True)
     assert after.reliability < 1 and alone.reliability == 1
     assert alone.edit_megabytes == pytest.approx(2 * after.edit_megabytes, rel=1e-2) and after.edit_megabytes > 0
+
+
+def test_what_a_method_trains_is_not_rounded(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("memoir_retrieval.evaluation.methods.method.half_is_faster", lambda _: True)
+    monkeypatch.setattr("memoir_retrieval.evaluation.methods.ft.RATE", 1e-2)
+    method = open_method("ft", base, end=False)
+    method.edit([OTHER])
+    with method.training():
+        rounded = [name for name, module in base.model.named_modules() if "forward" in vars(module)]
+    assert len(rounded) == sum(type(module) is torch.nn.Linear for module in base.model.modules()) - 1
+    assert method.at.module not in rounded and not any("forward" in vars(m) for m in base.model.modules())
+    method.edit([EDIT])
+    assert accuracy(method, EDIT) == 1.0
+    method.close()
 
 
 @pytest.mark.parametrize("alone", [False, True])
