@@ -19,7 +19,7 @@ from memoir_retrieval.errors import ConfigError, Reason
 from memoir_retrieval.evaluation.methods import open_method
 from memoir_retrieval.evaluation.methods.method import Method, Unedited
 from memoir_retrieval.model.base import BaseModel
-from memoir_retrieval.question.prompts import prompt_ids, target_ids
+from memoir_retrieval.question.prompts import end_token, prompt_ids, target_ids
 from memoir_retrieval.store.files import publish
 
 __all__ = ["TOKENS", "ChangedShares", "FreeShares", "MethodScores", "run_method", "unedited_answers"]
@@ -100,14 +100,14 @@ class BaseAnswers(msgspec.Struct, frozen=True):
     """What the base model says, which no method may change.
 
     probes: first choices at each unrelated answer.
-    questions: free answers to the first of the edits' unrelated questions.
-    controls: free answers to the library's unrelated prompts.
+    questions: free answers to the first of the edits' unrelated questions, as token ids.
+    controls: free answers to the library's unrelated prompts, as token ids.
     loss: of the watched prompts, nats per token.
     """
 
     probes: list[list[int]]
-    questions: list[str]
-    controls: list[str]
+    questions: list[list[int]]
+    controls: list[list[int]]
     loss: float
 
 
@@ -121,12 +121,12 @@ def unedited_answers(base: BaseModel, edits: Sequence[Edit], controls: int, *, a
     """
     model = Unedited(base)
     probes: list[list[int]] = []
-    questions: list[str] = []
+    questions: list[list[int]] = []
     for group in _groups(edits, alone):
         prompts, targets = _probes(base, group)
-        questions += model.answers(prompts[: max(0, controls - len(probes))], TOKENS)
+        questions += model.generated(prompts[: max(0, controls - len(probes))], TOKENS)
         probes += model.choices(prompts, targets)
-    free = model.answers(_ids(base, control_prompts()[:controls]), TOKENS)
+    free = model.generated(_ids(base, control_prompts()[:controls]), TOKENS)
     return BaseAnswers(probes, questions, free, model.loss(_watched(base)))
 
 
@@ -245,8 +245,10 @@ class _Shares:
         of = [*range(len(edits)), *(i for i, _ in rephrases)]
         prompts = _ids(base, [*(edit.prompt for edit in edits), *(text for _, text in rephrases)])
         targets = [target_ids(base.tokenizer, edits[i].target, chat=False) for i in of]
-        right = [_same(a, b) for a, b in zip(method.choices(prompts, targets), targets, strict=True)]
-        answers = method.answers(prompts, TOKENS)
+        ended = [[*target, end_token(base.tokenizer)] for target in targets]
+        choices = method.choices(prompts, ended)
+        right = [_same(a[:-1], b) for a, b in zip(choices, targets, strict=True)]
+        answers = method.likely_answers(prompts, ended, TOKENS, choices)
         n = len(edits)
         self.right += right[:n]
         self.rephrased += right[n:]
@@ -258,10 +260,14 @@ class _Shares:
         probes = before.probes[first : first + len(prompts)]
         self.unrelated += [_same(a, b) for a, b in zip(method.choices(prompts, targets), probes, strict=True)]
         self.controls = controls
-        free = method.answers(prompts[: max(0, controls - first)], TOKENS)
-        self.changed[0].extend(a != b for a, b in zip(free, before.questions[first : first + len(free)], strict=True))
-        free = method.answers(_ids(base, control_prompts()[:controls]), TOKENS)
-        self.changed[1].extend(a != b for a, b in zip(free, before.controls, strict=True))
+        asked_freely = prompts[: max(0, controls - first)]
+        pairs = (
+            (asked_freely, before.questions[first : first + len(asked_freely)]),
+            (_ids(base, control_prompts()[:controls]), before.controls),
+        )
+        for changed, (prompts, known) in zip(self.changed, pairs, strict=True):
+            free = method.likely_answers(prompts, known, TOKENS)
+            changed += [a != method.text(b) for a, b in zip(free, known, strict=True)]
         self.perplexities.append(_ratio(method.loss(_watched(base)), before.loss))
 
     def scores(self) -> dict[str, Any]:

@@ -395,3 +395,20 @@ def test_a_run_is_printed_kept_and_not_done_again(
     assert {path.name: path.stat().st_mtime_ns for path in folder.glob("*.json")} == kept
     code, _, error = run(capsys, *command, "--no-end-token")
     assert code == 2 and "holds the scores of other edits" in error
+
+
+def test_answers_that_were_known_beforehand_are_those_that_are_generated(base: BaseModel) -> None:
+    method = open_method("base", base)
+    prompts = [method.ids(text) for text in ("Who founded it?", "Who founded Exampleton?", "Where is the sea?", "Why?")]
+    generated = method.generated(prompts, 6)
+    asked_again: list[list[int]] = []
+
+    class Counting(Unedited):
+        def answers(self, prompts: list[list[int]], tokens: int) -> list[str]:
+            asked_again.extend(prompts)
+            return super().answers(prompts, tokens)
+
+    likely = [generated[0], generated[1], [*generated[2][:-1], generated[2][-1] + 1], [7] * 9]
+    answers = Counting(base).likely_answers(prompts, likely, 6)
+    assert answers == method.answers(prompts, 6) == [method.text(row) for row in generated]
+    assert asked_again == prompts[2:]

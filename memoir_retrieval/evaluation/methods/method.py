@@ -170,32 +170,65 @@ class Method:
                 out[i] = row[: len(targets[i])]
         return out
 
-    @torch.no_grad()
     def answers(self, prompts: Sequence[list[int]], tokens: int) -> list[str]:
-        """Free answers, each until the model ends it, a line ends, or it has `tokens` tokens.
+        """Free answers as texts, see `generated`.
+
+        prompts: token ids.
+        tokens: the most of an answer.
+        """
+        return [self.text(answer) for answer in self.generated(prompts, tokens)]
+
+    def likely_answers(
+        self, prompts: Sequence[list[int]], likely: Sequence[list[int]], tokens: int, choices: Sequence[list[int]] = ()
+    ) -> list[str]:
+        """The same answers, sooner where many are known beforehand: what the model chooses throughout, it would say.
+
+        prompts: token ids.
+        likely: what each answer may be, with the token that ends it.
+        tokens: the most of an answer.
+        choices: the model's, where `likely` is forced on it; asked for by default.
+        """
+        choices = choices or self.choices(prompts, likely)
+        out = [self.text(row) for row in likely]
+        open_rows = [i for i, row in enumerate(likely) if len(row) > tokens or choices[i] != row]
+        for i, text in zip(open_rows, self.answers([prompts[i] for i in open_rows], tokens), strict=True):
+            out[i] = text
+        return out
+
+    def text(self, answer: list[int]) -> str:
+        """The first line of an answer.
+
+        answer: token ids.
+        """
+        text = self.base.tokenizer.decode(answer, skip_special_tokens=True)
+        return (text.strip().splitlines() or [""])[0].strip()
+
+    @torch.no_grad()
+    def generated(self, prompts: Sequence[list[int]], tokens: int) -> list[list[int]]:
+        """Greedy answers as token ids, each until the model ends it, a line ends, or it has `tokens` tokens.
 
         prompts: token ids.
         tokens: the most of an answer.
         """
         tokenizer, end = self.base.tokenizer, end_token(self.base.tokenizer)
-        rows, out = self.rendered(prompts), [""] * len(prompts)
+        rows, out = self.rendered(prompts), [[0]] * len(prompts)
         for batch in _equally_long(rows):
             ids = torch.tensor([rows[i] for i in batch], device=self.base.device)
-            texts, over, cache = [""] * len(batch), [False] * len(batch), DynamicCache()
+            over, cache = [False] * len(batch), DynamicCache()
             answers: list[list[int]] = [[] for _ in batch]
             with self.acting(ids):
                 for _ in range(tokens):
                     logits = self.base.model(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits
                     ids = logits[:, -1].argmax(-1)[:, None]
                     for r, token in enumerate(ids[:, 0].tolist()):
-                        if not over[r] and token != end:
+                        if not over[r]:
                             answers[r].append(token)
-                            texts[r] = tokenizer.decode(answers[r], skip_special_tokens=True)
-                        over[r] = over[r] or token == end or "\n" in texts[r].lstrip()
+                            text = tokenizer.decode(answers[r], skip_special_tokens=True)
+                            over[r] = token == end or "\n" in text.lstrip()
                     if all(over):
                         break
-            for i, text in zip(batch, texts, strict=True):
-                out[i] = (text.strip().splitlines() or [""])[0].strip()
+            for i, answer in zip(batch, answers, strict=True):
+                out[i] = answer
         return out
 
     @torch.no_grad()
