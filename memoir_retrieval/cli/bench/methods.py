@@ -143,7 +143,7 @@ def _cells(scores: MethodScores) -> list[str]:
 
     teacher = (scores.reliability, scores.generality, scores.locality, scores.average)
     free = (f"{share(both.edits)} / {share(both.rephrases)}" for both in (scores.exact, scores.contains))
-    changed = f"{share(scores.changed.questions)} / {share(scores.changed.controls)}"
+    changed = f"{share(scores.changed.questions)} / {share(scores.changed.controls)}" if scores.controls else ""
     at = f" (edit {scores.diverged})" if scores.diverged else ""
     cost = (f"{scores.perplexity:.3g}{at}", f"{scores.edit_seconds:.2f}", f"{scores.edit_megabytes:.3f}")
     return [scores.method, *(share(score) for score in teacher), *free, changed, *cost]
