@@ -86,7 +86,7 @@ class Query(NamedTuple):
     @property
     def computed_from(self) -> int:
         """The position from which on every token passes the layer: where a part begins, a KV block's sum is no use."""
-        return min((self.span.acts_from, *(part.start for part in self.parts)))
+        return min((self.span.decided_from, *(part.start for part in self.parts)))
 
     def summed(self, prompt: int) -> int:
         """How many of a prompt's tokens count in the sums of KV blocks: none of an adapter's that has no store.
@@ -225,7 +225,12 @@ def query_of(prompt: Sequence[int], extra_args: Mapping[str, Any] | None, rule: 
     except ConfigError:  # a front end of another language let it pass; the response will say "unroutable"
         return Query(Span(0, 0))
     if options.span:
-        return Query(options.span._replace(weighted=rule.weighted, acts=rule.acts), options.off, options.nearest)
+        # What is looked up is the client's choice; the residual acts where it does for the message as a whole.
+        span = options.span._replace(weighted=rule.weighted, acts=rule.acts)
+        message = find_span(prompt, rule)
+        asks = message.start < message.end and rule.acts == "last"
+        behind = max(0, message.acts_from - span.acts_from) if asks else 0
+        return Query(span._replace(behind=behind), options.off, options.nearest)
     if options.off:  # nothing of it is looked up, so its parts need not be read
         return Query(find_span(prompt, rule), True, options.nearest)
     message, *parts = (candidate.span for candidate in find_candidates(prompt, rule, pieces))

@@ -13,6 +13,7 @@ from memoir_retrieval.cli.common import echo, echo_json, json_option, notes, sto
 from memoir_retrieval.cli.options import ModelOptions, model_options
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.store.files import store_lock
+from memoir_retrieval.store.manifest import Manifest
 from memoir_retrieval.store.read import EditStore
 from memoir_retrieval.store.write import leftovers, sweep
 
@@ -63,8 +64,8 @@ def remove(store: Path, edit_ids: tuple[int, ...], prompts: tuple[str, ...], as_
 @click.option(
     "--acts",
     type=click.Choice(["first", "last"]),
-    help="From which token of a question on its edit acts (default: as the store was made; stores of format 4 and "
-    "older act from the first).",
+    help="From where an edit acts: a question's first token, or the last token before the answer (default: as the "
+    "store was made).",
 )
 @json_option
 @threads_option
@@ -73,9 +74,8 @@ def compact(store: Path, model: ModelOptions, acts: Literal["first", "last"] | N
 
     Ids, settings and seed stay, and so does a tau that somebody has chosen. The store answers as before until the last
     edit is trained; if the command is interrupted, the store stays as it was. In stores of format 4 and older, edits
-    act from a question's first token on. --acts last trains them to act from its last token; the store is then served
-    and extended as fast as a new one.
-
+    act from a question's first token on, in those of formats 5 and 6 from its last. --acts last trains them to act from
+    the last token before the answer; a chat store is then served and extended as a new one.
 
     \b
     Example:
@@ -119,16 +119,26 @@ def compact(store: Path, model: ModelOptions, acts: Literal["first", "last"] | N
         )
         return
     echo(f"{store}: {len(trained)} edits trained again; generation {now.generation} holds nothing of any other")
-    if now.span.acts != manifest.span.acts:
-        echo(f"they act from the {now.span.acts} token of a question on, no longer from the {manifest.span.acts}")
-    elif now.span.rule == "question" and now.span.acts == "first":
+    if (begin := _acting(now)) != (before := _acting(manifest)):
+        echo(f"they act from {begin} on, no longer from {before}")
+    elif now.span.rule == "question" and now.chat and begin != ANSWER:
         echo(
-            f"they act from the first token of a question on, as before; `memoir compact {store} --acts last` makes "
-            "them act from its last, as in new stores"
+            f"they act from {begin} on, as before; `memoir compact {store} --acts last` makes them act from {ANSWER}, "
+            "as in new stores"
         )
     for failure in failed:
         echo(f"not answered with its target: {failure.prompt!r}: {failure.reason}")
     _tell(held)
+
+
+ANSWER = "the last token before the answer"
+
+
+def _acting(manifest: Manifest) -> str:
+    """From which token on the edits of a store act."""
+    if manifest.span.acts == "last" and (manifest.span.behind or not manifest.chat):
+        return ANSWER
+    return f"the {manifest.span.acts} token of a question"
 
 
 def _tell(held: list[str]) -> None:

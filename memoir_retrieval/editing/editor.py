@@ -209,7 +209,8 @@ class Editor:
         """Train the stored edits again, from an empty memory, in their order and under their ids, and publish that.
 
         progress: called after every edit.
-        acts: from which of a question's tokens on the residual acts from now on (see `Span`); by default as before.
+        acts: "first": the residual acts from a question's first token on from now on; "last": from the token before
+            the answer, as in new chat stores; by default as before.
         Returns them; one that fails the audit is kept, and named in `outcome`. Nothing is left of edits that were
         removed or replaced. Interrupted, store and editor are what they were.
         Raises ConfigError for "last" where the span rule is "all".

@@ -102,7 +102,7 @@ class OpenStore:
         if not settings.chat:
             # No template stands behind a raw prompt, so its last token would be alike in all edits
             # (docs/measurements/choices.md).
-            span = msgspec.structs.replace(span, acts="first")
+            span = msgspec.structs.replace(span, acts="first", behind=0)
         elif settings.rule == "question":
             span = msgspec.structs.replace(span, candidates=True)
         count = int(settings.training["contexts"])
@@ -158,13 +158,16 @@ class OpenStore:
     def empty(self, acts: Literal["first", "last"] | None = None) -> None:
         """Have no edits and one memory of zeros; the next commit writes every file.
 
-        acts: from which of a question's tokens on the residual acts from now on (see `Span`); by default as before.
+        acts: "first": the residual acts from a question's first token on from now on; "last": from the token before
+            the answer, as in new chat stores; by default as before.
         Raises ConfigError for "last" where the span rule is "all".
         """
         span = self.manifest.span
         if acts == "last" and span.rule == "all":
             raise ConfigError(f"store {self.path} has the span rule all, which acts on every token: choose acts first")
-        span = msgspec.structs.replace(span, acts=acts or span.acts)
+        if acts:
+            behind = derive_span_rule(self.base.tokenizer, span.rule).behind if acts == "last" and self.manifest.chat else 0
+            span = msgspec.structs.replace(span, acts=acts, behind=behind)
         self.manifest = msgspec.structs.replace(self.manifest, span=span)
         self.memories = []
         self.new_memory()

@@ -24,12 +24,14 @@ class Span(NamedTuple):
     weighted: each token counts by the squared norm of its activation, which is large for what is rare, such as names,
     and small for the words that questions share. Else every token counts once.
     acts: whether the residual acts from the first of these tokens on, or from the last; and then on every later one.
+    behind: by how many tokens later it begins to act: those of the template that are alike behind all questions.
     """
 
     start: int
     end: int
     weighted: bool = False
     acts: Literal["first", "last"] = "first"
+    behind: int = 0
 
     def moved(self, by: int) -> Span:
         """The same tokens where so many stand before the first one.
@@ -39,9 +41,14 @@ class Span(NamedTuple):
         return self._replace(start=self.start + by, end=self.end + by)
 
     @property
+    def decided_from(self) -> int:
+        """The position of the first token that must pass the layer for the question to be decided."""
+        return self.start if self.acts == "first" else max(self.start, self.end - 1)
+
+    @property
     def acts_from(self) -> int:
         """The position from which on the residual acts, if an edit matches."""
-        return self.start if self.acts == "first" else max(self.start, self.end - 1)
+        return self.decided_from + self.behind
 
 
 class SpanRule(msgspec.Struct, frozen=True, kw_only=True):
@@ -54,6 +61,7 @@ class SpanRule(msgspec.Struct, frozen=True, kw_only=True):
     end: the token sequence that follows the message.
     leading: special tokens (BOS) at the front of a raw prompt, which are not part of the question.
     weighted, acts: see `Span`.
+    behind: see `Span`. Fewer tokens where fewer stand behind a question.
     tools: token sequences that, right behind a start marker, say that the turn is a tool's.
     candidates: whether parts of the message are looked up too, see `find_candidates`.
     """
@@ -65,6 +73,7 @@ class SpanRule(msgspec.Struct, frozen=True, kw_only=True):
     leading: tuple[int, ...] = ()
     weighted: bool = False
     acts: Literal["first", "last"] = "first"
+    behind: int = 0
     tools: tuple[tuple[int, ...], ...] = ()
     candidates: bool = False
 
@@ -100,7 +109,8 @@ def find_span(ids: Sequence[int], rule: SpanRule) -> Span:
     of_users = (start for start in reversed(starts) if not _is_tool(ids, start, rule))
     start = next(of_users, starts[-1])
     end = _find_first(tokens, rule.end, start) if rule.end else -1
-    return Span(start, end if end >= 0 else n, rule.weighted, rule.acts)
+    end = end if end >= 0 else n
+    return Span(start, end, rule.weighted, rule.acts, min(rule.behind, n - end))
 
 
 def _matches(tokens: np.ndarray, marker: Sequence[int]) -> np.ndarray:
@@ -137,8 +147,8 @@ def derive_span_rule(tokenizer: Any, rule: Literal["question", "all"] = "questio
     The template is rendered with placeholder messages in three settings (question only, after a system prompt, as
     a later turn); what always stands right before the question is a start marker, what follows it the end marker.
     Where the template puts what a tool answers into a user's turn, what it writes before it is the mark of a tool. A
-    tokenizer without a template gives a rule that takes every prompt as raw text. The residual acts from the
-    question's last token on, so that nothing before it depends on what was decided; under "all" on every token. (Raw
+    tokenizer without a template gives a rule that takes every prompt as raw text. The residual acts from the token
+    before the answer on, so that nothing before it depends on what was decided; under "all" on every token. (Raw
     stores are made to act from the first, see `editing.open_store`.)
     tokenizer: of transformers.
     rule: what is pooled, see `SpanRule`.
@@ -166,6 +176,7 @@ def derive_span_rule(tokenizer: Any, rule: Literal["question", "all"] = "questio
         leading=leading,
         weighted=True,
         acts="last",
+        behind=len(after),
     )
     mark = _tool_mark(tokenizer, rule_of_turns)
     return msgspec.structs.replace(rule_of_turns, tools=(mark,)) if mark else rule_of_turns

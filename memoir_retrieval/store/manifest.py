@@ -37,10 +37,13 @@ __all__ = [
     "write_manifest",
 ]
 
-FORMAT = 6  # 3 brought additions, 4 what edits require, 5 from which token on the residual acts, 6 the judge
+# 3 brought additions, 4 what edits require, 5 from which token on the residual acts, 6 the judge, 7 that it spares the
+# template's tokens behind a question.
+FORMAT = 7
 FIRST_WITH_ADDITIONS = 3
 _FIRST_WITH_ACTS = 5
 _FIRST_WITH_JUDGE = 6
+_FIRST_WITH_BEHIND = 7
 MANIFEST = "memoir.json"
 KINDS = {"memory": "safetensors", "codes": "safetensors", "edits": "jsonl"}
 NAMES = {kind: re.compile(rf"{kind}-(0|[1-9][0-9]{{0,18}})\.{extension}") for kind, extension in KINDS.items()}
@@ -300,6 +303,10 @@ def _out_of_range(manifest: Manifest) -> str:
         return f"d {manifest.d}"
     if manifest.format < _FIRST_WITH_ACTS and manifest.span.acts != "first":  # readers of its time would act elsewhere
         return f"span.acts {manifest.span.acts} in format {manifest.format}"
+    if manifest.span.behind and (manifest.format < _FIRST_WITH_BEHIND or manifest.span.acts != "last"):
+        return f"span.behind {manifest.span.behind} with span.acts {manifest.span.acts} in format {manifest.format}"
+    if manifest.span.behind < 0:
+        return f"span.behind {manifest.span.behind}"
     if manifest.format < _FIRST_WITH_JUDGE and (manifest.span.candidates or manifest.span.tools):
         return f"span.candidates or span.tools in format {manifest.format}"
     if manifest.format < _FIRST_WITH_JUDGE and manifest.judge:  # readers of its time would go by masks alone

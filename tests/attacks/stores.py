@@ -150,6 +150,18 @@ def manifest_of_a_reader_that_acts_elsewhere(folder: Path) -> None:
     forge.sign(folder, entries | {"format": 4, "span": entries["span"] | {"acts": "last"}})
 
 
+@attack("span.behind 5 with span.acts last in format 6")
+def manifest_of_a_reader_that_acts_earlier(folder: Path) -> None:
+    entries = forge.manifest(folder)
+    forge.sign(folder, entries | {"format": 6, "span": entries["span"] | {"acts": "last", "behind": 5}})
+
+
+@attack("span.behind -1")
+def manifest_that_acts_before_the_question(folder: Path) -> None:
+    entries = forge.manifest(folder)
+    forge.sign(folder, entries | {"span": entries["span"] | {"acts": "last", "behind": -1}})
+
+
 @attack("judge 1-0 in format 5")
 def manifest_of_a_reader_without_a_judge(folder: Path) -> None:
     forge.sign(folder, forge.manifest(folder) | {"format": 5, "judge": "1-0"})

@@ -13,7 +13,7 @@ def read(folder: Path) -> dict[int, tuple[dict, np.ndarray, np.ndarray]]:
     """Edit id -> (edit, its masks bool [n, D], its residual memory float32 [H, D])."""
     content = (folder / "memoir.json").read_bytes()
     manifest = json.loads(content)
-    assert manifest["format"] in (1, 2, 3, 4, 5, 6)
+    assert manifest["format"] in (1, 2, 3, 4, 5, 6, 7)
     if manifest["format"] > 1:
         unsigned = content.replace(manifest["sha256"].encode(), b"0" * 64)
         assert hashlib.sha256(unsigned).hexdigest() == manifest["sha256"]

@@ -68,7 +68,7 @@ def test_tokens_before_those_on_which_an_edit_acts_keep_the_bits_of_the_base_mod
     span = find_span(ids, edited.retriever.store.manifest.span)
     first = span.acts_from
     # No template stands behind a raw question, so an edit of one acts on all of it.
-    assert first == (span.end - 1 if edited.retriever.store.manifest.chat else span.start)
+    assert first == (len(ids) - 1 if edited.retriever.store.manifest.chat else span.start)
     states: list[torch.Tensor] = []
     handle = edited.base.blocks[-1].register_forward_hook(
         lambda m, a, out: states.append((out[0] if isinstance(out, tuple) else out)[0].clone())

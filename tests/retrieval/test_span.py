@@ -112,16 +112,22 @@ def test_raw_text_is_pooled_whole_but_for_leading_special_tokens(tokenizer: Any)
     assert find_span([], SpanRule()) == Span(0, 0)
 
 
-def test_the_residual_acts_from_the_last_token_of_the_question(chat: Any) -> None:
+def test_the_residual_acts_from_the_last_token_before_the_answer(chat: Any) -> None:
     ids = ids_of(
         chat,
         [SYSTEM, {"role": "user", "content": QUESTION}]
         if chat.chat_template != NO_SYSTEM
         else [{"role": "user", "content": QUESTION}],
     )
-    span = find_span(ids, derive_span_rule(chat))
-    assert chat.decode(ids[span.acts_from : span.end]).strip() == "?"
-    assert span._replace(acts="first").acts_from == span.start
+    rule = derive_span_rule(chat)
+    span = find_span(ids, rule)
+    assert chat.decode(ids[span.decided_from : span.end]).strip() == "?"
+    assert span.acts_from == len(ids) - 1 > span.decided_from
+    begun = chat("It was", add_special_tokens=False).input_ids
+    assert find_span(ids + begun, rule) == span  # an answer that the client begins is acted on as one of the model's
+    assert find_span(ids[:-2], rule).acts_from == len(ids) - 3
+    assert find_span(ids[: span.end], rule).acts_from == span.end - 1
+    assert span._replace(acts="first", behind=0).acts_from == span.start
     assert span.moved(7).acts_from == span.acts_from + 7
     assert Span(3, 3, acts="last").acts_from == 3
 

@@ -169,7 +169,7 @@ def test_a_store_with_sound_digests_and_unsound_content_is_refused(
 @pytest.mark.parametrize(
     ("key", "value", "kind", "said"),
     [
-        ("format", 7, StoreMismatch, "has format 7"),
+        ("format", 8, StoreMismatch, "has format 8"),
         ("format", "x", StoreError, "damaged"),
         ("surprise", 1, StoreError, "surprise"),
         ("tau", "high", StoreError, "tau"),
@@ -241,7 +241,7 @@ def test_the_tensors_are_written_as_safetensors_writes_them(tmp_path: Path) -> N
         assert safetensors.save(safetensors.load(data)) == data
 
 
-@pytest.mark.parametrize("number", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("number", [1, 2, 3, 4, 5, 6])
 def test_a_store_of_an_older_format_is_read_and_the_next_write_makes_it_the_newest(tmp_path: Path, number: int) -> None:
     """The fixtures were written by memoir-retrieval before the format after theirs."""
     folder = Path(shutil.copytree(Path(__file__).parent / f"format-{number}", tmp_path / "store"))
@@ -253,8 +253,10 @@ def test_a_store_of_an_older_format_is_read_and_the_next_write_makes_it_the_newe
         3: [(0, "p0", "t", 5), (1, "p1", "t", 5), (2, "p2", "t", 5), (3, "p3", "t", 5)],
         4: [(0, "p0", "t", 5), (1, "p1", "t", 5), (2, "p2", "t", 5), (3, "p3", "t", 5)],
         5: [(0, "p0", "t", 5), (1, "p1", "t", 5), (2, "p2", "t", 5), (3, "p3", "t", 5)],
+        6: [(0, "p0", "t", 5), (1, "p1", "t", 5), (2, "p2", "t", 5), (3, "p3", "t", 5)],
     }[number]
-    assert store.manifest.span.acts == ("last" if number == 5 else "first") and store.manifest.judge == ""
+    assert store.manifest.span.acts == ("last" if number >= 5 else "first") and store.manifest.span.behind == 0
+    assert store.manifest.judge == ("3-0" if number == 6 else "")
     if number >= 4:
         assert store.edits[1].requires == ("Aarhus", ("Oslo", "Christiania"))
     if number == 1:
@@ -268,7 +270,7 @@ def test_a_store_of_an_older_format_is_read_and_the_next_write_makes_it_the_newe
     assert sorted(read_format.read(folder)) == ids
     manifest = remove_edits(folder, [0])
     assert (
-        manifest.format == 6
+        manifest.format == 7
         and manifest.span == store.manifest.span
         and (manifest.memory == store.manifest.memory) == (number < 3)
     )
