@@ -46,7 +46,7 @@ from memoir_vllm.worker.rows import StepRows
 from memoir_vllm.worker.runner import take_up
 
 VOCABULARY = 90  # ordinary tokens; the two markers of a question come after them
-RULE = SpanRule(starts=((VOCABULARY,),), end=(VOCABULARY + 1,), weighted=True, acts="last")
+RULE = SpanRule(starts=((VOCABULARY,),), end=(VOCABULARY + 1,), weighted=True, acts="last", behind=2)
 ALL = SpanRule(rule="all", weighted=True, acts="last")
 D, K = 64, 16
 

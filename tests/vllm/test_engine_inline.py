@@ -128,7 +128,7 @@ def test_edited_and_opted_out_do_not_meet_in_the_cache(
 def test_a_span_that_one_client_names_changes_no_answer_of_another(
     shorter: tuple[int, int], engine: Engine, reference: EditedModel, ids: dict[str, list[int]]
 ) -> None:
-    """One prompt and one edit, which acts from another token on where a client names part of the question."""
+    """One prompt and one edit, of whose question a client names a part."""
     prompt = ids["library long edit"]
     start, end = find_span(prompt, reference.retriever.store.manifest.span)[:2]
     part = {"memoir_span": f"{start + shorter[0]}:{end - shorter[1]}"}
@@ -157,7 +157,7 @@ def test_an_undecided_question_is_taken_from_the_cache(
         engine.ask([prompt], [option], warm=True, max_tokens=TOKENS)[0] for option in ({"memoir": "off"}, None)
     )
     span = find_span(prompt, reference.retriever.store.manifest.span)
-    assert answered.hit == span.acts_from // BLOCK * BLOCK > span.start
+    assert answered.hit == span.decided_from // BLOCK * BLOCK > span.start
     assert engine.stats()["routed"] == before + 1
     assert wrong(reference, prompt, off, edited=False) < CLOSE
     assert wrong(reference, prompt, answered) < CLOSE

@@ -71,7 +71,7 @@ def test_raw_prompts_are_found_in_the_cache(engine: Engine, served: EditedModel)
     size, (message, *parts) = STEPS["block_size"], served.retriever.spans(long)
     full = (len(long) - 1) // size * size
     # Where parts are looked up what stands before them serves all, and all of it once the prompt is decided.
-    before = min((message.acts_from, *(part.start for part in parts))) // size * size
+    before = min((message.decided_from, *(part.start for part in parts))) // size * size
     assert full > 32 and hits == [0, before, before, full], "what opted out has computed serves all"
     assert before == (0 if parts else full)
 

@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from simulation import Simulate, World, chat, oracle, other, right, world
+from simulation import RULE, Simulate, World, chat, other, right, world
 from vllm.lora.request import LoRARequest
 from vllm.multimodal.inputs import PlaceholderRange
 from vllm.v1.core.encoder_cache_manager import EncoderCacheManager
 from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys
 from vllm.v1.request import Request
 
-from memoir_retrieval.question.span import Span
+from memoir_retrieval.question.span import find_span
 
 EDITED, OFF = None, {"memoir": "off"}
 BLOCKS = (16, 32, 128)
@@ -163,8 +163,10 @@ def test_blocks_that_were_given_to_others_are_not_found(block: int, simulate: Si
 
 
 @pytest.mark.parametrize("block", [16, 32])
-def test_an_edit_that_acts_from_another_token_on_has_other_blocks(block: int, simulate: Simulate) -> None:
-    """A client names the half of a question that its whole names too: one edit, one prompt, two spans."""
+def test_a_span_that_a_client_names_is_looked_up_and_the_edit_acts_where_it_always_does(
+    block: int, simulate: Simulate
+) -> None:
+    """A client names the half of a question that its whole names too: one edit, one prompt, three spans."""
     served = world((6,))
     sim = simulate(block=block, model_len=512, served=served)
     prompt = chat(served.questions[0] * 2, before=40, after=60)
@@ -172,9 +174,7 @@ def test_an_edit_that_acts_from_another_token_on_has_other_blocks(block: int, si
     for turn, (name, ends) in product(("cold", "warm"), spans.items()):
         sim.add(f"{turn} {name}", prompt, {"memoir_span": "{}:{}".format(*ends)})
         sim.run()
-        start = Span(*ends, acts="last").acts_from
-        answer = oracle(served.embedding, prompt, start, served.edit(0), 3)
-        assert sim.answers[f"{turn} {name}"] == answer, (turn, name)
+        assert sim.answers[f"{turn} {name}"] == right(served, prompt, 0), (turn, name)
     assert {said["edit"] for said in sim.said.values()} == {0}
 
 
@@ -188,6 +188,6 @@ def test_equal_rows_of_two_stores_have_other_names(simulate: Simulate, here: Wor
         sim.add("a", prompt)
         sim.run()
         names.append(list(sim.requests["a"].block_hashes))
-    shared = (40 + len(here.questions[1]) - 1) // 16  # blocks before the token from which the edit acts
+    shared = find_span(prompt, RULE).acts_from // 16  # blocks before the token from which the edit acts
     assert names[0][:shared] == names[1][:shared]
     assert not set(names[0][shared:]) & set(names[1][shared:])
