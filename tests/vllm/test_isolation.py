@@ -38,7 +38,9 @@ def test_edited_and_opted_out_twins_never_meet(first: str, block: int, simulate:
         sim.add(f"{turn}", prompt, options, max_tokens=20)
         sim.run()
         assert sim.answers[f"{turn}"] == right(here, prompt, 1 if options is EDITED else None, 20), turn
-    shared, full = BEFORE // block * block, (len(prompt) - 1) // block * block
+    # What is decided may take all blocks before the edit acts; what is not must compute its question's last token.
+    span, full = find_span(prompt, RULE), (len(prompt) - 1) // block * block
+    shared = (span.acts_from if first == "edited" else span.decided_from) // block * block
     assert shared < full
     assert list(sim.hits.values()) == [0, shared, full, full, 0, shared]
     assert sim.layer.stats()["routed"] == 2, "known on arrival, until the cache is reset"
@@ -55,7 +57,8 @@ def test_tenants_share_nothing_of_any_kind(block: int, simulate: Simulate, here:
             sim.add(name, prompt, options, salt=salt)
             sim.run()
             assert sim.answers[name] == right(here, prompt, 1 if kind == "edited" else None), name
-            shared, full = BEFORE // block * block, (len(prompt) - 1) // block * block
+            span, full = find_span(prompt, RULE), (len(prompt) - 1) // block * block
+            shared = (span.acts_from if kind == "off" else BEFORE) // block * block
             wanted = full if turn == "warm" else 0 if kind == "edited" else shared
             assert sim.hits[name] == wanted, name
 
