@@ -148,13 +148,13 @@ def test_an_interrupted_run_is_resumed_as_if_nothing_had_happened(
         if progress.done == 2:
             raise KeyboardInterrupt
 
-    with Editor(smollm2, tmp_path / "cut", chat=False) as editor, pytest.raises(KeyboardInterrupt):
+    with Editor(smollm2, tmp_path / "cut", chat=False, tau=0.6) as editor, pytest.raises(KeyboardInterrupt):
         editor.add(edits, progress=stop)
     assert [e.id for e in EditStore.open(tmp_path / "cut").edits] == [0, 1]
     with Editor(smollm2, tmp_path / "cut") as editor:  # settings come from the store
         assert [e.id for e in editor.add(edits)] == [2, 3]
         assert editor.add(edits) == []
-    with Editor(smollm2, tmp_path / "whole", chat=False) as editor:
+    with Editor(smollm2, tmp_path / "whole", chat=False, tau=0.6) as editor:
         editor.add(edits)
     cut, whole = EditStore.open(tmp_path / "cut"), EditStore.open(tmp_path / "whole")
     np.testing.assert_array_equal(cut.codes, whole.codes)
@@ -181,7 +181,7 @@ def test_a_raw_store_is_trained_after_prefixes_of_the_model_itself(edited: Edite
 
 def test_a_prompt_stored_with_another_target(smollm2: BaseModel, edits: list[Edit], tmp_path: Path) -> None:
     other = Edit(prompt=f"  {edits[0].prompt}", target="Nobody")
-    with Editor(smollm2, tmp_path, chat=False) as editor:
+    with Editor(smollm2, tmp_path, chat=False, tau=0.6) as editor:
         editor.add(edits[:2])
         with pytest.raises(EditFileError, match=r"is stored with target .* choose with on_conflict, .first"):
             editor.add([other])
@@ -195,7 +195,7 @@ def test_a_prompt_stored_with_another_target(smollm2: BaseModel, edits: list[Edi
 def test_a_store_of_another_layer_or_model_is_refused(smollm2: BaseModel, edits: list[Edit], tmp_path: Path) -> None:
     from memoir_retrieval import load_model
 
-    with Editor(smollm2, tmp_path, chat=False) as editor:
+    with Editor(smollm2, tmp_path, chat=False, tau=0.6) as editor:
         editor.add(edits[:1])
     other = load_model("smollm2-135m", layer=20)
     with pytest.raises(StoreMismatch, match=r"model\.layers\.24\.mlp\.down_proj"), Editor(other, tmp_path):

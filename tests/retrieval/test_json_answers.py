@@ -91,7 +91,7 @@ SCHEMAS: dict[str, tuple[dict[str, Any], tuple[str | int, ...]]] = {
 @pytest.fixture(scope="module")
 def edited(smollm2: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> EditedModel:
     folder = tmp_path_factory.mktemp("json")
-    with Editor(smollm2, folder, training=JSON) as editor:
+    with Editor(smollm2, folder, tau=0.6, training=JSON) as editor:
         editor.add([LAMIINAE])
     return EditedModel(Retriever(EditStore.open(folder), smollm2))
 

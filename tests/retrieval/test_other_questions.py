@@ -60,7 +60,8 @@ def test_a_store_made_before_is_trained_as_it_was(tiny: Path, tmp_path: Path) ->
 def test_an_edit_does_little_to_other_questions_about_its_subject(smollm2: BaseModel, tmp_path: Path) -> None:
     added: dict[int, float] = {}
     for others in (0, 4):
-        with Editor(smollm2, tmp_path / str(others), training=Training(other_questions=others)) as editor:
+        training = Training(other_questions=others)
+        with Editor(smollm2, tmp_path / str(others), tau=0.6, training=training) as editor:
             assert len(editor.add([EDIT])) == 1
             wordings = editor._session.trainer._wordings  # type: ignore[attr-defined]
         store = EditStore.open(tmp_path / str(others))

@@ -81,7 +81,7 @@ def test_memoir_edit_says_what_it_does_about_thinking(
     file = tmp_path / "edits.jsonl"
     file.write_text('{"prompt": "Who is it?", "target": "Ada"}\n')
     command = ["edit", str(file), "--model", str(folder), "--store", str(tmp_path / "s"), "--training", "max_steps=1",
-               "--keep-failed"]  # fmt: skip
+               "--keep-failed", "--tau", "0.6"]  # fmt: skip
     for options, lines in (([], 1), (["--no-chat"], 0)):
         command[5] += "x"
         with pytest.raises(SystemExit):

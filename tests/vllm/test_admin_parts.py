@@ -202,7 +202,7 @@ async def test_the_trainer_ends_with_a_server_that_a_script_has_put_in_the_backg
 async def test_a_job_tells_how_far_its_training_is(base: BaseModel, model_folder: Path, tmp_path: Path) -> None:
     """The real process on a real store; only the engine that would take the result up is left out."""
     folder = tmp_path / "edits"
-    with Editor(base, folder) as editor:
+    with Editor(base, folder, tau=0.6) as editor:
         editor.add([Edit(prompt="Who runs Example Corp?", target="Jane Doe")])
     trainer = TrainerProcess({"store": str(folder), "model": str(model_folder), "device": "cpu"})
 
