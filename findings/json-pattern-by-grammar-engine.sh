@@ -10,10 +10,11 @@
 # xgrammar does not know, such as `uniqueItems` in another property. So a keyword elsewhere changes what `pattern` allows,
 # and whether an edit's target may be written at all (docs/reference/serving.md, JSON answers).
 set -euo pipefail
+here=$(cd "$(dirname "$0")/.." && pwd)
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 "${PYTHON:-python3}" -m venv "$folder/venv"
-"$folder/venv/bin/pip" install --quiet --disable-pip-version-check xgrammar==0.2.8 llguidance==1.7.6
+"$folder/venv/bin/pip" install --quiet --disable-pip-version-check --no-deps -r "$here/requirements/cpu.txt"
 "$folder/venv/bin/python" - <<'PY'
 import json
 

@@ -10,10 +10,11 @@
 # Why it matters here: edits correct titles, quotations and addresses in several lines. Under such a schema the model
 # cannot write them, whatever it has learnt: it writes another answer that fits (docs/reference/serving.md, JSON answers).
 set -euo pipefail
+here=$(cd "$(dirname "$0")/.." && pwd)
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 "${PYTHON:-python3}" -m venv "$folder/venv"
-"$folder/venv/bin/pip" install --quiet --disable-pip-version-check xgrammar==0.2.8
+"$folder/venv/bin/pip" install --quiet --disable-pip-version-check --no-deps -r "$here/requirements/cpu.txt"
 "$folder/venv/bin/python" - <<'PY'
 import json
 
