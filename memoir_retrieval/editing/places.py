@@ -11,8 +11,8 @@ from memoir_retrieval.editing.trainer import MemoryTrainer
 __all__ = ["Places"]
 
 # A residual memory takes at most D over this many edits: as many as were measured to leave each other alone (docs).
-# Acting from the last token on, the tokens are alike in all questions, and earlier edits are lost sooner.
-EDITS_PER_MEMORY = {"first": 5, "last": 15}
+# Tokens behind a question are alike in all of them: the more of these an edit acts on, the sooner others are lost.
+EDITS_PER_MEMORY = {"first": 5, "last": 15, "answer": 7}
 # Memories that are trained side by side, at most, by default: what more of them gain is little (docs).
 SIDE_BY_SIDE = 4
 
@@ -29,9 +29,9 @@ class Places:
     @property
     def _room(self) -> int:
         """Edits that a memory takes."""
-        return self._store.training.edits_per_memory or max(
-            1, self._store.base.d // EDITS_PER_MEMORY[self._store.manifest.span.acts]
-        )
+        span = self._store.manifest.span
+        share = EDITS_PER_MEMORY["answer" if span.behind else span.acts]
+        return self._store.training.edits_per_memory or max(1, self._store.base.d // share)
 
     def side_by_side(self, edits: int) -> int:
         """How many memories are filled at once, at most 4.
