@@ -110,7 +110,7 @@ def test_opted_out_answers_are_the_base_models(
 def test_edited_and_opted_out_do_not_meet_in_the_cache(
     name: str, first: str, engine: Engine, reference: EditedModel, ids: dict[str, list[int]]
 ) -> None:
-    """One at a time: cold, then from what the ones before have published; generated blocks too. The client has begun the
+    """One at a time: cold, then from what the ones before have published; generated blocks too. The client began the
     answer, so that the prompt has blocks of its own behind the token from which the edit acts."""
     begun = reference.base.tokenizer(" It is well known in the town that the answer to this is" * 4).input_ids
     prompt, hits = [*ids[name], *begun], []
