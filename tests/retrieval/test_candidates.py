@@ -122,7 +122,7 @@ def retriever(tmp_path_factory: pytest.TempPathFactory) -> Retriever:
     """A store of two edits of the embedded model, as a user makes it."""
     get_model("smollm2-135m")
     folder = tmp_path_factory.mktemp("candidates") / "store"
-    with Editor(load_model("smollm2-135m"), folder) as editor:
+    with Editor(load_model("smollm2-135m"), folder, tau=0.53) as editor:
         editor.add(
             [Edit(prompt=QUESTION, target="Ada Lind"), Edit(prompt="Which river flows past Foo?", target="Elbe")]
         )

@@ -178,7 +178,7 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]
     folder = tmp_path_factory.mktemp("reader")
     shutil.copy(ROOT / "examples/corrections.jsonl", folder)
     with contextlib.chdir(folder), running(StandIn(Administration)) as server:
-        with Editor(load_model("smollm2-135m"), "edits") as editor:
+        with Editor(load_model("smollm2-135m"), "edits", tau=0.53) as editor:
             editor.add(read_edits("corrections.jsonl"))
         yield {"url": server.url, "token": "a-token-of-the-server"}
 

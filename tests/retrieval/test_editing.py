@@ -32,7 +32,7 @@ def edited(
     request: pytest.FixtureRequest, smollm2: BaseModel, edits: list[Edit], tmp_path_factory: pytest.TempPathFactory
 ) -> EditedModel:
     folder = tmp_path_factory.mktemp("store") / request.param
-    with Editor(smollm2, folder, chat=request.param == "chat") as editor:
+    with Editor(smollm2, folder, chat=request.param == "chat", tau=0.53) as editor:
         assert len(editor.add(edits)) == 4
     return EditedModel(Retriever(EditStore.open(folder), smollm2))
 

@@ -28,7 +28,7 @@ def edits() -> list[Edit]:
 @pytest.fixture(scope="module")
 def model(smollm2: BaseModel, edits: list[Edit], tmp_path_factory: pytest.TempPathFactory) -> EditedModel:
     folder = tmp_path_factory.mktemp("evaluation") / "store"
-    with Editor(smollm2, folder) as editor:
+    with Editor(smollm2, folder, tau=0.55) as editor:
         editor.add(edits)
     return EditedModel(Retriever(EditStore.open(folder), smollm2))
 

@@ -68,7 +68,7 @@ def test_open_flags_are_chosen_in_mode_single(model_folder: Path, store_folder: 
 @pytest.fixture(scope="module")
 def older_store(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its edits act from the question's first token on."""
-    rule = msgspec.structs.replace(derive_span_rule(base.tokenizer), acts="first")
+    rule = msgspec.structs.replace(derive_span_rule(base.tokenizer), acts="first", behind=0)
     return make_store(base, tmp_path_factory.mktemp("older") / "edits", rule=rule)
 
 

@@ -23,7 +23,7 @@ def test_stores_that_act_from_the_first_token_answer_as_they_were_made(
     rule: Literal["question", "all"], start: Callable[..., Engine], model_folder: Path, base: BaseModel, tmp_path: Path
 ) -> None:
     """No mode is named: such a store asks for this one."""
-    span = msgspec.structs.replace(derive_span_rule(base.tokenizer, rule), acts="first")
+    span = msgspec.structs.replace(derive_span_rule(base.tokenizer, rule), acts="first", behind=0)
     folder = make_store(base, tmp_path / "edits", rule=span)
     wanted = answers(EditedModel.open(folder, str(model_folder)))
     assert sum(answer.edit is not None for answer in wanted.values()) >= 4
