@@ -5,7 +5,7 @@
 # Seen: of {"type": "string", "pattern": "b"} xgrammar accepts "b" and not "abc"; llguidance accepts both. With "^b"
 # xgrammar does not accept "bc"; llguidance does.
 # Expected: JSON Schema's own meaning in both: a string is valid if the pattern is found anywhere in it.
-# Cause: xgrammar turns the expression into the rule of the whole string and drops its anchors.
+# Cause: xgrammar takes the expression as the rule of the whole string, with anchors or without.
 # Why it matters here: vLLM compiles a schema with xgrammar, and with llguidance where the schema has a keyword that
 # xgrammar does not know, such as `uniqueItems` in another property. So a keyword elsewhere changes what `pattern`
 # allows, and whether an edit's target may be written at all (docs/reference/serving.md, JSON answers).
