@@ -225,11 +225,11 @@ def query_of(prompt: Sequence[int], extra_args: Mapping[str, Any] | None, rule: 
     except ConfigError:  # a front end of another language let it pass; the response will say "unroutable"
         return Query(Span(0, 0))
     if options.span:
-        # What is looked up is the client's choice; the residual acts where it does for the message as a whole.
+        # What is looked up is the client's choice. Where a template ends the message, the residual acts where it does
+        # for the message as a whole; of raw text nobody but the client knows where the question ends.
         span = options.span._replace(weighted=rule.weighted, acts=rule.acts)
         message = find_span(prompt, rule)
-        asks = message.start < message.end and rule.acts == "last"
-        behind = max(0, message.acts_from - span.acts_from) if asks else 0
+        behind = max(0, message.acts_from - span.acts_from) if message.behind else 0
         return Query(span._replace(behind=behind), options.off, options.nearest)
     if options.off:  # nothing of it is looked up, so its parts need not be read
         return Query(find_span(prompt, rule), True, options.nearest)

@@ -10,10 +10,11 @@ from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
 from memoir_retrieval.errors import ConfigError
+from memoir_retrieval.question.candidates import Pieces
 from memoir_retrieval.question.span import Span, SpanRule
 from memoir_vllm import requests
 from memoir_vllm.config import ServedStore
-from memoir_vllm.requests import Options, parse_options
+from memoir_vllm.requests import Options, parse_options, query_of
 
 
 @pytest.mark.parametrize(
@@ -44,6 +45,23 @@ def test_memoir_is_off_or_nothing(value: Any) -> None:
 def test_a_span_lies_in_the_prompt(value: Any) -> None:
     with pytest.raises(ConfigError, match="0 <= start < end <= 10"):
         parse_options({"memoir_span": value}, prompt_len=10)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "behind", "acts_from"),
+    [
+        ([5, 5, 5, 5, 6, 6, 6, 6], 3, 3),  # raw: what follows may be an answer
+        ([1, 5, 5, 5, 5, 5, 2, 3, 3, 6, 6], 3, 8),  # a chat whose answer the client has begun
+        ([1, 5, 5, 5, 5, 5, 2, 3, 3, 6, 6], 0, 3),  # a store of format 5 or 6
+        ([1, 5, 5, 5, 5, 5, 2], 3, 6),  # a template that writes nothing more
+    ],
+)
+def test_an_edit_acts_before_the_answer_whatever_span_a_client_names(
+    prompt: list[int], behind: int, acts_from: int
+) -> None:
+    rule = SpanRule(starts=((1,),), end=(2,), acts="last", behind=behind)
+    span = query_of(prompt, {"memoir_span": "2:4"}, rule, Pieces(str)).span
+    assert (span.start, span.end, span.acts_from) == (2, 4, acts_from)
 
 
 @pytest.mark.parametrize("value", [-1, 21, "5", 5.0, True, None, [5]])
