@@ -75,9 +75,8 @@ def test_the_target_arrives_behind_the_thinking_however_it_is_switched(
     assert report.reliability == 1 and report.exact_match.edits == 1
 
 
-def test_memoir_edit_says_what_it_does_about_thinking(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_memoir_edit_says_what_it_does_about_thinking(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = save_thinking(tmp_path / "model", "opened")
     file = tmp_path / "edits.jsonl"
     file.write_text('{"prompt": "Who is it?", "target": "Ada"}\n')
     command = ["edit", str(file), "--model", str(folder), "--store", str(tmp_path / "s"), "--training", "max_steps=1",
