@@ -166,7 +166,7 @@ class Wordings:
         for variant in range(self.training.json_strings, self.training.variants):
             replaced = (random.random(len(words)) < self.training.noise) & replaceable
             noisy = np.where(replaced, random.choice(self._other_tokens, len(words)), words).tolist()
-            # Where the residual acts from the last token on, such as a question mark, some will leave that out.
+            # Some leave a question's last token out, such as its mark. Edits that act on all of it need not learn it.
             if variant % 2 and question.pooled.acts == "last" and replaceable[-1] and len(words) > 1:
                 noisy.pop()
             acts = question.pooled.acts_from + min(0, len(noisy) - len(words))

@@ -1,8 +1,9 @@
 """Scheduling around decisions (vllm/v1/core/sched/scheduler.py). Delivered by name through `scheduler_cls`.
 
 Mode `inline`: prompts are split and cached as usual. The workers decide a request in the step in which its question's
-last token passes, from which on an edit acts. Until their decision is back, the request takes no cached block from that
-token on and publishes none (`blocks.py`); what it takes of its question, the workers have sums of (`block_sums.py`).
+last token passes; an edit acts from the last token before the answer on. Until their decision is back, the request
+takes no cached block from the first of these two tokens on, and publishes none from the other on (`blocks.py`). What it
+takes of its question, the workers have sums of (`block_sums.py`).
 
 Mode `single`: prompts are neither split nor cached, so nothing is kept back.
 """
