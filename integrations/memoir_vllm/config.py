@@ -288,7 +288,7 @@ def with_mode(config: MemoirConfig) -> MemoirConfig:
     if not from_first:
         return msgspec.structs.replace(config, mode=config.mode or "inline")
     folder, span = from_first[0]
-    retrain = f"`memoir compact {folder} --acts last` trains them again to act from its last"
+    retrain = f"`memoir compact {folder} --acts last` trains them again to act from the last token before the answer"
     why = "the span rule is all" if span.rule == "all" else retrain
     if config.mode == "inline":
         raise ConfigError(

@@ -12,10 +12,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from memoir_retrieval.cli.common import echo, echo_json, json_option, notes, store_argument, threads_option
 from memoir_retrieval.cli.options import ModelOptions, model_options
 from memoir_retrieval.errors import ConfigError
+from memoir_retrieval.question.span import ActingToken
 from memoir_retrieval.store.files import store_lock
-from memoir_retrieval.store.manifest import Manifest
 from memoir_retrieval.store.read import EditStore
 from memoir_retrieval.store.write import leftovers, sweep
+
+NEWEST: ActingToken = "last token before the answer"
+"""From where the edits of new chat stores act."""
 
 
 @click.command()
@@ -110,7 +113,7 @@ def compact(store: Path, model: ModelOptions, acts: Literal["first", "last"] | N
             {
                 "edits": len(trained),
                 "generation": now.generation,
-                "acts": now.span.acts,
+                "acts": now.span.acting_token,
                 "seconds": round(time.monotonic() - started, 2),
                 "failed": [{"prompt": failure.prompt, "reason": failure.reason} for failure in failed],
                 "erased": not held,
@@ -119,26 +122,17 @@ def compact(store: Path, model: ModelOptions, acts: Literal["first", "last"] | N
         )
         return
     echo(f"{store}: {len(trained)} edits trained again; generation {now.generation} holds nothing of any other")
-    if (begin := _acting(now)) != (before := _acting(manifest)):
-        echo(f"they act from {begin} on, no longer from {before}")
-    elif now.span.rule == "question" and now.chat and begin != ANSWER:
+    begin, before = now.span.acting_token, manifest.span.acting_token
+    if begin != before:
+        echo(f"they act from the {begin} on, no longer from the {before}")
+    elif now.span.rule == "question" and now.chat and begin != NEWEST:
         echo(
-            f"they act from {begin} on, as before; `memoir compact {store} --acts last` makes them act from {ANSWER}, "
-            "as in new stores"
+            f"they act from the {begin} on, as before; `memoir compact {store} --acts last` makes them act from the "
+            f"{NEWEST}, as in new stores"
         )
     for failure in failed:
         echo(f"not answered with its target: {failure.prompt!r}: {failure.reason}")
     _tell(held)
-
-
-ANSWER = "the last token before the answer"
-
-
-def _acting(manifest: Manifest) -> str:
-    """From which token on the edits of a store act."""
-    if manifest.span.acts == "last" and (manifest.span.behind or not manifest.chat):
-        return ANSWER
-    return f"the {manifest.span.acts} token of a question"
 
 
 def _tell(held: list[str]) -> None:

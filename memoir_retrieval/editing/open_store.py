@@ -166,8 +166,7 @@ class OpenStore:
         if acts == "last" and span.rule == "all":
             raise ConfigError(f"store {self.path} has the span rule all, which acts on every token: choose acts first")
         if acts:
-            newest = derive_span_rule(self.base.tokenizer, span.rule)
-            behind = newest.behind if acts == "last" and self.manifest.chat else 0
+            behind = derive_span_rule(self.base.tokenizer).behind if acts == "last" and self.manifest.chat else 0
             span = msgspec.structs.replace(span, acts=acts, behind=behind)
         self.manifest = msgspec.structs.replace(self.manifest, span=span)
         self.memories = []

@@ -7,12 +7,17 @@ from collections.abc import Collection, Iterator
 
 from memoir_retrieval.editing.open_store import OpenStore
 from memoir_retrieval.editing.trainer import MemoryTrainer
+from memoir_retrieval.question.span import ActingToken
 
 __all__ = ["Places"]
 
 # A residual memory takes at most D over this many edits: as many as were measured to leave each other alone (docs).
 # Tokens behind a question are alike in all of them: the more of these an edit acts on, the sooner others are lost.
-EDITS_PER_MEMORY = {"first": 5, "last": 15, "answer": 7}
+EDITS_PER_MEMORY: dict[ActingToken, int] = {
+    "first token of the question": 5,
+    "last token of the question": 15,
+    "last token before the answer": 7,
+}
 # Memories that are trained side by side, at most, by default: what more of them gain is little (docs).
 SIDE_BY_SIDE = 4
 
@@ -29,8 +34,7 @@ class Places:
     @property
     def _room(self) -> int:
         """Edits that a memory takes."""
-        span = self._store.manifest.span
-        share = EDITS_PER_MEMORY["answer" if span.behind else span.acts]
+        share = EDITS_PER_MEMORY[self._store.manifest.span.acting_token]
         return self._store.training.edits_per_memory or max(1, self._store.base.d // share)
 
     def side_by_side(self, edits: int) -> int:

@@ -14,7 +14,10 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 import numpy as np
 
-__all__ = ["ChatSpanRule", "Span", "SpanRule", "derive_span_rule", "find_span"]
+__all__ = ["ActingToken", "ChatSpanRule", "Span", "SpanRule", "derive_span_rule", "find_span"]
+
+ActingToken = Literal["first token of the question", "last token of the question", "last token before the answer"]
+"""From which token on the residual acts, in words."""
 
 
 class Span(NamedTuple):
@@ -76,6 +79,13 @@ class SpanRule(msgspec.Struct, frozen=True, kw_only=True):
     behind: int = 0
     tools: tuple[tuple[int, ...], ...] = ()
     candidates: bool = False
+
+    @property
+    def acting_token(self) -> ActingToken:
+        """From which token on the edits of a store act; of raw text the last of the question ends the prompt, too."""
+        if self.acts == "first":
+            return "first token of the question"
+        return "last token before the answer" if self.behind else "last token of the question"
 
 
 class ChatSpanRule(SpanRule, frozen=True, kw_only=True):

@@ -303,10 +303,9 @@ def _out_of_range(manifest: Manifest) -> str:
         return f"d {manifest.d}"
     if manifest.format < _FIRST_WITH_ACTS and manifest.span.acts != "first":  # readers of its time would act elsewhere
         return f"span.acts {manifest.span.acts} in format {manifest.format}"
-    if manifest.span.behind and (manifest.format < _FIRST_WITH_BEHIND or manifest.span.acts != "last"):
+    may_spare = manifest.format >= _FIRST_WITH_BEHIND and manifest.span.acts == "last"
+    if manifest.span.behind < 0 or (manifest.span.behind and not may_spare):
         return f"span.behind {manifest.span.behind} with span.acts {manifest.span.acts} in format {manifest.format}"
-    if manifest.span.behind < 0:
-        return f"span.behind {manifest.span.behind}"
     if manifest.format < _FIRST_WITH_JUDGE and (manifest.span.candidates or manifest.span.tools):
         return f"span.candidates or span.tools in format {manifest.format}"
     if manifest.format < _FIRST_WITH_JUDGE and manifest.judge:  # readers of its time would go by masks alone

@@ -121,7 +121,7 @@ def test_a_store_made_before_acts_as_it_was_made_until_it_is_compacted(
     code, out, _ = run(capsys, "compact", store)
     assert code == 0 and f"`memoir compact {store} --acts last`" in out
     code, out, _ = run(capsys, "compact", store, "--acts", "last")
-    said = "they act from the last token before the answer on, no longer from the first token of a question"
+    said = "they act from the last token before the answer on, no longer from the first token of the question"
     assert code == 0 and said in out
     with Editor(model, tmp_path / "new", training=training) as editor:
         editor.add([town(name) for name in TOWNS[:3]], keep_failed=True)
@@ -130,6 +130,27 @@ def test_a_store_made_before_acts_as_it_was_made_until_it_is_compacted(
     np.testing.assert_array_equal(now.codes, old.codes)
     np.testing.assert_array_equal(now.memories, new.memories)
     assert not np.array_equal(now.memories, old.memories)
+
+
+@pytest.mark.parametrize(
+    ("acts", "behind", "token"),
+    [
+        ("first", 0, "first token of the question"),  # format 4 and older
+        ("last", 0, "last token of the question"),  # formats 5 and 6
+        ("last", 6, "last token before the answer"),
+    ],
+)
+def test_compact_says_from_which_token_the_edits_of_a_store_act(
+    capsys: pytest.CaptureFixture[str], tiny: Path, tmp_path: Path, acts: str, behind: int, token: str
+) -> None:
+    with Editor(load_model(str(tiny)), tmp_path, training=Training(max_steps=1, context_masks=0)) as editor:
+        assert editor.manifest.span.behind == 6
+        span = msgspec.structs.replace(editor.manifest.span, acts=acts, behind=behind)
+        editor.store.manifest = msgspec.structs.replace(editor.manifest, span=span)
+        editor._restart()
+        editor.add([town("Oslo")], keep_failed=True)
+    code, out, _ = run(capsys, "compact", tmp_path, "--json")
+    assert (code, json.loads(out)["acts"]) == (0, token)
 
 
 def test_an_interrupted_change_of_the_rule_leaves_the_old_one(tiny: Path, store: Path) -> None:
