@@ -21,7 +21,7 @@ from memoir_retrieval.question.candidates import CandidateSpan, Kind, Pieces, fi
 from memoir_retrieval.question.fingerprint import Fingerprint
 from memoir_retrieval.question.prompts import Prompt, prompt_ids
 from memoir_retrieval.question.span import Span
-from memoir_retrieval.store.manifest import load_model_of
+from memoir_retrieval.store.base_model import load_model_of
 from memoir_retrieval.store.read import EditStore
 
 __all__ = ["Asked", "Loss", "Match", "Part", "Retriever"]

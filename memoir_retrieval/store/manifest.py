@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from memoir_retrieval.errors import StoreError, StoreMismatch
-from memoir_retrieval.model.base import BaseModel, Identity, load_model
+from memoir_retrieval.model.base import Identity
 from memoir_retrieval.model.places import Place, place_of
 from memoir_retrieval.question.span import SpanRule
 from memoir_retrieval.store.files import Written, publish, read_small
@@ -30,7 +30,6 @@ __all__ = [
     "Manifest",
     "draft_manifest",
     "library_version",
-    "load_model_of",
     "read_manifest",
     "require_range",
     "without_files",
@@ -143,25 +142,6 @@ def library_version() -> str:
         return version("memoir-retrieval")
     except PackageNotFoundError:
         return "0+unknown"
-
-
-def load_model_of(
-    manifest: Manifest, name: str | Path | None = None, *, dtype: str | None = None, device: str = "cpu"
-) -> BaseModel:
-    """The model of a store, cut at the projection that its edits are beside.
-
-    manifest: of the store.
-    name: a folder, an embedded model's name or a Hub id (default: the one that the store names).
-    dtype: see `load_model` (default: the store's own).
-    device: see `load_model`, and so are the errors.
-    """
-    return load_model(
-        name or manifest.model,
-        layer=manifest.layer,
-        place=manifest.place,
-        dtype=dtype or manifest.dtype,
-        device=device,
-    )
 
 
 def draft_manifest(**fields: Any) -> Manifest:

@@ -122,7 +122,7 @@ class _Trainer:
         from memoir_retrieval.editing.conflicts import same_edit
         from memoir_retrieval.editing.editor import Editor
         from memoir_retrieval.edits.record import Edit
-        from memoir_retrieval.store.manifest import load_model_of
+        from memoir_retrieval.store.base_model import load_model_of
         from memoir_retrieval.store.read import EditStore
 
         if self._base is None:

@@ -17,7 +17,7 @@ from memoir_index import unpack
 from memoir_retrieval.model.forward import span_mean
 from memoir_retrieval.question.fingerprint import Fingerprint
 from memoir_retrieval.question.span import find_span
-from memoir_retrieval.store.manifest import load_model_of
+from memoir_retrieval.store.base_model import load_model_of
 from memoir_retrieval.store.read import EditStore
 
 __all__ = ["ResearchModel"]
