@@ -12,7 +12,7 @@ from memoir_retrieval.edits.record import Edit, Requires, StoredEdit
 from memoir_retrieval.errors import EditFileError, Reason
 from memoir_retrieval.question.text import normalize, plain_text
 
-__all__ = ["Phrases", "check_requires", "one_question", "require_subjects", "required_spans", "words"]
+__all__ = ["Phrases", "check_requires", "one_question", "require_subjects", "required_spans", "required_texts", "words"]
 
 Phrase = tuple[str, ...]  # its words
 
@@ -123,6 +123,14 @@ class Phrases:
             for edit in self._edits.get(phrase, ())
             if all(not phrases.isdisjoint(entry) for entry in self._entries[edit])
         }
+
+
+def required_texts(requires: Requires) -> tuple[str, ...]:
+    """The texts of `requires`, those included of which one is enough.
+
+    requires: of an edit.
+    """
+    return tuple(text for entry in requires for text in _texts(entry))
 
 
 def _texts(entry: str | tuple[str, ...]) -> tuple[str, ...]:

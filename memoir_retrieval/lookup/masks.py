@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from memoir_index import Hits, hamming_radius, popcount
 from memoir_retrieval.edits.judge import TASK, Verdict, judge_named, letters
 from memoir_retrieval.edits.record import StoredEdit, masked_texts
-from memoir_retrieval.edits.requires import Phrases
+from memoir_retrieval.edits.requires import Phrases, required_texts
 from memoir_retrieval.lookup.decision import JudgedPart
 from memoir_retrieval.question.tasks import TaskProbe
 from memoir_retrieval.store.read import EditStore
@@ -375,9 +375,7 @@ class EditLookup:
         """The texts that have a mask of an edit, and the words that it requires."""
         stored: StoredEdit = self._edits[int(self._place[np.searchsorted(self._numbers, edit)])]
         first, last = np.searchsorted(self._ids, [edit, edit + 1])
-        entries = [entry if isinstance(entry, tuple) else (entry,) for entry in stored.requires]
-        prompts = masked_texts(stored, int(last - first), self._contexts)
-        return prompts, tuple(text for entry in entries for text in entry)
+        return masked_texts(stored, int(last - first), self._contexts), required_texts(stored.requires)
 
     def _nearest_of(self, code: NDArray[np.uint8], edits: set[int]) -> list[tuple[int, int, int]]:
         """The nearest of these edits, at most `CANDIDATES`: each edit, its nearest row, the earliest among equals, and

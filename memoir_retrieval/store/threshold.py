@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 
 from memoir_index import HammingIndex, hamming_radius
 from memoir_retrieval.edits.judge import Judge, letters
-from memoir_retrieval.edits.record import Requires, StoredEdit, masked_texts
-from memoir_retrieval.edits.requires import Phrases
+from memoir_retrieval.edits.record import StoredEdit, masked_texts
+from memoir_retrieval.edits.requires import Phrases, required_texts
 
 __all__ = [
     "CANDIDATES",
@@ -167,7 +167,7 @@ def _compare(
         passed.append(
             judge is not None
             and any(
-                _is_same(judge, prompt, by_id[number].requires, text)
+                _is_same(judge, prompt, required_texts(by_id[number].requires), text)
                 for number in acting
                 for prompt in wordings[number]
             )
@@ -176,7 +176,6 @@ def _compare(
 
 
 @lru_cache(maxsize=1 << 15)
-def _is_same(judge: Judge, prompt: str, requires: Requires, text: str) -> bool:
+def _is_same(judge: Judge, prompt: str, required: tuple[str, ...], text: str) -> bool:
     """Whether the judge takes a text for an edit's question. Kept, since the next commit asks the same of most."""
-    words = tuple(word for entry in requires for word in ((entry,) if isinstance(entry, str) else entry))
-    return judge.verdict(prompt, text, "", words).same
+    return judge.verdict(prompt, text, "", required).same
