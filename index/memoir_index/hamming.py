@@ -28,7 +28,7 @@ from memoir_index.codes import (
 from memoir_index.errors import CodeError
 from memoir_index.plan import Plan, check_bits, choose_plan, sketch_bits
 from memoir_index.scan import Rows, threads_for
-from memoir_index.sketch import Neighbours, search_sketch
+from memoir_index.sketch import Neighbours, search_blocks
 from memoir_index.snapshot import Snapshot
 
 
@@ -265,13 +265,7 @@ class HammingIndex:
         # n - 1 edits own at most (n - 1) * most_rows rows, so one row more always reaches an n-th edit
         wanted = min(now.alive, (n - 1) * now.most_rows + 1) if n > 1 else 1
         with threads_for(len(codes)):
-            if plan.bits and not exact:
-                dist, nearest, near = search_sketch(now.blocks, codes, plan, self.k, radius, wanted)
-            else:
-                distances, places = now.nearest(codes, wanted)
-                dist, nearest = distances[:, 0].astype(np.int64), places[:, 0]
-                query, column = np.nonzero(distances <= radius)
-                near = Neighbours(query, places[query, column], distances[query, column].astype(np.int64))
+            dist, nearest, near = search_blocks(now.blocks, codes, 0 if exact else plan.bits, self.k, radius, wanted)
         match = dist <= radius
         rows, ids = now.resolve(np.where(match, nearest, -1))
         if self._recheck:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from memoir_index.blocks import Block
 from memoir_index.codes import Codes
-from memoir_index.plan import Plan, limits_for, sketch_bytes
+from memoir_index.plan import limits_for, sketch_bytes
 from memoir_index.scan import CORE_BYTES, FAR, Distances, Rows, between, distances, nearest_there, threads
 
 _PLACE_BITS = 32
@@ -30,22 +30,23 @@ class Neighbours(NamedTuple):
     distance: NDArray[np.int64]
 
 
-def search_sketch(
-    blocks: Sequence[Block], codes: Codes, plan: Plan, k: int, radius: int, rows: int = 1
+def search_blocks(
+    blocks: Sequence[Block], codes: Codes, bits: int, k: int, radius: int, rows: int = 1
 ) -> tuple[NDArray[np.int64], Rows, Neighbours]:
     """The nearest row of each query, uint8 [Q, d/8], where it differs in at most radius bits; the earliest of equals.
 
+    bits: of the sketch; 0 compares every row on all bits.
     rows: how many of the nearest rows within the radius are wanted of each query.
 
     Returns distances int64 [Q] and places int64 [Q], positions counted over all blocks. Where no row is that near,
     those of the nearest row that was looked at, at least one. And at least so many rows of each query as are wanted
     and within the radius.
     """
-    search = _SketchSearch(codes, plan, radius, rows)
+    search = _SketchSearch(codes, bits, radius, rows)
     start = 0
     with threads(len(codes)) as share:
         for block in blocks:
-            sketch = block.sketch(plan.bits, k)
+            sketch = block.sketch(bits, k) if bits else None
             if sketch is None:
                 search.scan(block, start)
             else:
@@ -58,15 +59,15 @@ def search_sketch(
 class _SketchSearch:
     """One batch of queries on its way through the blocks."""
 
-    def __init__(self, codes: Codes, plan: Plan, radius: int, rows: int) -> None:
+    def __init__(self, codes: Codes, bits: int, radius: int, rows: int) -> None:
         self.codes = codes
         self.all = np.arange(len(codes))
         self.best = _Best(len(codes))
         self._d = 8 * codes.shape[1]
-        self._bits = plan.bits
+        self._bits = bits
         self._radius = radius
-        self._sketches = np.zeros((len(codes), sketch_bytes(plan.bits)), np.uint8)
-        self._sketches[:, : plan.bits // 8] = codes[:, : plan.bits // 8]
+        self._sketches = np.zeros((len(codes), sketch_bytes(bits)), np.uint8)
+        self._sketches[:, : bits // 8] = codes[:, : bits // 8]
         self._closest = _Best(len(codes))  # by the sketch alone
         self._rows = rows
         self._near = [Neighbours(*np.empty((3, 0), np.int64))]
