@@ -1,4 +1,4 @@
-"""Mixtures of experts are edited behind attention, vision-language models in their text tower: small random models."""
+"""Each layout of decoder is edited; experts behind attention, vision-language models in their text tower."""
 
 from __future__ import annotations
 

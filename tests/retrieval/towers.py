@@ -1,4 +1,4 @@
-"""Small random models of architectures whose FFN is a mixture of experts, or that see: text towers to be edited."""
+"""Small random models of each layout of decoder: dense, with a mixture of experts, or with a vision tower beside it."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ TEXT: dict[str, Any] = TOKENS | {
     "head_dim": 32,
     "max_position_embeddings": 512,
 }
+GPT = TOKENS | {"n_embd": 128, "n_inner": 256, "n_layer": 2, "n_head": 4, "n_positions": 512}
 MOE = TEXT | {"moe_intermediate_size": 96, "num_experts_per_tok": 2}
 # Deeper than the text tower, and as wide: what a search by length or by width would take.
 VISION: dict[str, Any] = {
@@ -54,8 +55,16 @@ class Layout(NamedTuple):
 
 
 def layouts() -> dict[str, Layout]:
-    attention, text_ffn = "model.layers.1.self_attn.o_proj", "model.language_model.layers.1.mlp.down_proj"
+    ffn, attention = "model.layers.1.mlp.down_proj", "model.layers.1.self_attn.o_proj"
+    text_ffn = "model.language_model.layers.1.mlp.down_proj"
     return {
+        "llama": Layout(hf.LlamaConfig(**TEXT), ffn),
+        "mistral": Layout(hf.MistralConfig(**TEXT), ffn),
+        "qwen2": Layout(hf.Qwen2Config(**TEXT), ffn),
+        "qwen3": Layout(hf.Qwen3Config(**TEXT), ffn),
+        "gemma": Layout(hf.GemmaConfig(**TEXT), ffn),
+        "gpt2": Layout(hf.GPT2Config(**GPT), "transformer.h.1.mlp.c_proj"),
+        "gptj": Layout(hf.GPTJConfig(**GPT, rotary_dim=4), "transformer.h.1.mlp.fc_out"),
         "qwen3-moe": Layout(hf.Qwen3MoeConfig(**MOE, num_experts=4), attention),
         "mixtral": Layout(hf.MixtralConfig(**TEXT, num_local_experts=4, num_experts_per_tok=2), attention),
         "gpt-oss": Layout(
