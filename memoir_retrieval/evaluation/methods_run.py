@@ -9,20 +9,28 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
 from memoir_retrieval.background import control_prompts
 from memoir_retrieval.edits.record import Edit
 from memoir_retrieval.errors import ConfigError, Reason
-from memoir_retrieval.evaluation.methods import open_method
+from memoir_retrieval.evaluation.methods import METHODS, open_method
 from memoir_retrieval.evaluation.methods.method import Method, Unedited
 from memoir_retrieval.model.base import BaseModel
 from memoir_retrieval.question.prompts import end_token, prompt_ids, target_ids
 from memoir_retrieval.store.files import publish
 
-__all__ = ["TOKENS", "ChangedShares", "FreeShares", "MethodScores", "run_method", "unedited_answers"]
+__all__ = [
+    "TOKENS",
+    "ChangedShares",
+    "FreeShares",
+    "MethodScores",
+    "known_scores",
+    "run_method",
+    "unedited_answers",
+]
 
 TOKENS = 32
 """The most tokens of a free answer. It ends before where the model ends it, or the line."""
@@ -97,28 +105,44 @@ class MethodScores(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class BaseAnswers(msgspec.Struct, frozen=True):
-    """What the base model says, which no method may change.
+    """What the base model says, which no method may change; `unedited.json` of a run.
 
+    data: a digest of the edits, the model and what else the answers depend on.
     probes: first choices at each unrelated answer.
     questions: free answers to the first of the edits' unrelated questions, as token ids.
     controls: free answers to the library's unrelated prompts, as token ids.
     loss: of the watched prompts, nats per token.
     """
 
+    data: str
     probes: list[list[int]]
     questions: list[list[int]]
     controls: list[list[int]]
     loss: float
 
 
-def unedited_answers(base: BaseModel, edits: Sequence[Edit], controls: int, *, alone: bool = False) -> BaseAnswers:
-    """Ask the base model what is compared with, in the batches in which a method is asked: rounding depends on them.
+_Kept = TypeVar("_Kept", BaseAnswers, MethodScores)
+
+
+def unedited_answers(
+    base: BaseModel, edits: Sequence[Edit], controls: int, *, alone: bool = False, folder: Path | None = None
+) -> BaseAnswers:
+    """Ask the base model what is compared with, and write `unedited.json`; read it instead where it is there.
+
+    It is asked in the batches in which a method is asked, because rounding depends on them.
 
     base: the model, not edited.
     edits: with their unrelated questions.
     controls: see `MethodScores`.
     alone: see `run_method`.
+    folder: of the run.
+
+    Raises ConfigError where the folder holds the answers to other prompts.
     """
+    data = _digest(base, edits, alone, TOKENS, controls)
+    path = folder / "unedited.json" if folder else None
+    if path and path.exists():
+        return _known(path, BaseAnswers, data)
     model = Unedited(base)
     probes: list[list[int]] = []
     questions: list[list[int]] = []
@@ -127,7 +151,10 @@ def unedited_answers(base: BaseModel, edits: Sequence[Edit], controls: int, *, a
         questions += model.generated(prompts[: max(0, controls - len(probes))], TOKENS)
         probes += model.choices(prompts, targets)
     free = model.generated(_ids(base, control_prompts()[:controls]), TOKENS)
-    return BaseAnswers(probes, questions, free, model.loss(_watched(base)))
+    answers = BaseAnswers(data, probes, questions, free, model.loss(_watched(base)))
+    if path:
+        publish(path, msgspec.json.encode(answers) + b"\n")
+    return answers
 
 
 def run_method(
@@ -160,10 +187,10 @@ def run_method(
 
     Raises ConfigError where the folder holds the scores of other edits.
     """
-    data = _digest(base, edits, end, controls, alone)
-    path = folder / f"{name}.json" if folder else None
-    if path and path.exists():
-        return _known(path, data)
+    data = _digest(base, edits, alone, end, controls)
+    for scores in known_scores(folder, data) if folder else ():
+        if scores.method == name:
+            return scores
     started = time.monotonic()
     before = answers()
     method = open_method(name, base, end=end, texts=texts)
@@ -194,9 +221,21 @@ def run_method(
         )
     finally:
         method.close()
-    if path:
-        publish(path, msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n")
+    if folder:
+        publish(folder / f"{name}.json", msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n")
     return result
+
+
+def known_scores(folder: Path, data: str) -> list[MethodScores]:
+    """The scores of every method that lie in the folder of a run.
+
+    folder: of the run.
+    data: see `MethodScores`.
+
+    Raises ConfigError where one of them is of other edits.
+    """
+    paths = (folder / f"{name}.json" for name in METHODS)
+    return [_known(path, MethodScores, data) for path in paths if path.exists()]
 
 
 def _edit(
@@ -311,24 +350,24 @@ def _probes(base: BaseModel, edits: Sequence[Edit]) -> tuple[list[list[int]], li
     )
 
 
-def _digest(base: BaseModel, edits: Sequence[Edit], end: bool, controls: int, alone: bool) -> str:
+def _digest(base: BaseModel, edits: Sequence[Edit], alone: bool, *options: int) -> str:
     records = [msgspec.to_builtins(edit) for edit in edits]
-    run = [base.identity.layer, base.module, records, end, controls, *(["alone"] if alone else [])]
+    run = [base.identity.layer, base.module, records, *options, *(["alone"] if alone else [])]
     return hashlib.sha256(msgspec.json.encode(run)).hexdigest()
 
 
-def _known(path: Path, data: str) -> MethodScores:
+def _known(path: Path, kind: type[_Kept], data: str) -> _Kept:
     try:
-        scores = msgspec.json.decode(path.read_bytes(), type=MethodScores)
+        kept = msgspec.json.decode(path.read_bytes(), type=kind)
     except msgspec.DecodeError as error:
         raise ConfigError(f"{path} is damaged ({error})", cure="remove it", reason=Reason.RUN) from None
-    if scores.data != data:
+    if kept.data != data:
         raise ConfigError(
-            f"{path} holds the scores of other edits, or of another model or other options",
+            f"{path} is of other edits, or of another model or other options",
             cure="go on with the same ones, or choose another folder",
             reason=Reason.RUN,
         )
-    return scores
+    return kept
 
 
 def _ratio(after: float, before: float) -> float:

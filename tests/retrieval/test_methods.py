@@ -12,6 +12,7 @@ from small_models import save_llama, save_tokenizer
 from test_cli import run
 
 from memoir_retrieval.edits.record import Edit, Probe
+from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.evaluation.methods import METHODS, open_method
 from memoir_retrieval.evaluation.methods.alphaedit import null_space
 from memoir_retrieval.evaluation.methods.grace import Grace
@@ -394,7 +395,35 @@ def test_a_run_is_printed_kept_and_not_done_again(
     assert json.loads(run(capsys, *command, "--json")[1]) == first
     assert {path.name: path.stat().st_mtime_ns for path in folder.glob("*.json")} == kept
     code, _, error = run(capsys, *command, "--no-end-token")
-    assert code == 2 and "holds the scores of other edits" in error
+    assert code == 2 and "base.json is of other edits, or of another model or other options" in error
+
+    (folder / "ft.json").unlink()
+    table = (folder / "methods.md").read_text()
+    monkeypatch.setattr("memoir_retrieval.evaluation.methods_run.Unedited", None)  # the base model is not asked again
+    (again,) = json.loads(run(capsys, *command[:-4], "--method", "ft", "--json")[1])
+    assert {key: again[key] for key in ("exact", "changed", "perplexity", "diverged")} == {
+        key: first[1][key] for key in ("exact", "changed", "perplexity", "diverged")
+    }
+    now = (folder / "methods.md").read_text()
+    assert [line.split(" | ")[:9] for line in now.splitlines()] == [
+        line.split(" | ")[:9] for line in table.splitlines()
+    ], "all but seconds, of both methods"
+    code, _, error = run(capsys, *command[:-4], "--method", "grace", "--no-end-token")
+    assert code == 2 and "base.json is of other edits" in error, "one table is of one run"
+
+
+def test_kept_answers_of_the_base_model_are_those_to_the_same_prompts(
+    base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("memoir_retrieval.evaluation.methods_run.TOKENS", 4)
+    answers = unedited_answers(base, [EDIT], 2, folder=tmp_path)
+    assert unedited_answers(base, [EDIT], 2, folder=tmp_path) == answers == unedited_answers(base, [EDIT], 2)
+    for edits, controls, alone in (([EDIT, OTHER], 2, False), ([EDIT], 1, False), ([EDIT], 2, True)):
+        with pytest.raises(ConfigError, match=r"unedited.json is of other edits, or of another model or other options"):
+            unedited_answers(base, edits, controls, alone=alone, folder=tmp_path)
+    (tmp_path / "unedited.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"unedited.json is damaged"):
+        unedited_answers(base, [EDIT], 2, folder=tmp_path)
 
 
 def test_answers_that_were_known_beforehand_are_those_that_are_generated(base: BaseModel) -> None:

@@ -40,7 +40,7 @@ HEAD = ("method", "rel", "gen", "loc", "avg", "exact", "contains", "changed", "p
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
-    help="Folder of the run; methods that have scores in it are not run again.",
+    help="Folder of the run; methods that have scores in it are not run again, and its table has all of them.",
 )
 @click.option(
     "--end-token/--no-end-token",
@@ -98,13 +98,13 @@ def bench_methods(
         notes.print(f"{data} has only {len(edits)} edits with distinct prompts")
 
     from memoir_retrieval.background import background_prompts
-    from memoir_retrieval.evaluation.methods_run import run_method, unedited_answers
+    from memoir_retrieval.evaluation.methods_run import known_scores, run_method, unedited_answers
     from memoir_retrieval.evaluation.texts import read_texts
 
     base = model.load()
     corpus = folder / STATISTICS
     texts = read_texts(corpus, most=400) if corpus.is_file() else background_prompts()
-    answers = cache(lambda: unedited_answers(base, edits, controls, alone=alone))
+    answers = cache(lambda: unedited_answers(base, edits, controls, alone=alone, folder=out))
     if out:
         out.mkdir(parents=True, exist_ok=True)
     results: list[MethodScores] = []
@@ -123,17 +123,16 @@ def bench_methods(
                 tell=notes.print,
             )
         )
-    rows = [_cells(result) for result in results]
     if out:
-        lines = [HEAD, ["---"] * len(HEAD), *rows]
+        lines = [HEAD, ["---"] * len(HEAD), *map(_cells, known_scores(out, results[0].data))]
         publish(out / TABLE, "".join(f"| {' | '.join(line)} |\n" for line in lines).encode())
         notes.print(f"written to {out / TABLE}")
     if as_json:
         echo_json(msgspec.to_builtins(results))
         return
     table = Table(*HEAD, title=f"{len(edits)} edits of {data}")
-    for row in rows:
-        table.add_row(*row)
+    for result in results:
+        table.add_row(*_cells(result))
     tables.print(table)
 
 
