@@ -184,7 +184,10 @@ def test_several_prompts_have_a_decision_for_each_choice() -> None:
     assert params_of(choice_decisions([output_of(None)] * 2), 2) == {}
 
 
-def test_a_stream_of_several_prompts_reports_each_choice() -> None:
+@pytest.mark.parametrize("usage", [False, True])
+def test_a_stream_of_several_prompts_reports_each_choice(usage: bool) -> None:
+    """In the chunk of the usage, where there is one: a chunk after it hides the usage from OpenAI's client."""
+
     async def results() -> AsyncIterator[Any]:
         yield 1, output_of(MATCHED, 2)
         yield 0, output_of(UNMATCHED, 2)
@@ -195,13 +198,16 @@ def test_a_stream_of_several_prompts_reports_each_choice() -> None:
     async def chunks(result_generator: Any) -> AsyncIterator[str]:
         async for _ in result_generator:
             yield 'data: {"id": "x", "object": "o", "created": 1, "model": "m", "choices": [{}]}\n\n'
+        if usage:
+            yield 'data: {"id":"x","object":"o","created":1,"model":"m","choices":[],"usage":{"total_tokens":3}}\n\n'
         yield "data: [DONE]\n\n"
 
     async def read() -> list[str]:
         request = SimpleNamespace(vllm_xargs={"memoir_report": 1}, n=2)
         return [chunk async for chunk in responses._reporting(stream)(None, request, results(), 2)]
 
-    *_, report, done = asyncio.run(read())
+    *before, report, done = asyncio.run(read())
     body = msgspec.json.decode(report.removeprefix("data: "))
-    assert done == "data: [DONE]\n\n" and body["choices"] == []
+    assert done == "data: [DONE]\n\n" and body["choices"] == [] and len(before) == 2
+    assert body.get("usage") == ({"total_tokens": 3} if usage else None)
     assert body["kv_transfer_params"] == {"memoir_choices": [UNMATCHED, UNMATCHED, MATCHED, MATCHED]}

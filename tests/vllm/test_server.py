@@ -91,6 +91,8 @@ def test_a_stream_ends_with_the_decision_where_it_is_asked_for(
     *before, last = chunks(vllm_xargs={"memoir_report": 1})
     assert all("kv_transfer_params" not in chunk for chunk in plain + before)
     assert _written(before) == _written(plain)
+    assert ("usage" in last) is usage and [chunk["usage"] for chunk in before if chunk.get("usage")] == []
+    assert last.get("usage") == plain[-1].get("usage")
     assert last["choices"] == [] and (last["id"], last["object"]) == (before[0]["id"], before[0]["object"])
     said = last["kv_transfer_params"]["memoir"]
     assert said["edit"] == expected[name].edit

@@ -1,8 +1,9 @@
 """Decisions in the responses of the API server, where vLLM has no place for them or one for several.
 
-A stream: vLLM's chunks have no field for a decision. With `vllm_xargs` `{"memoir_report": 1}` the chunk that follows
-the last one has no choices, as the chunk of `stream_options.include_usage`, and `kv_transfer_params` as a whole
-response has it. On `/v1/messages` it is an event `memoir` before `message_stop`.
+A stream: vLLM's chunks have no field for a decision. With `vllm_xargs` `{"memoir_report": 1}` the last chunk has no
+choices, and `kv_transfer_params` as a whole response has it. It is the chunk of `stream_options.include_usage` where
+that is asked for, since OpenAI's client loses the usage if one more chunk follows, else a chunk of its own. On
+`/v1/messages` it is an event `memoir` before `message_stop`.
 
 Several prompts: `/v1/completions` with a list, and `/v1/chat/completions/batch`, answer with the choices of all. Their
 decisions stand choice by choice under `memoir_choices`.
@@ -22,12 +23,18 @@ from memoir_vllm.patches import wrap_once
 __all__ = ["install"]
 
 _DONE = "data: [DONE]\n\n"
+_NO_CHOICES = '"choices":[]'
 
 
 class _Report(str):
-    """The chunk that names the decisions. decisions: its `kv_transfer_params`."""
+    """The chunk that names the decisions.
+
+    decisions: its `kv_transfer_params`.
+    usage: the chunk of vLLM in whose place it stands, or "".
+    """
 
     decisions: dict[str, Any]
+    usage: str
 
 
 def install() -> None:
@@ -77,23 +84,27 @@ async def _listen(results: AsyncIterator[Any], decisions: dict[int, Any], n: int
 
 
 async def _report(chunks: AsyncIterator[str], decisions: Mapping[int, Any], prompts: int) -> AsyncIterator[str]:
-    last = ""
+    last, reported = "", False
     async for chunk in chunks:
-        if chunk == _DONE and decisions and last:
-            fields = msgspec.json.decode(last.removeprefix("data: "), type=dict[str, Any])
+        usage = chunk if _NO_CHOICES in chunk else ""  # comes after all outputs, so after all decisions
+        if decisions and not reported and (usage or (chunk == _DONE and last)):
+            fields = msgspec.json.decode((usage or last).removeprefix("data: "), type=dict[str, Any])
             if "object" in fields:  # else the stream ends with an error
                 params = params_of([decisions.get(choice) for choice in range(max(decisions) + 1)], prompts)
-                kept = {key: fields[key] for key in ("id", "object", "created", "model")}
+                kept = fields if usage else {key: fields[key] for key in ("id", "object", "created", "model")}
                 body = msgspec.json.encode({**kept, "choices": [], "kv_transfer_params": params}).decode()
                 report = _Report(f"data: {body}\n\n")
-                report.decisions = params
+                report.decisions, report.usage = params, usage
+                reported = True
                 yield report
+                if usage:
+                    continue
         last = chunk
         yield chunk
 
 
 def _passing_the_report(original: Any) -> Any:
-    """vLLM would take the chunk without choices for the end of the message, which it has had by then."""
+    """vLLM takes the chunk without choices for the end of the message: it gets its own, and no second one."""
 
     async def convert(self: Any, generator: AsyncIterator[str]) -> AsyncIterator[str]:
         reports: list[dict[str, Any]] = []
@@ -102,7 +113,8 @@ def _passing_the_report(original: Any) -> Any:
             async for chunk in generator:
                 if isinstance(chunk, _Report):
                     reports.append(chunk.decisions)
-                else:
+                    chunk = chunk.usage
+                if chunk:
                     yield chunk
 
         async for event in original(self, chunks()):
