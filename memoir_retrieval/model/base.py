@@ -242,6 +242,7 @@ def load_model(
         model = kind.from_pretrained(path, dtype=torch_dtype).to(device).eval()
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"model {path} cannot be loaded: {_first_line(error)}") from error
+    _check_spaces(tokenizer, path)
     if adapter is not None:
         merge_adapter(model, adapter)
     model.requires_grad_(False)
@@ -273,6 +274,25 @@ def model_class(config: Any) -> Any:
     causal = type(config) in AutoModelForCausalLM._model_mapping
     vision = type(config) in AutoModelForImageTextToText._model_mapping
     return AutoModelForImageTextToText if vision and not causal else AutoModelForCausalLM
+
+
+def _check_spaces(tokenizer: Any, folder: Path) -> None:
+    """Raises ModelError for a tokenizer that loses the spaces between words, though its file keeps them.
+
+    transformers 5 puts the pre-tokenizer of some classes over that of tokenizer.json: see
+    findings/transformers-llama-class-drops-spaces.sh.
+    """
+    from tokenizers import Tokenizer
+
+    text, fast = "who is it", folder / "tokenizer.json"
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    if tokenizer.decode(ids).split() == text.split() or not fast.is_file():
+        return
+    if ids != Tokenizer.from_file(str(fast)).encode(text, add_special_tokens=False).ids:
+        raise ModelError(
+            f"transformers reads the tokenizer of {folder} as {type(tokenizer).__name__}, which loses the spaces "
+            'between words: write "tokenizer_class": "PreTrainedTokenizerFast" into its tokenizer_config.json'
+        )
 
 
 def _first_line(error: BaseException) -> str:
