@@ -63,9 +63,10 @@ class Handler(JsonHandler):
         memoir = {"edit": 0 if matched else None, "overlap": 0.9 * matched, "result": result}
         memoir = {"memoir": memoir | {"generation": server.generation}}
         if body.get("stream"):
-            chunks = [{"choices": [{"token_ids": [token]}]} for token in tokens]
+            text = "a\u2028b\x85é"  # vLLM writes these as they are
+            chunks = [{"choices": [{"text": text, "token_ids": [token]}]} for token in tokens]
             chunks.append({"choices": [], "kv_transfer_params": memoir})
-            lines = [*map(json.dumps, chunks), "[DONE]"]
+            lines = [*(json.dumps(chunk, ensure_ascii=False) for chunk in chunks), "[DONE]"]
             self.send("".join(f"data: {line}\n\n" for line in lines).encode(), 200, {})
             return
         margin = 0.01 if server.near_tie else 3.0
