@@ -1,9 +1,9 @@
 """The vLLM plugin: serves a store's edits from any vLLM server.
 
 Configured by `--additional-config '{"memoir": {"store": DIR}}'` and nothing else. Without that section one function
-is wrapped, `EngineArgs.create_engine_config`, which then calls through; with it, everything else is handed to vLLM
-through its own configuration: the worker class, the scheduler class, the splitting ops. The scheduler wraps one more
-function, which hashes KV blocks. Folders go by the process in which a file runs:
+is wrapped, `EngineArgs.create_engine_config`, which then calls through. With it, vLLM gets the worker class, the
+scheduler class and the splitting ops through its own configuration; where it has no slot, functions are wrapped
+(`patches.py`, docs/reference/compatibility.md). Folders go by the process in which a file runs:
 
 config.py      our section of the configuration, and what of vLLM's we refuse
 requests.py    `InputProcessor.process_inputs`: options of one request, checked where a client can be answered

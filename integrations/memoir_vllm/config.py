@@ -284,12 +284,11 @@ def with_mode(config: MemoirConfig) -> MemoirConfig:
     Raises ConfigError for such a store in mode `inline`, StoreError for none.
     """
     spans = {folder: read_manifest(Path(folder)).span for folder in config.folders.values()}
-    from_first = [(folder, span) for folder, span in spans.items() if span.acts != "last"]
-    if not from_first:
+    folder = next((folder for folder, span in spans.items() if span.acts == "first"), None)
+    if folder is None:
         return msgspec.structs.replace(config, mode=config.mode or "inline")
-    folder, span = from_first[0]
     retrain = f"`memoir compact {folder} --acts last` trains them again to act from the last token before the answer"
-    why = "the span rule is all" if span.rule == "all" else retrain
+    why = "the span rule is all" if spans[folder].rule == "all" else retrain
     if config.mode == "inline":
         raise ConfigError(
             f"edits of store {folder} act from the question's first token on, which mode inline cannot serve "

@@ -125,20 +125,24 @@ class OpenStore:
         self.judge = judge_named(self.manifest.judge, self.path)
         self.tasks = shipped_tasks(base.identity.layer) if span.candidates else NO_TASKS
         self.permutation = permutation(base.d, settings.seed)
-        rows = [prompt_ids(base.tokenizer, prompt, chat=settings.chat) for prompt in background_prompts()]
-        spans = [find_span(ids, span) for ids in rows]
-        # What a template puts before every question is run once, and what it puts behind them not at all.
-        shared = rows[0][: min(part.start for part in spans)]
-        if any(ids[: len(shared)] != shared for ids in rows):
-            shared = []
-        questions = [ids[len(shared) : part.end] for ids, part in zip(rows, spans, strict=True)]
-        means = question_means(base, questions, [part.moved(-len(shared)) for part in spans], before=shared)
+        means = self._background_means()
         self.background: np.ndarray = means.mean(0).cpu().numpy()
         self.references = NO_REFERENCES
         if not chosen:
             known = dict(zip(background_prompts(), means, strict=True))
             self.references = make_references(base, self.manifest, self.fingerprint, known=known)
         self.empty()
+
+    def _background_means(self) -> torch.Tensor:
+        """The mean activation of each prompt whose mean is the background: float32 [N, D]."""
+        rows = [prompt_ids(self.base.tokenizer, text, chat=self.manifest.chat) for text in background_prompts()]
+        spans = [find_span(ids, self.manifest.span) for ids in rows]
+        # What a template puts before every question is run once, and what it puts behind them not at all.
+        shared = rows[0][: min(span.start for span in spans)]
+        if any(ids[: len(shared)] != shared for ids in rows):
+            shared = []
+        questions = [ids[len(shared) : span.end] for ids, span in zip(rows, spans, strict=True)]
+        return question_means(self.base, questions, [span.moved(-len(shared)) for span in spans], before=shared)
 
     def _load(self, store: EditStore, settings: Settings) -> None:
         stored = Settings.of(store.manifest)

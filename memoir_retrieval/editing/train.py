@@ -1,14 +1,14 @@
 """Training one edit: the smallest change of the memory that makes the model give the target.
 
-Three things differ from the published loop (SGD on the active columns, arXiv 2506.07899, section 3) and none from
-what it stores. Everything before the question and below the edited block is run once (`forward`). The change is
-searched in the space that the edit's own activations span, measured by what it would do to earlier edits: with A
-the activations of the edit's tokens on its k active columns and C the sum of a a^T over the tokens of earlier
-edits, a change U of the columns costs tr(U (C + ridge I) U^T), so that directions which earlier edits rely on are
-the last to be used. Tokens of other questions about the edit's subject count there too, as if edits relied on them, so
-an edit does little where it is not asked for. And the step is Polyak's, loss over squared gradient, which needs no
-learning rate; nearer to the answer, where cross entropy falls off exponentially, it is Newton's on the logarithm of the
-loss, up to twice as long.
+Three things differ from the published loop (SGD on the active columns, arXiv 2506.07899, section 3) and none from what
+it stores. Everything before the token from which the residual acts, and everything below the edited block, is run once
+(`forward`). The change is searched in the space that the edit's own activations span, measured by what it would do to
+earlier edits: with A the activations of the edit's tokens on its k active columns and C the sum of a a^T over the
+tokens of earlier edits, a change U of the columns costs tr(U (C + ridge I) U^T), so that directions which earlier edits
+rely on are the last to be used. Tokens of other questions about the edit's subject count there too, as if edits relied
+on them, so an edit does little where it is not asked for. And the step is Polyak's, loss over squared gradient, which
+needs no learning rate; nearer to the answer, where cross entropy falls off exponentially, it is Newton's on the
+logarithm of the loss, up to twice as long.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -197,18 +198,10 @@ def freeze(
 
     Returns the rows and the means, float32 [D] each.
     """
-    groups: list[list[int]] = []
-    for i in range(len(pooled)):
-        if groups and wordings[groups[-1][0]].ids == wordings[i].ids:
-            groups[-1].append(i)
-        else:
-            groups.append([i])
     rows: list[_Row] = []
-    means: list[torch.Tensor] = []
-    for group in groups:
-        group_rows = _run_rows(base, past, [wordings[i] for i in group])
-        means += [span_mean(row.activations, pooled[i]) for i, row in zip(group, group_rows, strict=True)]
-        rows += group_rows
+    for _, group in groupby(wordings[: len(pooled)], key=lambda wording: wording.ids):
+        rows += _run_rows(base, past, list(group))
+    means = [span_mean(row.activations, span) for row, span in zip(rows, pooled, strict=True)]
     with quick or nullcontext():
         if others := [*wordings[len(pooled) :], *spared]:
             rows += _run_rows(base, past, others)

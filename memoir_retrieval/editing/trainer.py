@@ -143,28 +143,17 @@ class Trainer:
         self._prepared: dict[int, tuple[Frozen, list[Lesson]]] = {}
 
     def open(self, number: int, weight: torch.Tensor, edits: Sequence[tuple[StoredEdit, int]]) -> None:
-        """Train in a memory from now on.
-
-        number: of the memory.
-        weight: float32 [H, D], read and, by `take`, written.
-        edits: those in it, each with the number of its masks; they are run again.
-        """
+        """See `MemoryTrainer`."""
         self.memories[number] = Memory(weight)
         for edit, masks in edits:
             self.remember(number, edit, masks)
 
     def close(self, number: int) -> None:
-        """Leave a memory as it is.
-
-        number: of the memory.
-        """
+        """See `MemoryTrainer`."""
         del self.memories[number]
 
     def prepare(self, tasks: Sequence[Task]) -> list[np.ndarray]:
-        """Run what is frozen of the tasks that are next. Returns the masks of each, uint8 [R, D/8].
-
-        tasks: by ascending ids.
-        """
+        """See `MemoryTrainer`."""
         self._prepared = {i: pair for i, pair in self._prepared.items() if tasks and i >= tasks[0].id}
         masks: list[np.ndarray] = []
         for task in tasks:
@@ -174,12 +163,7 @@ class Trainer:
         return masks
 
     def learn(self, tasks: Sequence[Task]) -> list[Learnt]:
-        """Train prepared tasks, and ask them and their neighbours again; nothing is taken up.
-
-        Those that are not answered are tried once more, with more steps.
-
-        tasks: each of another memory.
-        """
+        """See `MemoryTrainer`. Tasks that are not answered are tried once more, with more steps."""
         done = self._try(tasks, self.training)
         again = [task for task, learnt in zip(tasks, done, strict=True) if learnt.reason and not learnt.lost]
         patient = msgspec.structs.replace(
@@ -193,37 +177,25 @@ class Trainer:
         ]
 
     def take(self, task: Task, trained: Trained) -> None:
-        """Write a prepared task's columns into its memory and count it among those to be left alone.
-
-        task: as it was prepared.
-        trained: its columns.
-        """
+        """See `MemoryTrainer`."""
         memory = self.memories[task.memory]
         memory.weight[:, trained.columns] = trained.weights
         frozen, lessons = self._prepared[task.id]
         memory.add(task.id, lessons, frozen.uses)
 
     def forget(self, edit: int) -> None:
-        """Let later tasks overwrite an edit, if its memory is open.
-
-        edit: its id.
-        """
+        """See `MemoryTrainer`."""
         for memory in self.memories.values():
             memory.forget(edit)
 
     def remember(self, number: int, edit: StoredEdit, masks: int) -> None:
-        """Count an edit among those that a memory, if it is open, must leave alone.
-
-        number: of the memory.
-        edit: as it is stored.
-        masks: how many it has.
-        """
+        """See `MemoryTrainer`."""
         if number in self.memories:
             frozen, _ = self._wordings.freeze_masked(edit, self._wordings.rephrases(masks), self._quick())
             self.memories[number].add(edit.id, frozen.lessons, frozen.uses)
 
     def stop(self) -> None:
-        """Let go of what is held elsewhere: of nothing, here."""
+        """See `MemoryTrainer`. Nothing is held elsewhere here."""
 
     def _quick(self) -> AbstractContextManager[None]:
         """Within the context the model may round its products, where that is faster."""

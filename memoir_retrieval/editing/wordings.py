@@ -169,7 +169,7 @@ class Wordings:
             # Some leave a question's last token out, such as its mark. Edits that act on all of it need not learn it.
             if variant % 2 and question.pooled.acts == "last" and replaceable[-1] and len(words) > 1:
                 noisy.pop()
-            acts = question.pooled.acts_from + min(0, len(noisy) - len(words))
+            acts = question.pooled.acts_from + len(noisy) - len(words)
             ids = [*noisy, *question.ids[question.pooled.end :]]
             variants.append(Wording(self._context_of(edit), ids, acts, answer))
         return variants

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -227,6 +229,14 @@ def test_refused_settings_are_named(flag: str, model_folder: Path, store_folder:
     with pytest.raises(ConfigError) as refused:
         config.refuse(ours, vllm_config)
     assert flag in str(refused.value)
+
+
+def test_the_page_on_serving_names_every_flag_that_is_refused() -> None:
+    source = inspect.getsource(config._checks) + inspect.getsource(config._transfer_fault)
+    page = (Path(__file__).parents[2] / "docs/reference/serving.md").read_text(encoding="utf-8")
+    section = page.split("## What is refused\n")[1].split("\n### ")[0]
+    refused, named = (set(re.findall(r"--[a-z]+(?:-[a-z]+)+|--[a-z]{4,}|VLLM_\w+", text)) for text in (source, section))
+    assert len(refused) > 15 and refused <= named
 
 
 def test_drafts_are_made_by_methods_that_were_run(model_folder: Path, store_folder: Path) -> None:

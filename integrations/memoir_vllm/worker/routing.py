@@ -80,10 +80,6 @@ class Router:
         no_chat = NO_CHAT if isinstance(self.rule, ChatSpanRule) else ""
         return self._unedited("unroutable", reason=query.reason or no_chat)
 
-    def unroutable(self) -> Route:
-        """Of a request whose question has no fingerprint, or whose options are wrong."""
-        return self._unedited("unroutable")
-
     def route(
         self,
         means: torch.Tensor,
@@ -102,8 +98,8 @@ class Router:
         weights: float32 [Q], what each mean was divided by; of messages with parts it must be there.
         """
         counts = [1] * len(means) if counts is None else counts
-        routes = [self.unroutable()] * len(counts)
         # A model may overflow on a strange prompt; that must not stop the engine for everyone else.
+        routes = [self._unedited("unroutable")] * len(counts)
         finite = torch.isfinite(means).all(dim=1).cpu().numpy()
         starts = np.cumsum([0, *counts])
         sound = [m for m, (start, end) in enumerate(pairwise(starts.tolist())) if finite[start:end].all()]
