@@ -10,9 +10,8 @@ import numpy as np
 
 from memoir_retrieval.editing import build_masks as build
 from memoir_retrieval.editing.build_masks import Compute, Shard, shard_codes
-from memoir_retrieval.editing.cluster import connect, load_ray
+from memoir_retrieval.editing.cluster import connect, load_ray, loading
 from memoir_retrieval.editing.editor import Editor
-from memoir_retrieval.model.places import Place
 from memoir_retrieval.question.span import SpanRule
 
 __all__ = ["on_ray"]
@@ -32,11 +31,7 @@ def on_ray(editor: Editor, address: str, workers: int, device: str) -> Compute:
     import torch
 
     settings: dict[str, Any] = {
-        "model": str(editor.base.path),
-        "layer": editor.base.layer,
-        "place": editor.base.place,
-        "dtype": editor.base.dtype,
-        "device": device,
+        "model": loading(editor.base, device),
         "threads": torch.get_num_threads(),
         "batch": build.BATCH,
         "background": editor.store.background,
@@ -70,15 +65,13 @@ class _MaskWorker:
 
     def __init__(
         self,
-        model: str,
-        layer: int,
-        place: Place,
-        dtype: str,
-        device: str,
+        model: dict[str, Any],
         threads: int,
         batch: int,
         span: bytes,
-        **masks: Any,
+        background: np.ndarray,
+        permutation: np.ndarray,
+        k: int,
     ):
         import torch
 
@@ -86,10 +79,10 @@ class _MaskWorker:
         from memoir_retrieval.question.fingerprint import Fingerprint
 
         torch.set_num_threads(threads)
-        self._base = load_model(model, layer=layer, place=place, dtype=dtype, device=device)
+        self._base = load_model(**model)
         self._batch = batch
         self._rule = msgspec.json.decode(span, type=SpanRule)
-        self._fingerprint = Fingerprint(masks["background"], masks["permutation"], masks["k"], self._base.device)
+        self._fingerprint = Fingerprint(background, permutation, k, self._base.device)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         rows = msgspec.json.decode(row["rows"], type=list[list[int]])

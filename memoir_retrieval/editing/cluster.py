@@ -1,13 +1,16 @@
-"""Finding Ray, and connecting to a cluster of it."""
+"""Finding Ray, connecting to a cluster of it, and which model its workers load."""
 
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from memoir_retrieval.errors import ConfigError, Reason
 
-__all__ = ["connect", "load_ray"]
+if TYPE_CHECKING:
+    from memoir_retrieval.model.base import BaseModel
+
+__all__ = ["connect", "load_ray", "loading"]
 
 
 def load_ray(*parts: str) -> Any:
@@ -42,3 +45,18 @@ def connect(ray: Any, address: str, work: str) -> None:
             cure=f"start one, or {work} in this process",
             reason=Reason.NO_CLUSTER,
         ) from None
+
+
+def loading(base: BaseModel, device: str) -> dict[str, Any]:
+    """What `load_model` takes on a worker to load the model of this process, from the folder of its files.
+
+    base: the model, as it is loaded here.
+    device: of the worker.
+    """
+    return {
+        "name": str(base.path),
+        "layer": base.layer,
+        "place": base.place,
+        "dtype": base.dtype,
+        "device": device,
+    }

@@ -25,7 +25,7 @@ class Failed:
 
 @dataclass
 class Outcome:
-    """The end of one `Editor.add`.
+    """What came of one `Editor.add` or `Editor.compact`.
 
     stored: the new edits.
     skipped: how many the store had, or on_conflict "first" left out.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from memoir_retrieval.editing.cluster import connect, load_ray
+from memoir_retrieval.editing.cluster import connect, load_ray, loading
 from memoir_retrieval.editing.trainer import Learnt, Task
 
 if TYPE_CHECKING:
@@ -47,15 +47,7 @@ class RayTrainer:
         import torch
 
         self._ray, self._get = ray, ray.get
-        base = editor.base
-        model = {
-            "name": str(base.path),
-            "layer": base.layer,
-            "place": base.place,
-            "dtype": base.dtype,
-            "device": device,
-        }
-        threads = torch.get_num_threads()
+        model, threads = loading(editor.base, device), torch.get_num_threads()
         store = editor.store
         remote = ray.remote(num_cpus=threads, num_gpus=1 if device.startswith("cuda") else 0)(_TrainerWorker)
         self._workers = [
