@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -92,23 +93,7 @@ def build(
         check_requires(edit, whole=store.manifest.span.rule == "all")
     after = store.manifest.masked_contexts
     texts = [(i, text) for i, edit in enumerate(edits) for text in masked(edit, after, len(edit.rephrases) * rephrases)]
-    shards = list(_shards(editor, [text for _, text in texts]))
-    key = _key(editor, shards)
-    codes = np.empty((len(texts), editor.base.d // 8), dtype=np.uint8)
-    todo, done = [], 0
-    for shard in shards:
-        if (kept := _resume(_part(editor.path, key, shard), len(shard.rows), editor.base.d, store.manifest.k)) is None:
-            todo.append(shard)
-        else:
-            codes[shard.places] = kept
-            done += len(kept)
-    resumed = done
-    progress(BuildProgress(done, len(texts), resumed))
-    for shard, masks in compute(todo) if compute else _compute_here(editor, todo):
-        codes[shard.places] = masks
-        publish(_part(editor.path, key, shard), hashlib.sha256(masks.data).digest() + masks.tobytes())
-        done += len(masks)
-        progress(BuildProgress(done, len(texts), resumed))
+    codes = _codes(editor, [text for _, text in texts], compute or partial(_compute_here, editor), progress)
     stored = _stored(edits)
     ids = np.array([i for i, _ in texts], dtype=np.int64)
     content = Content(
@@ -128,6 +113,30 @@ def build(
     for path in editor.path.glob(".masks-*"):
         path.unlink(missing_ok=True)
     return published
+
+
+def _codes(
+    editor: Editor, texts: Sequence[Prompt], compute: Compute, progress: Callable[[BuildProgress], None]
+) -> np.ndarray:
+    """The masks of texts, those included that an interrupted run has left: uint8 [N, D/8]."""
+    shards = list(_shards(editor, texts))
+    key = _key(editor, shards)
+    codes = np.empty((len(texts), editor.base.d // 8), dtype=np.uint8)
+    todo, done = [], 0
+    for shard in shards:
+        if (kept := _resume(_part(editor.path, key, shard), len(shard.rows), editor.base.d, editor.manifest.k)) is None:
+            todo.append(shard)
+        else:
+            codes[shard.places] = kept
+            done += len(kept)
+    resumed = done
+    progress(BuildProgress(done, len(texts), resumed))
+    for shard, masks in compute(todo):
+        codes[shard.places] = masks
+        publish(_part(editor.path, key, shard), hashlib.sha256(masks.data).digest() + masks.tobytes())
+        done += len(masks)
+        progress(BuildProgress(done, len(texts), resumed))
+    return codes
 
 
 def shard_codes(base: BaseModel, fingerprint: Fingerprint, rule: SpanRule, shard: Shard, batch: int) -> np.ndarray:
