@@ -3,20 +3,25 @@
 Reads flags and prompts as JSON from stdin; the last line of stdout is the answer. `turns`: asked one after another.
 `mixes`: seeds of random mixes, each compared with the reference. `stats`: the answer says the counters, too. These two
 are for an engine without a process for its core: `naive`: without what keeps edits out of other requests' blocks.
-`full_graphs`: with a stand-in for full CUDA graphs, "unguarded" for one that vLLM replays in every decode step.
+`full_graphs`: with a stand-in for full CUDA graphs, "product" for graphs with the product, which runs in Triton's
+interpreter; "plain" for graphs without it; "unguarded" for those that vLLM replays in every decode step.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from typing import Any
 
+import torch
 from engines import Engine
 from mixes import any_mix, prompts_of
 
 from memoir_retrieval.lookup.reference import EditedModel
+
+ROWS = 64  # the most that a stand-in for a full graph has
 
 
 def main() -> None:
@@ -59,13 +64,17 @@ def _leave_the_cache_alone() -> None:
 
 
 def _stand_in_for_full_graphs(how: str) -> list[bool]:
-    """vLLM replays a full graph in decode steps; what a replay is, here: the model runs without the op's Python.
+    """vLLM replays a full graph in decode steps; what a replay is, here: the model runs without the op's Python, with
+    the product that a graph captures or without it.
 
     The stand-in stands on both sides of our guard: below it, it says FULL as vLLM would; above it, it takes that back
     and makes the op deaf. Returns whether each decode step, from now on, was such a replay.
     """
     from vllm.config import CUDAGraphMode
 
+    if how == "product":
+        os.environ["TRITON_INTERPRET"] = "1"
+        from memoir_vllm.worker.captured import CapturedProduct
     from memoir_vllm.worker import mixin
     from memoir_vllm.worker.residual import ResidualLayer
 
@@ -97,13 +106,18 @@ def _stand_in_for_full_graphs(how: str) -> list[bool]:
             return dataclasses.replace(graph, cg_mode=none) if v2 else (none, graph[1])
 
         owner.dispatch = below
+        if how == "product":
+            layer.captured = CapturedProduct(ROWS, "cpu")
+            layer.captured.sizes.update(range(ROWS + 1))
         if how != "unguarded":
             guard(runner, layer)
         owner.guarded, owner.dispatch = owner.dispatch, above
 
-    def run_unless_replayed(layer: ResidualLayer, *args: Any) -> None:
+    def run_unless_replayed(layer: ResidualLayer, x: torch.Tensor, y: torch.Tensor, *args: Any) -> None:
         if not deaf:
-            run(layer, *args)
+            run(layer, x, y, *args)
+        elif layer.captured is not None:
+            layer.captured.add(x, y)
 
     mixin.keep_full_graphs_from, ResidualLayer.run = stand_in, run_unless_replayed
     return replayed

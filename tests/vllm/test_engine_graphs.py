@@ -1,5 +1,5 @@
 """Engines whose decode steps replay full CUDA graphs. A stand-in (ask_engine.py): what it has of a graph is that its
-replay does not run the op. Everything else is real, and so is who decides which steps it replays."""
+replay does not run the op's Python. Everything else is real, and so is who decides which steps it replays."""
 
 from __future__ import annotations
 
@@ -13,26 +13,28 @@ pytestmark = pytest.mark.engine
 STEPS = {"block_size": 32, "max_num_batched_tokens": 64, "max_num_seqs": 8, "num_gpu_blocks_override": 16}
 
 
-def test_any_mix_of_requests(small: Path, small_edits: Path) -> None:
-    order = {"flags": flags(small, small_edits, **STEPS), "full_graphs": "guarded", "mixes": [0, 1], "requests": 60}
+@pytest.mark.parametrize("graphs", ["product", pytest.param("plain", marks=pytest.mark.slow)])
+def test_any_mix_of_requests(graphs: str, small: Path, small_edits: Path) -> None:
+    order = {"flags": flags(small, small_edits, **STEPS), "full_graphs": graphs, "mixes": [0, 1], "requests": 60}
     said = answer_of(ask_apart(order))
     assert said["edited"] > 3, "the mix holds edits"
     assert 0 < said["full_graphs"] < said["decode_steps"]
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("graphs", ["product", "plain"])
 @pytest.mark.parametrize("runner", ["V1", "V2"])
-def test_steps_without_edits_replay_and_others_do_not(
-    runner: str, small: Path, small_edits: Path, small_expected: dict[str, Expected]
+def test_decode_steps_replay(
+    runner: str, graphs: str, small: Path, small_edits: Path, small_expected: dict[str, Expected]
 ) -> None:
-    """One request at a time: all decode steps of one without an edit, and none of one with it."""
+    """One request at a time: all decode steps replay, with an edit only where the graphs hold the product."""
     paths, there = ([V2_STAND_IN], V2) if runner == "V2" else ([], {})
-    if runner == "V2":
-        pytest.importorskip("triton")
+    pytest.importorskip("triton")
     sizes = {"max_num_batched_tokens": 40, "block_size": 32}
-    for names, share in ((("edit 0", "chat edit"), 0), (("unrelated 0", "chat unrelated as third turn"), 1)):
+    edits, others = ("edit 0", "chat edit"), ("unrelated 0", "chat unrelated as third turn")
+    for names, share in ((edits, graphs == "product"), (others, True)):
         turns = [{"prompts": [small_expected[name].ids]} for name in names]
-        order = {"flags": flags(small, small_edits, **sizes), "full_graphs": "guarded", "turns": turns}
+        order = {"flags": flags(small, small_edits, **sizes), "full_graphs": graphs, "turns": turns}
         said = answer_of(ask_apart({**order, "how": {"max_tokens": 6}}, *paths, **there))
         for name, reply in zip(names, said["replies"], strict=True):
             assert reply["tokens"] == small_expected[name].tokens[:6], name

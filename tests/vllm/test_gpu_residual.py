@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from simulation import Rows, step_of
+from vllm.config import CUDAGraphMode
 
 from memoir_index import unpack
 from memoir_retrieval.model.forward import span_mean
@@ -159,6 +160,46 @@ def test_a_decode_step_never_waits_for_the_gpu(served: Served) -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.isfinite(y).all()
+
+
+def test_a_graph_adds_what_the_step_in_which_it_is_replayed_says(served: Served) -> None:
+    """One graph of eight rows, replayed for steps with other edits, fewer requests and none. It never waits."""
+    from memoir_vllm.worker.captured import captured_product
+
+    layer, h, dtype = served.layer, int(served.store.manifest.h), served.questions.dtype
+    close = max(4 * torch.finfo(dtype).eps, 1e-5)
+    graphs = SimpleNamespace(cudagraph_mode=CUDAGraphMode.FULL, max_cudagraph_capture_size=8)
+    layer.captured = captured_product(served.d, h, dtype, torch.device("cuda"), graphs)
+    assert layer.captured is not None
+    x, y = torch.zeros(8, served.d, device="cuda", dtype=dtype), torch.zeros(8, h, device="cuda", dtype=dtype)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        layer.run(x, y)
+    assert layer.captured.sizes == {8}
+    edits: dict[str, int | None] = {"g0": 3, "g1": None, "g2": 4, "g3": 3, "g4": 11}
+    served.ask([*edits.values()], "g")
+    for position, names in enumerate(["g0 g1 g2 g3 g4", "g0 g1 g2 g3 g4", "g4 g1", "g1", "g3 g2 g0"], TOKENS):
+        ids = names.split()
+        x.copy_(served.random(8, served.d))
+        y.copy_(before := served.random(8, h))
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            layer.expect(ids)
+            assert layer.may_replay(8)
+            layer.begin_step(step_of([Rows(name, i, i + 1, position) for i, name in enumerate(ids)]))
+            graph.replay()
+            layer.end_step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        for i in range(8):
+            edit = edits[ids[i]] if i < len(ids) else None
+            if edit is None:
+                assert torch.equal(y[i], before[i])
+            else:
+                exact = served.wanted(edit, x[i : i + 1], before[i : i + 1])[0]
+                assert (y[i].double() - exact).abs().max() / exact.abs().max() < close
+    layer.captured = None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

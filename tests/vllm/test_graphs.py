@@ -28,6 +28,17 @@ INSTEAD = {
 SIZES = [1, 2, 4, 8, 16]
 
 
+class Layer:
+    """allowed: sizes of the full graphs that the coming step may replay."""
+
+    def __init__(self, *allowed: int):
+        self.allowed = allowed
+        self.replays = False
+
+    def may_replay(self, rows: int) -> bool:
+        return rows in self.allowed
+
+
 @pytest.fixture(params=INSTEAD, ids=lambda mode: mode.name)
 def mode(request: pytest.FixtureRequest) -> CUDAGraphMode:
     return request.param
@@ -51,54 +62,60 @@ def v2(config: Any, mode: CUDAGraphMode, monkeypatch: pytest.MonkeyPatch, query:
     return manager
 
 
-def test_v1_replays_a_full_graph_only_where_nothing_acts(mode: CUDAGraphMode, vllm_config: Any) -> None:
+def test_v1_replays_a_full_graph_only_where_it_may(mode: CUDAGraphMode, vllm_config: Any) -> None:
     graphs = vllm_config.compilation_config
     graphs.mode, graphs.splitting_ops = CompilationMode.VLLM_COMPILE, list(graphs._attention_ops)
     dispatcher = CudagraphDispatcher(vllm_config)
     dispatcher.initialize_cudagraph_keys(mode)
-    layer = SimpleNamespace(needs_python=False)
+    layer = Layer(*SIZES)
     kinds = [{"num_tokens": tokens, "uniform_decode": decode} for tokens in (1, 3, 16, 40) for decode in (True, False)]
     plain = [dispatcher.dispatch(**kind) for kind in kinds]
     assert FULL in {graph for graph, _ in plain}
     keep_full_graphs_from(SimpleNamespace(cudagraph_dispatcher=dispatcher), layer)
-    assert [dispatcher.dispatch(**kind) for kind in kinds] == plain
-    layer.needs_python = True
+    for kind, was in zip(kinds, plain, strict=True):
+        assert dispatcher.dispatch(**kind) == was
+        assert layer.replays == (was[0] == FULL)
+    layer.allowed = (4,)
     for kind, (was, batch) in zip(kinds, plain, strict=True):
         graph, now = dispatcher.dispatch(**kind)
-        assert graph == (INSTEAD[mode] if was == FULL else was)
+        assert layer.replays == (graph == FULL) == (was == FULL and batch.num_tokens == 4)
+        assert graph == (INSTEAD[mode] if was == FULL and not layer.replays else was)
         assert now.num_tokens == (batch.num_tokens if graph != NONE else kind["num_tokens"])
         assert dispatcher.dispatch(**kind, valid_modes={NONE})[0] == NONE
         assert dispatcher.dispatch(**kind, invalid_modes={FULL, PIECEWISE})[0] == NONE
 
 
 @pytest.mark.parametrize("query", [1, 3], ids=["one token", "with two drafts"])
-def test_v2_replays_a_full_graph_only_where_nothing_acts(
+def test_v2_replays_a_full_graph_only_where_it_may(
     query: int, mode: CUDAGraphMode, vllm_config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manager = v2(vllm_config, mode, monkeypatch, query)
-    layer = SimpleNamespace(needs_python=False)
+    layer = Layer(*range(2 * SIZES[-1]))
     kinds = [(n, n * query, length, 0, length) for n in (1, 3, 5) for length in (query, None)]
     plain = [manager.dispatch(*kind) for kind in kinds]
     assert FULL in {graph.cg_mode for graph in plain}
     keep_full_graphs_from(SimpleNamespace(cudagraph_manager=manager), layer)
-    assert [manager.dispatch(*kind) for kind in kinds] == plain
-    layer.needs_python = True
+    for kind, was in zip(kinds, plain, strict=True):
+        assert manager.dispatch(*kind) == was
+        assert layer.replays == (was.cg_mode == FULL)
+    layer.allowed = ()
     for (requests, tokens, length, _, longest), was in zip(kinds, plain, strict=True):
         graph = manager.dispatch(requests, tokens, length, num_active_loras=0, max_query_len=longest)
+        assert not layer.replays
         assert graph.cg_mode == (INSTEAD[mode] if was.cg_mode == FULL else was.cg_mode)
         assert graph.num_tokens >= tokens and graph.uniform_token_count is None
         if graph.cg_mode == NONE:
             assert (graph.num_tokens, graph.num_reqs) == (tokens, requests)
 
 
-def test_engines_in_step_run_no_graph_where_an_edit_acts_in_any(
+def test_engines_in_step_run_no_graph_where_one_of_them_may_not(
     mode: CUDAGraphMode, vllm_config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two engines of a mixture of experts agree on one shape. The group is a stand-in: it holds the other's column."""
     from vllm.v1.worker.gpu import dp_utils
 
     managers = [v2(vllm_config, mode, monkeypatch) for _ in range(2)]
-    layers = [SimpleNamespace(needs_python=edited) for edited in (False, True)]
+    layers = [Layer(*SIZES), Layer()]
     vllm_config.parallel_config.data_parallel_size = 2
     columns: dict[int, torch.Tensor] = {}
     for manager, layer in zip(managers, layers, strict=True):
@@ -122,6 +139,6 @@ def test_engines_in_step_run_no_graph_where_an_edit_acts_in_any(
         return dispatch_cg_and_sync_dp(managers[rank], 3, 3, 1, 2, rank, max_query_len=1)[0]
 
     assert {graph.cg_mode for graph in step()} == {NONE}
-    layers[1].needs_python = False
+    layers[1].allowed = layers[0].allowed
     columns.clear()
     assert {graph.cg_mode for graph in step()} == {FULL}

@@ -28,6 +28,7 @@ from memoir_vllm.requests import Decision, Query, Routed, put_queries, query_of,
 from memoir_vllm.worker import pipeline
 from memoir_vllm.worker.residual import ResidualLayer
 from memoir_vllm.worker.routing import Router
+from memoir_vllm.worker.rows import Batch
 from memoir_vllm.worker.runner import follow
 from memoir_vllm.worker.selftest import self_test
 
@@ -370,49 +371,82 @@ def test_self_test_refuses_a_model_that_goes_past_the_op(layer: ResidualLayer, b
 
 
 def test_self_test_refuses_a_wrong_residual(layer: ResidualLayer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ResidualLayer, "add", lambda self, x, y, batch: None)
+    monkeypatch.setattr(Batch, "add", lambda self, x, y: None)
     with pytest.raises(ConfigError, match="wrong by"):
         self_test(FakeRunner(layer), layer)
 
 
 def test_self_test_probes_no_graph_that_has_captured_the_op(layer: ResidualLayer) -> None:
     """Neither without the probe: another graph may round otherwise, which would pass for the probe."""
-    runner, needed = FakeRunner(layer), []
+    runner, allowed = FakeRunner(layer), []
     dummy_run = runner._dummy_run
 
     def seen(n: int, uniform_decode: bool) -> tuple[torch.Tensor, None]:
-        needed.append(layer.needs_python)
+        allowed.append(layer.may_replay(n))
         return dummy_run(n, uniform_decode)
 
     runner._dummy_run = seen  # type: ignore[method-assign]
     self_test(runner, layer)
-    assert len(needed) > 1 and all(needed) and not layer.needs_python
+    assert len(allowed) > 1 and not any(allowed) and layer.may_replay(1)
 
 
-def test_a_step_needs_the_op_while_a_prompt_passes_and_while_an_edit_acts(
-    layer: ResidualLayer, activations: torch.Tensor
+@pytest.mark.parametrize("captured", [False, True], ids=["without the product", "with the product"])
+def test_a_full_graph_is_replayed_while_no_prompt_passes_and_no_edit_acts_outside_of_it(
+    captured: bool, layer: ResidualLayer, activations: torch.Tensor
 ) -> None:
+    if captured:
+        layer.captured = SimpleNamespace(sizes={8}, fill=lambda batches: None)  # type: ignore[assignment]
     begin(layer, "edited", prompt(4))
     begin(layer, "off", prompt(4), {"memoir": "off"})
     begin(layer, "other", prompt(4))
-    needs = {}
+    replays = {}
 
-    def need(*ids: str) -> bool:
+    def may(*ids: str, rows: int = 8) -> bool:
         layer.expect(ids)
-        return layer.needs_python
+        return layer.may_replay(rows)
 
-    assert need("edited") and need("off", "other") and not need()
+    assert not may("edited") and not may("off", "other") and may()
     x = torch.cat([activations[1], activations[1], torch.ones(4, D)])
     step(layer, [Rows("edited", 0, 4, 0), Rows("off", 4, 8, 0), Rows("other", 8, 12, 0)], x)
     layer.end_step()
     assert {name: r.edit for name, r in said(layer).items()} == {"edited": 1, "off": None, "other": None}
     for ids in (["edited"], ["off", "edited"], ["off", "other"], ["other"]):
-        needs[" ".join(ids)] = need(*ids)
+        replays[" ".join(ids)] = may(*ids)
         layer.end_step()
-        assert not layer.needs_python, "a dummy step comes between steps"
-    assert needs == {"edited": True, "off edited": True, "off other": False, "other": False}
+        assert layer.may_replay(8), "a dummy step comes between steps"
+    assert replays == {"edited": captured, "off edited": captured, "off other": True, "other": True}
+    assert not may("edited", rows=4) and may("other", rows=4), "a graph of another size has no product"
     layer.drop(["edited"])
-    assert not need("edited")
+    assert may("edited", rows=4)
+
+
+def test_the_captured_product_is_told_the_rows_of_steps_without_prompts(
+    layer: ResidualLayer, activations: torch.Tensor
+) -> None:
+    """Such a step may be a replay: then its rows are counted here, since no Python of the op runs."""
+    tables: list[list[list[int]]] = []
+    layer.captured = SimpleNamespace(  # type: ignore[assignment]
+        sizes={2}, fill=lambda batches: tables.append([batch.index.tolist() for batch in batches])
+    )
+    begin(layer, "a", prompt(4))
+    begin(layer, "b", prompt(4))
+    layer.expect(["a", "b"])
+    step(layer, [Rows("a", 0, 4, 0), Rows("b", 4, 8, 0)], torch.cat([torch.ones(4, D), activations[1]]))
+    layer.end_step()
+    assert not tables
+    for replays in (True, False):
+        before = layer.stats()
+        layer.expect(["a", "b"])
+        layer.begin_step(step_of([Rows("a", 0, 1, 4), Rows("b", 1, 2, 4)]))
+        layer.replays = replays
+        if not replays:
+            layer.run(torch.zeros(2, D), torch.zeros(2, H))
+        layer.require_run()
+        layer.end_step()
+        assert [layer.stats()[name] - before[name] for name in ("steps", "rows")] == [1, 1]
+    layer.expect(["a"])
+    layer.begin_step(step_of([Rows("a", 0, 1, 5)]))
+    assert tables == [[[1]], [[1]], []]
 
 
 def test_a_step_that_leaves_out_an_op_it_needs_raises(layer: ResidualLayer, activations: torch.Tensor) -> None:

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.model_executor.layers.linear import RowParallelLinear
 
+    from memoir_vllm.worker.captured import CapturedProduct
+
 __all__ = ["attach"]
 
 
@@ -61,6 +63,7 @@ def attach(
         dtype=vllm_config.model_config.dtype,
         device=device,
     )
+    layer.captured = _captured(linear, vllm_config, device)
     reloaders = {}
     for name, store in stores.items():
         if name:
@@ -109,6 +112,15 @@ def _find(model: torch.nn.Module, module: str, d: int, h: int, *, elsewhere: boo
             f"{projection.output_size}: serve the model that the store was made on"
         )
     return projection
+
+
+def _captured(linear: RowParallelLinear, vllm_config: VllmConfig, device: torch.device) -> CapturedProduct | None:
+    if device.type != "cuda":  # Triton, in which the product is written, need not be there
+        return None
+    from memoir_vllm.worker.captured import captured_product
+
+    d, h, dtype = linear.input_size_per_partition, linear.output_size, vllm_config.model_config.dtype
+    return captured_product(d, h, dtype, device, vllm_config.compilation_config)
 
 
 def _agree(generations: list[int], ranks: int) -> None:

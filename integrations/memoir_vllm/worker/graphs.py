@@ -1,8 +1,8 @@
 """Which CUDA graphs a step may replay.
 
-A full graph is captured while the op has nothing to do, and its replay runs no Python. So it is right for steps in
-which nothing is looked up and no edit acts: they are the base model's, without the product. Every other step runs as if
-there were no full graphs: piecewise where vLLM has captured that, else without graphs.
+A full graph's replay runs no Python, so it is right for steps in which nothing is looked up: decode steps, with the
+product of `captured.py` in the graph where an edit acts. Every other step runs as if there were no full graphs:
+piecewise where vLLM has captured that, else without graphs.
 
 V1 asks `CudagraphDispatcher.dispatch` (vllm/v1/cudagraph_dispatcher.py), V2 `CudaGraphManager.dispatch`
 (vllm/v1/worker/gpu/cudagraph_utils.py). Where a vLLM asks neither, `ResidualLayer.require_run` stops the engine.
@@ -26,7 +26,7 @@ __all__ = ["keep_full_graphs_from"]
 
 
 def keep_full_graphs_from(runner: Any, layer: ResidualLayer) -> None:
-    """Have a runner replay full graphs only in steps that have nothing for the layer to do.
+    """Have a runner replay full graphs only in steps for which the layer lets it.
 
     runner: of this worker, once its KV cache is there: V2 then has a new `cudagraph_manager`.
     layer: of this worker.
@@ -42,9 +42,11 @@ def _guard_v1(dispatcher: CudagraphDispatcher, layer: ResidualLayer) -> None:
 
     @functools.wraps(choose)
     def dispatch(*args: Any, invalid_modes: Any = None, **kwargs: Any) -> Any:
-        if layer.needs_python:
-            invalid_modes = {CUDAGraphMode.FULL, *(invalid_modes or ())}
-        return choose(*args, invalid_modes=invalid_modes, **kwargs)
+        graph, batch = choose(*args, invalid_modes=invalid_modes, **kwargs)
+        layer.replays = graph == CUDAGraphMode.FULL and layer.may_replay(batch.num_tokens)
+        if graph == CUDAGraphMode.FULL and not layer.replays:
+            graph, batch = choose(*args, invalid_modes={CUDAGraphMode.FULL, *(invalid_modes or ())}, **kwargs)
+        return graph, batch
 
     dispatcher.dispatch = dispatch
 
@@ -62,7 +64,8 @@ def _guard_v2(manager: CudaGraphManager, layer: ResidualLayer) -> None:
         **kwargs: Any,
     ) -> BatchExecutionDescriptor:
         graph = choose(num_reqs, num_tokens, uniform_token_count, num_active_loras, *args, **kwargs)
-        if graph.cg_mode != CUDAGraphMode.FULL or not layer.needs_python:
+        layer.replays = graph.cg_mode == CUDAGraphMode.FULL and layer.may_replay(graph.num_tokens)
+        if graph.cg_mode != CUDAGraphMode.FULL or layer.replays:
             return graph
         if manager.dp_size == 1:
             # As for a step with a prefill, which no graph of decode steps takes.

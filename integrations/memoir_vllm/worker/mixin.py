@@ -71,7 +71,7 @@ class MemoirWorker(Worker):
         return available * block // max(1, block + self._memoir.bytes_per_block)
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
-        """As vLLM's; sums of blocks are kept where the mode needs them, and steps with edits replay no full graph."""
+        """As vLLM's; sums of blocks are kept where the mode needs them, and full graphs replayed where they may be."""
         super().initialize_from_config(kv_cache_config)
         if self._memoir:
             keep_full_graphs_from(self.model_runner, self._memoir)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +25,9 @@ from memoir_vllm.worker.pooling import pooled, token_weights
 from memoir_vllm.worker.product import ResidualProduct
 from memoir_vllm.worker.routing import Route, Router
 from memoir_vllm.worker.rows import Acting, Batch, StepRows, acting_rows
+
+if TYPE_CHECKING:
+    from memoir_vllm.worker.captured import CapturedProduct
 
 __all__ = ["Generation", "ResidualLayer"]
 
@@ -114,6 +117,9 @@ class ResidualLayer:
         rank, ranks: of tensor parallelism.
         dtype: in which it serves.
         device: where the layer lies.
+
+        `captured` is its product in full CUDA graphs, None where there are none; `replays` says that the coming forward
+        is such a graph.
         """
         share = memories.shape[2] // ranks
         self._share, self._shard = share, slice(rank * share, (rank + 1) * share)
@@ -126,7 +132,9 @@ class ResidualLayer:
         self._edited: dict[str, _Request] = {}
         self._sums: BlockSums | None = None
         self._step: StepRows | None = None
-        self._due = self._has_run = False
+        self.captured: CapturedProduct | None = None
+        self.replays = False
+        self._prompts_pass = self._edits_act = self._has_run = False
         self._parts: list[_Part] = []
         self._counted: list[_Counted] = []
         self._last: tuple[StepRows, Acting, list[Batch]] | None = None
@@ -255,22 +263,32 @@ class ResidualLayer:
         request_ids: of the step.
         """
         ids = set(request_ids)
-        self._due = not (ids.isdisjoint(self._passing) and ids.isdisjoint(self._edited))
-        self._has_run = False
+        self._prompts_pass = not ids.isdisjoint(self._passing)
+        self._edits_act = not ids.isdisjoint(self._edited)
+        self._has_run = self.replays = False
 
-    @property
-    def needs_python(self) -> bool:
-        """Whether the coming forward must run the op, and so may not replay a graph that holds it."""
-        return self._due or self.probe is not None
+    def may_replay(self, rows: int) -> bool:
+        """Whether the coming forward may replay a full CUDA graph. Where prompts pass it may not; where an edit acts,
+        the graph must hold the product.
+
+        rows: of the graph.
+        """
+        if self.probe is not None or self._prompts_pass:
+            return False
+        return not self._edits_act or (self.captured is not None and rows in self.captured.sizes)
 
     def require_run(self) -> None:
         """The model has run. Raises RuntimeError where it has left out an op that had something to do."""
-        if self._due and self._step is not None and not self._has_run:
+        if self._step is None or self._has_run or not (self._prompts_pass or self._edits_act):
+            return
+        if not self.replays:
             raise RuntimeError(
                 "memoir: a step with edits or questions has not run the edited layer's op, so its answers would be the "
                 'base model\'s: serve with --compilation-config \'{"cudagraph_mode": "PIECEWISE"}\', and please report '
                 "this"
             )
+        self._stats["steps"] += 1
+        self._stats["rows"] += sum(len(batch.index) for batch in self._batches())
 
     def begin_step(self, step: StepRows) -> None:
         """The rows of the coming forward. Without this call (profiling, warm-up, idle ranks) the op does nothing.
@@ -281,6 +299,8 @@ class ResidualLayer:
         """
         self._step = step
         self._parts, self._counted = [], []
+        if self.captured is not None and not self._prompts_pass:
+            self.captured.fill(self._batches() if self._edits_act else ())
         if not self._passing:
             return
         for i, request_id in enumerate(step.ids):
@@ -319,7 +339,7 @@ class ResidualLayer:
     def end_step(self) -> None:
         """The step is over."""
         self._step = None
-        self._due = False
+        self._prompts_pass = self._edits_act = False
 
     def take_routed(self) -> dict[str, Routed]:
         """What was decided since the last call, by request id."""
@@ -349,6 +369,9 @@ class ResidualLayer:
         """
         if self.probe is not None:
             self.probe(x, y)
+            return
+        if self.captured is not None and x.is_cuda and torch.cuda.is_current_stream_capturing():
+            self.captured.capture(x, y)
             return
         if self._step is None:
             return
@@ -440,7 +463,7 @@ class ResidualLayer:
     def _act(self, x: torch.Tensor, y: torch.Tensor) -> None:
         """Unmatched rows are never touched: adding zeros would not keep their bits."""
         for batch in self._batches():
-            self.add(x, y, batch)
+            batch.add(x, y)
             self._stats["rows"] += len(batch.index)
 
     def _batches(self) -> list[Batch]:
@@ -467,13 +490,3 @@ class ResidualLayer:
         batches = acting_rows(step, acting)
         self._last = (step, acting, batches) if acting.all_rows(step) else None
         return batches
-
-    def add(self, x: torch.Tensor, y: torch.Tensor, batch: Batch) -> None:
-        """y += W (mask * x) on the rows of the batch, and on no other.
-
-        x, y: see `run`.
-        batch: which rows, and their masks.
-        """
-        one_row_each = len(batch.masks) == len(batch.owner)
-        masks = batch.masks if one_row_each else batch.masks[batch.owner]
-        y.index_add_(0, batch.index, batch.memory(x[batch.index] * masks))

@@ -44,6 +44,16 @@ class Batch:
     masks: torch.Tensor
     owner: torch.Tensor
 
+    def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        """y += W (mask * x) on these rows, and on no other.
+
+        x: [tokens, D/ranks] into the layer.
+        y: [tokens, H] out of it, this rank's partial sum, which is changed.
+        """
+        one_row_each = len(self.masks) == len(self.owner)
+        masks = self.masks if one_row_each else self.masks[self.owner]
+        y.index_add_(0, self.index, self.memory(x[self.index] * masks))
+
 
 class Acting(NamedTuple):
     """Edited requests of a step.

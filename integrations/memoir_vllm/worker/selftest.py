@@ -96,7 +96,7 @@ class _Probe:
         noise = torch.randn(x.shape, generator=generator).to(x)
         got = torch.zeros_like(y)
         rows = torch.arange(len(x), device=x.device)
-        self._layer.add(noise, got, Batch(memory, rows, mask[None], torch.zeros_like(rows)))
+        Batch(memory, rows, mask[None], torch.zeros_like(rows)).add(noise, got)
         want = functional.linear((noise * mask).float(), memory.weight.float())
         size = float(want.abs().max())
         wrong = float((got.float() - want).abs().max())
