@@ -1,11 +1,12 @@
 """A random mix of requests, asked of a real engine step by step, each compared with the reference.
 
 Log-probabilities are compared, of greedy and of sampled tokens: a contaminated cache keeps the greedy tokens more often
-than not.
+than not. MEMOIR_MIX_REQUESTS says how many requests a mix has, instead of what its test says.
 """
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -57,6 +58,7 @@ def any_mix(
     answer; two of five requests ask for one.
     ends_heard: whether workers hear of the last requests' end. Returns how many answers an edit has acted on.
     """
+    requests = int(os.environ.get("MEMOIR_MIX_REQUESTS", requests))
     dice, core = random.Random(seed), engine.llm.llm_engine
     sent: dict[str, tuple[list[int], EditedModel, bool, SamplingParams]] = {}
     done: dict[str, Any] = {}
