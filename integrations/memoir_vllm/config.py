@@ -418,6 +418,10 @@ def _checks(config: MemoirConfig, vllm_config: VllmConfig) -> list[tuple[bool, s
         (vllm_config.kv_transfer_config is not None and not offloads, _transfer_fault(vllm_config)),
         (offloads and single, "KV offloading in mode single (leave out --kv-offloading-size and --kv-transfer-config)"),
         (
+            offloads and bool(vllm_config.kv_transfer_config.kv_connector_extra_config.get("sync_load_budget_bytes")),
+            "blocks that come back within a step (leave sync_load_budget_bytes out of --kv-transfer-config)",
+        ),
+        (
             vllm_config.lora_config is not None and envs.VLLM_LORA_ENABLE_DUAL_STREAM,
             "LoRA adapters on a second stream (leave VLLM_LORA_ENABLE_DUAL_STREAM unset)",
         ),

@@ -1,11 +1,12 @@
-"""The tests that need no engine, over the Python of another vLLM than the installed one.
+"""Tests over the Python of another vLLM than the installed one.
 
     pip download --no-deps vllm==0.33.0
     pip install --no-deps --target needs orjson            # what the installed vLLM does not need
-    PYTHONPATH=needs python tests/vllm/another_version.py vllm-0.33.0-*.whl [pytest's options]
+    PYTHONPATH=needs python tests/vllm/another_version.py vllm-0.33.0-*.whl [tests' names] [pytest's options]
 
-The wheel's Python files are unpacked beside the compiled kernels of the installed vLLM, of which these tests call none
-that has changed, and are put in front of it. So a version that has no build for this machine is run as far as it goes.
+The wheel's Python files are unpacked beside the compiled kernels of the installed vLLM, and are put in front of it. So
+a version that has no build for this machine is run as far as it goes. Without names these are the tests that need no
+engine; `engine_inline server -m engine` runs test_engine_inline.py and test_server.py.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ def unpack(wheel: Path, folder: Path) -> None:
 
 def main(wheel: str, *options: str) -> int:
     """The exit code of pytest."""
-    files = [str(HERE / f"test_{name}.py") for name in TESTS]
+    names = [option for option in options if (HERE / f"test_{option}.py").exists()]
+    files = [str(HERE / f"test_{name}.py") for name in names or TESTS]
+    rest = [option for option in options if option not in names]
     with tempfile.TemporaryDirectory() as folder:
         unpack(Path(wheel), Path(folder))
         paths = [folder, os.environ.get("PYTHONPATH", "")]
@@ -43,7 +46,7 @@ def main(wheel: str, *options: str) -> int:
             "MEMOIR_ALLOW_UNTESTED": "1",
             "VLLM_TARGET_DEVICE": "cpu",  # the platform that the wheel was built for is another
         }
-        command = [sys.executable, "-m", "pytest", "-m", "not slow and not engine", *files, *options]
+        command = [sys.executable, "-m", "pytest", "-m", "not slow and not engine", *files, *rest]
         return subprocess.run(command, env={**os.environ, **environment}).returncode
 
 

@@ -40,7 +40,10 @@ SEAMS = {
     "entrypoints/openai/chat_completion/batch_serving.py": (
         "OpenAIServingChatBatch.chat_completion_full_generator_batch",
     ),
-    "entrypoints/anthropic/serving.py": ("AnthropicServingMessages.message_stream_converter",),
+    "entrypoints/anthropic/serving.py": (
+        "AnthropicServingMessages.message_stream_converter",
+        "AnthropicServingMessages.chat_completion_stream_generator",
+    ),
     "v1/executor/multiproc_executor.py": ("MultiprocExecutor.collective_rpc",),
     "v1/engine/core_client.py": ("AsyncMPClient.call_utility_all_async",),
     "v1/engine/output_processor.py": (

@@ -258,6 +258,9 @@ def test_every_connector_but_that_to_host_memory_is_refused_by_name(model_folder
         vllm_config.kv_transfer_config = transfer = KVTransferConfig(kv_connector=name, kv_role="kv_both")
         if name == "OffloadingConnector":
             config.refuse(ours, vllm_config)
+            transfer.kv_connector_extra_config = {"sync_load_budget_bytes": 1 << 20}
+            with pytest.raises(ConfigError, match="leave sync_load_budget_bytes out"):
+                config.refuse(ours, vllm_config)
             transfer.kv_connector_extra_config = {"spec_name": "TieringOffloadingSpec"}
         with pytest.raises(ConfigError, match=rf"KV transfer by {name}, which .* \(leave out --kv-transfer-config\)"):
             config.refuse(ours, vllm_config)

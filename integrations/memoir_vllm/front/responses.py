@@ -44,13 +44,16 @@ def install() -> None:
     from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
     from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 
-    wraps: tuple[tuple[Any, str, Callable[[Any], Any]], ...] = (
+    wraps: list[tuple[Any, str, Callable[[Any], Any]]] = [
         (OpenAIServingChat, "chat_completion_stream_generator", _reporting),
         (OpenAIServingCompletion, "completion_stream_generator", _reporting),
         (OpenAIServingCompletion, "request_output_to_completion_response", _naming_choices),
         (OpenAIServingChatBatch, "chat_completion_full_generator_batch", _naming_conversations),
-        (AnthropicServingMessages, "message_stream_converter", _passing_the_report),
-    )
+    ]
+    if "chat_completion_stream_generator" in vars(AnthropicServingMessages):  # its own since vLLM 0.33
+        wraps.append((AnthropicServingMessages, "chat_completion_stream_generator", _announcing))
+    else:
+        wraps.append((AnthropicServingMessages, "message_stream_converter", _passing_the_report))
     for owner, name, make in wraps:
         wrap_once(owner, name, make)
 
@@ -103,27 +106,51 @@ async def _report(chunks: AsyncIterator[str], decisions: Mapping[int, Any], prom
         yield chunk
 
 
-def _passing_the_report(original: Any) -> Any:
-    """vLLM takes the chunk without choices for the end of the message: it gets its own, and no second one."""
+def _announcing(original: Any) -> Any:
+    """vLLM 0.33: the messages route makes its events from the outputs themselves."""
+    from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 
-    async def convert(self: Any, generator: AsyncIterator[str]) -> AsyncIterator[str]:
-        reports: list[dict[str, Any]] = []
+    signature = inspect.signature(OpenAIServingChat.chat_completion_stream_generator)
+
+    def stream(self: Any, request: Any, *args: Any, **kwargs: Any) -> AsyncIterator[str]:
+        if "memoir_report" not in (request.vllm_xargs or {}):
+            return original(self, request, *args, **kwargs)
+        call = signature.bind(self, request, *args, **kwargs)
+        decisions: dict[int, Any] = {}
+        call.arguments["result_generator"] = _listen(call.arguments["result_generator"], decisions, 1)
+        return _announced(
+            original(*call.args, **call.kwargs), lambda: params_of([decisions[0]], 1) if decisions else {}
+        )
+
+    return stream
+
+
+def _passing_the_report(original: Any) -> Any:
+    """vLLM 0.32 takes the chunk without choices for the end of the message: it gets its own, and no second one."""
+
+    def convert(self: Any, generator: AsyncIterator[str]) -> AsyncIterator[str]:
+        reported: dict[str, Any] = {}
 
         async def chunks() -> AsyncIterator[str]:
             async for chunk in generator:
                 if isinstance(chunk, _Report):
-                    reports.append(chunk.decisions)
+                    reported.update(chunk.decisions)
                     chunk = chunk.usage
                 if chunk:
                     yield chunk
 
-        async for event in original(self, chunks()):
-            if reports and event.startswith("event: message_stop"):
-                body = msgspec.json.encode({"type": "memoir", "kv_transfer_params": reports.pop()}).decode()
-                yield f"event: memoir\ndata: {body}\n\n"
-            yield event
+        return _announced(original(self, chunks()), lambda: reported)
 
     return convert
+
+
+async def _announced(events: AsyncIterator[str], params: Callable[[], Mapping[str, Any]]) -> AsyncIterator[str]:
+    """The events of a message, with one that names its decision before the last."""
+    async for event in events:
+        if event.startswith("event: message_stop") and (said := params()):
+            body = msgspec.json.encode({"type": "memoir", "kv_transfer_params": said}).decode()
+            yield f"event: memoir\ndata: {body}\n\n"
+        yield event
 
 
 # ---- several prompts -----------------------------------------------------------------------------------------------
