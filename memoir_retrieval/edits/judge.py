@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
-from memoir_retrieval.edits.numbers import digits_joined, number, other_number
+from memoir_retrieval.edits.numbers import digits_joined, number, other_number, raised_apart
 from memoir_retrieval.edits.requires import UNSPACED
 from memoir_retrieval.errors import StoreError, StoreMismatch
 
@@ -211,7 +211,7 @@ def _names(text: str) -> frozenset[str]:
 def _fold(text: str) -> str:
     if text.isascii():
         return text.lower().replace("cannot", "can not")
-    folded = unicodedata.normalize("NFKD", text.casefold())
+    folded = unicodedata.normalize("NFKD", raised_apart(text.casefold()))
     return "".join(c for c in folded if not unicodedata.combining(c)).translate(_PLAIN).replace("cannot", "can not")
 
 
@@ -412,7 +412,9 @@ class Judge:
     ) -> list[tuple[str, float]]:
         """What each of some words counts that stand in one text alone. others: the words of the other text."""
         weights = self.weights
-        rows = [-1 if word in NEGATIONS or has_digit(word) else self.row.get(word, -2) for word in words]
+        rows = [
+            -1 if word in NEGATIONS or has_digit(word) or _counts(word) else self.row.get(word, -2) for word in words
+        ]
         known = [row for row in rows if row >= 0]
         vectors = self._read(others)[0]
         best = iter(())
@@ -509,6 +511,11 @@ def has_digit(word: str) -> bool:
     word: as `read` gives it.
     """
     return any(c.isdigit() for c in word)
+
+
+def _counts(word: str) -> bool:
+    """Whether a word is an ordinal that nobody leaves out, as in "the third president". "First" and "second" are."""
+    return number(word)[-2:] in ("rd", "th")
 
 
 def _heaviest(terms: list[tuple[str, float]]) -> Terms:

@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import regex
 
-__all__ = ["digits_joined", "number", "other_number"]
+__all__ = ["digits_joined", "number", "other_number", "raised_apart"]
 
 _UNITS = """one first two second three third four fourth five fifth six sixth seven seventh eight eighth nine ninth ten
 tenth eleven eleventh twelve twelfth thirteen thirteenth fourteen fourteenth fifteen fifteenth sixteen sixteenth
@@ -16,6 +16,8 @@ eightieth ninety ninetieth"""
 _UNIT_WORDS, _TEN_WORDS = _UNITS.split(), _TENS.split()
 _PLAIN = regex.compile(r"\d+(?:st|nd|rd|th)?")
 _JOINED = regex.compile(rf"\b(?:{'|'.join(_TEN_WORDS[::2])})-(?:{'|'.join(_UNIT_WORDS[:18])})\b")
+
+_RAISED = regex.compile(r"(?<=\d)(?=\p{No})")
 
 
 def _words() -> dict[str, str]:
@@ -61,3 +63,12 @@ def digits_joined(text: str) -> str:
     text: in lower case.
     """
     return _JOINED.sub(lambda match: _DIGITS[match[0]], text)
+
+
+def raised_apart(text: str) -> str:
+    """A text with a space between a digit and what is raised or a fraction behind it, as in "10²" and "2½". Unicode's
+    compatible forms alone would make the numbers 102 and 21 of them.
+
+    text: any.
+    """
+    return _RAISED.sub(" ", text)

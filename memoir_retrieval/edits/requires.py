@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import msgspec
 import regex
 
+from memoir_retrieval.edits.numbers import raised_apart
 from memoir_retrieval.edits.record import Edit, Requires, StoredEdit
 from memoir_retrieval.errors import EditFileError, Reason
 from memoir_retrieval.question.text import normalize, plain_text
@@ -29,7 +30,7 @@ def words(text: str) -> tuple[str, ...]:
 
     text: any text; the time grows with its length alone.
     """
-    return tuple(_WORD.findall(normalize(plain_text(text), "NFKC").casefold()))
+    return tuple(_WORD.findall(normalize(raised_apart(plain_text(text)), "NFKC").casefold()))
 
 
 def required_spans(requires: Requires, text: str) -> list[tuple[int, int]]:
