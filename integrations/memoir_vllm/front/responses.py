@@ -1,9 +1,9 @@
 """Decisions in the responses of the API server, where vLLM has no place for them or one for several.
 
-A stream: vLLM's chunks have no field for a decision. With `vllm_xargs` `{"memoir_report": 1}` the last chunk has no
-choices, and `kv_transfer_params` as a whole response has it. It is the chunk of `stream_options.include_usage` where
-that is asked for, since OpenAI's client loses the usage if one more chunk follows, else a chunk of its own. On
-`/v1/messages` it is an event `memoir` before `message_stop`.
+A stream: chunks of vLLM 0.32 have no field for a decision, and those of 0.33 only the one that ends a choice. With
+`vllm_xargs` `{"memoir_report": 1}` the last chunk has no choices, and `kv_transfer_params` as a whole response has it.
+It is the chunk of `stream_options.include_usage` where that is asked for, since OpenAI's client loses the usage if one
+more chunk follows, else a chunk of its own. On `/v1/messages` it is an event `memoir` before `message_stop`.
 
 Several prompts: `/v1/completions` with a list, and `/v1/chat/completions/batch`, answer with the choices of all. Their
 decisions stand choice by choice under `memoir_choices`.
