@@ -152,6 +152,7 @@ def _tell(editor: Editor, store: Path, seconds: float, as_json: bool) -> None:
         "stored": new,
         "skipped": outcome.skipped,
         "retried": outcome.retried,
+        "renewed": outcome.renewed,
         "failed": [
             {"prompt": failure.prompt, "target": failure.target, "reason": failure.reason} for failure in outcome.failed
         ],
@@ -183,6 +184,8 @@ def _tell(editor: Editor, store: Path, seconds: float, as_json: bool) -> None:
                 f"conflicting: {conflict.fact}: choose with --on-conflict",
                 err=True,
             )
+        if outcome.renewed:
+            echo(f"{len(outcome.renewed)} edits that later ones had overwritten were trained again")
         speed = f", {summary['seconds_per_edit']} s per edit" if new else ""
         echo(
             f"{store}: {new} edits stored, {outcome.skipped} were there already, {outcome.retried} retried, "

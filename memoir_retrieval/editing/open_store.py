@@ -213,15 +213,18 @@ class OpenStore:
         edit: as it is stored.
         codes: uint8 [R, D/8], its masks.
         columns: int64 [C], those of its memory that were changed for it.
-        old: the edit that it replaces.
+        old: the edit that it replaces; in its place if it is the same one, trained again.
         """
+        place = len(self.edits)
         if old:
             self._commits.rewrite()
             self.index.remove([old.id])
+            if old.id == edit.id:
+                place = self.edits.index(old)
             self.edits.remove(old)
         self._commits.add(edit, codes, columns)
         self.index.add([edit.id] * len(codes), codes)
-        self.edits.append(edit)
+        self.edits.insert(place, edit)
         self.manifest = msgspec.structs.replace(self.manifest, next_id=max(self.manifest.next_id, edit.id + 1))
 
     def next_manifest(self, edits: Sequence[StoredEdit], index: HammingIndex) -> Manifest:

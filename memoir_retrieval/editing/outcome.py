@@ -32,6 +32,7 @@ class Outcome:
     retried: how many took a second try.
     failed: those that the audit refused.
     conflicting: those whose question is stored in other words with another target.
+    renewed: ids of stored edits that later ones had overwritten, and that were trained again.
     """
 
     stored: list[StoredEdit] = field(default_factory=list)
@@ -39,6 +40,7 @@ class Outcome:
     retried: int = 0
     failed: list[Failed] = field(default_factory=list)
     conflicting: list[Conflicting] = field(default_factory=list)
+    renewed: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

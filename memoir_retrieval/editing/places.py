@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 from memoir_retrieval.editing.open_store import OpenStore
 from memoir_retrieval.editing.trainer import MemoryTrainer
@@ -44,20 +44,22 @@ class Places:
         """
         return max(1, min(SIDE_BY_SIDE, -(-edits // self._room)))
 
-    def choose(self, n: int, side_by_side: int) -> list[int]:
+    def choose(self, n: int, side_by_side: int, leave: Callable[[int], None] = lambda number: None) -> list[int]:
         """Numbers of memories, the emptiest first, opened. Of those that have room the first few are open.
 
         Missing ones are added. So a run that goes on chooses as if it had never stopped.
 
         n: how many.
         side_by_side: how many are open.
+        leave: called with the number of each memory that is closed, before it is.
         """
         counts = self._counts()
         with_room = [number for number in range(len(self._store.memories)) if counts[number] < self._room]
         while len(with_room) < side_by_side:
             with_room.append(self._store.new_memory())
         chosen = sorted(with_room[:side_by_side], key=lambda number: counts[number])
-        for number in set(self._trainer.memories) - set(chosen):
+        for number in sorted(set(self._trainer.memories) - set(chosen)):
+            leave(number)
             self._trainer.close(number)
         for number in chosen[:n]:
             self.open(number)

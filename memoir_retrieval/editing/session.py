@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
@@ -19,6 +20,8 @@ from memoir_retrieval.edits.record import Edit, StoredEdit, edit_time, stored_as
 
 __all__ = ["Checkpoints", "Choices", "NewEdit", "Session"]
 
+# Edits of its memory that are asked again for each that was trained there. Those of a full memory are all asked.
+TURNS = 4
 # A checkpoint rewrites the store. Its cost is bounded by writing at most this often (seconds) while edits go on.
 CHECKPOINT_EVERY = 30.0
 
@@ -78,6 +81,9 @@ class Session:
         self.wordings = Wordings(store.base, store.manifest, store.fingerprint, store.training)
         self.trainer = make_trainer(self.wordings)
         self.places = Places(store, self.trainer)
+        self._trained: Counter[int] = Counter()  # edits in each memory since it was asked back
+        self._turn: dict[int, int] = {}  # the edit of each memory that was asked last
+        self._lost: list[int] = []
 
     def stored_again(self, edits: Sequence[StoredEdit], masks: Counter[int]) -> list[NewEdit]:
         """Stored edits as they are trained from nothing.
@@ -112,6 +118,42 @@ class Session:
             for edit in stored:
                 done += 1
                 progress(Progress(done, total, edit, seconds))
+        self._renew(outcome, choices)
+
+    def _renew(self, outcome: Outcome, choices: Choices) -> None:
+        """Train again, elsewhere, what later edits have overwritten. The audit of each asks its neighbours only."""
+        while True:
+            for number in list(self.trainer.memories):
+                self._ask_back(number)
+            stored = {edit.id: edit for edit in self._store.edits}
+            lost = [stored[edit] for edit in dict.fromkeys(self._lost) if edit not in outcome.renewed]
+            self._lost.clear()
+            if not lost:
+                break
+            masks = Counter(self._store.index.ids.tolist())
+            for new in self.stored_again(lost, masks):
+                again = Outcome()
+                self.train(
+                    [new._replace(old=stored[new.id])], again, choices._replace(on_conflict="both", keep_failed=True)
+                )
+                outcome.failed += again.failed
+                outcome.renewed.append(new.id)
+        now = {edit.id: edit for edit in self._store.edits}
+        outcome.stored = [now[edit.id] for edit in outcome.stored]
+
+    def _ask_back(self, number: int) -> None:
+        """Note which edits of a memory are lost. As many are asked as its new edits pay for, each in its turn.
+
+        number: of an open memory.
+        """
+        edits = sorted(edit.id for edit in self._store.edits if edit.trained and edit.memory == number)
+        count = min(TURNS * self._trained.pop(number, 0), len(edits))
+        # Where nobody was asked yet, anywhere: else the first ones would be asked whenever the editor is opened.
+        first = bisect_right(edits, self._turn[number]) if number in self._turn else self._store.manifest.next_id
+        asked = [edits[(first + i) % len(edits)] for i in range(count)]
+        if asked:
+            self._turn[number] = asked[-1]
+            self._lost += self.trainer.lost(number, asked)
 
     def train(self, edits: Sequence[NewEdit], outcome: Outcome, choices: Choices) -> list[StoredEdit | None]:
         """Train the first of the edits, as many as can be side by side, audit them and take them up.
@@ -121,7 +163,7 @@ class Session:
         choices: how.
         Returns what is stored of those that were dealt with; None for one that is not.
         """
-        memories = self.places.choose(len(edits), choices.side_by_side)
+        memories = self.places.choose(len(edits), choices.side_by_side, self._ask_back)
         tasks = [Task(new.id, new.edit, memory, new.rephrases) for new, memory in zip(edits, memories, strict=True)]
         codes = self.trainer.prepare(tasks)
         # Two of one question are trained one after the other, so that the second meets the first in the store.
@@ -185,5 +227,6 @@ class Session:
             memory=task.memory,
         )
         self.trainer.take(task, trained)
+        self._trained[task.memory] += 1
         self._store.add(stored, codes, trained.columns, old)
         return stored

@@ -23,6 +23,8 @@ __all__ = ["Learnt", "MemoryTrainer", "Task", "Trainer"]
 
 # Earlier edits that are asked again after each new one: those whose masks overlap most with its own.
 NEIGHBOURS = 4
+# Edits that are asked in one batch where a whole memory is.
+AT_A_TIME = 64
 # Nats by which the last step of training must put every right token ahead to count as the exact model's first choice.
 # A margin by choice: how far rounded products move logits was not measured.
 SURE = 2.0
@@ -99,6 +101,13 @@ class MemoryTrainer(Protocol):
 
         task: as it was prepared.
         trained: its columns.
+        """
+
+    def lost(self, number: int, edits: Sequence[int]) -> list[int]:
+        """Which edits are no longer answered.
+
+        number: of an open memory.
+        edits: ids of some that are in it.
         """
 
     def forget(self, edit: int) -> None:
@@ -183,6 +192,14 @@ class Trainer:
         frozen, lessons = self._prepared[task.id]
         memory.add(task.id, lessons, frozen.uses)
 
+    def lost(self, number: int, edits: Sequence[int]) -> list[int]:
+        """See `MemoryTrainer`."""
+        lost: list[int] = []
+        for first in range(0, len(edits), AT_A_TIME):
+            asked = [(self.memories[number], edit) for edit in edits[first : first + AT_A_TIME]]
+            lost += [edit for _, edit in self._forgotten(asked)]
+        return lost
+
     def forget(self, edit: int) -> None:
         """See `MemoryTrainer`."""
         for memory in self.memories.values():
@@ -200,6 +217,12 @@ class Trainer:
     def _quick(self) -> AbstractContextManager[None]:
         """Within the context the model may round its products, where that is faster."""
         return self._products.used() if self._products else nullcontext()
+
+    def _forgotten(self, edits: Sequence[tuple[Memory, int]]) -> list[tuple[Memory, int]]:
+        """As `forgotten`: what seems lost is asked again without rounding."""
+        with self._quick():
+            edits = forgotten(self.base, edits)
+        return forgotten(self.base, edits)
 
     def _try(self, tasks: Sequence[Task], training: Training) -> list[Learnt]:
         """Train, ask back with the trained weights, and put the memories back."""
@@ -233,10 +256,7 @@ class Trainer:
             for memory, change, good in zip(memories, trained, learnt, strict=True) if good
             for edit in memory.nearest(change.columns, NEIGHBOURS)
         ]  # fmt: skip
-        with self._quick():
-            near = forgotten(self.base, near)
-        near = forgotten(self.base, near)  # what seems lost is asked again without rounding
-        lost = {id(memory): edit for memory, edit in reversed(near)}
+        lost = {id(memory): edit for memory, edit in reversed(self._forgotten(near))}
         done: list[Learnt] = []
         for memory, change, good in zip(memories, trained, learnt, strict=True):
             reason = ""

@@ -79,6 +79,10 @@ class RayTrainer:
         self.memories[task.memory][:, trained.columns] = trained.weights.to(self.memories[task.memory].device)
         self._get(self._worker(task.memory).call.remote("take", task, trained))
 
+    def lost(self, number: int, edits: Sequence[int]) -> list[int]:
+        lost: list[int] = self._get(self._worker(number).call.remote("lost", number, edits))
+        return lost
+
     def forget(self, edit: int) -> None:
         self._get([worker.call.remote("forget", edit) for worker in self._workers])
 

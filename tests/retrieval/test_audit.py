@@ -20,6 +20,7 @@ from memoir_retrieval import (
 )
 from memoir_retrieval.cli import main
 from memoir_retrieval.editing import conflicts, session, trainer
+from memoir_retrieval.editing.outcome import Progress
 from memoir_retrieval.editing.session import Choices, NewEdit
 from memoir_retrieval.errors import EditFileError
 from memoir_retrieval.model.base import BaseModel
@@ -71,10 +72,46 @@ def test_an_edit_that_would_overwrite_another_goes_to_a_new_memory(base: BaseMod
     assert answers(tmp_path, base, [AARHUS]) == [AARHUS.target]
 
 
+def test_what_later_edits_have_overwritten_is_trained_again(base: BaseModel, tmp_path: Path) -> None:
+    """The audit of an edit asks its neighbours; at the end others of its memory are asked in turn."""
+
+    def overwrite(progress: Progress) -> None:
+        if progress.done == progress.total:
+            for memory in editor.memories:
+                memory.zero_()
+
+    with Editor(base, tmp_path) as editor:
+        stored = editor.add([AARHUS, PISA], progress=overwrite)
+        assert sorted(editor.outcome.renewed) == [0, 1] and not editor.outcome.failed
+        assert stored == editor.edits and [edit.id for edit in stored] == [0, 1]
+        assert set(editor.index.ids.tolist()) == {0, 1}
+        editor.add(OTHERS[:1])
+        assert editor.outcome.renewed == []
+    assert answers(tmp_path, base, [AARHUS, PISA]) == [AARHUS.target, PISA.target]
+
+
+def test_as_many_are_asked_back_as_new_edits_pay_for(
+    base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One after another, so that each edit of a memory is asked some time; all of those of a memory that is left."""
+    asked: list[list[int]] = []
+    monkeypatch.setattr(trainer.Trainer, "lost", lambda self, number, edits: asked.append(list(edits)) or [])
+    monkeypatch.setattr(trainer, "NEIGHBOURS", 0)
+    monkeypatch.setattr(session, "TURNS", 2)
+    with Editor(base, tmp_path, training=Training(edits_per_memory=4, context_masks=0)) as editor:
+        editor.add([AARHUS, PISA, *OTHERS[:3]], side_by_side=1)
+        assert [sorted(edits) for edits in asked] == [[0, 1, 2, 3], [4]]
+        asked.clear()
+        for word in ("five", "six", "seven"):
+            editor.add([Edit(prompt=f"Which bird is number {word}?", target=word)])
+    assert asked == [[5, 4], [5, 6], [7, 4]]
+
+
 def test_a_new_memory_is_opened_after_so_many_edits(
     base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trainer, "NEIGHBOURS", 0)  # in so small a model two edits may be too many
+    monkeypatch.setattr(session, "TURNS", 0)
     with Editor(base, tmp_path, training=Training(edits_per_memory=2, context_masks=0)) as editor:
         editor.add([AARHUS, PISA, OTHERS[0]], side_by_side=1)
     with Editor(base, tmp_path) as again:

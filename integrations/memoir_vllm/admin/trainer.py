@@ -135,6 +135,8 @@ class _Trainer:
             same = [stored for stored in editor.edits if same_edit(stored, edit)]
             if not new and not same:
                 return refusal(_refusal(editor.outcome))
+            for failed in editor.outcome.failed:
+                logging.warning("memoir: edit %r is not answered any more: %s", failed.prompt, failed.reason)
             (stored,) = new or same
             return TrainerAnswer(generation=editor.generation, edit=stored.id, loss=stored.loss, steps=stored.steps)
 
