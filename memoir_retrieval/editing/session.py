@@ -150,10 +150,10 @@ class Session:
         count = min(TURNS * self._trained.pop(number, 0), len(edits))
         # Where nobody was asked yet, anywhere: else the first ones would be asked whenever the editor is opened.
         first = bisect_right(edits, self._turn[number]) if number in self._turn else self._store.manifest.next_id
-        asked = [edits[(first + i) % len(edits)] for i in range(count)]
-        if asked:
-            self._turn[number] = asked[-1]
-            self._lost += self.trainer.lost(number, asked)
+        due = [edits[(first + i) % len(edits)] for i in range(count)]
+        if due:
+            self._turn[number] = due[-1]
+            self._lost += self.trainer.lost(number, due)
 
     def train(self, edits: Sequence[NewEdit], outcome: Outcome, choices: Choices) -> list[StoredEdit | None]:
         """Train the first of the edits, as many as can be side by side, audit them and take them up.

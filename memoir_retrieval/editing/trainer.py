@@ -196,8 +196,8 @@ class Trainer:
         """See `MemoryTrainer`."""
         lost: list[int] = []
         for first in range(0, len(edits), AT_A_TIME):
-            asked = [(self.memories[number], edit) for edit in edits[first : first + AT_A_TIME]]
-            lost += [edit for _, edit in self._forgotten(asked)]
+            part = [(self.memories[number], edit) for edit in edits[first : first + AT_A_TIME]]
+            lost += [edit for _, edit in self._forgotten(part)]
         return lost
 
     def forget(self, edit: int) -> None:

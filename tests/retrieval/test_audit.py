@@ -94,17 +94,17 @@ def test_as_many_are_asked_back_as_new_edits_pay_for(
     base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One after another, so that each edit of a memory is asked some time; all of those of a memory that is left."""
-    asked: list[list[int]] = []
-    monkeypatch.setattr(trainer.Trainer, "lost", lambda self, number, edits: asked.append(list(edits)) or [])
+    rows: list[list[int]] = []
+    monkeypatch.setattr(trainer.Trainer, "lost", lambda self, number, edits: rows.append(list(edits)) or [])
     monkeypatch.setattr(trainer, "NEIGHBOURS", 0)
     monkeypatch.setattr(session, "TURNS", 2)
     with Editor(base, tmp_path, training=Training(edits_per_memory=4, context_masks=0)) as editor:
         editor.add([AARHUS, PISA, *OTHERS[:3]], side_by_side=1)
-        assert [sorted(edits) for edits in asked] == [[0, 1, 2, 3], [4]]
-        asked.clear()
+        assert [sorted(edits) for edits in rows] == [[0, 1, 2, 3], [4]]
+        rows.clear()
         for word in ("five", "six", "seven"):
             editor.add([Edit(prompt=f"Which bird is number {word}?", target=word)])
-    assert asked == [[5, 4], [5, 6], [7, 4]]
+    assert rows == [[5, 4], [5, 6], [7, 4]]
 
 
 def test_a_new_memory_is_opened_after_so_many_edits(
