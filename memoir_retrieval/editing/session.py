@@ -126,7 +126,9 @@ class Session:
             for number in list(self.trainer.memories):
                 self._ask_back(number)
             stored = {edit.id: edit for edit in self._store.edits}
+            failed = {(failure.prompt, failure.target) for failure in outcome.failed}
             lost = [stored[edit] for edit in dict.fromkeys(self._lost) if edit not in outcome.renewed]
+            lost = [edit for edit in lost if (edit.prompt, edit.target) not in failed]
             self._lost.clear()
             if not lost:
                 break
@@ -189,6 +191,9 @@ class Session:
         for i in trained:
             outcome.retried += learnt[i].retried
             task, result = self._elsewhere(tasks[i], learnt[i], memories)
+            for edit in (*learnt[i].stale, *result.stale):
+                self.trainer.forget(edit)
+                self._lost.append(edit)
             if result.reason:
                 outcome.failed.append(Failed(task.edit.prompt, task.edit.target, result.reason))
             if result.reason and not choices.keep_failed:

@@ -52,12 +52,14 @@ class Learnt(NamedTuple):
     reason: why the audit refuses it, or "".
     lost: whether it would cost another edit of its memory its answer.
     retried: whether it took a second try.
+    stale: ids of its neighbours that had lost their answers before it came.
     """
 
     trained: Trained
     reason: str
     lost: bool
     retried: bool
+    stale: tuple[int, ...] = ()
 
 
 class MemoryTrainer(Protocol):
@@ -196,8 +198,8 @@ class Trainer:
         """See `MemoryTrainer`."""
         lost: list[int] = []
         for first in range(0, len(edits), AT_A_TIME):
-            part = [(self.memories[number], edit) for edit in edits[first : first + AT_A_TIME]]
-            lost += [edit for _, edit in self._forgotten(part)]
+            memory, part = self.memories[number], edits[first : first + AT_A_TIME]
+            lost += [edit for _, edit in self._forgotten([(memory, edit) for edit in part if edit in memory.lessons])]
         return lost
 
     def forget(self, edit: int) -> None:
@@ -235,34 +237,37 @@ class Trainer:
         for memory, change in zip(memories, trained, strict=True):
             memory.weight[:, change.columns] = change.weights
         try:
-            return self._audit(memories, [lessons for _, lessons in prepared], trained)
+            wrong = self._not_learnt(memories, [lessons for _, lessons in prepared], trained)
+            near = [
+                (memory, edit)
+                for i, (memory, change) in enumerate(zip(memories, trained, strict=True)) if i not in wrong
+                for edit in memory.nearest(change.columns, NEIGHBOURS)
+            ]  # fmt: skip
+            lost = self._forgotten(near)
         finally:
             for memory, change, weights in zip(memories, trained, before, strict=True):
                 memory.weight[:, change.columns] = weights
+        # What was lost before is not this edit's doing: it would keep every other one out of the memory.
+        stale = {edit for _, edit in forgotten(self.base, lost)}
+        done: list[Learnt] = []
+        for i, (memory, change) in enumerate(zip(memories, trained, strict=True)):
+            reason, mine = "", [edit for of, edit in lost if of is memory]
+            overwritten = [edit for edit in mine if edit not in stale]
+            if i in wrong:
+                reason = f"the target is not the first choice after {change.steps} steps (loss {change.loss:.3f})"
+            elif overwritten:
+                reason = f"it would overwrite edit {overwritten[0]}"
+            done.append(Learnt(change, reason, bool(overwritten), False, tuple(stale.intersection(mine))))
+        return done
 
-    def _audit(
+    def _not_learnt(
         self, memories: Sequence[Memory], lessons: Sequence[list[Lesson]], trained: Sequence[Trained]
-    ) -> list[Learnt]:
+    ) -> set[int]:
+        """Places of the tasks that are not answered. Those are asked that training has not seen to be sure."""
         unsure = [
-            (lesson, memory.weight)
-            for memory, rows, change in zip(memories, lessons, trained, strict=True) if change.lead < SURE
+            (i, lesson)
+            for i, (rows, change) in enumerate(zip(lessons, trained, strict=True)) if change.lead < SURE
             for lesson in rows
         ]  # fmt: skip
-        right = answered(self.base, unsure)
-        wrong = {id(lesson) for (lesson, _), good in zip(unsure, right, strict=True) if not good}
-        learnt = [not any(id(lesson) in wrong for lesson in rows) for rows in lessons]
-        near = [
-            (memory, edit)
-            for memory, change, good in zip(memories, trained, learnt, strict=True) if good
-            for edit in memory.nearest(change.columns, NEIGHBOURS)
-        ]  # fmt: skip
-        lost = {id(memory): edit for memory, edit in reversed(self._forgotten(near))}
-        done: list[Learnt] = []
-        for memory, change, good in zip(memories, trained, learnt, strict=True):
-            reason = ""
-            if not good:
-                reason = f"the target is not the first choice after {change.steps} steps (loss {change.loss:.3f})"
-            elif id(memory) in lost:
-                reason = f"it would overwrite edit {lost[id(memory)]}"
-            done.append(Learnt(change, reason, good and bool(reason), False))
-        return done
+        right = answered(self.base, [(lesson, memories[i].weight) for i, lesson in unsure])
+        return {i for (i, _), good in zip(unsure, right, strict=True) if not good}

@@ -90,6 +90,25 @@ def test_what_later_edits_have_overwritten_is_trained_again(base: BaseModel, tmp
     assert answers(tmp_path, base, [AARHUS, PISA]) == [AARHUS.target, PISA.target]
 
 
+def test_an_edit_is_not_blamed_for_what_was_lost_before(base: BaseModel, tmp_path: Path) -> None:
+    """Else the loss would keep every later edit out of the memory."""
+    with Editor(base, tmp_path) as editor:
+        editor.add([AARHUS, PISA], side_by_side=1)
+        for memory in editor.memories:
+            memory.zero_()
+        (new,) = editor.add(OTHERS[:1])
+        assert (new.memory, editor.outcome.retried) == (0, 0)
+        assert {0, 1} <= set(editor.outcome.renewed) and not editor.outcome.failed
+    assert answers(tmp_path, base, [AARHUS, PISA, OTHERS[0]]) == [AARHUS.target, PISA.target, OTHERS[0].target]
+
+
+def test_what_was_never_learnt_is_named_once(base: BaseModel, tmp_path: Path) -> None:
+    with Editor(base, tmp_path, training=Training(max_steps=0)) as unable:
+        assert len(unable.add([AARHUS, PISA], keep_failed=True)) == 2
+        assert [failed.prompt for failed in unable.outcome.failed] == [AARHUS.prompt, PISA.prompt]
+        assert unable.outcome.renewed == []
+
+
 def test_as_many_are_asked_back_as_new_edits_pay_for(
     base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

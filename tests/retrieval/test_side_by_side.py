@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from memoir_retrieval import Edit, EditedModel, Editor, EditStore, Retriever, Training, load_model
-from memoir_retrieval.editing import conflicts, trainer
+from memoir_retrieval.editing import conflicts, session, trainer
 from memoir_retrieval.editing.outcome import Progress
 from memoir_retrieval.editing.session import Choices, NewEdit
 from memoir_retrieval.edits.record import prompt_key
@@ -38,6 +38,7 @@ def exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """In float32, and in so small a model edits of one memory may leave each other no room."""
     monkeypatch.setattr(trainer, "half_is_faster", lambda base: False)
     monkeypatch.setattr(trainer, "NEIGHBOURS", 0)
+    monkeypatch.setattr(session, "TURNS", 0)
 
 
 def together(base: BaseModel, folder: Path, side_by_side: int = 3) -> EditStore:
