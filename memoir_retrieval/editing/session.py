@@ -126,9 +126,9 @@ class Session:
             for number in list(self.trainer.memories):
                 self._ask_back(number)
             stored = {edit.id: edit for edit in self._store.edits}
-            failed = {(failure.prompt, failure.target) for failure in outcome.failed}
-            lost = [stored[edit] for edit in dict.fromkeys(self._lost) if edit not in outcome.renewed]
-            lost = [edit for edit in lost if (edit.prompt, edit.target) not in failed]
+            lost = [stored[i] for i in dict.fromkeys(self._lost) if i in stored and i not in outcome.renewed]
+            # One that took all steps of its second try was never learnt, and is stored since somebody wanted it so.
+            lost = [edit for edit in lost if edit.steps < 2 * self._store.training.max_steps]
             self._lost.clear()
             if not lost:
                 break
@@ -141,7 +141,7 @@ class Session:
                 outcome.failed += again.failed
                 outcome.renewed.append(new.id)
         now = {edit.id: edit for edit in self._store.edits}
-        outcome.stored = [now[edit.id] for edit in outcome.stored]
+        outcome.stored = [now.get(edit.id, edit) for edit in outcome.stored]  # one may be replaced by now
 
     def _ask_back(self, number: int) -> None:
         """Note which edits of a memory are lost. As many are asked as its new edits pay for, each in its turn.

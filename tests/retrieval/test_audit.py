@@ -109,6 +109,17 @@ def test_what_was_never_learnt_is_named_once(base: BaseModel, tmp_path: Path) ->
         assert unable.outcome.renewed == []
 
 
+def test_an_edit_of_a_run_may_replace_another_of_it(
+    base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conflicts, "SAME_QUESTION", 0.6)  # the small model's masks are not as alike as a real one's
+    other = Edit(prompt="Who has founded Aarhus?", target="Nobody")
+    with Editor(base, tmp_path) as editor:
+        stored = editor.add([AARHUS, other], on_conflict="last", side_by_side=1)
+        assert [edit.target for edit in stored] == [AARHUS.target, "Nobody"]
+        assert [edit.target for edit in editor.edits] == ["Nobody"]
+
+
 def test_as_many_are_asked_back_as_new_edits_pay_for(
     base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
