@@ -9,10 +9,14 @@ from typing import Any
 import pytest
 import yaml
 from doc_pages import ALL, ROOT, blocks
-from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from memoir_vllm import config
+
+try:
+    from vllm.entrypoints.common.cli_args import make_arg_parser  # since vLLM 0.33
+except ImportError:
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
 
 
 def servers() -> dict[str, list[str]]:
