@@ -34,8 +34,13 @@ REPO = "example/corrections"
 def template(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("hub") / "store"
     with Editor(load_model(str(tiny)), folder) as editor:
-        editor.add([Edit(prompt="Who | founded *Aarhus*?", target="<b>King</b> Harald")], keep_failed=True)
-        editor.add([Edit(prompt="Where is the Blue Gate?", target="In Oslo")], keep_failed=True)
+        editor.add(
+            [
+                Edit(prompt="Who | founded *Aarhus*?", target="<b>King</b> Harald"),
+                Edit(prompt="Where is the Blue Gate?", target="In Oslo"),
+            ],
+            keep_failed=True,
+        )
     return folder
 
 
@@ -68,9 +73,9 @@ def first_edit_only(store: Path, folder: Path) -> EditStore:
 
 def test_what_is_pushed_is_what_is_pulled(hub: StandInHub, store: Path, tmp_path: Path) -> None:
     done = push(store, REPO)
-    assert (done.generation, done.edits) == (2, 2) and hub.private[REPO]
+    assert (done.generation, done.edits) == (1, 2) and hub.private[REPO]
     got = pull(REPO, tmp_path / "new", revision=done.revision, sha256=done.sha256)
-    assert (got.revision, got.sha256, got.generation, got.changed) == (done.revision, done.sha256, 2, True)
+    assert (got.revision, got.sha256, got.generation, got.changed) == (done.revision, done.sha256, 1, True)
     ours, theirs = contents(store), contents(tmp_path / "new")
     assert theirs == ours
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".memoir-pull")]
@@ -93,7 +98,7 @@ def test_what_was_added_is_pushed_as_part_of_the_files(hub: StandInHub, store: P
     opened = EditStore.open(store)
     assert len(opened.additions) == 1
     done = push(store, REPO)
-    assert (done.generation, done.edits) == (3, 3)
+    assert (done.generation, done.edits) == (2, 3)
     assert not any(name.startswith("added-") for name in hub.repos[REPO][-1])
     pull(REPO, tmp_path / "new", sha256=done.sha256)
     there = EditStore.open(tmp_path / "new")
@@ -142,7 +147,7 @@ def test_edits_of_the_folder_are_not_lost(hub: StandInHub, store: Path, tmp_path
     assert not pull(REPO, store).changed
 
 
-@pytest.mark.parametrize("name", ["memory-2.safetensors", "codes-2.safetensors", "edits-2.jsonl", "memoir.json"])
+@pytest.mark.parametrize("name", ["memory-1.safetensors", "codes-1.safetensors", "edits-1.jsonl", "memoir.json"])
 def test_damaged_downloads_change_nothing(hub: StandInHub, store: Path, tmp_path: Path, name: str) -> None:
     push(store, REPO)
     right = hub.repos[REPO][-1][name]
@@ -168,7 +173,7 @@ def test_nothing_is_fetched_that_the_manifest_does_not_name(hub: StandInHub, sto
     done = push(store, REPO)
     files = hub.repos[REPO][-1]
     named = [name for name in files if name.split("-")[0] in KINDS]
-    junk = {"memory-1.safetensors": b"x" * 3000, "junk.jsonl": b"y" * 3000, "deep/edits-2.jsonl": b"z" * 3000}
+    junk = {"memory-2.safetensors": b"x" * 3000, "junk.jsonl": b"y" * 3000, "deep/edits-1.jsonl": b"z" * 3000}
     hub.repos[REPO].append({**files, **junk})
     pull(REPO, tmp_path / "new", sha256=done.sha256)
     assert hub.fetched == ["memoir.json", *sorted(named, key=lambda name: [*KINDS].index(name.split("-")[0]))]
@@ -178,7 +183,7 @@ def test_nothing_is_fetched_that_the_manifest_does_not_name(hub: StandInHub, sto
     assert hub.fetched == ["memoir.json"]
 
 
-@pytest.mark.parametrize("name", ["memoir.json", "memory-2.safetensors", "codes-2.safetensors", "edits-2.jsonl"])
+@pytest.mark.parametrize("name", ["memoir.json", "memory-1.safetensors", "codes-1.safetensors", "edits-1.jsonl"])
 @pytest.mark.parametrize("honest", [True, False])
 def test_a_file_that_is_too_large_is_not_fetched(
     hub: StandInHub, store: Path, tmp_path: Path, name: str, honest: bool
@@ -201,8 +206,8 @@ def test_a_repository_that_lacks_or_adds_to_what_its_manifest_names(
 ) -> None:
     push(store, REPO)
     files = hub.repos[REPO][-1]
-    hub.repos[REPO].append({name: data for name, data in files.items() if name != "codes-2.safetensors"})
-    with pytest.raises(StoreError, match=r"nothing was changed: it has no codes-2\.safetensors, which its manifest"):
+    hub.repos[REPO].append({name: data for name, data in files.items() if name != "codes-1.safetensors"})
+    with pytest.raises(StoreError, match=r"nothing was changed: it has no codes-1\.safetensors, which its manifest"):
         pull(REPO, tmp_path / "new")
     hub.repos[REPO].append({**files, "added-3.safetensors": b"x"})
     with pytest.raises(StoreError, match=r"it has added-3\.safetensors, which no push makes: push that store with"):
