@@ -159,6 +159,7 @@ class Editor:
         rephrase_masks: bool = False,
         keep_failed: bool = False,
         side_by_side: int | None = None,
+        more: int = 0,
         progress: Callable[[Progress], None] = lambda _: None,
     ) -> list[StoredEdit]:
         """Train edits in order and commit them. Returns those that are new; `outcome` has what became of the others.
@@ -173,6 +174,7 @@ class Editor:
         keep_failed: store edits that failed the audit as well.
         side_by_side: so many memories are trained at a time, and each edit goes to the emptiest of them. By default as
             many as the edits would fill one after the other, at most 4: so one for what fits into one.
+        more: edits that are to be added after these, and count in that default.
         progress: called after every edit.
         Interrupted (KeyboardInterrupt, or any error), the edits that are done are committed first.
         Raises ConfigError, before the first edit is trained, where $SOURCE_DATE_EPOCH is no time.
@@ -184,7 +186,7 @@ class Editor:
             session.wordings.check(edit)
         todo, replaced = plan(wanted, store.edits, on_conflict)
         self.outcome = outcome = Outcome(skipped=len(wanted) - len(todo))
-        n = min(side_by_side or self.side_by_side(len(wanted)), max(1, len(wanted)))
+        n = min(side_by_side or self.side_by_side(len(wanted) + more), max(1, len(wanted)))
 
         def batch(done: int) -> list[NewEdit]:
             return [
@@ -192,7 +194,7 @@ class Editor:
                 for number, edit in enumerate(todo[done : done + n], store.manifest.next_id)
             ]
 
-        choices = Choices(n, on_conflict, keep_failed)
+        choices = Choices(n, on_conflict, keep_failed, None if side_by_side else len(todo) + more)
         try:
             session.train_all(len(todo), batch, outcome, choices, progress, Checkpoints(store))
         finally:
@@ -228,7 +230,8 @@ class Editor:
         try:
             store.empty(acts)
             self._restart()
-            self._session.train_all(len(state.edits), batch, outcome, Choices(n, "both", keep_failed=True), progress)
+            choices = Choices(n, "both", keep_failed=True, left=len(state.edits))
+            self._session.train_all(len(state.edits), batch, outcome, choices, progress)
             store.manifest = msgspec.structs.replace(store.manifest, next_id=state.manifest.next_id)
             store.commit()
         except BaseException:

@@ -44,19 +44,28 @@ class Places:
         """
         return max(1, min(SIDE_BY_SIDE, -(-edits // self._room)))
 
-    def choose(self, n: int, side_by_side: int, leave: Callable[[int], None] = lambda number: None) -> list[int]:
+    def choose(
+        self,
+        n: int,
+        side_by_side: int,
+        left: int | None = None,
+        leave: Callable[[int], None] = lambda number: None,
+    ) -> list[int]:
         """Numbers of memories, the emptiest first, opened. Of those that have room the first few are open.
 
         Missing ones are added. So a run that goes on chooses as if it had never stopped.
 
-        n: how many.
+        n: how many, at most.
         side_by_side: how many are open.
+        left: edits that are still to come, for which fewer are open if they fit into fewer; None: it is not known.
         leave: called with the number of each memory that is closed, before it is.
         """
         counts = self._counts()
         with_room = [number for number in range(len(self._store.memories)) if counts[number] < self._room]
-        while len(with_room) < side_by_side:
+        room = sum(self._room - counts[number] for number in with_room)
+        while len(with_room) < side_by_side and (left is None or room < left):
             with_room.append(self._store.new_memory())
+            room += self._room
         chosen = sorted(with_room[:side_by_side], key=lambda number: counts[number])
         for number in sorted(set(self._trainer.memories) - set(chosen)):
             leave(number)

@@ -46,11 +46,13 @@ class Choices(NamedTuple):
 
     side_by_side: how many memories are open.
     on_conflict, keep_failed: see `Editor.add`.
+    left: edits that are still to come, if no more memories are begun than those fill.
     """
 
     side_by_side: int
     on_conflict: Conflict = "refuse"
     keep_failed: bool = False
+    left: int | None = None
 
 
 class Checkpoints:
@@ -106,13 +108,14 @@ class Session:
 
         total: how many edits there are.
         batch: those that are next, given how many are dealt with.
-        outcome, choices: see `train`.
+        outcome, choices: see `train`; `left` is that of the first batch.
         progress: called after every edit.
         checkpoint: called after every batch, before that.
         """
         started, done = time.monotonic(), 0
         while done < total:
-            stored = self.train(batch(done), outcome, choices)
+            left = None if choices.left is None else choices.left - done
+            stored = self.train(batch(done), outcome, choices._replace(left=left))
             seconds = time.monotonic() - started
             checkpoint()
             for edit in stored:
@@ -122,6 +125,7 @@ class Session:
 
     def _renew(self, outcome: Outcome, choices: Choices) -> None:
         """Train again, elsewhere, what later edits have overwritten. The audit of each asks its neighbours only."""
+        choices = choices._replace(on_conflict="both", keep_failed=True, left=1)
         while True:
             for number in list(self.trainer.memories):
                 self._ask_back(number)
@@ -135,9 +139,7 @@ class Session:
             masks = Counter(self._store.index.ids.tolist())
             for new in self.stored_again(lost, masks):
                 again = Outcome()
-                self.train(
-                    [new._replace(old=stored[new.id])], again, choices._replace(on_conflict="both", keep_failed=True)
-                )
+                self.train([new._replace(old=stored[new.id])], again, choices)
                 outcome.failed += again.failed
                 outcome.renewed.append(new.id)
         now = {edit.id: edit for edit in self._store.edits}
@@ -165,8 +167,8 @@ class Session:
         choices: how.
         Returns what is stored of those that were dealt with; None for one that is not.
         """
-        memories = self.places.choose(len(edits), choices.side_by_side, self._ask_back)
-        tasks = [Task(new.id, new.edit, memory, new.rephrases) for new, memory in zip(edits, memories, strict=True)]
+        memories = self.places.choose(len(edits), choices.side_by_side, choices.left, self._ask_back)
+        tasks = [Task(new.id, new.edit, memory, new.rephrases) for new, memory in zip(edits, memories, strict=False)]
         codes = self.trainer.prepare(tasks)
         # Two of one question are trained one after the other, so that the second meets the first in the store.
         manifest = self._store.manifest

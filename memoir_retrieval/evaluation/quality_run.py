@@ -133,7 +133,7 @@ def run_quality(
     context: one of `CONTEXTS`, or "all".
     controls: how many of the library's unrelated prompts are answered freely.
     texts: unrelated texts whose perplexity is compared.
-    side_by_side: see `Editor.add`; by default what it takes for all edits at once.
+    side_by_side: see `Editor.add`.
     every: every so many-th edit is asked, with its rephrasings and probes.
     tell: called with each line of news.
     progress: called after each edit that was trained.
@@ -145,11 +145,9 @@ def run_quality(
     started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     passed = _passed(folder, data, every, edits)
     with editor:
-        n, done = side_by_side or editor.side_by_side(len(edits)), 0
         for reached in checkpoints(len(edits)):
-            trained = _train(editor, edits[done:reached], n, progress)
-            done = reached
             later = edits[reached:]
+            trained = _train(editor, edits[:reached], len(later), side_by_side, progress)
             if later and max(stored_ids(editor.edits, later, partly=True)) >= 0:
                 continue  # an interrupted run got further: what it did not ask then cannot be asked any more
             model = EditedModel(Retriever(EditStore.open(editor.path), editor.base))
@@ -250,7 +248,7 @@ def _passed(folder: Path, data: str, every: int, edits: Sequence[Edit]) -> Passe
 
 
 def _train(
-    editor: Editor, edits: Sequence[Edit], side_by_side: int, progress: Callable[[Progress], None]
+    editor: Editor, edits: Sequence[Edit], later: int, side_by_side: int | None, progress: Callable[[Progress], None]
 ) -> dict[int, float]:
     steps: list[Progress] = []
 
@@ -259,7 +257,7 @@ def _train(
         progress(step)
 
     # The figures include what the audit or a contradiction would keep out of a store.
-    editor.add(edits, on_conflict="both", keep_failed=True, side_by_side=side_by_side, progress=timed)
+    editor.add(edits, on_conflict="both", keep_failed=True, side_by_side=side_by_side, more=later, progress=timed)
     seconds: dict[int, float] = {}
     before = 0.0
     for end, group in groupby(

@@ -97,6 +97,13 @@ def test_as_many_memories_as_the_edits_fill(base: BaseModel, tmp_path: Path) -> 
         assert [edit.memory for edit in editor.edits] == [0, 1, 2, 3, 0, 1, 2]
         editor.add([Edit(prompt="What is the tallest thing?", target="A tree")])
         assert editor.edits[-1].memory == 3  # the last memory, and it has room
+    with Editor(base, tmp_path / "rest", training=Training(edits_per_memory=3)) as editor:
+        for reached in (1, 7):  # in two calls, which share the edits out as one does
+            editor.add(EDITS[:reached], keep_failed=True, more=7 - reached)
+        assert [edit.memory for edit in editor.edits] == [0, 1, 2, 0, 1, 2, 0]
+    with Editor(base, tmp_path / "full", training=Training(edits_per_memory=1)) as editor:
+        editor.add(EDITS, keep_failed=True)
+        assert len(editor.memories) == 7  # the last three did not begin a fourth
 
 
 def test_one_question_twice_in_a_file_is_found_side_by_side(
