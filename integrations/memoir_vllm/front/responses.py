@@ -62,7 +62,15 @@ def install() -> None:
 
 
 def _reporting(original: Any) -> Any:
-    signature = inspect.signature(original)
+    return _listened(original, inspect.signature(original), _report)
+
+
+def _listened(original: Any, signature: inspect.Signature, report: Callable[..., AsyncIterator[str]]) -> Any:
+    """`original`, whose stream passes through `report` where the request wants its decisions.
+
+    signature: by which a call's `result_generator` is known.
+    report: takes the stream, the decisions of the choices as they come, and how many prompts there are.
+    """
 
     def stream(self: Any, request: Any, *args: Any, **kwargs: Any) -> AsyncIterator[str]:
         if "memoir_report" not in (request.vllm_xargs or {}):
@@ -71,7 +79,7 @@ def _reporting(original: Any) -> Any:
         prompts = call.arguments.get("num_prompts", 1)
         decisions: dict[int, Any] = {}
         call.arguments["result_generator"] = _listen(call.arguments["result_generator"], decisions, request.n or 1)
-        return _report(original(*call.args, **call.kwargs), decisions, prompts)
+        return report(original(*call.args, **call.kwargs), decisions, prompts)
 
     return stream
 
@@ -110,19 +118,10 @@ def _announcing(original: Any) -> Any:
     """vLLM 0.33: the messages route makes its events from the outputs themselves."""
     from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 
-    signature = inspect.signature(OpenAIServingChat.chat_completion_stream_generator)
+    def report(events: AsyncIterator[str], decisions: Mapping[int, Any], prompts: int) -> AsyncIterator[str]:
+        return _announced(events, lambda: params_of([decisions[0]], prompts) if decisions else {})
 
-    def stream(self: Any, request: Any, *args: Any, **kwargs: Any) -> AsyncIterator[str]:
-        if "memoir_report" not in (request.vllm_xargs or {}):
-            return original(self, request, *args, **kwargs)
-        call = signature.bind(self, request, *args, **kwargs)
-        decisions: dict[int, Any] = {}
-        call.arguments["result_generator"] = _listen(call.arguments["result_generator"], decisions, 1)
-        return _announced(
-            original(*call.args, **call.kwargs), lambda: params_of([decisions[0]], 1) if decisions else {}
-        )
-
-    return stream
+    return _listened(original, inspect.signature(OpenAIServingChat.chat_completion_stream_generator), report)
 
 
 def _passing_the_report(original: Any) -> Any:
