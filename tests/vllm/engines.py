@@ -312,7 +312,7 @@ def ask_apart(order: dict[str, Any], *paths: Path, **environment: str) -> subpro
         input=json.dumps(order),
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=None if "MEMOIR_MIX_REQUESTS" in os.environ else 500,
         env={**os.environ, "PYTHONPATH": path, **together, **environment},
     )
 
