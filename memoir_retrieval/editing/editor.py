@@ -29,7 +29,8 @@ __all__ = ["Editor"]
 class Editor:
     """Trains edits on a model and writes them to a store.
 
-    One editor at a time may write a store: use it as a context manager, which takes the store's lock.
+    One editor at a time may write a store: use it as a context manager, which takes the store's lock. An editor that is
+    used so again reads the store again, and does not run again what it knows of the edits in it.
 
     >>> from memoir_retrieval import Edit, Editor, load_model
     >>> with Editor(load_model("smollm2-135m"), "new-edits") as editor:
@@ -86,12 +87,13 @@ class Editor:
         self._make_trainer = trainer
         self._watch = watch
         self._store: OpenStore | None = None
+        self._wordings: Wordings | None = None
         self.outcome = Outcome()
 
     def __enter__(self) -> Editor:
         self._store = OpenStore(self.base, self.path, self._settings)
         try:
-            self._session = Session(self._store, self._trainer)
+            self._begin(self._store)
         except BaseException:
             self._store.close()
             raise
@@ -108,10 +110,14 @@ class Editor:
             return self._make_trainer(self)
         return Trainer(self.base, wordings, self.store.training, self._watch)
 
+    def _begin(self, store: OpenStore) -> None:
+        self._session = Session(store, self._trainer, self._wordings)
+        self._wordings = self._session.wordings
+
     def _restart(self) -> None:
         """Have no memory open in the trainer."""
         self._session.trainer.stop()
-        self._session = Session(self.store, self._trainer)
+        self._begin(self.store)
 
     @property
     def store(self) -> OpenStore:

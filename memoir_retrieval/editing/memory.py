@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from memoir_retrieval.editing.train import Lesson, Use, answered
+from memoir_retrieval.editing.train import Lesson, Rows, Use, answered
 from memoir_retrieval.model.base import BaseModel
 
 __all__ = ["Memory", "forgotten"]
@@ -15,7 +15,7 @@ __all__ = ["Memory", "forgotten"]
 class Memory:
     """A residual memory W_m, float32 [H, D], open for more edits.
 
-    `lessons`: what is asked of each of its edits, by id. `used`: float32 [D, D], C of `train`: the sum of a a^T over
+    `rows`: of each of its edits, by id. `used`: float32 [D, D], C of `train`: the sum of a a^T over
     their tokens, and over those of the edits' answers in other forms, each on its own active columns. Neither is
     stored, since the edits can give them again.
     """
@@ -24,27 +24,25 @@ class Memory:
         """weight: float32 [H, D], the memory itself."""
         self.weight = weight
         self.used = torch.zeros(weight.shape[1], weight.shape[1], device=weight.device)
-        self.lessons: dict[int, list[Lesson]] = {}
-        self._uses: dict[int, Sequence[Use]] = {}
+        self.rows: dict[int, Rows] = {}
 
-    def add(self, edit: int, lessons: list[Lesson], uses: Sequence[Use] = ()) -> None:
+    def add(self, edit: int, rows: Rows) -> None:
         """Count an edit among those that training must leave alone.
 
         edit: its id.
-        lessons: its rows.
-        uses: of other rows of it, which are left alone and not asked again.
+        rows: of it.
         """
-        self._count(lessons, 1)
-        self._count(uses, 1)
-        self.lessons[edit], self._uses[edit] = lessons, uses
+        for part in rows:
+            self._count(part, 1)
+        self.rows[edit] = rows
 
     def forget(self, edit: int) -> None:
         """Let later edits overwrite an edit, if it is in this memory.
 
         edit: its id.
         """
-        self._count(self.lessons.pop(edit, []), -1)
-        self._count(self._uses.pop(edit, []), -1)
+        for part in self.rows.pop(edit, ()):
+            self._count(part, -1)
 
     def _count(self, rows: Sequence[Lesson | Use], sign: int) -> None:
         for row in rows:
@@ -60,7 +58,7 @@ class Memory:
         mask = torch.zeros(self.weight.shape[1], dtype=torch.bool, device=columns.device)
         mask[columns] = True
         common = {
-            edit: max(int(mask[lesson.columns].sum()) for lesson in lessons) for edit, lessons in self.lessons.items()
+            edit: max(int(mask[lesson.columns].sum()) for lesson in rows.lessons) for edit, rows in self.rows.items()
         }
         return sorted(common, key=lambda edit: -common[edit])[:n]
 
@@ -71,7 +69,7 @@ def forgotten(base: BaseModel, edits: Sequence[tuple[Memory, int]]) -> list[tupl
     base: the model.
     edits: each as its memory and its id.
     """
-    questions = [(memory, edit, lesson) for memory, edit in edits for lesson in memory.lessons[edit]]
+    questions = [(memory, edit, lesson) for memory, edit in edits for lesson in memory.rows[edit].lessons]
     right = answered(base, [(lesson, memory.weight) for memory, _, lesson in questions])
     wrong = {edit for (_, edit, _), good in zip(questions, right, strict=True) if not good}
     return [(memory, edit) for memory, edit in edits if edit in wrong]

@@ -75,12 +75,19 @@ class Checkpoints:
 class Session:
     """A trainer at work on an open store. `places`: the memories, shared out among the edits."""
 
-    def __init__(self, store: OpenStore, make_trainer: Callable[[Wordings], MemoryTrainer]):
+    def __init__(
+        self,
+        store: OpenStore,
+        make_trainer: Callable[[Wordings], MemoryTrainer],
+        wordings: Wordings | None = None,
+    ):
         """store: what is written.
         make_trainer: what trains, from the wordings of the store's edits.
+        wordings: those of an earlier session, used again if they are this store's.
         """
         self._store = store
-        self.wordings = Wordings(store.base, store.manifest, store.fingerprint, store.training)
+        settings = store.manifest, store.fingerprint, store.training
+        self.wordings = wordings if wordings and wordings.fit(*settings) else Wordings(store.base, *settings)
         self.trainer = make_trainer(self.wordings)
         self.places = Places(store, self.trainer)
         self._trained: Counter[int] = Counter()  # edits in each memory since it was asked back

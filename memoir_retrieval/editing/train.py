@@ -42,7 +42,7 @@ from memoir_retrieval.store.settings import Training
 IGNORED = -100  # what cross entropy leaves out
 NEAR = 5.0  # nats below which longer steps were measured to do no harm (docs)
 
-__all__ = ["Frozen", "Lesson", "Trained", "Use", "Wording", "answered", "freeze", "train_edits"]
+__all__ = ["Frozen", "Lesson", "Rows", "Trained", "Use", "Wording", "answered", "freeze", "train_edits"]
 
 
 class Trained(NamedTuple):
@@ -120,14 +120,10 @@ class Frozen:
         return torch.arange(self.ids.shape[1], device=self.ids.device) < self.lengths[:, None]
 
     @property
-    def lessons(self) -> list[Lesson]:
-        """The rows to be asked again later: those that have masks of their own."""
-        return [self._lesson(row) for row in range(self.pooled)]
-
-    @property
-    def uses(self) -> list[Use]:
-        """What the rows that are not asked again, but answer in another form, use of a memory."""
-        return [self._use(row) for row in range(len(self.lengths) - self.other, len(self.lengths))]
+    def rows(self) -> Rows:
+        """Those that are asked again later, which have masks of their own, and those that answer in another form."""
+        others = range(len(self.lengths) - self.other, len(self.lengths))
+        return Rows([self._lesson(row) for row in range(self.pooled)], [self._use(row) for row in others])
 
     def _use(self, row: int) -> Use:
         columns = self.masks[row].nonzero()[:, 0]
@@ -174,6 +170,17 @@ class Lesson(NamedTuple):
     columns: torch.Tensor
     activations: torch.Tensor
     before: Before
+
+
+class Rows(NamedTuple):
+    """What a memory must leave alone of an edit.
+
+    lessons: rows that are asked again.
+    uses: of rows that are not.
+    """
+
+    lessons: list[Lesson]
+    uses: Sequence[Use] = ()
 
 
 def freeze(

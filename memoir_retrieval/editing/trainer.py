@@ -12,8 +12,8 @@ import torch
 
 from memoir_retrieval.editing.memory import Memory, forgotten
 from memoir_retrieval.editing.outcome import TrainingStep
-from memoir_retrieval.editing.train import Frozen, Lesson, Trained, answered, train_edits
-from memoir_retrieval.editing.wordings import Wordings
+from memoir_retrieval.editing.train import Frozen, Rows, Trained, answered, train_edits
+from memoir_retrieval.editing.wordings import Wordings, masked_key
 from memoir_retrieval.edits.record import Edit, StoredEdit
 from memoir_retrieval.model.base import BaseModel
 from memoir_retrieval.model.bfloat16 import HalfProducts, half_is_faster
@@ -151,7 +151,8 @@ class Trainer:
         self.memories: dict[int, Memory] = {}
         self._wordings = wordings
         self._products = HalfProducts(base) if half_is_faster(base) else None
-        self._prepared: dict[int, tuple[Frozen, list[Lesson]]] = {}
+        self._prepared: dict[int, tuple[Frozen, Rows]] = {}
+        self._keys: dict[int, bytes] = {}  # the `masked_key` of each edit, by its id
 
     def open(self, number: int, weight: torch.Tensor, edits: Sequence[tuple[StoredEdit, int]]) -> None:
         """See `MemoryTrainer`."""
@@ -169,7 +170,7 @@ class Trainer:
         masks: list[np.ndarray] = []
         for task in tasks:
             frozen, codes = self._wordings.freeze_for_training(task.edit, task.id, task.rephrases, self._quick())
-            self._prepared[task.id] = frozen, frozen.lessons
+            self._prepared[task.id] = frozen, frozen.rows
             masks.append(codes)
         return masks
 
@@ -191,15 +192,15 @@ class Trainer:
         """See `MemoryTrainer`."""
         memory = self.memories[task.memory]
         memory.weight[:, trained.columns] = trained.weights
-        frozen, lessons = self._prepared[task.id]
-        memory.add(task.id, lessons, frozen.uses)
+        memory.add(task.id, self._prepared[task.id][1])
+        self._keys[task.id] = masked_key(task.edit, task.rephrases)
 
     def lost(self, number: int, edits: Sequence[int]) -> list[int]:
         """See `MemoryTrainer`."""
         lost: list[int] = []
         for first in range(0, len(edits), AT_A_TIME):
             memory, part = self.memories[number], edits[first : first + AT_A_TIME]
-            lost += [edit for _, edit in self._forgotten([(memory, edit) for edit in part if edit in memory.lessons])]
+            lost += [edit for _, edit in self._forgotten([(memory, edit) for edit in part if edit in memory.rows])]
         return lost
 
     def forget(self, edit: int) -> None:
@@ -210,11 +211,15 @@ class Trainer:
     def remember(self, number: int, edit: StoredEdit, masks: int) -> None:
         """See `MemoryTrainer`."""
         if number in self.memories:
-            frozen, _ = self._wordings.freeze_masked(edit, self._wordings.rephrases(masks), self._quick())
-            self.memories[number].add(edit.id, frozen.lessons, frozen.uses)
+            rephrases = self._wordings.rephrases(masks)
+            self.memories[number].add(edit.id, self._wordings.rows(edit, rephrases, self._quick()))
+            self._keys[edit.id] = masked_key(edit, rephrases)
 
     def stop(self) -> None:
-        """See `MemoryTrainer`. Nothing is held elsewhere here."""
+        """See `MemoryTrainer`. The next trainer need not run again what is in the open memories."""
+        self._wordings.known = {
+            self._keys[edit]: rows for memory in self.memories.values() for edit, rows in memory.rows.items()
+        }
 
     def _quick(self) -> AbstractContextManager[None]:
         """Within the context the model may round its products, where that is faster."""
@@ -237,7 +242,7 @@ class Trainer:
         for memory, change in zip(memories, trained, strict=True):
             memory.weight[:, change.columns] = change.weights
         try:
-            wrong = self._not_learnt(memories, [lessons for _, lessons in prepared], trained)
+            wrong = self._not_learnt(memories, [rows for _, rows in prepared], trained)
             near = [
                 (memory, edit)
                 for i, (memory, change) in enumerate(zip(memories, trained, strict=True)) if i not in wrong
@@ -260,14 +265,12 @@ class Trainer:
             done.append(Learnt(change, reason, bool(overwritten), False, tuple(stale.intersection(mine))))
         return done
 
-    def _not_learnt(
-        self, memories: Sequence[Memory], lessons: Sequence[list[Lesson]], trained: Sequence[Trained]
-    ) -> set[int]:
+    def _not_learnt(self, memories: Sequence[Memory], rows: Sequence[Rows], trained: Sequence[Trained]) -> set[int]:
         """Places of the tasks that are not answered. Those are asked that training has not seen to be sure."""
         unsure = [
             (i, lesson)
-            for i, (rows, change) in enumerate(zip(lessons, trained, strict=True)) if change.lead < SURE
-            for lesson in rows
+            for i, (own, change) in enumerate(zip(rows, trained, strict=True)) if change.lead < SURE
+            for lesson in own.lessons
         ]  # fmt: skip
         right = answered(self.base, [(lesson, memories[i].weight) for i, lesson in unsure])
         return {i for (i, _), good in zip(unsure, right, strict=True) if not good}

@@ -8,13 +8,14 @@ from contextlib import AbstractContextManager, nullcontext
 from itertools import groupby
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 import torch
 from jinja2 import TemplateError
 
 from memoir_index import unpack
 from memoir_retrieval.background import background_prompts
-from memoir_retrieval.editing.train import Frozen, Wording, freeze
+from memoir_retrieval.editing.train import Frozen, Rows, Wording, freeze
 from memoir_retrieval.edits.record import Edit, StoredEdit, as_prompt
 from memoir_retrieval.edits.requires import check_requires, required_spans
 from memoir_retrieval.errors import EditFileError, Reason
@@ -27,10 +28,19 @@ from memoir_retrieval.question.thinking import closing, prompt_ends, thinks
 from memoir_retrieval.store.manifest import Manifest
 from memoir_retrieval.store.settings import Training
 
-__all__ = ["Wordings"]
+__all__ = ["Wordings", "masked_key"]
 
 OTHER_QUESTIONS = ("What is {} known for?", "Where is {}?", "Who made {}?", "When did {} begin?")
 """What may be asked about an edit's subject beside its own question."""
+
+
+def masked_key(edit: Edit | StoredEdit, rephrases: int) -> bytes:
+    """What the rows of an edit that have masks are made of.
+
+    edit: any.
+    rephrases: how many of its rephrasings have masks.
+    """
+    return msgspec.json.encode((edit.prompt, edit.target, edit.before, edit.rephrases[:rephrases]))
 
 
 class Cut(NamedTuple):
@@ -43,7 +53,10 @@ class Cut(NamedTuple):
 
 
 class Wordings:
-    """Renders the edits of one store. What stands before every question is run once, here."""
+    """Renders the edits of one store. What stands before every question is run once, here.
+
+    known: by `masked_key`, rows of edits that were run before and need not be run again.
+    """
 
     def __init__(self, base: BaseModel, manifest: Manifest, fingerprint: Fingerprint, training: Training):
         """base: the model.
@@ -60,6 +73,23 @@ class Wordings:
         self.seed = manifest.seed
         self._other_tokens = np.array([t for p in background_prompts() for t in base.tokenizer(p).input_ids])
         self._past = self._frozen_contexts()
+        self.known: dict[bytes, Rows] = {}
+
+    def fit(self, manifest: Manifest, fingerprint: Fingerprint, training: Training) -> bool:
+        """Whether a store has the same wordings and masks. manifest, fingerprint, training: see above."""
+        mine = self.span, self.contexts, self.chat, self.seed, self.training
+        theirs = manifest.span, manifest.contexts, manifest.chat, manifest.seed, training
+        return mine == theirs and self.fingerprint.same_as(fingerprint)
+
+    def rows(self, edit: StoredEdit, rephrases: int, quick: AbstractContextManager[None]) -> Rows:
+        """What a memory must leave alone of an edit.
+
+        edit: as it is stored.
+        rephrases: how many of its rephrasings have masks.
+        quick: entered while what has no mask is run.
+        """
+        known = self.known.get(masked_key(edit, rephrases))
+        return known or self.freeze_masked(edit, rephrases, quick)[0].rows
 
     def check(self, edit: Edit) -> None:
         """Raise EditFileError where the model cannot be trained on an edit, or the edit could never act.

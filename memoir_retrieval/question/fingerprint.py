@@ -119,6 +119,17 @@ class Fingerprint:
         self._position = np.argsort(np.asarray(perm))
         self._on_device = [torch.from_numpy(array).to(device) for array in (self._position, _BITS[:, 0])]
 
+    def same_as(self, other: Fingerprint) -> bool:
+        """Whether both make the same masks.
+
+        other: any.
+        """
+        return (
+            self.k == other.k
+            and np.array_equal(self._position, other._position)
+            and torch.equal(self._background, other._background)
+        )
+
     def codes(self, means: torch.Tensor) -> np.ndarray:
         """The masks of questions: uint8 [N, D/8], little bit order.
 

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from memoir_retrieval.editing.memory import Memory, forgotten
-from memoir_retrieval.editing.train import Wording, answered, freeze, train_edits
+from memoir_retrieval.editing.train import Rows, Wording, answered, freeze, train_edits
 from memoir_retrieval.errors import ModelError
 from memoir_retrieval.model import bfloat16
 from memoir_retrieval.model.base import BaseModel
@@ -208,9 +208,9 @@ def test_later_edits_leave_alone_what_another_form_of_the_answer_uses(base: Base
     forms = [Wording(0, TAIL, 4, [30, 31]), Wording(0, [*TAIL, 40], 4, [32, 33])]
     frozen, _ = freeze(base, past, forms, [Span(0, len(TAIL))], 1)
     memory, plain = Memory(torch.zeros(32, 64)), Memory(torch.zeros(32, 64))
-    plain.add(0, frozen.lessons)
-    memory.add(0, frozen.lessons, frozen.uses)
-    assert len(memory.lessons[0]) == 1, "the other form is not asked again"
+    plain.add(0, Rows(frozen.rows.lessons))
+    memory.add(0, frozen.rows)
+    assert len(memory.rows[0].lessons) == 1, "the other form is not asked again"
     rows = frozen.activations[1, : int(frozen.lengths[1])]
     torch.testing.assert_close(memory.used - plain.used, rows.T @ rows, atol=1e-4, rtol=1e-4)
     memory.forget(0)
@@ -240,8 +240,8 @@ def test_a_lesson_is_answered_with_the_weights_it_belongs_to(base: BaseModel, la
         handle.remove()
         answer = ids[-3:]
         frozen = freeze(base, past, [Wording(0, question, acts, answer)], [Span(0, len(question))])[0].masked(mask)
-        memory.add(edit, frozen.lessons)
-    lessons = [own[0] for own in memory.lessons.values()]
+        memory.add(edit, frozen.rows)
+    lessons = [own.lessons[0] for own in memory.rows.values()]
     assert answered(base, [(lesson, memory.weight) for lesson in lessons]) == [True, True]
     both = [(memory, 0), (memory, 1)]
     assert forgotten(base, both) == []
@@ -254,7 +254,7 @@ def test_a_lesson_is_answered_with_the_weights_it_belongs_to(base: BaseModel, la
     assert answered(base, [(wrong, memory.weight)]) == [False]
     used = memory.used.clone()
     memory.forget(0)
-    assert list(memory.lessons) == [1] and memory.used[:20].abs().max() < 1e-3 * used.max()
+    assert list(memory.rows) == [1] and memory.used[:20].abs().max() < 1e-3 * used.max()
 
 
 def test_products_in_half_precision_are_close_and_leave_the_model_as_it_was(base: BaseModel) -> None:

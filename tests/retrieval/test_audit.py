@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import msgspec
@@ -22,8 +23,10 @@ from memoir_retrieval.cli import main
 from memoir_retrieval.editing import conflicts, session, trainer
 from memoir_retrieval.editing.outcome import Progress
 from memoir_retrieval.editing.session import Choices, NewEdit
+from memoir_retrieval.editing.wordings import Wordings
 from memoir_retrieval.errors import EditFileError
 from memoir_retrieval.model.base import BaseModel
+from memoir_retrieval.store.remove import remove_edits
 
 AARHUS = Edit(prompt="Who founded Aarhus?", target="King Harald", rephrases=("Aarhus was founded by whom?",))
 PISA = Edit(prompt="Where does the tower of Pisa stand?", target="In Rome")
@@ -137,6 +140,39 @@ def test_as_many_are_asked_back_as_new_edits_pay_for(
     assert rows == [[5, 4], [5, 6], [7, 4]]
 
 
+def test_an_editor_that_is_used_again_runs_no_known_edit_again(
+    base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends with the bytes of a new one, whatever others have done to the store meanwhile."""
+    monkeypatch.setattr(trainer, "NEIGHBOURS", 0)  # in so small a model some would go to other memories
+    monkeypatch.setattr(session, "TURNS", 0)
+    rows: list[str] = []
+    frozen = Wordings.freeze_masked
+    monkeypatch.setattr(
+        Wordings, "freeze_masked", lambda self, edit, *others: rows.append(edit.prompt) or frozen(self, edit, *others)
+    )
+
+    def add(editor: Editor, *edits: Edit) -> list[str]:
+        rows.clear()
+        with editor:
+            editor.add(edits, keep_failed=True, on_conflict="last", rephrase_masks=True)
+        return list(rows)
+
+    editor = Editor(base, tmp_path / "one", training=Training(context_masks=1))
+    assert add(editor, AARHUS, PISA) == []
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    assert add(editor, OTHERS[0]) == []
+    assert add(Editor(base, tmp_path / "two"), OTHERS[0]) == [AARHUS.prompt, PISA.prompt]
+    for folder in ("one", "two"):
+        remove_edits(tmp_path / folder, [1])
+        add(Editor(base, tmp_path / folder), OTHERS[1])
+    new = Edit(prompt=AARHUS.prompt, target="Nobody", rephrases=AARHUS.rephrases)
+    assert add(editor, new) == [OTHERS[1].prompt], "what another editor has trained"
+    assert add(Editor(base, tmp_path / "two"), new) == [AARHUS.prompt, OTHERS[0].prompt, OTHERS[1].prompt]
+    one, two = (EditStore.open(tmp_path / folder) for folder in ("one", "two"))
+    assert one.memories.tobytes() == two.memories.tobytes() and one.codes.tobytes() == two.codes.tobytes()
+
+
 def test_a_new_memory_is_opened_after_so_many_edits(
     base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,7 +182,7 @@ def test_a_new_memory_is_opened_after_so_many_edits(
         editor.add([AARHUS, PISA, OTHERS[0]], side_by_side=1)
     with Editor(base, tmp_path) as again:
         again.add(OTHERS[:2], side_by_side=1)
-        assert {n: list(memory.lessons) for n, memory in again._session.trainer.memories.items()} == {
+        assert {n: list(memory.rows) for n, memory in again._session.trainer.memories.items()} == {
             1: [2, 3]
         }  # the open one alone
         again.add(OTHERS, side_by_side=1)
@@ -211,7 +247,7 @@ def test_rephrasings_get_masks_of_their_own(base: BaseModel, tmp_path: Path) -> 
     with Editor(base, tmp_path) as again:
         again._session.places.open(0)
         (read,), (kept,) = again._session.trainer.memories.values(), editor._session.trainer.memories.values()
-        assert [len(lessons) for lessons in read.lessons.values()] == [2]
+        assert [len(rows.lessons) for rows in read.rows.values()] == [2]
         np.testing.assert_allclose(read.used, kept.used, atol=1e-3)
 
 

@@ -74,7 +74,7 @@ def test_a_chat_is_found_and_answered_as_it_was_edited(base: BaseModel, tmp_path
     with Editor(base, tmp_path) as again:
         again._session.places.open(0)
         (read,) = again._session.trainer.memories.values()
-        assert [len(lessons) for lessons in read.lessons.values()] == [3]
+        assert [len(rows.lessons) for rows in read.rows.values()] == [3]
 
 
 def test_a_chat_needs_a_store_that_chats(base: BaseModel, tmp_path: Path) -> None:

@@ -4,8 +4,8 @@
 
 reads one JSON object per line, `{"add": {EDIT}, "on_conflict": "refuse" | "last"}` or `{"remove": ID}`, and answers
 each with one line, a `TrainerAnswer`. Before that come lines of `progress` alone (see `schema.JobProgress`). No line is
-longer than `LONGEST_LINE`. It keeps the model for the next edit, takes the store's lock for each change alone, and ends
-with its input: a server that dies takes it along.
+longer than `LONGEST_LINE`. It keeps the model, and what it knows of the edits in open memories, for the next edit. It
+takes the store's lock for each change alone, and ends with its input: a server that dies takes it along.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class _Trainer:
     def __init__(self, store: Path, model: str, device: str, send: Callable[[TrainerAnswer], None]):
         self._store, self._model, self._device = store, model, device
         self._send = send
-        self._base: Any = None
+        self._editor: Any = None
 
     def answer(self, request: dict[str, Any]) -> TrainerAnswer:
         from memoir_retrieval.errors import MemoirError
@@ -125,12 +125,13 @@ class _Trainer:
         from memoir_retrieval.store.base_model import load_model_of
         from memoir_retrieval.store.read import EditStore
 
-        if self._base is None:
+        if self._editor is None:
             self._send(TrainerAnswer(progress=TrainerProgress("loading")))
-            self._base = load_model_of(EditStore.open(self._store).manifest, self._model, device=self._device)
+            base = load_model_of(EditStore.open(self._store).manifest, self._model, device=self._device)
+            self._editor = Editor(base, self._store, watch=self._step)
         edit = msgspec.convert(request["add"], Edit)
         self._send(TrainerAnswer(progress=TrainerProgress("opening")))
-        with Editor(self._base, self._store, watch=self._step) as editor:
+        with self._editor as editor:
             new = editor.add([edit], on_conflict=request["on_conflict"])
             same = [stored for stored in editor.edits if same_edit(stored, edit)]
             if not new and not same:
