@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from memoir_retrieval.editing.train import Lesson, Rows, Use, answered
+from memoir_retrieval.editing.train import EditRows, Lesson, Use, answered
 from memoir_retrieval.model.base import BaseModel
 
 __all__ = ["Memory", "forgotten"]
@@ -24,9 +24,9 @@ class Memory:
         """weight: float32 [H, D], the memory itself."""
         self.weight = weight
         self.used = torch.zeros(weight.shape[1], weight.shape[1], device=weight.device)
-        self.rows: dict[int, Rows] = {}
+        self.rows: dict[int, EditRows] = {}
 
-    def add(self, edit: int, rows: Rows) -> None:
+    def add(self, edit: int, rows: EditRows) -> None:
         """Count an edit among those that training must leave alone.
 
         edit: its id.

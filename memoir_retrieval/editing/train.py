@@ -42,7 +42,7 @@ from memoir_retrieval.store.settings import Training
 IGNORED = -100  # what cross entropy leaves out
 NEAR = 5.0  # nats below which longer steps were measured to do no harm (docs)
 
-__all__ = ["Frozen", "Lesson", "Rows", "Trained", "Use", "Wording", "answered", "freeze", "train_edits"]
+__all__ = ["EditRows", "Frozen", "Lesson", "Trained", "Use", "Wording", "answered", "freeze", "train_edits"]
 
 
 class Trained(NamedTuple):
@@ -120,10 +120,10 @@ class Frozen:
         return torch.arange(self.ids.shape[1], device=self.ids.device) < self.lengths[:, None]
 
     @property
-    def rows(self) -> Rows:
+    def rows(self) -> EditRows:
         """Those that are asked again later, which have masks of their own, and those that answer in another form."""
         others = range(len(self.lengths) - self.other, len(self.lengths))
-        return Rows([self._lesson(row) for row in range(self.pooled)], [self._use(row) for row in others])
+        return EditRows([self._lesson(row) for row in range(self.pooled)], [self._use(row) for row in others])
 
     def _use(self, row: int) -> Use:
         columns = self.masks[row].nonzero()[:, 0]
@@ -172,7 +172,7 @@ class Lesson(NamedTuple):
     before: Before
 
 
-class Rows(NamedTuple):
+class EditRows(NamedTuple):
     """What a memory must leave alone of an edit.
 
     lessons: rows that are asked again.
@@ -410,7 +410,7 @@ def _labels(ids: torch.Tensor, wordings: Sequence[Wording]) -> torch.Tensor:
 
 
 def _longer(rows: torch.Tensor, t: int) -> torch.Tensor:
-    """Rows [B, T, ...] padded with zeros to t tokens."""
+    """EditRows [B, T, ...] padded with zeros to t tokens."""
     return functional.pad(rows, (0, 0, 0, t - rows.shape[1]))
 
 

@@ -12,7 +12,7 @@ import torch
 
 from memoir_retrieval.editing.memory import Memory, forgotten
 from memoir_retrieval.editing.outcome import TrainingStep
-from memoir_retrieval.editing.train import Frozen, Rows, Trained, answered, train_edits
+from memoir_retrieval.editing.train import EditRows, Frozen, Trained, answered, train_edits
 from memoir_retrieval.editing.wordings import Wordings, masked_key
 from memoir_retrieval.edits.record import Edit, StoredEdit
 from memoir_retrieval.model.base import BaseModel
@@ -151,7 +151,7 @@ class Trainer:
         self.memories: dict[int, Memory] = {}
         self._wordings = wordings
         self._products = HalfProducts(base) if half_is_faster(base) else None
-        self._prepared: dict[int, tuple[Frozen, Rows]] = {}
+        self._prepared: dict[int, tuple[Frozen, EditRows]] = {}
         self._keys: dict[int, bytes] = {}  # the `masked_key` of each edit, by its id
 
     def open(self, number: int, weight: torch.Tensor, edits: Sequence[tuple[StoredEdit, int]]) -> None:
@@ -265,7 +265,7 @@ class Trainer:
             done.append(Learnt(change, reason, bool(overwritten), False, tuple(stale.intersection(mine))))
         return done
 
-    def _not_learnt(self, memories: Sequence[Memory], rows: Sequence[Rows], trained: Sequence[Trained]) -> set[int]:
+    def _not_learnt(self, memories: Sequence[Memory], rows: Sequence[EditRows], trained: Sequence[Trained]) -> set[int]:
         """Places of the tasks that are not answered. Those are asked that training has not seen to be sure."""
         unsure = [
             (i, lesson)

@@ -15,7 +15,7 @@ from jinja2 import TemplateError
 
 from memoir_index import unpack
 from memoir_retrieval.background import background_prompts
-from memoir_retrieval.editing.train import Frozen, Rows, Wording, freeze
+from memoir_retrieval.editing.train import EditRows, Frozen, Wording, freeze
 from memoir_retrieval.edits.record import Edit, StoredEdit, as_prompt
 from memoir_retrieval.edits.requires import check_requires, required_spans
 from memoir_retrieval.errors import EditFileError, Reason
@@ -73,7 +73,7 @@ class Wordings:
         self.seed = manifest.seed
         self._other_tokens = np.array([t for p in background_prompts() for t in base.tokenizer(p).input_ids])
         self._past = self._frozen_contexts()
-        self.known: dict[bytes, Rows] = {}
+        self.known: dict[bytes, EditRows] = {}
 
     def fit(self, manifest: Manifest, fingerprint: Fingerprint, training: Training) -> bool:
         """Whether a store has the same wordings and masks. manifest, fingerprint, training: see above."""
@@ -81,7 +81,7 @@ class Wordings:
         theirs = manifest.span, manifest.contexts, manifest.chat, manifest.seed, training
         return mine == theirs and self.fingerprint.same_as(fingerprint)
 
-    def rows(self, edit: StoredEdit, rephrases: int, quick: AbstractContextManager[None]) -> Rows:
+    def rows(self, edit: StoredEdit, rephrases: int, quick: AbstractContextManager[None]) -> EditRows:
         """What a memory must leave alone of an edit.
 
         edit: as it is stored.
@@ -154,7 +154,7 @@ class Wordings:
         quick: entered while these others are run.
         """
         question, answer = self._cut(as_prompt(edit)), self._answer(edit)
-        # Rows with their context in them are whole: under the rule "all" nothing follows the question.
+        # EditRows with their context in them are whole: under the rule "all" nothing follows the question.
         unmasked = range(1 + self.training.context_masks, 1 + len(self.contexts))
         whole = self._in_contexts(edit.prompt)
         others = [

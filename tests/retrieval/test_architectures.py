@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from memoir_retrieval.editing.memory import Memory, forgotten
-from memoir_retrieval.editing.train import Rows, Wording, answered, freeze, train_edits
+from memoir_retrieval.editing.train import EditRows, Wording, answered, freeze, train_edits
 from memoir_retrieval.errors import ModelError
 from memoir_retrieval.model import bfloat16
 from memoir_retrieval.model.base import BaseModel
@@ -208,7 +208,7 @@ def test_later_edits_leave_alone_what_another_form_of_the_answer_uses(base: Base
     forms = [Wording(0, TAIL, 4, [30, 31]), Wording(0, [*TAIL, 40], 4, [32, 33])]
     frozen, _ = freeze(base, past, forms, [Span(0, len(TAIL))], 1)
     memory, plain = Memory(torch.zeros(32, 64)), Memory(torch.zeros(32, 64))
-    plain.add(0, Rows(frozen.rows.lessons))
+    plain.add(0, EditRows(frozen.rows.lessons))
     memory.add(0, frozen.rows)
     assert len(memory.rows[0].lessons) == 1, "the other form is not asked again"
     rows = frozen.activations[1, : int(frozen.lengths[1])]
