@@ -410,7 +410,7 @@ def _labels(ids: torch.Tensor, wordings: Sequence[Wording]) -> torch.Tensor:
 
 
 def _longer(rows: torch.Tensor, t: int) -> torch.Tensor:
-    """EditRows [B, T, ...] padded with zeros to t tokens."""
+    """Rows [B, T, ...] padded with zeros to t tokens."""
     return functional.pad(rows, (0, 0, 0, t - rows.shape[1]))
 
 

@@ -154,7 +154,7 @@ class Wordings:
         quick: entered while these others are run.
         """
         question, answer = self._cut(as_prompt(edit)), self._answer(edit)
-        # EditRows with their context in them are whole: under the rule "all" nothing follows the question.
+        # Rows with their context in them are whole: under the rule "all" nothing follows the question.
         unmasked = range(1 + self.training.context_masks, 1 + len(self.contexts))
         whole = self._in_contexts(edit.prompt)
         others = [
