@@ -76,7 +76,10 @@ class Wordings:
         self.known: dict[bytes, EditRows] = {}
 
     def fit(self, manifest: Manifest, fingerprint: Fingerprint, training: Training) -> bool:
-        """Whether a store has the same wordings and masks. manifest, fingerprint, training: see above."""
+        """Whether a store has the same wordings and masks.
+
+        manifest, fingerprint, training: its own, as above.
+        """
         mine = self.span, self.contexts, self.chat, self.seed, self.training
         theirs = manifest.span, manifest.contexts, manifest.chat, manifest.seed, training
         return mine == theirs and self.fingerprint.same_as(fingerprint)
