@@ -18,8 +18,16 @@ __all__ = ["adapter_digest", "merge_adapter", "split_adapter"]
 _CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-# Settings of PEFT under which an adapter is more than W + scale B A.
-_PLAIN = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "layer_replication", "lora_bias")
+# Settings of PEFT's LoraConfig that say where an adapter is, how it was trained, or what `_scale` reads: with any value
+# of these it is W + scale B A. Others, among them those that later versions will have, must be off.
+_PLAIN = {
+    "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "r", "lora_alpha", "use_rslora", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform",
+    "layers_pattern", "megatron_core", "eva_config", "loftq_config", "corda_config", "lora_ga_config",
+    "qalora_group_size", "ensure_weight_tying", "runtime_config",
+}  # fmt: skip
+# Values of others that change nothing either. Another way to begin, such as PiSSA, changes the model's own weights.
+_OFF = {"bias": ("none",), "init_lora_weights": (True, "gaussian", "eva", "orthogonal", "mica", "lora_ga")}
 
 
 def split_adapter(name: str) -> tuple[str, Path | None]:
@@ -95,7 +103,7 @@ def _scale(folder: Path) -> float:
         scale = float(alpha) / (rank**0.5 if config.get("use_rslora") else rank)
     except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
         raise _unreadable(folder, error) from error
-    more = [key for key in _PLAIN if config.get(key)] + ["bias"] * (config.get("bias", "none") != "none")
+    more = [key for key, value in config.items() if value and key not in _PLAIN and value not in _OFF.get(key, ())]
     if config.get("peft_type") != "LORA" or more:
         raise ModelError(
             f"adapter {folder} is no plain LoRA adapter ({', '.join(more) or config.get('peft_type')}): edits can be "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -237,7 +238,11 @@ def test_a_model_with_an_adapter_has_its_products_in_its_weights(small: Path, ad
     ("config", "says"),
     [
         ({"use_dora": True}, r"use_dora\): edits can be made on the model with a plain one only"),
-        ({"bias": "all"}, "bias"),
+        ({"bias": "all"}, r"\(bias\)"),
+        ({"init_lora_weights": "pissa"}, r"\(init_lora_weights\)"),
+        ({"alora_invocation_tokens": [1, 2], "use_qalora": True}, r"\(alora_invocation_tokens, use_qalora\)"),
+        ({"target_parameters": ["experts.weight"]}, r"\(target_parameters\)"),
+        ({"later_way": {"strength": 2}}, r"\(later_way\)"),
         ({"peft_type": "IA3"}, "IA3"),
         ({"r": 0}, "cannot be read"),
         ({}, "no part of this model that edits can be made behind"),
@@ -249,6 +254,19 @@ def test_an_adapter_that_cannot_be_merged_is_refused(config: dict[str, Any], say
     with pytest.raises(ModelError, match=says) as refused:
         merge_adapter(torch.nn.Module(), folder)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("begin", [True, "gaussian"])
+def test_what_peft_writes_of_a_plain_adapter_is_merged_as_by_peft(begin: Any, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(3)
+    plain = torch.nn.Sequential(torch.nn.Linear(4, 6, bias=False))
+    how = peft.LoraConfig(r=2, target_modules=["0"], init_lora_weights=begin, lora_dropout=0.1, use_rslora=True)
+    trained = peft.get_peft_model(copy.deepcopy(plain), how)
+    torch.nn.init.normal_(trained.base_model.model[0].lora_B["default"].weight)
+    trained.save_pretrained(tmp_path)
+    merge_adapter(plain, tmp_path)
+    torch.testing.assert_close(plain[0].weight, trained.merge_and_unload()[0].weight)
 
 
 def test_a_name_with_a_plus_is_an_adapter_only_where_one_lies(tmp_path: Path, adapter: Path) -> None:
