@@ -60,7 +60,8 @@ def work(options: argparse.Namespace) -> None:
     trainer = module("editing.trainer", "trainer")
     timed(trainer.Trainer, "prepare", "frozen")
     timed(trainer, "train_edits", "steps")
-    timed(trainer.Trainer, "_audit", "audit")
+    for name in {"_audit", "_not_learnt", "_forgotten"} & vars(trainer.Trainer).keys():
+        timed(trainer.Trainer, name, "audit")
     timed(module("store.commits", "commits").Commits, "write", "commit")
     base, edits = load_model(options.model), read_edits(options.file)
     for line in sys.stdin:

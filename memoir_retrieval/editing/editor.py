@@ -29,8 +29,8 @@ __all__ = ["Editor"]
 class Editor:
     """Trains edits on a model and writes them to a store.
 
-    One editor at a time may write a store: use it as a context manager, which takes the store's lock. An editor that is
-    used so again reads the store again, and does not run again what it knows of the edits in it.
+    One editor at a time may write a store: use it as a context manager, which takes the store's lock. Used so again, it
+    reads the store again.
 
     >>> from memoir_retrieval import Edit, Editor, load_model
     >>> with Editor(load_model("smollm2-135m"), "new-edits") as editor:
@@ -54,6 +54,7 @@ class Editor:
         training: Training | Mapping[str, Any] | None = None,
         trainer: Callable[[Editor], MemoryTrainer] | None = None,
         watch: Callable[[TrainingStep], None] = lambda _: None,
+        wordings: Wordings | None = None,
     ):
         """Settings are those of a new store; one that is there has its own, which they must not contradict.
 
@@ -67,6 +68,7 @@ class Editor:
         training: how edits are trained, or some fields of it by name.
         trainer: makes what trains, as the editor is entered (default: a `Trainer` in this process).
         watch: called before every gradient step of that default.
+        wordings: of an editor that has been left: what that one knows of the edits in the store is not run again.
         Raises ConfigError for settings that cannot work; on entering also for those that contradict the store.
         """
         self.base = base
@@ -87,7 +89,7 @@ class Editor:
         self._make_trainer = trainer
         self._watch = watch
         self._store: OpenStore | None = None
-        self._wordings: Wordings | None = None
+        self._wordings = wordings
         self.outcome = Outcome()
 
     def __enter__(self) -> Editor:
@@ -118,6 +120,13 @@ class Editor:
         """Have no memory open in the trainer."""
         self._session.trainer.stop()
         self._begin(self.store)
+
+    @property
+    def wordings(self) -> Wordings:
+        """How the store's edits are asked, and what is known of them. Raises StoreError before it was entered."""
+        if self._wordings is None:
+            raise _closed(self.path)
+        return self._wordings
 
     @property
     def store(self) -> OpenStore:

@@ -182,6 +182,15 @@ class EditRows(NamedTuple):
     lessons: list[Lesson]
     uses: Sequence[Use] = ()
 
+    @property
+    def nbytes(self) -> int:
+        """What its own tensors take, which excludes contexts that other edits share."""
+        own = [tensor for lesson in self.lessons for pair in lesson.before.states for tensor in pair]
+        own += [tensor for lesson in self.lessons for tensor in lesson[:-1]] + [
+            tensor for use in self.uses for tensor in use
+        ]
+        return sum(tensor.nbytes for tensor in own)
+
 
 def freeze(
     base: BaseModel,

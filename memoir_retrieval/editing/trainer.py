@@ -217,9 +217,9 @@ class Trainer:
 
     def stop(self) -> None:
         """See `MemoryTrainer`. The next trainer need not run again what is in the open memories."""
-        self._wordings.known = {
-            self._keys[edit]: rows for memory in self.memories.values() for edit, rows in memory.rows.items()
-        }
+        memories = self.memories.values()
+        self._wordings.keep({self._keys[edit]: rows for memory in memories for edit, rows in memory.rows.items()})
+        self.memories.clear()
 
     def _quick(self) -> AbstractContextManager[None]:
         """Within the context the model may round its products, where that is faster."""

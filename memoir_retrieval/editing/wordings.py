@@ -30,6 +30,7 @@ from memoir_retrieval.store.settings import Training
 
 __all__ = ["Wordings", "masked_key"]
 
+LARGEST_KEPT = 2**30  # bytes
 OTHER_QUESTIONS = ("What is {} known for?", "Where is {}?", "Who made {}?", "When did {} begin?")
 """What may be asked about an edit's subject beside its own question."""
 
@@ -83,6 +84,18 @@ class Wordings:
         mine = self.span, self.contexts, self.chat, self.seed, self.training
         theirs = manifest.span, manifest.contexts, manifest.chat, manifest.seed, training
         return mine == theirs and self.fingerprint.same_as(fingerprint)
+
+    def keep(self, rows: Mapping[bytes, EditRows]) -> None:
+        """Know these rows, and no others; as many as fit into 1 GiB, the last ones first.
+
+        rows: of edits, by `masked_key`.
+        """
+        self.known = {}
+        left = LARGEST_KEPT
+        for key, own in reversed([*rows.items()]):
+            left -= own.nbytes
+            if left >= 0:
+                self.known[key] = own
 
     def rows(self, edit: StoredEdit, rephrases: int, quick: AbstractContextManager[None]) -> EditRows:
         """What a memory must leave alone of an edit.

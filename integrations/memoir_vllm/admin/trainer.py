@@ -105,7 +105,8 @@ class _Trainer:
     def __init__(self, store: Path, model: str, device: str, send: Callable[[TrainerAnswer], None]):
         self._store, self._model, self._device = store, model, device
         self._send = send
-        self._editor: Any = None
+        self._base: Any = None
+        self._wordings: Any = None
 
     def answer(self, request: dict[str, Any]) -> TrainerAnswer:
         from memoir_retrieval.errors import MemoirError
@@ -125,13 +126,13 @@ class _Trainer:
         from memoir_retrieval.store.base_model import load_model_of
         from memoir_retrieval.store.read import EditStore
 
-        if self._editor is None:
+        if self._base is None:
             self._send(TrainerAnswer(progress=TrainerProgress("loading")))
-            base = load_model_of(EditStore.open(self._store).manifest, self._model, device=self._device)
-            self._editor = Editor(base, self._store, watch=self._step)
+            self._base = load_model_of(EditStore.open(self._store).manifest, self._model, device=self._device)
         edit = msgspec.convert(request["add"], Edit)
         self._send(TrainerAnswer(progress=TrainerProgress("opening")))
-        with self._editor as editor:
+        with Editor(self._base, self._store, watch=self._step, wordings=self._wordings) as editor:
+            self._wordings = editor.wordings
             new = editor.add([edit], on_conflict=request["on_conflict"])
             same = [stored for stored in editor.edits if same_edit(stored, edit)]
             if not new and not same:
