@@ -186,9 +186,7 @@ class EditRows(NamedTuple):
     def nbytes(self) -> int:
         """What its own tensors take, which excludes contexts that other edits share."""
         own = [tensor for lesson in self.lessons for pair in lesson.before.states for tensor in pair]
-        own += [tensor for lesson in self.lessons for tensor in lesson[:-1]] + [
-            tensor for use in self.uses for tensor in use
-        ]
+        own += [tensor for row in (*self.lessons, *self.uses) for tensor in row if isinstance(tensor, torch.Tensor)]
         return sum(tensor.nbytes for tensor in own)
 
 
