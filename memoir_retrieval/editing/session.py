@@ -86,8 +86,8 @@ class Session:
         wordings: those of an earlier session, used again if they are this store's.
         """
         self._store = store
-        settings = store.manifest, store.fingerprint, store.training
-        self.wordings = wordings if wordings and wordings.fit(*settings) else Wordings(store.base, *settings)
+        settings = store.base, store.manifest, store.fingerprint, store.training
+        self.wordings = wordings if wordings and wordings.fit(*settings) else Wordings(*settings)
         self.trainer = make_trainer(self.wordings)
         self.places = Places(store, self.trainer)
         self._trained: Counter[int] = Counter()  # edits in each memory since it was asked back

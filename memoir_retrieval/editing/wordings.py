@@ -76,14 +76,14 @@ class Wordings:
         self._past = self._frozen_contexts()
         self.known: dict[bytes, EditRows] = {}
 
-    def fit(self, manifest: Manifest, fingerprint: Fingerprint, training: Training) -> bool:
+    def fit(self, base: BaseModel, manifest: Manifest, fingerprint: Fingerprint, training: Training) -> bool:
         """Whether a store has the same wordings and masks.
 
-        manifest, fingerprint, training: its own, as above.
+        base, manifest, fingerprint, training: its own, as above.
         """
         mine = self.span, self.contexts, self.chat, self.seed, self.training
         theirs = manifest.span, manifest.contexts, manifest.chat, manifest.seed, training
-        return mine == theirs and self.fingerprint.same_as(fingerprint)
+        return base is self.base and mine == theirs and self.fingerprint.same_as(fingerprint)
 
     def keep(self, rows: Mapping[bytes, EditRows]) -> None:
         """Know these rows, and no others; as many as fit into 1 GiB, the last ones first.
