@@ -15,9 +15,9 @@ __all__ = ["Memory", "forgotten"]
 class Memory:
     """A residual memory W_m, float32 [H, D], open for more edits.
 
-    `rows`: of each of its edits, by id. `used`: float32 [D, D], C of `train`: the sum of a a^T over their tokens, and over
-    those of the edits' answers in other forms, each on its own active columns. Neither is stored, since the edits can
-    give them again.
+    `rows`: of each of its edits, by id. `used`: float32 [D, D], C of `train`: the sum of a a^T over their tokens, and
+    over those of the edits' answers in other forms, each on its own active columns. Neither is stored, since the edits
+    can give them again.
     """
 
     def __init__(self, weight: torch.Tensor):
