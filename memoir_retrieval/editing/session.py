@@ -128,29 +128,33 @@ class Session:
             for edit in stored:
                 done += 1
                 progress(Progress(done, total, edit, seconds))
-        self._renew(outcome, choices)
-
-    def _renew(self, outcome: Outcome, choices: Choices) -> None:
-        """Train again, elsewhere, what later edits have overwritten. The audit of each asks its neighbours only."""
-        choices = choices._replace(on_conflict="both", keep_failed=True, left=1)
-        while True:
+            self._renew(outcome, choices)  # what a memory had lost when it was left
+        again = True
+        while again:
             for number in list(self.trainer.memories):
                 self._ask_back(number)
-            stored = {edit.id: edit for edit in self._store.edits}
-            lost = [stored[i] for i in dict.fromkeys(self._lost) if i in stored and i not in outcome.renewed]
-            # One that took all steps of its second try was never learnt, and is stored since somebody wanted it so.
-            lost = [edit for edit in lost if edit.steps < 2 * self._store.training.max_steps]
-            self._lost.clear()
-            if not lost:
-                break
-            masks = Counter(self._store.index.ids.tolist())
-            for new in self.stored_again(lost, masks):
-                again = Outcome()
-                self.train([new._replace(old=stored[new.id])], again, choices)
-                outcome.failed += again.failed
-                outcome.renewed.append(new.id)
+            again = self._renew(outcome, choices)
         now = {edit.id: edit for edit in self._store.edits}
         outcome.stored = [now.get(edit.id, edit) for edit in outcome.stored]  # one may be replaced by now
+
+    def _renew(self, outcome: Outcome, choices: Choices) -> bool:
+        """Train again, elsewhere, what later edits have overwritten. The audit of each asks its neighbours only.
+
+        Returns whether there was anything.
+        """
+        stored = {edit.id: edit for edit in self._store.edits} if self._lost else {}
+        lost = [stored[i] for i in dict.fromkeys(self._lost) if i in stored and i not in outcome.renewed]
+        # One that took all steps of its second try was never learnt, and is stored since somebody wanted it so.
+        lost = [edit for edit in lost if edit.steps < 2 * self._store.training.max_steps]
+        self._lost.clear()
+        choices = choices._replace(on_conflict="both", keep_failed=True, left=1)
+        masks = Counter(self._store.index.ids.tolist()) if lost else Counter()
+        for new in self.stored_again(lost, masks):
+            again = Outcome()
+            self.train([new._replace(old=stored[new.id])], again, choices)
+            outcome.failed += again.failed
+            outcome.renewed.append(new.id)
+        return bool(lost)
 
     def _ask_back(self, number: int) -> None:
         """Note which edits of a memory are lost. As many are asked as its new edits pay for, each in its turn.
