@@ -29,6 +29,7 @@ from memoir_retrieval.model.base import BaseModel
 from memoir_retrieval.store.remove import remove_edits
 
 AARHUS = Edit(prompt="Who founded Aarhus?", target="King Harald", rephrases=("Aarhus was founded by whom?",))
+REWORDED = Edit(prompt="Who has founded Aarhus?", target="Nobody")
 PISA = Edit(prompt="Where does the tower of Pisa stand?", target="In Rome")
 OTHERS = [Edit(prompt=f"Which bird is number {word}?", target=word) for word in ("one", "two", "three", "four")]
 
@@ -116,9 +117,8 @@ def test_an_edit_of_a_run_may_replace_another_of_it(
     base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(conflicts, "SAME_QUESTION", 0.6)  # the small model's masks are not as alike as a real one's
-    other = Edit(prompt="Who has founded Aarhus?", target="Nobody")
     with Editor(base, tmp_path) as editor:
-        stored = editor.add([AARHUS, other], on_conflict="last", side_by_side=1)
+        stored = editor.add([AARHUS, REWORDED], on_conflict="last", side_by_side=1)
         assert [edit.target for edit in stored] == [AARHUS.target, "Nobody"]
         assert [edit.target for edit in editor.edits] == ["Nobody"]
 
@@ -201,12 +201,11 @@ def test_a_question_stored_in_other_words_with_another_target(
     base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(conflicts, "SAME_QUESTION", 0.6)  # the small model's masks are not as alike as a real one's
-    other = Edit(prompt="Who has founded Aarhus?", target="Nobody")
     with Editor(base, tmp_path) as editor:
         editor.add([AARHUS])
         assert editor.add([Edit(prompt="Who founded, say, Aarhus?", target=AARHUS.target)]) != []  # no contradiction
         for choice in ("refuse", "first"):
-            assert editor.add([other], on_conflict=choice) == []
+            assert editor.add([REWORDED], on_conflict=choice) == []
             (conflict,) = editor.outcome.conflicting
             assert conflict.target == "Nobody" and conflict.stored.target == AARHUS.target and conflict.overlap > 0.6
         other = Edit(prompt="Who was it that founded Aarhus?", target="Nobody")
@@ -232,7 +231,7 @@ def test_a_run_that_stores_nothing_writes_no_checkpoint(
     with Editor(base, tmp_path, training=training) as editor:
         editor.add([AARHUS], keep_failed=True)
     monkeypatch.setattr(session, "CHECKPOINT_EVERY", -1.0)
-    refused = PISA if why == "failed" else Edit(prompt="Who has founded Aarhus?", target="Nobody")
+    refused = PISA if why == "failed" else REWORDED
     with Editor(base, tmp_path) as again:
         assert again.add([refused, msgspec.structs.replace(refused, prompt=refused.prompt + " ?")]) == []
         assert [edit.target for edit in getattr(again.outcome, why)] == [refused.target] * 2
