@@ -16,7 +16,7 @@ import json
 import random
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,6 +37,7 @@ __all__ = ["Pair", "pairs", "train"]
 VERSION = 5
 DECISIVE = 8.0  # nats, more than can speak for an edit
 WIDTH = 64
+BATCH = 512  # pairs
 FEATURES = 256  # principal components of the embeddings
 SMALL = 2e-6  # weight of what a word has of its own, beside its embedding
 WORDS = 24  # of a question, in training
@@ -392,7 +393,6 @@ def train(data: Path, model: str, *, seed: int = 0, epochs: int = 4, say: Any = 
     """
     rng = random.Random(seed)
     torch.manual_seed(seed)
-    started = time.monotonic()
     own = json.loads((files("memoir_retrieval") / "data" / "judge_questions.json").read_text())
     examples = list(dict.fromkeys(pairs(data, rng)))
     rng.shuffle(examples)
@@ -401,68 +401,18 @@ def train(data: Path, model: str, *, seed: int = 0, epochs: int = 4, say: Any = 
     vocabulary = _vocabulary(base.tokenizer, counted)
     words = list(vocabulary)
     row = {word: at for at, word in enumerate(words)}
-    embeddings = base.model.get_input_embeddings().weight.detach().float()
-    features = torch.stack(
-        [embeddings.new_zeros(embeddings.shape[1]), *(embeddings[t].mean(0) for t in vocabulary.values())]
-    )
-    features = features - features[1:].mean(0)
-    features[0] = 0
-    features = functional.normalize(features, dim=1)
-    features = features @ torch.linalg.eigh(features.T @ features).eigenvectors[:, -FEATURES:]
-    features *= 4
+    features = _features(base.model.get_input_embeddings().weight.detach().float(), vocabulary.values())
     say(f"{len(examples)} pairs, {sum(pair.same for pair in examples)} of them the same, {len(words)} words")
     held = max(1, len(examples) // 25)
-    encoded, labels = _encode(examples, row), torch.tensor([float(pair.same) for pair in examples])
-    weights = _weighted(examples)
     table = _Table(features)
-    best = torch.optim.Adam(
-        [
-            {"params": [*table.map.parameters(), *table.heads.parameters()], "weight_decay": 1e-5},
-            {"params": [table.more.weight, table.own.weight], "weight_decay": 0.0},
-            {"params": [table.bias, table.relation, table.steep, table.least, table.fixed], "lr": 1e-2},
-        ],
-        lr=3e-3,
-    )
-    batches = (len(examples) - held) // 512
-    plan = torch.optim.lr_scheduler.OneCycleLR(best, max_lr=[3e-3, 3e-3, 2e-2], total_steps=epochs * batches + 1)
-    for epoch in range(epochs):
-        order = torch.randperm(len(examples) - held) + held
-        total = 0.0
-        for at in range(batches):
-            chosen = order[512 * at : 512 * (at + 1)]
-            score = table(encoded.rows(chosen))
-            loss = functional.binary_cross_entropy_with_logits(score, labels[chosen], weight=weights[chosen])
-            own_part = table.more.weight[encoded.a[chosen]], table.own.weight[encoded.a[chosen]]
-            loss = loss + SMALL * sum(part.pow(2).sum() for part in own_part)
-            best.zero_grad()
-            loss.backward()
-            best.step()
-            plan.step()
-            total += loss.item()
-        say(f"epoch {epoch + 1}: loss {total / batches:.4f}, {time.monotonic() - started:.0f} s")
+    _descend(table, examples, row, held, epochs, say)
     tasks, task = _task_weights(own, features, row)
     contraries = [[row[word] for text in pair for word in read(text).words] for pair in own["contraries"]]
     with torch.no_grad():
         all_words = torch.arange(1, len(words) + 1)
         vectors = (table.vectors(all_words) * SCALE).round().to(torch.int8).numpy()
         heads = table.weights(all_words).numpy()
-        fixed = functional.softplus(table.fixed).tolist()
-        asks = heads[:, 2]
-        numbers = Weights(
-            version=VERSION,
-            bias=BIAS,
-            relation=table.relation.item(),
-            steep=table.steep.item(),
-            least=table.least.item(),
-            unknown=fixed[0],
-            # A number or a negation that only one of two questions has always tells them apart.
-            digits=DECISIVE,
-            task=task,
-            name=NAME,
-            kind=KIND,
-            many=MANY,
-            credit=CREDIT,
-        )
+    asks = heads[:, 2]
     tensors = {
         "vectors": vectors,
         "needed": heads[:, 0].astype(np.float32),
@@ -471,6 +421,7 @@ def train(data: Path, model: str, *, seed: int = 0, epochs: int = 4, say: Any = 
         "tasks": tasks,
         "contraries": np.array(contraries, np.int32),
     }
+    numbers = _numbers(table, task)
     judge = Judge(words, **tensors, weights=numbers)
     passes: dict[bool, list[bool]] = {True: [], False: []}
     for pair in examples[:held]:
@@ -481,6 +432,72 @@ def train(data: Path, model: str, *, seed: int = 0, epochs: int = 4, say: Any = 
         "words": np.frombuffer("\n".join(words).encode(), np.uint8).copy(),
         "weights": np.frombuffer(msgspec.json.encode(numbers), np.uint8).copy(),
     }
+
+
+def _features(embeddings: Tensor, tokens: Iterable[list[int]]) -> Tensor:
+    """What is known of each word before training: float32 [W + 1, FEATURES], zeros for none.
+
+    embeddings: [V, H]. tokens: of each word, whose embeddings are averaged.
+    """
+    features = torch.stack([embeddings.new_zeros(embeddings.shape[1]), *(embeddings[t].mean(0) for t in tokens)])
+    features = features - features[1:].mean(0)
+    features[0] = 0
+    features = functional.normalize(features, dim=1)
+    return 4 * (features @ torch.linalg.eigh(features.T @ features).eigenvectors[:, -FEATURES:])
+
+
+def _descend(
+    table: _Table, examples: Sequence[Pair], row: dict[str, int], held: int, epochs: int, say: Callable[[str], None]
+) -> None:
+    """Train on all pairs but the first `held`."""
+    started = time.monotonic()
+    encoded, labels = _encode(examples, row), torch.tensor([float(pair.same) for pair in examples])
+    weights = _weighted(examples)
+    optimiser = torch.optim.Adam(
+        [
+            {"params": [*table.map.parameters(), *table.heads.parameters()], "weight_decay": 1e-5},
+            {"params": [table.more.weight, table.own.weight], "weight_decay": 0.0},
+            {"params": [table.bias, table.relation, table.steep, table.least, table.fixed], "lr": 1e-2},
+        ],
+        lr=3e-3,
+    )
+    batches = (len(examples) - held) // BATCH
+    most = [3e-3, 3e-3, 2e-2]
+    rates = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=most, total_steps=epochs * batches + 1)
+    for epoch in range(epochs):
+        order = torch.randperm(len(examples) - held) + held
+        total = 0.0
+        for at in range(batches):
+            chosen = order[BATCH * at : BATCH * (at + 1)]
+            score = table(encoded.rows(chosen))
+            loss = functional.binary_cross_entropy_with_logits(score, labels[chosen], weight=weights[chosen])
+            own_part = table.more.weight[encoded.a[chosen]], table.own.weight[encoded.a[chosen]]
+            loss = loss + SMALL * sum(part.pow(2).sum() for part in own_part)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            rates.step()
+            total += loss.item()
+        say(f"epoch {epoch + 1}: loss {total / batches:.4f}, {time.monotonic() - started:.0f} s")
+
+
+def _numbers(table: _Table, task: float) -> Weights:
+    """The judge's numbers that belong to no word. task: that of tasks."""
+    return Weights(
+        version=VERSION,
+        bias=BIAS,
+        relation=table.relation.item(),
+        steep=table.steep.item(),
+        least=table.least.item(),
+        unknown=functional.softplus(table.fixed).tolist()[0],
+        # A number or a negation that only one of two questions has always tells them apart.
+        digits=DECISIVE,
+        task=task,
+        name=NAME,
+        kind=KIND,
+        many=MANY,
+        credit=CREDIT,
+    )
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ import shlex
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
@@ -27,6 +27,9 @@ from memoir_retrieval.cli.options import data_folder_option
 from memoir_retrieval.edits.files import read_edits
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.store.files import publish
+
+if TYPE_CHECKING:
+    from memoir_retrieval.evaluation.routing_run import RoutingRun
 
 __all__ = ["bench_routing"]
 
@@ -179,24 +182,18 @@ def bench_routing(
     if as_json:
         echo_json(msgspec.to_builtins(run))
         return
-    sizes, losses = len(first) > 1, any(row.lost for row in run.rows)
-    columns = [
-        "set",
-        "kind",
-        "question",
-        "part",
-        *["edits"][: int(sizes)],
-        "asked",
-        "found",
-        "other",
-        "exact",
-        "answered",
-    ]
-    table = Table(*columns, *["lost"][: int(losses)])
+    tables.print(_table(run, sizes=len(first) > 1))
+
+
+def _table(run: RoutingRun, sizes: bool) -> Table:
+    """The rows of a run. sizes: whether they differ in how many edits were stored."""
+    losses = any(row.lost for row in run.rows)
+    names = ("set", "kind", "question", "part", *["edits"][:sizes], "asked", "found", "other", "exact", "answered")
+    table = Table(*names, *["lost"][:losses])
     for row in run.rows:
         shares = (row.found, row.other, row.exact, row.answered)
         cells = ("" if share is None else f"{share:.3f}" for share in shares)
         lost = ", ".join(f"{reason} {n}" for reason, n in (row.lost or {}).items())
-        size = [str(row.edits)][: int(sizes)]
-        table.add_row(row.set, row.kind, row.name, row.part, *size, str(row.asked), *cells, *[lost][: int(losses)])
-    tables.print(table)
+        size = [str(row.edits)][:sizes]
+        table.add_row(row.set, row.kind, row.name, row.part, *size, str(row.asked), *cells, *[lost][:losses])
+    return table
