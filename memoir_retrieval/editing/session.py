@@ -15,7 +15,7 @@ from memoir_retrieval.editing.open_store import OpenStore
 from memoir_retrieval.editing.outcome import Failed, Outcome, Progress
 from memoir_retrieval.editing.places import Places
 from memoir_retrieval.editing.trainer import Learnt, MemoryTrainer, Task
-from memoir_retrieval.editing.wordings import Wordings
+from memoir_retrieval.editing.wordings import Wordings, masked_key
 from memoir_retrieval.edits.record import Edit, StoredEdit, edit_time, stored_as
 
 __all__ = ["Checkpoints", "Choices", "NewEdit", "Session"]
@@ -91,6 +91,13 @@ class Session:
         self.trainer = make_trainer(self.wordings)
         self.places = Places(store, self.trainer)
         self._trained: Counter[int] = Counter()  # edits in each memory since it was asked back
+        # And of other runs, which may have been cut off before they asked these back.
+        masks, known = Counter(store.index.ids.tolist()), self.wordings.known
+        self._unknown = Counter(
+            edit.memory
+            for edit in store.edits
+            if edit.trained and masked_key(edit, self.wordings.rephrases(masks[edit.id])) not in known
+        )
         self._turn: dict[int, int] = {}  # the edit of each memory that was asked last
         self._lost: list[int] = []
 
@@ -245,6 +252,6 @@ class Session:
             memory=task.memory,
         )
         self.trainer.take(task, trained)
-        self._trained[task.memory] += 1
+        self._trained[task.memory] += 1 + self._unknown.pop(task.memory, 0)
         self._store.add(stored, codes, trained.columns, old)
         return stored

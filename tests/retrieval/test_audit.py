@@ -94,6 +94,38 @@ def test_what_later_edits_have_overwritten_is_trained_again(base: BaseModel, tmp
     assert answers(tmp_path, base, [AARHUS, PISA]) == [AARHUS.target, PISA.target]
 
 
+def test_what_a_run_that_was_cut_off_had_lost_is_trained_again(
+    base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that goes on asks all edits of the memories in which it trains, whoever trained them."""
+    monkeypatch.setattr(session, "TURNS", 1)
+    monkeypatch.setattr(trainer, "NEIGHBOURS", 0)  # the audit of new edits would meet what is lost
+    first = [AARHUS, PISA, OTHERS[0]]
+
+    def cut_off(progress: Progress) -> None:
+        if progress.done == len(first):
+            editor.memories[0].zero_()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), Editor(base, tmp_path) as editor:
+        editor.add([*first, OTHERS[1]], progress=cut_off)
+    asked: list[list[int]] = []
+    lost = trainer.Trainer.lost
+    monkeypatch.setattr(
+        trainer.Trainer, "lost", lambda self, number, edits: asked.append(sorted(edits)) or lost(self, number, edits)
+    )
+    again = Editor(base, tmp_path)
+    with again:
+        again.add(first)
+        assert asked == [], "nothing is trained"
+        again.add([OTHERS[1]])
+        assert asked[0] == [0, 1, 2, 3] and set(again.outcome.renewed) >= {0, 1, 2}
+    asked.clear()
+    with again:
+        again.add([OTHERS[2]])
+        assert len(asked[0]) == session.TURNS, "the others were asked before"
+
+
 def test_an_edit_is_not_blamed_for_what_was_lost_before(base: BaseModel, tmp_path: Path) -> None:
     """Else the loss would keep every later edit out of the memory."""
     with Editor(base, tmp_path) as editor:
