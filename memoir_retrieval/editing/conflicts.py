@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 
 from memoir_index import HammingIndex, unpack
+from memoir_retrieval.edits.files import check_duplicates
 from memoir_retrieval.edits.judge import Judge
 from memoir_retrieval.edits.record import Edit, StoredEdit, prompt_key
 from memoir_retrieval.edits.requires import one_question
@@ -60,17 +61,17 @@ class Conflicting:
 def plan(
     edits: Sequence[Edit], stored: Sequence[StoredEdit], on_conflict: Conflict
 ) -> tuple[list[Edit], dict[str, StoredEdit]]:
-    """The edits to train, and by question (`prompt_key`) the stored edits which they replace.
+    """The edits to train, each prompt once, and by question (`prompt_key`) the stored edits which they replace.
 
     edits: what is to be added.
     stored: what the store holds.
-    on_conflict: what happens to a stored prompt that comes with another target.
+    on_conflict: what happens to a prompt that is stored, or comes again, with another target.
     Raises EditFileError where that does not settle it.
     """
     known = {prompt_key(edit.prompt): edit for edit in stored}
     todo: list[Edit] = []
     replaced: dict[str, StoredEdit] = {}
-    for edit in edits:
+    for edit in check_duplicates(edits, "refuse" if on_conflict == "both" else on_conflict):
         old = known.get(prompt_key(edit.prompt))
         if old is None:
             todo.append(edit)

@@ -179,10 +179,12 @@ class Editor:
     ) -> list[StoredEdit]:
         """Train edits in order and commit them. Returns those that are new; `outcome` has what became of the others.
 
-        An edit that the store has already is skipped, so an interrupted run is resumed by running it again.
+        An edit that the store has already is skipped, so an interrupted run is resumed by running it again. Of one that
+        comes twice the second is skipped.
         edits: what is added.
-        on_conflict: what happens to a question that the store answers differently. The same text: "refuse" and "both"
-            raise EditFileError before the first edit is trained, "first" keeps the stored edit, "last" replaces it.
+        on_conflict: what happens to a question that the store, or an edit before, answers differently. The same text:
+            "refuse" and "both" raise EditFileError before the first edit is trained, "first" keeps the edit that was
+            there first, "last" replaces it.
             Other words with nearly the same mask: "refuse" and "first" leave the new edit out, "last" replaces the
             stored one, "both" stores it beside that one; each is reported.
         rephrase_masks: an edit's rephrasings are trained too and get masks of their own.

@@ -88,6 +88,7 @@ class OpenStore:
                 self._load(EditStore.open(path), settings)
             self.training = training_of(self.manifest)
             self._lock = lock.pop_all()
+        self._by_halves = False
         self.is_open = True
 
     def close(self) -> None:
@@ -191,6 +192,7 @@ class OpenStore:
         """
         self.manifest, self.memories, self.edits = state.manifest, state.memories, state.edits
         self.index, self._commits = state.index, state.commits
+        self._by_halves = False
 
     @property
     def fingerprint(self) -> Fingerprint:
@@ -199,8 +201,8 @@ class OpenStore:
 
     @property
     def changed(self) -> bool:
-        """Whether there is anything to commit."""
-        return self._commits.changed
+        """Whether there is anything that can be committed: nothing can once an edit was taken up by halves."""
+        return self._commits.changed and not self._by_halves
 
     def new_memory(self) -> int:
         """Add a memory of zeros. Returns its number."""
@@ -214,7 +216,11 @@ class OpenStore:
         codes: uint8 [R, D/8], its masks.
         columns: int64 [C], those of its memory that were changed for it.
         old: the edit that it replaces; in its place if it is the same one, trained again.
+        Raises StoreError where an interruption has left another by halves.
         """
+        if self._by_halves:
+            raise StoreError(f"an edit was being taken up into {self.path} when this was interrupted: open it again")
+        self._by_halves = True
         place = len(self.edits)
         if old:
             self._commits.rewrite()
@@ -226,6 +232,7 @@ class OpenStore:
         self.index.add([edit.id] * len(codes), codes)
         self.edits.insert(place, edit)
         self.manifest = msgspec.structs.replace(self.manifest, next_id=max(self.manifest.next_id, edit.id + 1))
+        self._by_halves = False
 
     def next_manifest(self, edits: Sequence[StoredEdit], index: HammingIndex) -> Manifest:
         """The manifest of a next generation, as `write_generation` takes it, with the tau that its edits need.

@@ -28,7 +28,7 @@ class Outcome:
     """What came of one `Editor.add` or `Editor.compact`.
 
     stored: the new edits.
-    skipped: how many the store had, or on_conflict "first" left out.
+    skipped: how many the store had, came twice, or on_conflict "first" left out.
     retried: how many took a second try.
     failed: those that the audit refused.
     conflicting: those whose question is stored in other words with another target.

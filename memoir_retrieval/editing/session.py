@@ -191,18 +191,25 @@ class Session:
         # Two of one question are trained one after the other, so that the second meets the first in the store.
         manifest = self._store.manifest
         together = range(distinct(np.concatenate([rows[:1] for rows in codes]), manifest.d, manifest.k))
-        replaced = {i: old for i in together if (old := edits[i].old) is not None}
+        here = {edit.id: edit for edit in self._store.edits}
+        replaced: dict[int, StoredEdit] = {}
         refused: set[int] = set()
         for i in together:
-            if i in replaced:
-                continue
-            conflict = rival(edits[i].edit, codes[i][:1], self._store.index, self._store.edits, self._store.judge)
+            planned, conflict = edits[i].old, None
+            # As it is now: another may have been trained in its place since that was planned, or it itself again.
+            old = here.get(planned.id) if planned else None
+            if old is None:
+                conflict = rival(edits[i].edit, codes[i][:1], self._store.index, self._store.edits, self._store.judge)
+                old = conflict.stored if conflict and choices.on_conflict == "last" else None
+            if old and old in replaced.values():
+                together = range(i)  # the next batch meets what has replaced it
+                break
             if conflict:
                 outcome.conflicting.append(conflict)
                 if choices.on_conflict in ("refuse", "first"):
                     refused.add(i)
-                elif choices.on_conflict == "last":
-                    replaced[i] = conflict.stored
+            if old:
+                replaced[i] = old
         for old in replaced.values():
             self.trainer.forget(old.id)
         trained = [i for i in together if i not in refused]

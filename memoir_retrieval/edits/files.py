@@ -87,7 +87,7 @@ def check_duplicates(edits: Iterable[Edit], keep: Keep = "refuse") -> list[Edit]
             raise EditFileError(
                 f"edits {known_number} and {number} give the prompt {show(edit.prompt)} two {what}, "
                 f"{show(values[0])} and {show(values[1])}",
-                cure='drop one, or choose with keep, "first" or "last"',
+                cure='drop one, or choose "first" or "last"',
                 reason=Reason.CONFLICT,
             )
         if keep == "last":

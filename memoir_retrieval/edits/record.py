@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from memoir_retrieval.errors import ConfigError
+from memoir_retrieval.errors import ConfigError, EditFileError
 from memoir_retrieval.question.prompts import Message, Prompt
 from memoir_retrieval.question.text import plain_text, text_key
 
@@ -88,11 +88,19 @@ class Edit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid
     requires: Requires = ()
 
     def __post_init__(self) -> None:
-        """Whoever makes an edit, a file, a request or a program, its question has one form."""
+        """Whoever makes an edit, a file, a request or a program, its question has one form.
+
+        Raises EditFileError for one text where several are meant.
+        """
         subject = plain_text(self.subject)
         set_field = msgspec.structs.force_setattr
+        for name in ("rephrases", "requires", "ood"):
+            if isinstance(text := getattr(self, name), str):
+                raise EditFileError(f"{name} of prompt {self.prompt!r} is the text {text!r}: give a tuple of texts")
         set_field(self, "prompt", _fill_in(plain_text(self.prompt), subject))
         set_field(self, "rephrases", tuple(_fill_in(plain_text(text), subject) for text in self.rephrases))
+        # Lists too become what a store gives back, or the edit would not be the one that is stored.
+        set_field(self, "requires", tuple(e if isinstance(e, str) else tuple(e) for e in self.requires))
 
 
 class StoredEdit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

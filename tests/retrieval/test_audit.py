@@ -24,7 +24,7 @@ from memoir_retrieval.editing import conflicts, session, trainer, wordings
 from memoir_retrieval.editing.outcome import Progress
 from memoir_retrieval.editing.session import Choices, NewEdit
 from memoir_retrieval.editing.wordings import Wordings
-from memoir_retrieval.errors import EditFileError
+from memoir_retrieval.errors import EditFileError, StoreError
 from memoir_retrieval.model.base import BaseModel
 from memoir_retrieval.store.remove import remove_edits
 
@@ -153,6 +153,64 @@ def test_an_edit_of_a_run_may_replace_another_of_it(
         stored = editor.add([AARHUS, REWORDED], on_conflict="last", side_by_side=1)
         assert [edit.target for edit in stored] == [AARHUS.target, "Nobody"]
         assert [edit.target for edit in editor.edits] == ["Nobody"]
+
+
+def test_an_edit_that_is_to_be_replaced_may_change_before_that(base: BaseModel, tmp_path: Path) -> None:
+    """Here it was lost, so it is trained again while an edit before its replacement is."""
+    replacement = Edit(prompt=AARHUS.prompt, target="Nobody")
+    with Editor(base, tmp_path) as editor:
+        editor.add([AARHUS, PISA], side_by_side=1)
+        for memory in editor.memories:
+            memory.zero_()
+        editor.add([OTHERS[0], replacement], on_conflict="last", side_by_side=1)
+        assert 0 in editor.outcome.renewed
+    assert [edit.id for edit in EditStore.open(tmp_path).edits] == [1, 2, 3]
+    assert answers(tmp_path, base, [replacement]) == ["Nobody"]
+
+
+@pytest.mark.parametrize("side_by_side", [1, 2])
+@pytest.mark.parametrize("prompt", [AARHUS.prompt, "Who founded, say, Aarhus?"])
+def test_two_edits_may_replace_the_same_one(
+    base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, side_by_side: int, prompt: str
+) -> None:
+    """The second replaces the first, also where each is like the stored one, but they are not alike."""
+    monkeypatch.setattr(conflicts, "SAME_QUESTION", 0.6)
+    monkeypatch.setattr(session, "distinct", lambda codes, *_: len(codes))
+    last = Edit(prompt=prompt, target="Me")
+    with Editor(base, tmp_path) as editor:
+        editor.add([AARHUS])
+        stored = editor.add([REWORDED, last], on_conflict="last", side_by_side=side_by_side)
+        assert [edit.target for edit in stored] == ["Nobody", "Me"]
+    assert [edit.prompt for edit in EditStore.open(tmp_path).edits] == [prompt]
+    assert answers(tmp_path, base, [last]) == ["Me"]
+
+
+def test_an_edit_that_comes_twice_is_stored_once(base: BaseModel, tmp_path: Path) -> None:
+    twice = [AARHUS, Edit(prompt="Who  founded Aarhus?", target="Me")]
+    with Editor(base, tmp_path) as editor:
+        assert [edit.id for edit in editor.add([AARHUS, AARHUS])] == [0] and editor.outcome.skipped == 1
+        for choice in ("refuse", "both"):
+            with pytest.raises(EditFileError, match=r"two targets, 'King Harald' and 'Me': .* \"first\" or \"last\"$"):
+                editor.add(twice, on_conflict=choice)
+        (stored,) = editor.add(twice, on_conflict="last")
+        assert (stored.target, [edit.id for edit in editor.edits]) == ("Me", [1])
+
+
+def test_an_edit_that_is_interrupted_by_halves_leaves_the_store_whole(
+    base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with Editor(base, tmp_path) as editor:
+        editor.add([AARHUS])
+        monkeypatch.setattr(editor.index, "add", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            editor.add([Edit(prompt=AARHUS.prompt, target="Me")], on_conflict="last")
+        monkeypatch.undo()
+        with pytest.raises(StoreError, match="open it again"):
+            editor.add([PISA])
+    assert [edit.target for edit in EditStore.open(tmp_path).edits] == [AARHUS.target]
 
 
 def test_as_many_are_asked_back_as_new_edits_pay_for(

@@ -866,10 +866,7 @@ def test_same_edit_twice_is_kept_once() -> None:
 
 
 def test_two_targets_are_refused() -> None:
-    wanted = (
-        "edits 1 and 3 give the prompt 'p ' two targets, 'x' and 'y': "
-        'drop one, or choose with keep, "first" or "last"'
-    )
+    wanted = "edits 1 and 3 give the prompt 'p ' two targets, 'x' and 'y': drop one, or choose \"first\" or \"last\""
     with pytest.raises(EditFileError) as caught:
         check_duplicates([edit("p", "x"), edit("q"), edit("p ", "y")])
     assert str(caught.value) == wanted

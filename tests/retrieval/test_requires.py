@@ -317,6 +317,18 @@ def test_what_could_never_act_is_refused(base: BaseModel, tmp_path: Path, edit: 
         editor.add([edit])
 
 
+def test_an_edit_of_a_program_may_have_lists(base: BaseModel, tmp_path: Path) -> None:
+    """It is the edit that the store gives back. One text in place of several would be taken letter by letter."""
+    for requires in (["mayor", ["Turin", "Torino"]], ("mayor", ("Turin", "Torino"))):
+        with Editor(base, tmp_path) as editor:
+            editor.add([Edit(prompt=TURIN.prompt, target="Bob", requires=requires)])  # type: ignore[arg-type]
+            assert [edit.requires for edit in editor.edits] == [TURIN.requires]
+    assert editor.outcome.skipped == 1
+    for name in ("requires", "rephrases", "ood"):
+        with pytest.raises(EditFileError, match=f"{name} of prompt .* is the text 'Turin': give a tuple of texts"):
+            Edit(prompt=TURIN.prompt, target="Bob", **{name: "Turin"})  # type: ignore[arg-type]
+
+
 def test_the_command_line(capsys: pytest.CaptureFixture[str], store: Path, tiny: Path, tmp_path: Path) -> None:
     bad = write(
         tmp_path / "bad.jsonl", [{"prompt": "a", "target": "b"}, {"prompt": "Who?", "target": "I", "requires": ["Al"]}]
