@@ -20,7 +20,7 @@ def main(store: str, file: str) -> None:
     edits = read_edits(file)
     ids = stored_ids(model.retriever.store.edits, edits)
     rephrases = [(i, text) for i, edit in zip(ids, edits, strict=True) for text in edit.rephrases]
-    unrelated = unrelated_to(edits)
+    unrelated = unrelated_to(edits, edits)
     wanted = [*ids, *(i for i, _ in rephrases)]
     prompts = [*(edit.prompt for edit in edits), *(text for _, text in rephrases), *unrelated]
     print("context   tau   edits  rephrasings  unrelated")

@@ -155,7 +155,7 @@ def _calibrate_store(
         rephrases = [(i, text) for i, edit in zip(ids, edits, strict=True) for text in edit.rephrases]
     else:
         rephrases = [(edit.id, text) for edit in opened.edits for text in edit.rephrases]
-    unrelated = unrelated_to(edits)
+    unrelated = unrelated_to(opened.edits, edits)
     base = model.load(manifest)
     notes.print(f"measuring {len(opened.edits)} edits, {len(rephrases)} rephrasings, {len(unrelated)} other prompts")
     judged = with_this_judge(opened)
@@ -178,6 +178,7 @@ def _calibrate_store(
 
         publish(html, calibration_page(calibration, str(store)).encode())
         notes.print(f"pictures written to {html}")
+    kept = tau if chosen is None else chosen
     if write:
         measured = replace(judged, manifest=manifest)
         if chosen is None:
@@ -185,11 +186,10 @@ def _calibrate_store(
         else:
             generation = write_tau(measured, chosen).generation
         notes.print(
-            f"tau {tau if chosen is None else chosen:g} written to {store} as generation {generation}; a running "
-            f"server keeps {manifest.tau}"
+            f"tau {kept:g} written to {store} as generation {generation}; a running server keeps {manifest.tau}"
         )
     if as_json:
-        echo_json(msgspec.to_builtins(calibration) if calibration else {"tau": tau})
+        echo_json(msgspec.to_builtins(calibration) if calibration else {"tau": kept})
         return
     if calibration:
         _show_taus(calibration, store)
@@ -202,7 +202,7 @@ def _calibrate_store(
         f"tau {tau} suggested, "
         + (f"{manifest.tau} was the store's" if write else f"{manifest.tau} is the store's; --write puts {tau} into it")
     )
-    click.echo(f"tau {tau}: {describe_tau(threshold)}")
+    click.echo(f"tau {kept}: {describe_tau(threshold if chosen is None else None)}")
 
 
 def _learn(store: EditStore, base: BaseModel) -> NDArray[np.float32]:
@@ -266,7 +266,7 @@ def _calibrate_model(
     preset = preset_for(base.model.config).at(base.place, base.d)
     blocks = len(base.blocks)
     layers = layers or sorted({blocks * tenth // 10 for tenth in range(2, 10)} | {preset.layer})
-    settings = calibrate_model(base, edits, unrelated_to(edits), layers, ks or [preset.k // 2, preset.k], chat)
+    settings = calibrate_model(base, edits, unrelated_to(edits, edits), layers, ks or [preset.k // 2, preset.k], chat)
     if html:
         from memoir_retrieval.evaluation.report import settings_page
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from memoir_index import HammingIndex, popcount
 from memoir_retrieval.background import background_prompts, unrelated_prompts
 from memoir_retrieval.edits.judge import shipped_judge
-from memoir_retrieval.edits.record import Edit, as_prompt, prompt_key
+from memoir_retrieval.edits.record import Edit, StoredEdit, as_prompt, prompt_key
 from memoir_retrieval.errors import ConfigError, StoreError
 from memoir_retrieval.lookup.retriever import Retriever
 from memoir_retrieval.model.base import BaseModel
@@ -252,19 +252,15 @@ def calibrate_model(
     return sorted(settings, key=lambda setting: (-setting.rephrases_found, -setting.gap))
 
 
-def unrelated_to(edits: Sequence[Edit], probed: Sequence[Edit] | None = None) -> list[str]:
+def unrelated_to(edits: Sequence[Edit] | Sequence[StoredEdit], probed: Sequence[Edit]) -> list[str]:
     """The prompts that no edit should match: those that come with the library, and what the edits must leave alone.
 
     edits: all of the store; none of their prompts or rephrasings is returned, as in CounterFact what one must leave
     alone may be the prompt of another.
-    probed: the edits whose probes are taken (default: all).
+    probed: the edits whose probes are taken.
     """
     own = {prompt_key(text) for edit in edits for text in (edit.prompt, *edit.rephrases)}
-    probes = (
-        probe.prompt
-        for edit in (edits if probed is None else probed)
-        for probe in (*edit.locality, *edit.neighbourhood)
-    )
+    probes = (probe.prompt for edit in probed for probe in (*edit.locality, *edit.neighbourhood))
     return [text for text in dict.fromkeys([*unrelated_prompts(), *probes]) if prompt_key(text) not in own]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 from dataclasses import replace
@@ -15,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memoir_index import hamming_radius
-from memoir_retrieval import Edit, Editor, EditStore, Retriever, read_edits
+from memoir_retrieval import Edit, Editor, EditStore, Retriever, load_model, read_edits
 from memoir_retrieval.background import unrelated_prompts
+from memoir_retrieval.cli import main
 from memoir_retrieval.edits.record import Probe
 from memoir_retrieval.errors import ConfigError, ModelError, StoreError
 from memoir_retrieval.evaluation.calibration import (
@@ -123,7 +125,7 @@ def test_what_one_edit_leaves_alone_and_another_asks_is_not_unrelated() -> None:
             neighbourhood=(Probe(prompt="Nantes is a twin city of"),),
         ),
     ]
-    assert unrelated_to(edits)[len(unrelated_to(edits[:1])) :] == ["Nantes is a twin city of"]
+    assert unrelated_to(edits, edits)[len(unrelated_to(edits[:1], edits[:1])) :] == ["Nantes is a twin city of"]
 
 
 def test_what_cannot_be_measured_is_refused(smollm2: BaseModel, template: Path, edits: list[Edit]) -> None:
@@ -145,8 +147,36 @@ def test_what_cannot_be_measured_is_refused(smollm2: BaseModel, template: Path, 
 
 
 def test_locality_probes_are_unrelated_prompts_too(edits: list[Edit]) -> None:
-    prompts = unrelated_to([*edits, *edits])
+    prompts = unrelated_to(edits, [*edits, *edits])
     assert prompts[:100] == unrelated_prompts() and prompts[100:] == [p.prompt for e in edits for p in e.locality]
+
+
+def test_the_command_line(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file of some of the edits may name the question of another among what it leaves alone."""
+    edit, other = Edit(prompt="Who founded Aarhus?", target="Me"), Edit(prompt="Where is Pisa?", target="In Rome")
+    with Editor(load_model(str(tiny)), tmp_path / "store") as editor:
+        editor.add([edit, other])
+
+    def calibrate(*arguments: str) -> str:
+        with pytest.raises(SystemExit) as done:
+            main(["calibrate", str(tmp_path / "store"), *arguments])
+        shown = capsys.readouterr()
+        assert done.value.code == 0, shown.err
+        return shown.out
+
+    record = {
+        "prompt": edit.prompt,
+        "target": edit.target,
+        "rephrases": ["Aarhus, who founded it?"],
+        "locality": [{"prompt": other.prompt}],
+    }
+    file = tmp_path / "some.json"
+    file.write_text(json.dumps(record))
+    assert "tau 0.53: set by the store, with every change" in calibrate(str(file), "--write")
+    assert EditStore.open(tmp_path / "store").manifest.threshold is not None
+    assert "tau 0.6: chosen by whoever made the store" in calibrate(str(file), "--write", "--tau", "0.6")
+    assert json.loads(calibrate("--write", "--tau", "0.7", "--json")) == {"tau": 0.7}
+    assert EditStore.open(tmp_path / "store").manifest.tau == 0.7
 
 
 def test_a_written_tau_is_a_new_generation_and_nothing_else(
