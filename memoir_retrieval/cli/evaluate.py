@@ -69,9 +69,9 @@ def eval_command(
     where = out or store.with_name(store.resolve().name + ".eval.json")
     if not where.parent.is_dir():  # refused now, not after the minutes that measuring takes
         raise ConfigError(f"the report cannot be written: {where.parent} is not a folder; choose another --out")
-    edits = source.load(file, "first")
     texts, context = measuring.texts(), measuring.context or "plain"
     opened = EditStore.open(store)
+    edits = source.load_stored(file, opened.edits)
 
     from memoir_retrieval.evaluation.measure import AskableModel, evaluate
 

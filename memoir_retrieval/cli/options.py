@@ -16,7 +16,7 @@ import click
 
 from memoir_retrieval.cli.common import notes, refuse_idle
 from memoir_retrieval.edits.files import FORMATS, Keep, check_duplicates, limit_distinct_subjects, read_edits
-from memoir_retrieval.edits.record import Edit
+from memoir_retrieval.edits.record import Edit, StoredEdit, prompt_key
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.evaluation.contexts import CONTEXTS
 from memoir_retrieval.evaluation.texts import read_texts
@@ -115,7 +115,26 @@ class FileOptions(NamedTuple):
 
         Raises EditFileError.
         """
-        edits = check_duplicates(read_edits(file, self.file_format, note=notes.print), keep)
+        return self._once(read_edits(file, self.file_format, note=notes.print), keep)
+
+    def load_stored(self, file: Path, stored: Sequence[StoredEdit]) -> list[Edit]:
+        """The edits of a file, each prompt once: with the target that is stored, or else its first.
+
+        file: its path.
+        stored: the edits of the store that was made from it.
+
+        Raises EditFileError.
+        """
+        edits = read_edits(file, self.file_format, note=notes.print)
+        there = {(edit.prompt, edit.target) for edit in stored}
+        kept = {prompt_key(edit.prompt) for edit in edits if (edit.prompt, edit.target) in there}
+        return self._once(
+            [edit for edit in edits if (edit.prompt, edit.target) in there or prompt_key(edit.prompt) not in kept],
+            "first",
+        )
+
+    def _once(self, edits: list[Edit], keep: Keep) -> list[Edit]:
+        edits = check_duplicates(edits, keep)
         return limit_distinct_subjects(edits, self.limit) if self.limit else edits
 
 

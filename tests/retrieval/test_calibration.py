@@ -152,14 +152,15 @@ def test_locality_probes_are_unrelated_prompts_too(edits: list[Edit]) -> None:
 
 
 def test_the_command_line(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A file of some of the edits may name the question of another among what it leaves alone."""
+    """A file of some of the edits may name the question of another among what it leaves alone, and may have two targets
+    for a prompt, of which one is stored."""
     edit, other = Edit(prompt="Who founded Aarhus?", target="Me"), Edit(prompt="Where is Pisa?", target="In Rome")
     with Editor(load_model(str(tiny)), tmp_path / "store") as editor:
         editor.add([edit, other])
 
-    def calibrate(*arguments: str) -> str:
+    def calibrate(*arguments: str, command: str = "calibrate") -> str:
         with pytest.raises(SystemExit) as done:
-            main(["calibrate", str(tmp_path / "store"), *arguments])
+            main([command, str(tmp_path / "store"), *arguments])
         shown = capsys.readouterr()
         assert done.value.code == 0, shown.err
         return shown.out
@@ -170,13 +171,14 @@ def test_the_command_line(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixt
         "rephrases": ["Aarhus, who founded it?"],
         "locality": [{"prompt": other.prompt}],
     }
-    file = tmp_path / "some.json"
-    file.write_text(json.dumps(record))
+    file = tmp_path / "some.jsonl"
+    file.write_text(json.dumps(record | {"target": "You"}) + "\n" + json.dumps(record))  # the last was stored
     assert "tau 0.53: set by the store, with every change" in calibrate(str(file), "--write")
     assert EditStore.open(tmp_path / "store").manifest.threshold is not None
     assert "tau 0.6: chosen by whoever made the store" in calibrate(str(file), "--write", "--tau", "0.6")
     assert json.loads(calibrate("--write", "--tau", "0.7", "--json")) == {"tau": 0.7}
     assert EditStore.open(tmp_path / "store").manifest.tau == 0.7
+    assert json.loads(calibrate(str(file), "--controls", "0", "--json", command="eval"))["reliability"] == 1
 
 
 def test_a_written_tau_is_a_new_generation_and_nothing_else(
