@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import reprlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -19,6 +20,9 @@ __all__ = ["FORMATS", "Fields", "Format", "Keys", "Record", "detect_format", "is
 Record = dict[str, Any]
 Texts = Iterable[str]
 ROLES = ("system", "user", "assistant", "tool")
+
+_CHAT_AS_TEXT = re.compile(r'\s*\[\s*\{\s*"(role|content)"\s*:.*\}\s*\]\s*', re.DOTALL)
+"""What polars' `read_ndjson` makes of a chat, where the prompt of another record is text."""
 
 _shorten = reprlib.Repr()
 _shorten.maxstring = _shorten.maxother = 60
@@ -135,6 +139,8 @@ def _memoir(record: Fields) -> list[Edit]:
     if isinstance(values.get("before"), list):
         values["before"] = _messages("before", values["before"])
     prompt, target = _text(values, "prompt"), _target(values, "target")
+    if isinstance(record["prompt"], str) and _CHAT_AS_TEXT.fullmatch(prompt):
+        raise _wrong("prompt", prompt, "a chat as a list of messages, not as one text")
     try:
         edit = msgspec.convert(values | {"prompt": prompt, "target": target}, Edit)
     except (msgspec.ValidationError, UnicodeEncodeError) as error:

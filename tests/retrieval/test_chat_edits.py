@@ -50,6 +50,8 @@ def test_a_chat_in_an_edit_file(tmp_path: Path) -> None:
         ([{"role": "robot", "content": "Who?"}], "of a role of system, user, assistant"),
         ([{"role": "user", "content": ["Who?"]}], "write messages"),
         ([{"role": "user", "content": " "}], "'prompt' is ' '; write some text"),
+        (json.dumps([{"role": "user", "content": "Who?"}]), "write a chat as a list of messages, not as one text"),
+        (' [ {"content": "}]\n", "role":"user"}\n]\n', "write a chat as a list of messages, not as one text"),
     ],
 )
 def test_what_is_no_chat_is_refused(tmp_path: Path, prompt: object, said: str) -> None:
@@ -57,6 +59,13 @@ def test_what_is_no_chat_is_refused(tmp_path: Path, prompt: object, said: str) -
     file.write_text(json.dumps({"prompt": prompt, "target": "b"}))
     with pytest.raises(EditFileError, match=f"line 1: .*{said}"):
         read_edits(file)
+
+
+@pytest.mark.parametrize("prompt", ['What is [{"role": "user"}]?', '[{"role": "user"}] is what?', "[]", '[{"a": 1}]'])
+def test_a_question_about_a_chat_is_text(tmp_path: Path, prompt: str) -> None:
+    file = tmp_path / "edits.jsonl"
+    file.write_text(json.dumps({"prompt": prompt, "target": "b"}))
+    assert read_edits(file) == [Edit(prompt=prompt, target="b")]
 
 
 def test_a_chat_is_found_and_answered_as_it_was_edited(base: BaseModel, tmp_path: Path) -> None:
