@@ -97,7 +97,8 @@ LONGEST = 512
 _WORD = regex.compile(
     rf"(?V1)[[\p{{L}}\p{{N}}]&&[{UNSPACED}]]\p{{M}}*|\p{{N}}+(?:[.,:]\p{{N}}+)+|[\p{{L}}\p{{M}}\p{{N}}_--[{UNSPACED}]]+[+#]*"
 )
-_CLAUSE = regex.compile(r"[.!?:;]+(?=[\s\"')\]*]|$)|[\n\"“”]+|(?:^|\s)[-–—]+\s")
+# A run of signs is read once, from its first one on: the time is linear where it ends no clause.
+_CLAUSE = regex.compile(r"(?<![.!?:;])[.!?:;]++(?=[\s\"')\]*]|$)|[\n\"“”]+|(?:^|\s)[-–—]+\s")
 _SENTENCE = regex.compile(r"[^.!?:;\n\"“”]+\??")
 _CONTRACTED = regex.compile(r"(?<=\p{L})n['’]t\b")
 _POSSESSIVE = regex.compile(r"(?<=\p{L})['’](?:s|re|ll|ve|d|m)?\b|(?<=s)['’](?=\s|$)")

@@ -140,14 +140,17 @@ _QUOTES = regex.compile(
             rf"```\w*\n([^`]{{1,{LONGEST_QUOTE}}})```",
             rf'"([^"\n]{{1,{LONGEST_QUOTE}}})"',
             rf"[\u201c\u201e]([^\u201c\u201d\u201e\n]{{1,{LONGEST_QUOTE}}})[\u201d\u201c]",
-            rf"[\u00ab\u203a]\s?([^\u00ab\u00bb\n]{{1,{LONGEST_QUOTE}}})[\u00bb\u2039]",
-            rf"<\w{{1,40}}>\s*([^<>]{{1,{LONGEST_QUOTE}}})</",
+            rf"(?:\u00ab\s?([^\u00ab\u00bb\n]{{1,{LONGEST_QUOTE}}})"
+            rf"|\u203a\s?([^\u00ab\u00bb\u203a\n]{{1,{LONGEST_QUOTE}}}))[\u00bb\u2039]",
+            rf"<\w{{1,40}}>\s*+([^<>]{{1,{LONGEST_QUOTE}}})</",
             rf"\*\*([^*\n]{{1,{LONGEST_QUOTE}}})\*\*",
             rf"`([^`\n]{{1,{LONGEST_QUOTE}}})`",
         ]
     )
 )
-_END = regex.compile(r"[.!?\u2026\u3002\uff01\uff1f\u061f]+[\"'\u201d\u2019\u00bb)\]*]*(?=\s|$)|[\u3002\uff01\uff1f]+")
+_STOP = r"[.!?\u2026\u3002\uff01\uff1f\u061f]"
+# A run of stops is read once, from its first one on: the time is linear where it ends no sentence.
+_END = regex.compile(rf"(?<!{_STOP}){_STOP}++[\"'\u201d\u2019\u00bb)\]*]*+(?=\s|$)|[\u3002\uff01\uff1f]+")
 _ABBREVIATED = regex.compile(
     r"(?:^|[\s(\"'])(?:\p{Lu}|\p{L}\.\p{L}|mr|mrs|ms|dr|st|vs|no|nr|jr|sr|prof|inc|ltd|co|corp|dept|approx|vol|fig)$",
     regex.IGNORECASE,

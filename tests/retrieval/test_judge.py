@@ -39,6 +39,13 @@ def test_case_accents_and_signs_do_not_count(text: str, words: tuple[str, ...]) 
     assert read(text).words == words
 
 
+def test_a_run_of_signs_takes_no_quadratic_time() -> None:
+    """Quadratic time would be 20 minutes for these texts, so no clock is asked: the suite's timeout ends it."""
+    for number in range(100):
+        assert read("." * 8000 + f"x{number}").words == (f"x{number}",)
+        assert read("?!" * 4000 + f"x{number}").words == (f"x{number}",)
+
+
 @pytest.mark.parametrize(
     "question",
     [
