@@ -7,11 +7,13 @@ import random
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
-from simulation import ALL, Simulate, Simulation, World, chat, oracle, other, right, world
+from simulation import ALL, RULE, Simulate, Simulation, World, chat, oracle, other, right, world
 from vllm.v1.request import RequestStatus
 
 from memoir_retrieval.model.forward import span_mean
+from memoir_retrieval.question.candidates import Pieces
 from memoir_retrieval.question.span import find_span
 from memoir_vllm.core import blocks
 
@@ -287,6 +289,25 @@ def test_any_mix_under_the_rule_all(seed: int, simulate: Simulate) -> None:
             sim.scheduler.reset_prefix_cache(reset_running_requests=True)
     sim.run(limit=4000)
     check_answers(sim, wanted, aborted)
+
+
+@pytest.mark.parametrize("first", ["found", "named"])
+def test_a_span_that_a_client_names_is_decided_by_itself(first: str, simulate: Simulate, here: World) -> None:
+    """The same tokens are the whole message, whose parts are looked up, or what a client names, without parts."""
+    rule = msgspec.structs.replace(RULE, candidates=True)
+    sim = simulate(rule=rule)
+    sim.scheduler._pieces = Pieces(lambda ids: "".join("\n" if token == 0 else f"w{token} " for token in ids))
+    prompt = chat([*(token or 1 for token in other(9)), 0, *here.questions[1]], before=20, after=9)
+    span = find_span(prompt, rule)
+    options = {"found": None, "named": {"memoir_span": f"{span.start}:{span.end}"}}
+    for name in (first, *(options.keys() - {first})):
+        sim.add(name, prompt, options[name])
+        sim.run()
+    assert {name: decision["result"] for name, decision in sim.said.items()} == {
+        "found": "matched",
+        "named": "unmatched",
+    }
+    assert sim.answers == {"found": right(here, prompt, 1), "named": right(here, prompt, None)}
 
 
 def test_salts_are_kept_apart(simulate: Simulate, here: World) -> None:

@@ -239,7 +239,8 @@ def _with_decision(params: dict[str, Any] | None, routed: Routed | None) -> dict
 
 
 def _prompt_key(request: Request, query: Query) -> bytes | None:
-    """Equal keys have equal decisions: what is pooled depends on the tokens up to the question's end alone.
+    """Equal keys have equal decisions: what is pooled depends on the tokens up to the question's end, and on which
+    parts of it are looked up. Where a client names the span, none are.
 
     So do the activations, but for an adapter, whose store has its name.
 
@@ -251,6 +252,7 @@ def _prompt_key(request: Request, query: Query) -> bytes | None:
     span = query.span
     tokens = np.asarray(request.prompt_token_ids[: span.end], dtype=np.int64)
     key = blake2b(tokens.tobytes(), digest_size=16, salt=span.start.to_bytes(8, "little"))
+    key.update(np.array([(part.start, part.end) for part in query.parts], dtype=np.int64).tobytes())
     if query.store:
         key.update(b"store" + query.store.encode() + b"\0")
     if request.cache_salt:
