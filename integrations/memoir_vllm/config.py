@@ -13,11 +13,11 @@ import msgspec
 from vllm import envs
 from vllm.logger import init_logger
 
-from memoir_retrieval.errors import ConfigError, ModelError
+from memoir_retrieval.errors import ConfigError, ModelError, StoreError
 from memoir_retrieval.lookup.masks import Decode
 from memoir_retrieval.model.adapter import adapter_digest
 from memoir_retrieval.model.base import identify, resolve
-from memoir_retrieval.question.span import ChatSpanRule, SpanRule
+from memoir_retrieval.question.span import ChatSpanRule, SpanRule, find_span
 from memoir_retrieval.store.manifest import read_manifest
 from memoir_retrieval.store.read import EditStore, Manifest, library_version
 
@@ -40,6 +40,7 @@ __all__ = [
     "prefer",
     "refusal_of",
     "refuse",
+    "require_template",
     "section_of",
     "served_rule",
     "served_stores",
@@ -307,10 +308,14 @@ def open_stores(config: MemoirConfig, vllm_config: VllmConfig) -> dict[str, Edit
     Raises StoreError, ModelError or ConfigError.
     """
     model = vllm_config.model_config
+    known = served_stores(vllm_config) if "memoir_stores" in vllm_config.additional_config else {}
     stores = {}
     for name, folder in config.folders.items():
         store = stores[name] = EditStore.open(folder)
         store.require_trained()
+        if name in known and known[name].rule != served_rule(store.manifest):
+            # The scheduler finds questions by the rule that the front end has read.
+            raise StoreError(f"store {folder} has got another span rule while the engine started: start it again")
         identity = identify(resolve(model.model), store.manifest.module)
         if name and store.manifest.base.adapter:
             # Which adapter it is, is known once requests for it come.
@@ -357,6 +362,48 @@ def token_decoder(model: ModelConfig) -> Decode:
         return text
 
     return read
+
+
+def require_template(config: MemoirConfig, model: str, template: str | None) -> None:
+    """Raise where no question is found in a chat as a server renders it, so that no edit of a chat store would act.
+
+    config: the section.
+    model: name or folder of the served one.
+    template: the server's own chat template; None for that of the model.
+
+    Raises ConfigError, which names the store.
+    """
+    manifests = {folder: read_manifest(Path(folder)) for folder in config.folders.values()}
+    rules = {folder: served_rule(m) for folder, m in manifests.items() if m.chat and m.span.rule == "question"}
+    if not rules:
+        return
+    from transformers import AutoTokenizer
+
+    question, given = "Which river is it?", {} if template is None else {"chat_template": template}
+    tokenizer = AutoTokenizer.from_pretrained(resolve(model))
+    try:
+        ids = tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            **given,
+        )["input_ids"]
+    except Exception:  # templates raise their own errors, which their clients hear of
+        return
+    for folder, rule in rules.items():
+        span = find_span(ids, rule)
+        if not rule.starts or question in tokenizer.decode(ids[span.start : span.end]):
+            continue
+        cure = (
+            "restore it in the model's folder, or edit this model into a new store"
+            if template is None
+            else "leave out --chat-template, or give one with the marks of the model's own"
+        )
+        raise ConfigError(
+            f"the chat template marks a user's message otherwise than when the edits of store {folder} were made, so "
+            f"no question would be found and none of them would act: {cure}"
+        )
 
 
 def prefer(config: MemoirConfig, args: EngineArgs) -> None:

@@ -21,11 +21,13 @@ import pytest
 from fastapi import FastAPI, Request
 from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
 from starlette.responses import Response
+from transformers import AutoTokenizer
 
 from memoir_retrieval import Edit, Editor
 from memoir_retrieval.cli.serve import server_command
 from memoir_retrieval.errors import ConfigError, StoreError
 from memoir_retrieval.model.base import BaseModel
+from memoir_retrieval.question.span import derive_span_rule
 from memoir_vllm import config
 from memoir_vllm.admin import audit, guard, service
 from memoir_vllm.admin.audit import AUDIT, AuditLog, server_name
@@ -313,7 +315,8 @@ _KEYS += ("routing_s", "residual_s")
 def attached(store: Path, **args: Any) -> list[str]:
     app = FastAPI()
     section = {"memoir": {"store": str(store)}} if store.name != "none" else {}
-    given = {"additional_config": section, "api_server_count": 1, "disable_fastapi_docs": False} | args
+    given = {"additional_config": section, "api_server_count": 1, "disable_fastapi_docs": False, "chat_template": None}
+    given |= {"model": "smollm2-135m"} | args
     app.state.args = Namespace(**given)
     MemoirEndpoints().attach_router(app)
     return [route.path for route in app.routes if getattr(route, "path", "").startswith("/memoir")]
@@ -332,6 +335,34 @@ def test_routes_exist_only_where_a_token_is_set(
     monkeypatch.setenv("MEMOIR_ADMIN_TOKEN", "short")
     with pytest.raises(ConfigError, match="openssl rand"):
         attached(store_folder)
+
+
+_TURNS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+)
+
+
+def test_a_chat_template_under_which_no_question_is_found_is_refused(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the server would start, and every chat would be unroutable. One with the same marks may say other things."""
+    monkeypatch.setenv("MEMOIR_ADMIN_TOKEN", TOKEN)
+    store, model = tmp_path / "edits", tmp_path / "model"
+    manifest = SimpleNamespace(chat=True, span=derive_span_rule(AutoTokenizer.from_pretrained(model_folder)))
+    monkeypatch.setattr(config, "read_manifest", lambda folder: manifest)
+    assert attached(store) == attached(store, chat_template=_TURNS) == ["/memoir"]
+    assert attached(store, chat_template="{{ raise_exception('never') }}") == ["/memoir"]
+    other = _TURNS.replace("<|im_start|>", "### ")
+    with pytest.raises(ConfigError, match=r"edits of store .*/edits were made, .* leave out --chat-template"):
+        attached(store, chat_template=other)
+    shutil.copytree(model_folder, model, ignore=shutil.ignore_patterns("*.safetensors", "*.jinja"))
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = other
+    tokenizer.save_pretrained(model)
+    with pytest.raises(ConfigError, match=r"edits of store .*/edits were made, .* restore it in the model's folder"):
+        attached(store, model=str(model))
+    manifest.chat = False
+    assert attached(store, model=str(model)) == ["/memoir"]
 
 
 def test_serve_names_every_plugin_that_would_be_loaded_anyway(

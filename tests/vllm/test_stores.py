@@ -20,12 +20,12 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.lora.request import LoRARequest
 
-from memoir_retrieval.errors import ConfigError, ModelError, StoreMismatch
+from memoir_retrieval.errors import ConfigError, ModelError, StoreError, StoreMismatch
 from memoir_retrieval.lookup.retriever import Retriever
 from memoir_retrieval.model.adapter import adapter_digest, merge_adapter, split_adapter
 from memoir_retrieval.model.base import load_model
 from memoir_retrieval.store.read import EditStore
-from memoir_vllm import requests
+from memoir_vllm import config, requests
 from memoir_vllm.config import ServedStore
 from memoir_vllm.front.metrics import EngineCollector, Traffic
 
@@ -300,3 +300,13 @@ def test_stores_are_served_together_where_they_fit(
     elsewhere = make_store(load_model(str(small), layer=2), tmp_path / "elsewhere", k=72, tau=0.9)
     with pytest.raises(ConfigError, match=r"another module \(model.layers.1.mlp.down_proj, model.layers.2"):
         create(small_edits, {"other": elsewhere})
+
+
+def test_a_store_whose_span_rule_changes_while_an_engine_starts_is_refused(small: Path, small_edits: Path) -> None:
+    """As by `memoir compact --acts last`: the scheduler would find questions by the rule of before."""
+    vllm_config = EngineArgs(**flags(small, small_edits)).create_engine_config()
+    ours = config.section_of(vllm_config)
+    assert ours and config.open_stores(ours, vllm_config).keys() == {""}
+    vllm_config.additional_config["memoir_stores"][""]["span"]["acts"] = "first"
+    with pytest.raises(StoreError, match=r"another span rule while the engine started: start it again"):
+        config.open_stores(ours, vllm_config)

@@ -47,17 +47,21 @@ class MemoirEndpoints:
 
         app: the server's.
 
-        Raises ConfigError for a bad token, or for a server that cannot be administrated.
+        Raises ConfigError for a bad token, for a server that cannot be administrated, and for a chat template under
+        which no edit would act.
         """
         args = app.state.args
         section = (getattr(args, "additional_config", None) or {}).get("memoir")
         if section is None:
             return
+        from vllm.renderers.chat_utils import load_chat_template
+
         from memoir_vllm import config
         from memoir_vllm.admin.routes import make_app
         from memoir_vllm.admin.tokens import Tokens
 
         self._ours = config.parse_section(section)
+        config.require_template(self._ours, args.model, load_chat_template(args.chat_template))
         tokens = Tokens.read(self._ours.token_file)
         if not tokens:
             logger.info(

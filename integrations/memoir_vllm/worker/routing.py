@@ -21,7 +21,10 @@ from memoir_vllm.requests import Decision, Query, Routed
 
 __all__ = ["NO_CHAT", "Route", "Router"]
 
-NO_CHAT = "no user message with text; the edits were made in chats, so ask through /v1/chat/completions"
+NO_CHAT = (
+    "no user message with text as the model's own chat template marks it; the edits were made in chats, so ask through "
+    "/v1/chat/completions, with that template"
+)
 
 
 @dataclass(frozen=True)
