@@ -17,7 +17,7 @@ from vllm.model_executor.models.utils import WeightsMapper
 from vllm.v1.worker.gpu_worker import Worker
 
 from memoir_retrieval.errors import ConfigError
-from memoir_vllm.worker import attach
+from memoir_vllm.worker import attach, mixin
 from memoir_vllm.worker.mixin import MemoirWorker
 from memoir_vllm.worker.op import register_op
 
@@ -228,3 +228,16 @@ def test_weights_that_would_be_thrown_away_are_kept() -> None:
     for change in (worker.reload_weights, worker.reset_weights, worker.start_weight_update):
         with pytest.raises(RuntimeError, match=rf"refuses {change.__name__}: .*start the engine again"):
             change()
+
+
+def test_the_log_says_of_which_store_a_reload_took_a_generation_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker, said = Sleeper(), list[str]()
+    stores = {name: SimpleNamespace(router=SimpleNamespace(edits=edits)) for name, edits in (("", 3), ("acme", 5))}
+    reloader = SimpleNamespace(manifest=SimpleNamespace(generation=7), reload=lambda: 8)
+    worker._memoir, worker._reloaders = SimpleNamespace(stores=stores), dict.fromkeys(stores, reloader)  # type: ignore[assignment]
+    monkeypatch.setattr(mixin.logger, "info", lambda text, *values: said.append(text % values))
+    assert worker.memoir_reload() == worker.memoir_reload("acme") == 8
+    assert said == [
+        "memoir: serving generation 8 with 3 edits, was 7",
+        "memoir: serving acme, generation 8 with 5 edits, was 7",
+    ]

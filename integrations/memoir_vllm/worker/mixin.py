@@ -155,7 +155,8 @@ class MemoirWorker(Worker):
             return str(error)
         if now != before:
             edits = self._memoir.stores[store].router.edits
-            logger.info("memoir: serving generation %d with %d edits, was %d", now, edits, before)
+            named = f"{store}, " if store else ""
+            logger.info("memoir: serving %sgeneration %d with %d edits, was %d", named, now, edits, before)
         return now
 
     def memoir_stats(self) -> dict[str, Any] | None:
