@@ -401,8 +401,8 @@ def require_template(config: MemoirConfig, model: str, template: str | None) -> 
             else "leave out --chat-template, or give one with the marks of the model's own"
         )
         raise ConfigError(
-            f"the chat template marks a user's message otherwise than when the edits of store {folder} were made, so "
-            f"no question would be found and none of them would act: {cure}"
+            f"the chat template does not mark a user's message as it did when the edits of store {folder} were made, "
+            f"so no question would be found and none of them would act: {cure}"
         )
 
 
