@@ -3,7 +3,11 @@ them, so that `--help`, `list` and `show` answer at once."""
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import click
 
@@ -74,8 +78,9 @@ def main(arguments: list[str] | None = None) -> None:
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        # Outside standalone mode click returns the exit code of `Exit` instead of raising it.
-        code = cli.main(arguments, prog_name="memoir", standalone_mode=False)
+        with _ended_as_interrupted():
+            # Outside standalone mode click returns the exit code of `Exit` instead of raising it.
+            code = cli.main(arguments, prog_name="memoir", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as help_wanted:
         click.echo(help_wanted.format_message(), err=True)
         sys.exit(2)
@@ -94,3 +99,16 @@ def main(arguments: list[str] | None = None) -> None:
         click.echo(f"memoir: interrupted: {str(stop) or 'nothing was changed by halves'}", err=True)
         sys.exit(130)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+@contextmanager
+def _ended_as_interrupted() -> Iterator[None]:
+    """Within the context SIGTERM, by which containers, schedulers and services end a process, is as good as Ctrl-C."""
+    if threading.current_thread() is not threading.main_thread():  # no other may set what a signal does
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -132,8 +131,6 @@ def _server(store: Path, port: int) -> Iterator[str]:
     flags = ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", "2048", "--enforce-eager"]
     command, environment = server_command(MODEL, store, flags)
     log = store.with_name(store.name + "-server.log")
-    # Asked to end (SIGTERM), Python would stop without the `finally` below and leave the server behind.
-    previous = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     with open(log, "wb") as out:
         # A session of its own: Ctrl-C reaches the server once, from here, and vLLM's workers share its group.
         process = subprocess.Popen(
@@ -150,7 +147,6 @@ def _server(store: Path, port: int) -> Iterator[str]:
         with suppress(ProcessLookupError):  # whatever is left of the server and its workers
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        signal.signal(signal.SIGTERM, previous)
 
 
 def _wait_until_healthy(process: subprocess.Popen[bytes], port: int, log: Path) -> None:

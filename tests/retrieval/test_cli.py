@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -519,16 +520,17 @@ def test_a_package_that_cannot_be_imported(
     refused(capsys, store, "`memoir doctor` says what is missing", "lookup", store, "hi")
 
 
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_edit_says_what_is_kept(
-    capsys: pytest.CaptureFixture[str], store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: signal.Signals
 ) -> None:
     from memoir_retrieval.editing.session import Session
 
-    add, added = Session.train, []
+    before, add, added = signal.getsignal(by), Session.train, []
 
     def until_the_second(self: Session, *arguments: Any) -> Any:
         if added:
-            raise KeyboardInterrupt
+            signal.raise_signal(by)
         added.append(add(self, *arguments))
         return added[0]
 
@@ -539,6 +541,7 @@ def test_an_interrupted_edit_says_what_is_kept(
         patched.setattr(Session, "train", until_the_second)
         code, out, err = run(capsys, *command)
     assert code == 130 and out == "" and "1 new edits are kept" in err and "Traceback" not in err
+    assert signal.getsignal(by) == before
     summary = json.loads(run(capsys, *command)[1])
     assert (summary["stored"], summary["skipped"]) == (2, 3)
 
