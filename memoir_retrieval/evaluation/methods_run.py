@@ -27,6 +27,7 @@ __all__ = [
     "ChangedShares",
     "FreeShares",
     "MethodScores",
+    "Point",
     "known_scores",
     "run_method",
     "unedited_answers",
@@ -38,6 +39,7 @@ TOKENS = 32
 WATCHED = 16  # control prompts whose likelihood is watched between edits
 CLOSELY = 10  # so many first edits are watched one by one, later ones in tens: watching can take longer than an edit
 DIVERGED = 10.0  # so many times the perplexity of the base model
+ASKED = tuple(10**n for n in range(7))  # after so many edits a method is asked on the way, too
 
 
 class FreeShares(msgspec.Struct, frozen=True):
@@ -63,45 +65,54 @@ class ChangedShares(msgspec.Struct, frozen=True):
     controls: float | None
 
 
-class MethodScores(msgspec.Struct, frozen=True, kw_only=True):
-    """One method on some edits; `NAME.json` of a run.
+class Point(msgspec.Struct, frozen=True, kw_only=True):
+    """What a method answers after some edits, asked of all that were made so far.
 
-    method: its name.
-    data: a digest of the edits, the model and what else the figures depend on.
     edits: how many.
-    end: whether the token that ends an answer was trained.
-    settings: hyper-parameters.
     reliability, generality, locality, average: teacher-forced, as `Scores` has them.
     exact: free answers that equal the target, capitals and a full stop at the end aside.
     contains: free answers in which the target stands as words.
-    controls: how many unrelated prompts of each kind were answered freely, at most.
-    changed: how many of those answers are not those of the base model.
     perplexity: of unrelated prompts, over that of the base model.
-    diverged: the number of the first edit after which that was seen above 10 or no number; None: of no edit. It is
-        looked at after each of the first ten edits, after each tenth, and after the last.
-    edit_seconds: mean for an edit.
-    edit_megabytes: mean for an edit, of what is kept beside the base model; 10^6 bytes.
-    seconds: of everything.
     """
 
-    method: str
-    data: str
     edits: int
-    end: bool
-    settings: dict[str, Any]
     reliability: float
     generality: float | None
     locality: float | None
     average: float
     exact: FreeShares
     contains: FreeShares
+    perplexity: float
+
+
+class MethodScores(Point, frozen=True, kw_only=True):
+    """One method on some edits, asked after the last; `NAME.json` of a run. See `Point` for the fields it begins with.
+
+    method: its name.
+    data: a digest of the edits, the model and what else the figures depend on.
+    end: whether the token that ends an answer was trained.
+    settings: hyper-parameters.
+    controls: how many unrelated prompts of each kind were answered freely, at most.
+    changed: how many of those answers are not those of the base model.
+    diverged: the number of the first edit after which the perplexity was seen above 10 or no number; None: of no edit.
+        It is looked at after each of the first ten edits, after each tenth, and after the last.
+    edit_seconds: mean for an edit.
+    edit_megabytes: mean for an edit, of what is kept beside the base model; 10^6 bytes.
+    seconds: of everything.
+    curve: the same after 1, 10, 100 ... edits before the last, where the method can be asked there.
+    """
+
+    method: str
+    data: str
+    end: bool
+    settings: dict[str, Any]
     controls: int
     changed: ChangedShares
-    perplexity: float
     diverged: int | None
     edit_seconds: float
     edit_megabytes: float
     seconds: float
+    curve: tuple[Point, ...] = ()
 
 
 class BaseAnswers(msgspec.Struct, frozen=True):
@@ -194,12 +205,12 @@ def run_method(
     started = time.monotonic()
     before = answers()
     method = open_method(name, base, end=end, texts=texts)
-    shares, seconds, size, diverged, number = _Shares(), 0.0, 0, None, 0
+    shares, curve, seconds, size, diverged, number = _Shares(), list[Point](), 0.0, 0, None, 0
     try:
         for group in _groups(edits, alone):
             if number:
                 method = method.restart()
-            took, broken = _edit(method, group, number, before.loss, tell)
+            took, broken = _edit(method, group, number, before, curve, tell)
             seconds += took
             size += method.bytes
             diverged = diverged or broken
@@ -217,6 +228,9 @@ def run_method(
             edit_seconds=round(seconds / len(edits), 3),
             edit_megabytes=round(size / len(edits) / 1e6, 4),
             seconds=round(time.monotonic() - started, 1),
+            curve=tuple(curve),
+            controls=controls,
+            changed=shares.changed_shares(),
             **shares.scores(),
         )
     finally:
@@ -239,20 +253,26 @@ def known_scores(folder: Path, data: str) -> list[MethodScores]:
 
 
 def _edit(
-    method: Method, edits: Sequence[Edit], earlier: int, loss: float, tell: Callable[[str], None]
+    method: Method,
+    edits: Sequence[Edit],
+    earlier: int,
+    before: BaseAnswers,
+    curve: list[Point],
+    tell: Callable[[str], None],
 ) -> tuple[float, int | None]:
     """Make all edits. Returns the seconds this took, and after which edit the method diverged."""
     seconds, diverged, done = 0.0, None, 0
     watched = _watched(method.base)
     while done < len(edits):
-        batch = edits[done : done + method.batch]
+        until = done + method.batch if method.batch else next((n for n in ASKED if n > done), len(edits))
+        batch = edits[done:until]
         started = time.perf_counter()
         method.edit(batch)
         seconds += time.perf_counter() - started
         done += len(batch)
         watch = done <= CLOSELY or done % CLOSELY == 0 or done == len(edits)
         if method.checked and diverged is None and watch:
-            ratio = _ratio(method.loss(watched), loss)
+            ratio = _ratio(method.loss(watched), before.loss)
             if not ratio < DIVERGED:
                 diverged = earlier + done
                 tell(
@@ -261,6 +281,10 @@ def _edit(
                 )
         if done % 10 == 0 or (done == len(edits) and done > 1):
             tell(f"{method.name}: {done}/{len(edits)} edits, {seconds / done:.2f} s each")
+        if done in ASKED and done < len(edits):
+            shares = _Shares()
+            shares.ask(method, edits[:done], before, 0)
+            curve.append(Point(edits=done, **shares.scores()))
     return seconds, diverged
 
 
@@ -275,7 +299,6 @@ class _Shares:
     contains: tuple[list[bool], list[bool]] = field(default_factory=lambda: ([], []))
     changed: tuple[list[bool], list[bool]] = field(default_factory=lambda: ([], []))
     perplexities: list[float] = field(default_factory=list)
-    controls: int = 0
 
     def ask(self, method: Method, edits: Sequence[Edit], before: BaseAnswers, controls: int) -> None:
         """Ask a method that has made some edits, those that follow the ones asked so far."""
@@ -298,11 +321,10 @@ class _Shares:
         first = len(self.unrelated)
         probes = before.probes[first : first + len(prompts)]
         self.unrelated += [_same(a, b) for a, b in zip(method.choices(prompts, targets), probes, strict=True)]
-        self.controls = controls
         asked_freely = prompts[: max(0, controls - first)]
         pairs = (
             (asked_freely, before.questions[first : first + len(asked_freely)]),
-            (_ids(base, control_prompts()[:controls]), before.controls),
+            (_ids(base, control_prompts()[:controls]), before.controls[:controls]),
         )
         for changed, (prompts, known) in zip(self.changed, pairs, strict=True):
             free = method.likely_answers(prompts, known, TOKENS)
@@ -310,7 +332,7 @@ class _Shares:
         self.perplexities.append(_ratio(method.loss(_watched(base)), before.loss))
 
     def scores(self) -> dict[str, Any]:
-        """The fields of `MethodScores` that asking gives."""
+        """The fields of `Point` but for the number of edits."""
         three = {
             "reliability": _mean(self.right),
             "generality": _mean(self.rephrased),
@@ -321,10 +343,11 @@ class _Shares:
             "average": round(sum(known) / len(known), 5),
             "exact": FreeShares(_mean(self.exact[0]) or 0.0, _mean(self.exact[1])),
             "contains": FreeShares(_mean(self.contains[0]) or 0.0, _mean(self.contains[1])),
-            "controls": self.controls,
-            "changed": ChangedShares(_mean(self.changed[0]), _mean(self.changed[1])),
             "perplexity": _mean(self.perplexities),
         }
+
+    def changed_shares(self) -> ChangedShares:
+        return ChangedShares(_mean(self.changed[0]), _mean(self.changed[1]))
 
 
 def _groups(edits: Sequence[Edit], alone: bool) -> list[Sequence[Edit]]:

@@ -359,8 +359,29 @@ def test_later_edits_are_watched_in_tens(base: BaseModel, monkeypatch: pytest.Mo
             self.seen.append(self.done)
             return 1.0
 
-    methods_run._edit(Watched(base), [EDIT] * 25, 0, 1.0, lambda _: None)
+    monkeypatch.setattr(methods_run, "ASKED", ())
+    before = methods_run.BaseAnswers("", [], [], [], 1.0)
+    methods_run._edit(Watched(base), [EDIT] * 25, 0, before, [], lambda _: None)
     assert Watched.seen == [*range(1, 11), 20, 25]
+
+
+@pytest.mark.parametrize(
+    ("batch", "batches", "asked"), [(1, [1] * 25, [1, 10]), (5, [5] * 5, [10]), (None, [1, 9, 15], [1, 10])]
+)
+def test_a_method_is_asked_on_the_way_where_it_has_made_the_edits(
+    base: BaseModel, monkeypatch: pytest.MonkeyPatch, batch: int | None, batches: list[int], asked: list[int]
+) -> None:
+    from memoir_retrieval.evaluation import methods_run
+
+    edited: list[int] = []
+    monkeypatch.setattr(methods_run, "TOKENS", 2)
+    monkeypatch.setattr(Unedited, "batch", batch)
+    monkeypatch.setattr(Unedited, "edit", lambda _, edits: edited.append(len(edits)))
+    edits, points = [EDIT] * 25, list[methods_run.Point]()
+    before = unedited_answers(base, edits, 0)
+    methods_run._edit(Unedited(base), edits, 0, before, points, lambda _: None)
+    assert edited == batches
+    assert [(point.edits, point.locality, point.perplexity) for point in points] == [(n, 1.0, 1.0) for n in asked]
 
 
 def test_a_run_is_printed_kept_and_not_done_again(
@@ -385,12 +406,16 @@ def test_a_run_is_printed_kept_and_not_done_again(
         "controls": 0.0,
     }
     assert first[1]["edit_megabytes"] > 0 and first[1]["settings"]["steps"] == 25
+    (point,) = first[1]["curve"]
+    assert point["edits"] == 1 and point["exact"]["edits"] in (0.0, 1.0)
     assert [line.split(" | ")[0] for line in (folder / "methods.md").read_text().splitlines()] == [
         "| method",
         "| ---",
         "| base",
         "| ft",
     ]
+    page = (folder / "methods.html").read_text()
+    assert page.count("<svg") == 3 and "http" not in page, "all at the end, and the way of each"
     kept = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.json")}
     assert json.loads(run(capsys, *command, "--json")[1]) == first
     assert {path.name: path.stat().st_mtime_ns for path in folder.glob("*.json")} == kept

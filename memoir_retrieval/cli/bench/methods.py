@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["bench_methods"]
 
-TABLE = "methods.md"
+TABLE, PAGE = "methods.md", "methods.html"
 HEAD = ("method", "rel", "gen", "loc", "avg", "exact", "contains", "changed", "perplexity", "s/edit", "MB/edit")
 
 
@@ -40,7 +40,7 @@ HEAD = ("method", "rel", "gen", "loc", "avg", "exact", "contains", "changed", "p
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
-    help="Folder of the run; methods that have scores in it are not run again, and its table has all of them.",
+    help="Folder of the run; methods that have scores in it are not run again, and its table and page have all.",
 )
 @click.option(
     "--end-token/--no-end-token",
@@ -84,7 +84,8 @@ def bench_methods(
     end where the model ends them, of the edits and of their rephrasings. changed is the share of unrelated prompts
     whose free answer changed, of the edits' unrelated questions and of the library's prompts. perplexity is that of
     unrelated prompts, as a multiple of the base model's, and names the edit at which it was seen above 10. Prompts are
-    raw, the model is in float32.
+    raw, the model is in float32. The page in the folder of --out has pictures, also of what methods answer after the
+    first 1, 10, 100 ... edits.
 
     \b
     Example:
@@ -99,6 +100,7 @@ def bench_methods(
 
     from memoir_retrieval.background import background_prompts
     from memoir_retrieval.evaluation.methods_run import known_scores, run_method, unedited_answers
+    from memoir_retrieval.evaluation.report import methods_page
     from memoir_retrieval.evaluation.texts import read_texts
 
     base = model.load()
@@ -124,9 +126,11 @@ def bench_methods(
             )
         )
     if out:
-        lines = [HEAD, ["---"] * len(HEAD), *map(_cells, known_scores(out, results[0].data))]
+        there = known_scores(out, results[0].data)
+        lines = [HEAD, ["---"] * len(HEAD), *map(_cells, there)]
         publish(out / TABLE, "".join(f"| {' | '.join(line)} |\n" for line in lines).encode())
-        notes.print(f"written to {out / TABLE}")
+        publish(out / PAGE, methods_page(there, data, base.name).encode())
+        notes.print(f"written to {out / TABLE} and {out / PAGE}")
     if as_json:
         echo_json(msgspec.to_builtins(results))
         return

@@ -28,7 +28,7 @@ class Memoir(Method):
     """See the module. The end token is always trained."""
 
     name = "memoir"
-    batch = 1 << 20
+    batch = None
     checked = False
 
     def __init__(self, base: BaseModel, **options: Any):

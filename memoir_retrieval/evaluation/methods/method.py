@@ -39,13 +39,13 @@ class Method:
     A method may change weights of the model until it is closed, or act in hooks while it answers (`acting`).
 
     name: on the command line.
-    batch: edits that are made at once.
+    batch: edits that are made at once; None for any number.
     checked: whether the model can be asked between two edits.
     unedited: cached properties that depend on the unedited model alone.
     """
 
     name: ClassVar[str]
-    batch: ClassVar[int] = 1
+    batch: ClassVar[int | None] = 1
     checked: ClassVar[bool] = True
     unedited: ClassVar[tuple[str, ...]] = ()
 
@@ -77,7 +77,7 @@ class Method:
     def edit(self, edits: Sequence[Edit]) -> None:
         """Make edits, after those that were made before.
 
-        edits: at most `batch`.
+        edits: at most `batch`, if that is a number.
         """
         raise NotImplementedError
 

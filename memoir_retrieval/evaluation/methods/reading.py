@@ -33,7 +33,7 @@ class FactReading(Method):
     """See the module."""
 
     name = "reading"
-    batch = 1 << 20
+    batch = None
 
     def __init__(self, base: BaseModel, **options: Any):
         """base, options: see `Method`."""

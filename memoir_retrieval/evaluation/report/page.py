@@ -12,13 +12,14 @@ from typing import Any
 import msgspec
 
 from memoir_retrieval.evaluation.calibration import Calibration, Setting
+from memoir_retrieval.evaluation.methods_run import ChangedShares, MethodScores, Point
 from memoir_retrieval.evaluation.quality_run import Run
 from memoir_retrieval.evaluation.report.charts import Series, bars, histograms, lines
 from memoir_retrieval.evaluation.routing_data import PARTS
 from memoir_retrieval.evaluation.routing_run import RoutingRun, Row
 from memoir_retrieval.evaluation.scores import Scores
 
-__all__ = ["calibration_page", "latency_page", "routing_page", "run_page", "settings_page"]
+__all__ = ["calibration_page", "latency_page", "methods_page", "routing_page", "run_page", "settings_page"]
 
 AGES = 10
 """Bars of the picture of forgetting."""
@@ -163,6 +164,64 @@ def _shares(rows: Sequence[Row], share: Callable[[Row], float | None]) -> str:
 
 
 _AGES_NOTE = "Left the newest edits, right the oldest, which most later ones may have overwritten."
+
+
+def methods_page(results: Sequence[MethodScores], data: str, model: str) -> str:
+    """The report of `memoir bench methods`: what each method answers after the last edit, and on the way there.
+
+    results: of the methods.
+    data, model: their names.
+    """
+    title = f"{results[0].edits} edits of {Path(data).name} on {Path(model).name}"
+    shares = {
+        scores.method: (scores.exact.edits, scores.exact.rephrases, _kept(scores.changed), scores.average)
+        for scores in results
+    }
+    columns = ("edits", "rephrasings", "unrelated kept", "avg")
+    parts = [f"<h1>{escape(title)}</h1>", _section("After the last edit", bars(shares, columns), _METHODS_NOTE)]
+    for scores in results:
+        points = [*scores.curve, scores]
+        if len(points) > 1:
+            broken = f"Unrelated text was ten times as unlikely from edit {scores.diverged} on." * bool(scores.diverged)
+            parts.append(_section(scores.method, _course(points), broken))
+    head = ["method", "edits", "rel", "gen", "loc", "avg", "exact", "rephrasings", "contains", "rephrasings"]
+    rows = [[scores.method, *_figures(point)] for scores in results for point in (*scores.curve, scores)]
+    parts.append(_section("All figures", _table([[*head, "perplexity"], *rows])))
+    return _page("Methods", parts)
+
+
+_METHODS_NOTE = (
+    "Free answers that are the target, of edits and of their rephrasings; free answers to unrelated questions that are "
+    "the base model's; the mean of the teacher-forced scores. More is better."
+)
+
+
+def _kept(changed: ChangedShares) -> float | None:
+    share = changed.controls if changed.questions is None else changed.questions
+    return None if share is None else 1 - share
+
+
+def _course(points: Sequence[Point]) -> str:
+    """A method's shares over the number of edits."""
+    shares: dict[str, list[float | None]] = {
+        "exact edits": [point.exact.edits for point in points],
+        "exact rephrasings": [point.exact.rephrases for point in points],
+        "reliability": [point.reliability for point in points],
+        "locality": [point.locality for point in points],
+    }
+    series = [
+        Series(name, [(p.edits, y) for p, y in zip(points, values, strict=True) if y is not None], colour)
+        for colour, (name, values) in enumerate(shares.items(), 1)
+    ]
+    drawn = [line for line in series if line.points]
+    return lines(drawn, x_name="edits", y_name="share", y_range=(0.0, 1.0), log_x=True)
+
+
+def _figures(point: Point) -> list[Any]:
+    shares = (point.reliability, point.generality, point.locality, point.average)
+    free = (share for both in (point.exact, point.contains) for share in (both.edits, both.rephrases))
+    cells = ["" if share is None else f"{share:.3f}" for share in (*shares, *free)]
+    return [point.edits, *cells, f"{point.perplexity:.3g}"]
 
 
 def latency_page(rows: Sequence[dict[str, Any]], model: str) -> str:
