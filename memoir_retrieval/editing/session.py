@@ -135,22 +135,23 @@ class Session:
             for edit in stored:
                 done += 1
                 progress(Progress(done, total, edit, seconds))
-            self._renew(outcome, choices)  # what a memory had lost when it was left
-        again = True
+            self._renew(outcome, choices, set())  # what a memory had lost when it was left
+        again, once = True, set[int]()
         while again:
             for number in list(self.trainer.memories):
                 self._ask_back(number)
-            again = self._renew(outcome, choices)
+            again = self._renew(outcome, choices, once)
         now = {edit.id: edit for edit in self._store.edits}
         outcome.stored = [now.get(edit.id, edit) for edit in outcome.stored]  # one may be replaced by now
 
-    def _renew(self, outcome: Outcome, choices: Choices) -> bool:
+    def _renew(self, outcome: Outcome, choices: Choices, once: set[int]) -> bool:
         """Train again, elsewhere, what later edits have overwritten. The audit of each asks its neighbours only.
 
+        once: ids of those that are not trained again any more; they are added to it.
         Returns whether there was anything.
         """
         stored = {edit.id: edit for edit in self._store.edits} if self._lost else {}
-        lost = [stored[i] for i in dict.fromkeys(self._lost) if i in stored and i not in outcome.renewed]
+        lost = [stored[i] for i in dict.fromkeys(self._lost) if i in stored and i not in once]
         # One that took all steps of its second try was never learnt, and is stored since somebody wanted it so.
         lost = [edit for edit in lost if edit.steps < 2 * self._store.training.max_steps]
         self._lost.clear()
@@ -160,7 +161,9 @@ class Session:
             again = Outcome()
             self.train([new._replace(old=stored[new.id])], again, choices)
             outcome.failed += again.failed
-            outcome.renewed.append(new.id)
+            once.add(new.id)
+            if new.id not in outcome.renewed:  # one may be lost in several memories, one after the other
+                outcome.renewed.append(new.id)
         return bool(lost)
 
     def _ask_back(self, number: int) -> None:

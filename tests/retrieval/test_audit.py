@@ -126,6 +126,21 @@ def test_what_a_run_that_was_cut_off_had_lost_is_trained_again(
         assert len(asked[0]) == session.TURNS, "the others were asked before"
 
 
+def test_what_is_lost_again_in_another_memory_is_trained_again_there_too(base: BaseModel, tmp_path: Path) -> None:
+    edits = [AARHUS, PISA, *OTHERS]
+
+    def overwrite(progress: Progress) -> None:
+        if progress.done in (2, 4):
+            for number in editor._session.trainer.memories:
+                editor.memories[number].zero_()
+
+    with Editor(base, tmp_path, training=Training(edits_per_memory=2)) as editor:
+        editor.add(edits, side_by_side=1, progress=overwrite)
+        renewed = editor.outcome.renewed
+        assert len(renewed) == len(set(renewed)) and {0, 1} <= set(renewed) and not editor.outcome.failed
+    assert answers(tmp_path, base, edits) == [edit.target for edit in edits]
+
+
 def test_an_edit_is_not_blamed_for_what_was_lost_before(base: BaseModel, tmp_path: Path) -> None:
     """Else the loss would keep every later edit out of the memory."""
     with Editor(base, tmp_path) as editor:
