@@ -25,9 +25,9 @@ from memoir_retrieval.store.files import publish
 __all__ = [
     "TOKENS",
     "ChangedShares",
+    "CurvePoint",
     "FreeShares",
     "MethodScores",
-    "Point",
     "known_scores",
     "run_method",
     "unedited_answers",
@@ -65,7 +65,7 @@ class ChangedShares(msgspec.Struct, frozen=True):
     controls: float | None
 
 
-class Point(msgspec.Struct, frozen=True, kw_only=True):
+class CurvePoint(msgspec.Struct, frozen=True, kw_only=True):
     """What a method answers after some edits, asked of all that were made so far.
 
     edits: how many.
@@ -85,8 +85,8 @@ class Point(msgspec.Struct, frozen=True, kw_only=True):
     perplexity: float
 
 
-class MethodScores(Point, frozen=True, kw_only=True):
-    """One method on some edits, asked after the last; `NAME.json` of a run. See `Point` for the fields it begins with.
+class MethodScores(CurvePoint, frozen=True, kw_only=True):
+    """One method on some edits, asked after the last; `NAME.json` of a run. It begins with the fields of `CurvePoint`.
 
     method: its name.
     data: a digest of the edits, the model and what else the figures depend on.
@@ -112,7 +112,7 @@ class MethodScores(Point, frozen=True, kw_only=True):
     edit_seconds: float
     edit_megabytes: float
     seconds: float
-    curve: tuple[Point, ...] = ()
+    curve: tuple[CurvePoint, ...] = ()
 
 
 class BaseAnswers(msgspec.Struct, frozen=True):
@@ -205,7 +205,7 @@ def run_method(
     started = time.monotonic()
     before = answers()
     method = open_method(name, base, end=end, texts=texts)
-    shares, curve, seconds, size, diverged, number = _Shares(), list[Point](), 0.0, 0, None, 0
+    shares, curve, seconds, size, diverged, number = _Shares(), list[CurvePoint](), 0.0, 0, None, 0
     try:
         for group in _groups(edits, alone):
             if number:
@@ -257,7 +257,7 @@ def _edit(
     edits: Sequence[Edit],
     earlier: int,
     before: BaseAnswers,
-    curve: list[Point],
+    curve: list[CurvePoint],
     tell: Callable[[str], None],
 ) -> tuple[float, int | None]:
     """Make all edits. Returns the seconds this took, and after which edit the method diverged."""
@@ -284,7 +284,7 @@ def _edit(
         if done in ASKED and done < len(edits):
             shares = _Shares()
             shares.ask(method, edits[:done], before, 0)
-            curve.append(Point(edits=done, **shares.scores()))
+            curve.append(CurvePoint(edits=done, **shares.scores()))
     return seconds, diverged
 
 
@@ -332,7 +332,7 @@ class _Shares:
         self.perplexities.append(_ratio(method.loss(_watched(base)), before.loss))
 
     def scores(self) -> dict[str, Any]:
-        """The fields of `Point` but for the number of edits."""
+        """The fields of `CurvePoint` but for the number of edits."""
         three = {
             "reliability": _mean(self.right),
             "generality": _mean(self.rephrased),

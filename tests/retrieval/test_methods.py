@@ -377,7 +377,7 @@ def test_a_method_is_asked_on_the_way_where_it_has_made_the_edits(
     monkeypatch.setattr(methods_run, "TOKENS", 2)
     monkeypatch.setattr(Unedited, "batch", batch)
     monkeypatch.setattr(Unedited, "edit", lambda _, edits: edited.append(len(edits)))
-    edits, points = [EDIT] * 25, list[methods_run.Point]()
+    edits, points = [EDIT] * 25, list[methods_run.CurvePoint]()
     before = unedited_answers(base, edits, 0)
     methods_run._edit(Unedited(base), edits, 0, before, points, lambda _: None)
     assert edited == batches

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from memoir_retrieval.evaluation.calibration import Calibration, Setting
-from memoir_retrieval.evaluation.methods_run import ChangedShares, MethodScores, Point
+from memoir_retrieval.evaluation.methods_run import ChangedShares, CurvePoint, MethodScores
 from memoir_retrieval.evaluation.quality_run import Run
 from memoir_retrieval.evaluation.report.charts import Series, bars, histograms, lines
 from memoir_retrieval.evaluation.routing_data import PARTS
@@ -201,7 +201,7 @@ def _kept(changed: ChangedShares) -> float | None:
     return None if share is None else 1 - share
 
 
-def _course(points: Sequence[Point]) -> str:
+def _course(points: Sequence[CurvePoint]) -> str:
     """A method's shares over the number of edits."""
     shares: dict[str, list[float | None]] = {
         "exact edits": [point.exact.edits for point in points],
@@ -217,7 +217,7 @@ def _course(points: Sequence[Point]) -> str:
     return lines(drawn, x_name="edits", y_name="share", y_range=(0.0, 1.0), log_x=True)
 
 
-def _figures(point: Point) -> list[Any]:
+def _figures(point: CurvePoint) -> list[Any]:
     shares = (point.reliability, point.generality, point.locality, point.average)
     free = (share for both in (point.exact, point.contains) for share in (both.edits, both.rephrases))
     cells = ["" if share is None else f"{share:.3f}" for share in (*shares, *free)]
