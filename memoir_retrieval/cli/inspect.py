@@ -21,11 +21,13 @@ from memoir_retrieval.cli.common import (
     tau_option,
     threads_option,
 )
-from memoir_retrieval.errors import ConfigError
+from memoir_retrieval.edits.formats import chat_messages
+from memoir_retrieval.errors import ConfigError, EditFileError
 from memoir_retrieval.store.read import EditStore
 
 if TYPE_CHECKING:
     from memoir_retrieval.lookup.retriever import Part
+    from memoir_retrieval.question.prompts import Message
 
 
 @click.command("list")
@@ -74,7 +76,11 @@ def show(store: Path, edit_id: int, as_json: bool) -> None:
 @click.command()
 @store_argument
 @click.argument("prompt", required=False)
-@click.option("--messages", type=click.Path(path_type=Path), help="JSON file with chat messages, instead of PROMPT.")
+@click.option(
+    "--messages",
+    type=click.Path(path_type=Path),
+    help="JSON file with chat messages, or a request's body with them, instead of PROMPT.",
+)
 @model_option
 @tau_option
 @click.option("--why", is_flag=True, help="Show which parts of the message are looked up, and what decides.")
@@ -163,16 +169,17 @@ def _reason(part: Part) -> str:
     return f" ({'same question' if verdict.same else 'another question'}: {reason})"
 
 
-def _messages(path: Path) -> list[dict[str, str]]:
+def _messages(path: Path) -> list[Message]:
     def wrong(why: str) -> ConfigError:
         return ConfigError(f'{path} holds no chat messages ({why}): write [{{"role": ..., "content": ...}}]')
 
     try:
-        messages = msgspec.json.decode(path.read_bytes(), type=list[dict[str, str]])
+        body = msgspec.json.decode(path.read_bytes())
+        messages = body.get("messages") if isinstance(body, dict) else body
+        if not isinstance(messages, list) or not messages:
+            raise wrong("it is empty" if messages == [] else "it has no list of them")
+        return list(chat_messages("messages", messages))
     except OSError as error:
         raise wrong(error.strerror or "cannot be read") from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, EditFileError) as error:
         raise wrong(str(error)) from None
-    if not messages or not all({"role", "content"} <= message.keys() for message in messages):
-        raise wrong("it is empty" if not messages else "a role or a content is missing")
-    return messages

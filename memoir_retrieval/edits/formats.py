@@ -15,7 +15,7 @@ from memoir_retrieval.errors import EditFileError
 from memoir_retrieval.question.prompts import Message
 from memoir_retrieval.question.text import text_key
 
-__all__ = ["FORMATS", "Fields", "Format", "Keys", "Record", "detect_format", "is_record", "show"]
+__all__ = ["FORMATS", "Fields", "Format", "Keys", "Record", "chat_messages", "detect_format", "is_record", "show"]
 
 Record = dict[str, Any]
 Texts = Iterable[str]
@@ -137,7 +137,7 @@ def _memoir(record: Fields) -> list[Edit]:
     if isinstance(values.get("prompt"), list):
         values |= _chat(values["prompt"])
     if isinstance(values.get("before"), list):
-        values["before"] = _messages("before", values["before"])
+        values["before"] = chat_messages("before", values["before"])
     prompt, target = _text(values, "prompt"), _target(values, "target")
     if isinstance(record["prompt"], str) and _CHAT_AS_TEXT.fullmatch(prompt):
         raise _wrong("prompt", prompt, "a chat as a list of messages, not as one text")
@@ -164,14 +164,20 @@ def _memoir(record: Fields) -> list[Edit]:
 
 def _chat(messages: list[Any]) -> Record:
     """A prompt that is a chat: its last message is the question, what stands before it is kept as such."""
-    chat = _messages("prompt", messages)
+    chat = chat_messages("prompt", messages)
     if not chat or chat[-1]["role"] != "user":
         raise EditFileError(f"'prompt' is {show(messages)}; end a chat with a message of the user's, the question")
     return {"prompt": chat[-1]["content"], "before": list(chat[:-1])}
 
 
-def _messages(key: str, messages: Iterable[Any]) -> tuple[Message, ...]:
-    """Messages as a server takes them: content in text or in parts of text, which it joins by line ends."""
+def chat_messages(key: str, messages: Iterable[Any]) -> tuple[Message, ...]:
+    """Messages as a server takes them: content in text or in parts of text, which it joins by line ends.
+
+    key: under which they stand, for errors.
+    messages: as JSON has them.
+
+    Raises EditFileError for one that is not of text, or of no known role.
+    """
     return tuple(_message(key, message) for message in messages)
 
 
@@ -191,7 +197,7 @@ def _message(key: str, message: Any) -> Message:
 
 def _conversation(key: str, messages: list[Any]) -> list[Edit]:
     """A chat that ends with the question and the answer to learn, as fine-tuning takes it."""
-    chat = _messages(key, messages)
+    chat = chat_messages(key, messages)
     if len(chat) < 2 or (chat[-2]["role"], chat[-1]["role"]) != ("user", "assistant"):
         raise _wrong(key, messages, "a chat that ends with a message of the user's and the assistant's answer")
     prompt, target = _text(chat[-2], "content"), _text(chat[-1], "content")

@@ -98,8 +98,11 @@ def test_edits_are_listed_shown_looked_up_and_measured(
     result = json.loads(run(capsys, "lookup", store, EDITS[1]["prompt"], "--json")[1])
     assert result["edit"] == 1 and result["overlap"] == 1.0 and result["runner_up"]["edit"] == 0
     messages = tmp_path / "messages.json"
-    messages.write_text(json.dumps([{"role": "user", "content": EDITS[0]["prompt"]}]))
-    assert "edit 0, overlap 1.000" in run(capsys, "lookup", store, "--messages", messages)[1]
+    for content in (EDITS[0]["prompt"], [{"type": "text", "text": EDITS[0]["prompt"]}]):
+        chat = [{"role": "user", "content": content}]
+        for body in (chat, {"model": "m", "messages": chat}):
+            messages.write_text(json.dumps(body))
+            assert "edit 0, overlap 1.000" in run(capsys, "lookup", store, "--messages", messages)[1]
     code, out, err = run(capsys, "eval", store, store.parent / "edits.jsonl", "--json")
     assert (code == 2 and "does not exist" in err) or "No such file" in err
     file = write(tmp_path / "edits.jsonl", EDITS)
@@ -432,8 +435,9 @@ def test_lookup_tells_how_far_the_nearest_edit_was(capsys: pytest.CaptureFixture
     [
         (None, "No such file"),
         ("[]", "it is empty"),
-        ('[{"role": "user"}]', "a content is missing"),
-        ("{}", "Expected `array`"),
+        ('[{"role": "user"}]', "'messages' is {'role': 'user'}"),
+        ('[{"role": "usr", "content": "Hi"}]', "of a role of system, user, assistant, tool"),
+        ("{}", "it has no list of them"),
         (b"\xff", "malformed"),
     ],
 )
