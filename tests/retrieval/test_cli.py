@@ -166,7 +166,6 @@ def test_calibrate_compares_layers_of_a_model(capsys: pytest.CaptureFixture[str]
 
 BARE = [{"prompt": edit["prompt"], "target": edit["target"]} for edit in EDITS]
 OTHER = [{"prompt": "Why?", "target": "So"}]
-PROBED = [EDITS[0] | {"locality": [{"prompt": EDITS[1]["prompt"]}]}]
 BAD_CALIBRATIONS = {
     "no store": (["{none}"], EDITS, "does not exist: make one"),
     "nothing named": ([], EDITS, "0 paths are given"),
@@ -174,7 +173,6 @@ BAD_CALIBRATIONS = {
     "a file alone": (["{file}"], EDITS, "is a file: put the store before it, or add --model NAME"),
     "no rephrasings": (["{store}", "{file}"], BARE, "no edit of .* has a rephrasing"),
     "not stored": (["{store}", "{file}"], OTHER, "1 of 1 edits of the file are not stored"),
-    "probe is an edit": (["{store}", "{file}"], PROBED, "leave it out"),
     "dtype of a store": (["{store}", "--dtype", "bfloat16"], EDITS, "--dtype cannot be set for store"),
     "no such device": (["{store}", "--device", "abacus"], EDITS, "device 'abacus' cannot be used"),
     "layer of a store": (["{store}", "--layers", "1"], EDITS, "--layers cannot be set for store"),
@@ -530,6 +528,8 @@ def test_an_interrupted_edit_says_what_is_kept(
 ) -> None:
     from memoir_retrieval.editing.session import Session
 
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a script's command in the background has it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     before, add, added = signal.getsignal(by), Session.train, []
 
     def until_the_second(self: Session, *arguments: Any) -> Any:
