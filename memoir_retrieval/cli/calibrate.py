@@ -103,7 +103,7 @@ def calibrate(
     file = paths[-1] if alone or len(paths) == 2 else None
     if file is None:
         refuse_idle("without FILE", "add the file of edits after DIR, or leave it out", "file_format", "limit")
-    stored = EditStore.open(store, check=False).edits if store else ()
+    stored = EditStore.open(store, check=False).edits if store and file else ()
     edits = source.load_stored(file, stored) if file else []
     if store is not None:
         for option, value in (

@@ -194,7 +194,7 @@ class Session:
         # Two of one question are trained one after the other, so that the second meets the first in the store.
         manifest = self._store.manifest
         together = range(distinct(np.concatenate([rows[:1] for rows in codes]), manifest.d, manifest.k))
-        here = {edit.id: edit for edit in self._store.edits}
+        here = {edit.id: edit for edit in self._store.edits} if any(new.old for new in edits) else {}
         replaced: dict[int, StoredEdit] = {}
         refused: set[int] = set()
         for i in together:

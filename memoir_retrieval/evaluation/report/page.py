@@ -182,8 +182,9 @@ def methods_page(results: Sequence[MethodScores], data: str, model: str) -> str:
     for scores in results:
         points = [*scores.curve, scores]
         if len(points) > 1:
-            broken = f"Unrelated text was ten times as unlikely from edit {scores.diverged} on." * bool(scores.diverged)
-            parts.append(_section(scores.method, _course(points), broken))
+            at = scores.diverged
+            note = f"Unrelated text was ten times as unlikely from edit {at} on." if at else ""
+            parts.append(_section(scores.method, _course(points), note))
     head = ["method", "edits", "rel", "gen", "loc", "avg", "exact", "rephrasings", "contains", "rephrasings"]
     rows = [[scores.method, *_figures(point)] for scores in results for point in (*scores.curve, scores)]
     parts.append(_section("All figures", _table([[*head, "perplexity"], *rows])))
