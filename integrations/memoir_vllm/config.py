@@ -17,6 +17,7 @@ from memoir_retrieval.errors import ConfigError, ModelError, StoreError
 from memoir_retrieval.lookup.masks import Decode
 from memoir_retrieval.model.adapter import adapter_digest
 from memoir_retrieval.model.base import identify, resolve
+from memoir_retrieval.question.prompts import prompt_ids
 from memoir_retrieval.question.span import ChatSpanRule, SpanRule, find_span
 from memoir_retrieval.store.manifest import read_manifest
 from memoir_retrieval.store.read import EditStore, Manifest, library_version
@@ -379,16 +380,12 @@ def require_template(config: MemoirConfig, model: str, template: str | None) -> 
         return
     from transformers import AutoTokenizer
 
-    question, given = "Which river is it?", {} if template is None else {"chat_template": template}
+    question = "Which river is it?"
     tokenizer = AutoTokenizer.from_pretrained(resolve(model))
+    if template is not None:
+        tokenizer.chat_template = template
     try:
-        ids = tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            **given,
-        )["input_ids"]
+        ids = prompt_ids(tokenizer, question, chat=True)
     except Exception:  # templates raise their own errors, which their clients hear of
         return
     for folder, rule in rules.items():
