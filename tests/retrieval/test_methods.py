@@ -96,6 +96,7 @@ def test_a_method_edits_and_leaves_the_model_as_it_was(
         assert accuracy(method, EDIT) == 1.0
         assert method.bytes > 0
     assert json.dumps(method.settings)
+    assert method.choices([], []) == method.likely_answers([], [], 8) == []  # of edits without unrelated questions
     method.close()
     after = weights(base)
     assert all(torch.equal(before[key], after[key]) for key in before)

@@ -114,9 +114,9 @@ class Retrieval(FactReading):
     @torch.no_grad()
     def _states(self, rows: Sequence[list[int]]) -> torch.Tensor:
         """Mean last hidden state of each row: [N, H]."""
-        out = []
+        out = [torch.zeros(0, self.base.h, device=self.base.device)]
         for row in rows:
             ids = torch.tensor([row], device=self.base.device)
             states = self.base.model(input_ids=ids, use_cache=False, output_hidden_states=True, logits_to_keep=1)
-            out.append(states.hidden_states[-1][0].float().mean(0))
-        return torch.stack(out)
+            out.append(states.hidden_states[-1][0].float().mean(0, keepdim=True))
+        return torch.cat(out)
