@@ -145,7 +145,7 @@ def _tell(editor: Editor, store: Path, seconds: float, as_json: bool) -> None:
     opened = EditStore.open(store) if (store / MANIFEST).exists() else None
     manifest = opened.manifest if opened else None
     size = opened.size if opened else 0
-    kept = {(edit.prompt, edit.target) for edit in outcome.stored}
+    kept = {(edit.prompt, edit.target) for edit in editor.edits}
     refused = [(failure.prompt, failure.target) for failure in outcome.failed]
     refused += [(conflict.prompt, conflict.target) for conflict in outcome.conflicting]
     summary = {

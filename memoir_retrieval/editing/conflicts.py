@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -59,13 +59,17 @@ class Conflicting:
 
 
 def plan(
-    edits: Sequence[Edit], stored: Sequence[StoredEdit], on_conflict: Conflict
+    edits: Sequence[Edit],
+    stored: Sequence[StoredEdit],
+    on_conflict: Conflict,
+    masked: Callable[[StoredEdit], int] | None = None,
 ) -> tuple[list[Edit], dict[str, StoredEdit]]:
     """The edits to train, each prompt once, and by question (`prompt_key`) the stored edits which they replace.
 
     edits: what is to be added.
     stored: what the store holds.
     on_conflict: what happens to a prompt that is stored, or comes again, with another target.
+    masked: how many rephrasings of a stored edit have masks, if all are to have them.
     Raises EditFileError where that does not settle it.
     """
     known = {prompt_key(edit.prompt): edit for edit in stored}
@@ -79,6 +83,9 @@ def plan(
             # Built with requirements, and trained from a file that says nothing of them: they still hold.
             kept = edit if edit.requires else msgspec.structs.replace(edit, requires=old.requires)
             todo.append(kept)
+            replaced[prompt_key(edit.prompt)] = old
+        elif same_edit(old, edit) and masked and edit.rephrases != old.rephrases[: masked(old)]:
+            todo.append(edit)
             replaced[prompt_key(edit.prompt)] = old
         elif same_edit(old, edit) or on_conflict == "first":
             continue

@@ -187,7 +187,8 @@ class Editor:
             there first, "last" replaces it.
             Other words with nearly the same mask: "refuse" and "first" leave the new edit out, "last" replaces the
             stored one, "both" stores it beside that one; each is reported.
-        rephrase_masks: an edit's rephrasings are trained too and get masks of their own.
+        rephrase_masks: an edit's rephrasings are trained too and get masks of their own. One that is stored without
+            these masks is trained again, and replaced.
         keep_failed: store edits that failed the audit as well.
         side_by_side: so many memories are trained at a time, and each edit goes to the emptiest of them. By default as
             many as the edits would fill one after the other, at most 4: so one for what fits into one.
@@ -201,7 +202,12 @@ class Editor:
         wanted = list(edits)
         for edit in wanted:
             session.wordings.check(edit)
-        todo, replaced = plan(wanted, store.edits, on_conflict)
+        masks = Counter(store.index.ids.tolist())
+
+        def masked(edit: StoredEdit) -> int:
+            return session.wordings.rephrases(masks[edit.id])
+
+        todo, replaced = plan(wanted, store.edits, on_conflict, masked if rephrase_masks else None)
         self.outcome = outcome = Outcome(skipped=len(wanted) - len(todo))
         n = min(side_by_side or self.side_by_side(len(wanted) + more), max(1, len(wanted)))
 

@@ -91,13 +91,7 @@ class Session:
         self.trainer = make_trainer(self.wordings)
         self.places = Places(store, self.trainer)
         self._trained: Counter[int] = Counter()  # edits in each memory since it was asked back
-        # And of other runs, which may have been cut off before they asked these back.
-        masks, known = Counter(store.index.ids.tolist()), self.wordings.known
-        self._unknown = Counter(
-            edit.memory
-            for edit in store.edits
-            if edit.trained and masked_key(edit, self.wordings.rephrases(masks[edit.id])) not in known
-        )
+        self._met: set[int] = set()  # memories that an edit was trained in
         self._turn: dict[int, int] = {}  # the edit of each memory that was asked last
         self._lost: list[int] = []
 
@@ -165,6 +159,15 @@ class Session:
             if new.id not in outcome.renewed:  # one may be lost in several memories, one after the other
                 outcome.renewed.append(new.id)
         return bool(lost)
+
+    def _unknown(self, number: int) -> int:
+        """How many edits of a memory are of other runs, which may have been cut off before they asked these back."""
+        masks, known = Counter(self._store.index.ids.tolist()), self.wordings.known
+        return sum(
+            masked_key(edit, self.wordings.rephrases(masks[edit.id])) not in known
+            for edit in self._store.edits
+            if edit.trained and edit.memory == number
+        )
 
     def _ask_back(self, number: int) -> None:
         """Note which edits of a memory are lost. As many are asked as its new edits pay for, each in its turn.
@@ -262,6 +265,9 @@ class Session:
             memory=task.memory,
         )
         self.trainer.take(task, trained)
-        self._trained[task.memory] += 1 + self._unknown.pop(task.memory, 0)
+        if task.memory not in self._met:
+            self._met.add(task.memory)
+            self._trained[task.memory] += self._unknown(task.memory)
+        self._trained[task.memory] += 1
         self._store.add(stored, codes, trained.columns, old)
         return stored

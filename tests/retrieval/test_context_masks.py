@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from memoir_index import popcount
@@ -54,6 +55,19 @@ def test_each_edit_has_a_mask_more_and_keeps_it(base: BaseModel, tmp_path: Path)
     with Editor(base, tmp_path / "s") as editor:
         editor.compact()
     assert EditStore.open(tmp_path / "s").ids.tolist() == [0, 0, 0, 1, 1]
+
+
+def test_edits_that_are_stored_without_masks_of_their_rephrasings_get_them(base: BaseModel, tmp_path: Path) -> None:
+    with Editor(base, tmp_path / "s") as editor:
+        editor.add(EDITS)
+        assert editor.index.ids.tolist() == [0, 0, 1, 1]
+        rephrased = [edit for edit in EDITS if edit.rephrases]
+        assert [edit.prompt for edit in editor.add(EDITS, rephrase_masks=True)] == [edit.prompt for edit in rephrased]
+        assert sorted(editor.index.ids.tolist()) == [1, 1, 2, 2, 2]
+        assert editor.add(EDITS, rephrase_masks=True) == editor.add(EDITS) == []
+        assert editor.outcome.skipped == len(EDITS)
+        other = [msgspec.structs.replace(edit, rephrases=("Who is behind Aarhus?",)) for edit in rephrased]
+        assert [edit.rephrases for edit in editor.add(other, rephrase_masks=True)] == [other[0].rephrases]
 
 
 def test_masks_that_are_built_before_training_are_the_same(base: BaseModel, tmp_path: Path) -> None:

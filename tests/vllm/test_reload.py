@@ -102,6 +102,27 @@ def test_a_load_that_fails_on_one_of_two_ranks_fails_on_both(
         monkeypatch.setattr(layers[broken], "load", ResidualLayer.load.__get__(layers[broken]))
 
 
+@pytest.mark.parametrize("twin", [False, True])
+def test_hosts_with_different_copies_of_a_store_take_nothing_up(
+    twin: bool, reloader: Reloader, layer: ResidualLayer, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stand-in is the exchange with the other host's rank, as in the test of two ranks."""
+    later = next_generation(folder)
+    theirs = EditStore.open(folder).manifest
+
+    def exchange(value: Any, ranks: int) -> list[Any]:
+        other = [(later, theirs.sha256[:12] if twin else "0" * 12)] if value else value
+        return [value, other]
+
+    monkeypatch.setattr(reload, "values_of_ranks", exchange)
+    if twin:
+        assert reloader.reload() == later == layer.now.router.generation
+        return
+    with pytest.raises(StoreError, match=rf"generations {later} \(\w+\), {later} \(0+\) of one store: give all hosts"):
+        reloader.reload()
+    assert layer.now.router.generation == FIRST
+
+
 def test_a_thread_that_cannot_be_started_is_a_reason(
     reloader: Reloader, layer: ResidualLayer, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

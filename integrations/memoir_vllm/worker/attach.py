@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from memoir_retrieval.errors import ConfigError, StoreError
+from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.store.read import EditStore
 from memoir_vllm.config import MemoirConfig, token_decoder
 from memoir_vllm.worker.op import context_key, register_op
 from memoir_vllm.worker.pipeline import values_of_stages
-from memoir_vllm.worker.reload import Reloader, values_of_ranks
+from memoir_vllm.worker.reload import Reloader, require_same
 from memoir_vllm.worker.residual import ResidualLayer
 from memoir_vllm.worker.routing import Router
 
@@ -53,7 +53,7 @@ def attach(
     linear = _find(model, manifest.module, manifest.d, manifest.h, elsewhere=any(held))
     if linear is None:
         return None
-    _agree([store.manifest.generation for store in stores.values()], linear.tp_size)
+    require_same([store.manifest for store in stores.values()], linear.tp_size, "start the engine again")
     register_op()
     layer = ResidualLayer(
         Router(stores[""], ours.tau, device, read),
@@ -121,13 +121,6 @@ def _captured(linear: RowParallelLinear, vllm_config: VllmConfig, device: torch.
 
     d, h, dtype = linear.input_size_per_partition, linear.output_size, vllm_config.model_config.dtype
     return captured_product(d, h, dtype, device, vllm_config.compilation_config)
-
-
-def _agree(generations: list[int], ranks: int) -> None:
-    """Raises StoreError where the ranks have read different generations: a store was written meanwhile."""
-    read = values_of_ranks(generations, ranks)
-    if any(other != read[0] for other in read):
-        raise StoreError(f"a store changed while the workers read it (generations {read}): start the engine again")
 
 
 def _hook(linear: RowParallelLinear, name: str) -> None:

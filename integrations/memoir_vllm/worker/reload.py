@@ -9,6 +9,7 @@ worker's own thread alone.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from memoir_vllm.config import MemoirConfig
     from memoir_vllm.worker.residual import Generation, ResidualLayer
 
-__all__ = ["Reloader", "values_of_ranks"]
+__all__ = ["Reloader", "require_same", "values_of_ranks"]
 
 # A child of vLLM's logger, so that vLLM's logging configuration applies to it.
 logger = init_logger("vllm.memoir")
@@ -82,15 +83,10 @@ class Reloader:
         staged, self._staged = self._staged or self._begin(), None
         failure = staged.exception()
         loaded = None if failure else staged.result()
-        if failure:
-            answers = values_of_ranks(_reason(failure), self._ranks)
-        else:
-            answers = values_of_ranks(loaded[0].generation if loaded else self.manifest.generation, self._ranks)
-        refusals = [answer for answer in answers if isinstance(answer, str)]
+        refusals = [reason for reason in values_of_ranks(failure and _reason(failure), self._ranks) if reason]
         if refusals:
             raise StoreError(refusals[0])
-        if len(set(answers)) > 1:
-            raise StoreError(f"the store changed while the workers read it (generations {answers}): reload again")
+        require_same([loaded[0] if loaded else self.manifest], self._ranks, "reload again")
         if loaded is not None:
             self.manifest = loaded[0]
             self._layer.adopt(loaded[1], self._name)
@@ -140,6 +136,22 @@ def _reason(failure: BaseException) -> str:
         return text
     logger.error("memoir: a new generation of the store cannot be taken up", exc_info=failure)
     return f"{type(failure).__name__}: {text:.300}"
+
+
+def require_same(manifests: Sequence[Manifest], ranks: int, cure: str) -> None:
+    """Raise StoreError, on every tensor-parallel rank, where they have not read the same: each holds a share of it.
+
+    manifests: of the generations that this rank has read.
+    ranks: how many there are.
+    cure: what else may help.
+    """
+    for read in zip(*values_of_ranks([(m.generation, m.sha256[:12]) for m in manifests], ranks), strict=True):
+        if len(set(read)) > 1:
+            every = ", ".join(f"{generation} ({digest})" for generation, digest in read)
+            raise StoreError(
+                f"the workers have read generations {every} of one store: give all hosts the same copy of it, or, "
+                f"where it was written meanwhile, {cure}"
+            )
 
 
 def values_of_ranks(value: Any, ranks: int) -> list[Any]:
