@@ -34,7 +34,7 @@ from memoir_retrieval.question.candidates import Pieces, find_candidates
 from memoir_retrieval.question.fingerprint import Fingerprint, permutation
 from memoir_retrieval.question.prompts import prompt_ids
 from memoir_retrieval.question.span import SpanRule, derive_span_rule
-from memoir_retrieval.question.tasks import TaskProbe
+from memoir_retrieval.question.tasks import Pooled, TaskProbe
 from memoir_retrieval.store.read import EditStore
 
 TAU = 0.55
@@ -98,7 +98,7 @@ def measure(folder: Path, edits: int, d: int, rounds: int, tau: float) -> Iterat
         row = {"edits": edits, "way": name, "disk_bytes_an_edit": round(disk / edits, 1)}
         yield row | {"index_bytes_an_edit": d // 8 + 8, "lookup_bytes_an_edit": round(held / edits, 1)}
     fingerprint, pieces = Fingerprint(store.background, perm, k), Pieces(tokenizer.decode)
-    probe = TaskProbe(random.standard_normal(d + 1).astype(np.float32) * np.float32(0.1))
+    probe = TaskProbe(random.standard_normal(2 * d + 1).astype(np.float32) * np.float32(0.1))
     for way in ways:
         way.lookup.prepare(tau)
     every: dict[str, list[float]] = {way.name: [] for way in ways}
@@ -113,9 +113,10 @@ def measure(folder: Path, edits: int, d: int, rounds: int, tau: float) -> Iterat
             near = source.variants(np.repeat(store.codes[edit : edit + 1], spans, 0), np.full(spans, int(0.75 * k)))
             if kind == "unrelated":
                 near = source.masks(spans)
-            means, weights = means_of(near, perm, random), torch.arange(2.0 * spans, spans, -1)
+            means = means_of(near, perm, random)
+            pooled = Pooled(means, torch.arange(2.0 * spans, spans, -1), means[:1])
             for way in ways if turn % 2 else ways[::-1]:
-                laps = timed(way, ids, means, weights, pieces, fingerprint, probe, tau)
+                laps = timed(way, ids, pooled, pieces, fingerprint, probe, tau)
                 if turn >= rounds // 10:  # the first ones warm up
                     spent[way.name].append(sum(laps.values()))
                     for name, lap in laps.items():
@@ -141,8 +142,7 @@ def measure(folder: Path, edits: int, d: int, rounds: int, tau: float) -> Iterat
 def timed(
     way: Way,
     ids: list[int],
-    means: torch.Tensor,
-    weights: torch.Tensor,
+    pooled: Pooled,
     pieces: Pieces,
     fingerprint: Fingerprint,
     probe: TaskProbe,
@@ -161,10 +161,10 @@ def timed(
     lap("spans", lambda: find_candidates(ids, way.rule, pieces))
     questions = [ids[candidate.span.start : candidate.span.end] for candidate in found]
     count = len(questions)
-    codes = lap("masks", lambda: fingerprint.codes(means[:count]))
+    codes = lap("masks", lambda: fingerprint.codes(pooled.means[:count]))
     around = None
     if count > 1:
-        around = lap("tasks", lambda: probe.scores(means[:count], weights[:count], [count]))
+        around = lap("tasks", lambda: probe.scores(pooled.taken(range(count), [0]), [count]))
     lap("search and judge", lambda: way.lookup.decide(codes, tau, questions, [count], around))
     return laps
 

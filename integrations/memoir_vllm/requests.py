@@ -15,6 +15,7 @@ from memoir_retrieval.errors import ConfigError, MemoirError
 from memoir_retrieval.lookup.decision import Decision
 from memoir_retrieval.question.candidates import Pieces, find_candidates
 from memoir_retrieval.question.span import Span, SpanRule, find_span
+from memoir_retrieval.question.tasks import pooled_spans
 from memoir_vllm import config
 from memoir_vllm.patches import wrap_once
 
@@ -82,6 +83,11 @@ class Query(NamedTuple):
     image: bool = False
     store: str = ""
     reason: str = ""
+
+    @property
+    def pooled(self) -> list[Span]:
+        """What is pooled of it, see `pooled_spans`."""
+        return pooled_spans((self.span, *self.parts))
 
     @property
     def computed_from(self) -> int:

@@ -237,8 +237,8 @@ def calibrate_model(
     own = [number for number, _ in rephrases]
     ends = np.cumsum([len(group) for group in groups])[:-1].tolist()
     settings: list[Setting] = []
-    for cut, (means, _) in zip(bases, pooled, strict=True):
-        background, *parts = torch.tensor_split(means, ends)
+    for cut, here in zip(bases, pooled, strict=True):
+        background, *parts = torch.tensor_split(here.means, ends)
         for k in ks:
             make = Fingerprint(background.mean(0).cpu().numpy(), permutation(cut.d, 0), k, cut.device)
             edited, rephrased, others = (make.codes(mean) for mean in parts)
@@ -299,16 +299,15 @@ def with_this_judge(store: EditStore, tasks: NDArray[np.float32] = NO_TASKS) -> 
     """The store as `write_tau` leaves it: its questions are judged by what comes with this library.
 
     store: as it was opened; nothing is written.
-    tasks: float32 [D + 1], by which tasks are known (default: what comes with the library, else what the store has).
+    tasks: float32 [2 D + 1], by which tasks are known (default: what comes with the library, else what the store has).
     """
     span, judge = _judged(store.manifest)
-    if span.candidates and not len(tasks):
+    if span.candidates and span.behind and not len(tasks):
         tasks = shipped_tasks(store.manifest.base.layer)
-    return replace(
-        store,
-        manifest=msgspec.structs.replace(store.manifest, span=span, judge=judge),
-        tasks=tasks if len(tasks) else store.tasks,
-    )
+    if not len(tasks) and len(store.tasks) == 2 * store.manifest.d + 1:  # those of an earlier judge say less
+        tasks = store.tasks
+    manifest = msgspec.structs.replace(store.manifest, span=span, judge=judge)
+    return replace(store, manifest=manifest, tasks=tasks)
 
 
 def _judged(manifest: Manifest) -> tuple[SpanRule, str]:

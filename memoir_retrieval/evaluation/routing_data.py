@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -151,8 +152,7 @@ def forms(edits: Sequence[StoredEdit]) -> Iterator[Question]:
 
     edits: of the store that is asked.
     """
-    for name, part, text in _data()["forms"]:
-        chosen = _of(edits, part)
+    for name, part, text, chosen in _texts("forms", edits):
         for i, edit in enumerate(chosen):
             other = chosen[(i + len(chosen) // 3) % len(chosen)]
             right = (edit.id, other.id) if "{other}" in text else (edit.id,)
@@ -164,10 +164,21 @@ def tasks(edits: Sequence[StoredEdit]) -> Iterator[Question]:
 
     edits: of the store that is asked.
     """
-    for name, part, text in _data()["tasks"]:
-        for edit in _of(edits, part):
+    for name, part, text, chosen in _texts("tasks", edits):
+        for edit in chosen:
             if edit.subject or "{subject}" not in text:
                 yield Question("task", name, part, _filled(text, edit, edit), (), edit.id)
+
+
+def _texts(key: str, edits: Sequence[StoredEdit]) -> Iterator[tuple[str, Part, str, list[StoredEdit]]]:
+    """Row, part and text of each template, with the edits that it is filled with: of one row each begins with another,
+    so that a few questions of the row are about several edits."""
+    before: Counter[tuple[str, Part]] = Counter()
+    for name, part, text in _data()[key]:
+        chosen = _of(edits, part)
+        first = before[name, part] % max(1, len(chosen))
+        before[name, part] += 1
+        yield name, part, text, chosen[first:] + chosen[:first]
 
 
 def _of(edits: Sequence[StoredEdit], part: Part) -> list[StoredEdit]:

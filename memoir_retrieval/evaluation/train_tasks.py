@@ -4,8 +4,9 @@
 
     python -m memoir_retrieval.evaluation.train_tasks memoir_retrieval/data/tasks.json --model NAME
 
-The sentences are those of `data/judge_questions.json`, written for this library: tasks, and frames in which a question
-is asked for its answer. They are put around its questions and pooled as a server pools them.
+The messages are made of what was written for this library: whole ones with a place for a question, which want
+something done with it or want its answer (`data/messages.json`), and sentences to the same ends
+(`data/judge_questions.json`). They get questions of the latter file, and are pooled as a server pools them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import random
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,18 +30,17 @@ from torch.nn import functional
 from memoir_retrieval.edits.judge import TASK
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.model.base import BaseModel, load_model
+from memoir_retrieval.model.bfloat16 import HalfProducts, half_is_faster
 from memoir_retrieval.model.forward import candidate_means
 from memoir_retrieval.question.candidates import Pieces, find_candidates
 from memoir_retrieval.question.prompts import prompt_ids
 from memoir_retrieval.question.span import SpanRule, derive_span_rule
-from memoir_retrieval.question.tasks import around, read_tasks
+from memoir_retrieval.question.tasks import around, pooled_spans, read_tasks, roots, with_leads
 
 __all__ = ["Framed", "LearntTasks", "fit", "framed", "learn_tasks"]
 
-EACH = 2  # messages of each sentence in a round
-ROUNDS = 3  # each puts all sentences around other questions; a third finds a fifth more tasks than one
 FOLDS = 5  # parts of the sentences, each held back once
-PENALTY = 3e-6  # of the squared weights; chosen by cross-validation over the sentences
+PENALTY = 3e-5  # of the squared weights; chosen by cross-validation over the messages
 LABELS = (("Q: ", "A: "), ("User: ", "Assistant: "), ("Input: ", "Output: "), ("", "-> "), ("* ", "  "), ("Q. ", "A. "))
 QUOTES = ('"{}"', "'{}'", "“{}”", "{}", "{}", "{}", "{}", "{}")
 
@@ -50,7 +51,7 @@ class Framed(NamedTuple):
     text: the whole of it.
     question: what stands in it.
     task: whether something else than its answer is wanted.
-    sentence: what it was made of; messages of one sentence are not held back from each other.
+    sentence: what it was made of; messages of one are held back together.
     """
 
     text: str
@@ -64,7 +65,9 @@ def framed(seed: int = 0) -> Iterator[Framed]:
 
     seed: of what stands beside what.
     """
-    own: dict[str, Any] = json.loads((files("memoir_retrieval") / "data" / "judge_questions.json").read_text())
+    data = files("memoir_retrieval") / "data"
+    own: dict[str, Any] = json.loads((data / "judge_questions.json").read_text())
+    whole: dict[str, list[str]] = json.loads((data / "messages.json").read_text())
     rng = random.Random(seed)
 
     def question() -> str:
@@ -83,17 +86,20 @@ def framed(seed: int = 0) -> Iterator[Framed]:
     def frame() -> str:
         return filled(rng.choice(own["frames"]))
 
+    for task, key in ((True, "tasks"), (False, "forms")):
+        for message in whole[key]:
+            core = question()
+            yield Framed(message.replace("{question}", core), core, task, message)
     for task, key in ((True, "tasks"), (False, "frames")):
         for sentence in own[key] + own[f"more_{key}"]:
-            for _ in range(EACH):
-                core, words, gap = question(), filled(sentence), rng.choice((" ", "\n", "\n\n"))
-                parts = [words, rng.choice(QUOTES).format(core)]
-                if not words.endswith(":") and rng.random() < 0.2:
-                    parts.reverse()
-                if rng.random() < 0.4:  # beside a task there may be more, too
-                    more = [frame() for _ in range(rng.choice((1, 1, 2, 4)))]
-                    parts = [*more, *parts] if rng.random() < 0.5 else [*parts, *more]
-                yield Framed(gap.join(parts), core, task, sentence)
+            core, words, gap = question(), filled(sentence), rng.choice((" ", "\n", "\n\n"))
+            parts = [words, rng.choice(QUOTES).format(core)]
+            if not words.endswith(":") and rng.random() < 0.2:
+                parts.reverse()
+            if rng.random() < 0.4:  # beside a task there may be more, too
+                more = [frame() for _ in range(rng.choice((1, 1, 2, 4)))]
+                parts = [*more, *parts] if rng.random() < 0.5 else [*parts, *more]
+            yield Framed(gap.join(parts), core, task, sentence)
     for _ in range(len(own["frames"])):  # a question beside others
         core, others = question(), [question() for _ in range(rng.choice((1, 1, 2)))]
         parts = [*others, core] if rng.random() < 0.5 else [core, *others]
@@ -110,7 +116,7 @@ def framed(seed: int = 0) -> Iterator[Framed]:
 
 
 def features(base: BaseModel, rule: SpanRule, messages: Sequence[Framed]) -> tuple[torch.Tensor, list[int]]:
-    """What is pooled around the question of each message, of length 1: float32 [M, D], and which messages these are.
+    """What tells tasks, see `TaskProbe`, of each message: float32 [M, 2 D], and which messages these are.
 
     base: the model.
     rule: how the question is found in a prompt.
@@ -126,9 +132,11 @@ def features(base: BaseModel, rule: SpanRule, messages: Sequence[Framed]) -> tup
             rows.append(ids)
             spans.append([whole, same[0]])
             numbers.append(number)
-    (pooled,) = candidate_means([base], rows, spans)
-    rest = around(pooled.means, pooled.weights, [2] * len(rows))[1::2].cpu()
-    return functional.normalize(rest), numbers
+    (pooled,) = candidate_means([base], rows, [pooled_spans(parts) for parts in spans])
+    pooled = with_leads(pooled, spans)
+    rest = around(pooled, [2] * len(rows))[1::2]
+    leads = torch.zeros_like(rest) if pooled.leads is None else pooled.leads
+    return torch.cat([roots(rest), roots(leads)], dim=1).cpu(), numbers
 
 
 def _same(text: str, question: str) -> bool:
@@ -136,9 +144,9 @@ def _same(text: str, question: str) -> bool:
 
 
 class LearntTasks(NamedTuple):
-    """A direction, and how it does on sentences that it was not learnt from.
+    """Directions, and how they do on messages and sentences that they were not learnt from.
 
-    tasks: float32 [D + 1], see `question.tasks`.
+    tasks: float32 [2 D + 1], see `question.tasks`.
     messages: how many it was learnt from.
     caught: share of the tasks held back that it takes for tasks by itself.
     lost: share of the frames held back that it takes for tasks by itself.
@@ -158,8 +166,9 @@ def learn_tasks(base: BaseModel, rule: SpanRule) -> LearntTasks:
 
     Raises ConfigError where the model's template leaves too few messages whole.
     """
-    messages = [message for seed in range(ROUNDS) for message in framed(seed)]
-    rows, numbers = features(base, rule, messages)
+    messages = list(framed())
+    with HalfProducts(base).used() if half_is_faster(base) else nullcontext():
+        rows, numbers = features(base, rule, messages)
     labels = torch.tensor([messages[number].task for number in numbers], dtype=torch.bool)
     if len(numbers) < len(messages) // 2:
         raise ConfigError(
@@ -184,9 +193,9 @@ def learn_tasks(base: BaseModel, rule: SpanRule) -> LearntTasks:
 
 
 def fit(rows: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """Weights, float32 [D], and bias of a logistic regression.
+    """Weights, float32 [W], and bias of a logistic regression.
 
-    rows: float32 [M, D].
+    rows: float32 [M, W].
     labels: bool [M].
     """
     mean, scale = rows.mean(0), (rows.std(0) + 1e-4) * rows.shape[1] ** 0.5

@@ -17,7 +17,6 @@ from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.lookup.retriever import Retriever
 from memoir_retrieval.model.forward import (
     FrozenPast,
-    Pooled,
     frozen_past,
     frozen_run,
     right_pad,
@@ -26,6 +25,7 @@ from memoir_retrieval.model.forward import (
 )
 from memoir_retrieval.question.prompts import Prompt, end_token, given_ids, target_ids
 from memoir_retrieval.question.span import Span
+from memoir_retrieval.question.tasks import Pooled, pooled_spans, with_leads
 from memoir_retrieval.question.thinking import behind_thinking, closing
 
 __all__ = ["Answer", "EditedModel"]
@@ -322,10 +322,10 @@ class EditedModel:
         questions = [r for r, row in enumerate(rows) if row.spans[0].start < row.spans[0].end]
         if not questions or not len(self.retriever.index):
             return
-        parts = [(r, span.moved(rows[r].offset)) for r in questions for span in rows[r].spans]
+        parts = [(r, span.moved(rows[r].offset)) for r in questions for span in pooled_spans(rows[r].spans)]
         sums = [span_sum(activations[r], span) for r, span in parts]
         totals, weights = (torch.stack(column) for column in zip(*sums, strict=True))
-        pooled = Pooled(totals / weights[:, None], weights)
+        pooled = with_leads(Pooled(totals / weights[:, None], weights), [rows[r].spans for r in questions])
         texts = [tokens for r in questions for tokens in rows[r].questions]
         routes = self.retriever.route(pooled, texts, [len(rows[r].spans) for r in questions])
         store = self.retriever.store

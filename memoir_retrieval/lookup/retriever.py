@@ -16,11 +16,12 @@ from memoir_retrieval.edits.record import StoredEdit
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.lookup.masks import EditLookup, task_probe
 from memoir_retrieval.model.base import BaseModel
-from memoir_retrieval.model.forward import Pooled, candidate_means
+from memoir_retrieval.model.forward import candidate_means
 from memoir_retrieval.question.candidates import CandidateSpan, Kind, Pieces, find_candidates
 from memoir_retrieval.question.fingerprint import Fingerprint
 from memoir_retrieval.question.prompts import Prompt, prompt_ids
 from memoir_retrieval.question.span import Span
+from memoir_retrieval.question.tasks import Pooled, pooled_spans, with_leads
 from memoir_retrieval.store.base_model import load_model_of
 from memoir_retrieval.store.read import EditStore
 
@@ -188,8 +189,7 @@ class Retriever:
         if not _holds_question(candidates[0].span) or not len(self.index):
             return []
         spans = [candidate.span for candidate in candidates]
-        pooled = candidate_means([self.base], [ids], [spans])[0]
-        codes, around = self._codes(pooled, [len(spans)])
+        codes, around = self._codes(self._pooled([ids], [spans]), [len(spans)])
         questions = [ids[span.start : span.end] for span in spans]
         (decisive,) = self._lookup.decide(codes, self.tau, questions, [len(questions)], around)[1].tolist()
         near, overlaps = self.index.nearest(codes, 1)
@@ -227,7 +227,7 @@ class Retriever:
         messages = [Asked([], np.empty((0, self.base.d // 8), np.uint8), None) for _ in rows]
         if not asking:
             return messages
-        pooled = candidate_means([self.base], [rows[i] for i in asking], [spans[i] for i in asking])[0]
+        pooled = self._pooled([rows[i] for i in asking], [spans[i] for i in asking])
         codes, around = self._codes(pooled, [len(spans[i]) for i in asking])
         first = 0
         for i in asking:
@@ -305,9 +305,14 @@ class Retriever:
         k = self.store.manifest.k
         return round(2 * k * (1 - nearest.overlap)) <= hamming_radius(self.tau, k)
 
+    def _pooled(self, rows: Sequence[Sequence[int]], spans: Sequence[Sequence[Span]]) -> Pooled:
+        """The parts and leads of messages. spans: of each prompt, the message and its parts."""
+        (pooled,) = candidate_means([self.base], rows, [pooled_spans(parts) for parts in spans])
+        return with_leads(pooled, spans)
+
     def _codes(self, pooled: Pooled, counts: Sequence[int]) -> tuple[NDArray[np.uint8], NDArray[np.float32] | None]:
         """The masks of questions, and what `TaskProbe` says of what stands around each; None without a probe."""
-        around = None if self._probe is None else self._probe.scores(pooled.means, pooled.weights, counts)
+        around = None if self._probe is None else self._probe.scores(pooled, counts)
         return self.fingerprint.codes(pooled.means), around
 
     def route(self, pooled: Pooled, questions: Sequence[Sequence[int]], counts: Sequence[int] | None = None) -> Hits:

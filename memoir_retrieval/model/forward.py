@@ -18,11 +18,11 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from memoir_retrieval.model.base import BaseModel
 from memoir_retrieval.question.span import Span
+from memoir_retrieval.question.tasks import Pooled
 
 __all__ = [
     "Before",
     "FrozenPast",
-    "Pooled",
     "candidate_means",
     "first_block",
     "frozen_past",
@@ -471,17 +471,6 @@ def question_means(
     before: token ids that stand before each, which are run once.
     """
     return candidate_means([base], prompts, [[span] for span in spans], batch_size, before)[0].means
-
-
-class Pooled(NamedTuple):
-    """What is pooled of C spans.
-
-    means: float32 [C, D].
-    weights: float32 [C], what each mean was divided by.
-    """
-
-    means: torch.Tensor
-    weights: torch.Tensor
 
 
 @torch.no_grad()

@@ -30,7 +30,8 @@ LONGEST_QUOTE = 2000
 
 Kind = Literal["message", "quote", "label", "sentence", "line", "paragraph"]
 """message: all of it. quote: what stands in quotes, a tag or emphasis. label: what stands behind "Question:", a dash, a
-list mark, brackets or the line between two cells. sentence, line, paragraph: as they are."""
+list mark, a mention, a command, brackets, a tab, several spaces or the line between two cells. sentence, line,
+paragraph: as they are."""
 
 
 class CandidateSpan(NamedTuple):
@@ -142,7 +143,7 @@ _QUOTES = regex.compile(
             rf"[\u201c\u201e]([^\u201c\u201d\u201e\n]{{1,{LONGEST_QUOTE}}})[\u201d\u201c]",
             rf"(?:\u00ab\s?([^\u00ab\u00bb\n]{{1,{LONGEST_QUOTE}}})"
             rf"|\u203a\s?([^\u00ab\u00bb\u203a\n]{{1,{LONGEST_QUOTE}}}))[\u00bb\u2039]",
-            rf"<\w{{1,40}}>\s*+([^<>]{{1,{LONGEST_QUOTE}}})</",
+            rf"<\w{{1,40}}(?:\s[^<>]{{0,200}}+)?>\s*+([^<>]{{1,{LONGEST_QUOTE}}})</",
             rf"\*\*([^*\n]{{1,{LONGEST_QUOTE}}})\*\*",
             rf"`([^`\n]{{1,{LONGEST_QUOTE}}})`",
         ]
@@ -157,8 +158,8 @@ _ABBREVIATED = regex.compile(
 )
 _SMALL = regex.compile(r"\s*\p{Ll}")
 _QUESTION = regex.compile(r"[?\uff1f\u061f][\"'\u201d\u2019\u00bb)\]*]*\s*$")
-_MARK = regex.compile(r"\s*(?:(?:[-*+>#\u2022\u2013]+|\(?\w{1,3}[.)])\s+)+")
-_LABEL = regex.compile(r"\s?[:\uff1a]\s|\s[-\u2013\u2014]\s|[>\])|]\s")
+_MARK = regex.compile(r"\s*(?:(?:[-*+>#/\u2022\u2013]+|\(?\w{1,3}[.)]|[@/]\w{1,40}[,:]?)\s+|'{3}|\"{3})+")
+_LABEL = regex.compile(r"\s?:\s|\uff1a\s?|\s[-\u2013\u2014]\s|[>\])|]\s|\t|\s{2,}")
 _LINE = regex.compile(r"[^\n]+")
 
 

@@ -53,6 +53,11 @@ class Span(NamedTuple):
         """The position from which on the residual acts, if an edit matches."""
         return self.decided_from + self.behind
 
+    @property
+    def lead(self) -> Span:
+        """The tokens that lead from the question to the answer, the acting one the last; none where none are spared."""
+        return self._replace(start=self.end, end=self.end + self.behind)
+
 
 class SpanRule(msgspec.Struct, frozen=True, kw_only=True):
     """How the span is found. Stored with the edits, so that serving cannot use another rule.

@@ -73,7 +73,7 @@ class Content(NamedTuple):
     ids: int64 [N], the edit that each mask belongs to.
     memory_of: int32 [N], the memory that holds it.
     edits: the edits.
-    tasks: float32 [D + 1], see `question.tasks`; of length 0 where words alone tell tasks.
+    tasks: float32 [2 D + 1], see `question.tasks`; of length 0 where words alone tell tasks.
     references: what tau is set by; none where somebody has chosen it.
     """
 
@@ -110,7 +110,7 @@ class EditStore:
     mapped: the files that are mapped, with their content.
     additions: what came after the files.
     tail: where the next addition goes.
-    tasks: float32 [D + 1], the direction of the activations by which tasks are known (`question.tasks`); of length 0
+    tasks: float32 [2 D + 1], directions of the activations by which tasks are known (`question.tasks`); of length 0
         where words alone tell them.
     references: prompts by which tau is set at every change of the edits; none where somebody has chosen it.
     """
@@ -312,7 +312,7 @@ def parse(folder: Path, manifest: Manifest, data: dict[str, Data]) -> Parts:
             "memory": Tensor(np.float32, (None, h, d)),
             "background": Tensor(np.float32, (d,)),
             "permutation": Tensor(np.int64, (d,)),
-            "tasks": Tensor(np.float32, (d + 1,), required=False),
+            "tasks": Tensor(np.float32, (None,), required=False),
             "references": Tensor(np.uint8, (None, d // 8), required=False),
             "reference_texts": Tensor(np.uint8, (None,), required=False),
         },

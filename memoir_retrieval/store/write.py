@@ -94,7 +94,7 @@ def write_again(
     folder: where, with its `store_lock` held.
     store: what is written.
     edits, rows: given together, only these edits and these rows of `codes` are kept.
-    tasks: float32 [D + 1], in place of what the store has (default: as it is).
+    tasks: float32 [2 D + 1], in place of what the store has (default: as it is).
     references: the same.
     changes: fields of `Manifest`, `generation` among them.
     Raises as `write_generation`.

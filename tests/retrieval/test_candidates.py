@@ -25,7 +25,7 @@ from memoir_retrieval.question.prompts import prompt_ids
 from memoir_retrieval.question.span import Span, SpanRule, derive_span_rule, find_span
 
 QUESTION = "Who founded the town of St. Aubin?"
-FORMS = [(name, text) for name, _, text in json.loads(shipped("routing.json"))["forms"]]
+FORMS = [(name, text) for name, _, text in json.loads(shipped("routing.json"))["forms"] if name != "sixty forms"]
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +74,14 @@ def test_the_question_is_a_candidate_in_every_form(tokenizer: AutoTokenizer, nam
         ("On what channel did Shake! first appear? Thanks a lot.", "On what channel did Shake! first appear?"),
         ("First Mr. J. R. Smith came. Where does Mr. J. R. Smith live now?", "Where does Mr. J. R. Smith live now?"),
         ("1) When is it open? 2) who runs the place", "2) who runs the place"),
+        ("08:14:31Z USER  Who runs it?\n08:14:40Z INFO  closed", "Who runs it?"),
+        ("id\tquestion\n7\tWho runs it?", "Who runs it?"),
+        ('<textarea name="q">Who runs it?</textarea>\nSent.', "Who runs it?"),
+        ("[#help] @bot: Who runs it?\n[#help] anybody?", "Who runs it?"),
+        ("/ask Who runs it?", "Who runs it?"),
+        ("The line is:\n// Who runs it?\nconst answer = 1", "Who runs it?"),
+        ("Answer it.\n\n\'\'\'Who runs it?\'\'\'", "Who runs it?\'\'\'"),
+        ("\u8cea\u554f\uff1aWho runs it?", "Who runs it?"),
     ],
 )  # fmt: skip
 def test_signs_of_other_scripts_and_names_with_stops_are_known(
@@ -87,7 +95,7 @@ def test_signs_of_other_scripts_and_names_with_stops_are_known(
     ["Who is it that we met? I do not know. " * 2700, "Who was it then? " * 10_000, '"' * 100_000, "\u201c" * 30_000,
      "a\n" * 50_000, "\n \n" * 30_000, ": " * 50_000, "> " * 40_000, "**a" * 30_000, "```" * 30_000, "<a>" * 30_000,
      "\u4f60\u597d\u5417\uff1f" * 8000, "a. " * 30_000, "-" * 100_000, "." * 100_000 + "x", "?" * 60_000 + ")x",
-     "<a>" + " " * 400_000, "\u203a" * 30_000],
+     "<a>" + " " * 400_000, "\u203a" * 30_000, "<a " * 30_000, "\t" * 90_000, "@a " * 30_000, "\'" * 90_000],
 )  # fmt: skip
 def test_candidates_are_few_and_every_token_is_read_a_few_times_at_most(tokenizer: AutoTokenizer, message: str) -> None:
     """Quadratic time would be half an hour for some of them, so no clock is asked: the suite's timeout ends it."""

@@ -6,6 +6,7 @@ import logging
 import re
 import shutil
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,15 @@ from memoir_retrieval.model.forward import candidate_means, span_sum
 from memoir_retrieval.question.candidates import Pieces, find_candidates
 from memoir_retrieval.question.prompts import prompt_ids
 from memoir_retrieval.question.span import Span, derive_span_rule
-from memoir_retrieval.question.tasks import TaskProbe, around, read_tasks, shipped_tasks
+from memoir_retrieval.question.tasks import (
+    Pooled,
+    TaskProbe,
+    around,
+    pooled_spans,
+    read_tasks,
+    shipped_tasks,
+    with_leads,
+)
 from memoir_retrieval.store.remove import remove_edits
 from memoir_retrieval.store.settings import Training
 
@@ -34,25 +43,40 @@ D = 24
 QUICK = Training(max_steps=3)
 
 
-def pooled(rows: torch.Tensor, spans: list[Span]) -> tuple[torch.Tensor, torch.Tensor]:
+def pooled(rows: torch.Tensor, spans: list[Span]) -> Pooled:
     totals, weights = zip(*(span_sum(rows, span) for span in spans), strict=True)
-    return torch.stack(totals) / torch.stack(weights)[:, None], torch.stack(weights)
+    return Pooled(torch.stack(totals) / torch.stack(weights)[:, None], torch.stack(weights))
 
 
 @pytest.mark.parametrize("weighted", [False, True])
 def test_the_score_of_a_part_is_that_of_what_stands_around_it(weighted: bool) -> None:
-    rows = torch.randn(9, D, generator=torch.Generator().manual_seed(3))
-    spans = [Span(0, 9, weighted), Span(2, 5, weighted), Span(0, 9, weighted), Span(0, 4, weighted)]
-    means, weights = pooled(rows, spans)
-    counts = [2, 1, 1]
-    direction = np.linspace(-1, 1, D).astype("<f4")
-    scores = TaskProbe(np.append(direction, np.float32(0.5))).scores(means, weights, counts)
-    rest = torch.cat([rows[:2], rows[5:]])
-    ((mean,), _) = pooled(rest, [Span(0, 6, weighted)])
-    assert scores[1] == pytest.approx(float(mean @ torch.from_numpy(direction) / mean.norm()) + 0.5, abs=1e-4)
-    assert np.isneginf(scores[[0, 2, 3]]).all()
-    assert torch.allclose(around(means, weights, counts)[1], mean, atol=1e-5)
-    assert not around(means, weights, counts)[0].any()
+    rows = torch.randn(12, D, generator=torch.Generator().manual_seed(3))
+    whole, part = Span(0, 9, weighted, "last", 3), Span(2, 5, weighted, "last", 3)
+    messages = [[whole, part], [whole], [part._replace(behind=0)], [whole._replace(behind=0), part]]
+    counts = [len(spans) for spans in messages]
+    every = [span for spans in messages for span in pooled_spans(spans)]
+    assert every == [whole, part, whole.lead, *(span for spans in messages[1:] for span in spans)]
+    parts = with_leads(pooled(rows, every), messages)
+    (lead,) = pooled(rows, [Span(9, 12, weighted)]).means
+    assert parts.leads is not None and torch.equal(parts.leads[0], lead) and not parts.leads[1:].any()
+    directions = torch.linspace(-1, 1, 2 * D)
+    scores = TaskProbe(np.append(directions.numpy(), np.float32(0.5))).scores(parts, counts)
+    (mean,) = pooled(torch.cat([rows[:2], rows[5:9]]), [Span(0, 6, weighted)]).means
+    both = [value.sign() * value.abs().sqrt() / value.abs().sum().sqrt() for value in (mean, lead)]
+    expected = [float(both[0] @ directions[:D]) + 0.5 + by for by in (float(both[1] @ directions[D:]), 0.0)]
+    assert scores[[1, 5]] == pytest.approx(expected, abs=1e-4)
+    assert np.isneginf(scores[[0, 2, 3, 4]]).all()
+    assert torch.allclose(around(parts, counts)[1], mean, atol=1e-5) and not around(parts, counts)[0].any()
+    alone = parts.taken([4, 5], [3])
+    assert TaskProbe(np.append(directions.numpy(), np.float32(0.5))).scores(alone, [2])[1] == scores[5]
+
+
+def test_messages_without_a_lead_are_pooled_as_they_are() -> None:
+    rows, spans = torch.randn(6, D), [[Span(0, 6)], [Span(0, 4), Span(1, 3)]]
+    parts = pooled(rows, [span for message in spans for span in message])
+    assert with_leads(parts, spans) is parts and parts.leads is None
+    tasks = np.linspace(-1, 1, 2 * D + 1, dtype=np.float32)
+    assert np.isfinite(TaskProbe(tasks).scores(parts, [1, 2])).tolist() == [False, False, True]
 
 
 def test_the_activations_decide_alone_where_they_are_sure_and_else_with_the_words() -> None:
@@ -67,7 +91,7 @@ def test_the_activations_decide_alone_where_they_are_sure_and_else_with_the_word
     assert judge.verdict(question, question, " ... ", speaks=9.0).same  # no word stands there
 
 
-@pytest.mark.parametrize("data", [b"", b"[]", b'{"a": "AAA="}', b'{"a": "AAAAAA=="}'])
+@pytest.mark.parametrize("data", [b"", b"[]", b'{"a": "AAA="}', b'{"a": "AAAAAA=="}', b'{"a": "AAAAAAAAAAA="}'])
 def test_a_damaged_file_of_directions_is_refused(data: bytes) -> None:
     with pytest.raises(StoreError, match=r"tasks.json is damaged .*: install memoir-retrieval again"):
         read_tasks(data)
@@ -91,7 +115,7 @@ def test_messages_to_learn_from_hold_their_question() -> None:
 def test_the_embedded_models_layer_has_a_probe_that_knows_tasks_it_was_not_shown() -> None:
     base = load_model("smollm2-135m")
     tasks = shipped_tasks(base.identity.layer)
-    assert tasks.shape == (base.d + 1,) and not len(shipped_tasks("no such layer"))
+    assert tasks.shape == (2 * base.d + 1,) and not len(shipped_tasks("no such layer"))
     probe = TaskProbe(tasks)
     question = "Where did Ann Lee grow up?"
     frames = [f"Morning all! {question} Ta", f"My uncle and I could not settle this one.\n{question}"]
@@ -107,8 +131,8 @@ def test_the_embedded_models_layer_has_a_probe_that_knows_tasks_it_was_not_shown
         whole, *parts = [part.span for part in find_candidates(ids, rule, Pieces(base.tokenizer.decode))]
         asked = [p for p in parts if base.tokenizer.decode(ids[p.start : p.end]).strip() == question]
         spans.append([whole, asked[0]])
-    means, weights = candidate_means([base], rows, spans)[0]
-    scores = probe.scores(means, weights, [2] * 4)[1::2]
+    parts = with_leads(candidate_means([base], rows, [pooled_spans(message) for message in spans])[0], spans)
+    scores = probe.scores(parts, [2] * 4)[1::2]
     assert (scores[:2] < 0).all() and (scores[2:] > 0).all()
 
 
@@ -135,7 +159,7 @@ def store(template: Path, tmp_path: Path) -> Path:
 def test_a_store_keeps_the_direction_that_was_learnt_through_every_kind_of_write(store: Path, base: BaseModel) -> None:
     opened = EditStore.open(store)
     assert not len(opened.tasks) and opened.manifest.span.candidates
-    tasks = np.linspace(-1, 1, opened.manifest.d + 1).astype(np.float32)
+    tasks = np.linspace(-1, 1, 2 * opened.manifest.d + 1).astype(np.float32)
     write_tau(replace(opened, tasks=tasks), opened.manifest.tau)
     with Editor(base, store) as editor:
         editor.add([Edit(prompt="When was the Acme fire?", target="In May")])
@@ -149,11 +173,12 @@ def test_a_store_keeps_the_direction_that_was_learnt_through_every_kind_of_write
 
 
 @pytest.mark.parametrize(
-    ("change", "said"), [(lambda t: t[:-1], r"tensor 'tasks' is float32 \[64\]"), (lambda t: t * np.nan, "in `tasks`")]
+    ("change", "said"),
+    [(lambda t: t[:-1], "128 numbers in `tasks`, not 129"), (lambda t: t * np.nan, "in `tasks`")],
 )
 def test_a_direction_that_cannot_be_is_refused(store: Path, change: Any, said: str) -> None:
     opened = EditStore.open(store)
-    write_tau(replace(opened, tasks=change(np.ones(opened.manifest.d + 1, np.float32))), 0.5)
+    write_tau(replace(opened, tasks=change(np.ones(2 * opened.manifest.d + 1, np.float32))), 0.5)
     with pytest.raises(StoreError, match=said):
         EditStore.open(store)
 
@@ -165,7 +190,7 @@ def test_calibrate_learns_the_direction_of_a_models_layer_and_a_lookup_goes_by_i
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(train_tasks, "EACH", 1)
+    monkeypatch.setattr(train_tasks, "framed", lambda: islice(framed(), 0, None, 10))
     with caplog.at_level(logging.INFO):
         Retriever(EditStore.open(store), base)
     assert f"`memoir calibrate {store} --tasks --write`" in caplog.text
@@ -175,10 +200,10 @@ def test_calibrate_learns_the_direction_of_a_models_layer_and_a_lookup_goes_by_i
     err = " ".join(capsys.readouterr().err.split())
     assert re.search(r"learnt from \d+ messages; of messages held back it takes \d+% of those with a task", err)
     opened = EditStore.open(store)
-    assert opened.tasks.shape == (opened.manifest.d + 1,) and opened.tasks.any()
+    assert opened.tasks.shape == (2 * opened.manifest.d + 1,) and opened.tasks.any()
     message = "My neighbour flew home from her holidays yesterday. Where is Rome?"
     for nats, found in ((TASK + 0.1, False), (AGREED - 1, True)):
-        tasks = np.append(np.zeros(opened.manifest.d, np.float32), np.float32(nats))
+        tasks = np.append(np.zeros(2 * opened.manifest.d, np.float32), np.float32(nats))
         parts = Retriever(replace(opened, tasks=tasks), base).parts(message)
         assert any(part.match == 1 for part in parts) == found
 

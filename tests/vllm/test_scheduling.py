@@ -9,12 +9,14 @@ from typing import Any
 
 import msgspec
 import pytest
+import torch
 from simulation import ALL, RULE, Simulate, Simulation, World, chat, oracle, other, right, world
 from vllm.v1.request import RequestStatus
 
 from memoir_retrieval.model.forward import span_mean
 from memoir_retrieval.question.candidates import Pieces
 from memoir_retrieval.question.span import find_span
+from memoir_retrieval.question.tasks import Pooled
 from memoir_vllm.core import blocks
 
 
@@ -277,7 +279,8 @@ def test_any_mix_under_the_rule_all(seed: int, simulate: Simulate) -> None:
         whole = dice.choice([*served.questions, other(50, dice.randrange(2))])
         prompt = whole[: dice.choice((len(whole), len(whole), 16, 33))] + other(dice.choice((0, 0, 5, 30)), 9)
         off, tokens, name = dice.random() < 0.3, dice.choice((1, 3, 20)), f"{n}"
-        route = router.route(span_mean(served.embedding[prompt], find_span(prompt, ALL))[None], [prompt])[0].routed
+        mean = span_mean(served.embedding[prompt], find_span(prompt, ALL))[None]
+        route = router.route(Pooled(mean, torch.ones(1)), [prompt])[0].routed
         wanted[name] = right(served, prompt, None if off or route.row < 0 else route.row, tokens, ALL)
         sim.add(name, prompt, {"memoir": "off"} if off else None, max_tokens=tokens)
         for _ in range(dice.choice((0, 0, 1, 3))):

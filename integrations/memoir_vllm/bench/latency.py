@@ -23,6 +23,7 @@ import torch
 
 from memoir_index import pack
 from memoir_retrieval.edits.record import StoredEdit
+from memoir_retrieval.question.tasks import Pooled
 from memoir_retrieval.store.read import EditStore
 from memoir_retrieval.store.write import write_generation
 from memoir_vllm.bench.engine import BenchEngine, EngineFlags, Turn
@@ -154,13 +155,15 @@ def lookups(store: EditStore, concurrent: Sequence[int]) -> list[Percentiles]:
     """From pooled activations to decisions, as many as end in one step; without engine and model."""
     router = Router(store, None, "cpu", lambda ids: "")
     means = torch.randn(max(concurrent), router.d, generator=torch.Generator().manual_seed(0))
+    pooled = Pooled(means, torch.ones(len(means)))
     rows = []
     for n in concurrent:
-        router.route(means[:n], [()] * n)
+        asked = pooled.taken(range(n), range(n))
+        router.route(asked, [()] * n)
         taken = []
         for _ in range(LOOKUPS):
             began = time.perf_counter()
-            router.route(means[:n], [()] * n)
+            router.route(asked, [()] * n)
             taken.append(time.perf_counter() - began)
         rows.append(_row("lookup", "unmatched", len(store.edits), n, taken))
     return rows

@@ -239,8 +239,8 @@ def _with_decision(params: dict[str, Any] | None, routed: Routed | None) -> dict
 
 
 def _prompt_key(request: Request, query: Query) -> bytes | None:
-    """Equal keys have equal decisions: what is pooled depends on the tokens up to the question's end, and on which
-    parts of it are looked up. Where a client names the span, none are.
+    """Equal keys have equal decisions: what is pooled depends on the tokens up to its last one, and on which parts of
+    the message are looked up. Where a client names the span, none are.
 
     So do the activations, but for an adapter, whose store has its name.
 
@@ -250,7 +250,8 @@ def _prompt_key(request: Request, query: Query) -> bytes | None:
     if request.prompt_token_ids is None:
         return None
     span = query.span
-    tokens = np.asarray(request.prompt_token_ids[: span.end], dtype=np.int64)
+    end = max(span.end, query.pooled[-1].end)
+    tokens = np.asarray(request.prompt_token_ids[:end], dtype=np.int64)
     key = blake2b(tokens.tobytes(), digest_size=16, salt=span.start.to_bytes(8, "little"))
     key.update(np.array([(part.start, part.end) for part in query.parts], dtype=np.int64).tobytes())
     if query.store:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from memoir_retrieval.question.span import Span
+from memoir_retrieval.question.tasks import Pooled, with_leads
 from memoir_vllm.requests import Query, Routed
 from memoir_vllm.worker.block_sums import BlockSums
 from memoir_vllm.worker.pooling import pooled, token_weights
@@ -58,24 +59,20 @@ class _Sum:
 
 @dataclass
 class _Request:
-    """span: of its message. parts: of it, which are looked up too. questions: the tokens of each, the message first.
-    store: name of the one that is asked. computed_from: see `Query`. prompt: how many tokens it begins with; 0: none is
-    looked at. seen: the position after the last that passed.
+    """query: what is looked up of it. questions: the tokens of the message and its parts. prompt: how many tokens it
+    begins with; 0: none is looked at. seen: the position after the last that passed.
 
-    sums: of what is looked up. nearest: how many edits its decision names. route: None until it is decided. mask: of
-    the matched edit, this rank's share, on the device. of: the generation that matched it; it acts until the request is
-    done.
+    sums: of what is pooled, the message first. decisive: that which ends last, when all is decided. route: None until
+    then. mask: of the matched edit, this rank's share, on the device. of: the generation that matched it; it acts until
+    the request is done.
     """
 
-    span: Span
-    parts: tuple[Span, ...]
+    query: Query
     questions: Sequence[Sequence[int]]
-    store: str
-    computed_from: int
     prompt: int
-    nearest: int
     seen: int = 0
     sums: Sequence[_Sum] = ()
+    decisive: _Sum | None = None
     route: Route | None = None
     mask: torch.Tensor | None = None
     of: Generation | None = None
@@ -179,7 +176,7 @@ class ResidualLayer:
         store: name of the generations' store.
         """
         now = self.stores[store]
-        return len({id(r.of) for r in self._requests.values() if r.store == store and r.of not in (None, now)})
+        return len({id(r.of) for r in self._requests.values() if r.query.store == store and r.of not in (None, now)})
 
     # ---- between steps, called by the model runner's wrappers ------------------------------------------------------
 
@@ -192,11 +189,8 @@ class ResidualLayer:
         """
         if request_id in self._requests:
             return
-        span = query.span
-        questions = [prompt_ids[part.start : part.end] for part in (span, *query.parts)]
-        prompt = query.summed(len(prompt_ids))
-        request = _Request(span, query.parts, questions, query.store, query.computed_from, prompt, query.nearest)
-        self._requests[request_id] = request
+        questions = [prompt_ids[part.start : part.end] for part in (query.span, *query.parts)]
+        self._requests[request_id] = _Request(query, questions, query.summed(len(prompt_ids)))
         router = self.stores[query.store].router
         if query.routed is not None:
             route = router.recall(query.routed)
@@ -235,13 +229,14 @@ class ResidualLayer:
             self._passing[request_id] = request
         if request.route is not None:
             return
-        span = request.span
-        if tokens > (span.start if self._sums is None else request.computed_from):
+        span = request.query.span
+        if tokens > (span.start if self._sums is None else request.query.computed_from):
             raise RuntimeError(
                 f"memoir: request {request_id} finds {tokens} tokens of its prompt in the cache, but its question is "
                 f"{span.start} to {span.end}: the tokens that decide must be computed; please report this"
             )
-        request.sums = [_Sum(part) for part in (span, *request.parts)]
+        request.sums = [_Sum(part) for part in request.query.pooled]
+        request.decisive = max(request.sums, key=lambda part: part.span.end)  # the message itself among equals
         if self._sums is not None and tokens > span.start:
             size = self._sums.block_size
             request.sums[0].cached = cached[span.start // size : tokens // size]
@@ -331,7 +326,7 @@ class ResidualLayer:
 
     def _count(self, request: _Request, row: int, position: int, end: int, size: int) -> None:
         """A block in which a question begins is counted from there on, every other one from its first token on."""
-        positions, start = np.arange(position, end), request.span.start
+        positions, start = np.arange(position, end), request.query.span.start
         counted = (positions >= start) | (positions < start // size * size)
         begins = (positions % size == 0) | (positions == start)
         self._counted.append(_Counted(np.flatnonzero(counted) + row, begins[counted]))
@@ -409,7 +404,7 @@ class ResidualLayer:
                 totals[i] += part.total[0]
                 divisors[i] += part.total[1]
             part.total = totals[i], divisors[i]
-            if part is self._requests[request_id].sums[0] and position + last - first == part.span.end:
+            if part is self._requests[request_id].decisive and position + last - first == part.span.end:
                 ids.append(request_id)
         if not ids:
             return
@@ -422,19 +417,18 @@ class ResidualLayer:
 
             # Every rank now holds the same numbers in the same order, so every rank decides alike.
             means = tensor_model_parallel_all_gather(means, dim=-1)
+        queries = [request.query for request in requests]
+        both = with_leads(Pooled(means, divisors), [(query.span, *query.parts) for query in queries])
         counts = [len(request.questions) for request in requests]
         routes: dict[str, Route] = {}
-        for store in dict.fromkeys(request.store for request in requests):
-            chosen = [i for i, request in enumerate(requests) if request.store == store]
-            of_store: slice | torch.Tensor = slice(None)  # all of them, as with one store: nothing is copied
-            if len(chosen) < len(requests):
-                of_store = torch.from_numpy(np.repeat([r.store == store for r in requests], counts)).to(means.device)
+        for store in dict.fromkeys(query.store for query in queries):
+            chosen = [i for i, query in enumerate(queries) if query.store == store]
+            rows = np.flatnonzero(np.repeat([query.store == store for query in queries], counts))
             decided = self.stores[store].router.route(
-                means[of_store],
+                both if len(chosen) == len(queries) else both.taken(rows.tolist(), chosen),
                 [question for i in chosen for question in requests[i].questions],
-                [requests[i].nearest for i in chosen],
+                [queries[i].nearest for i in chosen],
                 [counts[i] for i in chosen],
-                divisors[of_store],
             )
             routes |= zip([ids[i] for i in chosen], decided, strict=True)
         for (request_id, route), mask in zip(routes.items(), self._on_device([*routes.values()]), strict=True):
@@ -456,7 +450,7 @@ class ResidualLayer:
         request = self._requests[request_id]
         request.route, request.sums = route, ()
         if mask is not None:
-            request.mask, request.of = mask, self.stores[request.store]
+            request.mask, request.of = mask, self.stores[request.query.store]
             self._edited[request_id] = request
             self._last = None
 
@@ -483,7 +477,7 @@ class ResidualLayer:
             assert request.route is not None and request.of is not None and request.mask is not None
             key = (id(request.of), request.route.memory)
             number, _ = memories.setdefault(key, (len(memories), request.of.memories[request.route.memory]))
-            starts.append(request.span.acts_from)
+            starts.append(request.query.span.acts_from)
             masks.append(request.mask)
             numbers.append(number)
         acting = Acting(np.array(rows), np.array(starts), np.array(numbers), masks, [m for _, m in memories.values()])

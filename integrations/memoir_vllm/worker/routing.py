@@ -15,6 +15,7 @@ from memoir_retrieval.lookup.decision import Result
 from memoir_retrieval.lookup.masks import Decode, EditLookup, task_probe
 from memoir_retrieval.question.fingerprint import Fingerprint
 from memoir_retrieval.question.span import ChatSpanRule, SpanRule
+from memoir_retrieval.question.tasks import Pooled
 from memoir_retrieval.store.read import EditStore
 from memoir_vllm.config import served_rule
 from memoir_vllm.requests import Decision, Query, Routed
@@ -85,37 +86,35 @@ class Router:
 
     def route(
         self,
-        means: torch.Tensor,
+        pooled: Pooled,
         questions: Sequence[Sequence[int]],
         nearest: Sequence[int] = (),
         counts: Sequence[int] | None = None,
-        weights: torch.Tensor | None = None,
     ) -> list[Route]:
         """Look messages up.
 
-        means: float32 [Q, D], the mean activation of each question, on this router's device.
+        pooled: of Q questions, on this router's device.
         questions: the token ids of each.
         nearest: for each message, how many of the nearest edits the decision names, matched or not, whatever they
             require; where there are any, it says what became of each part, too.
         counts: how many of the questions are parts of each message, in turn, the message first (default: one each).
-        weights: float32 [Q], what each mean was divided by; of messages with parts it must be there.
         """
-        counts = [1] * len(means) if counts is None else counts
+        counts = [1] * len(questions) if counts is None else counts
         # A model may overflow on a strange prompt; that must not stop the engine for everyone else.
         routes = [self._unedited("unroutable")] * len(counts)
-        finite = torch.isfinite(means).all(dim=1).cpu().numpy()
+        finite = torch.isfinite(pooled.means).all(dim=1).cpu().numpy()
         starts = np.cumsum([0, *counts])
         sound = [m for m, (start, end) in enumerate(pairwise(starts.tolist())) if finite[start:end].all()]
         if not sound:
             return routes
         taken = [q for m in sound for q in range(int(starts[m]), int(starts[m + 1]))]
-        if len(taken) < len(means):
-            means, weights = means[taken], None if weights is None else weights[taken]
-        codes = self._fingerprint.codes(means)
+        if len(taken) < len(questions):
+            pooled = pooled.taken(taken, sound)
+        codes = self._fingerprint.codes(pooled.means)
         parts = [counts[m] for m in sound]
         around = None
-        if self._probe is not None and weights is not None and len(taken) > len(sound):
-            around = self._probe.scores(means, weights, parts)
+        if self._probe is not None and len(taken) > len(sound):
+            around = self._probe.scores(pooled, parts)
         hits, decisive = self._lookup.decide(codes, self.tau, [questions[q] for q in taken], parts, around)
         for q, edit, overlap, row in zip(
             sound, hits.ids.tolist(), hits.overlaps.tolist(), hits.rows.tolist(), strict=True
