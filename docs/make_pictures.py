@@ -51,8 +51,8 @@ NOT_ASKING = (
     Row("the same question about another name", "the same question about another name"),
     Row("another question about the same name", "another question about the same name"),
     Row("an opposite, a negation, another year", "an opposite"),
-    Row("“translate it”, “name its topic” and nine more tasks", "correct, rewrite"),
-    Row("“allowed or blocked?”", "moderation"),
+    Row("“translate it”, “name its topic” and eight more tasks", "correct, rewrite"),
+    Row("sixty tasks in other words", "**sixty other tasks**"),
     Row("“translate it”, asked in German", "*new:* translate"),
 )
 

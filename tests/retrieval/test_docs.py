@@ -266,8 +266,8 @@ def test_every_page_and_anchor_that_code_or_text_names_is_there() -> None:
     texts = (".py", ".md", ".sh", ".yml", ".yaml", ".toml", ".in", ".cff", ".html", ".js", ".json", "")
     seen = 0
     for file in files:
-        if file.suffix not in texts or not file.is_file() or file == Path(__file__):
-            continue
+        if file.suffix not in texts or not file.is_file() or file == Path(__file__) or file.name == "messages.json":
+            continue  # the last is text that people may send
         text = file.read_text(encoding="utf-8")
         assert dead(text) == [], file.relative_to(ROOT)
         seen += len(re.findall(r"\bdocs/[\w/-]+\.md\b", text))

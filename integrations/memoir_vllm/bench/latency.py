@@ -158,12 +158,12 @@ def lookups(store: EditStore, concurrent: Sequence[int]) -> list[Percentiles]:
     pooled = Pooled(means, torch.ones(len(means)))
     rows = []
     for n in concurrent:
-        asked = pooled.taken(range(n), range(n))
-        router.route(asked, [()] * n)
+        of_step = pooled.taken(range(n), range(n))
+        router.route(of_step, [()] * n)
         taken = []
         for _ in range(LOOKUPS):
             began = time.perf_counter()
-            router.route(asked, [()] * n)
+            router.route(of_step, [()] * n)
             taken.append(time.perf_counter() - began)
         rows.append(_row("lookup", "unmatched", len(store.edits), n, taken))
     return rows
