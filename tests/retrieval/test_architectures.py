@@ -302,8 +302,8 @@ def test_one_pass_gives_the_means_of_several_layers(base: BaseModel) -> None:
     prompts, spans = [[1, 2, 3, 4, 5, 6], [7, 8], [9, 10, 11, 12]], [Span(2, 6), Span(0, 2), Span(1, 3)]
     bases = [base.at(layer) for layer in (3, 0, 2)]
     pooled = candidate_means(bases, prompts, [[span] for span in spans], batch_size=2)
-    for base_at_layer, (means, _) in zip(bases, pooled, strict=True):
-        torch.testing.assert_close(means, question_means(base_at_layer, prompts, spans, batch_size=2))
+    for base_at_layer, here in zip(bases, pooled, strict=True):
+        torch.testing.assert_close(here.means, question_means(base_at_layer, prompts, spans, batch_size=2))
     with pytest.raises(ModelError, match=r"layer 4 does not exist: .* has layers 0 to 3"):
         base.at(4)
 
