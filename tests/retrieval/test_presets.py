@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -18,6 +20,7 @@ from transformers import (
     Qwen2Config,
 )
 
+from memoir_retrieval.model import embedded
 from memoir_retrieval.model.base import BaseModel, _edited
 from memoir_retrieval.model.embedded import get_model
 from memoir_retrieval.model.places import text_blocks
@@ -64,6 +67,15 @@ def test_the_embedded_model_has_a_preset() -> None:
     preset = preset_for(AutoConfig.from_pretrained(get_model("smollm2-135m")))
     assert preset.source == "measured, SmolLM2-135M-Instruct" and (preset.layer, preset.k) == (24, 438)
     assert len(PRESETS) == len(PUBLISHED) + 1  # a preset that is added needs its own line here
+
+
+def test_the_weights_of_the_embedded_model_are_read_by_whoever_reads_its_configuration(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    save_file({"a": np.ones(2, np.float32)}, tmp_path / "model.safetensors")
+    for mode in (0o644, 0o640, 0o600):
+        (tmp_path / "config.json").chmod(mode)
+        embedded._open_to_readers(tmp_path)
+        assert (tmp_path / "model.safetensors").stat().st_mode & 0o777 == mode
 
 
 def test_answers_of_the_embedded_model_end_as_its_configuration_says() -> None:
