@@ -20,7 +20,7 @@ from memoir_retrieval.cli import cli
 from memoir_retrieval.edits.judge import AGREED, TASK, shipped_judge
 from memoir_retrieval.errors import ConfigError, StoreError
 from memoir_retrieval.evaluation import train_tasks
-from memoir_retrieval.evaluation.calibration import write_tau
+from memoir_retrieval.evaluation.calibration import with_this_judge, write_tau
 from memoir_retrieval.evaluation.train_tasks import fit, framed
 from memoir_retrieval.model.base import BaseModel, load_model
 from memoir_retrieval.model.forward import candidate_means, span_sum
@@ -181,6 +181,14 @@ def test_a_direction_that_cannot_be_is_refused(store: Path, change: Any, said: s
     write_tau(replace(opened, tasks=change(np.ones(2 * opened.manifest.d + 1, np.float32))), 0.5)
     with pytest.raises(StoreError, match=said):
         EditStore.open(store)
+
+
+def test_one_direction_as_an_earlier_judge_had_it_is_left_behind(store: Path, base: BaseModel) -> None:
+    opened = EditStore.open(store)
+    write_tau(replace(opened, tasks=np.ones(opened.manifest.d + 1, np.float32)), 0.5)
+    earlier = EditStore.open(store)
+    assert len(earlier.tasks) == opened.manifest.d + 1 and not len(with_this_judge(earlier).tasks)
+    assert Retriever(earlier, base).lookup("Who runs Acme?") is not None  # words alone tell tasks
 
 
 def test_calibrate_learns_the_direction_of_a_models_layer_and_a_lookup_goes_by_it(
