@@ -250,7 +250,7 @@ def _prompt_key(request: Request, query: Query) -> bytes | None:
     if request.prompt_token_ids is None:
         return None
     span = query.span
-    end = max(span.end, query.pooled[-1].end)
+    end = max(part.end for part in query.pooled)
     tokens = np.asarray(request.prompt_token_ids[:end], dtype=np.int64)
     key = blake2b(tokens.tobytes(), digest_size=16, salt=span.start.to_bytes(8, "little"))
     key.update(np.array([(part.start, part.end) for part in query.parts], dtype=np.int64).tobytes())
