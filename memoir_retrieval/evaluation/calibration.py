@@ -304,7 +304,7 @@ def with_this_judge(store: EditStore, tasks: NDArray[np.float32] = NO_TASKS) -> 
     span, judge = _judged(store.manifest)
     if span.candidates and span.behind and not len(tasks):
         tasks = shipped_tasks(store.manifest.base.layer)
-    if not len(tasks) and len(store.tasks) == 2 * store.manifest.d + 1:  # those of an earlier judge say less
+    if not len(tasks):
         tasks = store.tasks
     manifest = msgspec.structs.replace(store.manifest, span=span, judge=judge)
     return replace(store, manifest=manifest, tasks=tasks)

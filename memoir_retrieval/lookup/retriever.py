@@ -228,6 +228,10 @@ class Retriever:
         if not asking:
             return messages
         pooled = self._pooled([rows[i] for i in asking], [spans[i] for i in asking])
+        sound, taken = pooled.sound([len(spans[i]) for i in asking])
+        if not sound:
+            return messages
+        asking, pooled = [asking[m] for m in sound], pooled.taken(taken, sound)
         codes, around = self._codes(pooled, [len(spans[i]) for i in asking])
         first = 0
         for i in asking:
@@ -323,8 +327,16 @@ class Retriever:
         counts: how many of the questions are parts of each message, in turn (default: each is a message).
         """
         counts = [1] * len(questions) if counts is None else counts
-        codes, around = self._codes(pooled, counts)
-        return self._lookup.decide(codes, self.tau, questions, counts, around)[0]
+        hits = Hits(np.full(len(counts), -1), np.zeros(len(counts)), np.full(len(counts), -1))
+        sound, taken = pooled.sound(counts)
+        if not sound:
+            return hits
+        parts = [counts[m] for m in sound]
+        codes, around = self._codes(pooled.taken(taken, sound), parts)
+        decided, _ = self._lookup.decide(codes, self.tau, [questions[q] for q in taken], parts, around)
+        for every, those in zip(hits, decided, strict=True):
+            every[sound] = those
+        return hits
 
 
 def _holds_question(span: Span) -> bool:

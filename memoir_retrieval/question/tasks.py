@@ -54,6 +54,20 @@ class Pooled(NamedTuple):
     weights: torch.Tensor
     leads: torch.Tensor | None = None
 
+    def sound(self, counts: Sequence[int]) -> tuple[list[int], list[int]]:
+        """The messages all of whose numbers are finite, and the places of their spans.
+
+        A model may overflow on a strange prompt. Such a message is not looked up.
+
+        counts: how many of the spans are of each message, in turn.
+        """
+        finite = torch.isfinite(self.means).all(dim=1).cpu()
+        leads = torch.isfinite(self.leads).all(dim=1).tolist() if self.leads is not None else [True] * len(counts)
+        ends = np.cumsum(counts).tolist()
+        spans = [range(end - count, end) for end, count in zip(ends, counts, strict=True)]
+        messages = [m for m, of in enumerate(spans) if leads[m] and finite[of.start : of.stop].all()]
+        return messages, [place for m in messages for place in spans[m]]
+
     def taken(self, spans: Sequence[int], messages: Sequence[int]) -> Pooled:
         """That of some messages alone.
 

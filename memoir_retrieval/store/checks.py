@@ -23,10 +23,10 @@ def memory_faults(
     manifest: the store's.
     background: float32 [D].
     permutation: int64 [D].
-    tasks: float32 [2 D + 1] or [0]; [D + 1] in a store with an earlier judge, which must get this one before it serves.
+    tasks: float32 [2 D + 1] or [0].
     """
     name = manifest.memory.name
-    if len(tasks) not in (0, manifest.d + 1, 2 * manifest.d + 1):
+    if len(tasks) not in (0, 2 * manifest.d + 1):
         yield f"{name} holds {len(tasks)} numbers in `tasks`, not {2 * manifest.d + 1}"
     for key, numbers in (("background", background), ("tasks", tasks)):
         if not np.isfinite(numbers).all():

@@ -334,13 +334,16 @@ def parse(folder: Path, manifest: Manifest, data: dict[str, Data]) -> Parts:
             "backup"
         )
     edits = StoredEdits(data["edits"], str(folder / manifest.edits.name))
+    tasks = memory.get("tasks", NO_TASKS)
+    if len(tasks) == manifest.d + 1:  # the one direction of an earlier judge
+        tasks = NO_TASKS
     return Parts(
         memory["memory"],
         memory["background"],
         memory["permutation"],
         Masks(coded["codes"], coded["ids"], coded["memory_of"]),
         edits,
-        memory.get("tasks", NO_TASKS),
+        tasks,
         _references(folder / manifest.memory.name, memory),
     )
 

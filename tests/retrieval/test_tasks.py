@@ -91,6 +91,16 @@ def test_the_activations_decide_alone_where_they_are_sure_and_else_with_the_word
     assert judge.verdict(question, question, " ... ", speaks=9.0).same  # no word stands there
 
 
+def test_messages_are_sound_where_parts_and_lead_are_finite() -> None:
+    means, leads = torch.randn(5, D), torch.randn(3, D)
+    parts, counts = Pooled(means, torch.ones(5), leads), [2, 1, 2]
+    assert parts.sound(counts) == ([0, 1, 2], [0, 1, 2, 3, 4])
+    means[1, 3] = torch.inf
+    assert parts.sound(counts) == parts._replace(leads=None).sound(counts) == ([1, 2], [2, 3, 4])
+    leads[2, 0] = torch.nan
+    assert parts.sound(counts) == ([1], [2])
+
+
 @pytest.mark.parametrize("data", [b"", b"[]", b'{"a": "AAA="}', b'{"a": "AAAAAA=="}', b'{"a": "AAAAAAAAAAA="}'])
 def test_a_damaged_file_of_directions_is_refused(data: bytes) -> None:
     with pytest.raises(StoreError, match=r"tasks.json is damaged .*: install memoir-retrieval again"):
@@ -187,8 +197,24 @@ def test_one_direction_as_an_earlier_judge_had_it_is_left_behind(store: Path, ba
     opened = EditStore.open(store)
     write_tau(replace(opened, tasks=np.ones(opened.manifest.d + 1, np.float32)), 0.5)
     earlier = EditStore.open(store)
-    assert len(earlier.tasks) == opened.manifest.d + 1 and not len(with_this_judge(earlier).tasks)
+    assert not len(earlier.tasks) and not len(with_this_judge(earlier).tasks)
     assert Retriever(earlier, base).lookup("Who runs Acme?") is not None  # words alone tell tasks
+
+
+@pytest.mark.parametrize("overflows", ["means", "leads"])
+def test_a_message_on_which_the_model_overflows_gets_no_edit(store: Path, base: BaseModel, overflows: str) -> None:
+    retriever = Retriever(EditStore.open(store), base)
+    texts = ["Hello. Who runs Acme?", "Who runs Acme?", "Where is Rome? Thanks."]
+    rows = [prompt_ids(base.tokenizer, text, chat=True) for text in texts]
+    spans = [retriever.spans(ids) for ids in rows]
+    parts = with_leads(candidate_means([base], rows, [pooled_spans(message) for message in spans])[0], spans)
+    questions = [ids[span.start : span.end] for ids, message in zip(rows, spans, strict=True) for span in message]
+    counts = [len(message) for message in spans]
+    assert retriever.route(parts, questions, counts).ids.tolist() == [0, 0, 1]
+    getattr(parts, overflows)[0, 0] = torch.nan
+    hits = retriever.route(parts, questions, counts)
+    assert (hits.ids.tolist(), hits.rows[0], hits.overlaps[0]) == ([-1, 0, 1], -1, 0)
+    assert (retriever.route(parts._replace(means=parts.means * torch.nan), questions, counts).rows < 0).all()
 
 
 def test_calibrate_learns_the_direction_of_a_models_layer_and_a_lookup_goes_by_it(

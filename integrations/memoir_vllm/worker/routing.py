@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
 import msgspec
 import numpy as np
@@ -100,14 +99,10 @@ class Router:
         counts: how many of the questions are parts of each message, in turn, the message first (default: one each).
         """
         counts = [1] * len(questions) if counts is None else counts
-        # A model may overflow on a strange prompt; that must not stop the engine for everyone else.
         routes = [self._unedited("unroutable")] * len(counts)
-        finite = torch.isfinite(pooled.means).all(dim=1).cpu().numpy()
-        starts = np.cumsum([0, *counts])
-        sound = [m for m, (start, end) in enumerate(pairwise(starts.tolist())) if finite[start:end].all()]
+        sound, taken = pooled.sound(counts)
         if not sound:
             return routes
-        taken = [q for m in sound for q in range(int(starts[m]), int(starts[m + 1]))]
         if len(taken) < len(questions):
             pooled = pooled.taken(taken, sound)
         codes = self._fingerprint.codes(pooled.means)
