@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from importlib.resources import files
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -132,7 +133,13 @@ def features(base: BaseModel, rule: SpanRule, messages: Sequence[Framed]) -> tup
             rows.append(ids)
             spans.append([whole, same[0]])
             numbers.append(number)
-    (pooled,) = candidate_means([base], rows, [pooled_spans(parts) for parts in spans])
+    before = commonprefix([*rows, *(ids[: parts[0].start] for ids, parts in zip(rows, spans, strict=True))])
+    (pooled,) = candidate_means(
+        [base],
+        [ids[len(before) :] for ids in rows],
+        [[span.moved(-len(before)) for span in pooled_spans(parts)] for parts in spans],
+        before=before,  # the template's beginning, a third of most messages, passes once
+    )
     pooled = with_leads(pooled, spans)
     rest = around(pooled, [2] * len(rows))[1::2]
     leads = torch.zeros_like(rest) if pooled.leads is None else pooled.leads
