@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from importlib.resources import files
-from os.path import commonprefix
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -128,17 +128,19 @@ def features(base: BaseModel, rule: SpanRule, messages: Sequence[Framed]) -> tup
     for number, message in enumerate(messages):
         ids = prompt_ids(base.tokenizer, message.text, chat=True)
         whole, *parts = [candidate.span for candidate in find_candidates(ids, rule, pieces)]
-        same = [part for part in parts if _same(base.tokenizer.decode(ids[part.start : part.end]), message.question)]
-        if same:
+        own = [part for part in parts if _same(base.tokenizer.decode(ids[part.start : part.end]), message.question)]
+        if own:
             rows.append(ids)
-            spans.append([whole, same[0]])
+            spans.append([whole, own[0]])
             numbers.append(number)
-    before = commonprefix([*rows, *(ids[: parts[0].start] for ids, parts in zip(rows, spans, strict=True))])
+    # The template's beginning is a third of most messages; it passes once.
+    same = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*rows, strict=False))
+    before = [tokens[0] for tokens in same][: min(parts[0].start for parts in spans)]
     (pooled,) = candidate_means(
         [base],
         [ids[len(before) :] for ids in rows],
         [[span.moved(-len(before)) for span in pooled_spans(parts)] for parts in spans],
-        before=before,  # the template's beginning, a third of most messages, passes once
+        before=before,
     )
     pooled = with_leads(pooled, spans)
     rest = around(pooled, [2] * len(rows))[1::2]

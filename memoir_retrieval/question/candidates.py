@@ -141,6 +141,10 @@ _QUOTES = regex.compile(
             rf"```\w*\n([^`]{{1,{LONGEST_QUOTE}}})```",
             rf'"([^"\n]{{1,{LONGEST_QUOTE}}})"',
             rf"[\u201c\u201e]([^\u201c\u201d\u201e\n]{{1,{LONGEST_QUOTE}}})[\u201d\u201c]",
+            rf"\u2018([^\u2018\n]{{1,{LONGEST_QUOTE}}}?)\u2019(?!\w)",
+            rf"\u300c([^\u300c\u300d\n]{{1,{LONGEST_QUOTE}}})\u300d",
+            rf"\u300e([^\u300e\u300f\n]{{1,{LONGEST_QUOTE}}})\u300f",
+            rf"(?<![\w'])'([^'\n]{{1,{LONGEST_QUOTE}}}+(?:'(?=\w)[^'\n]{{1,{LONGEST_QUOTE}}}+){{0,9}}+)'(?!\w)",
             rf"(?:\u00ab\s?([^\u00ab\u00bb\n]{{1,{LONGEST_QUOTE}}})"
             rf"|\u203a\s?([^\u00ab\u00bb\u203a\n]{{1,{LONGEST_QUOTE}}}))[\u00bb\u2039]",
             rf"<\w{{1,40}}(?:\s[^<>]{{0,200}}+)?>\s*+([^<>]{{1,{LONGEST_QUOTE}}})</",
@@ -150,16 +154,48 @@ _QUOTES = regex.compile(
     )
 )
 _STOP = r"[.!?\u2026\u3002\uff01\uff1f\u061f]"
+_UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}]"  # between whose words no spaces stand
 # A run of stops is read once, from its first one on: the time is linear where it ends no sentence.
-_END = regex.compile(rf"(?<!{_STOP}){_STOP}++[\"'\u201d\u2019\u00bb)\]*]*+(?=\s|$)|[\u3002\uff01\uff1f]+")
+_END = regex.compile(
+    rf"(?<!{_STOP}){_STOP}++[\"'\u201d\u2019\u00bb)\]*]*+(?=\s|$)|[\u3002\uff01\uff1f]+"
+    rf"|\?[\"'\u201d\u2019\u00bb)\]*]*+(?:(?=[,;<])|(?={_UNSPACED}))"
+)
 _ABBREVIATED = regex.compile(
-    r"(?:^|[\s(\"'])(?:\p{Lu}|\p{L}\.\p{L}|mr|mrs|ms|dr|st|vs|no|nr|jr|sr|prof|inc|ltd|co|corp|dept|approx|vol|fig)$",
+    r"(?:^|[\s(\"]|(?<!\w)')"
+    r"(?:\p{Lu}|\p{L}\.\p{L}|mr|mrs|ms|dr|st|vs|no|nr|jr|sr|prof|inc|ltd|co|corp|dept|approx|vol|fig)$",
     regex.IGNORECASE,
 )
 _SMALL = regex.compile(r"\s*\p{Ll}")
 _QUESTION = regex.compile(r"[?\uff1f\u061f][\"'\u201d\u2019\u00bb)\]*]*\s*$")
 _MARK = regex.compile(r"\s*(?:(?:[-*+>#/\u2022\u2013]+|\(?\w{1,3}[.)]|[@/]\w{1,40}[,:]?)\s+|'{3}|\"{3})+")
-_LABEL = regex.compile(r"\s?:\s|\uff1a\s?|\s[-\u2013\u2014]\s|[>\])|]\s|\t|\s{2,}")
+_LABEL = regex.compile(
+    r"\s?:\s|\uff1a\s?|(?<=\p{L}):(?=\p{L})|\s[-\u2013\u2014]\s|[>\])|]\s|\t|\s{2,}|[=\u00bb\u2192]\s?|[<>]{2}\s?"
+)
+# How questions begin. In English also with a small letter, in other languages only where the capital shows it.
+_PREPOSITIONS = "in|on|at|to|from|for|by|of|with|through|under|against|into|during|since|about"
+_WH = "who|whom|whose|what|when|where|which|why|how"
+_VERBS = "is|are|was|were|does|did|has|have|had"
+_OTHERS = (
+    "do|can|could|will|would|should|wer|wen|wem|wessen|was|wann|wo|woher|wohin|welche|welcher|welches|welchen|warum|"
+    "wieso|qui|que|quoi|quel|quelle|quels|quelles|quand|où|pourquoi|comment|combien|quién|quiénes|qué|cuál|cuáles|"
+    "cuándo|dónde|cómo|cuánto|cuántos|cuántas|chi|che|quale|quali|quando|dove|perché|quanto|quanti|quante|quem|qual|"
+    "quais|onde|wie|wat|wanneer|waar|welk|waarom|hoe|kto|kiedy|gdzie|który|która|które|jak|jaki|jaka|"
+    "\u043a\u0442\u043e|\u0447\u0442\u043e|\u043a\u043e\u0433\u0434\u0430|\u0433\u0434\u0435|\u043a\u0430\u043a"
+)
+
+
+def _beginnings(words: str, prepositions: str) -> str:
+    """Of questions that begin with one of the words, or a preposition and what it may stand before."""
+    return rf"(?:(?<!\w)|(?<={_UNSPACED}))(?:(?:{prepositions})\s(?:what|which|whom|whose)|{words})(?!\w)"
+
+
+def _capitals(words: str) -> str:
+    return "|".join(word.capitalize() for word in words.split("|"))
+
+
+_CAPITAL = regex.compile(_beginnings(_capitals(f"{_WH}|{_VERBS}|{_OTHERS}"), _capitals(_PREPOSITIONS)))
+_LOWER = regex.compile(_beginnings(_WH, _PREPOSITIONS))
+_OWN = regex.compile(rf"\W*{_beginnings(f'{_WH}|{_VERBS}', _PREPOSITIONS)}", regex.IGNORECASE)
 _LINE = regex.compile(r"[^\n]+")
 
 
@@ -172,7 +208,8 @@ def _parts(text: str) -> Iterator[tuple[int, int, Kind]]:
     longer = [part for line in lines for part in _sentences(text, *line, True)]
     asking = [part for part in dict.fromkeys((*sentences, *longer)) if _asks(text, *part)]
     asking.sort(key=lambda part: (part[1], -part[0]))
-    for part in (*_ends(asking, 3), *_ends(quotes, 2)):
+    first = [quote for quote in quotes if _asks(text, *quote)]
+    for part in dict.fromkeys((*_ends(first, 1), *_ends(asking, 3), *_ends(first, 2), *_ends(quotes, 2))):
         for rest in _behind_labels(text, *part):
             yield *rest, "label"
         yield *part, "quote" if part in quotes else "sentence"
@@ -229,9 +266,22 @@ def _sentences(text: str, first: int, last: int, before_capitals: bool = False) 
 
 
 def _behind_labels(text: str, first: int, last: int) -> Iterator[_Part]:
-    """What stands behind the last label of a part, behind the first one, and behind the mark of a list."""
+    """What stands behind the last label of a part, behind the first one, and behind the mark of a list; where the part
+    asks, from the last and the first word on with which a question may begin."""
     labels = [label.end() for label in _LABEL.finditer(text, first, last)]
-    for end in dict.fromkeys((*labels[-1:], *labels[:1])):
-        yield end, last
+    openings = _openings(text, first, last) if _asks(text, first, last) else []
+    for start in dict.fromkeys((*openings[-1:], *labels[-1:], *openings[:1], *labels[:1])):
+        yield start, last
     if mark := _MARK.match(text, first, last):
         yield mark.end(), last
+
+
+def _openings(text: str, first: int, last: int) -> list[int]:
+    """Where a question may begin within what asks, as in "The host just asked Who founded Rome?".
+
+    Small letters count only where nothing asks by itself: "Who founded the town where Kant lived?" is one question.
+    """
+    begins = [word.start() for word in _CAPITAL.finditer(text, first, last)]
+    if not begins and not _OWN.match(text, first, last):
+        begins = [word.start() for word in _LOWER.finditer(text, first, last)]
+    return [begin for begin in begins if text[first:begin].strip()]

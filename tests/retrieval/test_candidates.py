@@ -82,12 +82,37 @@ def test_the_question_is_a_candidate_in_every_form(tokenizer: AutoTokenizer, nam
         ("The line is:\n// Who runs it?\nconst answer = 1", "Who runs it?"),
         ("Answer it.\n\n\'\'\'Who runs it?\'\'\'", "Who runs it?\'\'\'"),
         ("\u8cea\u554f\uff1aWho runs it?", "Who runs it?"),
+        ("The host just asked Who runs it? and the break is short.", "Who runs it?"),
+        ("The answer to Who runs it? is what I need.", "Who runs it?"),
+        ("On the card stands In which town is it? and no more.", "In which town is it?"),
+        ("Mi chiede Chi l'ha fondata? e poi ride.", "Chi l'ha fondata?"),
+        ("hey do you know who runs it?", "who runs it?"),
+        ("Sir, in which town is it? Yours", "in which town is it?"),
+        ("He opened with Who runs it?, and left.", "Who runs it?"),
+        ("I know it doesn't. Who runs it?", "Who runs it?"),
+        ("Customer: No. Who runs it?", "Who runs it?"),
+        ("See no. 7 of the list? Yes.", "See no. 7 of the list?"),
+        ("SUMMARY:Who runs it?\nEND", "Who runs it?"),
+        ("q=who runs it?", "who runs it?"),
+        ("SELECT a FROM t WHERE q = 'who runs the club's bar?' LIMIT 1;", "who runs the club's bar?"),
+        ("Said she: \u2018who runs it?\u2019 Then she left.", "who runs it?"),
+        ("\u88cf\u306b\u300cwho runs it?\u300d\u3068\u3042\u308b\u3002", "who runs it?"),
+        ("\u88cf\u306b\u300ewho runs it?\u300f\u3068\u3042\u308b\u3002", "who runs it?"),
+        ("\u753b\u9762\u306bWho runs it?\u3068\u51fa\u305f", "Who runs it?"),
+        ("<|system|>\nBe brief.\n<|user|>\nwho runs it?<|end|>", "who runs it?"),
+        ('{"a": "b", "to": "b", "text": "who runs it?", "id": "7", "at": "9", "by": "c"}', "who runs it?"),
     ],
 )  # fmt: skip
 def test_signs_of_other_scripts_and_names_with_stops_are_known(
     tokenizer: AutoTokenizer, message: str, part: str
 ) -> None:
-    assert part in texts(tokenizer, message)
+    signs = "'\"?,;<>.\u2019\u300d\u300f\u00bb\uff1f\u3002 "  # a token may hold several of them
+    assert part.strip(signs) in [text.strip(signs) for text in texts(tokenizer, message)]
+
+
+@pytest.mark.parametrize("message", ["Who founded the town where Kant lived?", "Is it the river which runs there?"])
+def test_a_clause_of_a_question_is_no_part(tokenizer: AutoTokenizer, message: str) -> None:
+    assert texts(tokenizer, message) == [message]
 
 
 @pytest.mark.parametrize(
@@ -95,7 +120,9 @@ def test_signs_of_other_scripts_and_names_with_stops_are_known(
     ["Who is it that we met? I do not know. " * 2700, "Who was it then? " * 10_000, '"' * 100_000, "\u201c" * 30_000,
      "a\n" * 50_000, "\n \n" * 30_000, ": " * 50_000, "> " * 40_000, "**a" * 30_000, "```" * 30_000, "<a>" * 30_000,
      "\u4f60\u597d\u5417\uff1f" * 8000, "a. " * 30_000, "-" * 100_000, "." * 100_000 + "x", "?" * 60_000 + ")x",
-     "<a>" + " " * 400_000, "\u203a" * 30_000, "<a " * 30_000, "\t" * 90_000, "@a " * 30_000, "\'" * 90_000],
+     "<a>" + " " * 400_000, "\u203a" * 30_000, "<a " * 30_000, "\t" * 90_000, "@a " * 30_000, "\'" * 90_000,
+     "Who a " * 30_000 + "?", "who a " * 30_000 + "?", "a\'a " * 30_000, "\u2018a" * 30_000, "\u300c" * 30_000,
+     "a=" * 50_000, "?," * 50_000, "to " * 50_000 + "?"],
 )  # fmt: skip
 def test_candidates_are_few_and_every_token_is_read_a_few_times_at_most(tokenizer: AutoTokenizer, message: str) -> None:
     """Quadratic time would be half an hour for some of them, so no clock is asked: the suite's timeout ends it."""
