@@ -56,7 +56,7 @@ class OpenStore:
     path: its folder.
     manifest: as it is now; generation 0 before the first write.
     background: float32 [D]. permutation: int64 [D].
-    tasks: float32 [2 D + 1], by which tasks around a question are known; of length 0 where words alone tell them.
+    tasks: float32 [K, 2 D + 2], by which tasks around a question are known; [0, 0] where words alone tell them.
     references: prompts by which tau is set with every commit; none where somebody has chosen tau.
     memories: float32 [H, D] each.
     edits: those that are stored, in the order in which they came.

@@ -299,7 +299,7 @@ def with_this_judge(store: EditStore, tasks: NDArray[np.float32] = NO_TASKS) -> 
     """The store as `write_tau` leaves it: its questions are judged by what comes with this library.
 
     store: as it was opened; nothing is written.
-    tasks: float32 [2 D + 1], by which tasks are known (default: what comes with the library, else what the store has).
+    tasks: float32 [K, 2 D + 2], by which tasks are known (default: of the library, else the store's).
     """
     span, judge = _judged(store.manifest)
     if span.candidates and span.behind and not len(tasks):

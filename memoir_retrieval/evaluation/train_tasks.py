@@ -2,7 +2,7 @@
 
 `memoir calibrate DIR --tasks` learns it for a store. For the one that comes with the library:
 
-    python -m memoir_retrieval.evaluation.train_tasks memoir_retrieval/data/tasks.json --model NAME
+    python -m memoir_retrieval.evaluation.train_tasks memoir_retrieval/data/tasks.safetensors --model NAME
 
 The messages are made of what was written for this library: whole ones with a place for a question, which want
 something done with it or want its answer (`data/messages.json`), and sentences to the same ends
@@ -26,6 +26,8 @@ import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors.numpy import save
+from torch import nn
 from torch.nn import functional
 
 from memoir_retrieval.edits.judge import TASK
@@ -40,8 +42,10 @@ from memoir_retrieval.question.tasks import around, pooled_spans, read_tasks, ro
 
 __all__ = ["Framed", "LearntTasks", "fit", "framed", "learn_tasks"]
 
-FOLDS = 5  # parts of the sentences, each held back once
-PENALTY = 1e-5  # of the squared weights; chosen by cross-validation over the messages
+FOLDS = 5  # one message of so many is held back
+# Chosen by messages held back, and on the part "tune" of `memoir bench routing`.
+UNITS, LEFT_OUT, DECAY = 128, (0.4, 0.5), 0.3
+PASSES, BATCH, RATE = 25, 256, 1e-3
 LABELS = (("Q: ", "A: "), ("User: ", "Assistant: "), ("Input: ", "Output: "), ("", "-> "), ("* ", "  "), ("Q. ", "A. "))
 QUOTES = ('"{}"', "'{}'", "“{}”", "{}", "{}", "{}", "{}", "{}")
 
@@ -153,12 +157,12 @@ def _same(text: str, question: str) -> bool:
 
 
 class LearntTasks(NamedTuple):
-    """Directions, and how they do on messages and sentences that they were not learnt from.
+    """A network, and how it does on messages that it was not learnt from.
 
-    tasks: float32 [2 D + 1], see `question.tasks`.
+    tasks: float32 [K, 2 D + 2], see `question.tasks`.
     messages: how many it was learnt from.
     caught: share of the tasks held back that it takes for tasks by itself.
-    lost: share of the frames held back that it takes for tasks by itself.
+    lost: share of the forms held back that it takes for tasks by itself.
     """
 
     tasks: NDArray[np.float32]
@@ -168,7 +172,7 @@ class LearntTasks(NamedTuple):
 
 
 def learn_tasks(base: BaseModel, rule: SpanRule) -> LearntTasks:
-    """What tells a task from a frame by the activations of a model's edited layer.
+    """What tells a task from a form by the activations of a model's edited layer.
 
     base: the model.
     rule: of a chat store, with `candidates`.
@@ -185,44 +189,77 @@ def learn_tasks(base: BaseModel, rule: SpanRule) -> LearntTasks:
             "leave out --tasks, and tasks are known by words alone"
         )
     order = {sentence: place for place, sentence in enumerate(sorted({message.sentence for message in messages}))}
-    fold = torch.tensor([order[messages[number].sentence] % FOLDS for number in numbers])
-    scores = torch.empty(len(numbers))
-    for part in range(FOLDS):
-        weights, bias = fit(rows[fold != part], labels[fold != part])
-        scores[fold == part] = rows[fold == part] @ weights + bias
-    scale, shift = fit(scores[:, None], labels)  # a direction is surer of what it was learnt from than of the rest
+    held = torch.tensor([order[messages[number].sentence] % FOLDS == 0 for number in numbers])
+    scores = scored(fit(rows[~held], labels[~held]), rows[held])
+    scale, shift = scaled(scores, labels[held])  # a network is surer of what it was learnt from than of the rest
     alone = (scores * scale + shift >= TASK).float()
-    weights, bias = fit(rows, labels)
+    units = fit(rows, labels)
+    units[:, -1] *= scale
+    units[-1, -1] += shift
     return LearntTasks(
-        tasks=torch.cat([weights * scale, bias * scale + shift]).numpy().astype(np.float32),
+        tasks=units.numpy().astype(np.float16).astype(np.float32),
         messages=len(numbers),
-        caught=float(alone[labels].mean()),
-        lost=float(alone[~labels].mean()),
+        caught=float(alone[labels[held]].mean()),
+        lost=float(alone[~labels[held]].mean()),
     )
 
 
-def fit(rows: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """Weights, float32 [W], and bias of a logistic regression.
+def fit(rows: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The units of a network, see `question.tasks`: float32 [UNITS + 1, W + 2]; the last one is always the same.
 
     rows: float32 [M, W].
     labels: bool [M].
     """
-    mean, scale = rows.mean(0), (rows.std(0) + 1e-4) * rows.shape[1] ** 0.5
-    inputs, wanted = ((rows - mean) / scale).double(), labels.double()
-    weights = torch.zeros(rows.shape[1], dtype=torch.float64, requires_grad=True)
-    bias = torch.zeros(1, dtype=torch.float64, requires_grad=True)
-    search = torch.optim.LBFGS([weights, bias], max_iter=100, line_search_fn="strong_wolfe")
+    mean, scale = rows.mean(0), rows.std(0) + 1e-6
+    inputs, wanted = (rows - mean) / scale, labels.float()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        hidden, out = nn.Linear(rows.shape[1], UNITS), nn.Linear(UNITS, 1)
+        network = nn.Sequential(nn.Dropout(LEFT_OUT[0]), hidden, nn.ReLU(), nn.Dropout(LEFT_OUT[1]), out)
+        search = torch.optim.AdamW(network.parameters(), RATE, weight_decay=DECAY)
+        steps = PASSES * -(-len(rows) // BATCH)
+        rate = torch.optim.lr_scheduler.OneCycleLR(search, RATE, total_steps=steps)
+        for _ in range(PASSES):
+            for batch in torch.randperm(len(rows)).split(BATCH):
+                loss = functional.binary_cross_entropy_with_logits(network(inputs[batch])[:, 0], wanted[batch])
+                search.zero_grad()
+                loss.backward()
+                search.step()
+                rate.step()
+    with torch.no_grad():
+        weights = hidden.weight / scale
+        bias = hidden.bias - weights @ mean
+        units = torch.cat([weights, bias[:, None], out.weight.T], dim=1)
+        return torch.cat([units, torch.tensor([[0.0] * rows.shape[1] + [1.0, float(out.bias)]])])
+
+
+def scored(units: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """What a network says: float32 [M].
+
+    units: float32 [K, W + 2].
+    rows: float32 [M, W].
+    """
+    return functional.relu(rows @ units[:, :-2].T + units[:, -2]) @ units[:, -1]
+
+
+def scaled(scores: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
+    """By what scores are to be multiplied, and what to be added, for them to be nats.
+
+    scores: float32 [M].
+    labels: bool [M].
+    """
+    both = torch.tensor([1.0, 0.0], requires_grad=True)
+    search = torch.optim.LBFGS([both], max_iter=100, line_search_fn="strong_wolfe")
 
     def loss() -> float:
         search.zero_grad()
-        value = functional.binary_cross_entropy_with_logits(inputs @ weights + bias, wanted)
-        value = value + PENALTY * weights.square().sum()
+        value = functional.binary_cross_entropy_with_logits(scores * both[0] + both[1], labels.float())
         value.backward()
         return value.item()
 
     search.step(loss)
-    plain = weights.detach() / scale
-    return plain.float(), float(bias.detach() - plain @ mean.double())
+    scale, shift = both.tolist()
+    return scale, shift
 
 
 def main() -> None:
@@ -235,9 +272,9 @@ def main() -> None:
     known = read_tasks(options.out.read_bytes()) if options.out.is_file() else {}
     began = time.monotonic()
     learnt = learn_tasks(base, rule)
-    known[base.identity.layer] = learnt.tasks.astype("<f4").tobytes()
-    options.out.write_bytes(msgspec.json.format(msgspec.json.encode(known), indent=1) + b"\n")
-    shares = f"{learnt.caught:.3f} of the tasks, {learnt.lost:.3f} of the frames"
+    known[base.identity.layer] = learnt.tasks
+    options.out.write_bytes(save({layer: tasks.astype(np.float16) for layer, tasks in known.items()}))
+    shares = f"{learnt.caught:.3f} of the tasks, {learnt.lost:.3f} of the forms"
     print(f"{learnt.messages} messages, {shares}, {time.monotonic() - began:.0f} s")
 
 

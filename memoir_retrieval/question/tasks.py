@@ -1,12 +1,14 @@
 """Whether a message wants something done with a question: read off the activations of what stands around it.
 
-"Translate this:" and "I have a question:" differ in words that no list holds all of. In the activations of the edited
-layer two directions tell them apart: of the mean over what stands around the question, and of that over the template's
-tokens which lead to the answer, where the model has read the whole message. Of each the signed square roots count,
-brought to length 1, so that a few strong activations do not outweigh the rest. The directions are learnt once for a
-model and its layer (`evaluation.train_tasks`) and kept in the store: float32 [2 D + 1], the two of them and then what
-is added to their products. From about 0 on a task is likelier than none. Those of the embedded model come with the
-library.
+"Translate this:" and "I have a question:" differ in words that no list holds all of. The activations of the edited
+layer tell them apart: the mean over what stands around the question, and that over the template's tokens which lead to
+the answer, where the model has read the whole message. Of each the signed square roots count, brought to length 1, so
+that a few strong activations do not outweigh the rest. A network with one hidden layer makes one number of both. From
+about 0 on a task is likelier than none.
+
+The network is learnt once for a model and its layer (`evaluation.train_tasks`) and kept in the store, one row for each
+of its K hidden units: float32 [K, 2 D + 2], the weights of the two means, what is added to their products, and what the
+unit counts where it is above 0. The network of the embedded model comes with the library.
 """
 
 from __future__ import annotations
@@ -16,10 +18,11 @@ from functools import cache
 from importlib.resources import files
 from typing import NamedTuple
 
-import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load
 from torch.nn import functional
 
 from memoir_retrieval.errors import StoreError
@@ -38,7 +41,7 @@ __all__ = [
 ]
 
 
-TASKS = "tasks.json"
+TASKS = "tasks.safetensors"
 
 
 class Pooled(NamedTuple):
@@ -110,14 +113,15 @@ def with_leads(pooled: Pooled, messages: Sequence[Sequence[Span]]) -> Pooled:
 
 
 class TaskProbe:
-    """What a layer's directions say of messages of which several spans are pooled."""
+    """What a layer's network says of messages of which several spans are pooled."""
 
     def __init__(self, tasks: NDArray[np.float32], device: torch.device | str = "cpu") -> None:
-        """tasks: float32 [2 D + 1], of the layer; copied.
+        """tasks: float32 [K, 2 D + 2], of the layer; copied.
         device: on which means come.
         """
-        self._around, self._lead = torch.tensor(tasks[:-1], device=device).chunk(2)
-        self._bias = float(tasks[-1])
+        units = torch.tensor(tasks, device=device)
+        self._around, self._lead = units[:, :-2].chunk(2, dim=1)
+        self._bias, self._counts = units[:, -2], units[:, -1]
 
     def scores(self, pooled: Pooled, counts: Sequence[int]) -> NDArray[np.float32]:
         """How much what stands around each span speaks for a task, in nats: float32 [C]; -inf where nothing does.
@@ -126,10 +130,11 @@ class TaskProbe:
         counts: how many of the spans are of each message, in turn, the whole of it first.
         """
         rest = roots(around(pooled, counts))
-        nats = rest @ self._around + self._bias
+        units = rest @ self._around.T + self._bias
         if pooled.leads is not None:
             messages = np.repeat(np.arange(len(counts)), counts)
-            nats += (roots(pooled.leads) @ self._lead)[torch.from_numpy(messages).to(nats.device)]
+            units += (roots(pooled.leads) @ self._lead.T)[torch.from_numpy(messages).to(units.device)]
+        nats = functional.relu(units) @ self._counts
         nats = torch.where(rest.any(dim=1), nats, -torch.inf)
         return nats.cpu().numpy().astype(np.float32)
 
@@ -155,34 +160,33 @@ def around(pooled: Pooled, counts: Sequence[int]) -> torch.Tensor:
 
 
 def shipped_tasks(layer: str) -> NDArray[np.float32]:
-    """The directions that come with the library: float32 [2 D + 1], or [0] where there are none.
+    """The network that comes with the library: float32 [K, 2 D + 2], or [0, 0] where there is none.
 
     layer: digest of the edited layer, `Identity.layer`.
 
-    Raises StoreError where the file of directions is damaged.
+    Raises StoreError where the file of networks is damaged.
     """
-    tasks = _shipped().get(layer)
-    return np.frombuffer(tasks or b"", "<f4").astype(np.float32)
+    return _shipped().get(layer, np.zeros((0, 0), np.float32))
 
 
 @cache
-def _shipped() -> dict[str, bytes]:
+def _shipped() -> dict[str, NDArray[np.float32]]:
     return read_tasks((files("memoir_retrieval") / "data" / TASKS).read_bytes())
 
 
-def read_tasks(data: bytes) -> dict[str, bytes]:
-    """What a file of directions holds: float32 [2 D + 1] each, little-endian, by the digest of the layer.
+def read_tasks(data: bytes) -> dict[str, NDArray[np.float32]]:
+    """The networks that a file holds, by the digest of the layer: float16 there, float32 [K, 2 D + 2] here.
 
-    data: of the file.
+    data: of the file, in safetensors' format.
 
     Raises StoreError for one that is damaged.
     """
     try:
-        known = msgspec.json.decode(data, type=dict[str, bytes])
+        known = {layer: tasks.astype(np.float32) for layer, tasks in load(data).items()}
         for tasks in known.values():
-            if (count := len(np.frombuffer(tasks, "<f4"))) < 3 or count % 2 == 0:
-                raise ValueError(f"two directions have {len(tasks)} bytes")
-    except ValueError as error:  # msgspec's errors are ValueErrors, too
+            if tasks.ndim != 2 or tasks.shape[1] < 4 or tasks.shape[1] % 2 or not np.isfinite(tasks).all():
+                raise ValueError(f"a network of shape {tasks.shape}")
+    except (ValueError, SafetensorError) as error:
         raise StoreError(f"{TASKS} is damaged ({error!s:.200}): install memoir-retrieval again") from error
     return known
 

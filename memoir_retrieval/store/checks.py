@@ -23,12 +23,10 @@ def memory_faults(
     manifest: the store's.
     background: float32 [D].
     permutation: int64 [D].
-    tasks: float32 [2 D + 1] or [0].
+    tasks: float32 [K, 2 D + 2] or [0, 0].
     """
     name = manifest.memory.name
-    if len(tasks) not in (0, 2 * manifest.d + 1):
-        yield f"{name} holds {len(tasks)} numbers in `tasks`, not {2 * manifest.d + 1}"
-    for key, numbers in (("background", background), ("tasks", tasks)):
+    for key, numbers in (("background", background), ("task_units", tasks)):
         if not np.isfinite(numbers).all():
             yield f"{name} holds NaN or infinite numbers in `{key}`"
     if not np.array_equal(np.sort(permutation), np.arange(manifest.d)):

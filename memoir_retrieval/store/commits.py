@@ -75,7 +75,7 @@ class Commits:
         edits: all of them.
         background: float32 [D].
         permutation: int64 [D].
-        tasks: float32 [2 D + 1] or [0].
+        tasks: float32 [K, 2 D + 2] or [0, 0].
         references: by which tau is set, or none.
         Raises StoreError where the disk refuses; what was changed is still to be written then.
         """

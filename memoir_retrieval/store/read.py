@@ -43,8 +43,8 @@ __all__ = [
     "library_version",
 ]
 
-NO_TASKS = np.zeros(0, np.float32)
-"""In place of a direction: words alone say what of a message is a task."""
+NO_TASKS = np.zeros((0, 0), np.float32)
+"""In place of a network: words alone say what of a message is a task."""
 TRIES = 10  # of reading a store that is replaced meanwhile
 MAPPED_FROM = 64 << 20
 """Files of at least so many bytes are mapped, not read."""
@@ -73,7 +73,7 @@ class Content(NamedTuple):
     ids: int64 [N], the edit that each mask belongs to.
     memory_of: int32 [N], the memory that holds it.
     edits: the edits.
-    tasks: float32 [2 D + 1], see `question.tasks`; of length 0 where words alone tell tasks.
+    tasks: float32 [K, 2 D + 2], see `question.tasks`; [0, 0] where words alone tell tasks.
     references: what tau is set by; none where somebody has chosen it.
     """
 
@@ -110,7 +110,7 @@ class EditStore:
     mapped: the files that are mapped, with their content.
     additions: what came after the files.
     tail: where the next addition goes.
-    tasks: float32 [2 D + 1], directions of the activations by which tasks are known (`question.tasks`); of length 0
+    tasks: float32 [K, 2 D + 2], the network by which tasks are known (`question.tasks`); [0, 0]
         where words alone tell them.
     references: prompts by which tau is set at every change of the edits; none where somebody has chosen it.
     """
@@ -312,7 +312,8 @@ def parse(folder: Path, manifest: Manifest, data: dict[str, Data]) -> Parts:
             "memory": Tensor(np.float32, (None, h, d)),
             "background": Tensor(np.float32, (d,)),
             "permutation": Tensor(np.int64, (d,)),
-            "tasks": Tensor(np.float32, (None,), required=False),
+            "task_units": Tensor(np.float32, (None, 2 * d + 2), required=False),
+            "tasks": Tensor(np.float32, (None,), required=False),  # of an earlier judge, not read
             "references": Tensor(np.uint8, (None, d // 8), required=False),
             "reference_texts": Tensor(np.uint8, (None,), required=False),
         },
@@ -334,16 +335,13 @@ def parse(folder: Path, manifest: Manifest, data: dict[str, Data]) -> Parts:
             "backup"
         )
     edits = StoredEdits(data["edits"], str(folder / manifest.edits.name))
-    tasks = memory.get("tasks", NO_TASKS)
-    if len(tasks) == manifest.d + 1:  # the one direction of an earlier judge
-        tasks = NO_TASKS
     return Parts(
         memory["memory"],
         memory["background"],
         memory["permutation"],
         Masks(coded["codes"], coded["ids"], coded["memory_of"]),
         edits,
-        tasks,
+        memory.get("task_units", NO_TASKS),
         _references(folder / manifest.memory.name, memory),
     )
 

@@ -55,7 +55,7 @@ def write_generation(
     files = {
         "memory": tensor_chunks(
             {"memory": content.memories, "background": content.background, "permutation": content.permutation}
-            | ({"tasks": content.tasks} if len(content.tasks) else {})
+            | ({"task_units": content.tasks} if len(content.tasks) else {})
             | _reference_tensors(content.references)
         ),
         "codes": tensor_chunks({"codes": content.codes, "ids": content.ids, "memory_of": content.memory_of}, rows),
@@ -94,7 +94,7 @@ def write_again(
     folder: where, with its `store_lock` held.
     store: what is written.
     edits, rows: given together, only these edits and these rows of `codes` are kept.
-    tasks: float32 [2 D + 1], in place of what the store has (default: as it is).
+    tasks: float32 [K, 2 D + 2], in place of what the store has (default: as it is).
     references: the same.
     changes: fields of `Manifest`, `generation` among them.
     Raises as `write_generation`.
