@@ -14,14 +14,17 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.numpy import save
 
+import memoir_retrieval.store.write
 from memoir_retrieval import Edit, Editor, EditStore, Retriever
 from memoir_retrieval.cli import cli
 from memoir_retrieval.edits.judge import AGREED, TASK, shipped_judge
 from memoir_retrieval.errors import ConfigError, StoreError
 from memoir_retrieval.evaluation import train_tasks
 from memoir_retrieval.evaluation.calibration import with_this_judge, write_tau
-from memoir_retrieval.evaluation.train_tasks import fit, framed
+from memoir_retrieval.evaluation.train_tasks import UNITS, fit, framed, scaled, scored
 from memoir_retrieval.model.base import BaseModel, load_model
 from memoir_retrieval.model.forward import candidate_means, span_sum
 from memoir_retrieval.question.candidates import Pieces, find_candidates
@@ -59,23 +62,24 @@ def test_the_score_of_a_part_is_that_of_what_stands_around_it(weighted: bool) ->
     parts = with_leads(pooled(rows, every), messages)
     (lead,) = pooled(rows, [Span(9, 12, weighted)]).means
     assert parts.leads is not None and torch.equal(parts.leads[0], lead) and not parts.leads[1:].any()
-    directions = torch.linspace(-1, 1, 2 * D)
-    scores = TaskProbe(np.append(directions.numpy(), np.float32(0.5))).scores(parts, counts)
+    units = torch.randn(5, 2 * D + 2, generator=torch.Generator().manual_seed(4))
+    scores = TaskProbe(units.numpy()).scores(parts, counts)
     (mean,) = pooled(torch.cat([rows[:2], rows[5:9]]), [Span(0, 6, weighted)]).means
     both = [value.sign() * value.abs().sqrt() / value.abs().sum().sqrt() for value in (mean, lead)]
-    expected = [float(both[0] @ directions[:D]) + 0.5 + by for by in (float(both[1] @ directions[D:]), 0.0)]
+    around_it = units[:, :D] @ both[0] + units[:, -2]
+    expected = [float(s.relu() @ units[:, -1]) for s in (around_it + units[:, D:-2] @ both[1], around_it)]
     assert scores[[1, 5]] == pytest.approx(expected, abs=1e-4)
     assert np.isneginf(scores[[0, 2, 3, 4]]).all()
     assert torch.allclose(around(parts, counts)[1], mean, atol=1e-5) and not around(parts, counts)[0].any()
     alone = parts.taken([4, 5], [3])
-    assert TaskProbe(np.append(directions.numpy(), np.float32(0.5))).scores(alone, [2])[1] == scores[5]
+    assert TaskProbe(units.numpy()).scores(alone, [2])[1] == scores[5]
 
 
 def test_messages_without_a_lead_are_pooled_as_they_are() -> None:
     rows, spans = torch.randn(6, D), [[Span(0, 6)], [Span(0, 4), Span(1, 3)]]
     parts = pooled(rows, [span for message in spans for span in message])
     assert with_leads(parts, spans) is parts and parts.leads is None
-    tasks = np.linspace(-1, 1, 2 * D + 1, dtype=np.float32)
+    tasks = np.ones((2, 2 * D + 2), np.float32)
     assert np.isfinite(TaskProbe(tasks).scores(parts, [1, 2])).tolist() == [False, False, True]
 
 
@@ -101,17 +105,35 @@ def test_messages_are_sound_where_parts_and_lead_are_finite() -> None:
     assert parts.sound(counts) == ([1], [2])
 
 
-@pytest.mark.parametrize("data", [b"", b"[]", b'{"a": "AAA="}', b'{"a": "AAAAAA=="}', b'{"a": "AAAAAAAAAAA="}'])
-def test_a_damaged_file_of_directions_is_refused(data: bytes) -> None:
-    with pytest.raises(StoreError, match=r"tasks.json is damaged .*: install memoir-retrieval again"):
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"[]",
+        save({"a": np.ones(6, np.float16)}),
+        save({"a": np.ones((2, 5), np.float16)}),
+        save({"a": np.full((2, 6), np.nan, np.float16)}),
+        save({"a": np.ones((2, 6), np.float16)})[:-1],
+    ],
+)
+def test_a_damaged_file_of_networks_is_refused(data: bytes) -> None:
+    with pytest.raises(StoreError, match=r"tasks.safetensors is damaged .*: install memoir-retrieval again"):
         read_tasks(data)
 
 
-def test_what_is_learnt_tells_apart_what_a_direction_can() -> None:
-    rows = torch.randn(200, D, generator=torch.Generator().manual_seed(0))
-    labels = rows[:, 3] - rows[:, 8] > 0.2
-    weights, bias = fit(rows, labels)
-    assert (((rows @ weights + bias) > 0) == labels).float().mean() > 0.97
+def test_what_is_learnt_tells_apart_what_no_direction_can() -> None:
+    far = torch.randn(4000, generator=torch.Generator().manual_seed(0))
+    rows = far[:, None] * torch.linspace(-1, 1, D) + 0.1 * torch.randn(
+        4000, D, generator=torch.Generator().manual_seed(1)
+    )
+    labels = far.abs() > 0.7
+    units = fit(rows[:3000], labels[:3000])
+    assert units.shape == (UNITS + 1, D + 2)
+    scores = scored(units, rows[3000:])
+    assert ((scores > 0) == labels[3000:]).float().mean() > 0.85
+    scale, shift = scaled(3 * scores + 1, labels[3000:])
+    again, rest = scaled(scores, labels[3000:])
+    assert (3 * scale, shift + scale) == pytest.approx((again, rest), abs=1e-2)
 
 
 def test_messages_to_learn_from_hold_their_question() -> None:
@@ -125,7 +147,7 @@ def test_messages_to_learn_from_hold_their_question() -> None:
 def test_the_embedded_models_layer_has_a_probe_that_knows_tasks_it_was_not_shown() -> None:
     base = load_model("smollm2-135m")
     tasks = shipped_tasks(base.identity.layer)
-    assert tasks.shape == (2 * base.d + 1,) and not len(shipped_tasks("no such layer"))
+    assert tasks.shape == (UNITS + 1, 2 * base.d + 2) and not len(shipped_tasks("no such layer"))
     probe = TaskProbe(tasks)
     question = "Where did Ann Lee grow up?"
     frames = [f"Morning all! {question} Ta", f"My uncle and I could not settle this one.\n{question}"]
@@ -148,7 +170,7 @@ def test_the_embedded_models_layer_has_a_probe_that_knows_tasks_it_was_not_shown
 
 @pytest.fixture(scope="module")
 def base(tiny: Path) -> BaseModel:
-    """A model that no direction comes with."""
+    """A model that no network comes with."""
     return load_model(tiny)
 
 
@@ -166,10 +188,10 @@ def store(template: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(template, tmp_path / "store"))
 
 
-def test_a_store_keeps_the_direction_that_was_learnt_through_every_kind_of_write(store: Path, base: BaseModel) -> None:
+def test_a_store_keeps_the_network_that_was_learnt_through_every_kind_of_write(store: Path, base: BaseModel) -> None:
     opened = EditStore.open(store)
     assert not len(opened.tasks) and opened.manifest.span.candidates
-    tasks = np.linspace(-1, 1, 2 * opened.manifest.d + 1).astype(np.float32)
+    tasks = np.linspace(-1, 1, 6 * opened.manifest.d + 6).astype(np.float32).reshape(3, -1)
     write_tau(replace(opened, tasks=tasks), opened.manifest.tau)
     with Editor(base, store) as editor:
         editor.add([Edit(prompt="When was the Acme fire?", target="In May")])
@@ -184,19 +206,30 @@ def test_a_store_keeps_the_direction_that_was_learnt_through_every_kind_of_write
 
 @pytest.mark.parametrize(
     ("change", "said"),
-    [(lambda t: t[:-1], "128 numbers in `tasks`, not 129"), (lambda t: t * np.nan, "in `tasks`")],
+    [(lambda t: t[:, 2:], r"'task_units' is float32 \[3, 128\], not"), (lambda t: t * np.nan, "in `task_units`")],
 )
-def test_a_direction_that_cannot_be_is_refused(store: Path, change: Any, said: str) -> None:
+def test_a_network_that_cannot_be_is_refused(store: Path, change: Any, said: str) -> None:
     opened = EditStore.open(store)
-    write_tau(replace(opened, tasks=change(np.ones(2 * opened.manifest.d + 1, np.float32))), 0.5)
+    write_tau(replace(opened, tasks=change(np.ones((3, 2 * opened.manifest.d + 2), np.float32))), 0.5)
     with pytest.raises(StoreError, match=said):
         EditStore.open(store)
 
 
-def test_one_direction_as_an_earlier_judge_had_it_is_left_behind(store: Path, base: BaseModel) -> None:
+def test_what_an_earlier_judge_knew_tasks_by_is_left_behind(
+    store: Path, base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     opened = EditStore.open(store)
-    write_tau(replace(opened, tasks=np.ones(opened.manifest.d + 1, np.float32)), 0.5)
+    chunks = memoir_retrieval.store.write.tensor_chunks
+
+    def with_direction(tensors: dict[str, np.ndarray], *rows: Any) -> Any:
+        more = {"tasks": np.ones(opened.manifest.d + 1, np.float32)} if "memory" in tensors else {}
+        return chunks({**tensors, **more}, *rows)
+
+    monkeypatch.setattr(memoir_retrieval.store.write, "tensor_chunks", with_direction)
+    write_tau(opened, 0.5)
     earlier = EditStore.open(store)
+    with safe_open(store / earlier.manifest.memory.name, "np") as file:
+        assert "tasks" in list(file.keys())
     assert not len(earlier.tasks) and not len(with_this_judge(earlier).tasks)
     assert Retriever(earlier, base).lookup("Who runs Acme?") is not None  # words alone tell tasks
 
@@ -217,7 +250,7 @@ def test_a_message_on_which_the_model_overflows_gets_no_edit(store: Path, base: 
     assert (retriever.route(parts._replace(means=parts.means * torch.nan), questions, counts).rows < 0).all()
 
 
-def test_calibrate_learns_the_direction_of_a_models_layer_and_a_lookup_goes_by_it(
+def test_calibrate_learns_the_network_of_a_models_layer_and_a_lookup_goes_by_it(
     store: Path,
     base: BaseModel,
     capsys: pytest.CaptureFixture[str],
@@ -234,10 +267,10 @@ def test_calibrate_learns_the_direction_of_a_models_layer_and_a_lookup_goes_by_i
     err = " ".join(capsys.readouterr().err.split())
     assert re.search(r"learnt from \d+ messages; of messages held back it takes \d+% of those with a task", err)
     opened = EditStore.open(store)
-    assert opened.tasks.shape == (2 * opened.manifest.d + 1,) and opened.tasks.any()
+    assert opened.tasks.shape == (UNITS + 1, 2 * opened.manifest.d + 2) and opened.tasks.any()
     message = "My neighbour flew home from her holidays yesterday. Where is Rome?"
     for nats, found in ((TASK + 0.1, False), (AGREED - 1, True)):
-        tasks = np.append(np.zeros(2 * opened.manifest.d, np.float32), np.float32(nats))
+        tasks = np.append(np.zeros(2 * opened.manifest.d), [1, nats]).astype(np.float32)[None]
         parts = Retriever(replace(opened, tasks=tasks), base).parts(message)
         assert any(part.match == 1 for part in parts) == found
 
