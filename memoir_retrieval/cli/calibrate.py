@@ -162,6 +162,11 @@ def _calibrate_store(
     judged = with_this_judge(opened)
     if tasks:
         judged = with_this_judge(opened, _learn(judged, base))
+    if judged.manifest.span.candidates and not len(judged.tasks):
+        notes.print(
+            f"{store} knows tasks, such as a translation, by words alone: --tasks has it use the activations of "
+            f"{manifest.model}, too"
+        )
     retriever = Retriever(judged, base)
     references = judged.references
     if edits or not references.texts:

@@ -137,6 +137,8 @@ def features(base: BaseModel, rule: SpanRule, messages: Sequence[Framed]) -> tup
             rows.append(ids)
             spans.append([whole, own[0]])
             numbers.append(number)
+    if not rows:
+        return torch.zeros(0, 2 * base.d), []
     # The template's beginning is a third of most messages; it passes once.
     same = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*rows, strict=False))
     before = [tokens[0] for tokens in same][: min(parts[0].start for parts in spans)]
@@ -182,12 +184,12 @@ def learn_tasks(base: BaseModel, rule: SpanRule) -> LearntTasks:
     messages = list(framed())
     with HalfProducts(base).used() if half_is_faster(base) else nullcontext():
         rows, numbers = features(base, rule, messages)
-    labels = torch.tensor([messages[number].task for number in numbers], dtype=torch.bool)
     if len(numbers) < len(messages) // 2:
         raise ConfigError(
             f"the question is found in only {len(numbers)} of {len(messages)} messages, as {base.name} renders them: "
             "leave out --tasks, and tasks are known by words alone"
         )
+    labels = torch.tensor([messages[number].task for number in numbers], dtype=torch.bool)
     order = {sentence: place for place, sentence in enumerate(sorted({message.sentence for message in messages}))}
     held = torch.tensor([order[messages[number].sentence] % FOLDS == 0 for number in numbers])
     scores = scored(fit(rows[~held], labels[~held]), rows[held])
@@ -227,7 +229,8 @@ def fit(rows: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
                 search.step()
                 rate.step()
     with torch.no_grad():
-        weights = hidden.weight / scale
+        # What is the same in all messages says nothing; the search has left its weights as they were drawn.
+        weights = torch.where(rows.std(0) < 1e-4, torch.zeros(()), hidden.weight / scale)
         bias = hidden.bias - weights @ mean
         units = torch.cat([weights, bias[:, None], out.weight.T], dim=1)
         return torch.cat([units, torch.tensor([[0.0] * rows.shape[1] + [1.0, float(out.bias)]])])

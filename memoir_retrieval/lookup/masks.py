@@ -79,7 +79,7 @@ class _Passage(NamedTuple):
 def task_probe(store: EditStore, device: torch.device | str) -> TaskProbe | None:
     """What tells tasks in the messages of a store; None where words alone do.
 
-    store: whose direction it is.
+    store: whose network it is.
     device: on which means come.
     """
     if len(store.tasks):

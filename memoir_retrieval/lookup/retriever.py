@@ -189,7 +189,10 @@ class Retriever:
         if not _holds_question(candidates[0].span) or not len(self.index):
             return []
         spans = [candidate.span for candidate in candidates]
-        codes, around = self._codes(self._pooled([ids], [spans]), [len(spans)])
+        pooled = self._pooled([ids], [spans])
+        if not pooled.sound([len(spans)])[0]:
+            return []
+        codes, around = self._codes(pooled, [len(spans)])
         questions = [ids[span.start : span.end] for span in spans]
         (decisive,) = self._lookup.decide(codes, self.tau, questions, [len(questions)], around)[1].tolist()
         near, overlaps = self.index.nearest(codes, 1)

@@ -28,10 +28,10 @@ LEAST = 3
 LONGEST_QUOTE = 2000
 """Characters between two quotes that belong together."""
 
-Kind = Literal["message", "quote", "label", "sentence", "line", "paragraph"]
+Kind = Literal["message", "quote", "label", "sentence", "opening", "line", "paragraph"]
 """message: all of it. quote: what stands in quotes, a tag or emphasis. label: what stands behind "Question:", a dash, a
-list mark, a mention, a command, brackets, a tab, several spaces or the line between two cells. sentence, line,
-paragraph: as they are."""
+list mark, a mention, a command, brackets, a tab, several spaces or the line between two cells. opening: the end of a
+sentence, from a word on with which a question may begin. sentence, line, paragraph: as they are."""
 
 
 class CandidateSpan(NamedTuple):
@@ -165,37 +165,34 @@ _ABBREVIATED = regex.compile(
     r"(?:\p{Lu}|\p{L}\.\p{L}|mr|mrs|ms|dr|st|vs|no|nr|jr|sr|prof|inc|ltd|co|corp|dept|approx|vol|fig)$",
     regex.IGNORECASE,
 )
-_SMALL = regex.compile(r"\s*\p{Ll}")
+_SMALL = regex.compile(r"[\s,;]*\p{Ll}")
 _QUESTION = regex.compile(r"[?\uff1f\u061f][\"'\u201d\u2019\u00bb)\]*]*\s*$")
 _MARK = regex.compile(r"\s*(?:(?:[-*+>#/\u2022\u2013]+|\(?\w{1,3}[.)]|[@/]\w{1,40}[,:]?)\s+|'{3}|\"{3})+")
 _LABEL = regex.compile(
     r"\s?:\s|\uff1a\s?|(?<=\p{L}):(?=\p{L})|\s[-\u2013\u2014]\s|[>\])|]\s|\t|\s{2,}|[=\u00bb\u2192]\s?|[<>]{2}\s?"
 )
-# How questions begin. In English also with a small letter, in other languages only where the capital shows it.
-_PREPOSITIONS = "in|on|at|to|from|for|by|of|with|through|under|against|into|during|since|about"
-_WH = "who|whom|whose|what|when|where|which|why|how"
-_VERBS = "is|are|was|were|does|did|has|have|had"
-_OTHERS = (
-    "do|can|could|will|would|should|wer|wen|wem|wessen|was|wann|wo|woher|wohin|welche|welcher|welches|welchen|warum|"
-    "wieso|qui|que|quoi|quel|quelle|quels|quelles|quand|où|pourquoi|comment|combien|quién|quiénes|qué|cuál|cuáles|"
+# How questions begin. Verbs may be names ("Will"), and small letters clauses ("the man who founded Rome").
+_WH = (
+    "who|whom|whose|what|when|where|which|why|how|wer|wen|wem|wessen|wann|wo|woher|wohin|welche|welcher|welches|welchen|"
+    "warum|wieso|qui|que|quoi|quel|quelle|quels|quelles|quand|où|pourquoi|comment|combien|quién|quiénes|qué|cuál|cuáles|"
     "cuándo|dónde|cómo|cuánto|cuántos|cuántas|chi|che|quale|quali|quando|dove|perché|quanto|quanti|quante|quem|qual|"
     "quais|onde|wie|wat|wanneer|waar|welk|waarom|hoe|kto|kiedy|gdzie|który|która|które|jak|jaki|jaka|"
     "\u043a\u0442\u043e|\u0447\u0442\u043e|\u043a\u043e\u0433\u0434\u0430|\u0433\u0434\u0435|\u043a\u0430\u043a"
 )
-
-
-def _beginnings(words: str, prepositions: str) -> str:
-    """Of questions that begin with one of the words, or a preposition and what it may stand before."""
-    return rf"(?:(?<!\w)|(?<={_UNSPACED}))(?:(?:{prepositions})\s(?:what|which|whom|whose)|{words})(?!\w)"
+_PREPOSITIONS = "in|on|at|to|from|for|by|of|with|through|under|against|into|during|since|about"
+_VERBS = "is|are|was|were|does|did|has|have|had"
 
 
 def _capitals(words: str) -> str:
     return "|".join(word.capitalize() for word in words.split("|"))
 
 
-_CAPITAL = regex.compile(_beginnings(_capitals(f"{_WH}|{_VERBS}|{_OTHERS}"), _capitals(_PREPOSITIONS)))
-_LOWER = regex.compile(_beginnings(_WH, _PREPOSITIONS))
-_OWN = regex.compile(rf"\W*{_beginnings(f'{_WH}|{_VERBS}', _PREPOSITIONS)}", regex.IGNORECASE)
+# Behind a title's first word stands a capital, too: "Who Moved My Cheese?".
+_OPENING = regex.compile(
+    rf"(?:(?<!\w)|(?<={_UNSPACED}))"
+    rf"(?:(?:{_capitals(_PREPOSITIONS)})\s(?:what|which|whom|whose)|{_capitals(_WH)})(?:['\u2019]s)?\s\p{{Ll}}"
+)
+_OWN = regex.compile(rf"\W*(?:(?:{_PREPOSITIONS})\s(?:what|which|whom|whose)|{_WH}|{_VERBS})(?!\w)", regex.IGNORECASE)
 _LINE = regex.compile(r"[^\n]+")
 
 
@@ -208,11 +205,16 @@ def _parts(text: str) -> Iterator[tuple[int, int, Kind]]:
     longer = [part for line in lines for part in _sentences(text, *line, True)]
     asking = [part for part in dict.fromkeys((*sentences, *longer)) if _asks(text, *part)]
     asking.sort(key=lambda part: (part[1], -part[0]))
-    first = [quote for quote in quotes if _asks(text, *quote)]
-    for part in dict.fromkeys((*_ends(first, 1), *_ends(asking, 3), *_ends(first, 2), *_ends(quotes, 2))):
+    asked = [quote for quote in quotes if _asks(text, *quote)]
+    likely = [*dict.fromkeys((*_ends(asked, 1), *_ends(asking, 3), *_ends(asked, 2), *_ends(quotes, 2)))]
+    for part in likely:
         for rest in _behind_labels(text, *part):
             yield *rest, "label"
         yield *part, "quote" if part in quotes else "sentence"
+    for part in likely:
+        if _asks(text, *part):
+            for rest in _openings(text, *part):
+                yield *rest, "opening"
     asking_lines = [line for line in lines if _asks(text, *line)]
     for line in _ends(asking_lines, 2):
         for rest in _behind_labels(text, *line):
@@ -266,22 +268,19 @@ def _sentences(text: str, first: int, last: int, before_capitals: bool = False) 
 
 
 def _behind_labels(text: str, first: int, last: int) -> Iterator[_Part]:
-    """What stands behind the last label of a part, behind the first one, and behind the mark of a list; where the part
-    asks, from the last and the first word on with which a question may begin."""
+    """What stands behind the last label of a part, behind the first one, and behind the mark of a list."""
     labels = [label.end() for label in _LABEL.finditer(text, first, last)]
-    openings = _openings(text, first, last) if _asks(text, first, last) else []
-    for start in dict.fromkeys((*openings[-1:], *labels[-1:], *openings[:1], *labels[:1])):
-        yield start, last
+    for end in dict.fromkeys((*labels[-1:], *labels[:1])):
+        yield end, last
     if mark := _MARK.match(text, first, last):
         yield mark.end(), last
 
 
-def _openings(text: str, first: int, last: int) -> list[int]:
-    """Where a question may begin within what asks, as in "The host just asked Who founded Rome?".
-
-    Small letters count only where nothing asks by itself: "Who founded the town where Kant lived?" is one question.
-    """
-    begins = [word.start() for word in _CAPITAL.finditer(text, first, last)]
-    if not begins and not _OWN.match(text, first, last):
-        begins = [word.start() for word in _LOWER.finditer(text, first, last)]
-    return [begin for begin in begins if text[first:begin].strip()]
+def _openings(text: str, first: int, last: int) -> Iterator[_Part]:
+    """What may be a question within a sentence that asks, from the last word on with which one may begin, and from the
+    first: "The host just asked Who founded Rome?". None where the sentence itself begins as a question."""
+    if _OWN.match(text, first, last):
+        return
+    begins = [word.start() for word in _OPENING.finditer(text, first, last)]
+    for begin in dict.fromkeys((*begins[-1:], *begins[:1])):
+        yield begin, last

@@ -129,6 +129,8 @@ def test_what_is_learnt_tells_apart_what_no_direction_can() -> None:
     labels = far.abs() > 0.7
     units = fit(rows[:3000], labels[:3000])
     assert units.shape == (UNITS + 1, D + 2)
+    same = torch.cat([rows[:3000], torch.zeros(3000, 1)], dim=1)
+    assert not fit(same, labels[:3000])[:, D].any()  # what is the same in all says nothing
     scores = scored(units, rows[3000:])
     assert ((scores > 0) == labels[3000:]).float().mean() > 0.85
     scale, shift = scaled(3 * scores + 1, labels[3000:])
@@ -235,7 +237,9 @@ def test_what_an_earlier_judge_knew_tasks_by_is_left_behind(
 
 
 @pytest.mark.parametrize("overflows", ["means", "leads"])
-def test_a_message_on_which_the_model_overflows_gets_no_edit(store: Path, base: BaseModel, overflows: str) -> None:
+def test_a_message_on_which_the_model_overflows_gets_no_edit(
+    store: Path, base: BaseModel, overflows: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     retriever = Retriever(EditStore.open(store), base)
     texts = ["Hello. Who runs Acme?", "Who runs Acme?", "Where is Rome? Thanks."]
     rows = [prompt_ids(base.tokenizer, text, chat=True) for text in texts]
@@ -248,6 +252,16 @@ def test_a_message_on_which_the_model_overflows_gets_no_edit(store: Path, base: 
     hits = retriever.route(parts, questions, counts)
     assert (hits.ids.tolist(), hits.rows[0], hits.overlaps[0]) == ([-1, 0, 1], -1, 0)
     assert (retriever.route(parts._replace(means=parts.means * torch.nan), questions, counts).rows < 0).all()
+    assert retriever.lookup(texts[0]) is not None and retriever.parts(texts[0])
+    pooled_as_is = retriever._pooled
+
+    def overflowing(*rows_and_spans: Any) -> Pooled:
+        of = pooled_as_is(*rows_and_spans)
+        getattr(of, overflows)[0, 0] = torch.nan
+        return of
+
+    monkeypatch.setattr(retriever, "_pooled", overflowing)
+    assert retriever.lookup(texts[0]) is None and not retriever.parts(texts[0])
 
 
 def test_calibrate_learns_the_network_of_a_models_layer_and_a_lookup_goes_by_it(
