@@ -52,7 +52,7 @@ NOT_ASKING = (
     Row("another question about the same name", "another question about the same name"),
     Row("an opposite, a negation, another year", "an opposite"),
     Row("“translate it”, “name its topic” and eight more tasks", "correct, rewrite"),
-    Row("sixty tasks in other words", "**sixty other tasks**"),
+    Row("120 unseen tasks", "**120 unseen tasks**"),
     Row("“translate it”, asked in German", "*new:* translate"),
 )
 
