@@ -205,8 +205,8 @@ def _parts(text: str) -> Iterator[tuple[int, int, Kind]]:
     longer = [part for line in lines for part in _sentences(text, *line, True)]
     asking = [part for part in dict.fromkeys((*sentences, *longer)) if _asks(text, *part)]
     asking.sort(key=lambda part: (part[1], -part[0]))
-    asked = [quote for quote in quotes if _asks(text, *quote)]
-    likely = [*dict.fromkeys((*_ends(asked, 1), *_ends(asking, 3), *_ends(asked, 2), *_ends(quotes, 2)))]
+    questions = [quote for quote in quotes if _asks(text, *quote)]
+    likely = [*dict.fromkeys((*_ends(questions, 1), *_ends(asking, 3), *_ends(questions, 2), *_ends(quotes, 2)))]
     for part in likely:
         for rest in _behind_labels(text, *part):
             yield *rest, "label"
