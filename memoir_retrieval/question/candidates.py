@@ -187,12 +187,15 @@ def _capitals(words: str) -> str:
     return "|".join(word.capitalize() for word in words.split("|"))
 
 
+def _beginning(prepositions: str, words: str) -> str:
+    return rf"(?:(?:{prepositions})\s(?:what|which|whom|whose)|{words})"
+
+
 # Behind a title's first word stands a capital, too: "Who Moved My Cheese?".
 _OPENING = regex.compile(
-    rf"(?:(?<!\w)|(?<={_UNSPACED}))"
-    rf"(?:(?:{_capitals(_PREPOSITIONS)})\s(?:what|which|whom|whose)|{_capitals(_WH)})(?:['\u2019]s)?\s\p{{Ll}}"
+    rf"(?:(?<!\w)|(?<={_UNSPACED})){_beginning(_capitals(_PREPOSITIONS), _capitals(_WH))}(?:['\u2019]s)?\s\p{{Ll}}"
 )
-_OWN = regex.compile(rf"\W*(?:(?:{_PREPOSITIONS})\s(?:what|which|whom|whose)|{_WH}|{_VERBS})(?!\w)", regex.IGNORECASE)
+_OWN = regex.compile(rf"\W*{_beginning(_PREPOSITIONS, f'{_WH}|{_VERBS}')}(?!\w)", regex.IGNORECASE)
 _LINE = regex.compile(r"[^\n]+")
 
 
