@@ -158,8 +158,10 @@ def test_the_version_is_written_in_one_place() -> None:
     assert version("memoir-retrieval") == ours, "pyproject.toml has changed: run `make setup`"
     assert str(yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"]) == ours
     heads = re.findall(r"^## (\d\S+)( \(unreleased\))?$", (ROOT / "CHANGELOG.md").read_text(), re.M)
-    released = [head for head, unreleased in heads if not unreleased]
-    assert released[0] == ours and heads[0][0] == max((head for head, _ in heads), key=Version)
+    newest, unreleased = heads[0]
+    assert ours == newest + ".dev0" * bool(unreleased) and newest == max((head for head, _ in heads), key=Version)
+    images = re.findall(r"/memoir:(\S+)$", (ROOT / "docs/how-to/kubernetes.md").read_text(), re.M)
+    assert images == [newest] * 2
     sources = [f for part in ("index", "memoir_retrieval", "integrations") for f in (ROOT / part).rglob("*.py")]
     assert len(sources) > 30 and not [f for f in sources if f'"{ours}"' in f.read_text()]
 
