@@ -76,9 +76,9 @@ def compact(store: Path, model: ModelOptions, acts: Literal["first", "last"] | N
     """Train the edits of a store again from nothing, so that removed ones leave no trace.
 
     Ids, settings and seed stay, and so does a tau that somebody has chosen. The store answers as before until the last
-    edit is trained; if the command is interrupted, the store stays as it was. In stores of format 4 and older, edits
-    act from a question's first token on, in those of formats 5 and 6 from its last. --acts last trains them to act from
-    the last token before the answer; a chat store is then served and extended as a new one.
+    edit is trained; if the command is interrupted, the store stays as it was. In stores of 0.1.0 edits act from a
+    question's first token on. --acts last trains them to act from the last token before the answer; a chat store is
+    then served and extended as a new one.
 
     \b
     Example:

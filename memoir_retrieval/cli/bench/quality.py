@@ -86,7 +86,7 @@ def bench_quality(
 
     \b
     Names: zsre, zsre-train, zsre-knowedit, selfcheckgpt, temporal, counterfact, counterfact-neighbours, wikifactdiff,
-    mquake, wiki-recent, wiki-counterfact, hallueditbench.
+    mquake, wiki-recent, wiki-counterfact, hallueditbench, qaedit.
 
     \b
     Example:
