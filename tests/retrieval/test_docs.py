@@ -19,6 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import click
+import msgspec
 import pytest
 from doc_pages import ALL, PAGES, ROOT, Line, blocks, command_lines, numberless, parse
 from packaging.requirements import Requirement
@@ -213,6 +214,12 @@ def test_what_is_quoted_for_chats_is_what_was_measured() -> None:
         share = f"{float(percent) / 100:.3f}".removeprefix("0")
         score = f"({re.escape(share)}|{re.escape(percent)} %)"
         assert re.search(rf"^\| {name}: [^|]*\| {score} \|", readme, re.M), f"{name} {percent} %"
+
+
+def test_the_table_of_training_is_what_a_store_is_made_with() -> None:
+    page = (ROOT / "docs/reference/edit-files.md").read_text(encoding="utf-8").partition("## Settings of training")[2]
+    rows = dict(re.findall(r"^\| `(\w+)` \| ([\d.]+) \|", page, re.M))
+    assert {name: float(value) for name, value in rows.items()} == msgspec.structs.asdict(memoir_retrieval.Training())
 
 
 def test_no_line_of_prose_is_over_120_columns() -> None:
