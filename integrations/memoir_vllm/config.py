@@ -46,6 +46,7 @@ __all__ = [
     "served_rule",
     "served_stores",
     "token_decoder",
+    "warn_of_dtype",
     "with_mode",
 ]
 
@@ -438,6 +439,10 @@ def _checks(config: MemoirConfig, vllm_config: VllmConfig) -> list[tuple[bool, s
     piecewise = graphs.cudagraph_mode is not None and graphs.cudagraph_mode.has_piecewise_cudagraphs()
     single = config.mode == "single"
     offloads = _offloads(vllm_config)
+    # vLLM writes a commit's number there; `initial` is what was typed.
+    revision, tokenizer_revision = (
+        getattr(given, "initial", given) for given in (model.revision, model.tokenizer_revision)
+    )
     return [
         (
             single and bool(cache.enable_prefix_caching),
@@ -472,6 +477,15 @@ def _checks(config: MemoirConfig, vllm_config: VllmConfig) -> list[tuple[bool, s
             drafts is not None and drafts.method not in DRAFTS,
             f"speculative decoding by {drafts and drafts.method} (use the method {' or '.join(DRAFTS)})",
         ),
+        (
+            drafts is not None and drafts.enable_adaptive_verification,
+            "adaptive verification of drafts, by which the device alone knows whose rows are whose (leave "
+            "enable_adaptive_verification out of --speculative-config)",
+        ),
+        (
+            drafts is not None and drafts.rejection_sample_method == "synthetic",
+            "drafts that are taken by chance (leave rejection_sample_method synthetic out of --speculative-config)",
+        ),
         (cache.kv_sharing_fast_prefill, "skipped prompt rows (leave out --kv-sharing-fast-prefill)"),
         (model.runner_type != "generate", f"a {model.runner_type} model (use --runner generate)"),
         (model.is_encoder_decoder, "an encoder-decoder model (serve a decoder-only model)"),
@@ -481,8 +495,16 @@ def _checks(config: MemoirConfig, vllm_config: VllmConfig) -> list[tuple[bool, s
             f"another tokenizer, {model.tokenizer} (leave out --tokenizer)",
         ),
         (
-            model.revision is not None and not Path(model.model).is_dir(),
-            f"revision {model.revision} of a Hub model (download that revision and serve its folder)",
+            tokenizer_revision != revision and not Path(str(model.tokenizer)).is_dir(),
+            f"tokenizer revision {tokenizer_revision} of a Hub model (leave out --tokenizer-revision)",
+        ),
+        (
+            revision is not None and not Path(model.model).is_dir(),
+            f"revision {revision} of a Hub model (download that revision and serve its folder)",
+        ),
+        (
+            vllm_config.load_config.load_format == "dummy",
+            "random weights (leave out --load-format dummy)",
         ),
         (
             model.quantization is not None and not model.is_quantized,
@@ -492,6 +514,15 @@ def _checks(config: MemoirConfig, vllm_config: VllmConfig) -> list[tuple[bool, s
         (
             bool(model.hf_overrides),
             "another model configuration (leave out --hf-overrides: change config.json and make edits on that model)",
+        ),
+        (
+            model.hf_config_path not in (None, model.model),
+            f"the model configuration of {model.hf_config_path} (leave out --hf-config-path)",
+        ),
+        (
+            cache.cache_dtype not in ("auto", _name(model.dtype)),
+            f"a KV cache in {cache.cache_dtype}, behind which no edit was made (leave out --kv-cache-dtype, or set it "
+            f"to {_name(model.dtype)})",
         ),
         (scheduler.scheduler_cls is not None, f"scheduler {scheduler.scheduler_cls} (leave out --scheduler-cls)"),
         (
@@ -504,6 +535,11 @@ def _checks(config: MemoirConfig, vllm_config: VllmConfig) -> list[tuple[bool, s
             "VLLM_USE_BREAKABLE_CUDAGRAPH=0)",
         ),
     ]
+
+
+def _name(dtype: Any) -> str:
+    """Of a torch dtype, as vLLM's flags and our manifests write it."""
+    return str(dtype).removeprefix("torch.")
 
 
 def _offloads(vllm_config: VllmConfig) -> bool:
@@ -521,6 +557,26 @@ def _transfer_fault(vllm_config: VllmConfig) -> str:
     offloads = vllm_config.cache_config.kv_offloading_size is not None
     flag = "--kv-offloading-size" if offloads else "--kv-transfer-config"
     return f"KV transfer by {connector}, which {why} (leave out {flag})"
+
+
+def warn_of_dtype(config: MemoirConfig, vllm_config: VllmConfig, manifests: Mapping[str, Manifest]) -> None:
+    """Say in the log where a store was made in another dtype: masks are surest in the one that they were pooled in.
+
+    config: the section.
+    vllm_config: of the engine.
+    manifests: of the stores, by name.
+    """
+    served = _name(vllm_config.model_config.dtype)
+    for name, manifest in manifests.items():
+        if manifest.dtype != served:
+            logger.warning(
+                "memoir: some questions may match another edit or none, since the edits of store %s were made in %s "
+                "and are served in %s: use --dtype %s",
+                config.folders[name],
+                manifest.dtype,
+                served,
+                manifest.dtype,
+            )
 
 
 def apply(config: MemoirConfig, vllm_config: VllmConfig, manifests: Mapping[str, Manifest]) -> None:

@@ -337,6 +337,35 @@ def test_routes_exist_only_where_a_token_is_set(
         attached(store_folder)
 
 
+@pytest.mark.anyio
+@pytest.mark.parametrize("reached", ["all engines", "its own engines"])
+async def test_a_server_that_reaches_its_own_engines_only_says_so(
+    reached: str, store_folder: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Data parallelism behind an external or hybrid load balancer. The engines are a stand-in."""
+    log: list[str] = []
+    monkeypatch.setenv("MEMOIR_ADMIN_TOKEN", TOKEN)
+    monkeypatch.setattr("memoir_vllm.admin.plugin.logger.warning", log.append)
+    monkeypatch.setattr("prometheus_client.REGISTRY", CollectorRegistry())
+    parallel = SimpleNamespace(local_engines_only=reached == "its own engines")
+    client: Any = SimpleNamespace(
+        vllm_config=SimpleNamespace(parallel_config=parallel), model_config=SimpleNamespace(model=str(model_folder))
+    )
+    endpoints, app = MemoirEndpoints(), FastAPI()
+    section = {"memoir": {"store": str(store_folder)}}
+    app.state.args = args = Namespace(
+        additional_config=section, api_server_count=1, disable_fastapi_docs=False, chat_template=None, port=1
+    )
+    args.model = str(model_folder)
+    endpoints.attach_router(app)
+    await endpoints.init_state(client, None, args)
+    for task in endpoints._tasks:
+        task.cancel()
+    assert ["send POST /memoir/reload to each of the others" in line for line in log] == [True] * (
+        reached == "its own engines"
+    )
+
+
 _TURNS = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
 )

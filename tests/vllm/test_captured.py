@@ -83,6 +83,17 @@ def test_the_table_is_that_of_the_step(captured: ModuleType) -> None:
         assert torch.equal(y[untouched], want[untouched])
 
 
+@pytest.mark.parametrize("rows", [[[*range(40)]], [[0], [1], [2]]], ids=["one memory", "three memories"])
+def test_a_step_of_more_rows_than_any_graph_leaves_the_table_empty(rows: list[list[int]], captured: ModuleType) -> None:
+    product, x = captured.CapturedProduct(2, "cpu"), normal(2, 64)
+    few = batches([[1]], 64, 32)
+    for acting, acts in ((few, True), (batches(rows, 64, 32), False), (few, True)):
+        product.fill(acting)
+        y = torch.zeros(2, 32)
+        product.add(x, y)
+        assert bool(y.any()) == acts
+
+
 def test_a_graph_of_each_size_is_noted(captured: ModuleType) -> None:
     product = captured.CapturedProduct(8, "cpu")
     for rows in (8, 4):

@@ -67,6 +67,17 @@ def test_open_flags_are_chosen_in_mode_single(model_folder: Path, store_folder: 
     assert vllm_config.scheduler_config.enable_chunked_prefill is False
 
 
+def test_another_dtype_than_the_stores_is_named_in_the_log(
+    model_folder: Path, store_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log: list[str] = []
+    monkeypatch.setattr(config.logger, "warning", lambda text, *values: log.append(text % values))
+    create(model_folder, store_folder)
+    assert not log
+    create(model_folder, store_folder, dtype="bfloat16")
+    assert len(log) == 1 and log[0].endswith("made in float32 and are served in bfloat16: use --dtype float32")
+
+
 @pytest.fixture(scope="module")
 def older_store(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its edits act from the question's first token on."""
@@ -187,6 +198,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "KV offloading": ({"kv_offloading_size": 1, "memoir": SINGLE}, "(leave out --kv-offloading-size and"),
     "quantisation while loading": ({"quantization": "fp8", "dtype": "bfloat16"}, "--quantization"),
     "another configuration": ({"hf_overrides": {"rms_norm_eps": 1e-3}}, "--hf-overrides"),
+    "random weights": ({"load_format": "dummy"}, "--load-format dummy"),
+    "another KV cache": ({"kv_cache_dtype": "bfloat16"}, "leave out --kv-cache-dtype"),
     "prompt embeddings": ({"enable_prompt_embeds": True}, "--enable-prompt-embeds"),
     "scheduler": ({"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "--scheduler-cls"),
     "worker": ({"worker_cls": "vllm.v1.worker.xpu_worker.XPUWorker"}, "--worker-cls"),
@@ -212,6 +225,7 @@ REFUSED_ELSEWHERE: dict[str, tuple[str, str, Any]] = {
     "--runner generate": ("model_config", "runner_type", "pooling"),
     "decoder-only": ("model_config", "is_encoder_decoder", True),
     "--tokenizer": ("model_config", "tokenizer", "elsewhere"),
+    "--hf-config-path": ("model_config", "hf_config_path", "elsewhere"),
     "VLLM_USE_BREAKABLE_CUDAGRAPH=0": ("compilation_config", "cudagraph_mode", CUDAGraphMode.FULL_AND_PIECEWISE),
     "splitting_ops": ("compilation_config", "cudagraph_mode", CUDAGraphMode.PIECEWISE),
 }
@@ -239,13 +253,24 @@ def test_the_page_on_serving_names_every_flag_that_is_refused() -> None:
     assert len(refused) > 15 and refused <= named
 
 
-def test_drafts_are_made_by_methods_that_were_run(model_folder: Path, store_folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("method", "eagle", r"speculative decoding by eagle \(use the method ngram or draft_model\)"),
+        ("enable_adaptive_verification", True, "adaptive verification .*leave enable_adaptive_verification out"),
+        ("rejection_sample_method", "synthetic", "drafts that are taken by chance"),
+    ],
+)
+def test_drafts_are_made_and_verified_by_methods_that_were_run(
+    name: str, value: Any, says: str, model_folder: Path, store_folder: Path
+) -> None:
+    """With any method a GPU's runner takes adaptive verification: it then spreads a step's rows on the device."""
     ngram = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
-    made = create(model_folder, store_folder, speculative_config=ngram)
-    made.speculative_config.method = "eagle"
-    made.scheduler_config.scheduler_cls = None  # as before ours was put there
-    with pytest.raises(ConfigError, match=r"speculative decoding by eagle \(use the method ngram or draft_model\)"):
-        config.refuse(config.parse_section({"store": str(store_folder)}), made)
+    vllm_config = create(model_folder, store_folder, speculative_config=ngram)
+    vllm_config.scheduler_config.scheduler_cls = None  # as before ours was put there
+    setattr(vllm_config.speculative_config, name, value)
+    with pytest.raises(ConfigError, match=f"settings: {says}"):
+        config.refuse(config.parse_section({"store": str(store_folder)}), vllm_config)
 
 
 def test_every_connector_but_that_to_host_memory_is_refused_by_name(model_folder: Path, store_folder: Path) -> None:
@@ -292,10 +317,26 @@ def test_what_a_model_is_may_be_refused(
     with pytest.raises(ConfigError, match=r"recurrent layers \(use --no-enable-prefix-caching\)"):
         config.refuse(ours, vllm_config)
     vllm_config.cache_config.enable_prefix_caching = False
-    vllm_config.model_config.model = vllm_config.model_config.tokenizer = "org/name"
-    vllm_config.model_config.revision = "main"
-    with pytest.raises(ConfigError, match="settings: revision main of a Hub model"):
-        config.refuse(ours, vllm_config)
+
+
+def test_a_model_of_the_hub_is_served_as_the_library_takes_it(model_folder: Path, store_folder: Path) -> None:
+    """vLLM writes the commit of the branch in place of a revision that was not given."""
+    from huggingface_hub import ResolvedRevision
+
+    ours = config.parse_section({"store": str(store_folder)})
+    vllm_config = EngineArgs(**flags(model_folder)).create_engine_config()
+    model = vllm_config.model_config
+    model.model = model.tokenizer = "org/name"
+    model.revision = model.tokenizer_revision = ResolvedRevision(resolved="c" * 40)
+    config.refuse(ours, vllm_config)
+    for tokenizer, says in ("v2", "tokenizer revision v2"), (ResolvedRevision(resolved="d" * 40, initial="v3"), "v3"):
+        model.tokenizer_revision = tokenizer
+        with pytest.raises(ConfigError, match=rf"settings: .*{says} .*leave out --tokenizer-revision"):
+            config.refuse(ours, vllm_config)
+    for revision in ("main", ResolvedRevision(resolved="c" * 40, initial="main")):
+        model.revision = model.tokenizer_revision = revision
+        with pytest.raises(ConfigError, match="settings: revision main of a Hub model"):
+            config.refuse(ours, vllm_config)
 
 
 def test_all_problems_come_in_one_message(model_folder: Path, store_folder: Path) -> None:

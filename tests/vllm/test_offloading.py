@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from simulation import RULE, Simulate, Simulation, World, chat, other, right
+from vllm.v1.request import RequestStatus
 
 from memoir_retrieval.errors import StoreError
 from memoir_retrieval.question.span import find_span
@@ -107,6 +108,27 @@ def test_a_reload_waits_for_requests_that_load_blocks_of_the_older_generation(si
     settle(sim)
     assert sim.answers["loads"] == right(here, prompt, 1)
     assert sim.answers["newer"] == right(later, prompt, 1)
+
+
+def test_a_reload_waits_for_requests_that_have_loaded_and_found_no_room(
+    simulate: Simulate, here: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM calls such a request waiting, as one that holds no block."""
+    sim = simulate(model_len=512, host_blocks=HOST)
+    prompt = chat(here.questions[1], before=40, after=60)
+    sim.add("first", prompt)
+    settle(sim)
+    forget_the_gpu(sim)
+    sim.add("loads", prompt)
+    sim.step()
+    with monkeypatch.context() as full:
+        full.setattr(sim.scheduler.kv_cache_manager, "allocate_slots", lambda *args, **kwargs: None)
+        for _ in range(3):
+            sim.step()
+        assert sim.requests["loads"].status == RequestStatus.WAITING and sim.requests["loads"].num_computed_tokens
+        assert sim.scheduler.memoir_loads()
+    settle(sim)
+    assert not sim.scheduler.memoir_loads() and sim.answers["loads"] == right(here, prompt, 1)
 
 
 @pytest.mark.parametrize("seed", range(6))

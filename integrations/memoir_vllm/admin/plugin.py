@@ -98,6 +98,11 @@ class MemoirEndpoints:
         self._tasks.append(asyncio.create_task(_poll(Engines(engine_client), collector)))
         if not self._admin:
             return
+        if engine_client.vllm_config.parallel_config.local_engines_only:
+            logger.warning(
+                "memoir: an external or hybrid load balancer stands before several servers, and this one reaches its "
+                "own engines only: after a change made here, send POST /memoir/reload to each of the others"
+            )
         import socket
 
         from memoir_vllm.admin.audit import server_name

@@ -209,7 +209,7 @@ class MemoirScheduler(Scheduler):
                 self._unreported.discard(request_id)
 
     def memoir_loads(self, store: str = "") -> bool:
-        """Whether a decided request waits for blocks that are being loaded. It has to begin with that decision.
+        """Whether a decided request waits with blocks that are loaded for it. It has to begin with that decision.
 
         store: name of the one that decided it.
         """
@@ -217,7 +217,7 @@ class MemoirScheduler(Scheduler):
             state.query.store == store
             and state.routed is not None
             and not state.begun
-            and self.requests[request_id].status == RequestStatus.WAITING_FOR_REMOTE_KVS
+            and self._holds_kv_blocks(self.requests[request_id])
             for request_id, state in self._states.items()
         )
 

@@ -59,7 +59,9 @@ def _create_with_edits(args: EngineArgs, create: Callable[[], VllmConfig]) -> Vl
     vllm_config = create()
     config.refuse(ours, vllm_config)
     stores = config.open_stores(ours, vllm_config)
-    config.apply(ours, vllm_config, {name: store.manifest for name, store in stores.items()})
+    manifests = {name: store.manifest for name, store in stores.items()}
+    config.warn_of_dtype(ours, vllm_config, manifests)
+    config.apply(ours, vllm_config, manifests)
     requests.install()
     decisions.install()
     return vllm_config

@@ -48,8 +48,11 @@ class CapturedProduct:
     def fill(self, batches: Sequence[Batch]) -> None:
         """Write the table for the coming step.
 
-        batches: all rows that edits act on. The same object as last time stands for the same rows.
+        batches: all rows that edits act on. The same object as last time stands for the same rows. If they are more
+            than the table holds, it is left empty: no graph has so many rows, so the step replays none.
         """
+        if sum(triton.cdiv(len(batch.index), LANES) for batch in batches) > len(self._memories):
+            batches = ()
         if batches is self._acting or not (batches or self._acting):
             return
         self._acting = batches
