@@ -65,6 +65,7 @@ SEAMS = {
         "Scheduler.update_from_output",
         "Scheduler.reset_prefix_cache",
         "Scheduler._free_request",
+        "Scheduler._holds_kv_blocks",
     ),
     "v1/core/sched/async_scheduler.py": (
         "AsyncScheduler._update_after_schedule",
