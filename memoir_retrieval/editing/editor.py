@@ -189,7 +189,7 @@ class Editor:
             stored one, "both" stores it beside that one; each is reported.
         rephrase_masks: an edit's rephrasings are trained too and get masks of their own. One that is stored without
             these masks is trained again, and replaced.
-        keep_failed: store edits that failed the audit as well.
+        keep_failed: store edits that failed the audit as well, unless training gave NaN or infinite numbers.
         side_by_side: so many memories are trained at a time, and each edit goes to the emptiest of them. By default as
             many as the edits would fill one after the other, at most 4: so one for what fits into one.
         more: edits that are to be added after these, and count in that default.
@@ -238,7 +238,8 @@ class Editor:
             the answer, as in new chat stores; by default as before.
         Returns them; one that fails the audit is kept, and named in `outcome`. Nothing is left of edits that were
         removed or replaced. Interrupted, store and editor are what they were.
-        Raises ConfigError for "last" where the span rule is "all".
+        Raises ConfigError for "last" where the span rule is "all", StoreError where training an edit gives NaN or
+        infinite numbers; store and editor are then what they were, too.
         """
         self._open()
         store = self.store
@@ -255,6 +256,13 @@ class Editor:
             self._restart()
             choices = Choices(n, "both", keep_failed=True, left=len(state.edits))
             self._session.train_all(len(state.edits), batch, outcome, choices, progress)
+            stored = {edit.id for edit in store.edits}
+            for edit in state.edits:
+                if edit.id not in stored:
+                    raise StoreError(
+                        f"edit {edit.id} of store {self.path} cannot be trained again, because that gives NaN or "
+                        "infinite numbers: remove it first; nothing was changed"
+                    )
             store.manifest = msgspec.structs.replace(store.manifest, next_id=state.manifest.next_id)
             store.commit()
         except BaseException:

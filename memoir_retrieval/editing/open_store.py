@@ -17,7 +17,7 @@ from memoir_retrieval.background import background_prompts, reference_prompts
 from memoir_retrieval.editing.contexts import chat_contexts, own_prefixes
 from memoir_retrieval.edits.judge import judge_named, shipped_judge
 from memoir_retrieval.edits.record import StoredEdit
-from memoir_retrieval.errors import ConfigError, StoreError
+from memoir_retrieval.errors import ConfigError, ModelError, StoreError
 from memoir_retrieval.model.base import BaseModel
 from memoir_retrieval.model.forward import question_means
 from memoir_retrieval.question.fingerprint import Fingerprint, permutation
@@ -72,7 +72,8 @@ class OpenStore:
         settings: of a new store, what `Settings.resolved` completes; a store that is there must not contradict them.
 
         Raises StoreError for a folder of something else, a store that is damaged or locked; StoreMismatch for one of
-        another model; ConfigError for settings that cannot work or contradict the store.
+        another model; ConfigError for settings that cannot work or contradict the store; ModelError for a model whose
+        activations overflow.
         """
         self.base, self.path = base, path
         new = not (path / MANIFEST).exists()
@@ -128,6 +129,11 @@ class OpenStore:
         self.permutation = permutation(base.d, settings.seed)
         means = self._background_means()
         self.background: np.ndarray = means.mean(0).cpu().numpy()
+        if not np.isfinite(self.background).all():
+            raise ModelError(
+                f"{base.name} gives NaN or infinite numbers at {base.module} in {settings.dtype}: choose another "
+                "dtype, such as float32"
+            )
         self.references = NO_REFERENCES
         if not chosen:
             known = dict(zip(background_prompts(), means, strict=True))

@@ -229,7 +229,7 @@ class Session:
                 self._lost.append(edit)
             if result.reason:
                 outcome.failed.append(Failed(task.edit.prompt, task.edit.target, result.reason))
-            if result.reason and not choices.keep_failed:
+            if result.reason and not (choices.keep_failed and result.trained.finite):
                 self._put_back(replaced.get(i))
             else:
                 stored[i] = self._take_up(task, result, codes[i], replaced.get(i))

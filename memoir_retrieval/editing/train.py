@@ -62,6 +62,11 @@ class Trained(NamedTuple):
     steps: int
     lead: float
 
+    @property
+    def finite(self) -> bool:
+        """Whether training gave numbers that a store may hold."""
+        return math.isfinite(self.loss) and bool(self.weights.isfinite().all())
+
 
 class Wording(NamedTuple):
     """A row that an edit is trained on.
@@ -290,9 +295,11 @@ def train_edits(
         has learnt enough leaves the others.
     training: how.
     watch: called at each step, with the largest loss.
+
+    An edit whose numbers overflow ends there; see `Trained.finite`.
     """
     searches = [_ChangeSearch(*edit, training.ridge) for edit in edits]
-    left, steps = searches, 0
+    left, steps = [search for search in searches if search.steps < 0], 0
     while left:
         together = _side_by_side([search.frozen for search in left])
         wanted = together.labels != IGNORED
@@ -309,7 +316,7 @@ def train_edits(
                 parts = zip(scores.detach().split(counts), labels.split(counts), strict=True)
                 for search, value, part in zip(left, means.tolist(), parts, strict=True):
                     search.loss = value
-                    if value < training.stop_loss or steps == training.max_steps:
+                    if value < training.stop_loss or steps == training.max_steps or not math.isfinite(value):
                         search.end(steps, *part)
                 going = [search for search in left if search.steps < 0]
                 if going:
@@ -336,7 +343,10 @@ class _ChangeSearch:
         if frozen.spared is not None:
             spared = frozen.spared[:, self.columns].float() * frozen.masks[0, self.columns]
             used = used + spared.T @ spared
-        self._basis = _basis(rows, used, ridge)
+        basis = _basis(rows, used, ridge)
+        if basis is None:
+            self.steps, self.loss, basis = 0, math.nan, rows[:0]
+        self._basis = basis
         self._features = rows @ self._basis.T
         self._before = rows @ self._weights.T
         self.change = torch.zeros(len(self._basis), len(weight), device=weight.device, requires_grad=True)
@@ -421,16 +431,20 @@ def _longer(rows: torch.Tensor, t: int) -> torch.Tensor:
     return functional.pad(rows, (0, 0, 0, t - rows.shape[1]))
 
 
-def _basis(rows: torch.Tensor, used: torch.Tensor, ridge: float) -> torch.Tensor:
+def _basis(rows: torch.Tensor, used: torch.Tensor, ridge: float) -> torch.Tensor | None:
     """Directions [r, k] that span what `rows` [n, k] can reach, each of unit cost under (used + ridge I) / ridge.
 
     A change with coefficients S in this basis costs |S|^2, so plain gradient steps on S are steepest descent in
     the metric of the module's docstring.
+
+    None where activations overflow, or are so large beside the ridge that rounding hides it.
     """
     eye = torch.eye(len(used), device=used.device)
-    factor = torch.linalg.cholesky(used / ridge + eye)
+    factor, failed = torch.linalg.cholesky_ex(used / ridge + eye)
     preconditioned = torch.cholesky_solve(rows.T, factor).T
     gram = rows @ preconditioned.T
+    if failed or not gram.isfinite().all():
+        return None
     values, vectors = torch.linalg.eigh((gram + gram.T) / 2)
     strong = values > values[-1] * 1e-5
     return (vectors[:, strong] * values[strong].rsqrt()).T @ preconditioned

@@ -242,7 +242,8 @@ class Trainer:
         for memory, change in zip(memories, trained, strict=True):
             memory.weight[:, change.columns] = change.weights
         try:
-            wrong = self._not_learnt(memories, [rows for _, rows in prepared], trained)
+            broken = {i for i, change in enumerate(trained) if not change.finite}
+            wrong = broken | self._not_learnt(memories, [rows for _, rows in prepared], trained)
             near = [
                 (memory, edit)
                 for i, (memory, change) in enumerate(zip(memories, trained, strict=True)) if i not in wrong
@@ -258,7 +259,10 @@ class Trainer:
         for i, (memory, change) in enumerate(zip(memories, trained, strict=True)):
             reason, mine = "", [edit for of, edit in lost if of is memory]
             overwritten = [edit for edit in mine if edit not in stale]
-            if i in wrong:
+            if i in broken:
+                ranges = f"dtype {self.base.dtype}, ridge {training.ridge:g}"
+                reason = f"training gave NaN or infinite numbers after {change.steps} steps ({ranges})"
+            elif i in wrong:
                 reason = f"the target is not the first choice after {change.steps} steps (loss {change.loss:.3f})"
             elif overwritten:
                 reason = f"it would overwrite edit {overwritten[0]}"
@@ -269,7 +273,7 @@ class Trainer:
         """Places of the tasks that are not answered. Those are asked that training has not seen to be sure."""
         unsure = [
             (i, lesson)
-            for i, (own, change) in enumerate(zip(rows, trained, strict=True)) if change.lead < SURE
+            for i, (own, change) in enumerate(zip(rows, trained, strict=True)) if not change.lead >= SURE
             for lesson in own.lessons
         ]  # fmt: skip
         right = answered(self.base, [(lesson, memories[i].weight) for i, lesson in unsure])

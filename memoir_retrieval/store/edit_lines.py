@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import overload
@@ -114,10 +115,14 @@ def edit_chunks(edits: Iterable[StoredEdit]) -> Iterator[bytes]:
     """The bytes of a file of edits, in pieces of at least a megabyte.
 
     edits: all of them, in order.
+
+    Raises StoreError for a loss of NaN or infinity, which JSON cannot hold.
     """
     held: list[bytes] = []
     size = 0
     for edit in edits:
+        if not math.isfinite(edit.loss):
+            raise StoreError(f"edit {edit.id} would have the loss {edit.loss}: check the model and its dtype")
         held.append(_encode(edit) + b"\n")
         size += len(held[-1])
         if size > 1 << 20:

@@ -177,7 +177,15 @@ def write_manifest(folder: Path, manifest: Manifest, written: dict[str, tuple[st
     require_range(folder, signed)
     head, zeros, tail = msgspec.json.format(msgspec.json.encode(signed), indent=1).rpartition(_UNSIGNED.encode())
     digest = hashlib.sha256(head + zeros + tail).hexdigest()
-    publish(folder / MANIFEST, head + digest.encode() + tail)
+    data = head + digest.encode() + tail
+    try:
+        _parse(data)
+    except ValueError as error:
+        raise StoreError(
+            f"store {folder} cannot be written, since no reader would take its manifest ({_short(error)}): choose "
+            "other settings; the store is unchanged"
+        ) from error
+    publish(folder / MANIFEST, data)
     return msgspec.structs.replace(signed, sha256=digest)
 
 
@@ -206,10 +214,6 @@ def read_manifest(folder: Path) -> Manifest:
     Raises StoreError for a manifest that is missing or damaged, StoreMismatch for one of a newer format.
     """
     path = folder / MANIFEST
-
-    def damaged(why: object) -> StoreError:
-        return StoreError(f"{path} is damaged ({' '.join(str(why).split()):.200}): restore it from a backup")
-
     data = _read(folder, path)
     try:
         content = unique_keys(data)
@@ -219,18 +223,9 @@ def read_manifest(folder: Path) -> Manifest:
                 f"store {folder} has format {number:.6g}, this memoir-retrieval {library_version()} reads up to "
                 f"{FORMAT}: pip install --upgrade memoir-retrieval"
             )
-        manifest = msgspec.json.decode(data, type=Manifest)
+        manifest = _parse(data)
     except (ValueError, OverflowError, RecursionError) as error:  # msgspec's and unicode errors are ValueErrors
-        raise damaged(error) from error
-    digest = manifest.sha256
-    if manifest.format == 1 and digest:
-        raise damaged("format 1 with a sha256")
-    if manifest.format != 1:
-        unsigned = data.replace(digest.encode(), _UNSIGNED.encode()) if len(digest) == len(_UNSIGNED) else b""
-        if hashlib.sha256(unsigned).hexdigest() != digest:
-            raise damaged("its sha256 is not that of its content")
-    if wrong := _out_of_range(manifest):
-        raise damaged(wrong)
+        raise StoreError(f"{path} is damaged ({_short(error)}): restore it from a backup") from error
     for kind, pattern in NAMES.items():
         entry: FileEntry = getattr(manifest, kind)
         if not pattern.fullmatch(entry.name):
@@ -238,6 +233,25 @@ def read_manifest(folder: Path) -> Manifest:
                 f"{path} names {entry.name!r:.80} as its {kind} file, which no store does: it may be forged"
             )
     return manifest
+
+
+def _parse(data: bytes) -> Manifest:
+    """The manifest that these bytes are. Raises ValueError for what is none."""
+    manifest = msgspec.json.decode(data, type=Manifest)
+    digest = manifest.sha256
+    if manifest.format == 1 and digest:
+        raise ValueError("format 1 with a sha256")
+    if manifest.format != 1:
+        unsigned = data.replace(digest.encode(), _UNSIGNED.encode()) if len(digest) == len(_UNSIGNED) else b""
+        if hashlib.sha256(unsigned).hexdigest() != digest:
+            raise ValueError("its sha256 is not that of its content")
+    if wrong := _out_of_range(manifest):
+        raise ValueError(wrong)
+    return manifest
+
+
+def _short(error: Exception) -> str:
+    return f"{' '.join(str(error).split()):.200}"
 
 
 def _read(folder: Path, path: Path) -> bytes:

@@ -54,8 +54,8 @@ class Training(msgspec.Struct, frozen=True):
     other_questions: Annotated[int, Meta(ge=0, le=4)] = 0
     noise: Annotated[float, Meta(ge=0, le=1)] = 0.25
     max_steps: Annotated[int, Meta(ge=0)] = 60
-    stop_loss: Annotated[float, Meta(gt=0)] = 0.02
-    ridge: Annotated[float, Meta(gt=0)] = 1.0
+    stop_loss: Annotated[float, Meta(gt=0, le=100)] = 0.02
+    ridge: Annotated[float, Meta(ge=1e-6, le=1e6)] = 1.0
     edits_per_memory: Annotated[int, Meta(ge=0)] = 0
 
     def __post_init__(self) -> None:
@@ -70,9 +70,13 @@ class Training(msgspec.Struct, frozen=True):
 def _range(kind: Any) -> str:
     (meta,) = kind.__metadata__
     number = "a whole number" if kind.__origin__ is int else "a number"
-    if meta.le is not None:
-        return f"{number} from {meta.ge} to {meta.le}"
-    return f"{number} above {meta.gt}" if meta.ge is None else f"{number} of {meta.ge} or more"
+    if meta.le is None:
+        return f"{number} of {meta.ge} or more"
+    least = f"above {meta.gt}, at most" if meta.ge is None else f"from {meta.ge:g} to"
+    return f"{number} {least} {meta.le:g}"
+
+
+_LAST_SEED = (1 << 64) - 1
 
 
 # What stores were made without before there was a choice.
@@ -137,8 +141,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
         training: all of it, or some fields by name.
         options: the other fields.
-        Raises ConfigError for a field of training that does not exist or is out of its range.
+        Raises ConfigError for a field of training that does not exist or is out of its range, and such a seed.
         """
+        seed = options.get("seed")
+        if seed is not None and not (isinstance(seed, int) and 0 <= seed <= _LAST_SEED):
+            raise ConfigError(f"seed is {seed!s:.40}: choose a whole number from 0 to {_LAST_SEED}")
         fields = msgspec.structs.asdict(training) if isinstance(training, Training) else dict(training or {})
         for name in fields:
             if name not in Training.__struct_fields__:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from memoir_retrieval.errors import StoreError
 from memoir_retrieval.store.files import Data
 
 __all__ = ["Tensor", "read_tensors", "tensor_chunks", "unique_keys"]
@@ -42,6 +43,8 @@ def tensor_chunks(tensors: Mapping[str, np.ndarray], rows: np.ndarray | None = N
 
     tensors: by name.
     rows: int64 [R], those of every tensor that are written; by default all.
+
+    Raises StoreError for NaN or infinite numbers, which no reader takes.
     """
     order = list(_NAMES)
     arrays = sorted(tensors.items(), key=lambda item: (order.index(item[1].dtype), item[0]))
@@ -55,12 +58,14 @@ def tensor_chunks(tensors: Mapping[str, np.ndarray], rows: np.ndarray | None = N
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
-    for _, array in arrays:
+    for name, array in arrays:
         count = len(array) if rows is None else len(rows)
         step = max(1, ROWS_AT_ONCE // max(1, array[:1].nbytes))
         for first in range(0, count, step):
             chosen = slice(first, first + step) if rows is None else rows[first : first + step]
             piece = np.ascontiguousarray(array[chosen])
+            if piece.dtype.kind == "f" and not np.isfinite(piece).all():
+                raise StoreError(f"`{name}` would hold NaN or infinite numbers: check the model and its dtype")
             yield piece.reshape(-1).view(np.uint8).data
 
 

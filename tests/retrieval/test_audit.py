@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import pytest
+import torch
 
 from memoir_retrieval import (
     Edit,
@@ -20,13 +22,14 @@ from memoir_retrieval import (
     load_model,
 )
 from memoir_retrieval.cli import main
-from memoir_retrieval.editing import conflicts, session, trainer, wordings
+from memoir_retrieval.editing import conflicts, session, train, trainer, wordings
 from memoir_retrieval.editing.outcome import Progress
 from memoir_retrieval.editing.session import Choices, NewEdit
 from memoir_retrieval.editing.wordings import Wordings
 from memoir_retrieval.errors import EditFileError, StoreError
 from memoir_retrieval.model.base import BaseModel
 from memoir_retrieval.store.remove import remove_edits
+from memoir_retrieval.store.write import write_again
 
 AARHUS = Edit(prompt="Who founded Aarhus?", target="King Harald", rephrases=("Aarhus was founded by whom?",))
 REWORDED = Edit(prompt="Who has founded Aarhus?", target="Nobody")
@@ -53,6 +56,83 @@ def test_an_edit_that_is_not_learnt_is_retried_reported_and_not_stored(base: Bas
         assert not unable.memories[0].any() and not (tmp_path / "memoir.json").exists()
         assert len(unable.add([AARHUS], keep_failed=True)) == 1
     assert [edit.prompt for edit in EditStore.open(tmp_path).edits] == [AARHUS.prompt]
+
+
+def overflowing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have every loss be NaN, as of a model that overflows."""
+    cross_entropy = train.functional.cross_entropy
+    monkeypatch.setattr(train.functional, "cross_entropy", lambda *a, **k: cross_entropy(*a, **k) * float("nan"))
+
+
+@pytest.mark.parametrize("keep_failed", [False, True])
+def test_an_edit_whose_training_overflows_is_never_stored(
+    base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep_failed: bool
+) -> None:
+    with Editor(base, tmp_path) as editor:
+        editor.add([AARHUS])
+        weights = editor.memories[0].clone()
+        overflowing(monkeypatch)
+        for edits in ([PISA], [Edit(prompt=AARHUS.prompt, target="Nobody")]):
+            assert editor.add(edits, keep_failed=keep_failed, on_conflict="last") == []
+            (failed,) = editor.outcome.failed
+            assert failed.prompt == edits[0].prompt
+            assert failed.reason == "training gave NaN or infinite numbers after 0 steps (dtype float32, ridge 1)"
+        with pytest.raises(StoreError, match=r"edit 0 of store .* cannot be trained again, because that gives NaN"):
+            editor.compact()
+        assert (editor.memories[0] == weights).all() and weights.any()
+    store = EditStore.open(tmp_path)
+    assert store.manifest.generation == 1 and [edit.prompt for edit in store.edits] == [AARHUS.prompt]
+    assert answers(tmp_path, base, [AARHUS]) == [AARHUS.target]
+
+
+@pytest.mark.parametrize("factor", [float("inf"), 1e25])
+def test_an_edit_whose_activations_overflow_fails_alone(
+    base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factor: float
+) -> None:
+    """The others of its batch are trained as ever."""
+    frozen = Wordings.freeze_for_training
+
+    def overflowing(self: Wordings, edit: Edit, *others: object) -> tuple[train.Frozen, np.ndarray]:
+        rows, codes = frozen(self, edit, *others)  # type: ignore[arg-type]
+        if edit.prompt == PISA.prompt:
+            rows.activations.mul_(factor)
+        return rows, codes
+
+    monkeypatch.setattr(Wordings, "freeze_for_training", overflowing)
+    with Editor(base, tmp_path) as editor:
+        stored = editor.add([PISA, AARHUS], side_by_side=2, keep_failed=True)
+        assert [edit.prompt for edit in stored] == [AARHUS.prompt]
+        (failed,) = editor.outcome.failed
+        assert failed.prompt == PISA.prompt and failed.reason.startswith("training gave NaN or infinite numbers")
+    assert answers(tmp_path, base, [AARHUS]) == [AARHUS.target]
+
+
+def test_what_earlier_edits_rely_on_may_be_too_large_for_the_ridge() -> None:
+    rows, used = torch.ones(1, 3), torch.ones(3, 3)
+    assert train._basis(rows, used, 1.0) is not None
+    used[0, 1] += 3  # as if rounded so
+    used[1, 0] += 3
+    assert train._basis(rows, used, 1.0) is None
+
+
+@pytest.mark.parametrize("name", ["loss", "memories", "background"])
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_numbers_that_no_reader_takes_are_not_written(
+    base: BaseModel, tmp_path: Path, name: str, number: float
+) -> None:
+    """The last guard, wherever they come from."""
+    with Editor(base, tmp_path / "store") as editor:
+        editor.add([AARHUS], keep_failed=True)
+    store = EditStore.open(tmp_path / "store")
+    edits = store.edits
+    if name == "loss":
+        edits = [msgspec.structs.replace(edits[0], loss=number)]
+    else:
+        store = replace(store, **{name: getattr(store, name) + np.float32(number)})
+    (tmp_path / "other").mkdir()
+    with pytest.raises(StoreError, match=r"would (have|hold) .*: check the model and its dtype"):
+        write_again(tmp_path / "other", store, edits=edits, rows=np.arange(len(store.ids)), generation=2)
+    assert not list((tmp_path / "other").iterdir())
 
 
 def test_an_edit_that_would_overwrite_another_goes_to_a_new_memory(base: BaseModel, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from memoir_retrieval.cli import main
 from memoir_retrieval.errors import ConfigError, StoreError
 from memoir_retrieval.model.base import BaseModel
 from memoir_retrieval.store.settings import Contradiction, Settings, training_of
+from memoir_retrieval.store.write import write_again
 
 AARHUS = Edit(prompt="Who founded Aarhus?", target="King Harald")
 
@@ -109,9 +110,11 @@ OUT_OF_RANGE = [
     ("contexts", -1, "a whole number of 0 or more"),
     ("context_masks", -1, "a whole number of 0 or more"),
     ("max_steps", -1, "a whole number of 0 or more"),
-    ("stop_loss", 0, "a number above 0"),
-    ("ridge", 0, "a number above 0"),
-    ("ridge", -1.0, "a number above 0"),
+    ("stop_loss", 0, "a number above 0, at most 100"),
+    ("stop_loss", float("inf"), "a number above 0, at most 100"),
+    ("ridge", 0, "a number from 1e-06 to 1e+06"),
+    ("ridge", 1e-39, "a number from 1e-06 to 1e+06"),
+    ("ridge", float("inf"), "a number from 1e-06 to 1e+06"),
     ("edits_per_memory", -1, "a whole number of 0 or more"),
 ]
 
@@ -136,6 +139,31 @@ def test_training_has_ranges(
             main([*command, "--model", str(tiny), "--training", f"{name}={value}"])
         assert stop.value.code == 2 and capsys.readouterr().err == f"memoir: {wrong}\n"
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("seed", [-1, 1 << 64])
+def test_a_seed_that_no_store_can_hold_is_refused_before_the_model_is_loaded(
+    base: BaseModel, tmp_path: Path, capsys: pytest.CaptureFixture[str], seed: int
+) -> None:
+    wrong = f"seed is {seed}: choose a whole number from 0 to {(1 << 64) - 1}"
+    with pytest.raises(ConfigError) as caught:
+        Editor(base, tmp_path / "new", seed=seed)
+    assert str(caught.value) == wrong
+    file = tmp_path / "edits.jsonl"
+    file.write_text(msgspec.json.encode(AARHUS).decode() + "\n")
+    with pytest.raises(SystemExit) as stop:
+        main(["edit", str(file), "--store", str(tmp_path / "new"), "--model", "none", "--seed", str(seed)])
+    assert stop.value.code == 2 and capsys.readouterr().err == f"memoir: {wrong}\n"
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_manifest_that_no_reader_takes_is_not_written(store: Path) -> None:
+    before = {path.name: path.read_bytes() for path in store.iterdir()}
+    opened = EditStore.open(store)
+    for change in ({"seed": 1 << 64}, {"tau": float("nan")}, {"training": {"ridge": float("inf")}}):
+        with pytest.raises(StoreError, match="cannot be written, since no reader would take its manifest"):
+            write_again(store, opened, generation=2, **change)
+    assert {path.name: path.read_bytes() for path in store.iterdir()} == before
 
 
 def test_an_unknown_setting_of_training_names_those_there_are(base: BaseModel, tmp_path: Path) -> None:

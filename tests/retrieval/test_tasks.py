@@ -206,14 +206,14 @@ def test_a_store_keeps_the_network_that_was_learnt_through_every_kind_of_write(s
     assert np.array_equal(EditStore.open(store).tasks, tasks)
 
 
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [(lambda t: t[:, 2:], r"'task_units' is float32 \[3, 128\], not"), (lambda t: t * np.nan, "in `task_units`")],
-)
-def test_a_network_that_cannot_be_is_refused(store: Path, change: Any, said: str) -> None:
+def test_a_network_that_cannot_be_is_refused(store: Path) -> None:
     opened = EditStore.open(store)
-    write_tau(replace(opened, tasks=change(np.ones((3, 2 * opened.manifest.d + 2), np.float32))), 0.5)
-    with pytest.raises(StoreError, match=said):
+    network = np.ones((3, 2 * opened.manifest.d + 2), np.float32)
+    with pytest.raises(StoreError, match="`task_units` would hold NaN"):
+        write_tau(replace(opened, tasks=network * np.float32(np.nan)), 0.5)
+    assert EditStore.open(store).manifest == opened.manifest
+    write_tau(replace(opened, tasks=network[:, 2:]), 0.5)
+    with pytest.raises(StoreError, match=r"'task_units' is float32 \[3, 128\], not"):
         EditStore.open(store)
 
 

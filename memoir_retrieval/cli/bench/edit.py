@@ -12,6 +12,7 @@ import click
 
 from memoir_retrieval.cli.common import echo_json, json_option, notes, threads_option
 from memoir_retrieval.cli.options import FileOptions, ModelOptions, file_options, model_options
+from memoir_retrieval.errors import ConfigError
 
 __all__ = ["bench_edit"]
 
@@ -59,6 +60,8 @@ def bench_edit(file: Path, source: FileOptions, model: ModelOptions, as_json: bo
             started = time.perf_counter()
             editor.add([edit], on_conflict="both", keep_failed=True)
             seconds["ours"].append(time.perf_counter() - started)
+            if not editor.outcome.stored:
+                raise ConfigError(f"{edit.prompt!r} cannot be measured: {editor.outcome.failed[0].reason}")
             masks.append(torch.as_tensor(unpack(editor.index.codes[-1:], base.d)[0], device=base.device))
             rows = [ids(edit.prompt), *(ids(f"{prefix} {edit.prompt}") for prefix in prefixes)]
             started = time.perf_counter()
