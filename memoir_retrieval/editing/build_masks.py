@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 
 from memoir_index import HammingIndex, check_codes
-from memoir_retrieval.edits.record import Edit, StoredEdit, masked, stored_as
+from memoir_retrieval.edits.record import Edit, StoredEdit, check_texts, masked, stored_as
 from memoir_retrieval.edits.requires import check_requires
 from memoir_retrieval.errors import CodeError, EditFileError, StoreError
 from memoir_retrieval.question.prompts import Prompt, prompt_ids
@@ -90,6 +90,7 @@ def build(
     if editor.generation:
         raise StoreError(f"{editor.path} is a store already: choose a new folder, or append with `memoir edit`")
     for edit in edits:
+        check_texts(edit)
         check_requires(edit, whole=store.manifest.span.rule == "all")
     after = store.manifest.masked_contexts
     texts = [(i, text) for i, edit in enumerate(edits) for text in masked(edit, after, len(edit.rephrases) * rephrases)]

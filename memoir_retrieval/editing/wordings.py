@@ -16,7 +16,7 @@ from jinja2 import TemplateError
 from memoir_index import unpack
 from memoir_retrieval.background import background_prompts
 from memoir_retrieval.editing.train import EditRows, Frozen, Wording, freeze
-from memoir_retrieval.edits.record import Edit, StoredEdit, as_prompt
+from memoir_retrieval.edits.record import Edit, StoredEdit, as_prompt, check_texts
 from memoir_retrieval.edits.requires import check_requires, required_spans
 from memoir_retrieval.errors import EditFileError, Reason
 from memoir_retrieval.model.base import BaseModel
@@ -112,6 +112,7 @@ class Wordings:
 
         edit: any.
         """
+        check_texts(edit)
         check_requires(edit, whole=self.span.rule == "all")
         if edit.before and not self.chat:
             raise EditFileError(

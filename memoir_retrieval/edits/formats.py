@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from memoir_retrieval.edits.record import Edit, Probe, Requires
+from memoir_retrieval.edits.record import Edit, Probe, Requires, check_texts
 from memoir_retrieval.edits.requires import check_requires
 from memoir_retrieval.errors import EditFileError
 from memoir_retrieval.question.prompts import Message
@@ -135,6 +135,8 @@ def _memoir(record: Fields) -> list[Edit]:
         raise EditFileError(f"key {show(unknown[0])} is unknown; the keys are {', '.join(names)}")
     values = {name: value for name in names if (value := record.get(name)) is not None}
     if isinstance(values.get("prompt"), list):
+        if values.get("before"):
+            raise EditFileError("'prompt' is a chat, and so is 'before'; write all its messages under 'prompt'")
         values |= _chat(values["prompt"])
     if isinstance(values.get("before"), list):
         values["before"] = chat_messages("before", values["before"])
@@ -365,11 +367,7 @@ def _edit(
         before=before,
         requires=requires,
     )
-    try:
-        msgspec.json.encode(edit)
-    except UnicodeEncodeError as error:
-        half = show(error.object[error.start])
-        raise EditFileError(f"{show(error.object)} has half a surrogate pair, {half}; remove it") from None
+    check_texts(edit)
     check_requires(edit)
     return [edit]
 

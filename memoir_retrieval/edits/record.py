@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from memoir_retrieval.errors import ConfigError, EditFileError
-from memoir_retrieval.question.prompts import Message, Prompt
+from memoir_retrieval.question.prompts import Message, Prompt, not_utf8
 from memoir_retrieval.question.text import plain_text, text_key
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "Requires",
     "StoredEdit",
     "as_prompt",
+    "check_texts",
     "edit_time",
     "masked",
     "masked_texts",
@@ -139,6 +140,17 @@ class StoredEdit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     before: tuple[Message, ...] = ()
     requires: Requires = ()
     trained: bool = True
+
+
+def check_texts(edit: Edit) -> None:
+    """Raise EditFileError where a text of an edit cannot be written in UTF-8, as a store is.
+
+    edit: any.
+    """
+    try:
+        msgspec.json.encode(edit)
+    except UnicodeEncodeError as error:
+        raise EditFileError(not_utf8(error.object)) from None
 
 
 def _fill_in(text: str, subject: str) -> str:

@@ -8,7 +8,17 @@ from typing import Any, TypeAlias, cast
 from memoir_retrieval.errors import ConfigError, Reason
 from memoir_retrieval.question.thinking import closing
 
-__all__ = ["Message", "Prompt", "as_messages", "end_token", "given_ids", "prompt_ids", "target_ids", "text_ids"]
+__all__ = [
+    "Message",
+    "Prompt",
+    "as_messages",
+    "end_token",
+    "given_ids",
+    "not_utf8",
+    "prompt_ids",
+    "target_ids",
+    "text_ids",
+]
 
 Message: TypeAlias = dict[str, str]
 Prompt: TypeAlias = str | Sequence[Message]
@@ -22,8 +32,11 @@ def prompt_ids(tokenizer: Any, prompt: Prompt, *, chat: bool, options: Mapping[s
     chat: whether text is one user message, else it is raw.
     options: what the chat template is given besides the messages.
 
-    Raises ConfigError where messages have no template to go through.
+    Raises ConfigError where messages have no template to go through, or a text cannot be written in UTF-8.
     """
+    for text in [prompt] if isinstance(prompt, str) else [part for message in prompt for part in message.values()]:
+        if isinstance(text, str) and (wrong := not_utf8(text)):
+            raise ConfigError(wrong)
     if isinstance(prompt, str) and not chat:
         return list(tokenizer(prompt).input_ids)
     if not getattr(tokenizer, "chat_template", None):
@@ -35,6 +48,19 @@ def prompt_ids(tokenizer: Any, prompt: Prompt, *, chat: bool, options: Mapping[s
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, **options or {}
     )
     return list(rendered["input_ids"])
+
+
+def not_utf8(text: str) -> str:
+    """Why a text cannot be written in UTF-8; "" where it can. It may come from bytes that were none, or be cut.
+
+    text: any.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = text[error.start]
+        return f"{text[:60]!r} has half a surrogate pair, {half!r}; remove it, or give text in UTF-8"
+    return ""
 
 
 def as_messages(prompt: Prompt) -> list[Message]:

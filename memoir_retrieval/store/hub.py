@@ -13,6 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import msgspec
+
+from memoir_retrieval.edits.record import StoredEdit
 from memoir_retrieval.errors import HubError, Reason, StoreError, StoreMismatch
 from memoir_retrieval.store.card import SCORES, model_card
 from memoir_retrieval.store.files import store_lock
@@ -227,16 +230,26 @@ def _adopt(fetched: EditStore, folder: Path, repo: str, replace: bool) -> tuple[
         digests = [[getattr(manifest, kind).sha256 for kind in KINDS] for manifest in (ours, theirs)]
         if digests[0] == digests[1] and without_files(ours, generation=0) == without_files(theirs, generation=0):
             return ours.generation, False
-        has = [{(e.prompt, e.target, e.requires) for e in store.edits} for store in (held, fetched)]
-        lost = {prompt for prompt, *_ in has[0] - has[1]}
+        lost = _lost(held, fetched)
         if lost and not replace:
             raise StoreMismatch(
-                f"store {folder} has {len(lost)} edits that {repo} does not have, such as {min(lost)!r}",
+                f"store {folder} has {len(lost)} edits that {repo} does not have, or has untrained or in another chat, "
+                f"such as {min(lost)!r}",
                 cure="choose a new folder, or replace it and lose them",
                 reason=Reason.OTHER_EDITS,
             )
         next_id = max(ours.next_id, theirs.next_id)  # ids are never used twice, here either
         return write_again(folder, fetched, generation=ours.generation + 1, next_id=next_id).generation, True
+
+
+def _lost(held: EditStore, fetched: EditStore) -> list[str]:
+    """The prompts of the edits that one store has and another lacks, or has not trained where the first has."""
+
+    def key(edit: StoredEdit) -> bytes:
+        return msgspec.json.encode((edit.prompt, edit.target, edit.requires, edit.before))
+
+    there = {(key(edit), trained) for edit in fetched.edits for trained in {False, edit.trained}}
+    return [edit.prompt for edit in held.edits if (key(edit), edit.trained) not in there]
 
 
 def _read_scores(path: str | Path) -> dict[str, Any]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from memoir_retrieval import Edit, EditedModel, Editor, EditStore, Retriever, load_model, read_edits
+from memoir_retrieval.cli import main
+from memoir_retrieval.editing.build_masks import build
 from memoir_retrieval.edits.files import check_duplicates
 from memoir_retrieval.edits.record import as_prompt
-from memoir_retrieval.errors import EditFileError
+from memoir_retrieval.errors import ConfigError, EditFileError
 from memoir_retrieval.evaluation.measure import evaluate
 from memoir_retrieval.model.base import BaseModel
 from memoir_retrieval.store.verify import verify_masks
@@ -39,6 +42,42 @@ def test_a_chat_in_an_edit_file(tmp_path: Path) -> None:
     assert second == Edit(prompt=CHAT.prompt, target="x") and as_prompt(second) == CHAT.prompt
     with pytest.raises(EditFileError, match="two targets"):  # one question, whatever stands before it
         check_duplicates([first, second])
+
+
+def test_a_chat_has_its_messages_in_one_place(tmp_path: Path) -> None:
+    """Those under `before` would be dropped."""
+    file = tmp_path / "edits.jsonl"
+    question = {"role": "user", "content": CHAT.prompt}
+    for prompt in ([question], [*BEFORE, question]):
+        file.write_text(json.dumps({"prompt": prompt, "target": "b", "before": BEFORE}))
+        with pytest.raises(EditFileError, match="line 1: 'prompt' is a chat, and so is 'before'; write all"):
+            read_edits(file)
+    file.write_text(json.dumps({"prompt": CHAT.prompt, "target": "b", "before": BEFORE}))
+    assert read_edits(file) == [Edit(prompt=CHAT.prompt, target="b", before=BEFORE)]
+
+
+def test_text_that_is_not_utf8_is_refused_in_one_line(
+    base: BaseModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A shell hands on bytes of Latin-1 so, and a program half of an emoji."""
+    store = tmp_path / "store"
+    with Editor(base, store) as editor:
+        editor.add([PLAIN], keep_failed=True)
+        fields: dict[str, Any] = {"prompt": "Who? \ud83d", "target": "\ud83d", "source": "caf\udce9"}
+        fields |= {"rephrases": ("\udce9",), "before": ({"role": "user", "content": "\ud83d"},)}
+        for name, text in fields.items():
+            with pytest.raises(EditFileError, match=r"has half a surrogate pair, '\\ud...'; remove it"):
+                editor.add([Edit(**{"prompt": "Who?", "target": "Me", name: text})])
+    with Editor(base, tmp_path / "new") as new, pytest.raises(EditFileError, match="half a surrogate pair"):
+        build(new, [Edit(prompt="Who?", target="\ud83d")])
+    retriever = Retriever.open(store, str(base.path))
+    for prompt in ("caf\udce9", [{"role": "user", "content": "\ud83d"}]):
+        with pytest.raises(ConfigError, match="half a surrogate pair"):
+            retriever.lookup(prompt)
+    with pytest.raises(SystemExit) as stop:
+        main(["lookup", str(store), "caf\udce9"])
+    assert stop.value.code == 2
+    assert "'caf\\udce9' has half a surrogate pair, '\\udce9'; remove it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -145,6 +146,24 @@ def test_edits_of_the_folder_are_not_lost(hub: StandInHub, store: Path, tmp_path
     held = EditStore.open(store)
     assert len(held.edits) == 1 and held.manifest.next_id == 2  # id 1 is not given again
     assert not pull(REPO, store).changed
+
+
+@pytest.mark.parametrize("changed", [{"trained": False}, {"before": ({"role": "user", "content": "Hello"},)}])
+def test_an_edit_that_is_untrained_or_in_another_chat_is_another(
+    hub: StandInHub, store: Path, tmp_path: Path, changed: dict[str, Any]
+) -> None:
+    opened = EditStore.open(store)
+    edits = [msgspec.structs.replace(opened.edits[0], **changed), *opened.edits[1:]]
+    untrained = sum(not edit.trained for edit in edits)
+    (tmp_path / "other").mkdir()
+    rows = np.arange(len(opened.ids))
+    write_again(tmp_path / "other", opened, edits=edits, rows=rows, generation=1, untrained=untrained)
+    push(tmp_path / "other", REPO)
+    before = contents(store)
+    with pytest.raises(StoreMismatch, match=r"has 1 edits that example/corrections does not have, or has untrained"):
+        pull(REPO, store)
+    assert contents(store) == before
+    assert pull(REPO, store, replace=True).changed
 
 
 @pytest.mark.parametrize("name", ["memory-1.safetensors", "codes-1.safetensors", "edits-1.jsonl", "memoir.json"])
