@@ -156,6 +156,12 @@ def _calibrate_store(
         rephrases = [(i, text) for i, edit in zip(ids, edits, strict=True) for text in edit.rephrases]
     else:
         rephrases = [(edit.id, text) for edit in opened.edits for text in edit.rephrases]
+    if write and not rephrases:
+        refuse_idle(
+            f"with --write where no edit of {store} has a rephrasing",
+            "name a FILE of its edits with `rephrases`, or leave it out",
+            "html",
+        )
     unrelated = unrelated_to(opened.edits, edits)
     base = model.load(manifest)
     notes.print(f"measuring {len(opened.edits)} edits, {len(rephrases)} rephrasings, {len(unrelated)} other prompts")

@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from memoir_retrieval.question.prompts import Message
 
 
+# A table is laid out as a whole before any of it is printed: above so many edits they are printed as they are read.
+LONG = 2000
+
+
 @click.command("list")
 @store_argument
 @json_option
@@ -45,6 +49,11 @@ def list_command(store: Path, as_json: bool) -> None:
         echo_json([msgspec.to_builtins(edit) for edit in opened.edits])
         return
     title = f"{store}: {len(opened.edits)} edits of {opened.manifest.model}"
+    if len(opened.edits) > LONG:
+        echo(title)
+        for edit in opened.edits:
+            echo(f"{edit.id}: {edit.prompt} -> {edit.target} (loss {edit.loss:.3f})")
+        return
     table = Table("id", "prompt", "target", "loss", title=title)
     for edit in opened.edits:
         table.add_row(str(edit.id), edit.prompt, edit.target, f"{edit.loss:.3f}")

@@ -300,15 +300,24 @@ class TrainingOptions(NamedTuple):
     def fields(self) -> dict[str, int | float | str]:
         """The fields of `Training` that were given; the library judges them.
 
-        Raises ConfigError for what is no NAME=VALUE.
+        Raises ConfigError for what is no NAME=VALUE, and for a name that is given twice.
         """
         fields: dict[str, int | float | str] = {}
         for text in self.training:
             name, equals, value = text.partition("=")
             if not equals:
                 raise ConfigError(f"--training {text}: write NAME=VALUE such as contexts=3")
+            if name in fields:
+                raise ConfigError(f"--training {text}: {name} is {fields[name]} already; leave one of the two out")
             fields[name] = _number(value)
-        return fields if self.context_masks is None else fields | {"context_masks": self.context_masks}
+        if self.context_masks is None:
+            return fields
+        if "context_masks" in fields:
+            typed = f"--context-masks {self.context_masks}"
+            raise ConfigError(
+                f"{typed}: context_masks is {fields['context_masks']} by --training already; leave one of the two out"
+            )
+        return fields | {"context_masks": self.context_masks}
 
 
 def _number(text: str) -> int | float | str:

@@ -178,6 +178,13 @@ def test_the_command_line(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert "tau 0.6: chosen by whoever made the store" in calibrate(str(file), "--write", "--tau", "0.6")
     assert json.loads(calibrate("--write", "--tau", "0.7", "--json")) == {"tau": 0.7}
     assert EditStore.open(tmp_path / "store").manifest.tau == 0.7
+    page, before = tmp_path / "page.html", EditStore.open(tmp_path / "store").manifest
+    with pytest.raises(SystemExit) as stop:  # there would be nothing to draw
+        main(["calibrate", str(tmp_path / "store"), "--write", "--html", str(page)])
+    assert stop.value.code == 2 and "does nothing with --write where no edit of" in capsys.readouterr().err
+    assert EditStore.open(tmp_path / "store").manifest == before and not page.exists()
+    calibrate(str(file), "--write", "--tau", "0.7", "--html", str(page))
+    assert page.exists()
     assert json.loads(calibrate(str(file), "--controls", "0", "--json", command="eval"))["reliability"] == 1
 
 

@@ -16,7 +16,7 @@ import forge
 import msgspec
 import pytest
 
-from memoir_retrieval.cli import cli, main
+from memoir_retrieval.cli import cli, inspect, main
 from memoir_retrieval.cli.serve import server_command
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.store import files
@@ -409,6 +409,17 @@ def test_no_flag_makes_vllm_drop_the_store(store: Path, tiny: Path, flags: list[
         assert [flag for flag in command if flag.startswith("--ad")] == ["--additional-config"]
         merged = json.loads(command[command.index("--additional-config") + 1])
         assert merged == {"memoir": {"store": str(store.resolve()), "tau": 0.5}} and command[-2:] == ["--port", "9"]
+
+
+def test_many_edits_are_listed_line_by_line(
+    capsys: pytest.CaptureFixture[str], store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = EditStore.open(store)
+    monkeypatch.setattr(inspect, "LONG", len(opened.edits) - 1)
+    code, out, _ = run(capsys, "list", store)
+    title, *lines = out.splitlines()
+    assert code == 0 and title == f"{store}: {len(opened.edits)} edits of {opened.manifest.model}"
+    assert lines == [f"{edit.id}: {edit.prompt} -> {edit.target} (loss {edit.loss:.3f})" for edit in opened.edits]
 
 
 def test_markup_in_a_prompt_is_only_text(capsys: pytest.CaptureFixture[str], tiny: Path, tmp_path: Path) -> None:

@@ -171,6 +171,25 @@ def test_an_unknown_setting_of_training_names_those_there_are(base: BaseModel, t
         Editor(base, tmp_path / "new", training={"rank": 3})
 
 
+@pytest.mark.parametrize(
+    ("typed", "wrong"),
+    [
+        (["--training", "variants=3", "--training", "variants=9"],
+         "--training variants=9: variants is 3 already; leave one of the two out"),
+        (["--training", "context_masks=1", "--context-masks", "0"],
+         "--context-masks 0: context_masks is 1 by --training already; leave one of the two out"),
+    ],
+)  # fmt: skip
+def test_a_setting_that_is_given_twice_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], typed: list[str], wrong: str
+) -> None:
+    file = tmp_path / "edits.jsonl"
+    file.write_text(msgspec.json.encode(AARHUS).decode() + "\n")
+    with pytest.raises(SystemExit) as stop:
+        main(["edit", str(file), "--store", str(tmp_path / "new"), "--model", "none", *typed])
+    assert stop.value.code == 2 and capsys.readouterr().err == f"memoir: {wrong}\n"
+
+
 def test_the_command_line_names_the_option_that_contradicts(
     tiny: Path, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
