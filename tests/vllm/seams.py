@@ -44,6 +44,7 @@ SEAMS = {
         "AnthropicServingMessages.message_stream_converter",
         "AnthropicServingMessages.chat_completion_stream_generator",
     ),
+    "config/parallel.py": ("ParallelConfig.local_engines_only",),
     "v1/executor/multiproc_executor.py": ("MultiprocExecutor.collective_rpc",),
     "v1/engine/core_client.py": ("AsyncMPClient.call_utility_all_async",),
     "v1/engine/output_processor.py": (
@@ -54,6 +55,7 @@ SEAMS = {
     "v1/engine/parallel_sampling.py": ("ParentRequest.get_outputs",),
     "v1/engine/core.py": (
         "EngineCore.collective_rpc",
+        "EngineCore.preprocess_add_request",
         "EngineCore.sleep",
         "EngineCore.step",
         "EngineCore.step_with_batch_queue",

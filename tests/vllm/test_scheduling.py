@@ -11,6 +11,9 @@ import msgspec
 import pytest
 import torch
 from simulation import ALL, RULE, Simulate, Simulation, World, chat, oracle, other, right, world
+from vllm.sampling_params import SamplingParams
+from vllm.v1.engine import EngineCoreRequest
+from vllm.v1.engine.core import EngineCore
 from vllm.v1.request import RequestStatus
 
 from memoir_retrieval.model.forward import span_mean
@@ -37,6 +40,36 @@ def test_raw_text_has_no_question_where_edits_were_made_in_chats(simulate: Simul
     }
     assert "/v1/chat/completions" in sim.said["raw"]["reason"] and "reason" not in sim.said["chat"]
     assert sim.answers["raw"] == oracle(here.embedding, question, 0, None, 3)
+
+
+def test_a_question_is_found_where_requests_come_in(
+    simulate: Simulate, here: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the engine core's thread for its sockets, and not in the one that also runs the steps."""
+    sim = simulate()
+    prompt = chat(here.questions[1], 20)
+    sim.add("directly", prompt)
+    request = EngineCoreRequest(
+        request_id="a",
+        prompt_token_ids=prompt,
+        mm_features=None,
+        sampling_params=SamplingParams(max_tokens=3, ignore_eos=True),
+        pooling_params=None,
+        arrival_time=0.0,
+        lora_request=None,
+        cache_salt=None,
+        data_parallel_rank=None,
+    )
+    core: Any = SimpleNamespace(scheduler=sim.scheduler, mm_receiver_cache=None)
+    core.request_block_hasher = sim.requests["directly"]._block_hasher
+    arrived, wave = EngineCore.preprocess_add_request(core, request)
+    core.scheduler = None
+    assert wave == 0 and not hasattr(EngineCore.preprocess_add_request(core, request)[0], "_memoir_query")
+    monkeypatch.setattr(type(sim.scheduler), "_query_of", lambda *_: pytest.fail("the question is found again"))
+    sim.answers["a"], sim.chunks["a"] = [], []
+    sim.scheduler.add_request(arrived)
+    sim.run()
+    assert sim.said["a"] == sim.said["directly"] and sim.answers["a"] == right(here, prompt, 1)
 
 
 def test_a_decision_comes_with_the_first_output(simulate: Simulate, here: World) -> None:

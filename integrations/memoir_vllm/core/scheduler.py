@@ -27,10 +27,12 @@ from memoir_retrieval.question.span import Span
 from memoir_vllm import config
 from memoir_vllm.core import blocks, rpc
 from memoir_vllm.core.offloading import Offloads
+from memoir_vllm.patches import wrap_once
 from memoir_vllm.requests import Query, Routed, put_queries, query_of, routed_of, store_of
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.engine.core import EngineCore
     from vllm.v1.outputs import ModelRunnerOutput
     from vllm.v1.request import Request
 
@@ -74,6 +76,7 @@ class MemoirScheduler(Scheduler):
         self._inline = config.is_inline(self.vllm_config)
         self._offloads = None if self.connector is None else Offloads(self.connector)
         rpc.install()
+        _install()
         if self._inline:
             blocks.install()
             groups = self.kv_cache_config.kv_cache_groups
@@ -84,10 +87,17 @@ class MemoirScheduler(Scheduler):
 
     # ---- before the decision ---------------------------------------------------------------------------------------
 
+    def memoir_arrives(self, request: Request) -> None:
+        """Find a request's question; called before `add_request`, beside the steps: a long prompt takes its time.
+
+        request: that was sent.
+        """
+        request._memoir_query = self._query_of(request)
+
     def add_request(self, request: Request) -> None:
         """As vLLM's; the request's question is found first, and a decision that is remembered settles it."""
         if request.request_id not in self.requests:
-            query = self._query_of(request)
+            query = getattr(request, "_memoir_query", None) or self._query_of(request)
             # Who asks for the nearest edits is always looked up: a decision is remembered without them.
             remembers = self._inline and query.is_looked_up and not query.nearest
             prompt = _prompt_key(request, query) if remembers else None
@@ -232,6 +242,23 @@ class MemoirScheduler(Scheduler):
         state = self._states.pop(request.request_id, None)
         self._unreported.discard(request.request_id)
         return _with_decision(kv_params, state.routed if state else None), ec_params
+
+
+def _install() -> None:
+    """Wrap `EngineCore.preprocess_add_request` once, which runs in the thread that takes requests in."""
+    from vllm.v1.engine.core import EngineCore
+
+    wrap_once(EngineCore, "preprocess_add_request", _arriving)
+
+
+def _arriving(original: Any) -> Any:
+    def preprocess_add_request(self: EngineCore, *args: Any, **kwargs: Any) -> tuple[Request, int]:
+        request, wave = original(self, *args, **kwargs)
+        if isinstance(self.scheduler, MemoirScheduler):
+            self.scheduler.memoir_arrives(request)
+        return request, wave
+
+    return preprocess_add_request
 
 
 def _with_decision(params: dict[str, Any] | None, routed: Routed | None) -> dict[str, Any] | None:
