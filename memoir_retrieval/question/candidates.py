@@ -158,7 +158,7 @@ _UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}]"  # between whose words no space
 # A run of stops is read once, from its first one on: the time is linear where it ends no sentence.
 _END = regex.compile(
     rf"(?<!{_STOP}){_STOP}++[\"'\u201d\u2019\u00bb)\]*]*+(?=\s|$)|[\u3002\uff01\uff1f]+"
-    rf"|\?[\"'\u201d\u2019\u00bb)\]*]*+(?:(?=[,;<])|(?={_UNSPACED}))"
+    rf"|\?[\"'\u201d\u2019\u00bb)\]*]*+(?:(?=[,;<>\u2013\u2014])|(?={_UNSPACED}))"
 )
 _ABBREVIATED = regex.compile(
     r"(?:^|[\s(\"]|(?<!\w)')"
@@ -167,7 +167,10 @@ _ABBREVIATED = regex.compile(
 )
 _SMALL = regex.compile(r"[\s,;]*\p{Ll}")
 _QUESTION = regex.compile(r"[?\uff1f\u061f][\"'\u201d\u2019\u00bb)\]*]*\s*$")
-_MARK = regex.compile(r"\s*(?:(?:[-*+>#/\u2022\u2013]+|\(?\w{1,3}[.)]|[@/]\w{1,40}[,:]?)\s+|'{3}|\"{3})+")
+_MARK = regex.compile(
+    r"\s*(?:(?:[-*+>#/\u2022\u2013]+|\(?\w{1,3}[.)]|[@/]\w{1,40}[,:]?)\s+|'{3}|\"{3}"
+    r"|[\p{So}\p{Sk}\p{No}\u200d\ufe0f]++\s*+)+"
+)
 _LABEL = regex.compile(
     r"\s?:\s|\uff1a\s?|(?<=\p{L}):(?=\p{L})|\s[-\u2013\u2014]\s|[>\])|]\s|\t|\s{2,}|[=\u00bb\u2192]\s?|[<>]{2}\s?"
 )

@@ -72,11 +72,13 @@ class Pooled(NamedTuple):
         return messages, [place for m in messages for place in spans[m]]
 
     def taken(self, spans: Sequence[int], messages: Sequence[int]) -> Pooled:
-        """That of some messages alone.
+        """That of some messages alone; itself where that is all of them.
 
-        spans: the places of theirs.
-        messages: their own places.
+        spans: the places of theirs, in turn.
+        messages: their own places, in turn.
         """
+        if len(spans) == len(self.means):
+            return self
         index, of = (torch.tensor(places, device=self.means.device) for places in (spans, messages))
         return Pooled(self.means[index], self.weights[index], None if self.leads is None else self.leads[of])
 

@@ -98,6 +98,10 @@ def test_the_question_is_a_candidate_in_every_form(tokenizer: AutoTokenizer, nam
         ("\u88cf\u306b\u300ewho runs it?\u300f\u3068\u3042\u308b\u3002", "who runs it?"),
         ("\u753b\u9762\u306bWho runs it?\u3068\u51fa\u305f", "Who runs it?"),
         ("<|system|>\nBe brief.\n<|user|>\nwho runs it?<|end|>", "who runs it?"),
+        ("Ciao! <<Who runs it?>> Grazie", "Who runs it?"),
+        ("Who runs it?\u2014in one line", "Who runs it?"),
+        ("\U0001f64f\U0001f3fb\U0001f64f\U0001f3fb Who runs it?", "Who runs it?"),
+        ("\u2460Who runs it? \u2461\u6ca1\u6709\u4e86", "Who runs it?"),
         ('{"a": "b", "to": "b", "text": "who runs it?", "id": "7", "at": "9", "by": "c"}', "who runs it?"),
     ],
 )  # fmt: skip

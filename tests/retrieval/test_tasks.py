@@ -73,6 +73,7 @@ def test_the_score_of_a_part_is_that_of_what_stands_around_it(weighted: bool) ->
     assert torch.allclose(around(parts, counts)[1], mean, atol=1e-5) and not around(parts, counts)[0].any()
     alone = parts.taken([4, 5], [3])
     assert TaskProbe(units.numpy()).scores(alone, [2])[1] == scores[5]
+    assert parts.taken(range(6), range(4)) is parts
 
 
 def test_messages_without_a_lead_are_pooled_as_they_are() -> None:

@@ -425,7 +425,7 @@ class ResidualLayer:
             chosen = [i for i, query in enumerate(queries) if query.store == store]
             rows = np.flatnonzero(np.repeat([query.store == store for query in queries], counts))
             decided = self.stores[store].router.route(
-                both if len(chosen) == len(queries) else both.taken(rows.tolist(), chosen),
+                both.taken(rows.tolist(), chosen),
                 [question for i in chosen for question in requests[i].questions],
                 [queries[i].nearest for i in chosen],
                 [counts[i] for i in chosen],

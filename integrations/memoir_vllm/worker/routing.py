@@ -103,8 +103,7 @@ class Router:
         sound, taken = pooled.sound(counts)
         if not sound:
             return routes
-        if len(taken) < len(questions):
-            pooled = pooled.taken(taken, sound)
+        pooled = pooled.taken(taken, sound)
         codes = self._fingerprint.codes(pooled.means)
         parts = [counts[m] for m in sound]
         around = None
