@@ -34,7 +34,7 @@ from memoir_retrieval.model.base import load_model
 
 __all__ = ["Pair", "pairs", "train"]
 
-VERSION = 7
+VERSION = 8
 DECISIVE = 8.0  # nats, more than can speak for an edit
 WIDTH = 64
 BATCH = 512  # pairs
