@@ -81,7 +81,7 @@ POINTERS = OBJECTS | frozenset(_POINTERS.split())
 """Words that point to a text or name what it has. A question without any is not about the text beside it."""
 ABOUT_TEXT = 0.7
 """Nats that one of `OBJECTS` speaks for a task."""
-TASK = 1.0
+TASK = 1.1
 """Nats from which on what `TaskProbe` says of a message's rest makes it a task, whatever its words."""
 AGREED = 0.5
 """Nats from which on it is one where its words say so, too."""
