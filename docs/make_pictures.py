@@ -52,8 +52,8 @@ NOT_ASKING = (
     Row("another question about the same name", "another question about the same name"),
     Row("an opposite, a negation, another year", "an opposite"),
     Row("“translate it”, “name its topic” and eight more tasks", "correct, rewrite"),
-    Row("120 unseen tasks", "**120 unseen tasks**"),
-    Row("“translate it”, asked in German", "*new:* translate"),
+    Row("unseen tasks", "**unseen tasks**"),
+    Row("“translate it”, asked in Spanish", "*newest:* translate"),
 )
 
 
