@@ -51,7 +51,7 @@ NOT_ASKING = (
     Row("the same question about another name", "the same question about another name"),
     Row("another question about the same name", "another question about the same name"),
     Row("an opposite, a negation, another year", "an opposite"),
-    Row("“translate it”, “name its topic” and eight more tasks", "correct, rewrite"),
+    Row("“translate it”, “name its topic” and nine more tasks", "correct, rewrite"),
     Row("unseen tasks", "**unseen tasks**"),
     Row("“translate it”, asked in Spanish", "*newest:* translate"),
 )

@@ -278,7 +278,7 @@ def keeps_sums(vllm_config: VllmConfig, kv_cache_groups: int) -> bool:
 def with_mode(config: MemoirConfig) -> MemoirConfig:
     """The section with the mode that the store needs, where it names none.
 
-    Edits that act from a question's first token on, as in stores of format 4 and older and under the span rule `all`,
+    Edits that act from a question's first token on, as in stores of 0.1.0 and under the span rule `all`,
     need the whole question in one step.
 
     config: the section.
@@ -443,6 +443,7 @@ def _checks(config: MemoirConfig, vllm_config: VllmConfig) -> list[tuple[bool, s
     revision, tokenizer_revision = (
         getattr(given, "initial", given) for given in (model.revision, model.tokenizer_revision)
     )
+    dtype, cached = _name(model.dtype), _cached_as(vllm_config)
     return [
         (
             single and bool(cache.enable_prefix_caching),
@@ -520,9 +521,9 @@ def _checks(config: MemoirConfig, vllm_config: VllmConfig) -> list[tuple[bool, s
             f"the model configuration of {model.hf_config_path} (leave out --hf-config-path)",
         ),
         (
-            cache.cache_dtype not in ("auto", _name(model.dtype)),
-            f"a KV cache in {cache.cache_dtype}, behind which no edit was made (leave out --kv-cache-dtype, or set it "
-            f"to {_name(model.dtype)})",
+            cached not in ("auto", dtype),
+            f"a KV cache in {cached}, behind which no edit was made ("
+            + ("leave out --kv-cache-dtype)" if dtype == "float32" else f"use --kv-cache-dtype {dtype})"),
         ),
         (scheduler.scheduler_cls is not None, f"scheduler {scheduler.scheduler_cls} (leave out --scheduler-cls)"),
         (
@@ -535,6 +536,15 @@ def _checks(config: MemoirConfig, vllm_config: VllmConfig) -> list[tuple[bool, s
             "VLLM_USE_BREAKABLE_CUDAGRAPH=0)",
         ),
     ]
+
+
+def _cached_as(vllm_config: VllmConfig) -> str:
+    """The dtype of the KV cache; "auto" is the model's. A checkpoint may name another, which vLLM takes up with it."""
+    dtype = str(vllm_config.cache_config.cache_dtype)
+    quantised = getattr(vllm_config.model_config.hf_config, "quantization_config", None)
+    if dtype == "auto" and isinstance(quantised, dict) and quantised.get("kv_cache_scheme"):
+        return "the dtype that the checkpoint's kv_cache_scheme names"
+    return dtype
 
 
 def _name(dtype: Any) -> str:

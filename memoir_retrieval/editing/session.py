@@ -156,7 +156,8 @@ class Session:
             self.train([new._replace(old=stored[new.id])], again, choices)
             outcome.failed += again.failed
             once.add(new.id)
-            if new.id not in outcome.renewed:  # one may be lost in several memories, one after the other
+            # One may be lost in several memories, one after the other.
+            if not again.failed and new.id not in outcome.renewed:
                 outcome.renewed.append(new.id)
         return bool(lost)
 

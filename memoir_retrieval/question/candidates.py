@@ -169,7 +169,7 @@ _SMALL = regex.compile(r"[\s,;]*\p{Ll}")
 _QUESTION = regex.compile(r"[?\uff1f\u061f][\"'\u201d\u2019\u00bb)\]*]*\s*$")
 _MARK = regex.compile(
     r"\s*(?:(?:[-*+>#/\u2022\u2013]+|\(?\w{1,3}[.)]|[@/]\w{1,40}[,:]?)\s+|'{3}|\"{3}"
-    r"|[\p{So}\p{Sk}\p{No}\u200d\ufe0f]++\s*+)+"
+    r"|[\p{So}\u2460-\u24ff\u2776-\u2793\U0001f3fb-\U0001f3ff\u200d\ufe0f]++\s*+)+"
 )
 _LABEL = regex.compile(
     r"\s?:\s|\uff1a\s?|(?<=\p{L}):(?=\p{L})|\s[-\u2013\u2014]\s|[>\])|]\s|\t|\s{2,}|[=\u00bb\u2192]\s?|[<>]{2}\s?"

@@ -94,7 +94,8 @@ def training_of(manifest: Manifest) -> Training:
         return msgspec.convert(_LATER | manifest.training, Training)
     except msgspec.ValidationError as error:
         raise StoreError(
-            f"a store of {manifest.model} is damaged (training: {error}): restore it from a backup"
+            f"a store of {manifest.model} has training settings out of range ({error}): restore it from a backup, or "
+            "train its edits into a new store"
         ) from None
 
 

@@ -245,6 +245,22 @@ def test_refused_settings_are_named(flag: str, model_folder: Path, store_folder:
     assert flag in str(refused.value)
 
 
+def test_a_checkpoint_that_names_another_dtype_of_the_kv_cache_is_refused(
+    model_folder: Path, store_folder: Path
+) -> None:
+    ours = config.parse_section({"store": str(store_folder)})
+    args = EngineArgs(**flags(model_folder) | {"dtype": "bfloat16"})
+    config.prefer(ours, args)
+    vllm_config = args.create_engine_config()
+    config.refuse(ours, vllm_config)
+    scheme = {"num_bits": 8, "type": "float"}
+    vllm_config.model_config.hf_config.quantization_config = {"kv_cache_scheme": scheme}
+    with pytest.raises(ConfigError, match=r"kv_cache_scheme names.*\(use --kv-cache-dtype bfloat16\)"):
+        config.refuse(ours, vllm_config)
+    vllm_config.cache_config.cache_dtype = "bfloat16"  # as the flag sets it
+    config.refuse(ours, vllm_config)
+
+
 def test_the_page_on_serving_names_every_flag_that_is_refused() -> None:
     source = inspect.getsource(config._checks) + inspect.getsource(config._transfer_fault)
     page = (Path(__file__).parents[2] / "docs/reference/serving.md").read_text(encoding="utf-8")
