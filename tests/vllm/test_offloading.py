@@ -83,7 +83,8 @@ def test_a_question_is_not_taken_from_the_host(simulate: Simulate, here: World) 
         assert sim.answers[name] == right(here, prompt, 2), name
 
 
-def test_a_reload_waits_for_requests_that_load_blocks_of_the_older_generation(simulate: Simulate, here: World) -> None:
+def loading(simulate: Simulate, here: World) -> tuple[Simulation, list[int]]:
+    """A request, "loads", whose decision is remembered and whose blocks are being loaded; and its prompt."""
     sim = simulate(model_len=512, host_blocks=HOST)
     prompt = chat(here.questions[1], before=40, after=60)
     sim.add("first", prompt)
@@ -91,6 +92,11 @@ def test_a_reload_waits_for_requests_that_load_blocks_of_the_older_generation(si
     forget_the_gpu(sim)
     sim.add("loads", prompt)
     sim.step()
+    return sim, prompt
+
+
+def test_a_reload_waits_for_requests_that_load_blocks_of_the_older_generation(simulate: Simulate, here: World) -> None:
+    sim, prompt = loading(simulate, here)
     assert sim.scheduler.memoir_loads() and not sim.scheduler.memoir_loads("other")
 
     class Core:
@@ -114,13 +120,7 @@ def test_a_reload_waits_for_requests_that_have_loaded_and_found_no_room(
     simulate: Simulate, here: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """vLLM calls such a request waiting, as one that holds no block."""
-    sim = simulate(model_len=512, host_blocks=HOST)
-    prompt = chat(here.questions[1], before=40, after=60)
-    sim.add("first", prompt)
-    settle(sim)
-    forget_the_gpu(sim)
-    sim.add("loads", prompt)
-    sim.step()
+    sim, prompt = loading(simulate, here)
     with monkeypatch.context() as full:
         full.setattr(sim.scheduler.kv_cache_manager, "allocate_slots", lambda *args, **kwargs: None)
         for _ in range(3):
