@@ -9,17 +9,17 @@ import os
 import stat
 import threading
 import time
+from array import array
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import msgspec
 
 from memoir_retrieval.errors import ConfigError
-from memoir_retrieval.store.files import open_shared
 
-__all__ = ["AUDIT", "NAME_VARIABLE", "AuditLog", "Entries", "server_name"]
+__all__ = ["AUDIT", "NAME_VARIABLE", "AuditLog", "AuditLines", "Entries", "server_name"]
 
 AUDIT = "audit.jsonl"
 NAME_VARIABLE = "MEMOIR_SERVER_NAME"
@@ -40,8 +40,24 @@ class Entries(NamedTuple):
     torn: int
 
 
+class AuditLines(NamedTuple):
+    """A page of the log.
+
+    total: how many entries the log holds.
+    torn: as in `Entries`.
+    lines: the entries of the page, newest first.
+    """
+
+    total: int
+    torn: int
+    lines: list[dict[str, Any]]
+
+
 class AuditLog:
-    """`audit.jsonl` of a store. Written by servers; nothing here changes or removes a line."""
+    """`audit.jsonl` of a store. Written by servers; nothing here changes or removes a line.
+
+    It is read without a lock: lines are only appended, and one that is not whole yet has no newline.
+    """
 
     def __init__(self, folder: Path, server: str):
         """folder: the store's.
@@ -49,6 +65,10 @@ class AuditLog:
         """
         self._path, self._server = folder / AUDIT, server
         self._lock = threading.Lock()
+        # What `page` knows of the log, which it need not read again: where each entry begins.
+        self._paging = threading.Lock()
+        self._inode = self._end = self._torn = 0
+        self._starts = array("Q")
 
     def write(self, what: str, who: str, job: str, **more: Any) -> None:
         """Append one line and sync it.
@@ -75,34 +95,64 @@ class AuditLog:
     @contextlib.contextmanager
     def _open(self) -> Iterator[int]:
         """The log, open for this server alone where the file system knows locks."""
-        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        file = self._open_file(os.O_RDWR | os.O_APPEND | os.O_CREAT)
         try:
-            file = os.open(self._path, flags, 0o640)
-        except OSError as error:
-            if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
-                raise _irregular() from None
-            raise
-        try:
-            if not stat.S_ISREG(os.fstat(file).st_mode):
-                raise _irregular()
             _lock(file)
             yield file
         finally:
             os.close(file)
 
+    def _open_file(self, how: int) -> int:
+        """Open the log. Raises OSError for a link, a folder or a device."""
+        try:
+            file = os.open(self._path, how | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o640)
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
+                raise _irregular() from None
+            raise
+        if not stat.S_ISREG(os.fstat(file).st_mode):
+            os.close(file)
+            raise _irregular()
+        return file
+
     def read(self) -> Entries:
-        """All entries. Raises StoreError where the log is a link, a folder or a device."""
+        """All entries. Raises OSError where the log cannot be read, or is a link, a folder or a device."""
         lines, torn = [], 0
         try:
-            with open_shared(self._path) as (handle, _, _), open(handle, "rb", closefd=False) as file:
-                for line in file:
-                    try:
-                        lines.append(msgspec.json.decode(line, type=dict[str, Any]))
-                    except (msgspec.DecodeError, UnicodeDecodeError):
+            with os.fdopen(self._open_file(os.O_RDONLY), "rb") as file:
+                for _, line in _whole_lines(file, 0):
+                    entry = _entry(line)
+                    if entry is not None:
+                        lines.append(entry)
+                    else:
                         torn += bool(line.strip())
         except FileNotFoundError:
             pass
         return Entries(lines, torn)
+
+    def page(self, offset: int, limit: int) -> AuditLines:
+        """A page of the entries. Of the others only those are read that came since the last page.
+
+        offset: how many of the newest are left out.
+        limit: how many the page has.
+
+        Raises OSError as `read`.
+        """
+        try:
+            with self._paging, os.fdopen(self._open_file(os.O_RDONLY), "rb") as file:
+                status = os.fstat(file.fileno())
+                if status.st_ino != self._inode or status.st_size < self._end:  # the first page, or a restored log
+                    self._inode, self._end, self._torn, self._starts = status.st_ino, 0, 0, array("Q")
+                for start, line in _whole_lines(file, self._end):
+                    if _entry(line) is not None:
+                        self._starts.append(start)
+                    else:
+                        self._torn += bool(line.strip())
+                    self._end = start + len(line)
+                lines = [_entry_at(file, start) for start in self._starts[::-1][offset : offset + limit]]
+                return AuditLines(len(self._starts), self._torn, lines)
+        except FileNotFoundError:
+            return AuditLines(0, 0, [])
 
     def lines(self) -> list[dict[str, Any]]:
         """The entries of `read`."""
@@ -118,9 +168,9 @@ class AuditLog:
             if _key(str(entry.get("server"))) != _key(self._server):
                 continue
             if entry.get("what") == "accepted":
-                waiting[entry.get("job", "")] = entry
+                waiting[str(entry.get("job"))] = entry
             elif entry.get("what") in ("active", "failed", "interrupted"):
-                waiting.pop(entry.get("job", ""), None)
+                waiting.pop(str(entry.get("job")), None)
         return list(waiting.values())
 
 
@@ -163,6 +213,31 @@ def _lock(file: int) -> None:
             return
         else:
             return
+
+
+def _whole_lines(file: BinaryIO, start: int) -> Iterator[tuple[int, bytes]]:
+    """Each line and where it begins, but for one that is still being written.
+
+    start: where the first one begins.
+    """
+    file.seek(start)
+    for line in file:
+        if not line.endswith(b"\n"):
+            return
+        yield start, line
+        start += len(line)
+
+
+def _entry(line: bytes) -> dict[str, Any] | None:
+    try:
+        return msgspec.json.decode(line, type=dict[str, Any])
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None
+
+
+def _entry_at(file: BinaryIO, start: int) -> dict[str, Any]:
+    file.seek(start)
+    return msgspec.json.decode(file.readline(), type=dict[str, Any])
 
 
 def _ends_a_line(file: int) -> bool:

@@ -16,6 +16,7 @@ from memoir_vllm.admin.tokens import Tokens
 __all__ = ["LARGEST_BODY", "Guard"]
 
 LARGEST_BODY = 256 * 1024  # bytes
+LONGEST_LENGTH = 20  # digits: Python reads no number of thousands of them
 # Requests of one token: on average so many a second, at most so many at once.
 RATE, BURST = 50.0, 500.0
 STARTS = 4  # requests that are read within one turn of the event loop, which serves /v1 between them
@@ -140,7 +141,7 @@ def _again(body: bytes, receive: Receive) -> Receive:
 async def _read(headers: Headers, receive: Receive) -> bytes | None:
     """The whole body, or None where it is too large."""
     length = headers.get("content-length", "0")
-    if not length.isdecimal() or int(length) > LARGEST_BODY:
+    if not length.isdecimal() or len(length) > LONGEST_LENGTH or int(length) > LARGEST_BODY:
         return None
     body = b""
     while True:

@@ -29,6 +29,7 @@ logger = init_logger("vllm.memoir")
 QUEUE = 32  # changes that may wait
 KEPT = 500  # jobs that are done and can still be asked for
 IDLE_S = 300.0  # the trainer's process, and the model in it, go after so long without a change
+STOP_S = 10.0  # a trainer that has no more to do ends within a second or so
 SILENCE_S = 1800.0  # a trainer that writes no line for so long is ended: reading a large model takes minutes
 
 _WHO = "the process that changes the store"
@@ -95,13 +96,16 @@ class TrainerProcess:
                 raise ValueError("neither an edit nor an error")
 
     async def stop(self) -> None:
-        """Let the process end; what it is at is not stored."""
-        process, self._process = self._process, None
+        """Let the process end; what it is at is not stored. One that does not end is killed."""
+        process = self._process
         if process is None or process.returncode is not None:
             return
         assert process.stdin is not None
         process.stdin.close()
-        await process.wait()
+        try:
+            await asyncio.wait_for(process.wait(), STOP_S)
+        except TimeoutError:
+            await self._end()
 
     async def _end(self) -> int | None:
         """Kill the process, whatever it does, and return its status."""
@@ -243,9 +247,10 @@ class Jobs:
         finally:
             job.progress = None
         job.edit, job.generation = answer.edit, answer.generation
-        job.loss, job.steps = answer.loss, answer.steps
+        job.loss, job.steps, job.damaged = answer.loss, answer.steps, list(answer.damaged)
         job.state = "activating"
-        note = {"error": reason} if reason else {}
+        note: dict[str, Any] = {"error": reason} if reason else {}
+        note |= {"damaged": job.damaged} if job.damaged else {}
         unlogged = await self._log(job, "stored", edit=job.edit, generation=job.generation, **note)
         try:
             await self._activate()

@@ -99,6 +99,7 @@ class StoredEditOut(BaseModel):
     steps: of training.
     memory: number of the residual memory that holds the edit.
     subject, rephrases, source, requires: as the edit was given.
+    before: the messages of a chat before the one that asks the prompt.
     """
 
     id: int
@@ -111,6 +112,7 @@ class StoredEditOut(BaseModel):
     subject: str
     rephrases: list[str]
     source: str
+    before: list[dict[str, Any]]
     requires: list[str | list[str]]
 
 
@@ -157,6 +159,8 @@ class Job(BaseModel):
     generation: of the store after the change.
     loss, steps: of finished training; `loss` in nats per target token.
     prompt, target: of the edit.
+    damaged: ids of earlier edits that training has overwritten and that could not be trained again: the model does not
+        answer them with their targets any more.
     error: why it failed, or is not served yet.
     """
 
@@ -173,6 +177,7 @@ class Job(BaseModel):
     steps: int | None = None
     prompt: str | None = None
     target: str | None = None
+    damaged: list[int] = []
     error: str | None = None
     prompt_key: str | None = Field(default=None, exclude=True)
 
@@ -251,7 +256,8 @@ class Stats(BaseModel):
     edits: how many the store holds.
     tau: least overlap of a match.
     chat: whether edits were made in chats.
-    model: its name on this server.
+    model: the name of the model to ask on this server, so that this store answers.
+    store: the name of the store, for `memoir_store` of a request; "" for the default one, and where the model asks it.
     module: the projection that is edited.
     engines: counters of each engine since its start.
     requests: finished requests of this API server, by result.
@@ -264,6 +270,7 @@ class Stats(BaseModel):
     tau: float
     chat: bool
     model: str
+    store: str
     module: str
     engines: list[dict[str, float]]
     requests: dict[str, int]

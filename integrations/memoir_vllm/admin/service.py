@@ -66,8 +66,16 @@ class Service:
     def close_unfinished(self) -> None:
         """Say in the audit log what became of changes that a former process of this server has accepted."""
         for entry in self.audit.unfinished():
-            change = entry.get("change", {})
-            stored = self.in_store(change)
+            change: Any = entry.get("change")
+            try:
+                stored = self.in_store(change)
+            except (msgspec.ValidationError, EditFileError, AttributeError, LookupError, TypeError) as error:
+                logger.warning(
+                    "memoir: the audit log has an accepted change that cannot be read, and is left as it is: job %r (%s)",
+                    entry.get("job"),
+                    error,
+                )
+                continue
             self.audit.write(
                 "interrupted",
                 entry.get("who", ""),
@@ -135,13 +143,15 @@ class Service:
         store = await asyncio.to_thread(self.store)
         served = {int(engine["generation"]) for engine in engines}
         traffic = TRAFFIC.of(self._name)
+        adapted = bool(store.manifest.base.adapter)
         return Stats(
             generation=served.pop() if len(served) == 1 else None,
             store_generation=store.manifest.generation,
             edits=len(store.edits),
             tau=self._tau(store),
             chat=store.manifest.chat,
-            model=self._state.openai_serving_models.base_model_paths[0].name,
+            model=self._name if adapted else self._state.openai_serving_models.base_model_paths[0].name,
+            store="" if adapted else self._name,
             module=store.manifest.module,
             engines=engines,
             requests=dict(traffic.results),

@@ -52,6 +52,7 @@ class TrainerAnswer(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unkn
     edit: its id.
     loss: of its training, in nats per target token.
     steps: of its training.
+    damaged: ids of edits that the training has overwritten, and that could not be trained again.
     error: why the change is not made.
     progress: how far it is; the answer comes later.
     """
@@ -60,6 +61,7 @@ class TrainerAnswer(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unkn
     edit: int | None = None
     loss: float | None = None
     steps: int | None = None
+    damaged: tuple[int, ...] = ()
     error: str | None = None
     progress: TrainerProgress | None = None
 
@@ -140,7 +142,14 @@ class _Trainer:
             for failed in editor.outcome.failed:
                 logging.warning("memoir: edit %r is not answered any more: %s", failed.prompt, failed.reason)
             (stored,) = new or same
-            return TrainerAnswer(generation=editor.generation, edit=stored.id, loss=stored.loss, steps=stored.steps)
+            failed_texts = {(failed.prompt, failed.target) for failed in editor.outcome.failed}
+            return TrainerAnswer(
+                generation=editor.generation,
+                edit=stored.id,
+                loss=stored.loss,
+                steps=stored.steps,
+                damaged=tuple(edit.id for edit in editor.edits if (edit.prompt, edit.target) in failed_texts),
+            )
 
     def _step(self, step: TrainingStep) -> None:
         self._send(TrainerAnswer(progress=TrainerProgress("training", step.step, step.limit, step.loss, step.goal)))
