@@ -2,6 +2,12 @@
 
 const PAGE = 20;
 const POLL_MS = 2000;
+const MOST_REPHRASES = 32; // of an edit that is sent
+const EXTRAS = { // what an edit may have beyond the fields of the form
+  subject: "its subject", rephrases: "its rephrasings", requires: "what it requires", before: "the messages before it",
+};
+// This page is at /memoir/ or at /memoir/stores/NAME/; a proxy may put a path before that.
+const ROOT = location.pathname.replace(/memoir\/(stores\/[^/]+\/)?$/, "");
 const $ = (id) => document.getElementById(id);
 
 let token = "";
@@ -55,7 +61,7 @@ function guarded(errorId, action) {
       await action(event);
     } catch (error) {
       $(errorId).textContent = error.message;
-      if (error.status === 401 && token) leave();
+      if (error.status === 401 && token) leave(`Signed out: ${error.message}`);
     }
   };
 }
@@ -73,12 +79,18 @@ async function enter() {
   $("leave").hidden = false;
   $("chat").checked = stats.chat;
   show(stats);
-  await Promise.all([list(), audit()]);
-  $("prompt").focus();
   timer = setInterval(watch, POLL_MS);
+  await refresh();
+  if (token) $("prompt").focus();
 }
 
-function leave() {
+/** Draw the lists again. Each shows its own error. */
+async function refresh() {
+  await Promise.all([guarded("edits-error", list)(), guarded("audit-error", audit)()]);
+}
+
+/** Sign out. A reason is shown where the next sign-in begins. */
+function leave(reason = "") {
   clearInterval(timer);
   token = key = "";
   $("work").hidden = true;
@@ -86,22 +98,48 @@ function leave() {
   $("enter").hidden = false;
   $("summary").textContent = "";
   for (const id of ["edits", "recent", "audit", "nearest", "parts", "counts"]) $(id).replaceChildren();
-  for (const id of ["base", "edited", "decision", "change"]) $(id).textContent = "";
+  const texts = ["base", "edited", "decision", "change", "try-error", "edits-error", "change-error", "audit-error"];
+  for (const id of texts) $(id).textContent = "";
+  $("enter-error").textContent = reason;
   $("answers").hidden = true;
   $("token").focus();
 }
 
 // ---- trying ----------------------------------------------------------------------------------------------------------
 
-async function answer(prompt, options) {
-  const asked = { model: stats.model, temperature: 0, max_tokens: 64, vllm_xargs: options };
-  if ($("chat").checked) {
-    const body = { ...asked, messages: [{ role: "user", content: prompt }] };
-    const completion = await call("../v1/chat/completions", { method: "POST", body, bearer: key });
-    return [completion.choices[0].message.content, completion.kv_transfer_params.memoir];
+/** A prompt as a request has it. */
+function worded(prompt, chat) {
+  return chat ? { messages: [{ role: "user", content: prompt }] } : { prompt };
+}
+
+/** Ask /v1 as any client does, with its own key: a refusal there does not end the session here. */
+async function complete(path, body) {
+  try {
+    return await call(`${ROOT}v1/${path}`, { method: "POST", body, bearer: key });
+  } catch (error) {
+    if (error.status !== 401) throw error;
+    throw new Error(`/v1 refuses the API key (${error.message}): sign out, and sign in with the key of /v1`);
   }
-  const completion = await call("../v1/completions", { method: "POST", body: { ...asked, prompt }, bearer: key });
-  return [completion.choices[0].text, completion.kv_transfer_params.memoir];
+}
+
+async function answer(prompt, options) {
+  const chat = $("chat").checked;
+  const store = stats.store ? { memoir_store: stats.store } : {};
+  const body = { model: stats.model, temperature: 0, max_tokens: 64, vllm_xargs: { ...options, ...store } };
+  const completion = await complete(chat ? "chat/completions" : "completions", { ...body, ...worded(prompt, chat) });
+  const [choice] = completion.choices;
+  return [chat ? choice.message.content : choice.text, completion.kv_transfer_params.memoir];
+}
+
+/** What became of a request, in words. */
+function decided({ edit, overlap, result, reason, generation }) {
+  if (edit !== null) return `Edit ${edit} answered, overlap ${overlap.toFixed(3)} (generation ${generation}).`;
+  const why = {
+    unroutable: `No question could be looked up${reason ? ` (${reason})` : ""}`,
+    image: "A prompt with an image is not looked up",
+    adapter: "A request for an adapter without a store is not looked up",
+  };
+  return `${why[result] ?? "No edit matched"}: the base model answered (generation ${generation}).`;
 }
 
 async function attempt() {
@@ -109,17 +147,14 @@ async function attempt() {
   const button = $("try").querySelector("button");
   button.disabled = true;
   try {
-    const asked = $("chat").checked ? { messages: [{ role: "user", content: prompt }] } : { prompt };
     const [[base], [edited, said], found] = await Promise.all([
       answer(prompt, { memoir: "off" }),
       answer(prompt, {}),
-      call("lookup", { method: "POST", body: { ...asked, n: 3 } }),
+      call("lookup", { method: "POST", body: { ...worded(prompt, $("chat").checked), n: 3 } }),
     ]);
     $("base").textContent = base;
     $("edited").textContent = edited;
-    $("decision").textContent = said.edit === null
-      ? `No edit matched: the base model answered (generation ${said.generation}).`
-      : `Edit ${said.edit} answered, overlap ${said.overlap.toFixed(3)} (generation ${said.generation}).`;
+    $("decision").textContent = decided(said);
     $("nearest").replaceChildren(...found.matches.map((match) => near(match, found.tau)));
     $("parts").replaceChildren(...found.parts.map(verdict));
     $("answers").hidden = false;
@@ -137,7 +172,8 @@ function verdict(part) {
 }
 
 function near(match, tau) {
-  const item = make("li", `${match.prompt} → ${match.target} (edit ${match.edit})`);
+  const gone = `edit ${match.edit}, which the store does not have any more`;
+  const item = make("li", match.prompt === null ? gone : `${match.prompt} → ${match.target} (edit ${match.edit})`);
   const text = `overlap ${match.overlap.toFixed(3)}, tau ${tau}: ${match.matched ? "matches" : "does not match"}`
     + (match.requires.length ? `; requires ${JSON.stringify(match.requires)}` : "");
   const bar = make("div", "", { class: match.matched ? "bar matched" : "bar", role: "img", "aria-label": text });
@@ -163,7 +199,8 @@ async function list() {
     remove.addEventListener("click", guarded("change-error", () => ask_to_remove(edit)));
     const asked = make("div", edit.prompt);
     const origin = edit.source && `, source: ${edit.source}`;
-    asked.append(make("p", `${edit.created.slice(0, 10)}${origin}`, { class: "hint" }));
+    const chat = edit.before.length ? `, after ${edit.before.length} messages` : "";
+    asked.append(make("p", `${edit.created.slice(0, 10)}${origin}${chat}`, { class: "hint" }));
     return row(edit.id, asked, edit.target, hits.get(edit.id) ?? "", remove);
   }));
   if (held) ($("edits").querySelector(`[aria-label="${held}"]`) ?? $("words")).focus();
@@ -174,14 +211,42 @@ async function list() {
 }
 
 function turn(by) {
-  return guarded("change-error", () => {
+  return guarded("edits-error", () => {
     offset = Math.max(0, offset + by);
     return list();
   });
 }
 
+/** Whether two texts are one prompt; the server looks closer. */
+function same(left, right) {
+  const quotes = (text) => text.normalize("NFKC").replace(/[‘’]/g, "'").replace(/[“”]/g, '"');
+  const plain = (text) => quotes(text).replace(/\s+/g, " ").trim().toLowerCase();
+  return plain(left) === plain(right);
+}
+
+/** What an edit of a prompt takes over from the one that it replaces, and what of that would be lost. */
+async function inherited(prompt) {
+  const { matches } = await call("lookup", { method: "POST", body: { ...worded(prompt, stats.chat), n: 20 } });
+  const known = matches.filter((match) => match.prompt !== null);
+  const twin = known.find((match) => same(match.prompt, prompt));
+  const match = twin ?? known.find((near) => near.matched);
+  if (match === undefined) return { fields: {}, lost: [] };
+  const old = await call(`edits/${match.edit}`);
+  const { subject, rephrases, requires } = old;
+  const fields = twin ? { subject, rephrases: rephrases.slice(0, MOST_REPHRASES), requires } : {};
+  const lost = Object.keys(EXTRAS).filter((name) => old[name].length > (fields[name]?.length ?? 0));
+  return { old, fields, lost: lost.map((name) => EXTRAS[name]) };
+}
+
 async function add() {
+  const nothing = { fields: {}, lost: [] };
+  const { old, fields, lost } = $("replace").checked ? await inherited($("new-prompt").value) : nothing;
+  if (lost.length) {
+    const text = `${old.prompt} → ${old.target} (edit ${old.id}) loses ${lost.join(", ")}.`;
+    if (!await confirmed("Replace this edit?", text, "Replace it")) return;
+  }
   const body = {
+    ...fields,
     prompt: $("new-prompt").value,
     target: $("new-target").value,
     source: $("new-source").value,
@@ -197,12 +262,19 @@ async function add() {
 }
 
 async function ask_to_remove(edit) {
-  $("confirm-text").textContent = `${edit.prompt} → ${edit.target} (edit ${edit.id})`;
+  const text = `${edit.prompt} → ${edit.target} (edit ${edit.id})`;
+  if (!await confirmed("Remove this edit?", text, "Remove it")) return;
+  await follow(await call(`edits/${edit.id}`, { method: "DELETE" }));
+}
+
+/** Ask before something is lost. */
+async function confirmed(title, text, yes) {
+  for (const [id, words] of [["title", title], ["text", text], ["yes", yes]]) $(`confirm-${id}`).textContent = words;
   const dialog = $("confirm");
   dialog.returnValue = "no";
   dialog.showModal();
   await new Promise((resolve) => dialog.addEventListener("close", resolve, { once: true }));
-  if (dialog.returnValue === "yes") await follow(await call(`edits/${edit.id}`, { method: "DELETE" }));
+  return dialog.returnValue === "yes";
 }
 
 /** How far a job is, in words. */
@@ -225,9 +297,13 @@ async function follow(job) {
   $("change").textContent = job.state === "done"
     ? `${what} “${job.prompt}”: done, edit ${job.edit}, generation ${job.generation} is served.`
     : "";
-  if (job.error) $("change-error").textContent = `${what} “${job.prompt}”: ${job.error}`;
+  const damage = job.damaged.length
+    ? `training it has damaged edits ${job.damaged.join(", ")}, which are not answered any more: replace or remove them`
+    : "";
+  const faults = [job.error, damage].filter(Boolean).join("; ");
+  if (faults) $("change-error").textContent = `${what} “${job.prompt}”: ${faults}`;
   await watch();
-  await Promise.all([list(), audit()]);
+  await refresh();
 }
 
 // ---- live ------------------------------------------------------------------------------------------------------------
@@ -238,14 +314,14 @@ async function watch() {
     show(stats);
   } catch (error) {
     $("summary").textContent = `The server does not answer: ${error.message}`;
-    if (error.status === 401) leave();
+    if (error.status === 401) leave(`Signed out: ${error.message}`);
   }
 }
 
 function show(now) {
   const behind = now.generation === now.store_generation ? "" : `, the store is at generation ${now.store_generation}: reload`;
   $("summary").textContent =
-    `${now.model}: generation ${now.generation ?? "differs between engines"}${behind}, ${now.edits} edits, tau ${now.tau}`;
+    `${now.store || now.model}: generation ${now.generation ?? "differs between engines"}${behind}, ${now.edits} edits, tau ${now.tau}`;
   const counts = { ...now.requests, "jobs open": now.jobs_open, engines: now.engines.length };
   $("counts").replaceChildren(...Object.entries(counts).map(([name, count]) => {
     const pair = make("div");
@@ -263,17 +339,18 @@ async function audit() {
     const change = entry.change?.add ? `add “${entry.change.add.prompt}” → “${entry.change.add.target}”`
       : entry.change ? `remove edit ${entry.change.remove}` : `edit ${entry.edit ?? ""}`;
     const generation = entry.generation ? `, generation ${entry.generation}` : "";
-    return make("li", `${entry.when.slice(0, 19)} ${entry.who}: ${entry.what} ${change}${generation}`);
+    const damage = entry.damaged?.length ? `, damaged edits ${entry.damaged.join(", ")}` : "";
+    return make("li", `${String(entry.when).slice(0, 19)} ${entry.who}: ${entry.what} ${change}${generation}${damage}`);
   }));
 }
 
 $("enter").addEventListener("submit", guarded("enter-error", enter));
-$("leave").addEventListener("click", leave);
+$("leave").addEventListener("click", () => leave());
 $("try").addEventListener("submit", guarded("try-error", attempt));
 $("prompt").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && event.ctrlKey) $("try").requestSubmit();
 });
-$("search").addEventListener("submit", guarded("change-error", () => {
+$("search").addEventListener("submit", guarded("edits-error", () => {
   offset = 0;
   return list();
 }));
