@@ -15,10 +15,11 @@ from memoir_retrieval.cli.common import echo, echo_json, json_option, notes, ref
 from memoir_retrieval.client.verify import Check, ServerProbe, Verification
 from memoir_retrieval.client.verify import verify as run
 from memoir_retrieval.edits.record import Edit
-from memoir_retrieval.errors import ConfigError
+from memoir_retrieval.errors import AdminError, ConfigError
 from memoir_retrieval.store.read import EditStore
 
 if TYPE_CHECKING:  # httpx and asyncio would make every command start later
+    from memoir_retrieval.client.admin import AdminClient, Change
     from memoir_retrieval.client.soak import Soak, SoakReport
 
 __all__ = ["verify"]
@@ -163,19 +164,55 @@ async def _soak(
     if not token:
         raise ConfigError("--changes adds and removes edits: set MEMOIR_ADMIN_TOKEN to the server's token")
     async with AdminClient(url, token) as admin:
-        stored: list[int] = []
+        additions: dict[str, Change] = {}  # as the server last described them
 
         async def change() -> None:
-            if stored:
-                await admin.remove(stored.pop())
-            else:
-                stored.append((await admin.add(SOAK_EDIT)).id)
-
-        try:
-            return await ask(changes=changes, change=change)
-        finally:
-            for edit in stored:
+            edits = await _soak_edits(admin)
+            for edit in edits:
                 await admin.remove(edit)
+            if not edits:
+                await admin.add(SOAK_EDIT, watch=lambda addition: additions.update({addition.id: addition}))
+
+        left = ""
+        try:
+            report = await ask(changes=changes, change=change)
+        finally:
+            left = await _clear(admin, [change for change in additions.values() if change.finished is None])
+            if left:
+                notes.print(left)
+    gone = Check("the soak's edit is removed", "fail" if left else "ok", left or "the store does not have it")
+    return msgspec.structs.replace(report, checks=(*report.checks, gone))
+
+
+async def _soak_edits(admin: AdminClient) -> list[int]:
+    """Ids of the soak's edit in the store of a server."""
+    page = await admin.edits(SOAK_EDIT.prompt, limit=200)
+    return [edit.id for edit in page.edits if (edit.prompt, edit.source) == (SOAK_EDIT.prompt, SOAK_EDIT.source)]
+
+
+async def _clear(admin: AdminClient, open_additions: Sequence[Change]) -> str:
+    """Remove the soak's edit, also one for which nobody waited any more.
+
+    admin: of the server.
+    open_additions: those that may go on.
+    Returns why it may be in the store still, or "".
+    """
+    reasons = []
+    for addition in open_additions:
+        latest = [addition]
+        try:
+            await admin.wait(addition, watch=latest.append)
+        except AdminError as error:
+            if latest[-1].finished is None:  # else it has failed, and nothing was stored
+                reasons.append(str(error))
+    try:
+        for edit in await _soak_edits(admin):
+            await admin.remove(edit)
+    except AdminError as error:
+        reasons.append(str(error))
+    return (
+        f"the edit {SOAK_EDIT.prompt!r} may be in the store still, remove it: {'; '.join(reasons)}" if reasons else ""
+    )
 
 
 def _print(report: Verification) -> None:

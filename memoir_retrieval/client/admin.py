@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Literal, TypeVar
+from urllib.parse import quote
 
 import httpx
 import msgspec
@@ -53,6 +54,8 @@ class Change(msgspec.Struct, frozen=True):
     generation: of the store that holds the change, once it is written.
     loss: of training, nats per target token.
     steps: of training.
+    damaged: ids of earlier edits that training has overwritten and that could not be trained again: the model does not
+        answer them with their targets any more.
     error: why it is failed or only stored.
     progress: how far a running change is.
     """
@@ -67,6 +70,7 @@ class Change(msgspec.Struct, frozen=True):
     generation: int | None = None
     loss: float | None = None
     steps: int | None = None
+    damaged: tuple[int, ...] = ()
     error: str | None = None
     progress: TrainingProgress | None = None
 
@@ -118,8 +122,26 @@ class Lookup(msgspec.Struct, frozen=True):
     parts: tuple[JudgedPart, ...] = ()
 
 
+class ServedGeneration(msgspec.Struct, frozen=True):
+    """The answer of /reload.
+
+    generation: that every worker serves.
+    """
+
+    generation: int
+
+
+class AuditEntries(msgspec.Struct, frozen=True):
+    """The answer of /audit.
+
+    entries: newest first.
+    """
+
+    entries: list[dict[str, Any]]
+
+
 class AdminClient:
-    """Changes and asks one running server. An asynchronous context manager.
+    """Changes and asks one store of a running server. An asynchronous context manager.
 
     >>> import asyncio
     >>> from memoir_retrieval import AdminClient, Edit
@@ -131,23 +153,30 @@ class AdminClient:
     0
 
     Every method raises AdminError, which names the status and the server's reason, where the server cannot be reached,
-    knows no such token, or refuses.
+    does not answer in time, knows no such token, or refuses.
     """
 
-    def __init__(self, url: str, token: str, *, timeout: float = 60.0):
+    def __init__(self, url: str, token: str, *, store: str = "", timeout: float = 60.0):
         """Nothing is sent yet.
 
         url: with or without /v1.
         token: what the server was started with.
+        store: name of the store, on a server of several; "" for the default one.
         timeout: of one request, seconds.
+
+        Raises ConfigError for a URL or a token that cannot be sent.
         """
         self._base = base_url(url)
+        self._root = f"/memoir/stores/{quote(store, safe='')}" if store else "/memoir"
+        if not token or not token.isascii() or not token.isprintable():
+            raise ConfigError(
+                "the token is empty or not printable ASCII: give the one that the server was started with"
+            )
         headers = {"Authorization": f"Bearer {token}", **LAST_REQUEST}
-        self._http = httpx.AsyncClient(
-            base_url=f"{self._base}/memoir",
-            headers=headers,
-            timeout=timeout,
-        )
+        try:
+            self._http = httpx.AsyncClient(base_url=f"{self._base}{self._root}", headers=headers, timeout=timeout)
+        except (httpx.InvalidURL, UnicodeError) as error:
+            raise ConfigError(f"{url!r} is no URL ({error}): give one such as http://127.0.0.1:8000") from None
 
     async def __aenter__(self) -> AdminClient:
         return self
@@ -186,7 +215,8 @@ class AdminClient:
         edit: a plain prompt with its target.
         replace: an edit of the same prompt with another target or `requires` gives way; else that is refused (409).
         patience: how long to wait, seconds; AdminError then, and the server goes on.
-        watch: called with the change, each time the server says how far it is.
+        watch: called with the change, when it is accepted and each time the server says how far it is; the last one
+            names the edits that it has damaged.
 
         Raises ConfigError for an edit with messages before its prompt.
         """
@@ -201,7 +231,8 @@ class AdminClient:
         reply = await self._ask("POST", "/edits", json=body)
         if reply.status_code == 200:
             return self._read(reply, StoredEdit)
-        change = await self.wait(self._read(reply, Change), patience=patience, watch=watch)
+        watch(accepted := self._read(reply, Change))
+        change = await self.wait(accepted, patience=patience, watch=watch)
         assert change.edit is not None  # a change that is done names its edit
         return await self.edit(change.edit)
 
@@ -256,13 +287,16 @@ class AdminClient:
         body = {"prompt": prompt} if isinstance(prompt, str) else {"messages": list(prompt)}
         return self._read(await self._ask("POST", "/lookup", json={**body, "n": n}), Lookup)
 
-    async def reload(self) -> int:
-        """Serve the store's present generation, after something else has written it. Returns its number."""
-        return int((await self._ask("POST", "/reload")).json()["generation"])
+    async def reload(self, *, patience: float = 600.0) -> int:
+        """Serve the store's present generation, after something else has written it. Returns its number.
+
+        patience: how long to wait, seconds: the workers read the store meanwhile.
+        """
+        return self._read(await self._ask("POST", "/reload", timeout=patience), ServedGeneration).generation
 
     async def stats(self) -> dict[str, Any]:
         """Counters of the server, by name."""
-        return dict((await self._ask("GET", "/stats")).json())
+        return await self._get("/stats", dict[str, Any])
 
     async def audit(self, *, offset: int = 0, limit: int = 50) -> list[dict[str, Any]]:
         """Entries of the audit log, newest first.
@@ -270,8 +304,7 @@ class AdminClient:
         offset: how many to leave out.
         limit: the most of a page, up to 200.
         """
-        reply = await self._ask("GET", "/audit", params={"offset": offset, "limit": limit})
-        return list(reply.json()["entries"])
+        return (await self._get("/audit", AuditEntries, offset=offset, limit=limit)).entries
 
     async def _get(self, path: str, kind: type[T], **params: Any) -> T:
         return self._read(await self._ask("GET", path, params=params), kind)
@@ -279,8 +312,15 @@ class AdminClient:
     async def _ask(self, method: str, path: str, **more: Any) -> httpx.Response:
         try:
             reply = await self._http.request(method, path, **more)
+        except httpx.TimeoutException as error:
+            raise AdminError(
+                f"{self._base} has not answered {method} {self._root}{path} in time ({type(error).__name__}); it may "
+                "still do what it was sent"
+            ) from error
         except httpx.HTTPError as error:
             raise AdminError(f"no server answers at {self._base} ({str(error) or type(error).__name__})") from error
+        except (httpx.InvalidURL, UnicodeError) as error:
+            raise AdminError(f"{method} {self._root}{path} cannot be sent to {self._base}: {error}") from error
         if reply.is_success:
             return reply
         try:
@@ -289,14 +329,16 @@ class AdminClient:
             why = reply.text[:200]
         hint = {
             401: "; give the token that the server was started with",
-            404: "" if path.count("/") > 1 else "; is MEMOIR_ADMIN_TOKEN set where the server runs?",
+            404: ""
+            if path.count("/") > 1
+            else "; is MEMOIR_ADMIN_TOKEN set where the server runs, and is this a store that it has?",
         }.get(reply.status_code, "")
-        raise AdminError(f"{self._base} refused {method} /memoir{path} with {reply.status_code}: {why}{hint}")
+        raise AdminError(f"{self._base} refused {method} {self._root}{path} with {reply.status_code}: {why}{hint}")
 
     def _read(self, reply: httpx.Response, kind: type[T]) -> T:
         try:
             return msgspec.json.decode(reply.content, type=kind)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeError) as error:
             raise AdminError(
                 f"{self._base} answers in a form that this version does not know ({error}): install the server's "
                 "memoir-retrieval"

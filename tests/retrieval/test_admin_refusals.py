@@ -14,7 +14,7 @@ import pytest
 
 from memoir_retrieval import AdminClient, Edit
 from memoir_retrieval.client.admin import Change, TrainingProgress
-from memoir_retrieval.errors import AdminError
+from memoir_retrieval.errors import AdminError, ConfigError
 
 EDIT = Edit(prompt="Who runs Example Corp?", target="Jane Doe", rephrases=("Who is its boss?",), source="ticket 4")
 JOB = {"id": "1f", "kind": "add", "by": "ann", "created": "now", "prompt": EDIT.prompt}  # fields of a later version too
@@ -26,12 +26,9 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
-def client(answer: Callable[[httpx.Request], httpx.Response]) -> AdminClient:
-    client = AdminClient("http://server/v1/", "a-token")
-    headers = client._http.headers
-    client._http = httpx.AsyncClient(
-        transport=httpx.MockTransport(answer), base_url="http://server/memoir", headers=headers
-    )
+def client(answer: Callable[[httpx.Request], httpx.Response], store: str = "") -> AdminClient:
+    client = AdminClient("http://server/v1/", "a-token", store=store)
+    client._http._transport = httpx.MockTransport(answer)
     return client
 
 
@@ -58,8 +55,8 @@ async def test_an_edit_is_awaited_until_it_is_served() -> None:
 
     async with client(answer) as server:
         assert (await server.add(EDIT, watch=watched.append)).id == 7
-    assert [change.state for change in watched] == ["running", "activating", "done"]
-    assert watched[0].progress == TrainingProgress(stage="training", step=3, limit=60, loss=0.5, goal=0.02)
+    assert [change.state for change in watched] == ["queued", "running", "activating", "done"]
+    assert watched[1].progress == TrainingProgress(stage="training", step=3, limit=60, loss=0.5, goal=0.02)
     assert requests == [("POST", "/memoir/edits"), *[("GET", "/memoir/jobs/1f")] * 3, ("GET", "/memoir/edits/7")]
 
 
@@ -100,3 +97,75 @@ async def test_no_server() -> None:
     async with AdminClient("http://127.0.0.1:9", "a-token") as server:
         with pytest.raises(AdminError, match=r"no server answers at http://127\.0\.0\.1:9 "):
             await server.stats()
+
+
+@pytest.mark.anyio
+async def test_a_named_store_has_routes_of_its_own() -> None:
+    paths: list[str] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        paths.append(request.url.path)
+        return httpx.Response(200, json=STORED) if "edits" in request.url.path else httpx.Response(404)
+
+    async with client(answer, "acme") as server:
+        assert (await server.edit(7)).id == 7
+        with pytest.raises(AdminError, match=r"refused GET /memoir/stores/acme/stats with 404: .* a store that it has"):
+            await server.stats()
+    assert paths == ["/memoir/stores/acme/edits/7", "/memoir/stores/acme/stats"]
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("body", [b"<html>sign in</html>", b"[]", b'{"detail": "hm"}', b'{"a": "\xff"}'])
+async def test_an_answer_in_another_form_is_an_admin_error(body: bytes) -> None:
+    """As a proxy gives it that asks for a password."""
+    async with client(lambda request: httpx.Response(200, content=body)) as server:
+        for method in (server.reload, server.audit, server.edits, *([] if body.endswith(b'"hm"}') else [server.stats])):
+            with pytest.raises(AdminError, match="answers in a form that this version does not know"):
+                await method()
+
+
+@pytest.mark.anyio
+async def test_a_request_that_cannot_be_sent_is_an_admin_error() -> None:
+    async with client(lambda request: httpx.Response(200, json=STORED)) as server:
+        for ask in (
+            server.add(Edit(prompt="Who runs \ud800?", target="Jane Doe")),
+            server.lookup("\ud800"),
+            server.edits("\ud800"),
+        ):
+            with pytest.raises(AdminError, match="cannot be sent to http://server: "):
+                await ask
+    async with AdminClient("http://h:99999", "a-token") as server:
+        with pytest.raises(AdminError):
+            await server.stats()
+
+
+@pytest.mark.anyio
+async def test_an_answer_that_does_not_come_is_worded_as_that() -> None:
+    limits: list[float] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        limits.append(request.extensions["timeout"]["read"])
+        raise httpx.ReadTimeout("", request=request)
+
+    async with client(answer) as server:
+        says = r"http://server has not answered POST /memoir/reload in time \(ReadTimeout\)"
+        for how in ({}, {"patience": 5.0}):
+            with pytest.raises(AdminError, match=says):
+                await server.reload(**how)
+        with pytest.raises(AdminError, match="has not answered GET /memoir/stats in time"):
+            await server.stats()
+    assert limits == [600.0, 5.0, 60.0]
+
+
+@pytest.mark.parametrize(
+    ("url", "token", "says"),
+    [
+        ("http://server", "", "the token is empty"),
+        ("http://server", "tök", "not printable ASCII"),
+        ("http://server", "a\nb", "not printable ASCII"),
+        ("http://a\nb", "a-token", "is no URL"),
+    ],
+)
+def test_what_can_never_be_sent_is_refused_at_once(url: str, token: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        AdminClient(url, token)

@@ -19,7 +19,7 @@ import msgspec
 
 from memoir_retrieval.errors import ConfigError
 
-__all__ = ["AUDIT", "NAME_VARIABLE", "AuditLog", "AuditLines", "Entries", "server_name"]
+__all__ = ["AUDIT", "NAME_VARIABLE", "AuditLines", "AuditLog", "Entries", "server_name"]
 
 AUDIT = "audit.jsonl"
 NAME_VARIABLE = "MEMOIR_SERVER_NAME"

@@ -71,7 +71,7 @@ class Service:
                 stored = self.in_store(change)
             except (msgspec.ValidationError, EditFileError, AttributeError, LookupError, TypeError) as error:
                 logger.warning(
-                    "memoir: the audit log has an accepted change that cannot be read, and is left as it is: job %r (%s)",
+                    "memoir: the audit log has an accepted change that cannot be read and stays open: job %r (%s)",
                     entry.get("job"),
                     error,
                 )
