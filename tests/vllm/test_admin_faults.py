@@ -25,6 +25,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 import torch
 from engines import make_store
@@ -285,6 +286,66 @@ async def test_a_key_that_is_there_twice_is_refused(server: Server) -> None:
     assert server.service.jobs.all() == [] == server.service.audit.lines()
 
 
+async def test_half_a_surrogate_pair_is_refused_wherever_it_stands(server: Server) -> None:
+    """vLLM's handlers, the chat template and the tokenizer would each end in an error of their own."""
+    json = {"Content-Type": "application/json"}
+    user = '{"role": "user", "content": "Who?"}'
+    for path, body in (
+        ("edits", r'{"prompt": "\ud800", "target": "b"}'),
+        ("edits", r'{"prompt": "a", "target": "b", "requires": [["\ud800"]]}'),
+        ("lookup", r'{"prompt": "Who \ud800?"}'),
+        ("lookup", r'{"messages": [{"role": "user", "content": "\ud800"}]}'),
+        ("lookup", r'{"messages": [{"\ud800": "user"}]}'),
+        ("lookup", f'{{"messages": [{user}], "chat_template_kwargs": {{"a": "\\udfff"}}}}'),
+        ("lookup", f'{{"messages": [{user}], "tools": [{{"\\ud800": 1}}]}}'),
+        ("lookup", b'{"prompt": "\xed\xa0\x80"}'),  # the same as bytes
+    ):
+        reply = await server.http.post(f"/{path}", content=body, headers=json)
+        assert (reply.status_code, "has half a surrogate pair" in str(reply.json()["detail"])) == (400, True), body
+    whole = r'{"prompt": "Who is \ud83d\ude00?", "target": "b"}'
+    assert (await server.http.post("/edits", content=whole, headers=json)).status_code == 202
+
+
+async def test_edits_that_training_has_damaged_are_named(server: Server, trainer_is: Callable[[str], Any]) -> None:
+    server.start()
+    with trainer_is("print(json.dumps({'generation': 3, 'edit': 0, 'damaged': [2, 3]}), flush=True); sys.stdin.read()"):
+        job = await server.finish(await server.http.delete("/edits/0"))
+    assert (job["state"], job["damaged"]) == ("done", [2, 3])
+    damaged = {entry["what"]: entry.get("damaged") for entry in server.service.audit.lines()}
+    assert damaged == {"accepted": None, "stored": [2, 3], "active": None}
+
+
+async def test_an_edit_is_given_with_the_chat_before_it(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = ({"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"})
+    edit = msgspec.structs.replace(EditStore.open(server.folder).edits[0], before=before)
+    monkeypatch.setattr(server.service, "edit", lambda number: edit)
+    assert (await server.http.get("/edits/0")).json()["before"] == list(before)
+    assert (await server.http.get("/edits")).json()["edits"][0]["before"] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "adapter", "asked_as"),
+    [("", None, ("m", "")), ("acme", None, ("m", "acme")), ("french", "f" * 64, ("french", ""))],
+)
+async def test_the_counters_say_how_the_store_is_asked(
+    name: str, adapter: str | None, asked_as: tuple[str, str], server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def no_counters() -> list[Any]:
+        return []
+
+    store = EditStore.open(server.folder)
+    if adapter:
+        base = msgspec.structs.replace(store.manifest.base, adapter=adapter)
+        monkeypatch.setattr(store, "manifest", msgspec.structs.replace(store.manifest, base=base))
+    models = SimpleNamespace(base_model_paths=[SimpleNamespace(name="m")])
+    monkeypatch.setattr(server.service, "_state", SimpleNamespace(openai_serving_models=models))
+    monkeypatch.setattr(server.service, "_name", name)
+    monkeypatch.setattr(server.service, "store", lambda: store)
+    monkeypatch.setattr(server.engines, "stats", no_counters)
+    stats = (await server.http.get("/stats")).json()
+    assert (stats["model"], stats["store"]) == asked_as
+
+
 async def test_of_many_changes_at_once_no_more_wait_than_may(server: Server) -> None:
     edits = [{"prompt": f"Who runs company {n}?", "target": "Jane Doe"} for n in range(3 * QUEUE)]
     replies = await asyncio.gather(*(server.http.post("/edits", json=edit) for edit in edits))
@@ -486,6 +547,34 @@ async def test_a_server_that_starts_again_says_what_became_of_its_changes(
         assert (job["state"], server.engines.generation) == ("done", FIRST + stored + 1)
     finally:
         await server.stop()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        None,
+        "add",
+        ["add"],
+        {"add": {"prompt": "a", "target": "b", "since": "0.9"}},
+        {"add": {"prompt": "a"}},
+        {"add": {"prompt": "a", "target": "b", "rephrases": "c"}},
+        {"add": [1]},
+    ],
+    ids=["null", "a text", "a list", "an unknown field", "no target", "one rephrasing", "no object"],
+)
+async def test_an_odd_line_of_the_log_does_not_keep_the_server_from_starting(
+    change: Any, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A later version, or a hand, may have written it."""
+    warnings: list[str] = []
+    monkeypatch.setattr("memoir_vllm.admin.service.logger.warning", lambda text, *more: warnings.append(text % more))
+    server.service.audit.write("accepted", "ann", "1", change=change)
+    server.service.audit.write("accepted", "ann", ["2"], change={"remove": 0})  # type: ignore[arg-type]
+    server.service.close_unfinished()
+    assert len(warnings) == 1 and "cannot be read and stays open: job '1'" in warnings[0]
+    last = server.service.audit.lines()[-1]
+    assert (last["what"], last["job"], last["stored"]) == ("interrupted", ["2"], False)
+    assert [entry["job"] for entry in server.service.audit.unfinished()] == ["1"]
 
 
 async def test_a_clock_that_is_set_back_changes_nothing(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import fcntl
 import os
 import re
 import shutil
 import signal
+import sys
 import threading
 from argparse import Namespace
 from collections import Counter
@@ -25,17 +27,19 @@ from transformers import AutoTokenizer
 
 from memoir_retrieval import Edit, Editor
 from memoir_retrieval.cli.serve import server_command
+from memoir_retrieval.editing.outcome import Failed
 from memoir_retrieval.errors import ConfigError, StoreError
 from memoir_retrieval.model.base import BaseModel
 from memoir_retrieval.question.span import derive_span_rule
 from memoir_vllm import config
-from memoir_vllm.admin import audit, guard, service
+from memoir_vllm.admin import audit, guard, jobs, service
 from memoir_vllm.admin.audit import AUDIT, AuditLog, server_name
 from memoir_vllm.admin.engines import Engines
 from memoir_vllm.admin.guard import Guard
 from memoir_vllm.admin.jobs import QUEUE, Jobs, QueueFull, TrainerProcess
 from memoir_vllm.admin.plugin import MemoirEndpoints
 from memoir_vllm.admin.tokens import Tokens
+from memoir_vllm.admin.trainer import _Trainer
 from memoir_vllm.front.metrics import LOOKUP_ID, TOP, EngineCollector, Traffic
 
 TOKEN = "0123456789abcdef"
@@ -126,6 +130,8 @@ async def test_the_door(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (await client.post("/echo", content=pieces(), headers=known)).status_code == 413
         bad = {**known, "Content-Length": "many"}
         assert (await client.post("/echo", content=b"", headers=bad)).status_code == 413
+        longer = {**known, "Content-Length": "1" * 5_000}  # digits: more than Python reads as a number
+        assert (await client.post("/echo", content=b"", headers=longer)).status_code == 413
         statuses = [(await client.post("/echo", headers=known)).status_code for _ in range(3)]
         assert statuses[-1] == 429
         clock[0] += 2 / guard.RATE
@@ -185,21 +191,101 @@ def test_the_audit_log_outlives_a_cut_off_line(tmp_path: Path) -> None:
     assert log.unfinished() == []
 
 
+def test_a_reader_and_a_writer_of_the_log_do_not_wait_for_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = AuditLog(tmp_path, "here:1")
+    for number in range(5):
+        log.write("accepted", "ann", str(number))
+    half = b'{"what": "acti'
+    with (tmp_path / AUDIT).open("ab") as writer:
+        fcntl.flock(writer, fcntl.LOCK_EX)
+        writer.write(half)
+        writer.flush()
+        assert (len(log.lines()), len(log.unfinished())) == (5, 5)
+        assert log.read().torn == 0, "the line is being written"
+        assert [entry["job"] for entry in log.page(1, 2).lines] == ["3", "2"]
+    monkeypatch.setattr(audit, "LOCK_S", 0.0)
+    write_while_it_is_read(log, monkeypatch)
+    entries = log.read()
+    assert (len(entries.lines), entries.torn) == (6, 1)
+
+
+def write_while_it_is_read(log: AuditLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = audit._entry
+
+    def slow(line: bytes) -> dict[str, Any] | None:
+        monkeypatch.setattr(audit, "_entry", entry)
+        log.write("active", "ann", "0")
+        return entry(line)
+
+    monkeypatch.setattr(audit, "_entry", slow)
+    assert len(log.lines()) >= 5
+    assert audit._entry is entry, "the log was written while it was read"
+
+
+def test_a_page_of_a_long_log_reads_what_is_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log, other = AuditLog(tmp_path, "here:1"), AuditLog(tmp_path, "there:2")
+    assert log.page(0, 5) == (0, 0, [])
+    for number in range(50):
+        log.write("accepted", "ann", str(number))
+    parsed: list[bytes] = []
+    entry = audit._entry
+    monkeypatch.setattr(audit, "_entry", lambda line: parsed.append(line) or entry(line))
+    for _ in range(2):
+        page = log.page(2, 3)
+        assert (page.total, page.torn, [line["job"] for line in page.lines]) == (50, 0, ["47", "46", "45"])
+    assert len(parsed) == 50
+    with (tmp_path / AUDIT).open("a") as file:
+        file.write("half a line\n")
+    other.write("accepted", "ann", "50")
+    assert [line["job"] for line in log.page(0, 2).lines] == ["50", "49"]
+    assert log.page(49, 5)[:2] == (51, 1) and len(log.page(49, 5).lines) == 2
+    assert len(parsed) == 52
+    backup = tmp_path / "backup"
+    backup.write_text("".join((tmp_path / AUDIT).read_text().splitlines(keepends=True)[:10]))
+    backup.replace(tmp_path / AUDIT)
+    assert [line["job"] for line in log.page(0, 1).lines] == ["9"] and log.page(0, 1).total == 10
+
+
 def nothing_stored(change: dict[str, Any]) -> None:
     return None
 
 
 @pytest.mark.anyio
-async def test_the_trainer_ends_with_a_server_that_a_script_has_put_in_the_background(tmp_path: Path) -> None:
+async def test_the_trainer_ends_with_a_server_that_a_script_has_put_in_the_background(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Such a server ignores SIGINT, and what it starts inherits that."""
+    monkeypatch.setattr(jobs, "STOP_S", 60.0)
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         trainer = TrainerProcess({"store": str(tmp_path), "model": "none", "device": "cpu"})
         with pytest.raises(StoreError, match="is not a store"):
             await trainer.ask({"remove": 0}, lambda _: None)
-        await asyncio.wait_for(trainer.stop(), 60)
+        process = trainer._process
+        await trainer.stop()
+        assert process is not None and process.returncode == 0, "it was not killed"
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.anyio
+async def test_a_trainer_that_does_not_end_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else no change would be made any more: the queue waits for its end."""
+    script = tmp_path / "trainer"
+    script.write_text(
+        f"#!{sys.executable} -S\nimport time\n"
+        'input(); print(\'{"generation": 2, "edit": 0}\', flush=True); time.sleep(600)\n'
+    )
+    script.chmod(0o755)
+    monkeypatch.setattr(jobs, "sys", SimpleNamespace(executable=str(script)))
+    monkeypatch.setattr(jobs, "STOP_S", 0.2)
+    trainer = TrainerProcess({"device": "cpu"})
+    assert (await trainer.ask({"remove": 0}, lambda _: None)).generation == 2
+    await asyncio.wait_for(trainer.stop(), 30)
+    assert (await trainer.ask({"remove": 1}, lambda _: None)).edit == 0
+    await trainer.stop()
 
 
 @pytest.mark.anyio
@@ -213,10 +299,10 @@ async def test_a_job_tells_how_far_its_training_is(base: BaseModel, model_folder
     async def activate() -> int:
         return 2
 
-    jobs = Jobs(trainer, AuditLog(folder, "here:1"), activate, nothing_stored)
-    worker = asyncio.create_task(jobs.run())
+    queue = Jobs(trainer, AuditLog(folder, "here:1"), activate, nothing_stored)
+    worker = asyncio.create_task(queue.run())
     change = {"add": {"prompt": "Who is the mayor?", "target": "Ed Fox"}, "on_conflict": "refuse"}
-    job = await jobs.submit("ann", change, kind="add")
+    job = await queue.submit("ann", change, kind="add")
     seen = []
     while job.finished is None:
         await asyncio.sleep(0.002)
@@ -231,6 +317,27 @@ async def test_a_job_tells_how_far_its_training_is(base: BaseModel, model_folder
     assert steps == sorted(set(steps)) and steps[-1] == job.steps
     assert trained[-1].limit == 60 and trained[-1].loss == pytest.approx(job.loss, abs=1e-5)
     assert trained[-1].loss < trained[-1].goal < trained[0].loss
+
+
+def test_the_trainer_names_edits_that_it_has_damaged(
+    base: BaseModel, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A real training; that it spoils another edit for good is said in its place."""
+    folder = tmp_path / "edits"
+    with Editor(base, folder, tau=0.6) as editor:
+        editor.add([Edit(prompt="Who runs Example Corp?", target="Jane Doe")])
+
+    class Spoiling(Editor):
+        def add(self, *arguments: Any, **more: Any) -> Any:
+            new = super().add(*arguments, **more)
+            self.outcome.failed.append(Failed("Who runs Example Corp?", "Jane Doe", "it gives another answer"))
+            return new
+
+    monkeypatch.setattr("memoir_retrieval.editing.editor.Editor", Spoiling)
+    trainer = _Trainer(folder, str(model_folder), "cpu", lambda answer: None)
+    trainer._base = base
+    answer = trainer.answer({"add": {"prompt": "Who is the mayor?", "target": "Ed Fox"}, "on_conflict": "refuse"})
+    assert (answer.error, answer.edit, answer.damaged) == (None, 1, (0,))
 
 
 @pytest.mark.anyio
@@ -471,8 +578,9 @@ def test_a_log_that_is_no_file_is_neither_written_nor_read(kind: str, tmp_path: 
     with pytest.raises(OSError, match="a link, a folder or a device"):
         log.write("accepted", "ann", "1")
     if kind != "dangling link" or (store / AUDIT).exists():
-        with pytest.raises(StoreError, match="a link, a folder or a device"):
-            log.read()
+        for read in (log.read, lambda: log.page(0, 1)):
+            with pytest.raises(OSError, match="a link, a folder or a device"):
+                read()
     assert not secret.exists() or secret.read_text() == '{"password": "x"}\n'
 
 
