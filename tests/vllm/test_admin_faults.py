@@ -18,6 +18,7 @@ import sys
 import threading
 import unicodedata
 from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import replace
 from datetime import datetime, timedelta
 from hashlib import sha256
 from pathlib import Path
@@ -336,7 +337,7 @@ async def test_the_counters_say_how_the_store_is_asked(
     store = EditStore.open(server.folder)
     if adapter:
         base = msgspec.structs.replace(store.manifest.base, adapter=adapter)
-        monkeypatch.setattr(store, "manifest", msgspec.structs.replace(store.manifest, base=base))
+        store = replace(store, manifest=msgspec.structs.replace(store.manifest, base=base))
     models = SimpleNamespace(base_model_paths=[SimpleNamespace(name="m")])
     monkeypatch.setattr(server.service, "_state", SimpleNamespace(openai_serving_models=models))
     monkeypatch.setattr(server.service, "_name", name)
