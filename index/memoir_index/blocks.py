@@ -2,7 +2,7 @@
 
 A block that was published never changes. Rows are appended to room that no published block reaches; a removal
 publishes the block again with the row marked as gone, and a block with many such rows is written again. So a write
-costs what it writes, not what is stored, and a reader keeps what it began with.
+costs what it writes, not what is stored, and a reader keeps what it began with. Rows that lie in a file stay there.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ BLOCK = 16384
 """Rows of a block. Memory is reserved for all of them and used as they come."""
 
 MOST_GONE = 1 / 8
-"""A block with a larger share of removed rows is written again."""
+"""A block with a larger share of removed rows is written again, unless it lies in foreign memory."""
 
 
 class Room:
@@ -32,10 +32,11 @@ class Room:
     Only a writer that holds the index' lock appends. Foreign memory, such as a file's, is full from the start.
     """
 
-    def __init__(self, codes: Codes, ids: Ids, used: int) -> None:
+    def __init__(self, codes: Codes, ids: Ids, used: int, *, foreign: bool = False) -> None:
         self.codes = codes
         self.ids = ids
         self.used = used
+        self.foreign = foreign
         self._sketch: Codes | None = None
         self._sketched = 0
         self._odd = False
@@ -131,7 +132,7 @@ def lend(ids: Ids, codes: Codes) -> tuple[Block, ...]:
     blocks = []
     for start in range(0, len(ids), BLOCK):
         part = slice(start, start + BLOCK)
-        room = Room(codes[part], ids[part], len(ids[part]))
+        room = Room(codes[part], ids[part], len(ids[part]), foreign=True)
         blocks.append(Block(room, room.used))
     return tuple(blocks)
 
@@ -166,7 +167,7 @@ def remove(blocks: tuple[Block, ...], ids: Ids) -> tuple[Block, ...]:
         if block.gone is not None:
             hit |= block.gone
         gone = int(hit.sum())
-        if gone > block.rows * MOST_GONE:
+        if gone == block.rows or (gone > block.rows * MOST_GONE and not block.room.foreign):
             keep = np.flatnonzero(~hit)
             # Behind a block that was just renewed there is room that no reader sees.
             before = tuple(out[-1:]) if renewed else ()
@@ -175,6 +176,22 @@ def remove(blocks: tuple[Block, ...], ids: Ids) -> tuple[Block, ...]:
         else:
             out.append(Block(block.room, block.rows, hit) if gone else block)
             renewed = False
+    return tuple(out)
+
+
+def only(blocks: tuple[Block, ...], rows: Ids) -> tuple[Block, ...]:
+    """The blocks with none but some rows, ascending numbers counted over all blocks without the rows that are gone."""
+    out = []
+    start = 0
+    for block in blocks:
+        first, end = np.searchsorted(rows, [start, start + block.alive])
+        if end - first == block.alive:
+            out.append(block)
+        elif end > first:
+            gone = np.ones(block.rows, np.bool_)
+            gone[block.positions[rows[first:end] - start]] = False
+            out.append(Block(block.room, block.rows, gone))
+        start += block.alive
     return tuple(out)
 
 

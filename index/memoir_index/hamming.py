@@ -7,7 +7,6 @@ assignment; FAISS itself may crash when an index is extended while it is searche
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
 from operator import index as as_int
 from typing import NamedTuple
 
@@ -30,6 +29,9 @@ from memoir_index.plan import Plan, check_bits, choose_plan, sketch_bits
 from memoir_index.scan import Rows, threads_for
 from memoir_index.sketch import Neighbours, search_blocks
 from memoir_index.snapshot import Snapshot
+
+ROWS_PER_EDIT = 4
+"""Rows that are looked for at first for every edit that is wanted; more for those queries alone that need more."""
 
 
 class Hits(NamedTuple):
@@ -152,9 +154,9 @@ class HammingIndex:
 
         Raises CodeError for any other row.
         """
-        now = self._now
+        now, row = self._now, as_int(row)
         if not 0 <= row < now.alive:
-            raise CodeError(f"row {row} is not stored: the index has rows 0..{now.alive - 1}")
+            raise _no_row(row, now)
         return now.code(row)
 
     def take(self, rows: ArrayLike) -> Codes:
@@ -162,18 +164,35 @@ class HammingIndex:
 
         rows: integers [N].
 
-        Raises CodeError for a number that is no row, and for a row that is damaged where codes were taken unchecked.
+        Raises CodeError for rows of the wrong dtype or shape, for a number that is no row, and for a row that is
+        damaged where codes were taken unchecked.
         """
-        positions, now = np.asarray(rows, dtype=np.int64), self._now
-        wrong = positions[(positions < 0) | (positions >= now.alive)]
-        if wrong.size:
-            raise CodeError(f"row {wrong[0]} is not stored: the index has rows 0..{now.alive - 1}")
+        now = self._now
+        positions = _check_rows(rows, now)
         if not positions.size:
             return np.empty((0, self.d // 8), np.uint8)
         codes = now.take(positions)
         if self._recheck:
             self._check_taken(codes, positions)
         return codes
+
+    def only(self, rows: ArrayLike) -> HammingIndex:
+        """An index of some rows, in the same memory: row i of it is what rows[i] is here now.
+
+        rows: integers [N], ascending, none twice.
+
+        What is written to one of the two afterwards, the other does not have. Raises CodeError for rows that `take`
+        refuses or that do not ascend.
+        """
+        with self._write:
+            now = self._now
+            numbers = _check_rows(rows, now)
+            if (np.diff(numbers) <= 0).any():
+                raise CodeError("rows do not ascend: pass them in order, each once")
+            index = HammingIndex(self.d, self.k, sketch=self.sketch)
+            index._write, index._recheck = self._write, self._recheck  # they may append to the same block
+            index._now = Snapshot(storage.only(now.blocks, numbers))
+        return index
 
     def plan(self, tau: float) -> Plan:
         """How `search` would look for matches now.
@@ -235,7 +254,7 @@ class HammingIndex:
 
         Raises CodeError for tau outside (0, 1] and for queries that `check_codes` refuses.
         """
-        return self._search(codes, tau, 1, exact)[0]
+        return self._search(self._now, codes, tau, 1, exact)[0]
 
     def search_edits(self, codes: Codes, tau: float, n: int, *, exact: bool = False) -> tuple[Hits, list[list[int]]]:
         """What `search` returns, and of each query the n nearest distinct edits that reach tau, best first.
@@ -245,32 +264,45 @@ class HammingIndex:
 
         codes, tau, exact: as in `search`, and so are the errors.
         n: how many edits, 1 or more.
-        """
-        hits, near = self._search(codes, tau, n, exact)
-        edits: list[dict[int, None]] = [{} for _ in range(len(codes))]
-        for query, edit in near:
-            if len(edits[query]) < n:
-                edits[query][edit] = None
-        return hits, [list(numbers) for numbers in edits]
 
-    def _search(self, codes: Codes, tau: float, n: int, exact: bool) -> tuple[Hits, Iterable[tuple[int, int]]]:
-        """The matches, and pairs of a query and an edit that reaches tau, the nearest first."""
+        Raises CodeError for n < 1, too.
+        """
+        n, now = _check_n(n), self._now
+        rows = _rows_for(n)
+        hits, near = self._search(now, codes, tau, rows, exact)
+        if n == 1:
+            return hits, [[edit] if edit >= 0 else [] for edit in hits.ids.tolist()]
+        codes = np.asarray(codes)
+        edits: list[list[int]] = [[] for _ in range(len(codes))]
+        open_queries = np.arange(len(codes))
+        while True:
+            owners = now.resolve(near.place)[1]
+            ends = np.searchsorted(near.query, np.arange(len(open_queries) + 1))
+            lacking = []
+            for query, first, end in zip(open_queries.tolist(), ends.tolist(), ends[1:].tolist(), strict=False):
+                edits[query] = owners[first:end][_first_distinct(owners[first:end], n)].tolist()
+                if len(edits[query]) < n and end - first == rows:
+                    lacking.append(query)
+            if not lacking:
+                return hits, edits
+            open_queries, rows = np.array(lacking), rows * 2
+            near = self._search(now, codes[open_queries], tau, rows, exact)[1]
+
+    def _search(self, now: Snapshot, codes: Codes, tau: float, rows: int, exact: bool) -> tuple[Hits, Neighbours]:
+        """The matches, and of each query so many of the nearest rows that reach tau, if that is more than one."""
         radius = hamming_radius(tau, self.k)
         codes = check_codes(codes, self.d, self.k)
-        now = self._now
         if not now.alive or not len(codes):
             none = np.full(len(codes), -1, dtype=np.int64)
-            return Hits(none, np.zeros(len(codes)), none.copy()), ()
+            return Hits(none, np.zeros(len(codes)), none.copy()), Neighbours(*np.empty((3, 0), np.int64))
         plan = choose_plan(now.alive, self.d, self.k, tau, self.sketch)
-        # n - 1 edits own at most (n - 1) * most_rows rows, so one row more always reaches an n-th edit
-        wanted = min(now.alive, (n - 1) * now.most_rows + 1) if n > 1 else 1
         with threads_for(len(codes)):
-            dist, nearest, near = search_blocks(now.blocks, codes, 0 if exact else plan.bits, self.k, radius, wanted)
-        match = dist <= radius
-        rows, ids = now.resolve(np.where(match, nearest, -1))
+            best = search_blocks(now.blocks, codes, 0 if exact else plan.bits, self.k, radius, rows)
+        match = best.distance <= radius
+        numbers, ids = now.resolve(np.where(match, best.place, -1))
         if self._recheck:
-            self._check_returned(now, rows)
-        return Hits(ids=ids, overlaps=overlap_from_hamming(dist, self.k), rows=rows), _edits_near(now, near)
+            self._check_returned(now, numbers)
+        return Hits(ids=ids, overlaps=overlap_from_hamming(best.distance, self.k), rows=numbers), best.near
 
     def nearest(self, codes: Codes, n: int) -> tuple[Ids, NDArray[np.float64]]:
         """The n distinct edits of largest overlap for each query, best first; always a full scan.
@@ -283,25 +315,28 @@ class HammingIndex:
 
         Raises CodeError for n < 1 and for queries that `check_codes` refuses.
         """
-        n = as_int(n)
-        if n < 1:
-            raise CodeError(f"n={n} asks for no edits: n must be 1 or more")
+        n = _check_n(n)
         codes = check_codes(codes, self.d, self.k)
         ids = np.full((len(codes), n), -1, dtype=np.int64)
         overlaps = np.zeros((len(codes), n))
         now = self._now
-        if not now.alive or not len(codes):
-            return ids, overlaps
-        # n - 1 edits own at most (n - 1) * most_rows rows, so one row more always reaches an n-th edit
-        with threads_for(len(codes)):
-            distances, places = now.nearest(codes, min(now.alive, (n - 1) * now.most_rows + 1))
-        for query, (dist, line) in enumerate(zip(distances, places, strict=True)):
-            rows, owners = now.resolve(line)
-            best = np.sort(np.unique(owners, return_index=True)[1])[:n]
-            if self._recheck:
-                self._check_returned(now, rows[best])
-            ids[query, : len(best)] = owners[best]
-            overlaps[query, : len(best)] = overlap_from_hamming(dist[best], self.k)
+        open_queries = np.arange(len(codes) if now.alive else 0)
+        wanted = _rows_for(n)
+        while len(open_queries):
+            with threads_for(len(open_queries)):
+                distances, places = now.nearest(codes[open_queries], min(now.alive, wanted))
+            lacking = []
+            for query, dist, line in zip(open_queries.tolist(), distances, places, strict=True):
+                rows, owners = now.resolve(line)
+                best = _first_distinct(owners, n)
+                if len(best) < n and wanted < now.alive:
+                    lacking.append(query)
+                    continue
+                if self._recheck:
+                    self._check_returned(now, rows[best])
+                ids[query, : len(best)] = owners[best]
+                overlaps[query, : len(best)] = overlap_from_hamming(dist[best], self.k)
+            open_queries, wanted = np.array(lacking, np.int64), wanted * 2
         return ids, overlaps
 
     def _check_returned(self, now: Snapshot, rows: Rows) -> None:
@@ -314,10 +349,37 @@ class HammingIndex:
             check_codes(codes[wrong], self.d, self.k, first_row=int(rows[wrong[0]]))
 
 
-def _edits_near(now: Snapshot, near: Neighbours) -> Iterator[tuple[int, int]]:
-    """Pairs of a query and an edit, the nearest first; nothing is sorted before the first is taken."""
-    order = np.lexsort((near.place, near.distance))
-    yield from zip(near.query[order].tolist(), now.resolve(near.place[order])[1].tolist(), strict=True)
+def _rows_for(n: int) -> int:
+    return 1 if n == 1 else ROWS_PER_EDIT * n
+
+
+def _first_distinct(owners: Ids, n: int) -> Ids:
+    """Where each of the first n distinct ids stands for the first time, int64, ascending."""
+    return np.sort(np.unique(owners, return_index=True)[1])[:n]
+
+
+def _check_n(n: int) -> int:
+    n = as_int(n)
+    if n < 1:
+        raise CodeError(f"n={n} asks for no edits: n must be 1 or more")
+    return n
+
+
+def _no_row(row: int, now: Snapshot) -> CodeError:
+    rows = f"the index has rows 0..{now.alive - 1}" if now.alive else "the index is empty"
+    return CodeError(f"row {row} is not stored: {rows}")
+
+
+def _check_rows(rows: ArrayLike, now: Snapshot) -> Rows:
+    numbers = np.asarray(rows)
+    if numbers.ndim != 1:
+        raise CodeError(f"rows have shape {numbers.shape}, not [N]: pass a list of row numbers")
+    if numbers.size and numbers.dtype.kind not in "iu":
+        raise CodeError(f"rows have dtype {numbers.dtype}, not int64: pass whole numbers")
+    wrong = numbers[(numbers < 0) | (numbers >= now.alive)]
+    if wrong.size:
+        raise _no_row(int(wrong[0]), now)
+    return numbers.astype(np.int64)
 
 
 def _check_lengths(ids: Ids, codes: Codes) -> None:

@@ -11,7 +11,7 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from memoir_index.blocks import Block
+from memoir_index.blocks import MOST_GONE, Block
 from memoir_index.codes import Codes, popcount
 
 Distances = NDArray[np.int32]
@@ -32,6 +32,9 @@ PASS_BYTES = 4 << 20
 # Of a cache that one core has to itself.
 CORE_BYTES = 512 << 10
 
+# Rows that are looked at beyond those wanted, in a block of which some are gone.
+SPARE = 8
+
 T = TypeVar("T")
 
 
@@ -44,14 +47,25 @@ def knn(queries: Codes, rows: Codes, n: int) -> tuple[Distances, Rows]:
     step = len(rows) if len(queries) == 1 else max(n, PASS_BYTES // rows.shape[1])
     if step >= len(rows):
         return faiss.knn_hamming(queries, rows, n)
-    passes = [
-        faiss.knn_hamming(queries, rows[start : start + step], min(n, len(rows) - start))
-        for start in range(0, len(rows), step)
-    ]
-    starts = np.repeat(np.arange(len(passes)) * step, [d.shape[1] for d, _ in passes])
-    distances = np.concatenate([d for d, _ in passes], axis=1)
-    positions = np.concatenate([p for _, p in passes], axis=1) + starts
-    return first(distances, positions, n)
+    return _in_passes(queries, n, ((start, rows[start : start + step]) for start in range(0, len(rows), step)))
+
+
+def knn_of(queries: Codes, rows: Codes, positions: Rows, n: int) -> tuple[Distances, Rows]:
+    """`knn` among the rows at some ascending positions, int64 [P], n <= P; a few megabytes of them are copied at a
+    time."""
+    step = max(n, PASS_BYTES // rows.shape[1])
+    parts = ((start, rows[positions[start : start + step]]) for start in range(0, len(positions), step))
+    distances, nearest = _in_passes(queries, n, parts)
+    return distances, positions[nearest]
+
+
+def _in_passes(queries: Codes, n: int, parts: Iterable[tuple[int, Codes]]) -> tuple[Distances, Rows]:
+    """The n nearest rows of all parts, each of which comes with the position of its first row."""
+    passes = []
+    for start, part in parts:
+        distances, positions = faiss.knn_hamming(queries, part, min(n, len(part)))
+        passes.append((distances, positions + start))
+    return first(*(np.concatenate(column, axis=1) for column in zip(*passes, strict=True)), n)
 
 
 def first(distances: Distances, positions: Rows, n: int) -> tuple[Distances, Rows]:
@@ -65,13 +79,16 @@ def nearest_there(block: Block, queries: Codes, n: int) -> tuple[Distances, Rows
     if block.gone is None:
         return knn(queries, block.codes, n)
     gone = block.rows - block.alive
-    for spare in (min(gone, 8), gone):
-        distances, positions = knn(queries, block.codes, n + spare)
-        distances = np.where(block.gone[positions], FAR, distances)
-        # Of n + gone rows n are there for certain, and of fewer they most often are.
-        if (np.count_nonzero(distances != FAR, axis=1) >= n).all():
-            break
-    return first(distances, positions, n)
+    if gone > block.rows * MOST_GONE:
+        return knn_of(queries, block.codes, block.positions, n)
+    # Of the few rows that are gone most often fewer than these are among the nearest.
+    spare = min(gone, SPARE)
+    distances, positions = knn(queries, block.codes, n + spare)
+    distances, positions = first(np.where(block.gone[positions], FAR, distances), positions, n)
+    lacking = np.flatnonzero(distances[:, -1] == FAR)
+    if len(lacking):
+        distances[lacking], positions[lacking] = knn_of(queries[lacking], block.codes, block.positions, n)
+    return distances, positions
 
 
 def distances(queries: Codes, rows: Codes) -> Distances:

@@ -41,16 +41,8 @@ class Snapshot:
         return ids
 
     @cached_property
-    def _rows_per_edit(self) -> Ids:
-        return np.unique(self.ids, return_counts=True)[1].astype(np.int64)
-
-    @property
     def edits(self) -> int:
-        return len(self._rows_per_edit)
-
-    @property
-    def most_rows(self) -> int:
-        return int(self._rows_per_edit.max())
+        return len(np.unique(self.ids))
 
     def code(self, row: int) -> Codes:
         number = int(np.searchsorted(self.starts, row, side="right")) - 1
