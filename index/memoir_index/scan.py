@@ -65,7 +65,8 @@ def _in_passes(queries: Codes, n: int, parts: Iterable[tuple[int, Codes]]) -> tu
     for start, part in parts:
         distances, positions = faiss.knn_hamming(queries, part, min(n, len(part)))
         passes.append((distances, positions + start))
-    return first(*(np.concatenate(column, axis=1) for column in zip(*passes, strict=True)), n)
+    distances, positions = (np.concatenate(column, axis=1) for column in zip(*passes, strict=True))
+    return first(distances, positions, n)
 
 
 def first(distances: Distances, positions: Rows, n: int) -> tuple[Distances, Rows]:

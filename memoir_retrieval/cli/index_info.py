@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 import msgspec
+import numpy as np
 
 from memoir_index import choose_plan
 from memoir_index.scan import SMALL_BATCH
@@ -32,12 +33,16 @@ def info(store: Path, tau: float | None, as_json: bool) -> None:
         raise ConfigError(f"tau is {tau}: choose 0 < tau <= 1 (this store was made with {manifest.tau})")
     masks, edits = len(opened.ids), len(set(opened.ids.tolist()))
     threshold = manifest.threshold if tau == manifest.tau else None
-    plan = choose_plan(masks, manifest.d, manifest.k, tau)
+    # Lookups search the masks of edits that require nothing; of the others those alone whose words stand in a question.
+    tied = [edit.id for edit in opened.edits if edit.requires]
+    searched = masks - int(np.isin(opened.ids, tied).sum())
+    plan = choose_plan(searched, manifest.d, manifest.k, tau)
     bytes_per_mask = manifest.d // 8 + 8 + plan.bits // 8  # code, edit id, sketch
     report = {
         "generation": manifest.generation,
         "edits": edits,
         "masks": masks,
+        "masks_searched": searched,
         "additions": len(opened.additions),
         "d": manifest.d,
         "k": manifest.k,
@@ -60,6 +65,8 @@ def info(store: Path, tau: float | None, as_json: bool) -> None:
     echo(f"memory: {bytes_per_mask} bytes per mask, {bytes_per_mask * masks / 2**20:.1f} MiB in all")
     what = "full scan" if plan.kind == "scan" else f"sketch of {plan.bits} bits, then whole masks"
     echo(f"lookup at tau {tau:g}: {what} ({plan.why})")
+    if searched < masks:
+        echo(f"{searched} masks are searched so; the others are of edits that require words, and wait for these")
     if tau == manifest.tau:
         echo(f"tau {tau:g}: {describe_tau(threshold)}")
     echo(f"threads: one for up to {SMALL_BATCH} queries at a time, all for more")

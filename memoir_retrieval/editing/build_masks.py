@@ -108,7 +108,7 @@ def build(
         memory_of=np.zeros(len(texts), dtype=np.int32),
         edits=stored,
     )
-    index = HammingIndex.from_codes(editor.base.d, store.manifest.k, ids, codes)
+    index = HammingIndex.from_codes(editor.base.d, store.manifest.k, ids, codes, copy=False)
     manifest = msgspec.structs.replace(store.next_manifest(stored, index), next_id=len(stored))
     published = write_generation(editor.path, manifest, content)
     for path in editor.path.glob(".masks-*"):

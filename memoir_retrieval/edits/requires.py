@@ -97,20 +97,22 @@ class Phrases:
     required: ids of edits with the requirements of each, none of which is empty.
 
     An edit is filed under the entry that the fewest edits share, such as its name, and its other entries are only
-    looked at where that one is found: so a text takes no longer for a word that many edits require.
+    looked at where that one is found: so a text takes no longer for a word that many edits require. Edits that require
+    the same are looked at together.
     """
 
     def __init__(self, required: Iterable[tuple[int, Requires]]) -> None:
-        self._entries = {edit: [_phrases(entry) for entry in entries] for edit, entries in required}
-        shared = Counter(phrase for entries in self._entries.values() for entry in entries for phrase in entry)
+        entries_of = {edit: tuple(_phrases(entry) for entry in entries) for edit, entries in required}
+        shared = Counter(phrase for entries in entries_of.values() for entry in entries for phrase in entry)
+        self._count = len(entries_of)
         self._automaton = _Automaton(shared)
-        self._edits: dict[Phrase, list[int]] = {}
-        for edit, entries in self._entries.items():
+        self._edits: dict[Phrase, dict[tuple[tuple[Phrase, ...], ...], set[int]]] = {}
+        for edit, entries in entries_of.items():
             for phrase in min(entries, key=lambda entry: sum(shared[phrase] for phrase in entry)):
-                self._edits.setdefault(phrase, []).append(edit)
+                self._edits.setdefault(phrase, {}).setdefault(entries, set()).add(edit)
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return self._count
 
     def found_in(self, text: str) -> set[int]:
         """Ids of the edits of which every entry stands in the text.
@@ -118,12 +120,13 @@ class Phrases:
         text: of a question.
         """
         phrases = self._automaton.found_in(words(text))
-        return {
-            edit
+        groups = [
+            edits
             for phrase in phrases
-            for edit in self._edits.get(phrase, ())
-            if all(not phrases.isdisjoint(entry) for entry in self._entries[edit])
-        }
+            for entries, edits in self._edits.get(phrase, {}).items()
+            if all(not phrases.isdisjoint(entry) for entry in entries)
+        ]
+        return set().union(*groups)
 
 
 def required_texts(requires: Requires) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
 from statistics import median
 from typing import TypeVar
 
@@ -14,7 +15,9 @@ import torch
 
 from memoir_index import HammingIndex, hamming_radius, unpack
 from memoir_index.synthetic import MaskSource
+from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.question.fingerprint import Fingerprint, permutation
+from memoir_retrieval.store.threshold import CANDIDATES
 
 __all__ = ["IndexTiming", "bench_fingerprint", "bench_lookup", "free_bytes", "k_of"]
 
@@ -64,10 +67,52 @@ def k_of(d: int) -> int:
     return {1536: 438}.get(d, d * 2 // 7)
 
 
-def free_bytes() -> int:
-    """Memory that can be had without swapping, in bytes."""
-    with open("/proc/meminfo", encoding="ascii") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+def free_bytes(root: Path = Path("/")) -> int:
+    """Memory that can be had without swapping, in bytes: of the machine, or of the container if that has less.
+
+    root: where /proc and /sys lie.
+
+    Raises ConfigError where neither is known.
+    """
+    known = [*_free_of_machine(root), *_free_of_groups(root)]
+    if not known:
+        raise ConfigError("how much memory is free is not known on this machine: say how much may be used, --memory 4")
+    return max(0, min(known))
+
+
+def _free_of_machine(root: Path) -> Iterator[int]:
+    try:
+        lines = (root / "proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return
+    yield from (int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+
+
+def _free_of_groups(root: Path) -> Iterator[int]:
+    """What is left of the memory limit of each control group that this process is in, of either version."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, name = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        base, limit, used, cache = (
+            ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            if controllers
+            else ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file")
+        )
+        # In a container the name may be that of the host, of which only the root can be seen.
+        group = PurePosixPath(name.lstrip("/"))
+        for folder in {root / base / part for part in (group, *group.parents)}:
+            try:
+                most = int((folder / limit).read_text(encoding="ascii"))
+                spent = int((folder / used).read_text(encoding="ascii"))
+                stat = dict(row.split() for row in (folder / "memory.stat").read_text(encoding="ascii").splitlines())
+            except (OSError, ValueError):  # no such group, or "max"
+                continue
+            yield most - spent + int(stat.get(cache, 0))
 
 
 def bench_lookup(
@@ -155,9 +200,12 @@ def _methods(
     d, k, n = index.d, index.k, len(stored)
     words = stored.view(np.uint64).ravel()
 
-    def ours(exact: bool) -> Method:
+    def ours(exact: bool, edits: int = 1) -> Method:
         def search(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            hits = index.search(codes, tau, exact=exact)
+            if edits > 1:
+                hits, _ = index.search_edits(codes, tau, edits, exact=exact)
+            else:
+                hits = index.search(codes, tau, exact=exact)
             return np.rint(2 * k * (1 - hits.overlaps)).astype(np.int64), hits.rows
 
         return search
@@ -174,6 +222,7 @@ def _methods(
 
     yield FLAT, scan
     yield "memoir", ours(False)
+    yield f"memoir, {CANDIDATES} edits", ours(False, CANDIDATES)  # as a store with a judge looks up
     yield "memoir, full scan", ours(True)
     yield "one read of all codes", read
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -35,6 +35,7 @@ Decode = Callable[[Sequence[int]], str]
 _log = logging.getLogger(__name__)
 
 _MOST = 1 << 14  # rows that are compared at a time
+_LARGE = 256  # of more rows the index finds the nearest
 _SHOWN = 200  # characters of a part's text in a decision
 AROUND = 2000
 """Characters before a span, and behind it, that may say that something else is asked for."""
@@ -110,7 +111,8 @@ class EditLookup:
         """Raises StoreMismatch for a store whose questions another judge decides.
 
         store: whose masks are searched; its memories are not kept.
-        decode: the text of token ids, called for a question that is near to an edit.
+        decode: the text of token ids. It is called once here, for no ids, and then for every part of a message where
+            the words of it decide.
         """
         self.index = store.index()
         self.judge = judge_named(store.manifest.judge, store.path)
@@ -141,10 +143,8 @@ class EditLookup:
             decode(())  # whatever it has to load is loaded now, not in the first lookup
         if not bound:
             return
-        tied = np.unique(np.array([edit.id for edit in bound], dtype=np.int64))
-        self._free = store.index()
-        self._free.remove(tied)
-        self._free_rows = np.flatnonzero(~np.isin(store.ids, tied))
+        self._free_rows = np.flatnonzero(~np.isin(store.ids, [edit.id for edit in bound]))
+        self._free = self.index.only(self._free_rows)
 
     def _literal_keys(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """What `letters` makes of the questions that have masks, hashed and in order, and the edit of each."""
@@ -173,7 +173,8 @@ class EditLookup:
         tau: least overlap of a match, in (0, 1].
         questions: of each the token ids of its span.
         exact: as `HammingIndex.search`, and so are the errors.
-        Overlaps of questions that match nothing are those of the nearest edit.
+        Overlaps of questions that match nothing are those of the nearest edit of which the texts that it requires stand
+        there; of one that requires nothing they may be a little less, see `Hits`.
         """
         return self.decide(codes, tau, questions, [1] * len(questions), exact=exact)[0]
 
@@ -356,12 +357,15 @@ class EditLookup:
             verdict = self._judged(nearest, part)
             yield Candidate(nearest, row, overlap, verdict)
         tied = self._phrases.found_in(part.text) if self._phrases else set()
-        for edit, row, bits in self._nearest_of(part.code, (tied | literal) - {nearest}):
-            near = edit in literal or 2 * (k - bits) <= radius
+        # Apart, for nearer edits of the same phrase must not crowd out the one whose words these are.
+        for edit, row, bits in self._nearest_of(part.code, literal - {nearest}, tau):
+            yield Candidate(edit, row, bits / k, self._judged(edit, part))
+        for edit, row, bits in self._nearest_of(part.code, tied - literal - {nearest}, tau):
+            near = 2 * (k - bits) <= radius
             yield Candidate(edit, row, bits / k, self._judged(edit, part) if near else _FAR)
         if nearest < 0 or self.judge is None or verdict.part in ("same words", "task"):
             return
-        for edit, row, bits in self._nearest_of(part.code, set(part.edits) - {nearest} - literal):
+        for edit, row, bits in self._nearest_of(part.code, set(part.edits) - {nearest} - literal, tau):
             yield Candidate(edit, row, bits / k, self._judged(edit, part))
 
     def _judged(self, edit: int, part: _Passage) -> Verdict:
@@ -377,16 +381,18 @@ class EditLookup:
         first, last = np.searchsorted(self._ids, [edit, edit + 1])
         return masked_texts(stored, int(last - first), self._contexts), required_texts(stored.requires)
 
-    def _nearest_of(self, code: NDArray[np.uint8], edits: set[int]) -> list[tuple[int, int, int]]:
+    def _nearest_of(self, code: NDArray[np.uint8], edits: set[int], tau: float) -> list[tuple[int, int, int]]:
         """The nearest of these edits, at most `CANDIDATES`: each edit, its nearest row, the earliest among equals, and
-        the bits in common; the nearest first."""
+        the bits in common; the nearest first. Of edits with many rows those that reach tau alone, or else the nearest.
+        """
         if not edits:
             return []
-        numbers = np.sort(np.fromiter(edits, np.int64, len(edits)))
-        first = np.searchsorted(self._ids, numbers)
-        counts = np.searchsorted(self._ids, numbers, side="right") - first
-        behind = np.repeat(first - np.cumsum(counts) + counts, counts)  # what to add to a position in what follows
-        rows = np.sort(self._order[behind + np.arange(len(behind))])
+        most = CANDIDATES if self.judge else 1
+        rows = self._rows_of(edits)
+        if len(rows) > _LARGE and len(edits) > most:
+            among = self.index.only(rows)
+            near = among.search_edits(code[None], tau, most)[1][0]
+            rows = self._rows_of(near or among.nearest(code[None], 1)[0][0].tolist())
         bits = np.concatenate(
             [popcount(self.index.take(rows[start : start + _MOST]) & code) for start in range(0, len(rows), _MOST)]
         )
@@ -394,9 +400,17 @@ class EditLookup:
         for place in np.lexsort((rows, -bits.astype(np.int64))).tolist():
             edit = int(self._edit_of[rows[place]])
             best.setdefault(edit, (edit, int(rows[place]), int(bits[place])))
-            if len(best) == (CANDIDATES if self.judge else 1):
+            if len(best) == most:
                 break
         return list(best.values())
+
+    def _rows_of(self, edits: Collection[int]) -> NDArray[np.int64]:
+        """The rows of some edits, int64 [N], ascending."""
+        numbers = np.sort(np.fromiter(edits, np.int64, len(edits)))
+        first = np.searchsorted(self._ids, numbers)
+        counts = np.searchsorted(self._ids, numbers, side="right") - first
+        behind = np.repeat(first - np.cumsum(counts) + counts, counts)  # what to add to a position in what follows
+        return np.sort(self._order[behind + np.arange(len(behind))])
 
 
 def _rest(message: str, part: str) -> str:

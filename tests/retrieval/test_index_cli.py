@@ -106,6 +106,7 @@ def test_the_benchmark_prints_one_object_a_row_and_every_method_is_right() -> No
     assert methods == {
         "IndexBinaryFlat",
         "memoir",
+        "memoir, 8 edits",
         "memoir, full scan",
         "one read of all codes",
         "int8 matmul",
@@ -125,6 +126,7 @@ def test_the_benchmark_leaves_out_what_does_not_fit_into_memory() -> None:
     assert {(row["n"], row["method"]) for row in json.loads(done.stdout) if row["vs_flat"]} == {
         (1000, "IndexBinaryFlat"),
         (1000, "memoir"),
+        (1000, "memoir, 8 edits"),
         (1000, "memoir, full scan"),
         (1000, "one read of all codes"),
         (1000, "int8 matmul"),
