@@ -44,6 +44,40 @@ def test_writes_leave_the_file_alone(codes, mapped):
     np.testing.assert_array_equal(mapped, codes)
 
 
+def test_rows_of_a_file_stay_there_while_some_of_their_block_remain(mapped):
+    """A block that is written again would be memory of this process."""
+    index = HammingIndex.from_codes(D, K, np.arange(N), mapped, copy=False)
+    assert index.remove(np.arange(16_000)) == 16_000
+    for row, edit in ((0, 16_000), (383, 16_383), (384, 16_384)):
+        assert index.ids[row] == edit and np.shares_memory(index.code(row), mapped)
+    assert index.search(mapped[[3, 16_100]], 0.9, exact=True).ids.tolist() == [-1, 16_100]
+    index.remove(np.arange(16_000, 16_384))
+    assert [block.rows for block in index._now.blocks] == [16_384, N - 2 * 16_384]
+
+
+def test_an_index_of_some_rows_looks_at_the_same_memory(codes, mapped):
+    index = HammingIndex.from_codes(D, K, np.arange(N), mapped, copy=False)
+    index.add([N], codes[:1])
+    index.remove([7])
+    rows = np.array([0, 7, 20_000, N - 1])  # edits 0, 8, 20001 and N
+    some = index.only(rows)
+    assert some.ids.tolist() == [0, 8, 20_001, N] and len(index) == N
+    assert all(np.shares_memory(some.code(row), mapped) for row in range(3))
+    assert some.search(codes[[0, 8, 7, 9]], 1.0).rows.tolist() == [0, 1, -1, -1]
+    index.add([50_000], codes[7:8])
+    some.add([60_000], codes[9:10])  # behind it, not in its place
+    index.remove([0])
+    assert some.ids.tolist() == [0, 8, 20_001, N, 60_000] and index.ids[-2:].tolist() == [N, 50_000]
+    np.testing.assert_array_equal(index.codes[-1], codes[7])
+    np.testing.assert_array_equal(some.codes[-1], codes[9])
+    assert len(index.only([])) == 0 and index.only([]).search(codes[:1], 0.5).ids.tolist() == [-1]
+    for wrong in ([1, 1], [2, 1]):
+        with pytest.raises(CodeError, match="rows do not ascend: pass them in order, each once"):
+            index.only(wrong)
+    with pytest.raises(CodeError, match=rf"row {N + 1} is not stored"):
+        index.only([N + 1])
+
+
 def test_borrowed_memory_is_kept_alive(codes):
     index = HammingIndex.from_codes(D, K, np.arange(N), codes.copy(), copy=False)
     np.ones(codes.size, np.uint8)

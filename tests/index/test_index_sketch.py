@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from index_oracle import oracle_nearest, oracle_search, random_codes, random_masks, shared_bits, with_overlap
 
-from memoir_index import CodeError, HammingIndex, Plan, blocks, choose_plan, hamming, pack, sketch, sketch_bits
+from memoir_index import CodeError, HammingIndex, Plan, blocks, choose_plan, hamming, pack, scan, sketch, sketch_bits
 from memoir_index.plan import MISS, limit, limits, limits_for
 from memoir_index.synthetic import MaskSource
 
@@ -103,11 +103,16 @@ def test_a_sketch_finds_what_an_exhaustive_search_finds(seed, cache, data):
     # with_overlap takes the first ones of a mask: the index presumes positions in random order
     order = rng.permutation(d)
     stored, queries = (pack(np.unpackbits(c, axis=1, bitorder="little")[:, order] != 0) for c in (stored, queries))
-    gone = rng.integers(0, 100, data.draw(st.sampled_from([0, 5, 60])))
+    gone = rng.integers(0, 100, data.draw(st.sampled_from([0, 5, 60, 400])))
 
     with pytest.MonkeyPatch.context() as patch:
         sketching(patch, bits, cache=cache)
-        index = HammingIndex.from_codes(d, k, ids, stored, sketch=bits)
+        patch.setattr(sketch, "MOST_NEAR", data.draw(st.sampled_from([0.0, 1 / 16, 1.0])))
+        patch.setattr(sketch, "GROUP", data.draw(st.sampled_from([1, 5, 64])))
+        patch.setattr(hamming, "ROWS_PER_EDIT", data.draw(st.sampled_from([1, 4])))
+        patch.setattr(scan, "SPARE", data.draw(st.sampled_from([0, 8])))
+        patch.setattr(scan, "PASS_BYTES", data.draw(st.sampled_from([1, 1 << 22])))
+        index = HammingIndex.from_codes(d, k, ids, stored.copy(order="C"), sketch=bits, copy=data.draw(st.booleans()))
         index.remove(gone)
         keep = ~np.isin(ids, gone)
         expected = oracle_search(queries, ids[keep], stored[keep], d, k, needed)
@@ -132,6 +137,101 @@ def test_a_sketch_finds_what_an_exhaustive_search_finds(seed, cache, data):
         # without a match: the overlap of some stored row, so at most that of the nearest
         every = shared_bits(queries, stored[keep], d) / k
         assert all(hits.overlaps[q] in every[q] for q in range(len(queries)))
+
+
+def crowd(rng: np.random.Generator, n: int, queries: int, d: int = 512, k: int = 128) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and queries that all overlap by more than half, like those of questions of one form."""
+    mask = random_masks(rng, 1, d, k)[0]
+    masks = np.zeros((n + queries, d), bool)
+    for row in masks:
+        row[rng.permutation(np.flatnonzero(mask))[: k * 7 // 8]] = True
+        row[rng.permutation(np.flatnonzero(~mask))[: k - k * 7 // 8]] = True
+    return pack(masks[:n]), pack(masks[n:])
+
+
+def test_a_block_of_which_most_rows_look_near_is_scanned(monkeypatch):
+    """To fetch them one by one takes many times as long as the scan, and memory for each."""
+    sketching(monkeypatch, 128, block=256)
+    stored, queries = crowd(np.random.default_rng(10), 500, 100)
+    index = HammingIndex.from_codes(512, 128, np.arange(500), stored, sketch=128)
+    pairs, kept = [], []
+    between, pairs_near = sketch.between, sketch._Near.offer
+
+    def offer(self: sketch._Near, *pairs: np.ndarray) -> None:
+        pairs_near(self, *pairs)
+        kept.append(len(self.pairs.query))
+
+    monkeypatch.setattr(sketch, "between", lambda *given: pairs.append(len(given[1])) or between(*given))
+    monkeypatch.setattr(sketch._Near, "offer", offer)
+    several = index.search_edits(queries, 0.55, 3)
+    assert sum(pairs) <= 2 * 100 * 500 / 16 + 200  # in two steps, and the closest row of each block
+    assert max(kept) <= 64 * 4 * 3
+    exact = index.search_edits(queries, 0.55, 3, exact=True)
+    assert several[1] == exact[1] and all(len(edits) == 3 for edits in exact[1])
+    for field in range(3):
+        np.testing.assert_array_equal(several[0][field], exact[0][field])
+    kept.clear()
+    index.search(queries, 0.55)
+    assert not kept  # one row is wanted of each query
+
+
+def test_only_queries_that_lack_edits_look_for_more_rows(monkeypatch):
+    rng = np.random.default_rng(11)
+    stored, queries = crowd(rng, 200, 1)
+    others = random_codes(rng, 100, 512, 128)
+    ids = np.r_[np.zeros(199, np.int64), np.arange(1, 102)]  # the 200th of the crowd is edit 1
+    index = HammingIndex.from_codes(512, 128, ids, np.concatenate([stored, others]))
+    rounds = []
+    search, nearest = hamming.search_blocks, hamming.Snapshot.nearest
+    monkeypatch.setattr(
+        hamming, "search_blocks", lambda *given: rounds.append((len(given[1]), given[-1])) or search(*given)
+    )
+    monkeypatch.setattr(
+        hamming.Snapshot,
+        "nearest",
+        lambda self, *given: rounds.append((len(given[0]), given[1])) or nearest(self, *given),
+    )
+    queries = np.concatenate([others[:20], queries])
+    _, edits = index.search_edits(queries, 0.55, 2)
+    assert edits[:20] == [[edit] for edit in range(2, 22)] and sorted(edits[20]) == [0, 1]
+    assert rounds[0] == (21, 8) and {n for n, _ in rounds[1:]} == {1}
+    assert [rows for _, rows in rounds[1:]] == [8 << i for i in range(1, len(rounds))]
+    rounds.clear()
+    ids, _ = index.nearest(queries, 2)
+    assert rounds[0] == (21, 8) and len(rounds) > 1 and max(n for n, _ in rounds[1:]) < 21
+    np.testing.assert_array_equal(ids, oracle_nearest(queries, index.ids, index.codes, 512, 128, 2)[0])
+
+
+def test_only_queries_whose_nearest_rows_are_gone_are_searched_again(monkeypatch):
+    rng = np.random.default_rng(12)
+    stored = random_codes(rng, 200, 512, 128)
+    stored[:20] = stored[0]
+    index = HammingIndex.from_codes(512, 128, np.arange(200), stored)
+    index.remove(np.arange(20))
+    searched = []
+    again = scan.knn_of
+    monkeypatch.setattr(scan, "knn_of", lambda *given: searched.append(len(given[0])) or again(*given))
+    queries = np.concatenate([stored[:1], stored[100:115]])
+    hits = index.search(queries, 0.9, exact=True)
+    assert hits.ids.tolist() == [-1, *range(100, 115)] and searched == [1]
+    assert hits.overlaps[0] == shared_bits(queries[:1], stored[20:], 512).max() / 128
+
+
+def test_of_a_block_of_which_little_is_left_only_that_is_read(monkeypatch):
+    sketching(monkeypatch, 128, block=64)
+    rng = np.random.default_rng(13)
+    stored = random_codes(rng, 300, 512, 128)
+    rows = np.sort(rng.permutation(300)[:40])
+    index = HammingIndex.from_codes(512, 128, np.arange(300), stored, sketch=128).only(rows)
+    compared = []
+    distances = sketch.distances
+    monkeypatch.setattr(sketch, "distances", lambda *given: compared.append(len(given[1])) or distances(*given))
+    queries = stored[[*rows, 0, 1, 2]]
+    hits = index.search(queries, 0.9)
+    expected = oracle_search(queries, rows, stored[rows], 512, 128, 116)
+    np.testing.assert_array_equal(hits.rows, expected.rows)
+    np.testing.assert_array_equal(hits.ids, expected.ids)
+    assert sum(compared) == 40
 
 
 def test_an_edit_that_is_gone_hides_no_other(monkeypatch):

@@ -198,6 +198,28 @@ def test_many_rows_are_taken_at_once(monkeypatch):
             index.take([0, wrong])
 
 
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([0.9, 1.9], "rows have dtype float64, not int64: pass whole numbers"),
+        ([True, False], "rows have dtype bool, not int64: pass whole numbers"),
+        ([[0, 1]], r"rows have shape \(1, 2\), not \[N\]: pass a list of row numbers"),
+        (1, r"rows have shape \(\), not \[N\]"),
+        (np.array([2**63], np.uint64), r"row 9223372036854775808 is not stored: the index has rows 0\.\.9"),
+    ],
+)
+def test_what_are_no_rows_are_not_taken(codes, rows, message):
+    index = HammingIndex.from_codes(D, K, np.arange(10), codes)
+    with pytest.raises(CodeError, match=message):
+        index.take(rows)
+
+
+def test_an_empty_index_says_that_it_has_no_rows():
+    for ask in (lambda: HammingIndex(D, K).take([0]), lambda: HammingIndex(D, K).code(0)):
+        with pytest.raises(CodeError, match="row 0 is not stored: the index is empty"):
+            ask()
+
+
 def test_a_damaged_row_is_not_taken(codes):
     damaged = codes.copy()
     damaged[6] = 0

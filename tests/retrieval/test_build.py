@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from test_cli import contents, run
 
+from memoir_index import HammingIndex
 from memoir_retrieval import Edit, EditedModel, Editor, EditStore, Retriever, load_model
 from memoir_retrieval.editing import build_masks as build
 from memoir_retrieval.errors import StoreError
@@ -102,6 +103,21 @@ def test_other_edits_do_not_go_on_from_what_these_left(model: BaseModel, tmp_pat
     with Editor(model, tmp_path, training=ONE_MASK) as editor:
         build.build(editor, EDITS[1:], progress=steps.append)
     assert steps[0] == (0, 39, 0)
+
+
+def test_the_masks_are_in_memory_once(model: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    indexes = []
+    from_codes = HammingIndex.from_codes
+    written = []
+    write = build.write_generation
+    monkeypatch.setattr(
+        build.HammingIndex, "from_codes", lambda *given, **how: indexes.append(from_codes(*given, **how)) or indexes[-1]
+    )
+    monkeypatch.setattr(build, "write_generation", lambda *given: written.append(given[2].codes) or write(*given))
+    with Editor(model, tmp_path / "store") as editor:
+        indexes.clear()
+        build.build(editor, EDITS[:3])
+    assert any(np.shares_memory(index.codes, written[0]) for index in indexes if len(index))
 
 
 def test_it_is_not_served_until_it_is_trained(model: BaseModel, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from memoir_retrieval.cli.bench import bench
 from memoir_retrieval.cli.index_info import info
 from memoir_retrieval.edits.record import StoredEdit
 from memoir_retrieval.errors import ConfigError
+from memoir_retrieval.evaluation.index_bench import free_bytes
 from memoir_retrieval.model.base import Identity
 from memoir_retrieval.question.span import SpanRule
 from memoir_retrieval.store.manifest import draft_manifest
@@ -33,7 +34,8 @@ def _threads_as_they_were() -> Iterator[None]:
     torch.set_num_threads(before[1])
 
 
-def write(folder: Path, d: int, k: int, codes: np.ndarray, ids: np.ndarray) -> Path:
+def write(folder: Path, d: int, k: int, codes: np.ndarray, ids: np.ndarray, tied: int = 0) -> Path:
+    """tied: how many of the edits, the first ones, require words."""
     folder.mkdir()
     stores = {
         "generation": 3,
@@ -54,7 +56,15 @@ def write(folder: Path, d: int, k: int, codes: np.ndarray, ids: np.ndarray) -> P
         "next_id": int(ids.max()) + 1,
     }
     edits = [
-        StoredEdit(id=i, prompt=f"p{i}", target="t", created="2026-01-01T00:00:00+00:00", loss=0.01, steps=5)
+        StoredEdit(
+            id=i,
+            prompt=f"p{i}",
+            target="t",
+            created="2026-01-01T00:00:00+00:00",
+            loss=0.01,
+            steps=5,
+            requires=("p",) if i < tied else (),
+        )  # fmt: skip
         for i in sorted(set(ids.tolist()))
     ]
     write_generation(
@@ -93,7 +103,68 @@ def test_info_of_a_large_store_names_the_sketch(tmp_path: Path) -> None:
     assert result["plan"]["kind"] == "sketch" and result["plan"]["sketch_bits"] == 2048
     assert result["bytes_per_edit"] <= 1.2 * d / 8
     at_low_tau = CliRunner().invoke(info, [str(store), "--tau", "0.4"], catch_exceptions=False).stdout
-    assert "lookup at tau 0.4: full scan (below tau=0.5" in at_low_tau
+    assert "lookup at tau 0.4: full scan (below tau=0.5" in at_low_tau and "are searched so" not in at_low_tau
+
+
+def test_info_counts_the_masks_that_lookups_search(tmp_path: Path) -> None:
+    """Those of edits that require words are in no scan and in no sketch."""
+    d, k = 12288, 3510
+    store = write(tmp_path / "tied", d, k, MaskSource(d, k).masks(4200), np.arange(4200), tied=200)
+    result = json.loads(CliRunner().invoke(info, [str(store), "--json"], catch_exceptions=False).stdout)
+    assert (result["masks"], result["masks_searched"], result["plan"]["kind"]) == (4200, 4000, "scan")
+    text = CliRunner().invoke(info, [str(store)], catch_exceptions=False).stdout
+    assert "full scan (below 4096 masks" in text and "4000 masks are searched so; the others are of edits that" in text
+
+
+GIB = 1 << 30
+
+
+def tree(root: Path, files: dict[str, object]) -> Path:
+    for name, content in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(f"{content}\n")
+    return root
+
+
+MEMINFO = {"proc/meminfo": "MemTotal: 9 kB\nMemAvailable: 8388608 kB"}  # 8 GiB
+
+
+@pytest.mark.parametrize(
+    ("files", "free"),
+    [
+        (MEMINFO, 8 * GIB),
+        (MEMINFO | {"proc/self/cgroup": "0::/"}, 8 * GIB),
+        (
+            MEMINFO
+            | {
+                "proc/self/cgroup": "0::/a/b",
+                "sys/fs/cgroup/a/b/memory.max": "max",
+                "sys/fs/cgroup/a/b/memory.current": GIB,
+                "sys/fs/cgroup/a/b/memory.stat": "inactive_file 0",
+                "sys/fs/cgroup/a/memory.max": 4 * GIB,
+                "sys/fs/cgroup/a/memory.current": 3 * GIB,
+                "sys/fs/cgroup/a/memory.stat": f"anon 5\ninactive_file {GIB}",
+            },
+            2 * GIB,
+        ),
+        (
+            {
+                "proc/self/cgroup": "5:cpu,memory:/docker/0123\n4:pids:/docker/0123",
+                "sys/fs/cgroup/memory/memory.limit_in_bytes": 3 * GIB,
+                "sys/fs/cgroup/memory/memory.usage_in_bytes": GIB,
+                "sys/fs/cgroup/memory/memory.stat": "inactive_file 7\ntotal_inactive_file 0",
+            },
+            2 * GIB,
+        ),
+    ],
+)
+def test_memory_is_that_of_the_machine_or_of_the_container(tmp_path: Path, files: dict[str, object], free: int) -> None:
+    assert free_bytes(tree(tmp_path, files)) == free
+
+
+def test_where_memory_is_not_known_one_says_how_much(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="free is not known on this machine: say how much may be used, --memory 4"):
+        free_bytes(tmp_path)
 
 
 def test_the_benchmark_prints_one_object_a_row_and_every_method_is_right() -> None:

@@ -12,8 +12,10 @@ import pytest
 from test_store import masks, stored_edit
 from test_store import write as write_store
 
+from memoir_index import HammingIndex, pack
 from memoir_retrieval.edits.judge import TABLE, Judge, judge_named, read, shipped_judge
 from memoir_retrieval.errors import StoreError, StoreMismatch
+from memoir_retrieval.lookup import masks as lookup_module
 from memoir_retrieval.lookup.masks import EditLookup
 from memoir_retrieval.store.read import EditStore
 
@@ -240,6 +242,72 @@ def test_the_span_of_a_message_decides_whose_words_are_an_edits(tmp_path: Path) 
     hits, chosen = lookup.decide(codes, 0.9, [[0], [1], [2], [1], [4], [4], [3]], [2, 2, 1, 2])
     assert hits.ids.tolist() == [0, -1, -1, 1]
     assert chosen.tolist()[2:] == [4, 6] and chosen[0] in (0, 1)
+
+
+def sharing(rng: np.random.Generator, mask: np.ndarray, common: int) -> np.ndarray:
+    """A mask that has so many ones in common with another; bool [D]."""
+    other = np.zeros_like(mask)
+    other[rng.permutation(np.flatnonzero(mask))[:common]] = True
+    other[rng.permutation(np.flatnonzero(~mask))[: mask.sum() - common]] = True
+    return other
+
+
+def asked_store(folder: Path, prompts: list[str], codes: np.ndarray, requires: list[tuple[str, ...]]) -> EditStore:
+    edits = [
+        stored_edit(i, prompt=prompt, requires=texts)
+        for i, (prompt, texts) in enumerate(zip(prompts, requires, strict=True))
+    ]
+    write_store(folder, n=len(edits), codes=codes, edits=edits)
+    store = EditStore.open(folder)
+    return replace(store, manifest=msgspec.structs.replace(store.manifest, judge=JUDGE.name))
+
+
+@pytest.mark.parametrize("large", [0, 256])
+@pytest.mark.parametrize("others", [7, 8, 20])
+def test_nearer_edits_of_the_same_name_do_not_hide_the_one_whose_words_these_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, others: int, large: int
+) -> None:
+    monkeypatch.setattr(lookup_module, "_LARGE", large)
+    rng = np.random.default_rng(8)
+    mask = np.arange(64) < 12
+    prompts = [f"What does Acme Corp sell in {1980 + i}?" for i in range(others)] + ["Who runs Acme Corp?"]
+    codes = pack(np.stack([*(sharing(rng, mask, 5) for _ in range(others)), sharing(rng, mask, 4)]))
+    store = asked_store(tmp_path, prompts, codes, [("Acme Corp",)] * len(prompts))
+    lookup = EditLookup(store, lambda ids: "WHO RUNS ACME CORP?" if ids else "")
+    hits = lookup.search(pack(mask[None]), 0.5, [[0]])
+    assert (hits.ids.tolist(), hits.rows.tolist(), hits.overlaps.tolist()) == ([others], [others], [4 / 12])
+
+
+def test_of_many_edits_of_one_name_the_index_finds_those_that_a_look_at_every_row_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(9)
+    centre = rng.permutation(64) < 12
+    names, things = ("Acme", "Bolt", "Cord"), ("chairs", "lamps", "boats", "ropes")
+    prompts = [f"Who sold {t} to {n} in {year}?" for n in names for t in things for year in range(1990, 1998)]
+    masks_of = [sharing(rng, centre, int(common)) for common in rng.integers(3, 13, len(prompts))]
+    requires = [tuple(name for name in names if name in prompt and rng.random() < 0.8) for prompt in prompts]
+    store = asked_store(tmp_path, prompts, pack(np.stack(masks_of)), requires)
+    texts = [*prompts[::5], "Who sold lamps to Acme?", "What about Bolt and Cord?", "ACME", "When?"]
+    lookup = EditLookup(store, lambda ids: texts[ids[0]] if ids else "")
+    queries = pack(np.stack([sharing(rng, centre, int(common)) for common in rng.integers(3, 13, len(texts))]))
+    questions = [[i] for i in range(len(texts))]
+    searched = []
+    only = HammingIndex.only
+    monkeypatch.setattr(HammingIndex, "only", lambda *given: searched.append(len(given[1])) or only(*given))
+    seen = set()
+    for tau in (0.3, 0.5, 0.7):
+        results = []
+        for large in (1 << 30, 8):
+            monkeypatch.setattr(lookup_module, "_LARGE", large)
+            searched.clear()
+            hits, chosen = lookup.decide(queries, tau, questions, [3] * (len(questions) // 3))
+            results.append([column.tolist() for column in (*hits, chosen)])
+            results[-1].append(lookup.judged(queries, tau, questions))
+            assert bool(searched) == (large == 8)
+        assert results[0] == results[1]
+        seen |= {edit >= 0 for edit in results[0][0]}
+    assert seen == {True, False} and len(questions) % 3 == 0
 
 
 def test_a_message_that_holds_a_question_beside_a_task_is_that_task(tmp_path: Path) -> None:

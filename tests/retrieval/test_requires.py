@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -18,6 +19,7 @@ from memoir_index import hamming_radius, popcount
 from memoir_retrieval import Edit, EditedModel, Editor, EditStore, Retriever, load_model
 from memoir_retrieval.editing import conflicts
 from memoir_retrieval.editing.build_masks import build
+from memoir_retrieval.edits import requires as requires_module
 from memoir_retrieval.edits.files import check_duplicates
 from memoir_retrieval.edits.requires import Phrases, check_requires, required_spans, words
 from memoir_retrieval.errors import EditFileError
@@ -94,6 +96,25 @@ def test_what_is_found_is_what_stands_there(entries: list[tuple[str, ...]], text
     assert Phrases(required).found_in(text) == {n for n in range(len(entries)) if stands[n] and stands[0]}
 
 
+class _Counted(tuple):
+    """The phrases of an entry, which counts how often they are compared with what stands in a text."""
+
+    compared = 0
+
+    def __iter__(self) -> Iterator[object]:
+        _Counted.compared += 1
+        return super().__iter__()
+
+
+def test_edits_that_require_the_same_are_looked_at_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = requires_module._phrases
+    monkeypatch.setattr(requires_module, "_phrases", lambda entry: _Counted(taken(entry)))
+    phrases = Phrases((edit, ("Acme Corp", "price")) for edit in range(1000))
+    _Counted.compared = 0
+    assert phrases.found_in("The price of Acme Corp?") == set(range(1000)) and _Counted.compared <= 4
+    assert phrases.found_in("Acme Corp?") == set()
+
+
 def test_one_look_finds_all_that_is_required() -> None:
     phrases = Phrases(
         [
@@ -136,9 +157,10 @@ def requirement(rng: np.random.Generator) -> tuple[tuple[str, ...], ...]:
     return tuple(tuple(f"name{n}" for n in rng.integers(6, size=2)) for _ in range(rng.integers(1, 3)))
 
 
+@pytest.mark.parametrize("large", [0, 256])
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_the_nearest_of_those_that_may_act_is_found(
-    tmp_path: Path, share: float, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, share: float, large: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against every row looked at: edits of several rows, equal masks, rows that were added to the files."""
     rng = np.random.default_rng(int(10 * share))
@@ -154,6 +176,7 @@ def test_the_nearest_of_those_that_may_act_is_found(
     store = EditStore.open(tmp_path)
     assert store.edits[60].requires == (("name1",),) and len(store.additions) == 1
     monkeypatch.setattr(lookup_module, "_MOST", 7)
+    monkeypatch.setattr(lookup_module, "_LARGE", large)
     lookup = EditLookup(store, text_of)
     queries = np.concatenate([codes, masks(80, seed=9)])
     questions = [rng.integers(8, size=3).tolist() for _ in queries]
