@@ -64,7 +64,7 @@ def write(folder: Path, d: int, k: int, codes: np.ndarray, ids: np.ndarray, tied
             loss=0.01,
             steps=5,
             requires=("p",) if i < tied else (),
-        )  # fmt: skip
+        )
         for i in sorted(set(ids.tolist()))
     ]
     write_generation(
