@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import time
 from collections.abc import Sequence
 from typing import Protocol
@@ -23,6 +22,9 @@ from memoir_retrieval.evaluation.scores import (
     Report,
     Scores,
     TextPerplexity,
+    holds,
+    mean,
+    same_share,
 )
 from memoir_retrieval.lookup.reference import Answer
 from memoir_retrieval.question.prompts import Prompt
@@ -167,8 +169,8 @@ def asked_back(model: AskableModel, stored: Sequence[StoredEdit], edits: Sequenc
     ids = stored_ids(stored, edits, partly=True)
     targets = [model.target_ids(edit.target) for edit in edits]
     answers = model.predict([model.prompt_ids(as_prompt(edit)) for edit in edits], targets)
-    accuracy = [_same_share(a.tokens, t) for a, t in zip(answers, targets, strict=True)]
-    return _mean(accuracy) or 0.0, _mean([a.edit == i for a, i in zip(answers, ids, strict=True)]) or 0.0
+    accuracy = [same_share(a.tokens, t) for a, t in zip(answers, targets, strict=True)]
+    return mean(accuracy) or 0.0, mean([a.edit == i for a, i in zip(answers, ids, strict=True)]) or 0.0
 
 
 def stored_ids(stored: Sequence[StoredEdit], edits: Sequence[Edit], partly: bool = False) -> list[int]:
@@ -209,7 +211,7 @@ def _in_context(
     prompts = [model.prompt_ids(prompt) for prompt in in_context(context, questions)]
     targets = [model.target_ids(edits[i].target) for i in of]
     answers = model.predict(prompts, targets)
-    accuracy = [_same_share(a.tokens, t) for a, t in zip(answers, targets, strict=True)]
+    accuracy = [same_share(a.tokens, t) for a, t in zip(answers, targets, strict=True)]
     own_matches = [a.edit == ids[i] for a, i in zip(answers, of, strict=True)]
     exact = _exact(model, prompts, targets, [edits[i].target for i in of], spare_tokens)
 
@@ -222,17 +224,17 @@ def _in_context(
             id=ids[i],
             found=own_matches[i],
             reliability=round(accuracy[i], 5),
-            generality=_mean([accuracy[q] for q in grouped[i]]),
+            generality=mean([accuracy[q] for q in grouped[i]]),
             exact=exact[i],
-            rephrases=_mean([exact[q] for q in grouped[i]]),
+            rephrases=mean([exact[q] for q in grouped[i]]),
             perplexity=_perplexity(answers[i].logprobs),
         )
         for i in range(n)
     ]
-    reliability, generality = _mean(accuracy[:n]), _mean(accuracy[n:])
+    reliability, generality = mean(accuracy[:n]), mean(accuracy[n:])
     away = [p for e in edits for p in e.locality], [p for e in edits for p in e.neighbourhood]
     unchanged, matched = _unchanged(model, [*away[0], *away[1]], context)
-    locality = _mean(unchanged)
+    locality = mean(unchanged)
     known = [s for s in (reliability, generality, locality) if s is not None]
     targets_perplexity = [o.perplexity for o in per_edit if o.perplexity is not None]
     scores = Scores(
@@ -241,12 +243,12 @@ def _in_context(
         generality=generality,
         locality=locality,
         average=sum(known) / len(known),
-        exact_match=ExactMatch(_mean(exact[:n]) or 0.0, _mean(exact[n:])),
-        match=Matching(_mean(own_matches[:n]) or 0.0, _mean(own_matches[n:]), _mean(matched)),
+        exact_match=ExactMatch(mean(exact[:n]) or 0.0, mean(exact[n:])),
+        match=Matching(mean(own_matches[:n]) or 0.0, mean(own_matches[n:]), mean(matched)),
         tau=tau,
         context=context,
-        neighbourhood=_mean(unchanged[len(away[0]) :]),
-        perplexity=_mean(targets_perplexity),
+        neighbourhood=mean(unchanged[len(away[0]) :]),
+        perplexity=mean(targets_perplexity),
         generated=_generated(model, controls, context),
         seconds=round(time.monotonic() - started, 2),
     )
@@ -258,7 +260,7 @@ def _unchanged(model: AskableModel, probes: Sequence[Probe], context: str) -> tu
     targets = [model.target_ids(probe.answer if probe.answer.strip() else "Yes") for probe in probes]
     prompts = [model.prompt_ids(prompt) for prompt in in_context(context, [probe.prompt for probe in probes])]
     after, before = model.compare(prompts, targets)
-    same = [_same_share(a.tokens, b.tokens) for a, b in zip(after, before, strict=True)]
+    same = [same_share(a.tokens, b.tokens) for a, b in zip(after, before, strict=True)]
     return same, [a.edit is not None for a in after]
 
 
@@ -289,7 +291,7 @@ def _generated(model: AskableModel, controls: Sequence[str], context: str) -> Ge
     after = model.generate(prompts, max_new_tokens=CONTROL_TOKENS)
     before = model.generate(prompts, max_new_tokens=CONTROL_TOKENS, edited=False)
     same = [a.tokens == b.tokens for a, b in zip(after, before, strict=True)]
-    return Generated(len(prompts), _mean(same) or 0.0, _mean([a.edit is not None for a in after]) or 0.0)
+    return Generated(len(prompts), mean(same) or 0.0, mean([a.edit is not None for a in after]) or 0.0)
 
 
 def _portability(model: AskableModel, probes: Sequence[Probe], context: str) -> Portability | None:
@@ -298,10 +300,13 @@ def _portability(model: AskableModel, probes: Sequence[Probe], context: str) -> 
     prompts = [model.prompt_ids(prompt) for prompt in in_context(context, [probe.prompt for probe in probes])]
     targets = [model.target_ids(probe.answer) for probe in probes]
     predicted = model.predict(prompts, targets)
-    accuracy = [_same_share(a.tokens, t) for a, t in zip(predicted, targets, strict=True)]
+    accuracy = [same_share(a.tokens, t) for a, t in zip(predicted, targets, strict=True)]
     free = model.generate(prompts, max_new_tokens=PORTABILITY_TOKENS)
-    answered = [_holds(answer.text, probe) for answer, probe in zip(free, probes, strict=True)]
-    return Portability(len(probes), _mean(accuracy) or 0.0, _mean(answered) or 0.0)
+    answered = [
+        any(holds(answer.text, right) for right in (probe.answer, *probe.aliases))
+        for answer, probe in zip(free, probes, strict=True)
+    ]
+    return Portability(len(probes), mean(accuracy) or 0.0, mean(answered) or 0.0)
 
 
 def known_in_other_words(model: AskableModel, texts: Sequence[tuple[int, str]]) -> OtherWords | None:
@@ -315,9 +320,9 @@ def known_in_other_words(model: AskableModel, texts: Sequence[tuple[int, str]]) 
     after, before = model.compare([model.prompt_ids(text) for _, text in texts])
 
     def known(answers: Sequence[Answer]) -> float:
-        return _mean([_mean([p >= LIKELY for p in a.logprobs]) or 0.0 for a in answers]) or 0.0
+        return mean([mean([p >= LIKELY for p in a.logprobs]) or 0.0 for a in answers]) or 0.0
 
-    matched = _mean([a.edit == number for a, (number, _) in zip(after, texts, strict=True)])
+    matched = mean([a.edit == number for a, (number, _) in zip(after, texts, strict=True)])
     return OtherWords(len(texts), matched or 0.0, known(after), known(before))
 
 
@@ -326,23 +331,9 @@ def _text(model: AskableModel, texts: Sequence[str]) -> TextPerplexity | None:
         return None
     after, before = model.compare([model.prompt_ids(text) for text in texts])
     edited, base = ([p for a in answers for p in a.logprobs] for answers in (after, before))
-    matched = _mean([a.edit is not None for a in after]) or 0.0
+    matched = mean([a.edit is not None for a in after]) or 0.0
     return TextPerplexity(len(texts), len(base), _perplexity(edited) or 0.0, _perplexity(base) or 0.0, matched)
-
-
-def _holds(text: str, probe: Probe) -> bool:
-    """Whether the text has the answer or an alias in it, as words of their own."""
-    rights = [re.escape(right.strip()) for right in (probe.answer, *probe.aliases) if right.strip()]
-    return any(re.search(rf"(?<!\w){right}(?!\w)", text, re.IGNORECASE) for right in rights)
-
-
-def _same_share(a: Sequence[int], b: Sequence[int]) -> float:
-    return sum(x == y for x, y in zip(a, b, strict=True)) / len(b)
 
 
 def _perplexity(logprobs: Sequence[float]) -> float | None:
     return round(math.exp(-sum(logprobs) / len(logprobs)), 5) if logprobs else None
-
-
-def _mean(values: Sequence[float | bool]) -> float | None:
-    return round(sum(values) / len(values), 5) if values else None

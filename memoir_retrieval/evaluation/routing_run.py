@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import tempfile
 import time
 from collections import Counter
@@ -35,6 +34,7 @@ from memoir_retrieval.evaluation.routing_data import (
     unrelated,
     writings,
 )
+from memoir_retrieval.evaluation.scores import holds
 from memoir_retrieval.lookup.reference import EditedModel
 from memoir_retrieval.lookup.retriever import Asked, Retriever
 from memoir_retrieval.store.read import EditStore, Masks, library_version
@@ -126,18 +126,18 @@ class RoutingRun(msgspec.Struct, frozen=True, kw_only=True):
 def run_routing(
     retriever: Retriever,
     *,
-    sets: Sequence[str] = SETS,
-    part: Part | None = None,
+    sets: Sequence[str],
+    part: Part | None,
     data: Path,
-    most: int = 500,
-    each: int | None = 25,
-    prompts: int = 3000,
-    answers: Literal["none", "some", "all"] = "some",
-    only: Sequence[str] = (),
-    first: Sequence[int] = (),
-    about: int | None = None,
-    command: str = "",
-    tell: Callable[[str], None] = lambda _: None,
+    most: int,
+    each: int | None,
+    prompts: int,
+    answers: Literal["none", "some", "all"],
+    only: Sequence[str],
+    first: Sequence[int],
+    about: int | None,
+    command: str,
+    tell: Callable[[str], None],
 ) -> RoutingRun:
     """Ask everything and count.
 
@@ -356,8 +356,10 @@ def _rows(
         other = [i for i in group if edits[i] >= 0 and edits[i] not in questions[i].right]
         wanted = bool(questions[group[0]].right)
         read = texts is not None and (answers == "all" or kind in ANSWERED)
-        exact = [texts[i] == targets[edits[i]].strip() for i in right] if read and texts and wanted else None
-        harm = [_holds(texts[i], targets[edits[i]]) for i in other] if read and texts and other else None
+        exact = (
+            [texts[i] == targets[edits[i]].strip() for i in right] if read and texts is not None and wanted else None
+        )
+        harm = [holds(texts[i], targets[edits[i]]) for i in other] if read and texts is not None and other else None
         wrong = [i for i in group if i not in set(right)] if wanted else other
         lost = [i for i in group if edits[i] not in questions[i].right] if wanted else []
         rows.append(
@@ -408,10 +410,6 @@ def _texts(
     model = EditedModel(retriever)
     replies = model.generate([questions[i].prompt for i in places], max_new_tokens=ANSWER_TOKENS)
     return {i: answer.text.strip() for i, answer in zip(places, replies, strict=True)}
-
-
-def _holds(text: str, target: str) -> bool:
-    return bool(re.search(rf"(?<!\w){re.escape(target.strip())}(?!\w)", text, re.IGNORECASE))
 
 
 def _slip(question: Question, decision: tuple[Any, Any]) -> Slip:

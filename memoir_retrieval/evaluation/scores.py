@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+
 import msgspec
 
 __all__ = [
@@ -14,6 +17,9 @@ __all__ = [
     "Report",
     "Scores",
     "TextPerplexity",
+    "holds",
+    "mean",
+    "same_share",
 ]
 
 
@@ -167,3 +173,29 @@ class EditScores(msgspec.Struct, frozen=True):
     exact: bool
     rephrases: float | None
     perplexity: float | None
+
+
+def mean(values: Sequence[float | bool]) -> float | None:
+    """The mean, to five places; None of nothing.
+
+    values: of which it is.
+    """
+    return round(sum(values) / len(values), 5) if values else None
+
+
+def same_share(a: Sequence[int], b: Sequence[int]) -> float:
+    """The share of places at which two rows of one length are the same.
+
+    a, b: token ids.
+    """
+    return sum(x == y for x, y in zip(a, b, strict=True)) / len(b)
+
+
+def holds(text: str, target: str) -> bool:
+    """Whether a target stands in a text as words of its own, in whatever case. An empty one stands nowhere.
+
+    text: an answer.
+    target: all of it must be there, punctuation too.
+    """
+    words = re.escape(target.strip().casefold())
+    return bool(words) and re.search(rf"(?<!\w){words}(?!\w)", text.casefold()) is not None

@@ -13,6 +13,7 @@ from memoir_retrieval.background import background_prompts, control_prompts, unr
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.evaluation.contexts import CONTEXTS, in_context
 from memoir_retrieval.evaluation.measure import evaluate, measure
+from memoir_retrieval.evaluation.scores import holds
 from memoir_retrieval.evaluation.texts import read_texts
 from memoir_retrieval.model.base import BaseModel
 
@@ -134,6 +135,12 @@ def test_contexts_surround_the_question() -> None:
         assert longer[-3:-1] == turns[:2] and longer[: len(messages) - 1] == messages[:-1]
     with pytest.raises(ConfigError, match="context 'sys' is not known: choose one of plain, system, turn, passages"):
         in_context("sys", ["Who?"])
+
+
+def test_a_target_stands_in_a_text_as_words_of_its_own() -> None:
+    assert holds("It is C++ code", "c++") and holds("Ada, of course", " Ada ") and holds("Acme Inc. it is", "Acme Inc.")
+    assert not holds("Adam", "Ada") and not holds("Acme Inc it is", "Acme Inc.")
+    assert not holds("Yes, it is", "") and not holds("Yes, it is", " ") and not holds("", "")
 
 
 def test_control_prompts() -> None:

@@ -28,6 +28,7 @@ from memoir_retrieval.evaluation.routing_data import (
     unrelated,
     writings,
 )
+from memoir_retrieval.evaluation.routing_run import _rows
 from memoir_retrieval.lookup.retriever import Retriever
 from memoir_retrieval.model.base import load_model
 from memoir_retrieval.store.read import EditStore
@@ -196,6 +197,17 @@ def test_a_loss_is_put_down_to_the_mask_the_judge_or_another_edit(tiny: Path, tm
     assert match is not None and match.id in (0, 1)
     assert [retriever.loss(message, edit) for edit in (1 - match.id, 2)] == ["another edit", "judge"]
     assert Retriever(retriever.store, base, 1.0).loss(message, 2) == "mask"
+
+
+def test_where_nothing_matches_no_answer_is_exact(tiny: Path, tmp_path: Path) -> None:
+    base = load_model(tiny)
+    with Editor(base, tmp_path / "store", chat=True, tau=1.0) as editor:
+        editor.add([Edit(prompt="Who is the head of Acme?", target="Ada")], keep_failed=True)
+    retriever = Retriever(EditStore.open(tmp_path / "store"), base)
+    question = Question("plain", "rephrasings", "report", "Purple rain over Oslo", (0,), 0)
+    (row,) = _rows("edits", retriever, [question], "some", {})
+    assert (row.found, row.other, row.exact, row.answered) == (0.0, 0.0, 0.0, None)
+    assert _rows("edits", retriever, [question], "none", {})[0].exact is None
 
 
 def test_a_set_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str], tiny: Path, tmp_path: Path) -> None:
