@@ -14,7 +14,7 @@ import msgspec
 
 from memoir_retrieval.background import control_prompts
 from memoir_retrieval.editing.editor import Editor, Progress
-from memoir_retrieval.edits.record import Edit
+from memoir_retrieval.edits.record import Edit, StoredEdit
 from memoir_retrieval.errors import ConfigError, Reason
 from memoir_retrieval.evaluation.calibration import Calibration, calibrate_store, unrelated_to
 from memoir_retrieval.evaluation.measure import asked_back, measure, stored_ids
@@ -113,13 +113,13 @@ def run_quality(
     *,
     command: str,
     data: str,
-    context: str = "plain",
-    controls: int = 256,
-    texts: Sequence[str] = (),
-    side_by_side: int | None = None,
-    every: int = 1,
-    tell: Callable[[str], None] = lambda _: None,
-    progress: Callable[[Progress], None] = lambda _: None,
+    context: str,
+    controls: int,
+    texts: Sequence[str],
+    side_by_side: int | None,
+    every: int,
+    tell: Callable[[str], None],
+    progress: Callable[[Progress], None],
 ) -> Run:
     """Train the edits into the editor's store, measure, and write `run.json`.
 
@@ -138,13 +138,14 @@ def run_quality(
     tell: called with each line of news.
     progress: called after each edit that was trained.
 
-    Raises ConfigError where the folder holds a finished run, or one of other data.
+    Raises ConfigError where the folder holds a finished run, or one of other edits.
     """
     if (folder / RESULT).exists():
         raise ConfigError(f"{folder} holds a finished run", cure="choose another folder", reason=Reason.RUN)
     started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     passed = _passed(folder, data, every, edits)
     with editor:
+        _refuse_others(folder, editor.edits, edits)
         for reached in checkpoints(len(edits)):
             later = edits[reached:]
             trained = _train(editor, edits[:reached], len(later), side_by_side, progress)
@@ -222,9 +223,24 @@ def read_run(folder: Path) -> Run:
         raise ConfigError(f"{folder / RESULT} is not a run of this version ({error}): run it again") from None
 
 
+def _record(edit: Edit | StoredEdit) -> tuple[Any, ...]:
+    """What makes an edit that edit."""
+    return edit.prompt, edit.target, edit.requires
+
+
 def _digest(edits: Sequence[Edit]) -> str:
-    records = [(edit.prompt, edit.target, edit.requires) for edit in edits]
-    return hashlib.sha256(msgspec.json.encode(records)).hexdigest()
+    return hashlib.sha256(msgspec.json.encode([_record(edit) for edit in edits])).hexdigest()
+
+
+def _refuse_others(folder: Path, stored: Sequence[StoredEdit], edits: Sequence[Edit]) -> None:
+    """Raise ConfigError where the folder's store has edits of another run, such as one that passed no checkpoint."""
+    known = {_record(edit) for edit in edits}
+    if others := [edit.prompt for edit in stored if _record(edit) not in known]:
+        raise ConfigError(
+            f"{folder} holds an interrupted run of other edits ({len(others)} of them, such as {others[0]!r})",
+            cure="go on with the same edits, or choose another folder",
+            reason=Reason.RUN,
+        )
 
 
 def _passed(folder: Path, data: str, every: int, edits: Sequence[Edit]) -> Passed:

@@ -180,6 +180,25 @@ def test_a_run_that_was_cut_off_keeps_its_checkpoints(
     assert any("one of 3 asked" in text for text in page.text["p"])
 
 
+def test_a_run_that_passed_no_checkpoint_is_of_its_edits_too(
+    capsys: pytest.CaptureFixture[str], tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, other = write(tmp_path / "edits.jsonl", MORE[:2]), write(tmp_path / "other.jsonl", MORE[1:3])
+    command = ["--model", tiny, "--out", tmp_path / "run", "--controls", "0", "--json", "--data", tmp_path]
+
+    def cut_off(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(quality, "asked_back", cut_off)
+        assert run(capsys, "bench", "quality", file, *command)[0] == 130
+    assert not (tmp_path / "run" / "passed.json").exists()
+    refused(capsys, tmp_path / "run" / "store", "holds an interrupted run of other edits .1 of them", "bench",
+            "quality", other, *command)  # fmt: skip
+    code, out, _ = run(capsys, "bench", "quality", file, *command)
+    assert code == 0 and json.loads(out)["edits"] == 2
+
+
 def test_what_a_run_cannot_do_is_said_before_it_starts(
     capsys: pytest.CaptureFixture[str], store: Path, tmp_path: Path
 ) -> None:
