@@ -22,6 +22,7 @@ class Reason(StrEnum):
     """Why an error was raised, where the command line and the HTTP API say in their own words what to do about it.
 
     CONFLICT: a prompt has two answers, in a file or in a file and the store.
+    CORPUS: methods that are compared need statistics of more text.
     DATA: a data set is not where it was looked for.
     MANY: more edits are asked about than the store has.
     NO_CLUSTER: no Ray cluster answers.
@@ -34,6 +35,7 @@ class Reason(StrEnum):
     """
 
     CONFLICT = "conflict"
+    CORPUS = "corpus"
     DATA = "data"
     MANY = "many"
     NO_CLUSTER = "no_cluster"

@@ -8,6 +8,7 @@ __all__ = ["message"]
 
 _CURES = {
     Reason.CONFLICT: "choose with --on-conflict first (keep the first one) or last (the last one wins)",
+    Reason.CORPUS: "name a folder that has WikiText with --data or MEMOIR_DATA, or leave these methods out (--method)",
     Reason.DATA: "name the folder of the data sets with --data or MEMOIR_DATA, or give the path of an edit file",
     Reason.MANY: "measure a store with the file it was made from, or with fewer of its edits (--limit)",
     Reason.NO_CLUSTER: "start one, or leave out --ray",

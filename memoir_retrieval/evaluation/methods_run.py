@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +17,7 @@ from memoir_retrieval.edits.record import Edit
 from memoir_retrieval.errors import ConfigError, Reason
 from memoir_retrieval.evaluation.methods import METHODS, open_method
 from memoir_retrieval.evaluation.methods.method import Method, Unedited
+from memoir_retrieval.evaluation.scores import holds, mean, same_share
 from memoir_retrieval.model.base import BaseModel
 from memoir_retrieval.question.prompts import end_token, prompt_ids, target_ids
 from memoir_retrieval.store.files import publish
@@ -39,6 +39,7 @@ TOKENS = 32
 WATCHED = 16  # control prompts whose likelihood is watched between edits
 CLOSELY = 10  # so many first edits are watched one by one, later ones in tens: watching can take longer than an edit
 DIVERGED = 10.0  # so many times the perplexity of the base model
+MOST = round(math.exp(100.0), 5)  # of a ratio of perplexities: JSON has no word for infinity
 ASKED = tuple(10**n for n in range(7))  # after so many edits a method is asked on the way, too
 
 
@@ -72,7 +73,7 @@ class CurvePoint(msgspec.Struct, frozen=True, kw_only=True):
     reliability, generality, locality, average: teacher-forced, as `Scores` has them.
     exact: free answers that equal the target, capitals and a full stop at the end aside.
     contains: free answers in which the target stands as words.
-    perplexity: of unrelated prompts, over that of the base model.
+    perplexity: of unrelated prompts, over that of the base model; e^100 where it is more, or no number.
     """
 
     edits: int
@@ -89,7 +90,7 @@ class MethodScores(CurvePoint, frozen=True, kw_only=True):
     """One method on some edits, asked after the last; `NAME.json` of a run. It begins with the fields of `CurvePoint`.
 
     method: its name.
-    data: a digest of the edits, the model and what else the figures depend on.
+    data: a digest of the edits, the model, the corpus and what else the figures depend on.
     end: whether the token that ends an answer was trained.
     settings: hyper-parameters.
     controls: how many unrelated prompts of each kind were answered freely, at most.
@@ -178,6 +179,7 @@ def run_method(
     alone: bool = False,
     controls: int = 64,
     texts: Sequence[str] = (),
+    known: dict[Hashable, Any] | None = None,
     folder: Path | None = None,
     tell: Callable[[str], None] = lambda _: None,
 ) -> MethodScores:
@@ -193,18 +195,19 @@ def run_method(
     alone: make and ask each edit on the unedited model, rather than all after the last.
     controls: see `MethodScores`.
     texts: of a corpus, for methods that need statistics of one.
+    known: see `Method`; what several methods of one run have in common is computed once.
     folder: of the run.
     tell: called with each line of news.
 
     Raises ConfigError where the folder holds the scores of other edits.
     """
-    data = _digest(base, edits, alone, end, controls)
+    data = _digest(base, edits, alone, end, controls, texts=texts)
     for scores in known_scores(folder, data) if folder else ():
         if scores.method == name:
             return scores
-    started = time.monotonic()
     before = answers()
-    method = open_method(name, base, end=end, texts=texts)
+    started = time.monotonic()
+    method = open_method(name, base, end=end, texts=texts, known=known)
     shares, curve, seconds, size, diverged, number = _Shares(), list[CurvePoint](), 0.0, 0, None, 0
     try:
         for group in _groups(edits, alone):
@@ -217,7 +220,7 @@ def run_method(
             number += len(group)
             shares.ask(method, group, before, controls)
             if alone:
-                tell(f"{name}: {number}/{len(edits)} edits alone, reliability {_mean(shares.right)}")
+                tell(f"{name}: {number}/{len(edits)} edits alone, reliability {mean(shares.right)}")
         result = MethodScores(
             method=name,
             data=data,
@@ -271,7 +274,7 @@ def _edit(
         seconds += time.perf_counter() - started
         done += len(batch)
         watch = done <= CLOSELY or done % CLOSELY == 0 or done == len(edits)
-        if method.checked and diverged is None and watch:
+        if diverged is None and watch:
             ratio = _ratio(method.loss(watched), before.loss)
             if not ratio < DIVERGED:
                 diverged = earlier + done
@@ -309,18 +312,18 @@ class _Shares:
         targets = [target_ids(base.tokenizer, edits[i].target, chat=False) for i in of]
         ended = [[*target, end_token(base.tokenizer)] for target in targets]
         choices = method.choices(prompts, ended)
-        right = [_same(a[:-1], b) for a, b in zip(choices, targets, strict=True)]
+        right = [same_share(a[:-1], b) for a, b in zip(choices, targets, strict=True)]
         answers = method.likely_answers(prompts, ended, TOKENS, choices)
         n = len(edits)
         self.right += right[:n]
         self.rephrased += right[n:]
         for number, (text, i) in enumerate(zip(answers, of, strict=True)):
             self.exact[number >= n].append(_plain(text) == _plain(edits[i].target))
-            self.contains[number >= n].append(_holds(text, edits[i].target))
+            self.contains[number >= n].append(holds(text, _plain(edits[i].target)))
         prompts, targets = _probes(base, edits)
         first = len(self.unrelated)
         probes = before.probes[first : first + len(prompts)]
-        self.unrelated += [_same(a, b) for a, b in zip(method.choices(prompts, targets), probes, strict=True)]
+        self.unrelated += [same_share(a, b) for a, b in zip(method.choices(prompts, targets), probes, strict=True)]
         asked_freely = prompts[: max(0, controls - first)]
         pairs = (
             (asked_freely, before.questions[first : first + len(asked_freely)]),
@@ -334,20 +337,20 @@ class _Shares:
     def scores(self) -> dict[str, Any]:
         """The fields of `CurvePoint` but for the number of edits."""
         three = {
-            "reliability": _mean(self.right),
-            "generality": _mean(self.rephrased),
-            "locality": _mean(self.unrelated),
+            "reliability": mean(self.right),
+            "generality": mean(self.rephrased),
+            "locality": mean(self.unrelated),
         }
         known = [score for score in three.values() if score is not None]
         return three | {
             "average": round(sum(known) / len(known), 5),
-            "exact": FreeShares(_mean(self.exact[0]) or 0.0, _mean(self.exact[1])),
-            "contains": FreeShares(_mean(self.contains[0]) or 0.0, _mean(self.contains[1])),
-            "perplexity": _mean(self.perplexities),
+            "exact": FreeShares(mean(self.exact[0]) or 0.0, mean(self.exact[1])),
+            "contains": FreeShares(mean(self.contains[0]) or 0.0, mean(self.contains[1])),
+            "perplexity": mean(self.perplexities),
         }
 
     def changed_shares(self) -> ChangedShares:
-        return ChangedShares(_mean(self.changed[0]), _mean(self.changed[1]))
+        return ChangedShares(mean(self.changed[0]), mean(self.changed[1]))
 
 
 def _groups(edits: Sequence[Edit], alone: bool) -> list[Sequence[Edit]]:
@@ -373,9 +376,8 @@ def _probes(base: BaseModel, edits: Sequence[Edit]) -> tuple[list[list[int]], li
     )
 
 
-def _digest(base: BaseModel, edits: Sequence[Edit], alone: bool, *options: int) -> str:
-    records = [msgspec.to_builtins(edit) for edit in edits]
-    run = [base.identity.layer, base.module, records, *options, *(["alone"] if alone else [])]
+def _digest(base: BaseModel, edits: Sequence[Edit], alone: bool, *options: int, texts: Sequence[str] = ()) -> str:
+    run = [base.identity, base.module, edits, alone, options, texts]
     return hashlib.sha256(msgspec.json.encode(run)).hexdigest()
 
 
@@ -394,22 +396,10 @@ def _known(path: Path, kind: type[_Kept], data: str) -> _Kept:
 
 
 def _ratio(after: float, before: float) -> float:
-    """The quotient of two perplexities; infinite where the first is no number."""
-    return round(math.exp(min(after - before, 100.0)), 5) if math.isfinite(after) else math.inf
+    """The quotient of two perplexities, `MOST` where the first is no number."""
+    return round(math.exp(min(after - before, 100.0)), 5) if math.isfinite(after) else MOST
 
 
 def _plain(text: str) -> str:
+    """What `exact` compares, so that what equals a target also contains it."""
     return text.strip().removesuffix(".").rstrip().casefold()
-
-
-def _holds(text: str, target: str) -> bool:
-    """Whether the target stands in a text as words of its own."""
-    return re.search(rf"(?<!\w){re.escape(_plain(target))}(?!\w)", text.casefold()) is not None
-
-
-def _same(a: Sequence[int], b: Sequence[int]) -> float:
-    return sum(x == y for x, y in zip(a, b, strict=True)) / len(b)
-
-
-def _mean(values: Sequence[float | bool]) -> float | None:
-    return round(sum(values) / len(values), 5) if values else None

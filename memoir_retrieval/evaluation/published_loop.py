@@ -1,8 +1,9 @@
 """The training loop of the paper's code (arXiv 2506.07899), to compare ours with.
 
 12 sequences an edit: the prompt, the prompt after 10 prefixes that the model wrote, and an unrelated prompt that goes
-through the model but not into the loss. 30 passes through the whole model and back, SGD with learning rate 1.0 on all
-of the memory, gradients clipped to norm 1.0. The mask is the edit's own in every sequence and acts on every token.
+through the model but not into the loss. 30 passes through the whole model and back, as the authors' configuration for
+LLaMA-3-8B has them (`methods/published.py` makes up to 70, until the loss has settled), SGD with learning rate 1.0 on
+all of the memory, gradients clipped to norm 1.0. The mask is the edit's own in every sequence and acts on every token.
 """
 
 from __future__ import annotations

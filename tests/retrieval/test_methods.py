@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Hashable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import msgspec
 import pytest
 import torch
 from small_models import save_llama, save_tokenizer
 from test_cli import run
+from torch.nn import functional
 
 from memoir_retrieval.edits.record import Edit, Probe
 from memoir_retrieval.errors import ConfigError
-from memoir_retrieval.evaluation.methods import METHODS, open_method
+from memoir_retrieval.evaluation.methods import LOCATED, METHODS, open_method
 from memoir_retrieval.evaluation.methods.alphaedit import null_space
 from memoir_retrieval.evaluation.methods.grace import Grace
-from memoir_retrieval.evaluation.methods.located import ValueSearch, second_moments, subject_end
+from memoir_retrieval.evaluation.methods.located import LocatedMethod, ValueSearch, corpus, second_moments, subject_end
 from memoir_retrieval.evaluation.methods.memit import least_squares
-from memoir_retrieval.evaluation.methods.method import Method, Unedited, scaled
-from memoir_retrieval.evaluation.methods.rome import rank_one
+from memoir_retrieval.evaluation.methods.method import Method, PrefixedMethod, Unedited, scaled
+from memoir_retrieval.evaluation.methods.rome import Rome, rank_one
 from memoir_retrieval.evaluation.methods.rows import Rows
 from memoir_retrieval.evaluation.methods.ultraedit import RunningMoments, ridge
 from memoir_retrieval.evaluation.methods.wise import margin
-from memoir_retrieval.evaluation.methods_run import DIVERGED, MethodScores, run_method, unedited_answers
+from memoir_retrieval.evaluation.methods_run import DIVERGED, MOST, MethodScores, run_method, unedited_answers
 from memoir_retrieval.evaluation.published_loop import train_published
 from memoir_retrieval.model.base import BaseModel, load_model
 from memoir_retrieval.model.embedded import get_model
@@ -37,6 +42,8 @@ EDIT = Edit(
 )
 OTHER = Edit(prompt="Which river runs through Portaal?", target="Elbe", subject="Portaal")
 TEXTS = ["The sea lies south of the town, and the river runs through it.", "A house was built near the old bridge."]
+CORPUS = TEXTS * 12
+"""No fewer tokens than the model's D."""
 
 SEARCH = ValueSearch(rate=0.5, steps=40, clamp=1000.0, decay=0.0)
 STRONGER = {
@@ -90,7 +97,7 @@ def test_a_method_edits_and_leaves_the_model_as_it_was(
         monkeypatch.setattr(f"memoir_retrieval.evaluation.methods.{setting}", value)
     before, unedited = weights(base), Unedited(base, end=False)
     assert accuracy(unedited, EDIT) == 0.0
-    method = open_method(name, base, texts=TEXTS, end=False)
+    method = open_method(name, base, texts=CORPUS, end=False)
     method.edit([EDIT])
     if name in STRONGER:
         assert accuracy(method, EDIT) == 1.0
@@ -119,17 +126,24 @@ def test_the_rate_of_lora_is_that_of_its_form(base: BaseModel, monkeypatch: pyte
 
 def test_ultraedit_makes_its_answers_likelier(base: BaseModel) -> None:
     method = open_method("ultraedit", base)
-    rows = [Rows(base, [method.ids(edit.prompt)], [method.answer_ids(edit)], whole=True) for edit in (EDIT, OTHER)]
-    before = [float(row.loss()) for row in rows]
+    rows = [(method.ids(edit.prompt), method.answer_ids(edit)) for edit in (EDIT, OTHER)]
+    before = [float(whole_loss(base, *row)) for row in rows]
     method.edit([EDIT, OTHER])
-    assert all(float(row.loss()) < loss for row, loss in zip(rows, before, strict=True))
+    assert all(float(whole_loss(base, *row)) < loss for row, loss in zip(rows, before, strict=True))
     method.close()
+
+
+def whole_loss(base: BaseModel, prompt: list[int], answer: list[int]) -> torch.Tensor:
+    """Mean cross-entropy of an answer, with every block run."""
+    logits = base.model(input_ids=torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1]
+    return functional.cross_entropy(logits, torch.tensor(answer))
 
 
 def test_the_loss_from_a_block_on_is_that_of_the_whole_model(base: BaseModel) -> None:
     prompts, answers = [[5, 6, 7, 8], [9, 10]], [[11, 12], [13]]
-    parts, whole = Rows(base, prompts, answers), Rows(base, prompts, answers, whole=True)
-    torch.testing.assert_close(parts.loss(), whole.loss())
+    parts = Rows(base, prompts, answers)
+    alone = [whole_loss(base, *row) * len(row[1]) for row in zip(prompts, answers, strict=True)]
+    torch.testing.assert_close(parts.loss(), sum(alone) / 3)
     logits = base.model(input_ids=torch.tensor([[9, 10, 13]])).logits[0, 1]
     torch.testing.assert_close(parts.logits()[2], logits)
 
@@ -156,6 +170,42 @@ def test_rome_gives_the_key_its_value_and_leaves_other_directions() -> None:
     torch.testing.assert_close(change @ other, torch.zeros(4), atol=1e-5, rtol=0)
 
 
+def test_rome_gives_the_bare_prompt_its_value(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    method = open_method("rome", base, texts=CORPUS, end=False)
+    assert isinstance(method, Rome)
+    (layer,) = method.layers
+    first, change = method.value_change(EDIT, block_output=False)
+    monkeypatch.setattr(Rome, "value_change", lambda *_, **__: (first, change))
+    key = method.keys(EDIT, layer)[0]
+    torch.testing.assert_close(method.weight(base.at(layer)) @ key, first)
+    method.edit([EDIT])
+    torch.testing.assert_close(method.weight(base.at(layer)) @ key, first + change)
+    assert change.norm() > 0.1 and not torch.equal(key, method.key(EDIT, layer))
+    method.close()
+
+
+def test_statistics_are_of_so_many_tokens_as_the_settings_say(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    method = open_method("memit", base, texts=CORPUS)
+    assert method.settings["corpus_tokens"] == sum(len(method.ids(text)) for text in CORPUS) >= base.d
+    method.close()
+    monkeypatch.setattr("memoir_retrieval.evaluation.methods.located.CORPUS_TOKENS", base.d)
+    rows = corpus(base, CORPUS * 9)
+    assert len(rows) % 8 == 0 and sum(map(len, rows[:-8])) < base.d <= sum(map(len, rows))
+    with pytest.raises(ConfigError, match=rf"need {base.d} tokens of text or more, and there are \d\d: give more text"):
+        open_method("memit", base, texts=TEXTS)
+
+
+def test_too_little_text_is_refused_before_any_method_is_run(
+    base: BaseModel, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("memoir_retrieval.background.background_prompts", lambda: TEXTS)
+    (tmp_path / "edits.jsonl").write_text(json.dumps({"prompt": EDIT.prompt, "target": EDIT.target}) + "\n")
+    code, _, error = run(capsys, "bench", "methods", tmp_path / "edits.jsonl", "--model", base.name, "--edits", "1",
+                         "--data", tmp_path, "--out", tmp_path / "run")  # fmt: skip
+    assert code == 2 and f"need {base.d} tokens of text or more" in error and "--data or MEMOIR_DATA" in error
+    assert not (tmp_path / "run").exists()
+
+
 def test_memit_solves_its_normal_equations() -> None:
     torch.manual_seed(0)
     keys, values, root = torch.randn(6, 3).double(), torch.randn(4, 3).double(), torch.randn(6, 6).double()
@@ -174,7 +224,7 @@ def test_alphaedit_projects_the_kept_keys_to_nothing() -> None:
 
 
 def test_alphaedit_changes_no_output_for_kept_keys(base: BaseModel) -> None:
-    method = open_method("alphaedit", base, texts=TEXTS)
+    method = open_method("alphaedit", base, texts=CORPUS)
     layer = method.layers[0]
     kept = torch.randn(base.d, base.d // 2, generator=torch.Generator().manual_seed(0))
     method.projections = {layer: null_space(kept @ kept.T, 1e-3)}
@@ -193,7 +243,7 @@ def test_ultraedit_solves_the_ridge_regression() -> None:
 
 def test_running_moments_are_those_of_all_rows() -> None:
     rows = torch.randn(20, 3, generator=torch.Generator().manual_seed(0)) * 5 + 2
-    moments = RunningMoments(3)
+    moments = RunningMoments(3, torch.device("cpu"))
     for part in rows.split([7, 1, 12]):
         moments.update(part)
     torch.testing.assert_close(moments.normalised(rows), (rows - rows.mean(0)) / rows.std(0))
@@ -214,7 +264,7 @@ def test_the_last_token_of_a_subject(base: BaseModel) -> None:
 
 def test_grace_splits_radii_of_different_answers_and_shares_those_of_one() -> None:
     grace = object.__new__(Grace)
-    grace.base = type("Shape", (), {"h": 2, "d": 2})()
+    grace.base = SimpleNamespace(h=2, d=2)
     grace.random = torch.Generator().manual_seed(0)
     grace.keys, grace.values, grace.radii, grace.labels = torch.zeros(0, 2), torch.zeros(0, 2), torch.zeros(0), []
     assert grace._entry(torch.tensor([0.0, 0.0]), "a") == 0
@@ -222,6 +272,17 @@ def test_grace_splits_radii_of_different_answers_and_shares_those_of_one() -> No
     assert grace._entry(torch.tensor([0.0, 1.0]), "b") == 1
     torch.testing.assert_close(grace.radii, torch.tensor([0.5, 0.5]), atol=1e-4, rtol=0)
     assert grace._entry(torch.tensor([9.0, 9.0]), "b") == 2 and grace.radii[2] == 1.0
+
+
+def test_what_methods_keep_is_where_the_model_is() -> None:
+    """The device `meta` stands in for a GPU: it refuses what lies on the CPU."""
+    there = torch.device("meta")
+    grace = Grace(SimpleNamespace(h=2, d=3, layer=0, device=there))
+    moments = RunningMoments(5, there)
+    moments.update(torch.zeros(4, 5, device=there))
+    assert grace._entry(torch.zeros(3, device=there), "a") == 0
+    kept = (grace.keys, grace.values, grace.radii, moments.mean, moments.squares)
+    assert {tensor.device for tensor in kept} == {there}
 
 
 def test_grace_answers_the_prompt_and_nothing_far_from_it(base: BaseModel) -> None:
@@ -265,6 +326,49 @@ def test_reading_reads_the_edit_that_matches_and_nothing_elsewhere(base: BaseMod
     assert reading.rendered([far]) == [far]
     assert base.tokenizer.decode(retrieval.rendered([far])[0]).startswith("New Fact: ")
     for method in (reading, retrieval):
+        method.close()
+
+
+def test_reading_makes_the_masks_of_new_edits_only(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    from memoir_retrieval.evaluation.methods import reading
+
+    asked, means = list[int](), reading.question_means
+    monkeypatch.setattr(
+        reading, "question_means", lambda base, rows, spans: asked.append(len(rows)) or means(base, rows, spans)
+    )
+    parts, whole = open_method("reading", base), open_method("reading", base)
+    parts.edit([EDIT])
+    parts.edit([OTHER])
+    whole.edit([EDIT, OTHER])
+    assert asked == [1, 1, 2]
+    prompts = [whole.ids(text) for text in (EDIT.prompt, OTHER.prompt, "Where is the sea?", *EDIT.rephrases)]
+    assert parts.rendered(prompts) == whole.rendered(prompts) != prompts
+    stores = [method.retriever.store for method in (parts, whole)]
+    assert stores[0].manifest.tau == stores[1].manifest.tau and (stores[0].codes == stores[1].codes).all()
+    for method in (parts, whole):
+        method.close()
+
+
+def test_the_perplexity_is_that_of_a_text_with_what_the_method_does_to_it(base: BaseModel) -> None:
+    plain, far = Unedited(base), "Please write a poem about the sea"
+    near = plain.ids(f"{EDIT.prompt} is")
+    memoir, reading, retrieval = (open_method(name, base) for name in ("memoir", "reading", "retrieval"))
+    for method in (memoir, reading, retrieval):
+        method.edit([EDIT, OTHER])
+    for method in (memoir, reading):
+        assert method.loss([plain.ids(far)]) == plain.loss([plain.ids(far)])
+    prompt = plain.ids(EDIT.prompt)
+    (answer,) = memoir.model.score([prompt])
+    assert answer.edit == 0 and len(answer.logprobs) == len(prompt) - 1
+    assert memoir.loss([prompt]) == pytest.approx(-sum(answer.logprobs) / len(answer.logprobs), rel=1e-4)
+    assert abs(memoir.loss([prompt]) - plain.loss([prompt])) > 1e-2
+    for method, text in ((reading, prompt), (retrieval, prompt), (retrieval, near)):
+        (row,) = method.rendered([text])
+        n = len(text) - 1
+        assert row[-n:] == text[1:]
+        expected = float(whole_loss(base, row[:-n], row[-n:]))
+        assert method.loss([text]) == pytest.approx(expected, rel=1e-4) != plain.loss([text])
+    for method in (memoir, reading, retrieval):
         method.close()
 
 
@@ -313,12 +417,58 @@ def test_the_base_model_changes_no_answer(base: BaseModel, alone: bool, monkeypa
 
 
 def test_what_was_computed_of_the_unedited_model_is_kept(base: BaseModel) -> None:
-    method = open_method("rome", base, texts=TEXTS, end=False)
-    moments = method.moments
+    method = open_method("rome", base, texts=CORPUS, end=False)
+    assert isinstance(method, Rome)
+    (layer,), moments = method.layers, method.moments
     method.edit([EDIT])
     again = method.restart()
-    assert again.moments is moments and torch.equal(again.weight(base), weights(base)[f"{base.module}.weight"])
+    assert again.moments[layer] is moments[layer] and again.prefixes is method.prefixes
+    assert torch.equal(again.weight(base), weights(base)[f"{base.module}.weight"])
     again.close()
+
+
+@pytest.mark.parametrize("name", ["published", "retrieval", "ft"])
+def test_edits_made_alone_do_not_compute_anything_of_the_unedited_model_again(
+    base: BaseModel, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    methods = "memoir_retrieval.evaluation.methods"
+    monkeypatch.setattr(f"{methods}.method.half_is_faster", lambda _: name == "ft")
+    monkeypatch.setattr(f"{methods}.published.STEPS", 2)
+    method = open_method(name, base)
+    method.edit([EDIT])
+    again = method.restart()
+    assert again.known is method.known
+    if name == "ft":
+        assert vars(again)["_products"] is vars(method)["_products"]
+        again.edit([EDIT])
+    else:
+        monkeypatch.setattr(f"{methods}.published.question_means", None)
+        monkeypatch.setattr(f"{methods}.reading.Retrieval._states", None)
+        again = again.restart()
+    again.close()
+
+
+def test_methods_of_one_run_take_statistics_and_prefixes_once(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    from memoir_retrieval.evaluation.methods import located, method
+
+    layers, sampled = list[int](), list[int]()
+
+    def moments(bases: list[BaseModel], rows: list[list[int]]) -> dict[int, torch.Tensor]:
+        layers.extend(at.layer for at in bases)
+        return second_moments(bases, rows)
+
+    monkeypatch.setattr(located, "second_moments", moments)
+    own_prefixes = method.own_prefixes
+    monkeypatch.setattr(method, "own_prefixes", lambda base, n, seed: sampled.append(n) or own_prefixes(base, n, seed))
+    known: dict[Hashable, Any] = {}
+    opened = [open_method(name, base, texts=CORPUS, known=known) for name in (*LOCATED, "wise", "published")]
+    assert sorted(layers) == sorted({layer for m in opened if isinstance(m, LocatedMethod) for layer in m.layers})
+    assert sampled == [10] and all(
+        m.prefixes == own_prefixes(base, 10, 0) for m in opened if isinstance(m, PrefixedMethod)
+    )
+    assert own_prefixes(base, 5, 0) == own_prefixes(base, 10, 0)[:5]
+    for m in opened:
+        m.close()
 
 
 class Breaking(Unedited):
@@ -331,20 +481,51 @@ class Breaking(Unedited):
             self.weight(self.base).mul_(1.0 if edits[0] is EDIT else float("nan"))
 
 
-def test_a_method_that_diverges_is_reported_with_the_edit(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_method_that_diverges_is_reported_with_the_edit(
+    base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from memoir_retrieval.evaluation import methods_run
 
     monkeypatch.setattr(methods_run, "TOKENS", 4)
     monkeypatch.setattr(methods_run, "open_method", lambda name, base, **options: Breaking(base, **options))
     lines: list[str] = []
     before = weights(base)
-    scores = run_method(
-        "ft", base, [EDIT, OTHER], lambda: unedited_answers(base, [EDIT], 1), controls=1, tell=lines.append
-    )
-    assert scores.diverged == 2 and scores.perplexity > DIVERGED
+
+    def scored() -> MethodScores:
+        answers = unedited_answers(base, [EDIT], 1)
+        return run_method("ft", base, [EDIT, OTHER], lambda: answers, controls=1, folder=tmp_path, tell=lines.append)
+
+    scores = scored()
+    assert scores.diverged == 2 and scores.perplexity == MOST > DIVERGED
+    assert scored() == scores, "its file is read"
     assert any("diverged at edit 2" in line for line in lines)
     assert (scores.changed.questions, scores.changed.controls) == (1.0, 1.0)
     assert all(torch.equal(weight, before[name]) for name, weight in base.model.named_parameters())
+
+
+def test_the_base_models_answers_are_charged_to_no_method(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    from memoir_retrieval.evaluation import methods_run
+
+    now = [0.0]
+    monkeypatch.setattr(methods_run, "TOKENS", 2)
+    monkeypatch.setattr(methods_run, "time", SimpleNamespace(monotonic=lambda: now[0], perf_counter=lambda: 0.0))
+
+    def answers() -> methods_run.BaseAnswers:
+        now[0] += 100
+        return unedited_answers(base, [EDIT], 0)
+
+    assert run_method("base", base, [EDIT], answers, controls=0).seconds == 0
+
+
+def test_scores_are_of_one_model_and_one_corpus(base: BaseModel) -> None:
+    from memoir_retrieval.evaluation.methods_run import _digest
+
+    digests = {_digest(base, [EDIT], False, 64), _digest(base, [EDIT], False, 64, texts=TEXTS)}
+    for part in ("config", "layer", "tokenizer", "adapter"):
+        other = replace(base)
+        vars(other)["identity"] = msgspec.structs.replace(base.identity, **{part: "other"})
+        digests.add(_digest(other, [EDIT], False, 64))
+    assert len(digests) == 6
 
 
 def test_later_edits_are_watched_in_tens(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
@@ -15,7 +16,7 @@ from memoir_retrieval.cli.options import ModelOptions, data_folder_option, model
 from memoir_retrieval.edits.files import FORMATS, check_duplicates, read_edits
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.evaluation.datasets import STATISTICS, data_file
-from memoir_retrieval.evaluation.methods import METHODS
+from memoir_retrieval.evaluation.methods import LOCATED, METHODS
 from memoir_retrieval.store.files import publish
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 __all__ = ["bench_methods"]
 
 TABLE, PAGE = "methods.md", "methods.html"
-HEAD = ("method", "rel", "gen", "loc", "avg", "exact", "contains", "changed", "perplexity", "s/edit", "MB/edit")
 
 
 @click.command("methods")
@@ -100,12 +100,17 @@ def bench_methods(
 
     from memoir_retrieval.background import background_prompts
     from memoir_retrieval.evaluation.methods_run import known_scores, run_method, unedited_answers
-    from memoir_retrieval.evaluation.report import methods_page
+    from memoir_retrieval.evaluation.report import METHOD_FIGURES, methods_page
     from memoir_retrieval.evaluation.texts import read_texts
 
     base = model.load()
     corpus = folder / STATISTICS
     texts = read_texts(corpus, most=400) if corpus.is_file() else background_prompts()
+    known: dict[Hashable, Any] = {}
+    if set(names or METHODS) & set(LOCATED):
+        from memoir_retrieval.evaluation.methods.located import corpus as corpus_of
+
+        known["corpus"] = corpus_of(base, texts)
     answers = cache(lambda: unedited_answers(base, edits, controls, alone=alone, folder=out))
     if out:
         out.mkdir(parents=True, exist_ok=True)
@@ -121,32 +126,31 @@ def bench_methods(
                 alone=alone,
                 controls=controls,
                 texts=texts,
+                known=known,
                 folder=out,
                 tell=notes.print,
             )
         )
+    head = ("method", *METHOD_FIGURES, "changed", "perplexity", "s/edit", "MB/edit")
     if out:
         there = known_scores(out, results[0].data)
-        lines = [HEAD, ["---"] * len(HEAD), *map(_cells, there)]
+        lines = [head, ["---"] * len(head), *map(_cells, there)]
         publish(out / TABLE, "".join(f"| {' | '.join(line)} |\n" for line in lines).encode())
         publish(out / PAGE, methods_page(there, data, base.name).encode())
         notes.print(f"written to {out / TABLE} and {out / PAGE}")
     if as_json:
         echo_json(msgspec.to_builtins(results))
         return
-    table = Table(*HEAD, title=f"{len(edits)} edits of {data}")
+    table = Table(*head, title=f"{len(edits)} edits of {data}")
     for result in results:
         table.add_row(*_cells(result))
     tables.print(table)
 
 
 def _cells(scores: MethodScores) -> list[str]:
-    def share(value: float | None) -> str:
-        return "" if value is None else f"{value:.3f}"
+    from memoir_retrieval.evaluation.report import method_figures, shares_cell
 
-    teacher = (scores.reliability, scores.generality, scores.locality, scores.average)
-    free = (f"{share(both.edits)} / {share(both.rephrases)}" for both in (scores.exact, scores.contains))
-    changed = f"{share(scores.changed.questions)} / {share(scores.changed.controls)}" if scores.controls else ""
+    changed = shares_cell(scores.changed.questions, scores.changed.controls) if scores.controls else ""
     at = f" (edit {scores.diverged})" if scores.diverged else ""
     cost = (f"{scores.perplexity:.3g}{at}", f"{scores.edit_seconds:.2f}", f"{scores.edit_megabytes:.3f}")
-    return [scores.method, *(share(score) for score in teacher), *free, changed, *cost]
+    return [scores.method, *method_figures(scores), changed, *cost]

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from memoir_retrieval.evaluation.methods.method import Method
     from memoir_retrieval.model.base import BaseModel
 
-__all__ = ["METHODS", "open_method"]
+__all__ = ["LOCATED", "METHODS", "open_method"]
 
 METHODS = {
     "base": "method.Unedited",
@@ -30,14 +30,24 @@ METHODS = {
 }
 """Name -> module and class."""
 
+LOCATED = ("rome", "memit", "alphaedit")
+"""Methods that take statistics of a corpus."""
 
-def open_method(name: str, base: BaseModel, *, end: bool = True, texts: Sequence[str] = (), seed: int = 0) -> Method:
+
+def open_method(
+    name: str,
+    base: BaseModel,
+    *,
+    end: bool = True,
+    texts: Sequence[str] = (),
+    known: dict[Hashable, Any] | None = None,
+) -> Method:
     """A method on a model, prepared for edits and to be closed when it is not needed any more.
 
     name: one of `METHODS`.
-    base, end, texts, seed: see `Method`.
+    base, end, texts, known: see `Method`.
     """
     module, _, kind = METHODS[name].partition(".")
-    method: Method = getattr(import_module(f"{__name__}.{module}"), kind)(base, end=end, texts=texts, seed=seed)
+    method: Method = getattr(import_module(f"{__name__}.{module}"), kind)(base, end=end, texts=texts, known=known)
     method.prepare()
     return method

@@ -14,8 +14,8 @@ directions is left (`kept`). On another model the layers are at the same part of
 
 from __future__ import annotations
 
-from functools import cached_property
-from typing import Any, ClassVar
+from functools import cached_property, partial
+from typing import Any
 
 import torch
 
@@ -30,13 +30,9 @@ EIGENVALUE, L2 = 2e-2, 10.0
 
 
 class AlphaEdit(Memit):
-    """See the module.
-
-    unedited: see `Method`.
-    """
+    """See the module."""
 
     name = "alphaedit"
-    unedited: ClassVar[tuple[str, ...]] = ("prefixes", "moments", "projections")
     search = ValueSearch(rate=0.5, steps=25, clamp=0.75, decay=0.5)
 
     def __init__(self, base: BaseModel, **options: Any):
@@ -47,7 +43,10 @@ class AlphaEdit(Memit):
     @cached_property
     def projections(self) -> dict[int, torch.Tensor]:
         """P of each layer, [D, D]."""
-        return {layer: null_space(c, EIGENVALUE) for layer, c in self.moments.items()}
+        return {
+            layer: self.once(("null space", layer), partial(null_space, c, EIGENVALUE))
+            for layer, c in self.moments.items()
+        }
 
     @property
     def settings(self) -> dict[str, Any]:

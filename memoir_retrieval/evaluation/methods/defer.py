@@ -21,7 +21,7 @@ import torch
 
 from memoir_retrieval.edits.record import Edit
 from memoir_retrieval.evaluation.methods.descent import descend
-from memoir_retrieval.evaluation.methods.method import Method
+from memoir_retrieval.evaluation.methods.method import SEED, Method
 from memoir_retrieval.evaluation.methods.rows import Rows
 from memoir_retrieval.model.base import BaseModel
 
@@ -39,7 +39,7 @@ class Defer(Method):
         """base, options: see `Method`."""
         super().__init__(base, **options)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.random.initial_seed())
+            torch.manual_seed(SEED)
             self.gate = torch.nn.Linear(base.d, 1).to(base.device)
             self.values = torch.nn.Linear(base.d, base.h).to(base.device)
         self.trained = False

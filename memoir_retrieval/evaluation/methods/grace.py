@@ -40,8 +40,8 @@ class Grace(Method):
     def __init__(self, base: BaseModel, **options: Any):
         """base, options: see `Method`."""
         super().__init__(base, **options)
-        self.keys, self.values = torch.zeros(0, base.d), torch.zeros(0, base.h)
-        self.radii, self.labels = torch.zeros(0), list[str]()
+        self.keys, self.values = (torch.zeros(0, width, device=base.device) for width in (base.d, base.h))
+        self.radii, self.labels = torch.zeros(0, device=base.device), list[str]()
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -80,8 +80,9 @@ class Grace(Method):
                 self.radii[nearest] = distance / 2 - 1e-5
                 radius = distance / 2
         self.keys = torch.cat([self.keys, query[None]])
-        self.values = torch.cat([self.values, torch.rand(1, self.base.h, generator=self.random)])
-        self.radii = torch.cat([self.radii, torch.tensor([radius])])
+        drawn = torch.rand(1, self.base.h, generator=self.random)  # on the CPU: the same values on every device
+        self.values = torch.cat([self.values, drawn.to(self.values)])
+        self.radii = torch.cat([self.radii, self.radii.new_tensor([radius])])
         self.labels.append(label)
         return new
 

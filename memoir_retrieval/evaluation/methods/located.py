@@ -4,25 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional
 
-from memoir_retrieval.editing.contexts import own_prefixes
 from memoir_retrieval.edits.record import Edit
+from memoir_retrieval.errors import ConfigError, Reason
 from memoir_retrieval.evaluation.methods.descent import descend
-from memoir_retrieval.evaluation.methods.method import Method
+from memoir_retrieval.evaluation.methods.method import PrefixedMethod
 from memoir_retrieval.evaluation.methods.rows import Rows
 from memoir_retrieval.model.base import BaseModel
 from memoir_retrieval.model.forward import frozen_run, right_pad
+from memoir_retrieval.question.prompts import prompt_ids
 
-__all__ = ["LocatedMethod", "ValueSearch", "second_moments", "subject_end"]
+__all__ = ["LocatedMethod", "ValueSearch", "corpus", "second_moments", "subject_end"]
 
 PREFIXES = 5
 KL = 0.0625
 STOP = 5e-2
 CORPUS_TOKENS = 16384
+BATCH = 8  # texts of the corpus that are run at once
 RIDGE = 1e-4  # of the mean diagonal of C, so that C can be inverted
 
 
@@ -55,46 +57,47 @@ def subject_end(tokenizer: Any, prompt: str, subject: str) -> int:
     return max(i for i, (start, end) in enumerate(encoded["offset_mapping"]) if start < last and end > start)
 
 
-class LocatedMethod(Method):
+class LocatedMethod(PrefixedMethod):
     """A method that writes a key and a value into weights.
 
     layers: that are written to. The value is sought in the last of them.
     search: how.
-    unedited: see `Method`.
     """
 
     layers: tuple[int, ...]
     search: ValueSearch
-    unedited: ClassVar[tuple[str, ...]] = ("prefixes", "moments")
 
-    @cached_property
-    def prefixes(self) -> list[str]:
-        """Texts that the model wrote before it was edited, and the empty one first."""
-        return ["", *(f"{text} " for text in own_prefixes(self.base, PREFIXES, self.random.initial_seed()))]
+    @property
+    def corpus(self) -> list[list[int]]:
+        """Token ids of the texts of which statistics are taken."""
+        return self.once("corpus", lambda: corpus(self.base, self.texts))
 
     @cached_property
     def moments(self) -> dict[int, torch.Tensor]:
-        """C of each layer, of the unedited model, with a ridge."""
-        rows = [self.ids(text) for text in self.texts]
-        of_layer = second_moments([self.base.at(layer) for layer in self.layers], rows)
-        return {layer: c + RIDGE * c.diagonal().mean() * torch.eye(len(c)).to(c) for layer, c in of_layer.items()}
+        """C of each layer, of the unedited model, with a ridge. Of all methods that share layers, the first has them
+        computed."""
+        new = [self.base.at(layer) for layer in self.layers if ("moments", layer) not in self.known]
+        for layer, c in second_moments(new, self.corpus).items() if new else ():
+            self.known["moments", layer] = c + RIDGE * c.diagonal().mean() * torch.eye(len(c)).to(c)
+        return {layer: self.known["moments", layer] for layer in self.layers}
 
     @property
     def settings(self) -> dict[str, Any]:
         """See `Method`."""
-        shared = {"kl": KL, "prefixes": PREFIXES, "corpus_tokens": CORPUS_TOKENS}
+        shared = {"kl": KL, "prefixes": PREFIXES, "corpus_tokens": sum(map(len, self.corpus))}
         return {"layers": self.layers, **self.search._asdict(), **shared}
 
     def prepare(self) -> None:
         """See `Method`."""
-        _ = self.prefixes, self.moments
+        super().prepare()
+        _ = self.moments
 
     def ends(self, edit: Edit) -> list[tuple[list[int], int]]:
-        """The prompt after each prefix: token ids and the place of the subject's last token.
+        """The bare prompt and the prompt after each prefix: token ids and the place of the subject's last token.
 
         edit: any.
         """
-        texts = [f"{prefix}{edit.prompt}" for prefix in self.prefixes]
+        texts = [edit.prompt, *(f"{prefix} {edit.prompt}" for prefix in self.prefixes[:PREFIXES])]
         return [(self.ids(text), subject_end(self.base.tokenizer, text, edit.subject)) for text in texts]
 
     def value_change(self, edit: Edit, block_output: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -147,16 +150,45 @@ class LocatedMethod(Method):
                 handle.remove()
         return first[0], change.detach()
 
-    @torch.no_grad()
     def key(self, edit: Edit, layer: int) -> torch.Tensor:
-        """The mean input of a layer's projection at the subject's last token over all prefixes: [D] (Eq. 3 of ROME).
+        """The mean of `keys`: [D] (Eq. 3 of ROME).
+
+        edit, layer: see there.
+        """
+        return self.keys(edit, layer).mean(0)
+
+    @torch.no_grad()
+    def keys(self, edit: Edit, layer: int) -> torch.Tensor:
+        """The input of a layer's projection at the subject's last token, in each row of `ends`: [P, D].
 
         edit: any.
         layer: number of the block.
         """
         rows, places = zip(*self.ends(edit), strict=True)
         inputs = Rows(self.base.at(layer), rows, [[]] * len(rows)).activations
-        return inputs[range(len(places)), places].mean(0)
+        return inputs[range(len(places)), places]
+
+
+def corpus(base: BaseModel, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of the first texts, in eights, until they have 16,384 tokens; of all where these are fewer.
+
+    base: the model.
+    texts: the corpus.
+
+    Raises ConfigError for fewer tokens than the projection has inputs: statistics of them say nothing of most.
+    """
+    rows: list[list[int]] = []
+    for text in texts:
+        if len(rows) % BATCH == 0 and sum(map(len, rows)) >= CORPUS_TOKENS:
+            break
+        rows.append(prompt_ids(base.tokenizer, text, chat=False))
+    if (tokens := sum(map(len, rows))) < base.d:
+        raise ConfigError(
+            f"the statistics of ROME, MEMIT and AlphaEdit need {base.d} tokens of text or more, and there are {tokens}",
+            cure="give more text, or leave these methods out",
+            reason=Reason.CORPUS,
+        )
+    return rows
 
 
 @torch.no_grad()
@@ -164,10 +196,10 @@ def second_moments(bases: Sequence[BaseModel], rows: Sequence[list[int]]) -> dic
     """Mean of k k^T over tokens of a corpus, k the input of each layer's projection: float32 [D, D] by layer.
 
     bases: the model at each layer.
-    rows: token ids of texts; the first 16,384 tokens are used.
+    rows: token ids of texts.
     """
     sums = {base.layer: torch.zeros(base.d, base.d, device=base.device) for base in bases}
-    count, real = 0, torch.zeros(0)
+    real = torch.zeros(0)
     deepest = max(bases, key=lambda base: base.layer)
 
     def hook(layer: int) -> Any:
@@ -179,15 +211,12 @@ def second_moments(bases: Sequence[BaseModel], rows: Sequence[list[int]]) -> dic
 
     handles = [base.projection.register_forward_pre_hook(hook(base.layer)) for base in bases]
     try:
-        for first in range(0, len(rows), 8):
-            batch = rows[first : first + 8]
+        for first in range(0, len(rows), BATCH):
+            batch = rows[first : first + BATCH]
             ids, lengths = right_pad(batch, deepest.device)
             real = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
             frozen_run(deepest, {"input_ids": ids, "use_cache": False})
-            count += int(lengths.sum())
-            if count >= CORPUS_TOKENS:
-                break
     finally:
         for handle in handles:
             handle.remove()
-    return {layer: total / count for layer, total in sums.items()}
+    return {layer: total / sum(map(len, rows)) for layer, total in sums.items()}

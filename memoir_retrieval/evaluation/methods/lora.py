@@ -22,7 +22,7 @@ import torch
 from memoir_retrieval.edits.record import Edit
 from memoir_retrieval.errors import ConfigError, ModelError
 from memoir_retrieval.evaluation.methods.descent import descend
-from memoir_retrieval.evaluation.methods.method import Method
+from memoir_retrieval.evaluation.methods.method import SEED, Method
 from memoir_retrieval.model.base import BaseModel
 
 __all__ = ["Lora"]
@@ -61,7 +61,7 @@ class Lora(Method):
             total_step=STEPS,
         )
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings(action="ignore"):
-            torch.manual_seed(self.random.initial_seed())
+            torch.manual_seed(SEED)
             self.adapted = get_peft_model(base.model, config)
         self.weights = [weight for weight in self.adapted.parameters() if weight.requires_grad]
         self._dropout(False)
@@ -85,14 +85,16 @@ class Lora(Method):
             for edit in edits:
                 prompt, answer = self.ids(edit.prompt), self.answer_ids(edit)
                 ids = torch.tensor([[*prompt, *answer]], device=self.base.device)
-                labels = torch.tensor([[*([IGNORED] * len(prompt)), *answer]], device=self.base.device)
                 with self.training():
-                    descend(torch.optim.Adam(self.weights, lr=RATE), partial(self._loss, ids, labels), STEPS)
+                    descend(torch.optim.Adam(self.weights, lr=RATE), partial(self._loss, ids, len(answer)), STEPS)
             self._dropout(False)
 
-    def _loss(self, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Of the answer, and that of Eq. 4."""
-        loss: torch.Tensor = self.adapted(input_ids=ids, labels=labels, use_cache=False).loss
+    def _loss(self, ids: torch.Tensor, answer: int) -> torch.Tensor:
+        """Of the last tokens, which are the answer, and that of Eq. 4. There are logits from the prompt's end on."""
+        labels = ids[:, -1 - answer :].clone()
+        labels[:, 0] = IGNORED
+        kept = torch.arange(ids.shape[1] - 1 - answer, ids.shape[1], device=ids.device)
+        loss: torch.Tensor = self.adapted(input_ids=ids, labels=labels, logits_to_keep=kept, use_cache=False).loss
         return loss
 
     def _dropout(self, on: bool) -> None:

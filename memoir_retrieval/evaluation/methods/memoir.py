@@ -29,7 +29,6 @@ class Memoir(Method):
 
     name = "memoir"
     batch = None
-    checked = False
 
     def __init__(self, base: BaseModel, **options: Any):
         """base, options: see `Method`."""
@@ -69,6 +68,11 @@ class Memoir(Method):
         """See `Method`."""
         texts = [answer.text for answer in self.model.generate(prompts, max_new_tokens=tokens)]
         return [(text.strip().splitlines() or [""])[0].strip() for text in texts]
+
+    def loss(self, texts: Sequence[list[int]]) -> float:
+        """See `Method`."""
+        pairs = zip(*self.model.compare(texts), strict=True)
+        return self.changed_loss(texts, [sum(before.logprobs) - sum(after.logprobs) for after, before in pairs])
 
     def close(self) -> None:
         """See `Method`."""

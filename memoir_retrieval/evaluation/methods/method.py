@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch.nn import functional
 from transformers.cache_utils import DynamicCache
 
+from memoir_retrieval.editing.contexts import own_prefixes
 from memoir_retrieval.edits.record import Edit
 from memoir_retrieval.errors import ModelError
 from memoir_retrieval.model.base import BaseModel
@@ -18,9 +19,13 @@ from memoir_retrieval.model.bfloat16 import HalfProducts, half_is_faster
 from memoir_retrieval.model.forward import right_pad
 from memoir_retrieval.question.prompts import end_token, prompt_ids, target_ids
 
-__all__ = ["Method", "Unedited", "scaled"]
+__all__ = ["SEED", "Method", "PrefixedMethod", "Unedited", "scaled"]
 
 ROWS = 32  # prompts that are run at once
+SEED = 0  # of every draw
+PREFIXES = 10
+
+Value = TypeVar("Value")
 
 
 def scaled(layer: int, base: BaseModel, of: int = 32) -> int:
@@ -40,25 +45,29 @@ class Method:
 
     name: on the command line.
     batch: edits that are made at once; None for any number.
-    checked: whether the model can be asked between two edits.
-    unedited: cached properties that depend on the unedited model alone.
     """
 
     name: ClassVar[str]
     batch: ClassVar[int | None] = 1
-    checked: ClassVar[bool] = True
-    unedited: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, base: BaseModel, *, end: bool = True, texts: Sequence[str] = (), seed: int = 0):
+    def __init__(
+        self,
+        base: BaseModel,
+        *,
+        end: bool = True,
+        texts: Sequence[str] = (),
+        known: dict[Hashable, Any] | None = None,
+    ):
         """Prepare a method.
 
         base: the model, in float32.
         end: train the token that ends an answer too.
         texts: text of a corpus, for methods that need statistics of one.
-        seed: of every draw.
+        known: what `once` has computed, which all methods on one model and one corpus may share.
         """
         self.base, self.end, self.texts = base, end, texts
-        self.random = torch.Generator().manual_seed(seed)
+        self.known = {} if known is None else known
+        self.random = torch.Generator().manual_seed(SEED)
         self._originals: dict[torch.nn.Parameter, torch.Tensor] = {}
 
     @property
@@ -73,6 +82,17 @@ class Method:
 
     def prepare(self) -> None:
         """Compute what the unedited model alone decides, before the first edit."""
+
+    def once(self, name: Hashable, compute: Callable[[], Value]) -> Value:
+        """What depends on the unedited model and the corpus alone, computed when it is first needed.
+
+        name: of the value.
+        compute: gives it.
+        """
+        if name not in self.known:
+            self.known[name] = compute()
+        value: Value = self.known[name]
+        return value
 
     def edit(self, edits: Sequence[Edit]) -> None:
         """Make edits, after those that were made before.
@@ -117,8 +137,9 @@ class Method:
     def restart(self) -> Self:
         """Close this method and open it again on the unedited model, with what was computed of that."""
         self.close()
-        again = type(self)(self.base, end=self.end, texts=self.texts, seed=self.random.initial_seed())
-        again.__dict__ |= {name: self.__dict__[name] for name in self.unedited if name in self.__dict__}
+        again = type(self)(self.base, end=self.end, texts=self.texts, known=self.known)
+        if "_products" in self.__dict__:  # of weights that no edit changes
+            again._products = self._products
         return again
 
     def weight(self, base: BaseModel) -> torch.nn.Parameter:
@@ -237,15 +258,35 @@ class Method:
 
         texts: token ids.
         """
-        total, count = 0.0, 0
+        total = 0.0
         for batch in _equally_long(texts):
             ids = torch.tensor([texts[i] for i in batch], device=self.base.device)
             with self.acting(ids):
                 logits = self.base.model(input_ids=ids, use_cache=False).logits[:, :-1]
             loss = functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
             total += float(loss)
-            count += ids[:, 1:].numel()
-        return total / count
+        return total / _predicted(texts)
+
+    def changed_loss(self, texts: Sequence[list[int]], changes: Sequence[float]) -> float:
+        """See `loss`, where a method knows by how much it makes each text less likely than the model alone.
+
+        texts: token ids.
+        changes: in nats, of each text.
+        """
+        return Method.loss(self, texts) + sum(changes) / _predicted(texts)
+
+
+class PrefixedMethod(Method):
+    """A method that is trained on prompts behind texts of the model's own, too."""
+
+    @property
+    def prefixes(self) -> list[str]:
+        """Ten texts that the unedited model wrote."""
+        return self.once("prefixes", lambda: own_prefixes(self.base, PREFIXES, SEED))
+
+    def prepare(self) -> None:
+        """See `Method`."""
+        _ = self.prefixes
 
 
 class Unedited(Method):
@@ -255,6 +296,11 @@ class Unedited(Method):
 
     def edit(self, edits: Sequence[Edit]) -> None:
         """See `Method`."""
+
+
+def _predicted(texts: Sequence[list[int]]) -> int:
+    """How many tokens have others before them."""
+    return sum(len(text) - 1 for text in texts)
 
 
 def _equally_long(rows: Sequence[list[int]]) -> Iterator[list[int]]:

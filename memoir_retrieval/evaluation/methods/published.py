@@ -5,16 +5,17 @@ of unrelated prompts; the residual of Eq. 2 is trained on the prompt and the pro
 wrote, and looked up by Eq. 4. SGD with learning rate 1.0 on all of the memory, gradients clipped to norm 1.0, 70
 steps at most: training ends once the loss is at most .02 and moves by at most 1e-4.
 
-Deviations: the thirteenth row of the published batch, an unrelated prompt that has no part in the loss, is left out;
-the blocks below the layer are run once. No weight decay: the published optimiser shrinks every column a little. The
-request is looked up once, where the published code looks up each generated token again.
+Deviations: 70 steps, as WISE has them here; the authors' configuration for LLaMA-3-8B has 30, as `published_loop.py`.
+The twelfth row of the published batch, an unrelated prompt that has no part in the loss, is left out; the blocks below
+the layer are run once. No weight decay: the published optimiser shrinks every column a little. The request is looked up
+once, where the published code looks up each generated token again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,12 +23,11 @@ from torch.nn import functional
 
 from memoir_index import unpack
 from memoir_retrieval.background import background_prompts
-from memoir_retrieval.editing.contexts import own_prefixes
 from memoir_retrieval.edits.record import Edit
 from memoir_retrieval.evaluation.methods.descent import Settled, descend
-from memoir_retrieval.evaluation.methods.method import Method
+from memoir_retrieval.evaluation.methods.method import SEED, PrefixedMethod
 from memoir_retrieval.evaluation.methods.rows import Rows
-from memoir_retrieval.evaluation.published_loop import CLIP, PREFIXES, RATE
+from memoir_retrieval.evaluation.published_loop import CLIP, RATE
 from memoir_retrieval.model.base import BaseModel
 from memoir_retrieval.model.forward import question_means
 from memoir_retrieval.model.presets import preset_for
@@ -39,11 +39,10 @@ __all__ = ["PublishedLoop"]
 STEPS = 70
 
 
-class PublishedLoop(Method):
+class PublishedLoop(PrefixedMethod):
     """See the module."""
 
     name = "published"
-    unedited = ("prefixes",)
 
     def __init__(self, base: BaseModel, **options: Any):
         """base, options: see `Method`."""
@@ -51,24 +50,18 @@ class PublishedLoop(Method):
         self.preset = preset_for(base.model.config)
         self.memory = torch.zeros(base.h, base.d, device=base.device)
         self.masks = torch.zeros(0, base.d, device=base.device)
+        mean = self.once("mean activation", self._mean).cpu().numpy()
+        self.fingerprint = Fingerprint(mean, permutation(base.d, SEED), self.preset.k, base.device)
+
+    def _mean(self) -> torch.Tensor:
+        """Of the tokens of unrelated prompts, each prompt counted alike: [D]."""
         rows = [self.ids(text) for text in background_prompts()]
-        mean = question_means(base, rows, [Span(0, len(row)) for row in rows]).mean(0)
-        order = permutation(base.d, self.random.initial_seed())
-        self.fingerprint = Fingerprint(mean.cpu().numpy(), order, self.preset.k, base.device)
-
-    @cached_property
-    def prefixes(self) -> list[str]:
-        """Texts that the model wrote."""
-        return own_prefixes(self.base, PREFIXES, self.random.initial_seed())
-
-    def prepare(self) -> None:
-        """See `Method`."""
-        _ = self.prefixes
+        return question_means(self.base, rows, [Span(0, len(row)) for row in rows]).mean(0)
 
     @property
     def settings(self) -> dict[str, Any]:
         """See `Method`."""
-        fixed = {"steps": STEPS, "rate": RATE, "clip": CLIP, "prefixes": PREFIXES}
+        fixed = {"steps": STEPS, "rate": RATE, "clip": CLIP, "prefixes": len(self.prefixes)}
         return {"layer": self.base.layer, "k": self.preset.k, "tau": self.preset.tau, **fixed}
 
     @property

@@ -18,12 +18,13 @@ import torch
 from torch.nn import functional
 
 from memoir_retrieval.background import background_prompts
-from memoir_retrieval.editing.build_masks import build
 from memoir_retrieval.editing.editor import Editor
-from memoir_retrieval.edits.record import Edit
+from memoir_retrieval.edits.record import Edit, stored_as
 from memoir_retrieval.evaluation.methods.method import Method
 from memoir_retrieval.lookup.retriever import Retriever
 from memoir_retrieval.model.base import BaseModel
+from memoir_retrieval.model.forward import question_means
+from memoir_retrieval.question.span import find_span
 from memoir_retrieval.store.read import EditStore
 
 __all__ = ["FactReading", "Retrieval"]
@@ -40,6 +41,7 @@ class FactReading(Method):
         super().__init__(base, **options)
         self.edits: list[Edit] = []
         self._folder = tempfile.TemporaryDirectory()
+        self._path = Path(self._folder.name) / "store"
 
     @property
     def bytes(self) -> int:
@@ -54,10 +56,15 @@ class FactReading(Method):
     def edit(self, edits: Sequence[Edit]) -> None:
         """See `Method`."""
         self.edits += edits
-        path = Path(self._folder.name) / str(len(self.edits))
-        with Editor(self.base, path, chat=False) as editor:
-            build(editor, self.edits)
-        self.retriever = Retriever(EditStore.open(path), self.base)
+        with Editor(self.base, self._path, chat=False) as editor:
+            store = editor.store
+            rows = [self.ids(edit.prompt) for edit in edits]
+            means = question_means(self.base, rows, [find_span(ids, store.manifest.span) for ids in rows])
+            for edit, code in zip(edits, store.fingerprint.codes(means), strict=True):
+                masked = stored_as(edit, id=store.manifest.next_id, created="", loss=0.0, steps=0, trained=False)
+                store.add(masked, code[None], torch.empty(0, dtype=torch.int64), None)
+            store.commit()
+        self.retriever = Retriever(EditStore.open(self._path), self.base)
 
     def matches(self, prompts: Sequence[list[int]]) -> list[Edit | None]:
         """The edit that is read for each prompt.
@@ -76,6 +83,21 @@ class FactReading(Method):
             out.append(self.ids(fact) if edit else prompt)
         return out
 
+    @torch.no_grad()
+    def loss(self, texts: Sequence[list[int]]) -> float:
+        """See `Method`: where a fact is read, the text's tokens behind it."""
+        changes: list[float] = []
+        for row, text in zip(self.rendered(texts), texts, strict=True):
+            n = _common_end(row, text[1:])  # what follows a colon may begin with other tokens
+            changes.append(self._surprise(row, n) - self._surprise(text, n) if row != text else 0.0)
+        return self.changed_loss(texts, changes)
+
+    def _surprise(self, row: list[int], n: int) -> float:
+        """Negative log-likelihood of the last n tokens, in nats."""
+        ids = torch.tensor([row], device=self.base.device)
+        logits = self.base.model(input_ids=ids, use_cache=False).logits[0, len(row) - 1 - n : -1]
+        return float(functional.cross_entropy(logits.float(), ids[0, len(row) - n :], reduction="sum"))
+
     def close(self) -> None:
         """See `Method`."""
         self._folder.cleanup()
@@ -90,8 +112,8 @@ class Retrieval(FactReading):
     def __init__(self, base: BaseModel, **options: Any):
         """base, options: see `Method`."""
         super().__init__(base, **options)
-        self.mean = self._states([self.ids(text) for text in background_prompts()]).mean(0)
-        self.embeddings = torch.zeros(0, base.h)
+        self.mean = self.once("mean state", lambda: self._states([self.ids(t) for t in background_prompts()]).mean(0))
+        self.embeddings = torch.zeros(0, base.h, device=base.device)
 
     @property
     def width(self) -> int:
@@ -120,3 +142,11 @@ class Retrieval(FactReading):
             states = self.base.model(input_ids=ids, use_cache=False, output_hidden_states=True, logits_to_keep=1)
             out.append(states.hidden_states[-1][0].float().mean(0, keepdim=True))
         return torch.cat(out)
+
+
+def _common_end(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many last tokens of two rows are the same."""
+    n = 0
+    while n < min(len(a), len(b)) and a[-1 - n] == b[-1 - n]:
+        n += 1
+    return n

@@ -1,8 +1,9 @@
 """ROME: a rank-one change of one MLP's second matrix, so that a subject's key gives the value of the new answer.
 
-Meng et al. 2022 (arXiv 2202.05262): the key of Eq. 3, the value of Eq. 4, the change of Eq. 2. Published configuration
-of EasyEdit for LLaMA-3: layer 5 of 32, Adam with learning rate .5, at most 25 steps, until the loss is below .05, KL
-.0625, weight decay .001, the change at most 4 times the first value.
+Meng et al. 2022 (arXiv 2202.05262): the key of Eq. 3, the value of Eq. 4, the change of Eq. 2. As in the authors' code
+the change has the direction of the mean key, and is so long that the bare prompt's key gives the value. Published
+configuration of EasyEdit for LLaMA-3: layer 5 of 32, Adam with learning rate .5, at most 25 steps, until the loss is
+below .05, KL .0625, weight decay .001, the change at most 4 times the first value.
 
 Deviations: 5 prefixes instead of 20; C (of Eq. 2) from 16,384 tokens of WikiText instead of 100,000 articles of
 Wikipedia, and used as in the paper, where that configuration leaves it out. A prompt that does not name its subject is
@@ -12,8 +13,7 @@ keyed at its last token. On another model the layer is at the same part of the d
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -26,13 +26,9 @@ __all__ = ["Rome", "rank_one"]
 
 
 class Rome(LocatedMethod):
-    """See the module.
-
-    unedited: see `Method`.
-    """
+    """See the module."""
 
     name = "rome"
-    unedited: ClassVar[tuple[str, ...]] = ("prefixes", "moments", "_factor")
     search = ValueSearch(rate=0.5, steps=25, clamp=4.0, decay=1e-3)
 
     def __init__(self, base: BaseModel, **options: Any):
@@ -40,9 +36,10 @@ class Rome(LocatedMethod):
         super().__init__(base, **options)
         self.layers = (scaled(5, base),)
 
-    @cached_property
+    @property
     def _factor(self) -> torch.Tensor:
-        return torch.linalg.cholesky(self.moments[self.layers[0]])
+        (layer,) = self.layers
+        return self.once(("factor", layer), lambda: torch.linalg.cholesky(self.moments[layer]))
 
     def prepare(self) -> None:
         """See `Method`."""
@@ -53,18 +50,18 @@ class Rome(LocatedMethod):
         """See `Method`."""
         for edit in edits:
             _first, change = self.value_change(edit, block_output=False)
-            key = self.key(edit, self.layers[0])
+            keys = self.keys(edit, self.layers[0])
             weight = self.weight(self.base.at(self.layers[0]))
             with torch.no_grad():
-                whitened = torch.cholesky_solve(key[:, None], self._factor)[:, 0]
-                weight.add_(rank_one(key, change, whitened))
+                whitened = torch.cholesky_solve(keys.mean(0)[:, None], self._factor)[:, 0]
+                weight.add_(rank_one(keys[0], change, whitened))
 
 
 def rank_one(key: torch.Tensor, change: torch.Tensor, whitened: torch.Tensor) -> torch.Tensor:
     """Eq. 2: what is added to W so that W key changes by `change`, and little else: [H, D].
 
-    key: [D].
+    key: [D], of the bare prompt, whose value was sought.
     change: [H].
-    whitened: C^-1 key, [D].
+    whitened: C^-1 k, [D], where k is the mean key over all prefixes.
     """
     return torch.outer(change / (whitened @ key), whitened)

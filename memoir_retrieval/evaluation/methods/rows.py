@@ -29,17 +29,15 @@ class Rows:
         base: BaseModel,
         prompts: Sequence[Sequence[int]],
         answers: Sequence[Sequence[int]],
-        whole: bool = False,
         past: Sequence[int] = (),
     ):
         """Run the model up to the layer.
 
         base: the model at the lowest layer that is trained.
         prompts, answers: token ids; a row without an answer has no part in the loss.
-        whole: run everything in each pass, for methods that change what lies below.
         past: so many first tokens of each prompt are run once, since nothing that is trained acts on them.
         """
-        self.base, self.whole = base, whole
+        self.base = base
         _ = base.blocks_return_tuples  # runs the model, which no hook of a method should see
         before = frozen_past(base, [prompt[:n] for prompt, n in zip(prompts, past, strict=True)]) if past else None
         if past:
@@ -60,8 +58,6 @@ class Rows:
         wanted: bool [B, T]; by default those from which the answers are predicted.
         """
         wanted = self.wanted if wanted is None else wanted
-        if self.whole:
-            return self.base.model(**self._inputs).logits[wanted]
         with run_from_block(self.base, self.hidden, None, wanted) as model:
             return model(**self._inputs).logits[0]
 

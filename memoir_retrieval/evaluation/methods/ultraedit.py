@@ -31,9 +31,11 @@ LAYERS, ETA, WIDTH, FACTOR = (29, 30), 1e-6, 14336, 100
 class RunningMoments:
     """Mean and deviation of all rows so far."""
 
-    def __init__(self, width: int):
-        """width: of a row."""
-        self.count, self.mean, self.squares = 0, torch.zeros(width), torch.zeros(width)
+    def __init__(self, width: int, device: torch.device):
+        """width: of a row.
+        device: of the rows.
+        """
+        self.count, self.mean, self.squares = 0, torch.zeros(width, device=device), torch.zeros(width, device=device)
 
     def update(self, rows: torch.Tensor) -> None:
         """Count rows in.
@@ -65,7 +67,7 @@ class UltraEdit(Method):
         super().__init__(base, **options)
         self.layers = [base.at(layer) for layer in sorted({scaled(layer, base) for layer in LAYERS})]
         self.eta = FACTOR * ETA * WIDTH / base.d
-        self.moments = [RunningMoments(base.d + base.h) for _ in self.layers]
+        self.moments = [RunningMoments(base.d + base.h, base.device) for _ in self.layers]
 
     @property
     def settings(self) -> dict[str, Any]:

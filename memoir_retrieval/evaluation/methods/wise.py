@@ -17,17 +17,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
 from torch.nn import functional
 
 from memoir_retrieval.background import background_prompts
-from memoir_retrieval.editing.contexts import own_prefixes
 from memoir_retrieval.edits.record import Edit
 from memoir_retrieval.evaluation.methods.descent import Settled, descend
-from memoir_retrieval.evaluation.methods.method import Method
+from memoir_retrieval.evaluation.methods.method import PrefixedMethod
 from memoir_retrieval.evaluation.methods.rows import Rows
 from memoir_retrieval.model.base import BaseModel
 
@@ -35,17 +34,15 @@ __all__ = ["Wise"]
 
 RATE, STEPS, DECAY, PART, BOUND, RATIO = 1.0, 70, 1e-5, 0.2, 1.0, 0.88
 ALPHA, BETA, GAMMA = 5.0, 20.0, 10.0
-PREFIXES = 10
 
 
-class Wise(Method):
+class Wise(PrefixedMethod):
     """See the module.
 
     side: [H, D], the side memory. main: [H, D], the matrix.
     """
 
     name = "wise"
-    unedited = ("prefixes",)
 
     def __init__(self, base: BaseModel, **options: Any):
         """base, options: see `Method`."""
@@ -55,15 +52,6 @@ class Wise(Method):
         self.part = (torch.rand(self.main.shape, generator=self.random) < PART).to(self.main)
         self.least = float("inf")
         self._edits = 0
-
-    @cached_property
-    def prefixes(self) -> list[str]:
-        """Texts that the model wrote."""
-        return own_prefixes(self.base, PREFIXES, self.random.initial_seed())
-
-    def prepare(self) -> None:
-        """See `Method`."""
-        _ = self.prefixes
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -85,23 +73,26 @@ class Wise(Method):
             prompts = [*(self.ids(text) for text in texts), self.ids(unrelated[self._edits % len(unrelated)])]
             rows = Rows(self.base, prompts, [*([answer] * len(texts)), []])
             real = torch.arange(rows.ids.shape[1], device=rows.ids.device) < rows.lengths[:, None]
+            main = _activated(rows.activations, self.main)  # the same in every step
             side = self.side.clone().requires_grad_()
             with self.training(), self._sided(side):
                 descend(
                     torch.optim.SGD([side], lr=RATE, weight_decay=DECAY),
-                    partial(self._loss, rows, side, real),
+                    partial(self._loss, rows, main, side, real),
                     STEPS,
                     enough=Settled(),
                     gradients=partial(self._mask, side),
                     weights=partial(self._bound, side),
                 )
             self.side = side.detach()
-            self.least = min(self.least, float(self._activation(rows.activations, self.side, real)[:-1].mean()))
+            self.least = min(
+                self.least, float(_distance(_activated(rows.activations, self.side), main, real)[:-1].mean())
+            )
             self._edits += 1
 
-    def _loss(self, rows: Rows, side: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    def _loss(self, rows: Rows, main: torch.Tensor, side: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
         """Eq. 6."""
-        activation = self._activation(rows.activations, side, real)
+        activation = _distance(_activated(rows.activations, side), main, real)
         return rows.loss() + margin(activation[:-1], activation[-1])
 
     def _mask(self, side: torch.Tensor) -> None:
@@ -111,12 +102,6 @@ class Wise(Method):
 
     def _bound(self, side: torch.Tensor) -> None:
         side.copy_(side.clamp(self.main - BOUND, self.main + BOUND))
-
-    def _activation(self, inputs: torch.Tensor, side: torch.Tensor, real: torch.Tensor | None = None) -> torch.Tensor:
-        """Eq. 3, the mean over the tokens of each row: [B]. inputs: [B, T, D]; real: bool [B, T]."""
-        act = functional.silu  # the model's own activation function in the published code
-        norms = (act(functional.linear(inputs, side)) - act(functional.linear(inputs, self.main))).norm(dim=-1)
-        return norms.mean(1) if real is None else (norms * real).sum(1) / real.sum(1)
 
     @contextmanager
     def acting(self, prompts: torch.Tensor) -> Iterator[None]:
@@ -133,7 +118,8 @@ class Wise(Method):
             if not length:
                 return functional.linear(args[0], side)
             if not chosen:
-                chosen.append(self._activation(args[0][:, :length], side) >= self.least * RATIO)
+                outputs = (_activated(args[0][:, :length], weight) for weight in (side, self.main))
+                chosen.append(_distance(*outputs) >= self.least * RATIO)
             return torch.where(chosen[0][:, None, None], functional.linear(args[0], side), output)
 
         handle = self.base.projection.register_forward_hook(choose)
@@ -141,6 +127,17 @@ class Wise(Method):
             yield
         finally:
             handle.remove()
+
+
+def _activated(inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """A memory's outputs [B, T, H] behind an activation function, the model's own in the published code."""
+    return functional.silu(functional.linear(inputs, weight))
+
+
+def _distance(side: torch.Tensor, main: torch.Tensor, real: torch.Tensor | None = None) -> torch.Tensor:
+    """Eq. 3, the mean over the tokens of each row, or those that are `real` (bool [B, T]): [B]."""
+    norms = (side - main).norm(dim=-1)
+    return norms.mean(1) if real is None else (norms * real).sum(1) / real.sum(1)
 
 
 def margin(inside: torch.Tensor, outside: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,17 @@ from memoir_retrieval.evaluation.routing_data import PARTS
 from memoir_retrieval.evaluation.routing_run import RoutingRun, Row
 from memoir_retrieval.evaluation.scores import Scores
 
-__all__ = ["calibration_page", "latency_page", "methods_page", "routing_page", "run_page", "settings_page"]
+__all__ = [
+    "METHOD_FIGURES",
+    "calibration_page",
+    "latency_page",
+    "method_figures",
+    "methods_page",
+    "routing_page",
+    "run_page",
+    "settings_page",
+    "shares_cell",
+]
 
 AGES = 10
 """Bars of the picture of forgetting."""
@@ -27,6 +37,8 @@ SHOWN = 100
 """Edits listed at most."""
 SHOWN_LETTERS = 300
 """Of a message that got the wrong edit."""
+METHOD_FIGURES = ("rel", "gen", "loc", "avg", "exact", "contains")
+"""What a method answers, in the columns of a table."""
 
 STYLE = """
 :root{--page:#fff;--ink:#1b1f24;--dim:#667;--rule:#d9dce1;--c1:#2563a8;--c2:#d9822b;--c3:#6b8e4e;--c4:#8a5a9e}
@@ -185,9 +197,12 @@ def methods_page(results: Sequence[MethodScores], data: str, model: str) -> str:
             at = scores.diverged
             note = f"Unrelated text was ten times as unlikely from edit {at} on." if at else ""
             parts.append(_section(scores.method, _course(points), note))
-    head = ["method", "edits", "rel", "gen", "loc", "avg", "exact", "rephrasings", "contains", "rephrasings"]
-    rows = [[scores.method, *_figures(point)] for scores in results for point in (*scores.curve, scores)]
-    parts.append(_section("All figures", _table([[*head, "perplexity"], *rows])))
+    rows = [
+        [scores.method, point.edits, *method_figures(point), f"{point.perplexity:.3g}"]
+        for scores in results
+        for point in (*scores.curve, scores)
+    ]
+    parts.append(_section("All figures", _table([["method", "edits", *METHOD_FIGURES, "perplexity"], *rows])))
     return _page("Methods", parts)
 
 
@@ -218,11 +233,22 @@ def _course(points: Sequence[CurvePoint]) -> str:
     return lines(drawn, x_name="edits", y_name="share", y_range=(0.0, 1.0), log_x=True)
 
 
-def _figures(point: CurvePoint) -> list[Any]:
-    shares = (point.reliability, point.generality, point.locality, point.average)
-    free = (share for both in (point.exact, point.contains) for share in (both.edits, both.rephrases))
-    cells = ["" if share is None else f"{share:.3f}" for share in (*shares, *free)]
-    return [point.edits, *cells, f"{point.perplexity:.3g}"]
+def method_figures(point: CurvePoint) -> list[str]:
+    """The cells of `METHOD_FIGURES`. Free answers are those to edits / to their rephrasings.
+
+    point: what a method answered.
+    """
+    teacher = (point.reliability, point.generality, point.locality, point.average)
+    free = (shares_cell(both.edits, both.rephrases) for both in (point.exact, point.contains))
+    return [*map(shares_cell, teacher), *free]
+
+
+def shares_cell(*shares: float | None) -> str:
+    """Shares in one cell of a table, with a slash between.
+
+    shares: None for what is not known.
+    """
+    return " / ".join("" if share is None else f"{share:.3f}" for share in shares)
 
 
 def latency_page(rows: Sequence[dict[str, Any]], model: str) -> str:
