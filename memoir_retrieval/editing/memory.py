@@ -27,11 +27,12 @@ class Memory:
         self.rows: dict[int, EditRows] = {}
 
     def add(self, edit: int, rows: EditRows) -> None:
-        """Count an edit among those that training must leave alone.
+        """Count an edit among those that training must leave alone, once where it is there already.
 
         edit: its id.
         rows: of it.
         """
+        self.forget(edit)
         for part in rows:
             self._count(part, 1)
         self.rows[edit] = rows

@@ -224,7 +224,7 @@ class Session:
         stored: list[StoredEdit | None] = [None for _ in together]
         for i in trained:
             outcome.retried += learnt[i].retried
-            task, result = self._elsewhere(tasks[i], learnt[i], memories)
+            task, result = self._elsewhere(tasks[i], learnt[i], memories, [replaced[j].id for j in replaced if j >= i])
             for edit in (*learnt[i].stale, *result.stale):
                 self.trainer.forget(edit)
                 self._lost.append(edit)
@@ -237,15 +237,20 @@ class Session:
         outcome.stored += [edit for edit in stored if edit]
         return stored
 
-    def _elsewhere(self, task: Task, learnt: Learnt, busy: Collection[int]) -> tuple[Task, Learnt]:
+    def _elsewhere(
+        self, task: Task, learnt: Learnt, busy: Collection[int], replaced: Collection[int]
+    ) -> tuple[Task, Learnt]:
         """A task, and what came of it, once it is in a memory where it overwrites no other edit.
 
         busy: the memories that others of the batch were trained in, which may not be taken up yet.
+        replaced: ids of stored edits that this task and later ones of the batch replace.
         """
         if learnt.lost:
             for number in self.places.spare(busy):
                 task = task._replace(memory=number)
                 self.places.open(number)
+                for edit in replaced:  # what was opened just now has read them from the store
+                    self.trainer.forget(edit)
                 (learnt,) = self.trainer.learn([task])
                 if not learnt.lost:
                     break
@@ -265,10 +270,19 @@ class Session:
             steps=trained.steps,
             memory=task.memory,
         )
-        self.trainer.take(task, trained)
         if task.memory not in self._met:
             self._met.add(task.memory)
             self._trained[task.memory] += self._unknown(task.memory)
         self._trained[task.memory] += 1
-        self._store.add(stored, codes, trained.columns, old)
+        memory = self._store.memories[task.memory]
+        before = memory[:, trained.columns]
+        try:
+            self.trainer.take(task, trained)
+            self._store.add(stored, codes, trained.columns, old)
+        except BaseException:
+            # The edits before this one are committed now: without the columns of one that is not stored.
+            if not any(edit is stored for edit in self._store.edits):
+                memory[:, trained.columns] = before
+                self.trainer.close(task.memory)  # read again when it is needed
+            raise
         return stored

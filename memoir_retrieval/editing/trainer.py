@@ -239,9 +239,9 @@ class Trainer:
             rows = [(frozen, m.weight, m.used) for m, (frozen, _) in zip(memories, prepared, strict=True)]
             trained = train_edits(self.base, rows, training, self.watch)
         before = [memory.weight[:, change.columns] for memory, change in zip(memories, trained, strict=True)]
-        for memory, change in zip(memories, trained, strict=True):
-            memory.weight[:, change.columns] = change.weights
         try:
+            for memory, change in zip(memories, trained, strict=True):
+                memory.weight[:, change.columns] = change.weights
             broken = {i for i, change in enumerate(trained) if not change.finite}
             wrong = broken | self._not_learnt(memories, [rows for _, rows in prepared], trained)
             near = [

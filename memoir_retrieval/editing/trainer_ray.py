@@ -63,7 +63,7 @@ class RayTrainer:
 
     def close(self, number: int) -> None:
         del self.memories[number]
-        self._get(self._worker(number).call.remote("close", number))
+        self._worker(number).call.remote("close", number)  # a worker does what it gets in order: nobody need wait
 
     def prepare(self, tasks: Sequence[Task]) -> list[np.ndarray]:
         self._prepared = {task.id: task.memory % len(self._workers) for task in tasks}
@@ -76,8 +76,9 @@ class RayTrainer:
         return self._each("learn", tasks)
 
     def take(self, task: Task, trained: Trained) -> None:
-        self.memories[task.memory][:, trained.columns] = trained.weights.to(self.memories[task.memory].device)
         self._get(self._worker(task.memory).call.remote("take", task, trained))
+        # Last: where the worker is gone, nothing of the edit is in the store's memory.
+        self.memories[task.memory][:, trained.columns] = trained.weights.to(self.memories[task.memory].device)
 
     def lost(self, number: int, edits: Sequence[int]) -> list[int]:
         lost: list[int] = self._get(self._worker(number).call.remote("lost", number, edits))

@@ -137,7 +137,7 @@ def store_lock(folder: Path) -> Iterator[None]:
         _make_folder(folder)
         if os.path.lexists(file) and not stat.S_ISREG(os.lstat(file).st_mode):
             raise StoreError(f"{file} is a link, a folder or a device, not a file: remove it")
-        lock = FileLock(file)
+        lock = FileLock(file, thread_local=False)  # whoever leaves may be another thread than who came
         lock.acquire(timeout=0)
     except Timeout:
         raise StoreError(f"store {folder} is being written by another process: wait until it is done") from None

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from memoir_retrieval import Edit, EditedModel, Editor, EditStore, Retriever, Training, load_model
 from memoir_retrieval.editing import conflicts, session, trainer
+from memoir_retrieval.editing.open_store import OpenStore
 from memoir_retrieval.editing.outcome import Progress
 from memoir_retrieval.editing.session import Choices, NewEdit
-from memoir_retrieval.edits.record import prompt_key
+from memoir_retrieval.editing.train import Trained
+from memoir_retrieval.editing.trainer_ray import RayTrainer
+from memoir_retrieval.edits.record import StoredEdit, prompt_key
 from memoir_retrieval.model.base import BaseModel
 
 EDITS = [
@@ -85,6 +91,59 @@ def test_what_was_cut_off_goes_on_in_the_same_memories(base: BaseModel, tmp_path
         editor.add(EDITS, keep_failed=True, side_by_side=3, progress=stop)
     assert [edit.id for edit in EditStore.open(tmp_path / "cut").edits] == [0, 1, 2]
     same(together(base, tmp_path / "cut"), together(base, tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("when", ["before it is written", "after it is written", "in the store"])
+def test_nothing_of_an_edit_that_was_cut_off_is_committed(
+    base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """The edits before it are, and the same editor goes on as if it had never stopped."""
+    taken: list[int] = []
+    take, add = trainer.Trainer.take, OpenStore.add
+
+    def take_and_stop(self: trainer.Trainer, task: trainer.Task, trained: Trained) -> None:
+        taken.append(task.id)
+        if task.id == 2 and when == "before it is written":
+            raise KeyboardInterrupt
+        take(self, task, trained)
+        if task.id == 2 and when == "after it is written":
+            raise KeyboardInterrupt
+
+    def stop_and_add(self: OpenStore, edit: StoredEdit, *rest: Any) -> None:
+        if edit.id == 2 and when == "in the store":
+            raise KeyboardInterrupt
+        add(self, edit, *rest)
+
+    with Editor(base, tmp_path / "whole", training=Training(context_masks=0)) as editor:
+        editor.add(EDITS[:2], keep_failed=True, side_by_side=1)
+    with Editor(base, tmp_path / "cut", training=Training(context_masks=0)) as editor:
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(trainer.Trainer, "take", take_and_stop)
+            patched.setattr(OpenStore, "add", stop_and_add)
+            editor.add(EDITS[:3], keep_failed=True, side_by_side=1)
+        assert taken == [0, 1, 2]
+        whole, cut = EditStore.open(tmp_path / "whole"), EditStore.open(tmp_path / "cut")
+        same(whole, cut)
+        np.testing.assert_array_equal(whole.memories, cut.memories)
+        editor.add(EDITS[:3], keep_failed=True, side_by_side=1)
+        assert sorted(editor._session.trainer.memories[0].rows) == [0, 1, 2] and editor.outcome.renewed == []
+
+
+def test_a_worker_that_is_gone_leaves_the_memory_as_it_was() -> None:
+    """Without Ray: a stand-in for its call."""
+    ray_trainer = RayTrainer.__new__(RayTrainer)
+    weight = torch.zeros(2, 4)
+    ray_trainer.memories = {0: weight}
+    ray_trainer._workers = [SimpleNamespace(call=SimpleNamespace(remote=lambda *_: None))]
+
+    def gone(_: object) -> None:
+        raise ConnectionError
+
+    ray_trainer._get = gone
+    trained = SimpleNamespace(columns=torch.tensor([1]), weights=torch.ones(2, 1))
+    with pytest.raises(ConnectionError):
+        ray_trainer.take(trainer.Task(0, EDITS[0], 0), trained)
+    assert not weight.any()
 
 
 def test_as_many_memories_as_the_edits_fill(base: BaseModel, tmp_path: Path) -> None:
