@@ -18,7 +18,7 @@ from memoir_retrieval.editing.session import Checkpoints, Choices, NewEdit, Sess
 from memoir_retrieval.editing.trainer import MemoryTrainer, Trainer
 from memoir_retrieval.editing.wordings import Wordings
 from memoir_retrieval.edits.record import Edit, StoredEdit, edit_time, prompt_key
-from memoir_retrieval.errors import StoreError
+from memoir_retrieval.errors import ConfigError, StoreError
 from memoir_retrieval.model.base import BaseModel
 from memoir_retrieval.store.manifest import MANIFEST, Manifest
 from memoir_retrieval.store.settings import Settings, Training
@@ -195,9 +195,12 @@ class Editor:
         more: edits that are to be added after these, and count in that default.
         progress: called after every edit.
         Interrupted (KeyboardInterrupt, or any error), the edits that are done are committed first.
-        Raises ConfigError, before the first edit is trained, where $SOURCE_DATE_EPOCH is no time.
+        Raises ConfigError, before the first edit is trained, where $SOURCE_DATE_EPOCH is no time, and for a
+        `side_by_side` below 1.
         """
         session, store = self._open(), self.store
+        if side_by_side is not None and side_by_side < 1:
+            raise ConfigError(f"side_by_side is {side_by_side}: choose 1 or more, or leave it out")
         edit_time()  # refused before anything is trained
         wanted = list(edits)
         for edit in wanted:

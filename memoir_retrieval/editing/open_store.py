@@ -77,15 +77,15 @@ class OpenStore:
         """
         self.base, self.path = base, path
         new = not (path / MANIFEST).exists()
-        chosen = settings.tau is not None
+        complete = settings
         if new:
-            settings = settings.resolved(base)
+            complete = settings.resolved(base)
             _refuse_foreign(path)
         with ExitStack() as lock:
             lock.enter_context(store_lock(path))
             if new and not (path / MANIFEST).exists():
-                self._begin(settings, chosen)
-            else:
+                self._begin(complete, settings.tau is not None)
+            else:  # perhaps of another first writer, to whom only what was given here can be contrary
                 self._load(EditStore.open(path), settings)
             self.training = training_of(self.manifest)
             self._lock = lock.pop_all()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 
 from memoir_retrieval import Edit, Editor, EditStore, MemoirError, Training, load_model
 from memoir_retrieval.cli import main
+from memoir_retrieval.editing import open_store
 from memoir_retrieval.errors import ConfigError, StoreError
 from memoir_retrieval.model.base import BaseModel
 from memoir_retrieval.store.settings import Contradiction, Settings, training_of
@@ -62,6 +65,24 @@ def test_settings_that_are_the_store_s_own_are_taken(base: BaseModel, store: Pat
     with Editor(base, store, chat=True, rule="question", k=18, seed=0, training=training) as editor:
         assert editor.add([AARHUS]) == [] and editor.outcome.skipped == 1
         assert editor.store.training == training
+
+
+@pytest.mark.parametrize(("settings", "fault"), [({}, ""), ({"tau": 0.9}, "was made with tau")])
+def test_of_two_first_writers_the_second_contradicts_by_what_it_was_given_only(
+    base: BaseModel, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], fault: str
+) -> None:
+    """The other one is done between the look into the folder and the lock."""
+    monkeypatch.setattr(open_store, "_refuse_foreign", lambda path: shutil.copytree(store, path))
+    training = {"max_steps": 0, "variants": 0}
+    with pytest.raises(ConfigError, match=fault) if fault else nullcontext():
+        with Editor(base, tmp_path / "new", training=training, **settings) as editor:
+            assert [edit.prompt for edit in editor.edits] == [AARHUS.prompt]
+
+
+@pytest.mark.parametrize("memories", [0, -1])
+def test_no_memories_side_by_side_are_refused(base: BaseModel, store: Path, memories: int) -> None:
+    with Editor(base, store) as editor, pytest.raises(ConfigError, match=f"side_by_side is {memories}: choose 1 or m"):
+        editor.add([], side_by_side=memories)
 
 
 def test_a_store_is_not_gone_on_with_in_another_dtype(tiny: Path, store: Path) -> None:

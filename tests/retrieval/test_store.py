@@ -9,6 +9,8 @@ import shutil
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +219,15 @@ def test_another_model_is_refused_by_what_differs(tmp_path: Path) -> None:
 def test_only_one_writer(tmp_path: Path) -> None:
     with files.store_lock(tmp_path), pytest.raises(StoreError, match="being written"), files.store_lock(tmp_path):
         pass
+    with files.store_lock(tmp_path):
+        pass
+
+
+def test_a_lock_taken_in_one_thread_is_given_back_in_another(tmp_path: Path) -> None:
+    lock = ExitStack()
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(lock.enter_context, files.store_lock(tmp_path)).result()
+    lock.close()
     with files.store_lock(tmp_path):
         pass
 

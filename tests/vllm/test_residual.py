@@ -25,7 +25,7 @@ from memoir_retrieval.question.fingerprint import Fingerprint
 from memoir_retrieval.question.span import Span, SpanRule, find_span
 from memoir_retrieval.store.read import EditStore, Masks
 from memoir_vllm.requests import Decision, Query, Routed, put_queries, query_of, routed_of
-from memoir_vllm.worker import pipeline
+from memoir_vllm.worker import pipeline, selftest
 from memoir_vllm.worker.residual import ResidualLayer
 from memoir_vllm.worker.routing import Router
 from memoir_vllm.worker.rows import Batch
@@ -368,6 +368,18 @@ def test_self_test_refuses_a_model_that_goes_past_the_op(layer: ResidualLayer, b
     with pytest.raises(ConfigError, match="self-test"):
         self_test(FakeRunner(layer, **broken), layer)
     assert layer.probe is None
+
+
+@pytest.mark.parametrize("uses_output", [True, False])
+@pytest.mark.parametrize("stale", [float("nan"), float("inf")])
+def test_self_test_says_where_hidden_states_prove_nothing(
+    layer: ResidualLayer, monkeypatch: pytest.MonkeyPatch, stale: float, uses_output: bool
+) -> None:
+    log: list[str] = []
+    monkeypatch.setattr(selftest.logger, "warning", lambda text, *values: log.append(text % values))
+    self_test(FakeRunner(layer, stale=stale, uses_output=uses_output), layer)
+    proven = uses_output and stale == float("inf")  # which a probe of NaN turns into NaN
+    assert ["is not proven" in line for line in log] == [] if proven else [True]
 
 
 def test_self_test_refuses_a_wrong_residual(layer: ResidualLayer, monkeypatch: pytest.MonkeyPatch) -> None:
