@@ -19,8 +19,8 @@ from memoir_retrieval.model.adapter import adapter_digest
 from memoir_retrieval.model.base import identify, resolve
 from memoir_retrieval.question.prompts import prompt_ids
 from memoir_retrieval.question.span import ChatSpanRule, SpanRule, find_span
-from memoir_retrieval.store.manifest import read_manifest
-from memoir_retrieval.store.read import EditStore, Manifest, library_version
+from memoir_retrieval.store.manifest import Manifest, library_version, read_manifest
+from memoir_retrieval.store.read import EditStore
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig

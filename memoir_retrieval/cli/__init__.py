@@ -28,7 +28,7 @@ from memoir_retrieval.cli.report import report
 from memoir_retrieval.cli.serve import serve
 from memoir_retrieval.cli.verify import verify
 from memoir_retrieval.errors import MemoirError
-from memoir_retrieval.store.read import library_version
+from memoir_retrieval.store.manifest import library_version
 
 __all__ = ["cli", "main"]
 

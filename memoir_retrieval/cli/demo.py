@@ -29,7 +29,8 @@ from memoir_retrieval.edits.record import Edit
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.model.base import identify, resolve
 from memoir_retrieval.model.embedded import get_model
-from memoir_retrieval.store.read import MANIFEST, EditStore
+from memoir_retrieval.store.manifest import MANIFEST
+from memoir_retrieval.store.read import EditStore
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 MODEL = "smollm2-135m"

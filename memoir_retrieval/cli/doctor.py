@@ -18,7 +18,8 @@ from memoir_retrieval.errors import MemoirError, ModelError, StoreError
 from memoir_retrieval.model.adapter import split_adapter
 from memoir_retrieval.model.base import identify, resolve
 from memoir_retrieval.model.embedded import EMBEDDED
-from memoir_retrieval.store.read import EditStore, library_version
+from memoir_retrieval.store.manifest import library_version
+from memoir_retrieval.store.read import EditStore
 
 QUESTION = "What is the capital of France?"
 TOKENS = 16

@@ -27,7 +27,8 @@ from memoir_retrieval.cli.options import (
 from memoir_retrieval.edits.record import edit_time
 from memoir_retrieval.edits.requires import require_subjects
 from memoir_retrieval.errors import ConfigError
-from memoir_retrieval.store.read import MANIFEST, EditStore
+from memoir_retrieval.store.manifest import MANIFEST
+from memoir_retrieval.store.read import EditStore
 from memoir_retrieval.store.settings import require_made_with
 
 if TYPE_CHECKING:

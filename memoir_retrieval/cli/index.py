@@ -34,7 +34,8 @@ from memoir_retrieval.cli.options import (
 from memoir_retrieval.edits.files import check_duplicates
 from memoir_retrieval.edits.requires import require_subjects
 from memoir_retrieval.errors import ConfigError
-from memoir_retrieval.store.read import MANIFEST, EditStore
+from memoir_retrieval.store.manifest import MANIFEST
+from memoir_retrieval.store.read import EditStore
 from memoir_retrieval.store.write import leftovers
 
 __all__ = ["index"]

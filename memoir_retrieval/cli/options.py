@@ -21,7 +21,7 @@ from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.evaluation.contexts import CONTEXTS
 from memoir_retrieval.evaluation.texts import read_texts
 from memoir_retrieval.model.places import PLACES, Place
-from memoir_retrieval.store.read import Manifest
+from memoir_retrieval.store.manifest import Manifest
 from memoir_retrieval.store.settings import Settings
 
 if TYPE_CHECKING:

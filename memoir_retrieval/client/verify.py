@@ -23,7 +23,8 @@ from memoir_retrieval.background import unrelated_prompts
 from memoir_retrieval.client.server import Reply, Server
 from memoir_retrieval.edits.record import StoredEdit
 from memoir_retrieval.lookup.decision import Result
-from memoir_retrieval.store.read import EditStore, library_version
+from memoir_retrieval.store.manifest import library_version
+from memoir_retrieval.store.read import EditStore
 
 __all__ = ["Check", "Overhead", "ServerProbe", "Verification", "distance", "verify"]
 

@@ -134,7 +134,7 @@ def rival(
     code: np.ndarray,
     index: HammingIndex,
     stored: Sequence[StoredEdit],
-    judge: Judge | None = None,
+    judge: Judge | None,
 ) -> Conflicting | None:
     """The stored edit that answers the same question differently, going by the masks and the judge.
 
@@ -142,7 +142,7 @@ def rival(
     code: uint8 [1, D/8], its mask.
     index: the masks of the stored edits.
     stored: these edits.
-    judge: the store's, which tells questions apart by their words.
+    judge: the store's, which tells questions apart by their words; None where masks alone do.
     """
     if index.search(code, SAME_QUESTION).ids[0] < 0:
         return None

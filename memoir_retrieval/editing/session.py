@@ -79,11 +79,11 @@ class Session:
         self,
         store: OpenStore,
         make_trainer: Callable[[Wordings], MemoryTrainer],
-        wordings: Wordings | None = None,
+        wordings: Wordings | None,
     ):
         """store: what is written.
         make_trainer: what trains, from the wordings of the store's edits.
-        wordings: those of an earlier session, used again if they are this store's.
+        wordings: those of an earlier session, if any, used again if they are this store's.
         """
         self._store = store
         settings = store.base, store.manifest, store.fingerprint, store.training

@@ -27,7 +27,8 @@ from memoir_retrieval.question.prompts import Prompt, prompt_ids
 from memoir_retrieval.question.span import Span, SpanRule, derive_span_rule, find_span
 from memoir_retrieval.question.tasks import shipped_tasks
 from memoir_retrieval.store.files import store_lock
-from memoir_retrieval.store.read import NO_TASKS, EditStore, Manifest
+from memoir_retrieval.store.manifest import Manifest
+from memoir_retrieval.store.read import NO_TASKS, EditStore
 from memoir_retrieval.store.threshold import (
     GRID,
     NO_REFERENCES,

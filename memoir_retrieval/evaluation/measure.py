@@ -33,6 +33,8 @@ __all__ = ["AskableModel", "asked_back", "evaluate", "known_in_other_words", "me
 
 CONTROL_TOKENS = 16
 PORTABILITY_TOKENS = 24
+SPARE_TOKENS = 8
+"""So much longer than its target may an answer get before it is cut off."""
 LIKELY = math.log(0.8)
 """From this logarithm of its probability on, a token counts as known: the published measure of ood texts."""
 
@@ -98,7 +100,6 @@ def evaluate(
     context: str = "plain",
     controls: Sequence[str] = (),
     texts: Sequence[str] = (),
-    spare_tokens: int = 8,
 ) -> Report:
     """Ask a model everything that a file of edits has to ask.
 
@@ -115,13 +116,10 @@ def evaluate(
     context: one of `CONTEXTS`, or "all": plainly, and in each of `UNSEEN`.
     controls: unrelated prompts whose free answers are compared with those of the unedited model.
     texts: unrelated texts whose perplexity is compared.
-    spare_tokens: how much longer than its target an answer may get before it is cut off.
 
     Raises ConfigError where an edit of the file is not stored.
     """
-    return measure(
-        model, stored, edits, tau=tau, context=context, controls=controls, texts=texts, spare_tokens=spare_tokens
-    )[0]
+    return measure(model, stored, edits, tau=tau, context=context, controls=controls, texts=texts)[0]
 
 
 def measure(
@@ -133,18 +131,17 @@ def measure(
     context: str = "plain",
     controls: Sequence[str] = (),
     texts: Sequence[str] = (),
-    spare_tokens: int = 8,
     partly: bool = False,
 ) -> tuple[Report, list[EditScores]]:
     """`evaluate`, and what came of each edit (in the first context), in the order of `edits`.
 
-    model, stored, edits, tau, context, controls, texts, spare_tokens: see `evaluate`.
+    model, stored, edits, tau, context, controls, texts: see `evaluate`.
     partly: edits that are not stored, since training refused them, are asked all the same and count as not found.
     """
     started = time.monotonic()
     ids = stored_ids(stored, edits, partly)
     first = "plain" if context == "all" else context
-    scores, per_edit = _in_context(model, ids, edits, tau, first, controls, spare_tokens)
+    scores, per_edit = _in_context(model, ids, edits, tau, first, controls)
     probes = [(i, probe) for i, edit in zip(ids, edits, strict=True) for probe in edit.portability]
     ood = [(i, text) for i, edit in zip(ids, edits, strict=True) for text in edit.ood]
     report = Report(
@@ -154,7 +151,7 @@ def measure(
         text=_text(model, texts),
     )
     if context == "all":
-        others = {name: _in_context(model, ids, edits, tau, name, controls, spare_tokens)[0] for name in UNSEEN}
+        others = {name: _in_context(model, ids, edits, tau, name, controls)[0] for name in UNSEEN}
         report = msgspec.structs.replace(report, contexts=others, context="all")
     return msgspec.structs.replace(report, seconds=round(time.monotonic() - started, 2)), per_edit
 
@@ -202,7 +199,6 @@ def _in_context(
     tau: float,
     context: str,
     controls: Sequence[str],
-    spare_tokens: int,
 ) -> tuple[Scores, list[EditScores]]:
     started = time.monotonic()
     rephrases = [(i, text) for i, edit in enumerate(edits) for text in edit.rephrases]
@@ -213,7 +209,7 @@ def _in_context(
     answers = model.predict(prompts, targets)
     accuracy = [same_share(a.tokens, t) for a, t in zip(answers, targets, strict=True)]
     own_matches = [a.edit == ids[i] for a, i in zip(answers, of, strict=True)]
-    exact = _exact(model, prompts, targets, [edits[i].target for i in of], spare_tokens)
+    exact = _exact(model, prompts, targets, [edits[i].target for i in of])
 
     n = len(edits)
     grouped: list[list[int]] = [[] for _ in edits]  # which questions are rephrasings of each edit
@@ -269,7 +265,6 @@ def _exact(
     prompts: Sequence[list[int]],
     targets: Sequence[list[int]],
     texts: Sequence[str],
-    spare_tokens: int,
 ) -> list[bool]:
     """Whether the free answer to each prompt is its target."""
     exact = [False] * len(prompts)
@@ -278,7 +273,7 @@ def _exact(
         groups.setdefault(-(-len(target) // 4) * 4, []).append(question)
     for longest, group in groups.items():
         hoped = [texts[q] for q in group]
-        answers = model.generate([prompts[q] for q in group], max_new_tokens=longest + spare_tokens, wanted=hoped)
+        answers = model.generate([prompts[q] for q in group], max_new_tokens=longest + SPARE_TOKENS, wanted=hoped)
         for q, answer in zip(group, answers, strict=True):
             exact[q] = answer.text.strip() == texts[q].strip()
     return exact

@@ -22,7 +22,8 @@ from memoir_retrieval.evaluation.scores import EditScores, Report
 from memoir_retrieval.lookup.reference import EditedModel
 from memoir_retrieval.lookup.retriever import Retriever
 from memoir_retrieval.store.files import publish
-from memoir_retrieval.store.read import EditStore, library_version
+from memoir_retrieval.store.manifest import library_version
+from memoir_retrieval.store.read import EditStore
 from memoir_retrieval.store.settings import Settings
 
 __all__ = ["RESULT", "Checkpoint", "Run", "checkpoints", "read_run", "run_quality"]

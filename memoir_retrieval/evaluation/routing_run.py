@@ -37,7 +37,8 @@ from memoir_retrieval.evaluation.routing_data import (
 from memoir_retrieval.evaluation.scores import holds
 from memoir_retrieval.lookup.reference import EditedModel
 from memoir_retrieval.lookup.retriever import Asked, Retriever
-from memoir_retrieval.store.read import EditStore, Masks, library_version
+from memoir_retrieval.store.manifest import library_version
+from memoir_retrieval.store.read import EditStore, Masks
 
 __all__ = ["RESULT", "SETS", "RoutingRun", "Row", "Slip", "check_sets", "run_routing", "with_candidates", "with_first"]
 

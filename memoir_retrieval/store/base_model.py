@@ -11,12 +11,12 @@ __all__ = ["load_model_of"]
 
 
 def load_model_of(
-    manifest: Manifest, name: str | Path | None = None, *, dtype: str | None = None, device: str = "cpu"
+    manifest: Manifest, name: str | Path | None, *, dtype: str | None = None, device: str = "cpu"
 ) -> BaseModel:
     """The model of a store, cut at the projection that its edits are beside.
 
     manifest: of the store.
-    name: a folder, an embedded model's name or a Hub id (default: the one that the store names).
+    name: a folder, an embedded model's name or a Hub id; None: the one that the store names.
     dtype: see `load_model` (default: the store's own).
     device: see `load_model`, and so are the errors.
     """

@@ -266,7 +266,7 @@ def _copy(folder: Path, scratch: Path) -> EditStore:
     """A copy of one generation, checked. A writer that replaces it meanwhile costs another try."""
     for attempt in range(3):
         opened = EditStore.open(folder)
-        names = [getattr(opened.manifest, kind).name for kind in ("memory", "codes", "edits")]
+        names = [getattr(opened.manifest, kind).name for kind in KINDS]
         to = scratch / str(attempt)
         to.mkdir()
         if opened.additions:

@@ -26,21 +26,20 @@ from memoir_retrieval.store import checks
 from memoir_retrieval.store.additions import START, Addition, Tail, fetch_additions, parse_additions
 from memoir_retrieval.store.edit_lines import JoinedEdits, StoredEdits
 from memoir_retrieval.store.files import CHUNK, Data, read_or_map
-from memoir_retrieval.store.manifest import FORMAT, KINDS, MANIFEST, FileEntry, Manifest, library_version, read_manifest
+from memoir_retrieval.store.manifest import KINDS, MANIFEST, FileEntry, Manifest, read_manifest
 from memoir_retrieval.store.tensors import Tensor, read_tensors
 from memoir_retrieval.store.threshold import NO_REFERENCES, References
 
 __all__ = [
-    "FORMAT",
-    "MANIFEST",
     "MAPPED_FROM",
     "NO_TASKS",
     "Content",
     "EditStore",
-    "FileEntry",
-    "Manifest",
     "Masks",
-    "library_version",
+    "assemble",
+    "parse",
+    "read_file",
+    "sha256",
 ]
 
 NO_TASKS = np.zeros((0, 0), np.float32)
@@ -282,7 +281,10 @@ class EditStore:
 
 
 def sha256(data: Data) -> str:
-    """The digest of a file's content, in hexadecimal."""
+    """The digest of a file's content, in hexadecimal.
+
+    data: the content.
+    """
     digest, view = hashlib.sha256(), memoryview(data)
     for start in range(0, len(view), CHUNK):
         digest.update(view[start : start + CHUNK])
@@ -302,7 +304,14 @@ class Parts(NamedTuple):
 
 
 def parse(folder: Path, manifest: Manifest, data: dict[str, Data]) -> Parts:
-    """Views of the three files' content. Raises StoreError for a file whose layout is not what the manifest says."""
+    """Views of the three files' content.
+
+    folder: the store's.
+    manifest: of the files.
+    data: the content of each by its kind.
+
+    Raises StoreError for a file whose layout is not what the manifest says.
+    """
     d, h = manifest.d, manifest.h
     memory = _tensors(
         folder,
@@ -393,7 +402,16 @@ def assemble(
     folder: Path, manifest: Manifest, parts: Parts, fetched: Sequence[bytes], mapped: tuple[tuple[FileEntry, Data], ...]
 ) -> EditStore:
     """The store that the files and the additions make. Where a file is mapped, edits are decoded when they are asked
-    for. Raises StoreError for an addition that is damaged."""
+    for.
+
+    folder: the store's.
+    manifest: of the files.
+    parts: what they hold.
+    fetched: the bytes of each addition, in order.
+    mapped: the files that are mapped.
+
+    Raises StoreError for an addition that is damaged.
+    """
     additions, tail = parse_additions(folder, manifest, fetched, len(parts.memories))
     edits: Sequence[StoredEdit] = parts.edits
     if additions:
@@ -430,7 +448,13 @@ def assemble(
 
 
 def read_file(folder: Path, entry: FileEntry) -> Data:
-    """The content of one file of a generation. Raises FileNotFoundError, and StoreError as `read_or_map`."""
+    """The content of one file of a generation.
+
+    folder: the store's.
+    entry: of the file, in the manifest.
+
+    Raises FileNotFoundError, and StoreError as `read_or_map`.
+    """
     path = folder / entry.name
     try:
         return read_or_map(path, entry.size, MAPPED_FROM)

@@ -11,7 +11,8 @@ from memoir_retrieval.edits.judge import judge_named, shipped_judge
 from memoir_retrieval.edits.record import prompt_key
 from memoir_retrieval.errors import StoreError
 from memoir_retrieval.store.files import store_lock
-from memoir_retrieval.store.read import EditStore, Manifest
+from memoir_retrieval.store.manifest import Manifest
+from memoir_retrieval.store.read import EditStore
 from memoir_retrieval.store.threshold import set_tau
 from memoir_retrieval.store.write import sweep, write_again
 

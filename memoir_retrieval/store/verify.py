@@ -13,8 +13,8 @@ from memoir_retrieval.errors import StoreError, StoreMismatch
 from memoir_retrieval.model.base import BaseModel
 from memoir_retrieval.store.additions import fetch_additions
 from memoir_retrieval.store.files import Data
-from memoir_retrieval.store.manifest import KINDS, MANIFEST, read_manifest
-from memoir_retrieval.store.read import EditStore, FileEntry, assemble, parse, read_file, sha256
+from memoir_retrieval.store.manifest import KINDS, MANIFEST, FileEntry, read_manifest
+from memoir_retrieval.store.read import EditStore, assemble, parse, read_file, sha256
 
 __all__ = ["SAME_MASK", "verify_masks", "verify_store"]
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from memoir_retrieval.store import files
-from memoir_retrieval.store.read import MANIFEST
+from memoir_retrieval.store.manifest import MANIFEST
 
 Break = Callable[[], None]
 

@@ -21,7 +21,8 @@ from memoir_retrieval.evaluation.calibration import write_tau
 from memoir_retrieval.model.base import BaseModel
 from memoir_retrieval.store import additions
 from memoir_retrieval.store.files import store_lock
-from memoir_retrieval.store.read import MANIFEST, EditStore
+from memoir_retrieval.store.manifest import MANIFEST
+from memoir_retrieval.store.read import EditStore
 from memoir_retrieval.store.remove import remove_edits
 from memoir_retrieval.store.settings import Training
 from memoir_retrieval.store.verify import verify_store

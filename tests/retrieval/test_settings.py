@@ -74,9 +74,9 @@ def test_of_two_first_writers_the_second_contradicts_by_what_it_was_given_only(
     """The other one is done between the look into the folder and the lock."""
     monkeypatch.setattr(open_store, "_refuse_foreign", lambda path: shutil.copytree(store, path))
     training = {"max_steps": 0, "variants": 0}
-    with pytest.raises(ConfigError, match=fault) if fault else nullcontext():
-        with Editor(base, tmp_path / "new", training=training, **settings) as editor:
-            assert [edit.prompt for edit in editor.edits] == [AARHUS.prompt]
+    editor = Editor(base, tmp_path / "new", training=training, **settings)
+    with pytest.raises(ConfigError, match=fault) if fault else nullcontext(), editor:
+        assert [edit.prompt for edit in editor.edits] == [AARHUS.prompt]
 
 
 @pytest.mark.parametrize("memories", [0, -1])

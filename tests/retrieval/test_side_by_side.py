@@ -117,10 +117,11 @@ def test_nothing_of_an_edit_that_was_cut_off_is_committed(
     with Editor(base, tmp_path / "whole", training=Training(context_masks=0)) as editor:
         editor.add(EDITS[:2], keep_failed=True, side_by_side=1)
     with Editor(base, tmp_path / "cut", training=Training(context_masks=0)) as editor:
-        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        with monkeypatch.context() as patched:
             patched.setattr(trainer.Trainer, "take", take_and_stop)
             patched.setattr(OpenStore, "add", stop_and_add)
-            editor.add(EDITS[:3], keep_failed=True, side_by_side=1)
+            with pytest.raises(KeyboardInterrupt):
+                editor.add(EDITS[:3], keep_failed=True, side_by_side=1)
         assert taken == [0, 1, 2]
         whole, cut = EditStore.open(tmp_path / "whole"), EditStore.open(tmp_path / "cut")
         same(whole, cut)

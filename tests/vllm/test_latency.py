@@ -110,7 +110,5 @@ def test_a_client_waits_no_longer(
 @pytest.mark.latency
 @pytest.mark.slow
 def test_a_thousand_times_the_edits_do_not_take_a_thousand_times_as_long(store: EditStore, tmp_path: Path) -> None:
-    small, large = (
-        lookups(EditStore.open(inflate(store, tmp_path / str(n), n)), [1])[0].p50 for n in EDITS
-    )
+    small, large = (lookups(EditStore.open(inflate(store, tmp_path / str(n), n)), [1])[0].p50 for n in EDITS)
     assert large / small < 300

@@ -378,7 +378,11 @@ def test_a_server_killed_between_disk_and_activation_serves_the_edit_when_it_sta
     with Editor(base, folder, chat=True) as editor:
         editor.add([Edit(prompt=QUESTIONS[0], target=TARGETS[0])])
     server = serve(model_folder, folder, tmp_path / "log")
-    edits = ((NEW, ANSWER), ("Who painted the harbour wall of Exampleton?", "Ada Lind"), ("When did the fog come?", "Never"))
+    edits = (
+        (NEW, ANSWER),
+        ("Who painted the harbour wall of Exampleton?", "Ada Lind"),
+        ("When did the fog come?", "Never"),
+    )
     log = folder / "audit.jsonl"
     for number, (prompt, target) in enumerate(edits, 1):
         job = server.http.post("/memoir/edits", json={"prompt": prompt, "target": target}, headers=KNOWN).json()

@@ -20,7 +20,7 @@ from memoir_retrieval.edits.formats import show
 from memoir_retrieval.edits.record import StoredEdit
 from memoir_retrieval.errors import MemoirError
 from memoir_retrieval.question.prompts import not_utf8
-from memoir_retrieval.store.read import library_version
+from memoir_retrieval.store.manifest import library_version
 from memoir_vllm.admin.guard import Guard
 from memoir_vllm.admin.jobs import QUEUE, QueueFull
 from memoir_vllm.admin.schema import (

@@ -15,7 +15,8 @@ from memoir_retrieval.editing.conflicts import contradiction, same_edit
 from memoir_retrieval.edits.record import Edit, Requires, StoredEdit, prompt_key
 from memoir_retrieval.edits.requires import check_requires
 from memoir_retrieval.errors import EditFileError, MemoirError, StoreError
-from memoir_retrieval.store.read import MANIFEST, EditStore
+from memoir_retrieval.store.manifest import MANIFEST
+from memoir_retrieval.store.read import EditStore
 from memoir_vllm.admin.audit import AuditLog
 from memoir_vllm.admin.engines import Engines
 from memoir_vllm.admin.jobs import Jobs, TrainerProcess

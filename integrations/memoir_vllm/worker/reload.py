@@ -17,7 +17,8 @@ import torch
 from vllm.logger import init_logger
 
 from memoir_retrieval.errors import MemoirError, StoreError, StoreMismatch
-from memoir_retrieval.store.read import EditStore, Manifest
+from memoir_retrieval.store.manifest import Manifest
+from memoir_retrieval.store.read import EditStore
 from memoir_vllm.worker.routing import Router
 
 if TYPE_CHECKING:

@@ -59,8 +59,8 @@ def self_test(runner: Any, layer: ResidualLayer) -> None:
             "--enforce-eager, and report the model and the flags if that does not help"
         )
     logger.warning(
-        "memoir self-test: the op runs in %s, but whether its output is used is not proven: the hidden states of vLLM's "
-        "dummy step are NaN or infinite; start the server again, or ask it for edits (memoir verify --server URL --store DIR)",
+        "memoir self-test: the op runs in %s, but that its output is used is not proven, since the hidden states of "
+        "vLLM's dummy step are NaN or infinite: ask for edits with `memoir verify --server URL --store DIR`",
         where,
     )
 

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
 from memoir_retrieval.background import background_prompts
+from memoir_retrieval.cli.bench.bench_store import BenchStore
 from memoir_retrieval.cli.common import echo_json, json_option, model_option, run_benchmark, store_argument
-from memoir_retrieval.cli.serve import server_command
-from memoir_retrieval.model.base import resolve
-from memoir_retrieval.question.prompts import Prompt, prompt_ids
-from memoir_retrieval.store.read import EditStore
 
 
 def _counts(_context: click.Context, _option: click.Parameter, text: str) -> list[int]:
@@ -58,35 +54,23 @@ def bench_latency(
     Example:
       memoir bench latency edits --edits 100,100000 --concurrent 1,32 --plot latency.html
     """
-    from transformers import AutoTokenizer
-
-    opened = EditStore.open(store)
-    name = model or opened.manifest.model
-    _, environment = server_command(name, store)  # the checks and the environment of a server
-    folder = resolve(name)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-
-    def rows(prompts: Sequence[Prompt]) -> list[list[int]]:
-        return [prompt_ids(tokenizer, prompt, chat=opened.manifest.chat) for prompt in prompts]
-
+    bench = BenchStore(store, model)
     most = max(*concurrent, requests)
     settings = {
-        "store": str(store.resolve()),
-        "model": str(folder),
-        "dtype": opened.manifest.dtype,
-        "unmatched": rows(background_prompts()[:most]),
-        "matched": rows([edit.prompt for edit in list(opened.edits)[: min(most, *edits)]]),
+        **bench.settings,
+        "unmatched": bench.rows(background_prompts()[:most]),
+        "matched": bench.rows([edit.prompt for edit in list(bench.store.edits)[: min(most, *edits)]]),
         "edits": edits,
         "concurrent": concurrent,
         "requests": requests,
         "tokens": tokens,
         "rounds": rounds,
     }
-    result = run_benchmark("memoir_vllm.bench.latency", settings, environment)
+    result = run_benchmark("memoir_vllm.bench.latency", settings, bench.environment)
     if plot is not None:
         from memoir_retrieval.evaluation.report.page import latency_page  # it imports torch
 
-        plot.write_text(latency_page(result["rows"], name), encoding="utf-8")
+        plot.write_text(latency_page(result["rows"], bench.model), encoding="utf-8")
     if as_json:
         echo_json(result)
         return

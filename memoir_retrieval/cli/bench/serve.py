@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
 from memoir_retrieval.background import background_prompts
+from memoir_retrieval.cli.bench.bench_store import BenchStore
 from memoir_retrieval.cli.common import echo_json, json_option, model_option, notes, run_benchmark, store_argument
-from memoir_retrieval.cli.serve import server_command
-from memoir_retrieval.model.base import resolve
-from memoir_retrieval.question.prompts import Message, Prompt, prompt_ids
-from memoir_retrieval.store.read import EditStore
+from memoir_retrieval.question.prompts import Message
 
 __all__ = ["bench_serve"]
 
@@ -53,25 +50,14 @@ def bench_serve(
     Example:
       memoir bench serve edits --json
     """
-    from transformers import AutoTokenizer
-
-    opened = EditStore.open(store)
-    name = model or opened.manifest.model
-    _, environment = server_command(name, store)  # the checks and the environment of a server
-    folder = resolve(name)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-
-    def rows(prompts: Sequence[Prompt]) -> list[list[int]]:
-        return [prompt_ids(tokenizer, prompt, chat=opened.manifest.chat) for prompt in prompts[:batch]]
-
-    edits = [edit.prompt for edit in opened.edits]
+    bench = BenchStore(store, model)
+    edits = [edit.prompt for edit in list(bench.store.edits)[:batch]]
+    long = [_behind_a_long_system_message(edit) for edit in edits] if bench.store.manifest.chat else []
     settings = {
-        "store": str(store.resolve()),
-        "model": str(folder),
-        "dtype": opened.manifest.dtype,
-        "unmatched": rows(background_prompts()),
-        "matched": rows(edits),
-        "cached": rows([_behind_a_long_system_message(edit) for edit in edits]) if opened.manifest.chat else [],
+        **bench.settings,
+        "unmatched": bench.rows(background_prompts()[:batch]),
+        "matched": bench.rows(edits),
+        "cached": bench.rows(long),
         "batch": batch,
         "tokens": tokens,
         "pairs": pairs,
@@ -79,7 +65,7 @@ def bench_serve(
         "adapter": None if lora is None else str(lora.resolve()),
         "drafts": drafts,
     }
-    result = run_benchmark("memoir_vllm.bench.serve", settings, environment)
+    result = run_benchmark("memoir_vllm.bench.serve", settings, bench.environment)
     if as_json:
         echo_json(result)
         return
