@@ -149,8 +149,8 @@ class Wordings:
     def freeze_masked(
         self, edit: Edit | StoredEdit, rephrases: int = 0, quick: AbstractContextManager[None] | None = None
     ) -> tuple[Frozen, np.ndarray]:
-        """What has a mask (see `edit.masked`) and what is answered in other forms, run up to the edited block, and the
-        masks: uint8 [R, D/8].
+        """What has a mask (see `record.masked`) and what is answered in other forms, run up to the edited block, and
+        the masks: uint8 [R, D/8].
 
         edit: any.
         rephrases: how many of its rephrasings have masks.

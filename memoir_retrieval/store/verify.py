@@ -80,7 +80,7 @@ def _faults(folder: Path) -> Iterator[str]:
 def verify_masks(store: EditStore, base: BaseModel, progress: Callable[[int], None] = lambda _: None) -> list[str]:
     """Make the mask of every edit again and compare. Returns one line for each that differs.
 
-    Each must be one of those that `edit.masked` names, up to `SAME_MASK`.
+    Each must be one of those that `record.masked` names, up to `SAME_MASK`.
 
     store: which holds them.
     base: the model that they were made on.

@@ -263,6 +263,20 @@ def test_files_that_the_code_names_are_there() -> None:
     assert seen > 10
 
 
+def test_what_the_code_names_of_a_module_stands_in_it() -> None:
+    """Comments and docstrings name what others define as `module.name`; `name` may be a module of a folder, too."""
+    words: dict[str, set[str]] = defaultdict(set)
+    for name, path in MODULES.items():
+        folder, _, module = name.rpartition(".")
+        words[module] |= set(re.findall(r"\w+", path.read_text(encoding="utf-8")))
+        words[folder.rpartition(".")[2]].add(module)
+    assert "masked" in words["record"] and "record" in words["edits"]
+    for name, path in MODULES.items():
+        for module, word in re.findall(r"`(\w+)\.(\w+)`", path.read_text(encoding="utf-8")):
+            known = module not in words or word in words[module] | {"json", "jsonl", "py"}
+            assert known, f"{name} names {module}.{word}"
+
+
 def mapped() -> list[str]:
     """Files that the map in CONTRIBUTING names, relative to the root, in its order.
 

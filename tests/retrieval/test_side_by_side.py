@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 
 from memoir_retrieval import Edit, EditedModel, Editor, EditStore, Retriever, Training, load_model
 from memoir_retrieval.editing import conflicts, session, trainer
+from memoir_retrieval.editing.memory import Memory
 from memoir_retrieval.editing.open_store import OpenStore
 from memoir_retrieval.editing.outcome import Progress
 from memoir_retrieval.editing.session import Choices, NewEdit
@@ -128,6 +130,36 @@ def test_nothing_of_an_edit_that_was_cut_off_is_committed(
         np.testing.assert_array_equal(whole.memories, cut.memories)
         editor.add(EDITS[:3], keep_failed=True, side_by_side=1)
         assert sorted(editor._session.trainer.memories[0].rows) == [0, 1, 2] and editor.outcome.renewed == []
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_what_is_replaced_is_not_protected_in_a_memory_that_is_opened_late(
+    base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: bool
+) -> None:
+    """It is again, and once, where its replacement is refused. In memory 0 the replacement is said to hurt others."""
+    learn = trainer.Trainer.learn
+    rows: list[tuple[int, list[int]]] = []
+
+    def learn_elsewhere(self: trainer.Trainer, tasks: Sequence[trainer.Task]) -> list[trainer.Learnt]:
+        rows.extend((task.memory, sorted(self.memories[task.memory].rows)) for task in tasks)
+        lost = [task.memory == 0 for task in tasks]
+        reasons = ["no" if refused or hurts else "" for hurts in lost]
+        learnt = zip(learn(self, tasks), lost, reasons, strict=True)
+        return [result._replace(lost=hurts, reason=reason) for result, hurts, reason in learnt]
+
+    with Editor(base, tmp_path, training=Training(context_masks=0, edits_per_memory=2)) as editor:
+        editor.add(EDITS[:2], keep_failed=True, side_by_side=2)
+        assert [edit.memory for edit in editor.edits] == [0, 1]
+    monkeypatch.setattr(trainer.Trainer, "learn", learn_elsewhere)
+    with Editor(base, tmp_path) as editor:
+        editor.add([Edit(prompt=EDITS[1].prompt, target="Nowhere")], on_conflict="last", side_by_side=1)
+        assert rows == [(0, [0]), (1, [])]
+        memory = editor._session.trainer.memories[1]
+        assert sorted(memory.rows) == [1 if refused else 2]
+        once = Memory(memory.weight)
+        for edit, of_it in memory.rows.items():
+            once.add(edit, of_it)
+        torch.testing.assert_close(memory.used, once.used, atol=1e-3, rtol=1e-3)
 
 
 def test_a_worker_that_is_gone_leaves_the_memory_as_it_was() -> None:
