@@ -5,7 +5,8 @@ is wrapped, `EngineArgs.create_engine_config`, which then calls through. With it
 scheduler class and the splitting ops through its own configuration; where it has no slot, functions are wrapped
 (`patches.py`, docs/reference/compatibility.md). Folders go by the process in which a file runs:
 
-config.py      our section of the configuration, and what of vLLM's we refuse
+config.py      our section of the configuration
+refusals.py    what of vLLM's we refuse
 requests.py    `InputProcessor.process_inputs`: options of one request, checked where a client can be answered
 front/         the API server: `EngineArgs.create_engine_config`, the decision in streams and metrics
 core/          the engine core: scheduling, the prefix cache, reloads

@@ -28,7 +28,7 @@ FLOORS = (
     ("memoir_retrieval.store",),
     ("memoir_retrieval.lookup", "memoir_retrieval.editing"),
     ("memoir_retrieval.evaluation", "memoir_retrieval.client", "memoir_vllm.config"),
-    ("memoir_retrieval.cli", "memoir_vllm.requests"),
+    ("memoir_retrieval.cli", "memoir_vllm.requests", "memoir_vllm.refusals"),
     ("memoir_vllm.front", "memoir_vllm.core", "memoir_vllm.worker"),
     ("memoir_vllm.admin", "memoir_vllm.bench"),
     ("memoir_retrieval", "memoir_vllm"),  # the public face, and the entry point

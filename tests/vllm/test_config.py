@@ -19,7 +19,7 @@ from vllm.engine.arg_utils import EngineArgs
 from memoir_retrieval.errors import ConfigError, StoreError, StoreMismatch
 from memoir_retrieval.model.base import BaseModel
 from memoir_retrieval.question.span import derive_span_rule
-from memoir_vllm import config
+from memoir_vllm import config, refusals
 from memoir_vllm.front import engine
 
 
@@ -116,13 +116,13 @@ def test_vllms_choice_of_cuda_graphs_is_kept(mode: str, model_folder: Path, stor
     splits = vllm_config.compilation_config.splitting_ops = ["vllm::unified_attention_with_output"]
     for graphs in CUDAGraphMode:
         vllm_config.compilation_config.cudagraph_mode = graphs
-        config.refuse(ours, vllm_config)
+        refusals.refuse(ours, vllm_config)
         splits.clear()
         if graphs.requires_piecewise_compilation():
             with pytest.raises(ConfigError, match="piecewise CUDA graphs that are not split"):
-                config.refuse(ours, vllm_config)
+                refusals.refuse(ours, vllm_config)
         else:
-            config.refuse(ours, vllm_config)
+            refusals.refuse(ours, vllm_config)
         splits.append("vllm::unified_attention_with_output")
 
 
@@ -237,11 +237,11 @@ def test_refused_settings_are_named(flag: str, model_folder: Path, store_folder:
     args = EngineArgs(**flags(model_folder))
     config.prefer(ours, args)
     vllm_config = args.create_engine_config()
-    config.refuse(ours, vllm_config)
+    refusals.refuse(ours, vllm_config)
     part, name, value = REFUSED_ELSEWHERE[flag]
     object.__setattr__(getattr(vllm_config, part), name, value)
     with pytest.raises(ConfigError) as refused:
-        config.refuse(ours, vllm_config)
+        refusals.refuse(ours, vllm_config)
     assert flag in str(refused.value)
 
 
@@ -252,17 +252,17 @@ def test_a_checkpoint_that_names_another_dtype_of_the_kv_cache_is_refused(
     args = EngineArgs(**flags(model_folder) | {"dtype": "bfloat16"})
     config.prefer(ours, args)
     vllm_config = args.create_engine_config()
-    config.refuse(ours, vllm_config)
+    refusals.refuse(ours, vllm_config)
     scheme = {"num_bits": 8, "type": "float"}
     vllm_config.model_config.hf_config.quantization_config = {"kv_cache_scheme": scheme}
     with pytest.raises(ConfigError, match=r"kv_cache_scheme names.*\(use --kv-cache-dtype bfloat16\)"):
-        config.refuse(ours, vllm_config)
+        refusals.refuse(ours, vllm_config)
     vllm_config.cache_config.cache_dtype = "bfloat16"  # as the flag sets it
-    config.refuse(ours, vllm_config)
+    refusals.refuse(ours, vllm_config)
 
 
 def test_the_page_on_serving_names_every_flag_that_is_refused() -> None:
-    source = inspect.getsource(config._checks) + inspect.getsource(config._transfer_fault)
+    source = inspect.getsource(refusals._checks) + inspect.getsource(refusals._transfer_fault)
     page = (Path(__file__).parents[2] / "docs/reference/serving.md").read_text(encoding="utf-8")
     section = page.split("## What is refused\n")[1].split("\n### ")[0]
     refused, named = (set(re.findall(r"--[a-z]+(?:-[a-z]+)+|--[a-z]{4,}|VLLM_\w+", text)) for text in (source, section))
@@ -286,7 +286,7 @@ def test_drafts_are_made_and_verified_by_methods_that_were_run(
     vllm_config.scheduler_config.scheduler_cls = None  # as before ours was put there
     setattr(vllm_config.speculative_config, name, value)
     with pytest.raises(ConfigError, match=f"settings: {says}"):
-        config.refuse(config.parse_section({"store": str(store_folder)}), vllm_config)
+        refusals.refuse(config.parse_section({"store": str(store_folder)}), vllm_config)
 
 
 def test_every_connector_but_that_to_host_memory_is_refused_by_name(model_folder: Path, store_folder: Path) -> None:
@@ -294,17 +294,17 @@ def test_every_connector_but_that_to_host_memory_is_refused_by_name(model_folder
 
     ours = config.parse_section({"store": str(store_folder)})
     vllm_config = EngineArgs(**flags(model_folder)).create_engine_config()
-    assert config.CONNECTORS.keys() <= KVConnectorFactory._registry.keys()
+    assert refusals.CONNECTORS.keys() <= KVConnectorFactory._registry.keys()
     for name in KVConnectorFactory._registry:
         vllm_config.kv_transfer_config = transfer = KVTransferConfig(kv_connector=name, kv_role="kv_both")
         if name == "OffloadingConnector":
-            config.refuse(ours, vllm_config)
+            refusals.refuse(ours, vllm_config)
             transfer.kv_connector_extra_config = {"sync_load_budget_bytes": 1 << 20}
             with pytest.raises(ConfigError, match="leave sync_load_budget_bytes out"):
-                config.refuse(ours, vllm_config)
+                refusals.refuse(ours, vllm_config)
             transfer.kv_connector_extra_config = {"spec_name": "TieringOffloadingSpec"}
         with pytest.raises(ConfigError, match=rf"KV transfer by {name}, which .* \(leave out --kv-transfer-config\)"):
-            config.refuse(ours, vllm_config)
+            refusals.refuse(ours, vllm_config)
 
 
 def test_lora_is_served_unless_its_layers_hide_the_op(
@@ -312,10 +312,10 @@ def test_lora_is_served_unless_its_layers_hide_the_op(
 ) -> None:
     ours = config.parse_section({"store": str(store_folder)})
     vllm_config = EngineArgs(**flags(model_folder, enable_lora=True)).create_engine_config()
-    config.refuse(ours, vllm_config)
+    refusals.refuse(ours, vllm_config)
     monkeypatch.setenv("VLLM_LORA_ENABLE_DUAL_STREAM", "1")
     with pytest.raises(ConfigError, match="leave VLLM_LORA_ENABLE_DUAL_STREAM unset"):
-        config.refuse(ours, vllm_config)
+        refusals.refuse(ours, vllm_config)
 
 
 def test_a_pipeline_is_served_in_both_modes(model_folder: Path, store_folder: Path) -> None:
@@ -331,7 +331,7 @@ def test_what_a_model_is_may_be_refused(
     vllm_config = EngineArgs(**flags(model_folder)).create_engine_config()
     monkeypatch.setattr(type(vllm_config.model_config), "is_hybrid", True)
     with pytest.raises(ConfigError, match=r"recurrent layers \(use --no-enable-prefix-caching\)"):
-        config.refuse(ours, vllm_config)
+        refusals.refuse(ours, vllm_config)
     vllm_config.cache_config.enable_prefix_caching = False
 
 
@@ -344,15 +344,15 @@ def test_a_model_of_the_hub_is_served_as_the_library_takes_it(model_folder: Path
     model = vllm_config.model_config
     model.model = model.tokenizer = "org/name"
     model.revision = model.tokenizer_revision = ResolvedRevision(resolved="c" * 40)
-    config.refuse(ours, vllm_config)
+    refusals.refuse(ours, vllm_config)
     for tokenizer, says in ("v2", "tokenizer revision v2"), (ResolvedRevision(resolved="d" * 40, initial="v3"), "v3"):
         model.tokenizer_revision = tokenizer
         with pytest.raises(ConfigError, match=rf"settings: .*{says} .*leave out --tokenizer-revision"):
-            config.refuse(ours, vllm_config)
+            refusals.refuse(ours, vllm_config)
     for revision in ("main", ResolvedRevision(resolved="c" * 40, initial="main")):
         model.revision = model.tokenizer_revision = revision
         with pytest.raises(ConfigError, match="settings: revision main of a Hub model"):
-            config.refuse(ours, vllm_config)
+            refusals.refuse(ours, vllm_config)
 
 
 def test_all_problems_come_in_one_message(model_folder: Path, store_folder: Path) -> None:
@@ -377,9 +377,9 @@ def test_an_untested_vllm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         ConfigError,
         match=r"0\.32\.x, 0\.33\.x, this is 0\.99\.0.*MEMOIR_ALLOW_UNTESTED=1",
     ):
-        config.check_version()
+        refusals.check_version()
     monkeypatch.setenv("MEMOIR_ALLOW_UNTESTED", "1")
-    config.check_version()
+    refusals.check_version()
 
 
 def test_a_token_without_routes_stops_a_server(

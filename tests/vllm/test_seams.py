@@ -8,10 +8,10 @@ import pytest
 from seams import SEAMS, changed, installed, read, seams_of, table, version_of
 
 from memoir_vllm import requests
-from memoir_vllm.config import TESTED
 from memoir_vllm.core import blocks, rpc
 from memoir_vllm.front import decisions, engine, responses
 from memoir_vllm.patches import patched, wrap_once
+from memoir_vllm.refusals import TESTED
 from memoir_vllm.worker import lora
 
 CONTRACT = read()

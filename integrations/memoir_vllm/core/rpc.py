@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from memoir_retrieval.errors import StoreError
-from memoir_vllm import config
+from memoir_vllm import refusals
 from memoir_vllm.patches import wrap_once
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def _refusing(original: Any) -> Any:
 
 
 def _call(method: str, args: tuple, kwargs: dict[str, Any]) -> str:
-    """As `config.refusal_of` names it."""
+    """As `refusals.refusal_of` names it."""
     given = args[0] if args else next(iter(kwargs.values()), None)
     if method == "sleep":
         return f"sleep level {1 if given is None else given}"
@@ -80,5 +80,5 @@ def _call(method: str, args: tuple, kwargs: dict[str, Any]) -> str:
 
 
 def _refuse(call: str) -> None:
-    if refusal := config.refusal_of(call):
+    if refusal := refusals.refusal_of(call):
         raise RuntimeError(refusal)

@@ -50,17 +50,17 @@ def _with_edits(original: Any) -> Any:
 
 def _create_with_edits(args: EngineArgs, create: Callable[[], VllmConfig]) -> VllmConfig:
     """Raises ConfigError for flags that cannot work, StoreError for a store that cannot be served."""
-    from memoir_vllm import config, requests
+    from memoir_vllm import config, refusals, requests
     from memoir_vllm.front import decisions
 
-    config.check_version()
+    refusals.check_version()
     ours = config.with_mode(config.parse_section(args.additional_config["memoir"]))
     config.prefer(ours, args)
     vllm_config = create()
-    config.refuse(ours, vllm_config)
+    refusals.refuse(ours, vllm_config)
     stores = config.open_stores(ours, vllm_config)
     manifests = {name: store.manifest for name, store in stores.items()}
-    config.warn_of_dtype(ours, vllm_config, manifests)
+    refusals.warn_of_dtype(ours, vllm_config, manifests)
     config.apply(ours, vllm_config, manifests)
     requests.install()
     decisions.install()

@@ -13,7 +13,7 @@ from vllm.logger import init_logger
 from vllm.v1.worker.gpu_worker import Worker
 
 from memoir_retrieval.errors import ConfigError, StoreError
-from memoir_vllm import config
+from memoir_vllm import config, refusals
 from memoir_vllm.worker import lora
 from memoir_vllm.worker.attach import attach
 from memoir_vllm.worker.graphs import keep_full_graphs_from
@@ -94,7 +94,7 @@ class MemoirWorker(Worker):
 
         level: 2 is refused.
         """
-        if refusal := config.refusal_of(f"sleep level {level}"):
+        if refusal := refusals.refusal_of(f"sleep level {level}"):
             raise RuntimeError(refusal)
         super().sleep(level)
 
@@ -104,20 +104,20 @@ class MemoirWorker(Worker):
         tags: of what; "weights" is refused.
         """
         if "weights" in tags:
-            raise RuntimeError(config.refusal_of("discard of weights"))
+            raise RuntimeError(refusals.refusal_of("discard of weights"))
         super().discard(tags)
 
     def reset_weights(self) -> None:
         """Refused: the masks belong to the weights that were loaded."""
-        raise RuntimeError(config.refusal_of("reset_weights"))
+        raise RuntimeError(refusals.refusal_of("reset_weights"))
 
     def reload_weights(self, *args: Any, **kwargs: Any) -> None:
         """Refused: the masks belong to the weights that were loaded."""
-        raise RuntimeError(config.refusal_of("reload_weights"))
+        raise RuntimeError(refusals.refusal_of("reload_weights"))
 
     def start_weight_update(self, *args: Any, **kwargs: Any) -> None:
         """Refused, as `reload_weights`."""
-        raise RuntimeError(config.refusal_of("start_weight_update"))
+        raise RuntimeError(refusals.refusal_of("start_weight_update"))
 
     def memoir_stage(self, store: str = "") -> None:
         """Begin to read the present generation of a store in the background.
