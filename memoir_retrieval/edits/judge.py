@@ -30,6 +30,7 @@ from safetensors.numpy import load
 
 from memoir_retrieval.edits.numbers import digits_joined, number, other_number, raised_apart
 from memoir_retrieval.edits.requires import UNSPACED
+from memoir_retrieval.edits.task_words import PLACE, ROWS, TaskWords
 from memoir_retrieval.errors import StoreError, StoreMismatch
 
 __all__ = [
@@ -43,48 +44,28 @@ __all__ = [
     "letters",
     "read",
     "shipped_judge",
-    "telling",
 ]
 
 TABLE = "judge.safetensors"
 SCALE = 127
 """A table's vectors are whole numbers: the length of each is about this."""
-_COLUMNS = {"vectors": "int8", "needed": "float32", "extra": "float32", "asks": "uint8", "tasks": "float32"}
+_COLUMNS = {"vectors": "int8", "needed": "float32", "extra": "float32", "asks": "uint8"}
 NEGATIONS = frozenset(("not", "no", "never", "without", "except", "neither", "nor", "none", "unless", "nothing", "non"))
 _LITTLE = """a an the of is are was were be been being am do does did has have had it its this that these those what
 which who whom whose in at by for as there please i me my you your we our can could would will should"""
 LITTLE = frozenset(_LITTLE.split())
 """Words that say nothing by themselves: a question may have them or not."""
-OBJECTS = frozenset(
-    [
-        "question",
-        "questions",
-        "message",
-        "text",
-        "sentence",
-        "line",
-        "prompt",
-        "request",
-        "user",
-        "following",
-        "below",
-        "above",
-    ]
-)
-"""Words for a message and its parts: who asks for an answer has them, and who asks for a translation."""
-_POINTERS = """this that it its these those here above below both two he she they them his her their same one ones
-word words letter letters answer reply asker writer author speaker user person somebody anybody mail note vowel vowels
-consonants syllables characters verb verbs noun nouns tag tags topic subject category language tone mood feeling intent
-sentiment title heading grammar spelling mistake mistakes typo typos translate translation say said spam polite rude
-ask asked asking mean meaning"""
-POINTERS = OBJECTS | frozenset(_POINTERS.split())
+_POINTERS = """question questions message text sentence line prompt request user following below above this that it its
+these those here both two he she they them his her their same one ones word words letter letters answer reply asker
+writer author speaker person somebody anybody mail note vowel vowels consonants syllables characters verb verbs noun
+nouns tag tags topic subject category language tone mood feeling intent sentiment title heading grammar spelling mistake
+mistakes typo typos translate translation say said spam polite rude ask asked asking mean meaning"""
+POINTERS = frozenset(_POINTERS.split())
 """Words that point to a text or name what it has. A question without any is not about the text beside it."""
-ABOUT_TEXT = 0.7
-"""Nats that one of `OBJECTS` speaks for a task."""
-TASK = 1.1
-"""Nats from which on what `TaskProbe` says of a message's rest makes it a task, whatever its words."""
-AGREED = 0.5
-"""Nats from which on it is one where its words say so, too."""
+TASK = 1.0
+"""Nats from which on a message is a task, by what its words and its activations say together."""
+WORDED = 0.6
+"""Nats from which on it is one by its words, where nobody knows what the activations say."""
 REPLACED = 8.0
 """Nats that one word in place of another counts, more than can speak for an edit."""
 SYNONYMS = 0.55
@@ -159,7 +140,7 @@ class Weights(msgspec.Struct, frozen=True, kw_only=True):
     steep, least: a word stands for another from about the cosine `least` on, and how sharply.
     unknown: what a word counts that the table lacks, in nats.
     digits: what a number or a negation counts, in nats.
-    task: threshold for a clause of the message to be a task, in nats.
+    task, task_step: what speaks for a task in every message, and what a 1 in the table of `TaskWords` counts, in nats.
     name: cosine from which on a word may be a name in another's place.
     kind: what "who" in place of "where" counts, in nats.
     many, credit: words in common count for the edit beyond `many` nats, each nat as `credit`.
@@ -173,6 +154,7 @@ class Weights(msgspec.Struct, frozen=True, kw_only=True):
     unknown: float
     digits: float
     task: float
+    task_step: float
     name: float
     kind: float
     many: float
@@ -237,7 +219,7 @@ class Judge:
     needed, extra: float32 [V], nats that a word counts where it stands in the edit's question alone, or in the
     other alone.
     asks: uint8 [V], weight of a word in what a question asks.
-    tasks: float32 [V], nats by which a word says that something is to be done with the question.
+    tasks: int8 [ROWS], by which words around a question say that something is to be done with it, see `TaskWords`.
     contraries: int32 [P, 2], rows of words that say the opposite of each other.
     weights: what all words share.
     digest: SHA-256 of the file, in hexadecimal; "" for a judge that was read from none.
@@ -250,14 +232,15 @@ class Judge:
         needed: NDArray[np.float32],
         extra: NDArray[np.float32],
         asks: NDArray[np.uint8],
-        tasks: NDArray[np.float32],
+        tasks: NDArray[np.int8],
         contraries: NDArray[np.int32],
         weights: Weights,
         digest: str = "",
     ) -> None:
         self.row = {word: row for row, word in enumerate(words)}
         self.vectors, self.weights, self.digest = vectors, weights, digest
-        self._needed, self._extra, self._tasks = needed.tolist(), extra.tolist(), tasks.tolist()
+        self._needed, self._extra = needed.tolist(), extra.tolist()
+        self._task_words = TaskWords(tasks, weights.task_step, weights.task)
         self._asks = asks
         both = [(words[a], words[b]) for a, b in contraries.tolist()]
         self._contraries = frozenset((*both, *((b, a) for a, b in both)))
@@ -275,7 +258,9 @@ class Judge:
             tensors = load(data)
             words = tensors.pop("words").tobytes().decode().split("\n")
             weights = msgspec.json.decode(tensors.pop("weights").tobytes(), type=Weights)
-            contraries = tensors.pop("contraries")
+            contraries, tasks = tensors.pop("contraries"), tensors.pop("tasks")
+            if tasks.dtype != np.int8 or tasks.shape != (ROWS,):
+                raise ValueError(f"tasks are {tasks.dtype} {tasks.shape}")
             if (
                 contraries.dtype != np.int32
                 or contraries.ndim != 2
@@ -289,7 +274,12 @@ class Judge:
         except (ValueError, KeyError, IndexError, SafetensorError, msgspec.MsgspecError) as error:
             raise StoreError(f"{name} is damaged ({error!s:.200}): install memoir-retrieval again") from error
         return cls(
-            words=words, **tensors, contraries=contraries, weights=weights, digest=hashlib.sha256(data).hexdigest()
+            words=words,
+            **tensors,
+            tasks=tasks,
+            contraries=contraries,
+            weights=weights,
+            digest=hashlib.sha256(data).hexdigest(),
         )
 
     @property
@@ -304,10 +294,9 @@ class Judge:
 
         edit: the edit's prompt.
         question: the text that is taken for a question.
-        rest: the message around it; "" where it stands alone.
+        rest: the message around it, with `PLACE` for it; "" where it stands alone.
         required: texts that are known to stand in the question, or others in their place: their words count as shared.
-        speaks: what `TaskProbe` says of the rest, in nats; without it the words of the rest decide whether it is a
-            task.
+        speaks: what `TaskProbe` says of the rest, in nats; without it its words alone decide whether it is a task.
         """
         verdict = self._compared(read(edit), read(question), required)
         if verdict.same and rest and (task := self._task(rest, speaks)):
@@ -433,34 +422,22 @@ class Judge:
     def _task(self, rest: str, speaks: float | None = None) -> str:
         """The clause of a message's rest that asks for something to be done with the question, or "".
 
-        speaks: see `verdict`. Either sees what the other does not, so it decides alone only where it is sure.
+        rest, speaks: see `verdict`.
         """
-        text = read(_SENTENCE.sub(self._unless_apart, rest))
-        scores = [self._task_score(clause, text.names) for clause in text.clauses]
-        if not scores:
+        rest = _SENTENCE.sub(self._unless_apart, rest)
+        nats = self._task_words.nats(rest)
+        if nats < WORDED if speaks is None else nats + speaks < TASK:
             return ""
-        worded = max(scores) >= self.weights.task
-        if not (worded if speaks is None else speaks >= (AGREED if worded else TASK)):
-            return ""
-        return " ".join(text.clauses[scores.index(max(scores))])
+        return max((" ".join(clause) for clause in read(rest).clauses), key=self._task_words.nats, default="")
 
     def _unless_apart(self, sentence: regex.Match[str]) -> str:
         """Nothing in place of a question that can be asked by itself; else the sentence."""
-        if not sentence[0].endswith("?"):
+        if not sentence[0].endswith("?") or PLACE in sentence[0]:
             return sentence[0]
         text = read(sentence[0])
-        words = telling(text.words, text.names)
-        apart = (
-            len(LITTLE.union(words)) > len(LITTLE) + 1
-            and POINTERS.isdisjoint(text.words)
-            and all(word in self.row for word in words)
-        )
+        content = {word for word in text.words if len(word) > 1 and not has_digit(word)} - text.names - LITTLE
+        apart = len(content) > 1 and POINTERS.isdisjoint(text.words) and all(word in self.row for word in content)
         return " " if apart else sentence[0]
-
-    def _task_score(self, clause: Sequence[str], names: frozenset[str]) -> float:
-        known = [self._tasks[self.row[word]] for word in telling(clause, names) if word in self.row]
-        about_text = ABOUT_TEXT if OBJECTS.intersection(clause) else 0.0
-        return math.fsum(known) / len(known) + about_text if known else -math.inf
 
 
 def _exchange(a: Reading, b: Reading, shared: set[str]) -> tuple[str, str] | None:
@@ -471,18 +448,6 @@ def _exchange(a: Reading, b: Reading, shared: set[str]) -> tuple[str, str] | Non
     if len(pairs) != 1 or shared & set(pairs[0]) or LITTLE.issuperset(pairs[0]):
         return None
     return pairs[0]
-
-
-def telling(clause: Sequence[str], names: frozenset[str]) -> list[str]:
-    """The words of a clause that may say that something is to be done: no names, numbers, letters or `OBJECTS`.
-
-    clause: words of a `Reading`.
-    names: of the same.
-
-    Nothing where only little words are left.
-    """
-    words = [word for word in clause if len(word) > 1 and not has_digit(word) and word not in names | OBJECTS]
-    return [] if LITTLE.issuperset(words) else words
 
 
 def _codes(text: Reading) -> frozenset[str]:

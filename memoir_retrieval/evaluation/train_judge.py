@@ -24,17 +24,18 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 import torch
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from memoir_retrieval.background import background_prompts
-from memoir_retrieval.edits.judge import NEGATIONS, SCALE, Judge, Weights, has_digit, read, telling
+from memoir_retrieval.edits.judge import NEGATIONS, SCALE, Judge, Weights, has_digit, read
+from memoir_retrieval.evaluation.messages import framed
+from memoir_retrieval.evaluation.train_task_words import LearntWords, learn_words
 from memoir_retrieval.model.base import load_model
 
 __all__ = ["Pair", "pairs", "train"]
 
-VERSION = 8
+VERSION = 9
 DECISIVE = 8.0  # nats, more than can speak for an edit
 WIDTH = 64
 BATCH = 512  # pairs
@@ -347,41 +348,6 @@ def _weighted(vocabulary: Iterable[Pair]) -> Tensor:
     return torch.where(same, 0.5 / share, 0.5 / (1 - share))
 
 
-def _task_weights(own: dict[str, Any], features: Tensor, row: dict[str, int]) -> tuple[np.ndarray, float]:
-    """How much each word says that something is to be done with a question: float32 [V], and the threshold."""
-    names = own["names"]
-    plain = [name for kind in names.values() for name in kind]  # and questions that are asked for their answer
-    plain += [_fill(text, names[q["name"]][i]) for q in own["questions"] for i, text in enumerate(q["wordings"])]
-    texts = [(text, 0.0) for text in (*background_prompts(), *plain)]
-    for key, label in (("tasks", 1.0), ("frames", 0.0)):
-        for i, text in enumerate(own[key]):
-            for thing in own["objects"][i % 4 :: 4] if "{object}" in text else [""]:
-                texts.append((_about(text, thing, names["language"][i % 12]), label))
-    rows = []
-    for text, label in texts:
-        reading = read(text)
-        for clause in reading.clauses:
-            known = [row[word] + 1 for word in telling(clause, reading.names) if word in row]
-            rows += [(known, label)] if known else []
-    means = torch.stack([features[words].mean(0) for words, _ in rows])
-    labels = torch.tensor([label for _, label in rows])
-    head = nn.Linear(features.shape[1], 1)
-    own_words = nn.EmbeddingBag(len(features), 1, mode="mean")
-    nn.init.zeros_(own_words.weight)
-    best = torch.optim.Adam([*head.parameters(), *own_words.parameters()], lr=1e-2, weight_decay=1e-5)
-    bags = torch.tensor([number for words, _ in rows for number in words])
-    starts = torch.tensor([0, *np.cumsum([len(words) for words, _ in rows])[:-1]])
-    for _ in range(300):
-        said = (head(means) + own_words(bags, starts))[:, 0]
-        loss = functional.binary_cross_entropy_with_logits(said, labels, weight=2 - labels)
-        best.zero_grad()
-        loss.backward()
-        best.step()
-    with torch.no_grad():
-        weights = (head(features) + own_words.weight)[:, 0]
-        return weights[1:].numpy().astype(np.float32), 0.25
-
-
 def train(data: Path, model: str, *, seed: int = 0, epochs: int = 4, say: Any = print) -> dict[str, np.ndarray]:
     """The tensors of a judge's file, by name.
 
@@ -406,7 +372,7 @@ def train(data: Path, model: str, *, seed: int = 0, epochs: int = 4, say: Any = 
     held = max(1, len(examples) // 25)
     table = _Table(features)
     _descend(table, examples, row, held, epochs, say)
-    tasks, task = _task_weights(own, features, row)
+    around = _learn_tasks(seed, say)
     contraries = [[row[word] for text in pair for word in read(text).words] for pair in own["contraries"]]
     with torch.no_grad():
         all_words = torch.arange(1, len(words) + 1)
@@ -418,10 +384,10 @@ def train(data: Path, model: str, *, seed: int = 0, epochs: int = 4, say: Any = 
         "needed": heads[:, 0].astype(np.float32),
         "extra": heads[:, 1].astype(np.float32),
         "asks": np.clip(np.round(asks * (255 / np.quantile(asks, 0.999))), 0, 255).astype(np.uint8),
-        "tasks": tasks,
+        "tasks": around.table,
         "contraries": np.array(contraries, np.int32),
     }
-    numbers = _numbers(table, task)
+    numbers = _numbers(table, around)
     judge = Judge(words, **tensors, weights=numbers)
     passes: dict[bool, list[bool]] = {True: [], False: []}
     for pair in examples[:held]:
@@ -429,9 +395,30 @@ def train(data: Path, model: str, *, seed: int = 0, epochs: int = 4, say: Any = 
     say(f"held back, passing of the same and of the others: {np.mean(passes[True]):.3f}, {np.mean(passes[False]):.3f}")
     return {
         **tensors,
-        "words": np.frombuffer("\n".join(words).encode(), np.uint8).copy(),
-        "weights": np.frombuffer(msgspec.json.encode(numbers), np.uint8).copy(),
+        "words": _bytes("\n".join(words).encode()),
+        "weights": _bytes(msgspec.json.encode(numbers)),
     }
+
+
+def with_tasks(tensors: dict[str, np.ndarray], around: LearntWords) -> dict[str, np.ndarray]:
+    """The tensors of a judge that tells tasks in another way.
+
+    tensors: of a judge's file, which may be of an earlier version.
+    around: what was learnt of tasks.
+    """
+    weights = msgspec.json.decode(tensors["weights"].tobytes())
+    numbers = Weights(**{**weights, "version": VERSION, "task": around.bias, "task_step": around.step})
+    return {**tensors, "tasks": around.table, "weights": _bytes(msgspec.json.encode(numbers))}
+
+
+def _learn_tasks(seed: int, say: Any) -> LearntWords:
+    around = learn_words(list(framed(seed)))
+    say(f"tasks held back, taken for tasks: {around.caught:.3f}, and of the forms: {around.lost:.3f}")
+    return around
+
+
+def _bytes(data: bytes) -> np.ndarray:
+    return np.frombuffer(data, np.uint8).copy()
 
 
 def _features(embeddings: Tensor, tokens: Iterable[list[int]]) -> Tensor:
@@ -481,8 +468,8 @@ def _descend(
         say(f"epoch {epoch + 1}: loss {total / batches:.4f}, {time.monotonic() - started:.0f} s")
 
 
-def _numbers(table: _Table, task: float) -> Weights:
-    """The judge's numbers that belong to no word. task: that of tasks."""
+def _numbers(table: _Table, around: LearntWords) -> Weights:
+    """The judge's numbers that belong to no word. around: what was learnt of tasks."""
     return Weights(
         version=VERSION,
         bias=BIAS,
@@ -492,7 +479,8 @@ def _numbers(table: _Table, task: float) -> Weights:
         unknown=functional.softplus(table.fixed).tolist()[0],
         # A number or a negation that only one of two questions has always tells them apart.
         digits=DECISIVE,
-        task=task,
+        task=around.bias,
+        task_step=around.step,
         name=NAME,
         kind=KIND,
         many=MANY,
@@ -506,8 +494,12 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the published questions")
     parser.add_argument("--model", default="smollm2-135m", help="whose embeddings are used")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tasks-only", action="store_true", help="keep the words of OUT, learn what tells tasks")
     options = parser.parse_args()
-    tensors = train(options.data, options.model, seed=options.seed)
+    if options.tasks_only:
+        tensors = with_tasks(load_file(options.out), _learn_tasks(options.seed, print))
+    else:
+        tensors = train(options.data, options.model, seed=options.seed)
     save_file(tensors, options.out)
     print(f"{options.out}: {options.out.stat().st_size} bytes")
 

@@ -2,7 +2,7 @@
 
 `memoir calibrate DIR --tasks` learns it for a store. For the one that comes with the library:
 
-    python -m memoir_retrieval.evaluation.train_tasks memoir_retrieval/data/tasks.safetensors --model NAME
+    python -m memoir_retrieval.evaluation.train_tasks memoir_retrieval/data/tasks.safetensors --every
 
 The messages are made of what was written for this library: whole ones with a place for a question, which want
 something done with it or want its answer (`data/messages.json`), and sentences to the same ends
@@ -12,15 +12,13 @@ something done with it or want its answer (`data/messages.json`), and sentences 
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from importlib.resources import files
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -32,6 +30,7 @@ from torch.nn import functional
 
 from memoir_retrieval.edits.judge import TASK
 from memoir_retrieval.errors import ConfigError
+from memoir_retrieval.evaluation.messages import Framed, framed, held_back
 from memoir_retrieval.model.base import BaseModel, load_model
 from memoir_retrieval.model.bfloat16 import HalfProducts, half_is_faster
 from memoir_retrieval.model.forward import candidate_means
@@ -40,84 +39,13 @@ from memoir_retrieval.question.prompts import prompt_ids
 from memoir_retrieval.question.span import SpanRule, derive_span_rule
 from memoir_retrieval.question.tasks import around, pooled_spans, read_tasks, roots, with_leads
 
-__all__ = ["Framed", "LearntTasks", "fit", "framed", "learn_tasks"]
+__all__ = ["LearntTasks", "fit", "learn_tasks", "scaled"]
 
-FOLDS = 5  # one message of so many is held back
 # Chosen by messages held back, and on the part "tune" of `memoir bench routing`.
 UNITS, LEFT_OUT, DECAY = 128, (0.3, 0.4), 0.3
 PASSES, BATCH, RATE = 25, 256, 1e-3
-LABELS = (("Q: ", "A: "), ("User: ", "Assistant: "), ("Input: ", "Output: "), ("", "-> "), ("* ", "  "), ("Q. ", "A. "))
-QUOTES = ('"{}"', "'{}'", "“{}”", "{}", "{}", "{}", "{}", "{}")
-
-
-class Framed(NamedTuple):
-    """A message around a question.
-
-    text: the whole of it.
-    question: what stands in it.
-    task: whether something else than its answer is wanted.
-    sentence: what it was made of; messages of one are held back together.
-    """
-
-    text: str
-    question: str
-    task: bool
-    sentence: str
-
-
-def framed(seed: int = 0) -> Iterator[Framed]:
-    """Messages to learn from.
-
-    seed: of what stands beside what.
-    """
-    data = files("memoir_retrieval") / "data"
-    own: dict[str, Any] = json.loads((data / "judge_questions.json").read_text())
-    whole: dict[str, list[str]] = json.loads((data / "messages.json").read_text())
-    rng = random.Random(seed)
-
-    def question() -> str:
-        of = rng.choice(own["questions"])
-        return str(rng.choice(of["wordings"]).replace("{}", rng.choice(own["names"][of["name"]])))
-
-    def answer() -> str:
-        return str(
-            rng.choice(own["names"][rng.choice(("person", "country", "city", "work", "number", "year", "thing"))])
-        )
-
-    def filled(sentence: str) -> str:
-        thing = rng.choice(own["objects"])
-        return sentence.replace("{object}", thing).replace("{}", rng.choice(own["names"]["language"]))
-
-    def frame() -> str:
-        return filled(rng.choice(own["frames"]))
-
-    for task, key in ((True, "tasks"), (False, "forms")):
-        for message in whole[key]:
-            core = question()
-            yield Framed(message.replace("{question}", core), core, task, message)
-    for task, key in ((True, "tasks"), (False, "frames")):
-        for sentence in own[key] + own[f"more_{key}"]:
-            core, words, gap = question(), filled(sentence), rng.choice((" ", "\n", "\n\n"))
-            parts = [words, rng.choice(QUOTES).format(core)]
-            if not words.endswith(":") and rng.random() < 0.2:
-                parts.reverse()
-            if rng.random() < 0.4:  # beside a task there may be more, too
-                more = [frame() for _ in range(rng.choice((1, 1, 2, 4)))]
-                parts = [*more, *parts] if rng.random() < 0.5 else [*parts, *more]
-            yield Framed(gap.join(parts), core, task, sentence)
-    for _ in range(len(own["frames"])):  # a question beside others
-        core, others = question(), [question() for _ in range(rng.choice((1, 1, 2)))]
-        parts = [*others, core] if rng.random() < 0.5 else [core, *others]
-        if rng.random() < 0.3:
-            parts.insert(0, frame())
-        yield Framed(rng.choice((" ", "\n", " Also, ", " And ")).join(parts), core, False, f"beside {others[0]}")
-    for _ in range(len(own["frames"]) // 2):  # a question behind others that have answers
-        ask, reply = rng.choice(LABELS)
-        core, pairs = question(), [(question(), answer()) for _ in range(rng.choice((1, 2, 2, 3)))]
-        gap = rng.choice(("\n", "\n\n"))
-        text = gap.join(f"{ask}{other}\n{reply}{said}" for other, said in pairs)
-        text = f"{text}{gap}{ask}{core}" + rng.choice(("", f"\n{reply}".rstrip()))
-        yield Framed(f"{frame()}\n{text}" if rng.random() < 0.3 else text, core, False, f"behind {pairs[0][0]}")
+# Most of the time goes into running the model over the messages, and the words of a message say the most.
+MESSAGES, LONGEST = 7500, 400  # characters
 
 
 def features(base: BaseModel, rule: SpanRule, messages: Sequence[Framed]) -> tuple[torch.Tensor, list[int]]:
@@ -173,15 +101,19 @@ class LearntTasks(NamedTuple):
     lost: float
 
 
-def learn_tasks(base: BaseModel, rule: SpanRule) -> LearntTasks:
+def learn_tasks(base: BaseModel, rule: SpanRule, *, every: bool = False) -> LearntTasks:
     """What tells a task from a form by the activations of a model's edited layer.
 
     base: the model.
     rule: of a chat store, with `candidates`.
+    every: whether to learn from every message, in three times the time, and not from `MESSAGES` short ones.
 
     Raises ConfigError where the model's template leaves too few messages whole.
     """
     messages = list(framed())
+    if not every:
+        short = [message for message in messages if len(message.text) <= LONGEST]
+        messages = random.Random(0).sample(short, min(MESSAGES, len(short)))
     with HalfProducts(base).used() if half_is_faster(base) else nullcontext():
         rows, numbers = features(base, rule, messages)
     if len(numbers) < len(messages) // 2:
@@ -190,8 +122,7 @@ def learn_tasks(base: BaseModel, rule: SpanRule) -> LearntTasks:
             "leave out --tasks, and tasks are known by words alone"
         )
     labels = torch.tensor([messages[number].task for number in numbers], dtype=torch.bool)
-    order = {sentence: place for place, sentence in enumerate(sorted({message.sentence for message in messages}))}
-    held = torch.tensor([order[messages[number].sentence] % FOLDS == 0 for number in numbers])
+    held = torch.from_numpy(held_back([messages[number] for number in numbers]))
     scores = scored(fit(rows[~held], labels[~held]), rows[held])
     scale, shift = scaled(scores, labels[held])  # a network is surer of what it was learnt from than of the rest
     alone = (scores * scale + shift >= TASK).float()
@@ -269,12 +200,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--every", action="store_true", help="learn from every message, in three times the time")
     options = parser.parse_args()
     base = load_model(options.model)
     rule = msgspec.structs.replace(derive_span_rule(base.tokenizer), candidates=True)
     known = read_tasks(options.out.read_bytes()) if options.out.is_file() else {}
     began = time.monotonic()
-    learnt = learn_tasks(base, rule)
+    learnt = learn_tasks(base, rule, every=options.every)
     known[base.identity.layer] = learnt.tasks
     options.out.write_bytes(save({layer: tasks.astype(np.float16) for layer, tasks in known.items()}))
     shares = f"{learnt.caught:.3f} of the tasks, {learnt.lost:.3f} of the forms"

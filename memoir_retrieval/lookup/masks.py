@@ -19,15 +19,16 @@ import torch
 from numpy.typing import NDArray
 
 from memoir_index import Hits, hamming_radius, popcount
-from memoir_retrieval.edits.judge import TASK, Verdict, judge_named, letters
+from memoir_retrieval.edits.judge import Verdict, judge_named, letters
 from memoir_retrieval.edits.record import StoredEdit, masked_texts
 from memoir_retrieval.edits.requires import Phrases, required_texts
+from memoir_retrieval.edits.task_words import PLACE
 from memoir_retrieval.lookup.decision import JudgedPart
 from memoir_retrieval.question.tasks import TaskProbe
 from memoir_retrieval.store.read import EditStore
 from memoir_retrieval.store.threshold import CANDIDATES
 
-__all__ = ["Candidate", "Decode", "EditLookup", "task_probe"]
+__all__ = ["Candidate", "Decode", "EditLookup", "around_of", "task_probe"]
 
 Decode = Callable[[Sequence[int]], str]
 """The text of token ids, as the tokenizer of the store's model decodes them."""
@@ -249,14 +250,13 @@ class EditLookup:
         texts = [self._decode(question) for question in questions]
         nearest = zip(hits.ids.tolist(), hits.rows.tolist(), hits.overlaps.tolist(), strict=True)
         says = [None] * len(texts) if around is None else around.tolist()
-        rests = ["", *(_rest(texts[0], text) for text in texts[1:])]
+        rests = ["", *(around_of(texts[0], text) for text in texts[1:])]
         return [_Passage(*row) for row in zip(codes, texts, rests, says, nearest, edits, strict=True)]
 
     def _judge(self, parts: Sequence[_Passage], tau: float) -> list[list[Candidate] | None]:
         """For each part of one message the edits that are judged for it; None for a part to which nothing is near.
 
-        A message that holds an edit's question beside what the activations alone show to be a task is that task,
-        however well the words of the whole fit.
+        A message that holds an edit's question beside a task is that task, however well the words of the whole fit.
         """
         judged: list[list[Candidate] | None] = []
         tasks: dict[int, str] = {}
@@ -267,10 +267,11 @@ class EditLookup:
                 continue
             candidates = list(self._candidates(part, tau, literal))
             judged.append(candidates)
-            if part.speaks is not None and part.speaks >= TASK:
-                tasks |= {near.edit: near.verdict.task for near in candidates if near.verdict.task}
+            tasks |= {near.edit: near.verdict.task for near in candidates if near.verdict.task}
         if not tasks:
             return judged
+        if judged[0] and any(candidate.verdict.part == "same words" for candidate in judged[0]):
+            return judged  # the message has no other words
         return [candidates and [_beside(candidate, tasks) for candidate in candidates] for candidates in judged]
 
     def candidates(
@@ -413,10 +414,16 @@ class EditLookup:
         return np.sort(self._order[behind + np.arange(len(behind))])
 
 
-def _rest(message: str, part: str) -> str:
-    """The text of a message around one of its parts, as far as it is judged."""
-    before, _, after = message.partition(part.strip())
-    return f"{before[-AROUND:]}\n{after[:AROUND]}"
+def around_of(message: str, part: str) -> str:
+    """The text of a message around one of its parts, as far as it is judged, with `PLACE` for the part; "" if none.
+
+    message: the whole of it.
+    part: where it stands several times, what is around its first place and around its last counts.
+    """
+    text = message.replace(part.strip() or message, PLACE)
+    first, last = text.find(PLACE), text.rfind(PLACE)
+    around = text[max(0, first - AROUND) : first + AROUND], text[max(first + AROUND, last - AROUND) : last + AROUND]
+    return "" if text.strip() == PLACE else "".join(around)
 
 
 def _best(candidates: Sequence[Candidate]) -> Candidate | None:

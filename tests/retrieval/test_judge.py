@@ -14,9 +14,10 @@ from test_store import write as write_store
 
 from memoir_index import HammingIndex, pack
 from memoir_retrieval.edits.judge import TABLE, Judge, judge_named, read, shipped_judge
+from memoir_retrieval.edits.task_words import PLACE
 from memoir_retrieval.errors import StoreError, StoreMismatch
 from memoir_retrieval.lookup import masks as lookup_module
-from memoir_retrieval.lookup.masks import EditLookup
+from memoir_retrieval.lookup.masks import AROUND, EditLookup, around_of
 from memoir_retrieval.store.read import EditStore
 
 JUDGE = shipped_judge()
@@ -141,21 +142,6 @@ def test_what_the_rest_of_the_message_asks_counts() -> None:
     assert JUDGE.verdict(MOTHER, MOTHER, "The weather was nice yesterday.").same
     verdict = JUDGE.verdict(MOTHER, MOTHER, "Translate into German:")
     assert not verdict.same and verdict.part == "task" and verdict.task == "translate into german"
-
-
-@pytest.mark.parametrize(
-    "rest",
-    ["And what is the boiling point of water?", "How do I open the window of the room? Which train goes to Bristol?"],
-)
-def test_another_question_beside_it_is_no_task(rest: str) -> None:
-    assert JUDGE.verdict(MOTHER, MOTHER, rest, speaks=9.0).same
-
-
-@pytest.mark.parametrize(
-    "rest", ["How many letters are there?", "Which language is that?", "Wie viele Wörter hat das?"]
-)
-def test_a_question_about_the_text_beside_it_is_one(rest: str) -> None:
-    assert not JUDGE.verdict(MOTHER, MOTHER, rest, speaks=9.0).same
 
 
 def test_a_slip_is_not_another_word_but_another_code_is() -> None:
@@ -315,13 +301,21 @@ def test_a_message_that_holds_a_question_beside_a_task_is_that_task(tmp_path: Pa
     texts = ["Now please: Who runs Acme?", "Who runs Acme?", "please: Who runs Acme?"]
     lookup = EditLookup(judged_store(tmp_path), lambda ids: texts[ids[0]] if ids else "")
     codes = masks(3, seed=4)[[0, 0, 0]]
-    for around, edit in (([-np.inf, -3, -3], 0), ([-np.inf, 3, -3], -1), ([-np.inf, 3, 3], -1)):
+    for around, edit in (([-np.inf, -9, -9], 0), ([-np.inf, 9, -9], -1), ([-np.inf, 9, 9], -1)):
         says = np.array(around, np.float32)
         hits, chosen = lookup.decide(codes, 0.9, [[0], [1], [2]], [3], says)
         assert hits.ids.tolist() == [edit]
         parts = lookup.parts(codes, 0.9, [[0], [1], [2]], int(chosen[0]), says)
         assert [part.same for part in parts] == [edit == 0] * 3
         assert [part.reason == "task" for part in parts] == [edit < 0] * 3
+
+
+def test_a_message_with_the_words_of_an_edit_alone_is_no_task(tmp_path: Path) -> None:
+    """Double spaces make the end of a question a part; what stands before it may look like a task."""
+    texts = ["Who  runs  Acme?", "runs Acme?"]
+    lookup = EditLookup(judged_store(tmp_path), lambda ids: texts[ids[0]] if ids else "")
+    codes = masks(3, seed=4)[[0, 0]]
+    assert lookup.decide(codes, 0.9, [[0], [1]], [2], np.array([-np.inf, 99], np.float32))[0].ids.tolist() == [0]
 
 
 def test_each_part_says_what_spoke_against_its_edit_in_the_words_of_the_message_alone(tmp_path: Path) -> None:
@@ -353,3 +347,13 @@ def test_the_table_that_is_shipped_is_the_one_that_its_name_says() -> None:
     table = (Path(__file__).parents[2] / "memoir_retrieval" / "data" / TABLE).read_bytes()
     assert JUDGE.name == f"{JUDGE.weights.version}-{hashlib.sha256(table).hexdigest()[:16]}"
     assert len(table) < 3 << 20 and JUDGE.vectors.dtype == np.int8
+
+
+def test_what_stands_around_each_place_of_a_question_is_read() -> None:
+    question, far = "Who runs Acme?", "x" * 9000
+    assert around_of(f"{question}{far}Translate this: {question}{far}", question).count(PLACE) == 2
+    assert "Translate" in around_of(f"{far}{question}{far}Translate this: {question}{far}", question)
+    assert around_of(f"Say: {question} Bye.", question) == f"Say: {PLACE} Bye."
+    assert len(around_of(question * 5000, question)) <= 4 * AROUND
+    for alone in ("", "  "):
+        assert around_of(question, alone) == around_of(f" {question}\n", question) == ""

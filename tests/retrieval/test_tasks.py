@@ -20,7 +20,6 @@ from safetensors.numpy import save
 import memoir_retrieval.store.write
 from memoir_retrieval import Edit, Editor, EditStore, Retriever
 from memoir_retrieval.cli import cli
-from memoir_retrieval.edits.judge import AGREED, TASK, shipped_judge
 from memoir_retrieval.errors import ConfigError, StoreError
 from memoir_retrieval.evaluation import train_tasks
 from memoir_retrieval.evaluation.calibration import with_this_judge, write_tau
@@ -82,18 +81,6 @@ def test_messages_without_a_lead_are_pooled_as_they_are() -> None:
     assert with_leads(parts, spans) is parts and parts.leads is None
     tasks = np.ones((2, 2 * D + 2), np.float32)
     assert np.isfinite(TaskProbe(tasks).scores(parts, [1, 2])).tolist() == [False, False, True]
-
-
-def test_the_activations_decide_alone_where_they_are_sure_and_else_with_the_words() -> None:
-    judge = shipped_judge()
-    question, rest = "Who runs Acme?", "Translate into French:"
-    assert judge.verdict(question, question, rest).part == "task"
-    assert judge.verdict(question, question, rest, speaks=AGREED - 0.1).same
-    assert judge.verdict(question, question, rest, speaks=AGREED).part == "task"
-    assert judge.verdict(question, question, "Good morning. Hand it over.", speaks=TASK - 0.1).same
-    verdict = judge.verdict(question, question, "Good morning. Hand it over.", speaks=TASK)
-    assert (verdict.same, verdict.part) == (False, "task") and verdict.task in ("good morning", "hand it over")
-    assert judge.verdict(question, question, " ... ", speaks=9.0).same  # no word stands there
 
 
 def test_messages_are_sound_where_parts_and_lead_are_finite() -> None:
@@ -284,7 +271,7 @@ def test_calibrate_learns_the_network_of_a_models_layer_and_a_lookup_goes_by_it(
     opened = EditStore.open(store)
     assert opened.tasks.shape == (UNITS + 1, 2 * opened.manifest.d + 2) and opened.tasks.any()
     message = "My neighbour flew home from her holidays yesterday. Where is Rome?"
-    for nats, found in ((TASK + 0.1, False), (AGREED - 1, True)):
+    for nats, found in ((9.0, False), (-9.0, True)):
         tasks = np.append(np.zeros(2 * opened.manifest.d), [1, nats]).astype(np.float32)[None]
         parts = Retriever(replace(opened, tasks=tasks), base).parts(message)
         assert any(part.match == 1 for part in parts) == found
