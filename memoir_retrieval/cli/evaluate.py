@@ -38,7 +38,11 @@ from memoir_retrieval.store.read import EditStore
 @click.argument("file", type=click.Path(path_type=Path))
 @file_options
 @measuring_options(usual="plain")
-@click.option("--server", metavar="URL", help="Ask a running server, such as http://127.0.0.1:8000.")
+@click.option(
+    "--server",
+    metavar="URL",
+    help="Ask a running server, such as http://127.0.0.1:8000, with the API key in OPENAI_API_KEY.",
+)
 @model_options(dtype=None)
 @tau_option
 @click.option("--out", type=click.Path(path_type=Path), help="Where to write the JSON (default: DIR.eval.json).")

@@ -114,22 +114,21 @@ def verify(
     opened = EditStore.open(store) if store else None
     if chat is None:
         chat = opened.manifest.chat if opened else True
-    key = os.environ.get("OPENAI_API_KEY") or "none"
     if soak is not None and opened is not None:
         import asyncio
 
         from memoir_retrieval.client.soak import NEAR, Soak
 
         near = NEAR.get(opened.manifest.dtype, NEAR["bfloat16"])
-        soaking = Soak(server, api_key=key, tokens=tokens, clients=clients, near=near)
+        soaking = Soak(server, tokens=tokens, clients=clients, near=near)
         _end(asyncio.run(_soak(soaking, server, opened, chat, prompts, soak, requests, changes)), as_json)
         return
-    probe = ServerProbe(server, chat=chat, api_key=key)
+    probe = ServerProbe(server, chat=chat)
     notes.print(f"asking {probe.model} at {probe.url}, {prompts} prompts of each kind")
     report = run(
         probe,
         opened,
-        ServerProbe(base, chat=chat, api_key=key) if base else None,
+        ServerProbe(base, chat=chat) if base else None,
         prompts=prompts,
         tokens=tokens,
         turns=turns,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -10,7 +11,7 @@ from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.lookup.decision import Decision, decision_of
 from memoir_retrieval.question.prompts import Prompt, as_messages
 
-__all__ = ["LAST_REQUEST", "TIMEOUT_S", "Reply", "Server", "base_url", "request_of"]
+__all__ = ["LAST_REQUEST", "TIMEOUT_S", "Reply", "Server", "api_key", "base_url", "no_key", "request_of"]
 
 TIMEOUT_S = 600.0
 """Of one request: a long answer of a busy server on a CPU takes minutes."""
@@ -52,14 +53,13 @@ class Server:
     model: the name that it serves.
     """
 
-    def __init__(self, url: str, *, api_key: str = "none", retries: int = 0):
-        """Ask a server for its model.
+    def __init__(self, url: str, *, retries: int = 0):
+        """Ask a server for its model, with the key in OPENAI_API_KEY.
 
         url: with or without /v1.
-        api_key: what the server was started with, if anything.
         retries: how often a request is sent again that met no server or an overloaded one.
 
-        Raises ConfigError where no server answers, or the `openai` package is missing.
+        Raises ConfigError where no server answers, it wants another key, or the `openai` package is missing.
         """
         try:
             from openai import OpenAI
@@ -67,7 +67,7 @@ class Server:
             raise ConfigError("asking a server needs openai: pip install 'memoir-retrieval[eval]'") from None
         self.url = base_url(url)
         client = OpenAI(
-            base_url=self.url, api_key=api_key, timeout=TIMEOUT_S, max_retries=0, default_headers=LAST_REQUEST
+            base_url=self.url, api_key=api_key(), timeout=TIMEOUT_S, max_retries=0, default_headers=LAST_REQUEST
         )
         self.model = str(self._call(client.get, "/v1/models")["data"][0]["id"])
         self._client = client.with_options(max_retries=retries)
@@ -106,10 +106,12 @@ class Server:
         )
 
     def _call(self, method: Callable[..., Any], path: str, **more: Any) -> Any:
-        from openai import APIStatusError, OpenAIError
+        from openai import APIStatusError, AuthenticationError, OpenAIError
 
         try:
             return method(path, cast_to=object, **more)
+        except AuthenticationError as error:
+            raise no_key(self.url) from error
         except APIStatusError as error:
             raise ConfigError(f"the server at {self.url} refused {path}: {error}") from error
         except OpenAIError as error:
@@ -141,9 +143,27 @@ def request_of(
     return "/v1/chat/completions" if chat else "/v1/completions", body
 
 
+def api_key() -> str:
+    """The key that is sent to a server: OPENAI_API_KEY, as OpenAI's own client reads it, or "none"."""
+    return os.environ.get("OPENAI_API_KEY") or "none"
+
+
+def no_key(url: str) -> ConfigError:
+    """The error where a server answers 401.
+
+    url: of the server.
+    """
+    return ConfigError(f"the server at {url} wants an API key: set OPENAI_API_KEY to it")
+
+
 def base_url(url: str) -> str:
     """The address of a server without a slash at the end and without /v1.
 
     url: as it was typed.
+
+    Raises ConfigError for one without http:// or https://, which httpx takes for a server that does not answer.
     """
+    if not url.lower().startswith(("http://", "https://")):
+        rest = url.rpartition("://")[2] or "127.0.0.1:8000"
+        raise ConfigError(f"{url!r} does not begin with http:// or https://: write http://{rest}")
     return url.rstrip("/").removesuffix("/v1")

@@ -35,7 +35,7 @@ class ServerModel:
         store: what the server serves; its settings render the prompts.
         model: whose tokenizer renders them, a name or a folder (default: the model that the store names).
 
-        Raises ConfigError where no server answers, or the `openai` package is missing.
+        Raises ConfigError where no server answers, it wants another key, or the `openai` package is missing.
         """
         from transformers import AutoTokenizer
 

@@ -113,7 +113,6 @@ class Soak:
         self,
         url: str,
         *,
-        api_key: str = "none",
         tokens: int = 8,
         clients: int = 8,
         near: float = NEAR["bfloat16"],
@@ -122,13 +121,12 @@ class Soak:
         """Nothing is sent yet.
 
         url: with or without /v1.
-        api_key: what the server was started with, if anything.
         tokens: of an answer.
         clients: how many ask at once.
         near: nats between the two best tokens: where they are nearer, rounding decides, and anything may follow.
         seed: of what is asked when.
         """
-        self._traffic = SoakClient(url, api_key=api_key, tokens=tokens, clients=clients, near=near)
+        self._traffic = SoakClient(url, tokens=tokens, clients=clients, near=near)
         self._clients, self._dice = clients, Random(seed)
         self.references: dict[int, list[Reference]] = {}
         self._base: dict[int, Reference] = {}  # by number of the question without its span

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import httpx
 import msgspec
 
-from memoir_retrieval.client.server import LAST_REQUEST, TIMEOUT_S, base_url, request_of
+from memoir_retrieval.client.server import LAST_REQUEST, TIMEOUT_S, api_key, base_url, no_key, request_of
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.lookup.decision import Decision
 from memoir_retrieval.question.prompts import Prompt
@@ -91,11 +91,10 @@ class SoakClient:
     length: the most tokens of a prompt with its answer.
     """
 
-    def __init__(self, url: str, *, api_key: str, tokens: int, clients: int, near: float):
+    def __init__(self, url: str, *, tokens: int, clients: int, near: float):
         """Nothing is sent yet.
 
         url: with or without /v1.
-        api_key: what the server was started with.
         tokens: of an answer, at most.
         clients: requests at a time.
         near: nats between the two best tokens, below which rounding decides between them.
@@ -107,14 +106,17 @@ class SoakClient:
         self._http = httpx.AsyncClient(
             base_url=self.url,
             timeout=TIMEOUT_S,
-            headers={"Authorization": f"Bearer {api_key}", **LAST_REQUEST},
+            headers={"Authorization": f"Bearer {api_key()}", **LAST_REQUEST},
             limits=httpx.Limits(max_connections=clients + 4),
         )
 
     async def begin(self) -> None:
-        """Ask what is served. Raises ConfigError where no server with edits answers."""
+        """Ask what is served. Raises ConfigError where no server with edits answers, or it wants another key."""
         try:
-            models = (await self._http.get("/v1/models")).raise_for_status().json()["data"]
+            reply = await self._http.get("/v1/models")
+            if reply.status_code == httpx.codes.UNAUTHORIZED:
+                raise no_key(self.url)
+            models = reply.raise_for_status().json()["data"]
             self._model, self.length = models[0]["id"], int(models[0]["max_model_len"])
             fields = {"model": self._model, "prompt": "a", "max_tokens": 1, "priority": 1}
             self.priorities = (await self._http.post("/v1/completions", json=fields)).status_code == httpx.codes.OK

@@ -98,16 +98,15 @@ class ServerProbe(Server):
     chat: prompts are user messages for /v1/chat/completions, else raw text for /v1/completions.
     """
 
-    def __init__(self, url: str, *, chat: bool, api_key: str = "none"):
+    def __init__(self, url: str, *, chat: bool):
         """Reach a server.
 
         url: with or without /v1.
         chat: ask through the chat template.
-        api_key: what the server was started with, if anything.
 
-        Raises ConfigError where no server answers, or `openai` is missing.
+        Raises ConfigError where no server answers, it wants another key, or `openai` is missing.
         """
-        super().__init__(url, api_key=api_key)
+        super().__init__(url)
         self.chat = chat
 
     def probe(

@@ -5,8 +5,9 @@ The real server is asked in `tests/vllm`.
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,11 @@ import pytest
 from http_stand_in import JsonHandler, StandIn, running
 
 from memoir_retrieval import Edit, Editor, EditStore, load_model
+from memoir_retrieval.client.admin import AdminClient
+from memoir_retrieval.client.server import Server, base_url
 from memoir_retrieval.client.server_model import ServerModel
+from memoir_retrieval.client.soak import Soak
+from memoir_retrieval.client.verify import ServerProbe
 from memoir_retrieval.errors import ConfigError
 
 
@@ -27,13 +32,22 @@ class Stub(StandIn):
         super().__init__(Handler)
         self.memoir: dict[str, Any] | None = {"edit": 0, "overlap": 1.0, "result": "matched", "generation": generation}
         self.bodies: list[dict[str, Any]] = []
+        self.key = ""
 
 
 class Handler(JsonHandler):
     server: Stub
 
     def do_GET(self) -> None:
-        self.reply({"object": "list", "data": [{"id": "m", "object": "model", "created": 0, "owned_by": "x"}]})
+        if self.server.key and self.headers["Authorization"] != f"Bearer {self.server.key}":
+            self.reply({"error": "Unauthorized"}, 401)
+            return
+        self.reply(
+            {
+                "object": "list",
+                "data": [{"id": "m", "object": "model", "created": 0, "owned_by": "x", "max_model_len": 64}],
+            }
+        )
 
     def do_POST(self) -> None:
         body = json.loads(self.read())
@@ -130,3 +144,38 @@ def test_a_decision_of_another_version_is_refused(stub: Stub, store: EditStore) 
 def test_no_server(stub: Stub, store: EditStore) -> None:
     with pytest.raises(ConfigError, match=r"no server answers at http://127\.0\.0\.1:9"):
         ServerModel("http://127.0.0.1:9", store)
+
+
+def test_every_client_sends_the_key_of_the_environment_and_names_the_variable_where_it_is_refused(
+    stub: Stub, store: EditStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clients: list[Callable[[], Any]] = [
+        lambda: ServerModel(stub.url, store),
+        lambda: ServerProbe(stub.url, chat=True),
+        lambda: Server(stub.url),
+        lambda: asyncio.run(Soak(stub.url).length()),
+    ]
+    stub.key = "secret"
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    for client in clients:
+        with pytest.raises(ConfigError, match="wants an API key: set OPENAI_API_KEY to it"):
+            client()
+    monkeypatch.setenv("OPENAI_API_KEY", stub.key)
+    for client in clients:
+        client()
+
+
+@pytest.mark.parametrize(
+    ("url", "whole"),
+    [
+        ("127.0.0.1:8123", "http://127.0.0.1:8123"),
+        ("localhost/v1", "http://localhost/v1"),
+        ("ftp://host", "http://host"),
+        ("", "http://127.0.0.1:8000"),
+    ],
+)
+def test_an_address_without_its_scheme_is_refused_with_one(url: str, whole: str) -> None:
+    for reach in (base_url, Server, Soak, lambda url: AdminClient(url, "a-token")):
+        with pytest.raises(ConfigError, match=rf"does not begin with http.*: write {whole}$"):
+            reach(url)
+    assert base_url(whole + "/") == whole.removesuffix("/v1") and base_url("HTTPS://h/") == "HTTPS://h"
