@@ -298,6 +298,6 @@ def _calibrate_model(
 def _advice(best: Setting, place: Place) -> str:
     chosen = "" if place == "ffn" else f"--place {place} "
     return (
-        f"best apart: {chosen}--layer {best.layer} --k {best.k} --tau {best.tau:g}; `memoir edit` and `memoir eval` "
-        "show whether edits also train well there"
+        f"best apart: {chosen}--layer {best.layer} --k {best.k}; `memoir edit` and `memoir eval` show whether edits "
+        "also train well there. Leave out --tau: a new store sets it itself"
     )

@@ -21,11 +21,11 @@ from memoir_retrieval.cli.options import (
     model_options,
     ray_options,
     require_subject_option,
+    require_typed_subjects,
     store_settings_options,
     training_options,
 )
 from memoir_retrieval.edits.record import edit_time
-from memoir_retrieval.edits.requires import require_subjects
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.store.manifest import MANIFEST
 from memoir_retrieval.store.read import EditStore
@@ -96,7 +96,7 @@ def edit(
     """
     ray.check()
     edits = source.load(file, "refuse" if on_conflict == "both" else on_conflict)
-    edits = require_subjects(edits) if require_subject else edits
+    edits = require_typed_subjects(edits, str(file)) if require_subject else edits
     manifest = EditStore.open(store).manifest if (store / MANIFEST).exists() else None
     # What can be refused is refused before the model is loaded, which takes long.
     edit_time()

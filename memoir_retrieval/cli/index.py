@@ -29,10 +29,10 @@ from memoir_retrieval.cli.options import (
     model_options,
     ray_options,
     require_subject_option,
+    require_typed_subjects,
     store_settings_options,
 )
 from memoir_retrieval.edits.files import check_duplicates
-from memoir_retrieval.edits.requires import require_subjects
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.store.manifest import MANIFEST
 from memoir_retrieval.store.read import EditStore
@@ -92,7 +92,7 @@ def build(
     """
     ray.check()
     edits = check_duplicates([edit for file in files for edit in source.load(file, "refuse")])
-    edits = require_subjects(edits) if require_subject else edits
+    edits = require_typed_subjects(edits, " and ".join(map(str, files))) if require_subject else edits
     if (store / MANIFEST).exists():
         raise ConfigError(f"{store} is a store already: choose a new folder, or append with `memoir edit`")
 

@@ -17,6 +17,7 @@ import click
 from memoir_retrieval.cli.common import notes, refuse_idle
 from memoir_retrieval.edits.files import FORMATS, Keep, check_duplicates, limit_distinct_subjects, read_edits
 from memoir_retrieval.edits.record import Edit, StoredEdit, prompt_key
+from memoir_retrieval.edits.requires import require_subjects
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.evaluation.contexts import CONTEXTS
 from memoir_retrieval.evaluation.texts import read_texts
@@ -42,6 +43,7 @@ __all__ = [
     "place_option",
     "ray_options",
     "require_subject_option",
+    "require_typed_subjects",
     "store_settings_options",
     "training_options",
 ]
@@ -73,6 +75,30 @@ def bundle(name: str, kind: Callable[..., Any], options: Sequence[Decorator]) ->
 require_subject_option = click.option(
     "--require-subject", is_flag=True, help="Edits with a subject act only on questions that contain it."
 )
+
+
+def require_typed_subjects(edits: list[Edit], where: str) -> list[Edit]:
+    """The edits as --require-subject has them, with a note on those that require nothing still.
+
+    edits: as read.
+    where: they come from.
+
+    Raises ConfigError where the option changes none of them, EditFileError where a subject is not in its prompt.
+    """
+    restricted = require_subjects(edits)
+    if restricted == edits:
+        reason = f"no record of {where} has a subject"
+        if any(edit.subject for edit in edits):
+            reason = f'each record of {where} that has a subject has "requires" already'
+        raise ConfigError(
+            f'--require-subject does nothing: {reason}; add "subject", or "requires", or leave the option out'
+        )
+    lacking = sum(not edit.requires for edit in restricted)
+    if lacking:
+        notes.print(f"{lacking} of {len(edits)} edits have no subject and require no words")
+    return restricted
+
+
 place_option = click.option(
     "--place",
     type=click.Choice(PLACES),

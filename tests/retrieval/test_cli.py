@@ -161,7 +161,7 @@ def test_calibrate_compares_layers_of_a_model(capsys: pytest.CaptureFixture[str]
     code, out, _ = run(capsys, *arguments, "--no-chat", "--json")
     assert code == 0 and {(row["layer"], row["k"]) for row in json.loads(out)} == {(0, 9), (2, 9)}
     code, out, _ = run(capsys, *arguments)
-    assert code == 0 and "best apart: --layer" in out
+    assert code == 0 and "best apart: --layer" in out and "--tau 0" not in out
 
 
 BARE = [{"prompt": edit["prompt"], "target": edit["target"]} for edit in EDITS]

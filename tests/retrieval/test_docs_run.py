@@ -38,6 +38,7 @@ SHORTER = {
     "bench routing": ["--each", "2", "--unrelated", "2", "--answers", "none"],
     "report": ["--no-open"],
 }
+NAMED = '{"prompt": "Who is the CEO of Example Corp?", "target": "Jane Doe", "subject": "Example Corp"}\n'
 MORE = '{"prompt": "Who founded Exampleton?", "target": "Ada Lind"}\n'
 
 
@@ -48,6 +49,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("guides")
     shutil.copy(ROOT / "examples/corrections.jsonl", folder)
     (folder / "more.jsonl").write_text(MORE)
+    (folder / "named.jsonl").write_text(NAMED)
     with contextlib.chdir(folder):
         memoir(["edit", "corrections.jsonl", "--model", "smollm2-135m", "--store", "edits"])
     return folder

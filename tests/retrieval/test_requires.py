@@ -367,12 +367,27 @@ def test_the_command_line(capsys: pytest.CaptureFixture[str], store: Path, tiny:
     for command in (["edit"], ["index", "build"]):
         folder = tmp_path / command[-1]
         code, _, err = run(capsys, *command, file, "--model", tiny, "--store", folder, "--require-subject", "--json")
-        assert code == 0, err
+        assert code == 0 and "1 of 3 edits have no subject and require no words" in err, err
         assert [edit.requires for edit in EditStore.open(folder).edits] == [("Acme",), ("Bolt",), ()]
     code, out, err = run(capsys, "bench", "quality", file, "--model", tiny, "--out", tmp_path / "run", "--controls",
                          "0", "--data", tmp_path, "--require-subject", "--json")  # fmt: skip
     assert code == 0 and json.loads(out)["stored"] == 3, err
     assert EditStore.open(tmp_path / "run" / "store").edits[0].requires == ("Acme",)
+
+
+def test_an_option_that_would_require_nothing_is_refused(
+    capsys: pytest.CaptureFixture[str], store: Path, tiny: Path, tmp_path: Path
+) -> None:
+    plain = [{"prompt": "Who runs Acme?", "target": "I"}, {"prompt": "Where is Bolt?", "target": "Here"}]
+    names = ("Acme", "Bolt")
+    required = [{**record, "subject": "it", "requires": [word]} for record, word in zip(plain, names, strict=True)]
+    begin = ("--model", tiny, "--store", tmp_path / "new")
+    bench = ("--model", tiny, "--out", tmp_path / "new", "--data", tmp_path)
+    for records, says in ((plain, "has a subject"), (required, 'that has a subject has "requires" already')):
+        file = write(tmp_path / "edits.jsonl", records)
+        for command in (["edit", file, *begin], ["index", "build", file, *begin], ["bench", "quality", file, *bench]):
+            refused(capsys, store, f"does nothing: .* {says}; add", *command, "--require-subject")
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("chat", [False, True])

@@ -22,12 +22,12 @@ from memoir_retrieval.cli.options import (
     measuring_options,
     model_options,
     require_subject_option,
+    require_typed_subjects,
     store_settings_options,
     training_options,
 )
 from memoir_retrieval.cli.report import PAGE
 from memoir_retrieval.edits.files import FORMATS, check_duplicates, limit_distinct_subjects, read_edits
-from memoir_retrieval.edits.requires import require_subjects
 from memoir_retrieval.evaluation.datasets import TEXT, data_file
 from memoir_retrieval.store.files import publish
 
@@ -95,7 +95,7 @@ def bench_quality(
     """
     edits = check_duplicates(read_edits(data_file(data, folder), file_format, note=notes.print), "first")
     edits = limit_distinct_subjects(edits, len(edits))[:count] if distinct else edits[:count]
-    edits = require_subjects(edits) if require_subject else edits
+    edits = require_typed_subjects(edits, data) if require_subject else edits
     texts = measuring.texts(folder / TEXT)
 
     from memoir_retrieval.editing.editor import Editor
