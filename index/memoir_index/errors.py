@@ -13,7 +13,7 @@ class MemoirError(Exception):
     ...     EditStore.open("nowhere")
     ... except MemoirError as error:
     ...     print(error)
-    store nowhere does not exist: make one with `memoir edit FILE --store nowhere`
+    store nowhere does not exist: make one with `memoir edit FILE --model NAME --store nowhere`
 
     fact: the line without its end.
     cure: its end, what to do; a front end may say what to type instead.

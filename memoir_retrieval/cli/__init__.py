@@ -96,7 +96,7 @@ def main(arguments: list[str] | None = None) -> None:
         echo(f"memoir: {' '.join(text.split())}", err=True)
         sys.exit(2)
     except (KeyboardInterrupt, click.Abort) as stop:
-        click.echo(f"memoir: interrupted: {str(stop) or 'nothing was changed by halves'}", err=True)
+        click.echo(f"memoir: interrupted: {str(stop) or 'no file is half written'}", err=True)
         sys.exit(130)
     sys.exit(code if isinstance(code, int) else 0)
 

@@ -25,7 +25,7 @@ def message(error: MemoirError) -> str:
 
     error: of the library.
     """
-    if error.reason == Reason.SETTINGS:
+    if error.reason == Reason.SETTINGS and error.about[0] != "tau":
         return f"{error.fact}: leave out {_option(*error.about[::2])}, or choose a new folder"
     cure = _CURES.get(Reason(error.reason), error.cure) if error.reason else error.cure
     return f"{error.fact}: {cure}" if cure else str(error)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from memoir_retrieval.errors import ConfigError, Reason
 
-__all__ = ["DATA_SETS", "STATISTICS", "TEXT", "data_file"]
+__all__ = ["DATA_SETS", "QUESTIONS", "STATISTICS", "TEXT", "data_file"]
 
 DATA_SETS = {
     "zsre": "zsre/zsre_mend_edit.jsonl",
@@ -27,6 +27,9 @@ DATA_SETS = {
 
 TEXT = "text/wikitext-2-test.jsonl"
 """Unrelated text in the same folder."""
+
+QUESTIONS = "text/nq-open-dev.jsonl"
+"""Questions of people, with which `memoir bench routing` asks what no edit may answer."""
 
 STATISTICS = "text/wikitext-2-valid.jsonl"
 """Text of which methods such as ROME take statistics; none of it is measured on."""

@@ -21,6 +21,7 @@ import numpy as np
 
 from memoir_retrieval.background import control_prompts, shipped
 from memoir_retrieval.edits.record import Edit, StoredEdit
+from memoir_retrieval.evaluation.datasets import QUESTIONS, TEXT
 from memoir_retrieval.question.prompts import Message, Prompt
 
 __all__ = [
@@ -459,7 +460,7 @@ def unrelated(folder: Path, most: int, stored: Sequence[StoredEdit]) -> Iterator
     prompts = {" ".join(edit.prompt.lower().split()) for edit in stored}
     texts = [("the library's", text) for text in control_prompts()]
     rest = max(0, most - len(texts))
-    questions, text = folder / "text/nq-open-dev.jsonl", folder / "text/wikitext-2-test.jsonl"
+    questions, text = folder / QUESTIONS, folder / TEXT
     if questions.is_file():
         records = _sample([record["question"] for record in _lines(questions)], rest - rest // 3)
         texts += [("questions of people (NQ-open)", record) for record in records]

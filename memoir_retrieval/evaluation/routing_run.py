@@ -17,6 +17,7 @@ from memoir_retrieval.editing.build_masks import build
 from memoir_retrieval.editing.editor import Editor
 from memoir_retrieval.edits.record import StoredEdit
 from memoir_retrieval.errors import ConfigError
+from memoir_retrieval.evaluation.datasets import QUESTIONS, TEXT
 from memoir_retrieval.evaluation.routing_data import (
     PUBLISHED,
     Part,
@@ -155,7 +156,7 @@ def run_routing(
     first: ask "edits" and "unrelated" of so many first edits of the store, one after another; empty asks all of it.
     about: ask "edits" about no more than so many first ones of each store.
     command: noted in the result.
-    tell: called with a line on each set before it is asked.
+    tell: called with a line on each set before it is asked, and on each file that it lacks.
     Raises ConfigError for a set that `data` does not have, and for more first edits than there are.
     """
     check_sets(sets, data)
@@ -177,6 +178,9 @@ def run_routing(
             for of in parts_of_store:
                 ask(name, of, _of_edits(of, of.store.edits[:about], each, only), bool(of.store.edits) and _trained(of))
         elif name == "unrelated":
+            for path in (data / QUESTIONS, data / TEXT):
+                if not path.is_file():
+                    tell(f"{name}: without {path}, which is not there")
             for of in parts_of_store:
                 ask(name, of, unrelated(data, prompts, retriever.store.edits), False)
         else:

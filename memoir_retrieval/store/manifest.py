@@ -268,11 +268,11 @@ def _read(folder: Path, path: Path) -> bytes:
             missing = error
     if not folder.is_dir():
         raise StoreError(
-            f"store {folder} does not exist: make one with `memoir edit FILE --store {folder}`"
+            f"store {folder} does not exist: make one with `memoir edit FILE --model NAME --store {folder}`"
         ) from missing
     raise StoreError(
         f"{folder} is not a store, or its first write was cut off: it has no {MANIFEST}; "
-        f"run `memoir edit FILE --store {folder}` (again)"
+        f"run `memoir edit FILE --model NAME --store {folder}` (again)"
     ) from missing
 
 

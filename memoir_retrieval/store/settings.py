@@ -253,9 +253,12 @@ def require_made_with(manifest: Manifest, other: Settings, store: str | Path) ->
 def _contradicted(differs: Contradiction, store: str | Path) -> ConfigError:
     section, _, field = differs.name.rpartition(".")
     setting = f"{section} {field}=" if section else f"{field} "
+    cure = "choose a new folder"
+    if differs.name == "tau":  # the one setting that a store can be given later
+        cure = f"fix it with `memoir calibrate {store} --tau {differs.other} --write`"
     return ConfigError(
         f"store {store} was made with {setting}{differs.stored}, not {differs.other}",
-        cure="leave that setting out, or choose a new folder",
+        cure=f"leave that setting out, or {cure}",
         reason=Reason.SETTINGS,
         about=differs,
     )

@@ -533,6 +533,16 @@ def test_a_package_that_cannot_be_imported(
     refused(capsys, store, "`memoir doctor` says what is missing", "lookup", store, "hi")
 
 
+def test_an_interrupted_command_says_that_files_are_whole(
+    capsys: pytest.CaptureFixture[str], store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(EditStore, "open", interrupted)
+    assert run(capsys, "list", store) == (130, "", "memoir: interrupted: no file is half written\n")
+
+
 @pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_edit_says_what_is_kept(
     capsys: pytest.CaptureFixture[str], store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: signal.Signals

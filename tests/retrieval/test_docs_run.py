@@ -28,7 +28,7 @@ GUIDES = [ROOT / "README.md", *sorted(ROOT.glob("docs/how-to/*.md"))]
 LEFT_OUT = {
     "memoir bench quality zsre": "data sets are not shipped",
     "--ray": "a cluster of machines; a local one is started by test_build.py",
-    "--tasks": "runs twenty thousand messages; what it writes and reads is in test_tasks.py",
+    "--tasks": "runs 7500 messages; what it writes and reads is in test_tasks.py",
     "memoir serve": "tests/vllm/test_docs_served.py",
     "--server": "tests/vllm/test_docs_served.py",
 }

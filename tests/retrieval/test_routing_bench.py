@@ -147,6 +147,8 @@ def test_a_run_writes_its_figures_and_a_page_that_loads_nothing(
                          "opposites", "--set", "unrelated", "--unrelated", "8", "--data", tmp_path, "--answers", "all",
                          "--out", tmp_path / "run", "--json")  # fmt: skip
     assert code == 0, err
+    for name in ("text/nq-open-dev.jsonl", "text/wikitext-2-test.jsonl"):
+        assert f"unrelated: without {tmp_path / name}, which is not there" in err
     result = json.loads(out)
     rows = {(row["set"], row["name"]): row for row in result["rows"]}
     assert rows["edits", "edits"]["found"] == rows["edits", "edits"]["exact"] == 1.0

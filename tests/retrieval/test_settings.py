@@ -224,3 +224,6 @@ def test_the_command_line_names_the_option_that_contradicts(
             main(["edit", str(file), "--store", str(store), *options])
         assert stop.value.code == 2
         assert capsys.readouterr().err.endswith(f": leave out {option}, or choose a new folder\n")
+    with pytest.raises(SystemExit):
+        main(["edit", str(file), "--store", str(store), "--tau", "0.6"])
+    assert capsys.readouterr().err.endswith(f", or fix it with `memoir calibrate {store} --tau 0.6 --write`\n")

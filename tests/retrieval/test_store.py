@@ -120,7 +120,7 @@ def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_no_store(tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match="does not exist: make one with `memoir edit FILE --store"):
+    with pytest.raises(StoreError, match="does not exist: make one with `memoir edit FILE --model NAME --store"):
         EditStore.open(tmp_path / "nowhere")
     with pytest.raises(StoreError, match=r"no memoir\.json"):
         EditStore.open(tmp_path)

@@ -9,6 +9,7 @@ import click
 from memoir_retrieval.background import background_prompts
 from memoir_retrieval.cli.bench.bench_store import BenchStore
 from memoir_retrieval.cli.common import echo_json, json_option, model_option, run_benchmark, store_argument
+from memoir_retrieval.store.files import publish
 
 
 def _counts(_context: click.Context, _option: click.Parameter, text: str) -> list[int]:
@@ -70,7 +71,7 @@ def bench_latency(
     if plot is not None:
         from memoir_retrieval.evaluation.report.page import latency_page  # it imports torch
 
-        plot.write_text(latency_page(result["rows"], bench.model), encoding="utf-8")
+        publish(plot, latency_page(result["rows"], bench.model).encode())
     if as_json:
         echo_json(result)
         return
