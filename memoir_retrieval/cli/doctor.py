@@ -14,6 +14,7 @@ from typing import NamedTuple
 import click
 
 from memoir_retrieval.cli.common import echo, echo_json, json_option
+from memoir_retrieval.edits.judge import judge_named
 from memoir_retrieval.errors import MemoirError, ModelError, StoreError
 from memoir_retrieval.model.adapter import split_adapter
 from memoir_retrieval.model.base import identify, resolve
@@ -175,6 +176,7 @@ def _model_of(store: Path | None) -> str | None:
 
 def _store(store: Path, model: str) -> str:
     opened = EditStore.open(store)
+    judge_named(opened.manifest.judge, store)
     opened.require(identify(resolve(model), opened.manifest.module, split_adapter(model)[1]), model)
     return f"{len(opened.edits)} edits, generation {opened.manifest.generation}, fits {model}"
 

@@ -374,6 +374,10 @@ def test_doctor_fails_for_a_store_that_does_not_fit(
     assert code == 0 and states[f"store {store}"] == "ok" and states["vLLM plugin"] == "ok"
     code, out, _ = run(capsys, "doctor", "--store", store, "--model", other_tiny)
     assert code == 1 and "fail" in out and "was made on" in out
+    opened = EditStore.open(store)
+    write_again(store, opened, generation=opened.manifest.generation + 1, judge="0-" + "0" * 16)
+    code, out, _ = run(capsys, "doctor", "--store", store, "--quick")
+    assert code == 1 and f"store {store} was made with judge 0-" in out
 
 
 def test_serve_hands_vllm_its_flags(store: Path, tiny: Path, tmp_path: Path) -> None:
@@ -536,11 +540,12 @@ def test_a_package_that_cannot_be_imported(
 def test_an_interrupted_command_says_that_files_are_whole(
     capsys: pytest.CaptureFixture[str], store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(folder: Path) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(EditStore, "open", interrupted)
-    assert run(capsys, "list", store) == (130, "", "memoir: interrupted: no file is half written\n")
+    code, out, err = run(capsys, "list", store)
+    assert (code, out, err.strip()) == (130, "", "memoir: interrupted: no file is half written")
 
 
 @pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
