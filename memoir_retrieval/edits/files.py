@@ -6,7 +6,9 @@ import warnings
 from collections.abc import Iterable
 from os import PathLike
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+import msgspec
 
 from memoir_retrieval.edits.formats import FORMATS, Fields, Keys, detect_format, show
 from memoir_retrieval.edits.record import Edit, prompt_key
@@ -63,23 +65,33 @@ def read_edits(path: str | PathLike[str], format: str | None = None, *, note: No
     return edits
 
 
-def check_duplicates(edits: Iterable[Edit], keep: Keep = "refuse") -> list[Edit]:
+def check_duplicates(edits: Iterable[Edit], keep: Keep = "refuse", most: int | None = None) -> list[Edit]:
     """Return the edits with one edit per prompt, in order of each prompt's first appearance.
 
-    Prompts are compared by `prompt_key`, targets with runs of blanks collapsed. A repeated edit is dropped.
+    Prompts are compared by `prompt_key`, targets with runs of blanks collapsed. A repeated edit is dropped; the one
+    that is kept gets its rephrasings and everything else that evaluation asks.
 
     edits: in the order of their files.
     keep: what becomes of a prompt with two targets: "refuse" raises EditFileError, "first" and "last" keep one edit.
+    most: how many at most. Nothing is read from the first prompt on that is one too many, so that a question of a
+        later record, which needs all edits of that record, does not come along without them.
 
     Raises ConfigError for another `keep`.
     """
     if keep not in ("refuse", "first", "last"):
         raise ConfigError(f"keep={show(keep)} is unknown; use 'refuse', 'first' or 'last'")
-    kept: dict[str, tuple[int, Edit]] = {}
+    kept: dict[str, tuple[int, list[Edit]]] = {}
     for number, edit in enumerate(edits, 1):
-        known_number, known = kept.setdefault(prompt_key(edit.prompt), (number, edit))
+        key = prompt_key(edit.prompt)
+        if key not in kept:
+            if len(kept) == most:
+                break
+            kept[key] = (number, [edit])
+            continue
+        known_number, (known, *_) = kept[key]
         same_target = _collapse(known.target) == _collapse(edit.target)
         if same_target and known.requires == edit.requires:
+            kept[key][1].append(edit)
             continue
         if keep == "refuse":
             what = "requires" if same_target else "targets"
@@ -91,8 +103,8 @@ def check_duplicates(edits: Iterable[Edit], keep: Keep = "refuse") -> list[Edit]
                 reason=Reason.CONFLICT,
             )
         if keep == "last":
-            kept[prompt_key(edit.prompt)] = (number, edit)
-    return [edit for _, edit in kept.values()]
+            kept[key] = (number, [edit])
+    return [_merge(repeated) for _, repeated in kept.values()]
 
 
 def limit_distinct_subjects(edits: Iterable[Edit], n: int) -> list[Edit]:
@@ -126,6 +138,18 @@ def _read_text(path: str | PathLike[str]) -> str:
         raise EditFileError(f"{path}, line {line}: byte 0x{byte:02x} is not UTF-8; save as UTF-8") from None
     except OSError as error:
         raise EditFileError(f"{path}: cannot be read ({error.strerror}); name an edit file") from None
+
+
+def _merge(repeated: list[Edit]) -> Edit:
+    """The first of some edits, with what any of them has evaluation ask, each once."""
+    first, *others = repeated
+    if not others:
+        return first
+    fields: dict[str, Any] = {}
+    for name in ("rephrases", "locality", "neighbourhood", "portability", "ood"):
+        values = {msgspec.json.encode(value): value for edit in repeated for value in getattr(edit, name)}
+        fields[name] = tuple(values.values())
+    return msgspec.structs.replace(first, **fields)
 
 
 def _collapse(text: str) -> str:

@@ -5,6 +5,7 @@ import os
 from collections import Counter
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -863,6 +864,37 @@ def test_any_bytes_are_read_or_refused(tmp_path: Path, content: bytes) -> None:
 def test_same_edit_twice_is_kept_once() -> None:
     first = edit("What  is it?", "a  b")
     assert check_duplicates([first, edit("other"), edit(" What is it?\n", "a b")]) == [first, edit("other")]
+
+
+def test_what_a_repeated_edit_has_asked_is_kept() -> None:
+    """As in MQuAKE, where an edit that comes again brings the questions of another record."""
+    probes = [Probe(prompt=f"Question {n}?", answer="t") for n in range(4)]
+    first = Edit(prompt="p", target="t", subject="s", rephrases=("a", "b"), locality=(probes[0],))
+    again = Edit(prompt="p ", target=" t", subject="x", rephrases=("b", "c"), locality=(probes[0],), ood=("o",),
+                 neighbourhood=(probes[1],), portability=(probes[2], probes[3]))  # fmt: skip
+    whole = msgspec.structs.replace(
+        again, prompt="p", target="t", subject="s", rephrases=("a", "b", "c"), locality=(probes[0],)
+    )
+    assert check_duplicates([first, edit("q"), again, again]) == [whole, edit("q")]
+    other = msgspec.structs.replace(again, target="u")
+    assert check_duplicates([first, other], keep="last") == [other]  # the answers that follow from it are others
+
+
+def test_as_many_edits_with_the_questions_of_their_records_alone() -> None:
+    """The second record's question needs both of its edits."""
+    hop = Probe(prompt="Who leads the maker of P?", answer="t")
+    last = msgspec.structs.replace(edit("p"), portability=(hop,))
+    edits = [edit("p"), edit("q"), last, edit("r"), last]
+    assert check_duplicates(edits, most=1) == [edit("p")]
+    assert check_duplicates(edits, most=2) == [last, edit("q")]
+    assert len(check_duplicates(edits, most=9)) == 3
+
+
+@needs_sets
+def test_no_multi_hop_question_is_lost_with_a_repeated_edit() -> None:
+    edits = read_edits(SETS / "mquake/MQuAKE-hard.jsonl")
+    kept = check_duplicates(edits, "first")
+    assert len(kept) == 767 and sum(len(e.portability) for e in kept) == 1287
 
 
 def test_two_targets_are_refused() -> None:

@@ -92,7 +92,7 @@ def bench_methods(
       memoir bench methods examples/zsre-100.jsonl --edits 30 --method memoir --method ft --method grace
       memoir bench methods zsre --edits 100 --out methods
     """
-    edits = check_duplicates(read_edits(data_file(data, folder), file_format, note=notes.print), "first")[:count]
+    edits = check_duplicates(read_edits(data_file(data, folder), file_format, note=notes.print), "first", most=count)
     if not edits:
         raise ConfigError(f"{data} has no edits: give a file that has some")
     if len(edits) < count:

@@ -93,8 +93,9 @@ def bench_quality(
       memoir bench quality zsre --edits 100 --out run
       memoir bench quality corrections.jsonl --chat --out run --json
     """
-    edits = check_duplicates(read_edits(data_file(data, folder), file_format, note=notes.print), "first")
-    edits = limit_distinct_subjects(edits, len(edits))[:count] if distinct else edits[:count]
+    records = read_edits(data_file(data, folder), file_format, note=notes.print)
+    edits = check_duplicates(records, "first", most=None if distinct else count)
+    edits = limit_distinct_subjects(edits, count or len(edits)) if distinct else edits
     edits = require_typed_subjects(edits, data) if require_subject else edits
     texts = measuring.texts(folder / TEXT)
 
