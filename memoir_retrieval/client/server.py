@@ -22,6 +22,9 @@ clock: a busy client may send a request at that moment, which gets no answer, an
 be sent again."""
 
 
+_NO_SERVER = "give the address of a server of vLLM, such as `memoir serve` starts"
+
+
 @dataclass(frozen=True)
 class Reply:
     """One answer.
@@ -69,7 +72,10 @@ class Server:
         client = OpenAI(
             base_url=self.url, api_key=api_key(), timeout=TIMEOUT_S, max_retries=0, default_headers=LAST_REQUEST
         )
-        self.model = str(self._call(client.get, "/v1/models")["data"][0]["id"])
+        try:
+            self.model = str(self._call(client.get, "/v1/models")["data"][0]["id"])
+        except (LookupError, TypeError):
+            raise ConfigError(f"{self.url} names no model at /v1/models: {_NO_SERVER}") from None
         self._client = client.with_options(max_retries=retries)
 
     def version(self) -> str:
@@ -93,10 +99,13 @@ class Server:
         options = {"memoir": "off"} if off else {}
         path, body = request_of(self.model, prompt, chat=chat, tokens=tokens, options=options, **fields)
         reply = self._call(self._client.post, path, body=body)
-        choice = reply["choices"][0]
-        text = choice["message"]["content"] if chat else choice["text"]
-        logprobs = choice.get("logprobs") or {}
-        content = logprobs.get("content") or ()
+        try:
+            choice = reply["choices"][0]
+            text = choice["message"]["content"] if chat else choice["text"]
+            logprobs = choice.get("logprobs") or {}
+            content = logprobs.get("content") or ()
+        except (LookupError, TypeError, AttributeError):
+            raise ConfigError(f"{self.url} gives no answer at {path}: {_NO_SERVER}") from None
         return Reply(
             tokens=tuple(choice.get("token_ids") or ()),
             logprobs=tuple(t["logprob"] for t in content) if chat else tuple(logprobs.get("token_logprobs") or ()),
@@ -116,6 +125,8 @@ class Server:
             raise ConfigError(f"the server at {self.url} refused {path}: {error}") from error
         except OpenAIError as error:
             raise ConfigError(f"no server answers at {self.url} ({error}): start one with `memoir serve`") from error
+        except ValueError as error:
+            raise ConfigError(f"{self.url} sends no JSON at {path}: {_NO_SERVER}") from error
 
 
 def request_of(

@@ -138,16 +138,23 @@ class ServerProbe(Server):
 def distance(left: Reply, right: Reply) -> float:
     """Largest difference of two answers' log-probabilities, up to and including the first token that differs.
 
-    0.0 means equal bits. Infinite where one answer is a true beginning of the other.
+    0.0 means equal bits. Infinite where one answer is a true beginning of the other, and where one of them lacks tokens
+    or log-probabilities, so that there is nothing to compare.
 
     left, right: the answers.
     """
+    if not (_is_whole(left) and _is_whole(right)):
+        return float("inf")
     far = 0.0
     for a, b, x, y in zip(left.tokens, right.tokens, left.logprobs, right.logprobs, strict=False):
         far = max(far, abs(x - y))
         if a != b:
             return far or math.ulp(0.0)  # a tie, broken the other way
     return far if len(left.tokens) == len(right.tokens) else float("inf")
+
+
+def _is_whole(reply: Reply) -> bool:
+    return 0 < len(reply.tokens) == len(reply.logprobs)
 
 
 def verify(
@@ -174,7 +181,7 @@ def verify(
     unrelated = unrelated_prompts()[:prompts]
     first = server.probe(unrelated[0], tokens=1)
     checks = list(_checks(server, store, base, unrelated, tokens, first))
-    serves = all(check.state != "fail" for check in checks[:1])
+    serves = all(check.state != "fail" for check in checks[:2])
     overhead = list(_overhead(server, [e.prompt for e in edits], unrelated, tokens, turns)) if serves else []
     return Verification(
         server=server.url,
@@ -202,6 +209,12 @@ def _checks(
         return
     generation = first.decision.generation
     yield Check("serves edits", "ok", f"generation {generation}")
+    if not _is_whole(first):
+        sides = f"{len(first.tokens)} token ids and {len(first.logprobs)} log-probabilities for an answer of one token"
+        fix = "ask vLLM's server itself, not a proxy that leaves them out"
+        yield Check("gives token ids and log-probabilities", "fail", f"{sides}: {fix}")
+        return
+    yield Check("gives token ids and log-probabilities", "ok", "what is compared")
     edits = store.edits[-len(unrelated) :] if store else ()
     if store:
         same = generation == store.manifest.generation

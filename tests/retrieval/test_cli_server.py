@@ -33,10 +33,19 @@ class Stub(StandIn):
         self.memoir: dict[str, Any] | None = {"edit": 0, "overlap": 1.0, "result": "matched", "generation": generation}
         self.bodies: list[dict[str, Any]] = []
         self.key = ""
+        self.instead: tuple[str, str] | None = None
 
 
 class Handler(JsonHandler):
     server: Stub
+
+    def reply(self, body: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
+        """The text of `instead`, and its content type, where there is one."""
+        if self.server.instead is None:
+            super().reply(body, status, headers)
+        else:
+            text, kind = self.server.instead
+            self.send(text.encode(), status, {"Content-Type": kind})
 
     def do_GET(self) -> None:
         if self.server.key and self.headers["Authorization"] != f"Bearer {self.server.key}":
@@ -139,6 +148,22 @@ def test_a_decision_of_another_version_is_refused(stub: Stub, store: EditStore) 
     stub.memoir["result"] = "sideways"
     with pytest.raises(ConfigError, match=r"'sideways'.*does not know.*the same memoir-retrieval"):
         ServerModel(stub.url, store).generate(["hi"])
+
+
+@pytest.mark.parametrize("reply", ["<html>", '"text"', '{"object": "list"}', '{"data": []}', '{"data"', "[]"])
+@pytest.mark.parametrize("kind", ["application/json", "text/html"])
+def test_what_is_no_server_of_models(stub: Stub, store: EditStore, reply: str, kind: str) -> None:
+    stub.instead = reply, kind
+    with pytest.raises(ConfigError, match="give the address of a server of vLLM"):
+        ServerModel(stub.url, store)
+
+
+@pytest.mark.parametrize("reply", ['{"choices": []}', '{"choices": [{}]}', '{"choices": ["text"]}', "<html>"])
+def test_an_answer_that_is_none(stub: Stub, store: EditStore, reply: str) -> None:
+    model = ServerModel(stub.url, store)
+    stub.instead = reply, "application/json"
+    with pytest.raises(ConfigError, match="give the address of a server of vLLM"):
+        model.generate(["hi"])
 
 
 def test_no_server(stub: Stub, store: EditStore) -> None:

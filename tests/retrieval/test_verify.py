@@ -32,6 +32,7 @@ class Model(StandIn):
         self.generation = 1
         self.plugin = True
         self.acts = True
+        self.proxy: Callable[[dict[str, Any]], Any] = lambda choice: None  # what stands in front takes of an answer
         self.fault: Fault = lambda prompt, off, number, salt: 0.0
         self.number = 0
         self.keys: list[str | None] = []
@@ -59,6 +60,7 @@ class Handler(JsonHandler):
             "token_ids": tokens,
             "logprobs": {"content": [{"logprob": -(t / 1000) + shift} for t in tokens]},
         }
+        self.server.proxy(choice)
         result = "off" if off else "unmatched" if edit is None else "matched"
         memoir = {"edit": edit, "overlap": 0.9 * (result == "matched"), "result": result}
         memoir["generation"] = self.server.generation
@@ -91,7 +93,7 @@ def failed(results: dict[str, Check]) -> list[str]:
 
 def test_a_sound_server(stand_in: Model, store: EditStore) -> None:
     results = checks(stand_in, store)
-    assert failed(results) == [] and len(results) == 12
+    assert failed(results) == [] and len(results) == 13
     assert (
         results["edits change answers"].detail.startswith("2 of 2")
         and "1 begin with" in results["edits change answers"].detail
@@ -168,6 +170,15 @@ def test_a_server_without_the_plugin_or_of_another_generation(stand_in: Model, s
     assert list(checks(stand_in, store)) == ["serves edits"]
 
 
+@pytest.mark.parametrize("key", ["token_ids", "logprobs"])
+def test_a_server_that_gives_nothing_to_compare(stand_in: Model, store: EditStore, key: str) -> None:
+    """Answers without log-probabilities are not equal bits."""
+    stand_in.proxy = lambda choice: choice.pop(key)
+    results = checks(stand_in, store)
+    assert list(results) == ["serves edits", "gives token ids and log-probabilities"]
+    assert failed(results) == ["gives token ids and log-probabilities"]
+
+
 def test_the_report_and_the_exit_code(
     stand_in: Model, store: EditStore, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -199,3 +210,5 @@ def test_distance() -> None:
     assert distance(answer, near_tie) == 0.0625  # what follows another token is not compared
     assert 0 < distance(answer, Reply((1, 9, 4), (-0.5, -0.25, -7.0), "", None)) < 1e-300  # a tie is not equal either
     assert distance(answer, Reply((1, 2), (-0.5, -0.25), "", None)) == float("inf")
+    assert distance(Reply((1, 2), (), "", None), Reply((8, 9), (), "", None)) == float("inf")
+    assert distance(Reply((), (-0.5,), "", None), Reply((), (-0.5,), "", None)) == float("inf")
