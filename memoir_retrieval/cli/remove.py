@@ -102,7 +102,9 @@ def compact(store: Path, model: ModelOptions, acts: Literal["first", "last"] | N
         try:
             trained = editor.compact(progress=tell, acts=acts)
         except KeyboardInterrupt:
-            raise click.Abort(f"{store} is unchanged, at generation {manifest.generation}") from None
+            now = EditStore.open(store, check=False).manifest
+            state = "is unchanged" if now.generation == manifest.generation else "is compacted"
+            raise click.Abort(f"{store} {state}, at generation {now.generation}") from None
     failed = editor.outcome.failed
     del editor
     with store_lock(store):

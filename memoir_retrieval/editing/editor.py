@@ -240,7 +240,8 @@ class Editor:
         acts: "first": the residual acts from a question's first token on from now on; "last": from the token before
             the answer, as in new chat stores; by default as before.
         Returns them; one that fails the audit is kept, and named in `outcome`. Nothing is left of edits that were
-        removed or replaced. Interrupted, store and editor are what they were.
+        removed or replaced. Interrupted, store and editor are what they were, or, if the new generation
+        was published already, what it is.
         Raises ConfigError for "last" where the span rule is "all", StoreError where training an edit gives NaN or
         infinite numbers; store and editor are then what they were, too.
         """
@@ -269,7 +270,8 @@ class Editor:
             store.manifest = msgspec.structs.replace(store.manifest, next_id=state.manifest.next_id)
             store.commit()
         except BaseException:
-            store.restore(state)
+            if not store.is_published(state):
+                store.restore(state)
             self._restart()
             raise
         return outcome.stored

@@ -26,10 +26,11 @@ from memoir_retrieval.question.span import derive_span_rule, find_span
 from memoir_retrieval.question.tasks import shipped_tasks
 from memoir_retrieval.store.commits import Commits
 from memoir_retrieval.store.files import store_lock
-from memoir_retrieval.store.manifest import MANIFEST, Manifest, draft_manifest
+from memoir_retrieval.store.manifest import MANIFEST, Manifest, draft_manifest, read_manifest
 from memoir_retrieval.store.read import NO_TASKS, EditStore
 from memoir_retrieval.store.settings import Settings, require_made_with, training_of
 from memoir_retrieval.store.threshold import NO_REFERENCES, References, set_tau
+from memoir_retrieval.store.write import refuse_foreign
 
 __all__ = ["OpenStore", "StoreState", "make_references"]
 
@@ -80,7 +81,7 @@ class OpenStore:
         complete = settings
         if new:
             complete = settings.resolved(base)
-            _refuse_foreign(path)
+            refuse_foreign(path)
         with ExitStack() as lock:
             lock.enter_context(store_lock(path))
             if new and not (path / MANIFEST).exists():
@@ -200,6 +201,19 @@ class OpenStore:
         self.index, self._commits = state.index, state.commits
         self._by_halves = False
 
+    def is_published(self, state: StoreState) -> bool:
+        """Whether the folder has a generation after a state, though the commit that wrote it was interrupted.
+
+        If so, this is that generation from then on.
+
+        state: taken before.
+        """
+        if not (self.path / MANIFEST).exists() or read_manifest(self.path).generation <= state.manifest.generation:
+            return False
+        store = EditStore.open(self.path)
+        self.manifest, self._commits = store.manifest, Commits(self.path, store)
+        return True
+
     @property
     def fingerprint(self) -> Fingerprint:
         """What makes the store's masks."""
@@ -293,13 +307,3 @@ def make_references(
     means = dict(zip(new, question_means(base, rows, [find_span(ids, manifest.span) for ids in rows]), strict=True))
     means |= known or {}
     return References(fingerprint.codes(torch.stack([means[prompt] for prompt in prompts])), tuple(prompts))
-
-
-def _refuse_foreign(path: Path) -> None:
-    """Raise StoreError for a folder of something else, before anything, a lock included, is put into it."""
-    if not path.is_dir():
-        return
-    ours = (".", "memory-", "codes-", "edits-", MANIFEST)  # what a first write that was cut off may leave
-    others = sorted(p.name for p in path.iterdir() if not p.name.startswith(ours))
-    if others:
-        raise StoreError(f"{path} is not empty and not a store (it holds {others[0]}): choose a new folder")

@@ -29,6 +29,7 @@ from memoir_retrieval.store.tensors import Tensor, read_tensors, tensor_chunks, 
 from memoir_retrieval.store.threshold import Threshold, threshold_fault
 
 __all__ = [
+    "LATER_FILES",
     "MOST",
     "START",
     "Addition",
@@ -46,6 +47,8 @@ MOST = 1024
 """Additions between two writings of the files. A reader that opens the store reads and applies each of them."""
 LARGEST = 1 << 28
 """Bytes of one addition; what would have more is written into the files."""
+LATER_FILES = ", or files of a later generation are left here: restore it into an empty folder"
+"""What errors say of additions that fit nothing: a backup may have been copied over the folder."""
 _NAME = re.compile(r"added-(0|[1-9][0-9]{0,18})\.safetensors(\.tmp)?")
 _DIGEST = 32
 
@@ -239,20 +242,23 @@ def parse_additions(
     additions: list[Addition] = []
     tail = Tail(manifest.sha256)
     for data in fetched:
-        path = folder / _name(manifest.generation + len(additions) + 1)
+        generation = manifest.generation + len(additions)
+        path = folder / _name(generation + 1)
+        hint = ""
         try:
             if hashlib.sha256(memoryview(data)[:-_DIGEST]).digest() != data[-_DIGEST:]:
                 raise ValueError("its sha256 is not that of its content")
             head, addition = _parse(path, bytearray(data), manifest)
             if head.after != tail.sha256:
-                raise ValueError(f"it does not follow generation {manifest.generation + len(additions)}")
+                hint = LATER_FILES
+                raise ValueError(f"it does not follow generation {generation}")
             for fault in _faults(
                 manifest, addition, memories, additions[-1].next_id if additions else manifest.next_id
             ):
                 raise ValueError(fault)
         except (ValueError, StoreError) as error:
             why = " ".join(str(error).split())
-            raise StoreError(f"{path} is damaged ({why:.200}): restore the store from a backup") from error
+            raise StoreError(f"{path} is damaged ({why:.200}): restore the store from a backup{hint}") from error
         additions.append(addition)
         tail = Tail(data[-_DIGEST:].hex(), len(additions), tail.size + len(data))
     return tuple(additions), tail

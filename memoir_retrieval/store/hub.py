@@ -21,7 +21,7 @@ from memoir_retrieval.store.card import SCORES, model_card
 from memoir_retrieval.store.files import store_lock
 from memoir_retrieval.store.manifest import KINDS, MANIFEST, MOST_BYTES, FileEntry, read_manifest, without_files
 from memoir_retrieval.store.read import EditStore
-from memoir_retrieval.store.write import write_again
+from memoir_retrieval.store.write import refuse_foreign, write_again
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -140,10 +140,12 @@ def pull(
     sha256: what memoir.json must have, as `push` printed it; it holds the digests of all other files.
     replace: whether edits of the folder that the repository lacks are dropped.
     Raises HubError where the Hub refuses or the digest is another; StoreError for a store that is damaged, locked or
-    cannot be written; StoreMismatch where the folder has a store of another base model, or edits that would be lost
-    (`replace` drops them). The folder is then what it was.
+    cannot be written, and for a folder of something else; StoreMismatch where the folder has a store of another base
+    model, or edits that would be lost (`replace` drops them). The folder is then what it was.
     """
     target = Path(folder)
+    if not (target / MANIFEST).exists():
+        refuse_foreign(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".memoir-pull-") as scratch:
         with _hub_errors(repo):

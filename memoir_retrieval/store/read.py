@@ -23,7 +23,7 @@ from memoir_retrieval.edits.record import StoredEdit
 from memoir_retrieval.errors import StoreError, StoreMismatch
 from memoir_retrieval.model.base import Identity
 from memoir_retrieval.store import checks
-from memoir_retrieval.store.additions import START, Addition, Tail, fetch_additions, parse_additions
+from memoir_retrieval.store.additions import LATER_FILES, START, Addition, Tail, fetch_additions, parse_additions
 from memoir_retrieval.store.edit_lines import JoinedEdits, StoredEdits
 from memoir_retrieval.store.files import CHUNK, Data, read_or_map
 from memoir_retrieval.store.manifest import KINDS, MANIFEST, FileEntry, Manifest, read_manifest
@@ -33,6 +33,7 @@ from memoir_retrieval.store.threshold import NO_REFERENCES, References
 __all__ = [
     "MAPPED_FROM",
     "NO_TASKS",
+    "TRIES",
     "Content",
     "EditStore",
     "Masks",
@@ -44,7 +45,8 @@ __all__ = [
 
 NO_TASKS = np.zeros((0, 0), np.float32)
 """In place of a network: words alone say what of a message is a task."""
-TRIES = 10  # of reading a store that is replaced meanwhile
+TRIES = 10
+"""Of reading a store that is replaced meanwhile."""
 MAPPED_FROM = 64 << 20
 """Files of at least so many bytes are mapped, not read."""
 
@@ -154,9 +156,11 @@ class EditStore:
                 return store
         else:
             raise StoreError(f"store {folder} changes faster than it can be read: try again when its writer is done")
+        name = Path(str(missing.filename)).name
+        hint = LATER_FILES if name.startswith("added-") else ""
         raise StoreError(
-            f"store {folder} is incomplete: {Path(str(missing.filename)).name} is missing or locked by another "
-            "program; restore it from a backup or edit again into a new folder"
+            f"store {folder} is incomplete: {name} is missing or locked by another "
+            f"program; restore it from a backup or edit again into a new folder{hint}"
         )
 
     def check(self) -> None:

@@ -13,8 +13,8 @@ from memoir_retrieval.errors import StoreError, StoreMismatch
 from memoir_retrieval.model.base import BaseModel
 from memoir_retrieval.store.additions import fetch_additions
 from memoir_retrieval.store.files import Data
-from memoir_retrieval.store.manifest import KINDS, MANIFEST, FileEntry, read_manifest
-from memoir_retrieval.store.read import EditStore, assemble, parse, read_file, sha256
+from memoir_retrieval.store.manifest import KINDS, MANIFEST, FileEntry, Manifest, read_manifest
+from memoir_retrieval.store.read import TRIES, EditStore, assemble, parse, read_file, sha256
 
 __all__ = ["SAME_MASK", "verify_masks", "verify_store"]
 
@@ -25,23 +25,34 @@ SAME_MASK = 0.98
 def verify_store(path: str | Path) -> list[str]:
     """Read every byte of a store again. Returns one line for each thing that is not as it says; none for a sound store.
 
+    A writer that replaces the generation meanwhile is no fault: the new one is read.
+
     path: its folder.
 
-    Raises StoreError where there is no store at all, StoreMismatch for one of a newer format.
+    Raises StoreError where there is no store at all, or it changes all the time; StoreMismatch for one of a newer
+    format.
     """
-    return list(_faults(Path(path)))
-
-
-def _faults(folder: Path) -> Iterator[str]:
-    try:
-        manifest = read_manifest(folder)
-    except StoreMismatch:
-        raise
-    except StoreError as error:
-        if not (folder / MANIFEST).exists():
+    folder = Path(path)
+    manifest, faults = None, list[str]()
+    for _ in range(TRIES + 1):
+        before = manifest
+        try:
+            manifest = read_manifest(folder)
+        except StoreMismatch:
             raise
-        yield str(error)
-        return
+        except StoreError as error:
+            if not (folder / MANIFEST).exists():
+                raise
+            return [str(error)]
+        if manifest == before:
+            return faults
+        faults = list(_faults(folder, manifest))
+        if not faults:
+            return []
+    raise StoreError(f"store {folder} changes faster than it can be read: try again when its writer is done")
+
+
+def _faults(folder: Path, manifest: Manifest) -> Iterator[str]:
     try:
         fetched = fetch_additions(folder, manifest)
     except FileNotFoundError as error:
@@ -51,7 +62,7 @@ def _faults(folder: Path) -> Iterator[str]:
         yield str(error)
         return
     data: dict[str, Data] = {}
-    for kind in KINDS:
+    for kind in KINDS:  # all before any is hashed: no writer removes a file that is open
         entry: FileEntry = getattr(manifest, kind)
         try:
             data[kind] = read_file(folder, entry)
@@ -59,9 +70,10 @@ def _faults(folder: Path) -> Iterator[str]:
             yield f"{entry.name} is missing"
         except StoreError as error:
             yield str(error)
-        else:
-            if (digest := sha256(data[kind])) != entry.sha256:
-                yield f"{entry.name} has sha256 {digest}, the manifest says {entry.sha256}"
+    for kind, content in data.items():
+        entry = getattr(manifest, kind)
+        if (digest := sha256(content)) != entry.sha256:
+            yield f"{entry.name} has sha256 {digest}, the manifest says {entry.sha256}"
     if len(data) < len(KINDS):
         return
     mapped = tuple(

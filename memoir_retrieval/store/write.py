@@ -23,7 +23,7 @@ from memoir_retrieval.store.read import Content, EditStore
 from memoir_retrieval.store.tensors import tensor_chunks
 from memoir_retrieval.store.threshold import References
 
-__all__ = ["leftovers", "sweep", "write_again", "write_generation"]
+__all__ = ["leftovers", "refuse_foreign", "sweep", "write_again", "write_generation"]
 
 
 def write_generation(
@@ -148,3 +148,18 @@ def sweep(folder: Path) -> list[str]:
     folder: the store's.
     """
     return [path.name for path in remove_unused(leftovers(folder))]
+
+
+def refuse_foreign(path: Path) -> None:
+    """Refuse a folder of something else, before anything, a lock included, is put into it.
+
+    path: a folder without a manifest, or none.
+
+    Raises StoreError.
+    """
+    if not path.is_dir():
+        return
+    ours = (".", "memory-", "codes-", "edits-", MANIFEST)  # what a first write that was cut off may leave
+    others = sorted(p.name for p in path.iterdir() if not p.name.startswith(ours))
+    if others:
+        raise StoreError(f"{path} is not empty and not a store (it holds {others[0]}): choose a new folder")

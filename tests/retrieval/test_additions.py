@@ -157,6 +157,21 @@ def test_an_addition_that_is_missing_or_of_another_store_is_noticed(grown: Path,
         EditStore.open(grown)
 
 
+def test_a_backup_over_files_of_a_later_generation_is_named(
+    grown: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    cure = "or files of a later generation are left here: restore it into an empty folder"
+    backup = Path(shutil.copytree(grown, tmp_path_factory.mktemp("backup") / "store"))
+    write_again(grown, EditStore.open(grown), generation=9)
+    add(grown, prompt="later")
+    shutil.copytree(backup, grown, dirs_exist_ok=True)
+    with pytest.raises(StoreError, match=f"is missing or locked .*{cure}"):
+        EditStore.open(grown)
+    (grown / "added-10.safetensors").rename(grown / "added-4.safetensors")
+    with pytest.raises(StoreError, match=f"does not follow generation 3.*{cure}"):
+        EditStore.open(grown)
+
+
 @pytest.mark.parametrize(
     ("changed", "said"),
     [

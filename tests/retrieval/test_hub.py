@@ -133,6 +133,17 @@ def test_a_store_in_the_folder_gets_a_new_generation(hub: StandInHub, store: Pat
     assert (again.generation, again.changed) == (8, False)
 
 
+def test_a_folder_of_something_else_is_left_alone(hub: StandInHub, store: Path, tmp_path: Path) -> None:
+    push(store, REPO)
+    other = tmp_path / "weights"
+    other.mkdir()
+    for name in ("memory-1.safetensors", "notes.txt"):
+        (other / name).write_text("mine")
+    with pytest.raises(StoreError, match=r"weights is not empty and not a store \(it holds notes.txt\)"):
+        pull(REPO, other)
+    assert sorted(path.name for path in other.iterdir()) == ["memory-1.safetensors", "notes.txt"]
+
+
 def test_edits_of_the_folder_are_not_lost(hub: StandInHub, store: Path, tmp_path: Path) -> None:
     push(first_edit_only(store, tmp_path / "small").path, REPO)
     before = contents(store)

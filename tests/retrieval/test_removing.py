@@ -16,6 +16,7 @@ from memoir_index import unpack
 from memoir_retrieval import Edit, EditedModel, Editor, EditStore, Retriever, load_model, read_edits
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.model.base import BaseModel
+from memoir_retrieval.store import write
 from memoir_retrieval.store.remove import remove_edits
 from memoir_retrieval.store.settings import Training
 from memoir_retrieval.store.verify import verify_masks, verify_store
@@ -162,6 +163,33 @@ def test_an_interrupted_change_of_the_rule_leaves_the_old_one(tiny: Path, store:
             editor.compact(stop, acts="first")
         assert editor.manifest.span.acts == editor._session.wordings.span.acts == "last"
     assert EditStore.open(store).manifest.span.acts == "last"
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_an_interrupted_compact_says_which_generation_is_there(
+    tiny: Path, store: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """Ctrl-C may come before the new generation is published, or while the old files are removed."""
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    generation = EditStore.open(store).manifest.generation
+    monkeypatch.setattr(write, "write_manifest" if when == "before" else "remove_unused", stop)
+    code, _, err = run(capsys, "compact", store, "--model", tiny)
+    now = EditStore.open(store).manifest.generation
+    assert code == 130 and now == generation + (when == "after")
+    assert f"is {'compacted' if when == 'after' else 'unchanged'}, at generation {now}" in err
+    if when == "after":
+        monkeypatch.undo()
+        monkeypatch.setattr(write, "remove_unused", stop)
+        with Editor(load_model(str(tiny)), store) as editor:
+            with pytest.raises(KeyboardInterrupt):
+                editor.compact()
+            monkeypatch.undo()
+            assert editor.generation == EditStore.open(store).manifest.generation == now + 1
+            editor.add([town("Bergen")], keep_failed=True)
+            assert editor.generation == EditStore.open(store).manifest.generation == now + 2
 
 
 def test_a_store_of_the_rule_all_acts_on_every_token(tiny: Path, tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def test_of_two_first_writers_the_second_contradicts_by_what_it_was_given_only(
     base: BaseModel, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], fault: str
 ) -> None:
     """The other one is done between the look into the folder and the lock."""
-    monkeypatch.setattr(open_store, "_refuse_foreign", lambda path: shutil.copytree(store, path))
+    monkeypatch.setattr(open_store, "refuse_foreign", lambda path: shutil.copytree(store, path))
     training = {"max_steps": 0, "variants": 0}
     editor = Editor(base, tmp_path / "new", training=training, **settings)
     with pytest.raises(ConfigError, match=fault) if fault else nullcontext(), editor:

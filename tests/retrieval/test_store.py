@@ -11,6 +11,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,11 @@ from memoir_retrieval.errors import StoreError, StoreMismatch
 from memoir_retrieval.model.base import Identity
 from memoir_retrieval.question.span import SpanRule
 from memoir_retrieval.store import edit_lines as stored_edits
-from memoir_retrieval.store import files
+from memoir_retrieval.store import files, verify
 from memoir_retrieval.store import read as store_module
 from memoir_retrieval.store.additions import append
-from memoir_retrieval.store.manifest import draft_manifest
+from memoir_retrieval.store.files import Data
+from memoir_retrieval.store.manifest import FileEntry, draft_manifest
 from memoir_retrieval.store.read import Content, EditStore
 from memoir_retrieval.store.remove import find_prompts, remove_edits
 from memoir_retrieval.store.verify import verify_store
@@ -143,6 +145,34 @@ def test_every_kind_of_damage_is_named(tmp_path: Path, name: str) -> None:
     path.unlink()
     with pytest.raises(StoreError, match=f"{name} is missing"):
         EditStore.open(tmp_path)
+
+
+def test_a_store_that_is_written_while_it_is_verified_is_sound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path)
+    read = verify.read_file
+
+    def read_late(folder: Path, entry: FileEntry) -> Data:
+        if entry.name == "codes-1.safetensors":
+            write(folder, 2, n=4)
+        return read(folder, entry)
+
+    monkeypatch.setattr(verify, "read_file", read_late)
+    assert verify_store(tmp_path) == []
+    (tmp_path / "codes-2.safetensors").unlink()
+    assert verify_store(tmp_path) == ["codes-2.safetensors is missing"]
+
+
+def test_a_store_that_never_rests_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path)
+    generations = count(2)
+
+    def gone(folder: Path, entry: FileEntry) -> Data:
+        write(folder, next(generations))
+        raise FileNotFoundError(errno.ENOENT, "removed", str(folder / entry.name))
+
+    monkeypatch.setattr(verify, "read_file", gone)
+    with pytest.raises(StoreError, match="changes faster than it can be read"):
+        verify_store(tmp_path)
 
 
 @pytest.mark.parametrize(
