@@ -284,7 +284,7 @@ def _csv_records(text: str) -> Iterator[Located]:
     separator = max(",;\t", key=header.count)
     rows = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     names: Sequence[str] = ()
-    line = 1
+    line, number = 1, 0
     try:
         for cells in rows:
             where, line = f"line {line}", rows.line_num + 1
@@ -292,14 +292,19 @@ def _csv_records(text: str) -> Iterator[Located]:
                 continue
             if not names:
                 names = [cell.strip() for cell in cells]
-                if twice := [name for name in names if names.count(name) > 1]:
+                if twice := [name for name in names if name and names.count(name) > 1]:
                     raise EditFileError(f"{where}: column {show(twice[0])} is given twice; keep one")
                 continue
-            if len(cells) > len(names):
+            number += 1
+            if any(cell.strip() for cell in cells[len(names) :]):
                 raise EditFileError(
                     f"{where}: {len(cells)} cells, but {len(names)} columns; quote a cell that has {show(separator)}"
                 )
-            record = {name: cell for name, cell in zip(names, cells, strict=False) if cell.strip()}
+            record = {name: cell for name, cell in zip(names, cells, strict=False) if name and cell.strip()}
+            # What tables write of themselves: the numbers of the rows, and commas at the end.
+            unnamed = {cell.strip() for name, cell in zip(names, cells, strict=False) if not name} - {""}
+            if strange := unnamed - {str(number - 1), str(number)}:
+                raise EditFileError(f"{where}: {show(min(strange))} stands in a column without a name; give it one")
             yield Located(where, {name: [cell] if name in _LISTED else cell for name, cell in record.items()})
     except csv.Error as error:
         raise EditFileError(f"line {rows.line_num}: not CSV ({error}); write one edit per line as JSON") from None

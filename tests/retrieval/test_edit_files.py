@@ -737,8 +737,23 @@ def test_csv_is_read(tmp_path: Path, suffix: str, separator: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "content",
+    [
+        ",prompt,target\n0,a,b\n1,c,d\n",
+        ",prompt,target\n1,a,b\n2,c,d\n",
+        "prompt,target,,\na,b,,\nc,d,,\n",
+        "prompt,target\na,b,,\nc,d\n",
+    ],
+)
+def test_columns_without_a_name_that_say_nothing_are_left_out(tmp_path: Path, content: str) -> None:
+    """The first is what pandas' `to_csv` writes."""
+    assert read_edits(write(tmp_path / "e.csv", content)) == [edit("a", "b"), edit("c", "d")]
+
+
+@pytest.mark.parametrize(
     ("content", "says"),
     [
+        (",prompt,target\n0,a,b\n7,c,d\n", "line 3: '7' stands in a column without a name; give it one"),
         ("prompt,target\na,b,c\n", "line 2: 3 cells, but 2 columns; quote a cell that has ','"),
         ("prompt,prompt\na,b\n", "line 1: column 'prompt' is given twice"),
         ('prompt,target\n"a,b\n', "not CSV (unexpected end of data)"),
