@@ -152,12 +152,11 @@ class FileOptions(NamedTuple):
         Raises EditFileError.
         """
         edits = read_edits(file, self.file_format, note=notes.print)
-        there = {(edit.prompt, edit.target) for edit in stored}
-        kept = {prompt_key(edit.prompt) for edit in edits if (edit.prompt, edit.target) in there}
-        return self._once(
-            [edit for edit in edits if (edit.prompt, edit.target) in there or prompt_key(edit.prompt) not in kept],
-            "first",
-        )
+        there = {(prompt_key(edit.prompt), edit.target) for edit in stored}
+        keys = [(prompt_key(edit.prompt), edit.target) for edit in edits]
+        kept = {prompt for prompt, target in keys if (prompt, target) in there}
+        wanted = [edit for edit, key in zip(edits, keys, strict=True) if key in there or key[0] not in kept]
+        return self._once(wanted, "first")
 
     def _once(self, edits: list[Edit], keep: Keep) -> list[Edit]:
         edits = check_duplicates(edits, keep)

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import msgspec
 
-from memoir_retrieval.edits.record import Edit, Probe, StoredEdit, as_prompt
+from memoir_retrieval.edits.record import Edit, Probe, StoredEdit, as_prompt, prompt_key
 from memoir_retrieval.errors import ConfigError, Reason
 from memoir_retrieval.evaluation.contexts import UNSEEN, in_context
 from memoir_retrieval.evaluation.scores import (
@@ -171,7 +171,7 @@ def asked_back(model: AskableModel, stored: Sequence[StoredEdit], edits: Sequenc
 
 
 def stored_ids(stored: Sequence[StoredEdit], edits: Sequence[Edit], partly: bool = False) -> list[int]:
-    """The id under which each edit of a file is stored.
+    """The id under which each edit of a file is stored: with the same prompt, as `prompt_key` has it, and target.
 
     stored: the edits of the store.
     edits: those of the file.
@@ -179,8 +179,9 @@ def stored_ids(stored: Sequence[StoredEdit], edits: Sequence[Edit], partly: bool
 
     Raises ConfigError where one is not stored, or there are no edits.
     """
-    ids = {(edit.prompt, edit.target): edit.id for edit in stored}
-    missing = [edit.prompt for edit in edits if (edit.prompt, edit.target) not in ids]
+    ids = {(prompt_key(edit.prompt), edit.target): edit.id for edit in stored}
+    keys = [(prompt_key(edit.prompt), edit.target) for edit in edits]
+    missing = [edit.prompt for edit, key in zip(edits, keys, strict=True) if key not in ids]
     if not edits:
         raise ConfigError("the file has no edits: measure a store with the file it was made from")
     if missing and not partly:
@@ -189,7 +190,7 @@ def stored_ids(stored: Sequence[StoredEdit], edits: Sequence[Edit], partly: bool
             cure="measure a store with the file it was made from, or with fewer of its edits",
             reason=Reason.MANY,
         )
-    return [ids.get((edit.prompt, edit.target), -1) for edit in edits]
+    return [ids.get(key, -1) for key in keys]
 
 
 def _in_context(

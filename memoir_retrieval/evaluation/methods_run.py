@@ -21,6 +21,7 @@ from memoir_retrieval.evaluation.scores import holds, mean, same_share
 from memoir_retrieval.model.base import BaseModel
 from memoir_retrieval.question.prompts import end_token, prompt_ids, target_ids
 from memoir_retrieval.store.files import publish
+from memoir_retrieval.store.manifest import library_version
 
 __all__ = [
     "TOKENS",
@@ -90,6 +91,7 @@ class MethodScores(CurvePoint, frozen=True, kw_only=True):
     """One method on some edits, asked after the last; `NAME.json` of a run. It begins with the fields of `CurvePoint`.
 
     method: its name.
+    library: the version that measured it.
     data: a digest of the edits, the model, the corpus and what else the figures depend on.
     end: whether the token that ends an answer was trained.
     settings: hyper-parameters.
@@ -104,6 +106,7 @@ class MethodScores(CurvePoint, frozen=True, kw_only=True):
     """
 
     method: str
+    library: str = "unknown"
     data: str
     end: bool
     settings: dict[str, Any]
@@ -204,6 +207,8 @@ def run_method(
     data = _digest(base, edits, alone, end, controls, texts=texts)
     for scores in known_scores(folder, data) if folder else ():
         if scores.method == name:
+            if scores.library != library_version():
+                tell(f"{name}: its scores in {folder} are those of version {scores.library}, not {library_version()}")
             return scores
     before = answers()
     started = time.monotonic()
@@ -223,6 +228,7 @@ def run_method(
                 tell(f"{name}: {number}/{len(edits)} edits alone, reliability {mean(shares.right)}")
         result = MethodScores(
             method=name,
+            library=library_version(),
             data=data,
             edits=len(edits),
             end=end,

@@ -26,7 +26,7 @@ from memoir_retrieval.store.manifest import library_version
 from memoir_retrieval.store.read import EditStore
 from memoir_retrieval.store.settings import Settings
 
-__all__ = ["RESULT", "Checkpoint", "Run", "checkpoints", "read_run", "run_quality"]
+__all__ = ["RESULT", "Checkpoint", "Run", "checkpoints", "read_run", "refuse_others", "run_quality"]
 
 RESULT = "run.json"
 PASSED = "passed.json"  # of a run that is not finished
@@ -146,7 +146,7 @@ def run_quality(
     started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     passed = _passed(folder, data, every, edits)
     with editor:
-        _refuse_others(folder, editor.edits, edits)
+        refuse_others(folder, editor.edits, edits)
         for reached in checkpoints(len(edits)):
             later = edits[reached:]
             trained = _train(editor, edits[:reached], len(later), side_by_side, progress)
@@ -233,12 +233,19 @@ def _digest(edits: Sequence[Edit]) -> str:
     return hashlib.sha256(msgspec.json.encode([_record(edit) for edit in edits])).hexdigest()
 
 
-def _refuse_others(folder: Path, stored: Sequence[StoredEdit], edits: Sequence[Edit]) -> None:
-    """Raise ConfigError where the folder's store has edits of another run, such as one that passed no checkpoint."""
+def refuse_others(folder: Path, stored: Sequence[StoredEdit], edits: Sequence[Edit]) -> None:
+    """Refuse a store that has edits of another run, such as one that passed no checkpoint.
+
+    folder: what the error names.
+    stored: the edits of its store.
+    edits: those of this run.
+
+    Raises ConfigError.
+    """
     known = {_record(edit) for edit in edits}
     if others := [edit.prompt for edit in stored if _record(edit) not in known]:
         raise ConfigError(
-            f"{folder} holds an interrupted run of other edits ({len(others)} of them, such as {others[0]!r})",
+            f"{folder} holds a run of other edits ({len(others)} of them, such as {others[0]!r})",
             cure="go on with the same edits, or choose another folder",
             reason=Reason.RUN,
         )

@@ -106,7 +106,8 @@ class TextPerplexity(msgspec.Struct, frozen=True):
 
 
 class Scores(msgspec.Struct, frozen=True, kw_only=True):
-    """What is measured in every context. Scores are means over edits in [0, 1], None where there is nothing to measure.
+    """What is measured in every context. A score is the mean over everything of its kind that was asked, such as all
+    rephrasings of all edits, in [0, 1]; None where there is nothing to measure.
 
     edits: how many were asked.
     reliability: share of target tokens that are the model's first choice under teacher forcing, for the prompt.

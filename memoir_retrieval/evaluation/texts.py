@@ -27,7 +27,7 @@ def read_texts(path: Path, most: int = 40) -> list[str]:
     try:
         content = path.read_text(encoding="utf-8")
         if path.suffix == ".jsonl":
-            paragraphs = [json.loads(line)["text"] for line in content.splitlines() if line.strip()]
+            paragraphs = [json.loads(line)["text"] for line in content.split("\n") if line.strip()]
         else:
             paragraphs = content.split("\n\n")
         words = [paragraph.split() for paragraph in paragraphs]

@@ -152,7 +152,7 @@ def test_texts_are_paragraphs_of_prose(tmp_path: Path) -> None:
     long = " ".join(f"word{i}" for i in range(200))
     plain, lines = tmp_path / "a.txt", tmp_path / "b.jsonl"
     plain.write_text(f"= Heading =\n\n{long}\n\nshort\n\n{' '.join(['x'] * 40)}\n")
-    lines.write_text(f'{{"text": "= Heading ="}}\n\n{{"text": "{long}"}}\n')
+    lines.write_text(f'{{"text": "= A\u2028Heading ="}}\n\n{{"text": "{long}"}}\n')  # no line of JSON ends there
     assert [len(text.split()) for text in read_texts(plain)] == [160, 40]
     assert read_texts(plain, most=1) == read_texts(lines)
     for content, said in (("a b", "no paragraph of 40 words"), ('{"txt": 1}', "neither UTF-8 text nor JSONL")):

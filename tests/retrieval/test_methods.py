@@ -600,6 +600,10 @@ def test_a_run_is_printed_kept_and_not_done_again(
     assert page.count("<svg") == 3 and "http" not in page, "all at the end, and the way of each"
     kept = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.json")}
     assert json.loads(run(capsys, *command, "--json")[1]) == first
+    with monkeypatch.context() as patch:
+        patch.setattr("memoir_retrieval.evaluation.methods_run.library_version", lambda: "9.0")
+        error = run(capsys, *command)[2]
+        assert f"ft: its scores in {folder} are those of version {first[1]['library']}, not 9.0" in error
     assert {path.name: path.stat().st_mtime_ns for path in folder.glob("*.json")} == kept
     code, _, error = run(capsys, *command, "--no-end-token")
     assert code == 2 and "base.json is of other edits, or of another model or other options" in error

@@ -15,9 +15,11 @@ from memoir_retrieval.cli import main
 from memoir_retrieval.edits.files import read_edits
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.evaluation import quality_run as quality
+from memoir_retrieval.evaluation.calibration import Setting
 from memoir_retrieval.evaluation.contexts import UNSEEN
 from memoir_retrieval.evaluation.datasets import DATA_SETS, data_file
 from memoir_retrieval.evaluation.quality_run import checkpoints, read_run
+from memoir_retrieval.evaluation.report import settings_page
 from memoir_retrieval.evaluation.report.charts import Series, histograms, lines
 
 MORE = [*EDITS, *({"prompt": f"What is the number of door {n}?", "target": f"It is {n}"} for n in range(10))]
@@ -193,7 +195,7 @@ def test_a_run_that_passed_no_checkpoint_is_of_its_edits_too(
         patched.setattr(quality, "asked_back", cut_off)
         assert run(capsys, "bench", "quality", file, *command)[0] == 130
     assert not (tmp_path / "run" / "passed.json").exists()
-    refused(capsys, tmp_path / "run" / "store", "holds an interrupted run of other edits .1 of them", "bench",
+    refused(capsys, tmp_path / "run" / "store", "holds a run of other edits .1 of them", "bench",
             "quality", other, *command)  # fmt: skip
     code, out, _ = run(capsys, "bench", "quality", file, *command)
     assert code == 0 and json.loads(out)["edits"] == 2
@@ -238,6 +240,13 @@ def test_calibration_draws_layers(capsys: pytest.CaptureFixture[str], tiny: Path
     page = checked(tmp_path / "page.html")
     assert code == 0 and sum(tag == "polyline" for tag, _ in page.tags) == 2  # a line for each k
     assert len([cell for cell in page.text["td"] if cell in ("8", "16")]) == 4
+
+
+def test_sizes_that_are_not_drawn_are_said_to_be() -> None:
+    settings = [Setting(layer, k, 0.5, 0.9, 0.1) for layer in (0, 1) for k in range(8, 14)]
+    page = settings_page(settings, "m")
+    assert page.count("<polyline") == 4 and "The 4 largest k of 6; the table has them all." in page
+    assert "largest k" not in settings_page([setting for setting in settings if setting.k < 12], "m")
 
 
 def test_bars_hold_every_value() -> None:

@@ -33,6 +33,8 @@ __all__ = [
 
 AGES = 10
 """Bars of the picture of forgetting."""
+DRAWN = 4
+"""Lines of the picture of layers: the page has so many colours."""
 SHOWN = 100
 """Edits listed at most."""
 SHOWN_LETTERS = 300
@@ -113,13 +115,14 @@ def settings_page(settings: Sequence[Setting], model: str) -> str:
     """
     ks = sorted({setting.k for setting in settings}, reverse=True)
     series = [
-        Series(f"k {k}", sorted((float(s.layer), s.rephrases_found) for s in settings if s.k == k), colour % 4 + 1)
-        for colour, k in enumerate(ks)
+        Series(f"k {k}", sorted((float(s.layer), s.rephrases_found) for s in settings if s.k == k), colour)
+        for colour, k in enumerate(ks, 1)
     ]
     rows: list[Sequence[Any]] = [("layer", "k", "tau", "rephrasings found", "gap")]
     rows += [(s.layer, s.k, f"{s.tau:g}", f"{s.rephrases_found:.3f}", f"{s.gap:+.3f}") for s in settings]
-    picture = lines(series[:4], x_name="layer", y_name="rephrasings found at the suggested tau", y_range=(0.0, 1.0))
-    parts = [f"<h1>Layers of {escape(model)}</h1>", _section("Where edits stand apart", picture)]
+    note = f"The {DRAWN} largest k of {len(ks)}; the table has them all." if len(ks) > DRAWN else ""
+    picture = lines(series[:DRAWN], x_name="layer", y_name="rephrasings found at the suggested tau", y_range=(0.0, 1.0))
+    parts = [f"<h1>Layers of {escape(model)}</h1>", _section("Where edits stand apart", picture, note)]
     return _page(f"Layers of {model}", [*parts, _section("Best first", _table(rows))])
 
 
