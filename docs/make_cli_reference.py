@@ -21,7 +21,8 @@ INTRODUCTION = """\
 <!-- Written by `python docs/make_cli_reference.py`: change the help texts in memoir_retrieval/cli/ instead. -->
 
 **Exit codes:** 0 done; 1 the answer is no (`doctor`, `verify`, `index verify`), or `edit` has left edits out; 2 bad
-input or environment, with one line that says what; 130 interrupted, by Ctrl-C or SIGTERM.
+input or environment, with one line that says what; 70 an error of the program itself, with its traceback; 130
+interrupted, by Ctrl-C or SIGTERM; 141 whoever read the output has gone.
 
 Answers go to stdout, progress and remarks to stderr, so `--json` can be piped. `memoir --debug COMMAND` shows the
 traceback of an error.

@@ -3,11 +3,14 @@ them, so that `--help`, `list` and `show` answer at once."""
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import Any
 
 import click
 
@@ -32,8 +35,24 @@ from memoir_retrieval.store.manifest import library_version
 
 __all__ = ["cli", "main"]
 
+UNEXPECTED, READER_LEFT = 70, 141
+"""Exit codes, as of sysexits.h, and as of a program that SIGPIPE has ended."""
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+
+class Commands(click.Group):
+    """All commands. Where nobody reads on, click would exit with the code that means "the answer is no"."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """See `click.Group`."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            with suppress(OSError, ValueError):  # what is left in the buffer goes nowhere, without a message
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            ctx.exit(READER_LEFT)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(library_version(), package_name="memoir-retrieval")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def cli(debug: bool) -> None:
@@ -74,7 +93,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point.
 
     arguments: what is typed behind `memoir`; None takes those of the process.
-    Exit code 0: done; 1: the answer is no; 2: bad input or environment; 130: interrupted.
+    Exit code 0: done; 1: the answer is no; 2: bad input or environment; 70: an error that no command expects; 130:
+        interrupted; 141: whoever read the output has gone.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
@@ -86,7 +106,8 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(2)
     except (MemoirError, OSError, ImportError, click.ClickException) as error:
         if "--debug" in arguments:
-            raise
+            traceback.print_exc()
+            sys.exit(2)
         if isinstance(error, click.ClickException):
             text = error.format_message()
         else:
@@ -98,6 +119,9 @@ def main(arguments: list[str] | None = None) -> None:
     except (KeyboardInterrupt, click.Abort) as stop:
         click.echo(f"memoir: interrupted: {str(stop) or 'no file is half written'}", err=True)
         sys.exit(130)
+    except Exception:
+        traceback.print_exc()
+        sys.exit(UNEXPECTED)
     sys.exit(code if isinstance(code, int) else 0)
 
 

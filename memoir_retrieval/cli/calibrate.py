@@ -12,7 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.table import Table
 
-from memoir_retrieval.cli.common import describe_tau, echo_json, json_option, notes, refuse_idle, tables, threads_option
+from memoir_retrieval.cli.common import (
+    describe_tau,
+    echo_json,
+    json_option,
+    notes,
+    refuse_idle,
+    require_place,
+    tables,
+    threads_option,
+)
 from memoir_retrieval.cli.options import FileOptions, ModelOptions, file_options, model_options, place_option
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.model.places import Place
@@ -94,8 +103,8 @@ def calibrate(
       memoir calibrate edits --tasks --write
       memoir calibrate --model smollm2-135m corrections.jsonl --layers 20,24,28
     """
-    if html and not html.parent.is_dir():
-        raise ConfigError(f"the page cannot be written: {html.parent} is not a folder; choose another --html")
+    if html:
+        require_place(html, "the page", "--html")
     if not 1 <= len(paths) <= 2:
         raise ConfigError(f"{len(paths)} paths are given: name a store DIR, a FILE of edits with --model, or both")
     # A lone path is FILE where it is a file, or is to be one since a model is measured.
@@ -186,11 +195,6 @@ def _calibrate_store(
     else:
         contexts = len(manifest.masked_contexts)
         tau, threshold = set_tau(retriever.index, judged.edits, references, retriever.judge, contexts)
-    if html and calibration:
-        from memoir_retrieval.evaluation.report import calibration_page
-
-        publish(html, calibration_page(calibration, str(store)).encode())
-        notes.print(f"pictures written to {html}")
     kept = tau if chosen is None else chosen
     if write:
         measured = replace(judged, manifest=manifest)
@@ -203,7 +207,17 @@ def _calibrate_store(
         )
     if as_json:
         echo_json(msgspec.to_builtins(calibration) if calibration else {"tau": kept})
-        return
+    else:
+        _print(store, calibration, manifest.tau, tau, write)
+        click.echo(f"tau {kept}: {describe_tau(threshold if chosen is None else None)}")
+    if html and calibration:
+        from memoir_retrieval.evaluation.report import calibration_page
+
+        publish(html, calibration_page(calibration, str(store)).encode())
+        notes.print(f"pictures written to {html}")
+
+
+def _print(store: Path, calibration: Calibration | None, before: float, tau: float, write: bool) -> None:
     if calibration:
         _show_taus(calibration, store)
         _show_overlaps(calibration.overlaps)
@@ -213,9 +227,8 @@ def _calibrate_store(
         notes.print(f"no edit of {store} has a rephrasing, so only tau is set: name a FILE to measure it")
     click.echo(
         f"tau {tau} suggested, "
-        + (f"{manifest.tau} was the store's" if write else f"{manifest.tau} is the store's; --write puts {tau} into it")
+        + (f"{before} was the store's" if write else f"{before} is the store's; --write puts {tau} into it")
     )
-    click.echo(f"tau {kept}: {describe_tau(threshold if chosen is None else None)}")
 
 
 def _learn(store: EditStore, base: BaseModel) -> NDArray[np.float32]:
@@ -280,20 +293,21 @@ def _calibrate_model(
     blocks = len(base.blocks)
     layers = layers or sorted({blocks * tenth // 10 for tenth in range(2, 10)} | {preset.layer})
     settings = calibrate_model(base, edits, unrelated_to(edits, edits), layers, ks or [preset.k // 2, preset.k], chat)
+    if as_json:
+        echo_json(msgspec.to_builtins(settings))
+    else:
+        form = "chat" if chat else "raw"
+        title = f"{len(edits)} edits on {base.name}, {form}"
+        table = Table("layer", "k", "tau", "rephrasings found", "gap", title=title)
+        for row in settings:
+            table.add_row(str(row.layer), str(row.k), f"{row.tau:g}", f"{row.rephrases_found:.3f}", f"{row.gap:+.3f}")
+        tables.print(table)
+        click.echo(_advice(settings[0], base.place))
     if html:
         from memoir_retrieval.evaluation.report import settings_page
 
         publish(html, settings_page(settings, base.name).encode())
         notes.print(f"pictures written to {html}")
-    if as_json:
-        echo_json(msgspec.to_builtins(settings))
-        return
-    form = "chat" if chat else "raw"
-    table = Table("layer", "k", "tau", "rephrasings found", "gap", title=f"{len(edits)} edits on {base.name}, {form}")
-    for row in settings:
-        table.add_row(str(row.layer), str(row.k), f"{row.tau:g}", f"{row.rephrases_found:.3f}", f"{row.gap:+.3f}")
-    tables.print(table)
-    click.echo(_advice(settings[0], base.place))
 
 
 def _advice(best: Setting, place: Place) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from memoir_retrieval.store.threshold import Threshold
 
 __all__ = [
+    "beside",
     "describe_tau",
     "echo",
     "echo_json",
@@ -31,6 +33,7 @@ __all__ = [
     "notes",
     "printable",
     "refuse_idle",
+    "require_place",
     "run_benchmark",
     "store_argument",
     "tables",
@@ -68,6 +71,10 @@ class SafeConsole(Console):
     def render_str(self, text: str, **options: Any) -> Text:
         """See `rich.console.Console`."""
         return super().render_str(printable(text, lines=True), **options)
+
+    def on_broken_pipe(self) -> None:
+        """Let `main` end the command; rich would, as if the answer were no."""
+        raise BrokenPipeError
 
 
 # Prompts and paths are shown as they are: "[/b]" in one of them is text, not markup.
@@ -115,6 +122,37 @@ def refuse_idle(where: str, cure: str, *names: str) -> None:
             if isinstance(value, bool):
                 typed = parameter.opts[0] if value else parameter.secondary_opts[0]
             raise click.UsageError(f"{typed} does nothing {where}: {cure}")
+
+
+def require_place(path: Path, what: str, option: str, *, folder: bool = False) -> None:
+    """Refuse a place that cannot be written, before the minutes that it takes to have something to write there.
+
+    path: where it is to be.
+    what: of it, such as "the report".
+    option: which names the place.
+    folder: it is a folder, made if new; else a file in one that is there.
+
+    Raises ConfigError.
+    """
+    parent = path.parent
+    if folder:
+        parent = next(above for above in (path, *path.absolute().parents) if os.path.lexists(above))
+    elif path.is_dir():
+        raise ConfigError(f"{what} cannot be written: {path} is a folder; choose another {option}")
+    if not parent.is_dir():
+        raise ConfigError(f"{what} cannot be written: {parent} is not a folder; choose another {option}")
+    if not os.access(parent, os.W_OK):
+        raise ConfigError(f"{what} cannot be written: you may not write into {parent}; choose another {option}")
+
+
+def beside(folder: Path, ending: str) -> Path:
+    """The path beside a folder that has its name and an ending.
+
+    folder: any; "." and ".." have names too.
+    ending: such as ".eval.json".
+    """
+    named = folder if folder.name.strip(".") else Path(os.path.abspath(folder))
+    return named.with_name(named.name + ending)
 
 
 def run_benchmark(module: str, settings: Mapping[str, Any], environment: Mapping[str, str]) -> Any:

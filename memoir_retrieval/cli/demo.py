@@ -21,11 +21,11 @@ from urllib.request import urlopen
 import click
 from rich.table import Table
 
-from memoir_retrieval.cli.common import notes, tables, threads_option
+from memoir_retrieval.cli.common import beside, notes, tables, threads_option
 from memoir_retrieval.cli.edit import train
 from memoir_retrieval.cli.serve import server_command
 from memoir_retrieval.edits.files import read_edits
-from memoir_retrieval.edits.record import Edit
+from memoir_retrieval.edits.record import Edit, prompt_key
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.model.base import identify, resolve
 from memoir_retrieval.model.embedded import get_model
@@ -101,8 +101,8 @@ def _edit(edits: Sequence[Edit], store: Path) -> None:
         opened.require(identify(resolve(MODEL), opened.manifest.module), MODEL)
         if not opened.manifest.chat:
             raise ConfigError(f"store {store} was made with --no-chat, the demo chats: choose another --store")
-        stored = {(edit.prompt, edit.target) for edit in opened.edits}
-    missing = [edit for edit in edits if (edit.prompt, edit.target) not in stored]
+        stored = {(prompt_key(edit.prompt), edit.target) for edit in opened.edits}
+    missing = [edit for edit in edits if (prompt_key(edit.prompt), edit.target) not in stored]
     if not missing:
         notes.print(f"demo: {store} holds the {len(edits)} edits already")
         return
@@ -117,7 +117,7 @@ def _edit(edits: Sequence[Edit], store: Path) -> None:
 def _unrelated(path: Path) -> list[str]:
     if not path.is_file():  # it comes with the source; the unrelated questions of --file do as well
         return []
-    return [json.loads(line)["prompt"] for line in path.read_text(encoding="utf-8").splitlines() if line]
+    return [json.loads(line)["prompt"] for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
 
 
 def _free_port() -> int:
@@ -131,7 +131,7 @@ def _server(store: Path, port: int) -> Iterator[str]:
     """A server of our own on the loopback interface, stopped at the end whatever happens."""
     flags = ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", "2048", "--enforce-eager"]
     command, environment = server_command(MODEL, store, flags)
-    log = store.with_name(store.name + "-server.log")
+    log = beside(store, "-server.log")
     with open(log, "wb") as out:
         # A session of its own: Ctrl-C reaches the server once, from here, and vLLM's workers share its group.
         process = subprocess.Popen(

@@ -11,10 +11,12 @@ from rich.table import Table
 
 from memoir_retrieval.background import control_prompts
 from memoir_retrieval.cli.common import (
+    beside,
     echo_json,
     json_option,
     notes,
     refuse_idle,
+    require_place,
     store_argument,
     tables,
     tau_option,
@@ -70,9 +72,8 @@ def eval_command(
         refuse_idle("with --server", "leave it out, or --server", "device")
     if server and tau is not None:
         raise ConfigError(f"--tau {tau} cannot be set from here: with --server the store's own is used; leave it out")
-    where = out or store.with_name(store.resolve().name + ".eval.json")
-    if not where.parent.is_dir():  # refused now, not after the minutes that measuring takes
-        raise ConfigError(f"the report cannot be written: {where.parent} is not a folder; choose another --out")
+    where = out or beside(store, ".eval.json")
+    require_place(where, "the report", "--out")
     texts, context = measuring.texts(), measuring.context or "plain"
     opened = EditStore.open(store)
     edits = source.load_stored(file, opened.edits)
@@ -101,15 +102,15 @@ def eval_command(
         texts=texts,
     )
     figures = msgspec.to_builtins(report)
-    publish(where, msgspec.json.format(msgspec.json.encode(figures), indent=1) + b"\n")
-    notes.print(f"written to {where}")
     if as_json:
         echo_json(figures)
-        return
-    table = Table("score", "value", title=f"{report.edits} edits of {store}, asked {context}")
-    for name, score in flat(figures).items():
-        table.add_row(name, f"{score:.4f}" if isinstance(score, float) else str(score))
-    tables.print(table)
+    else:
+        table = Table("score", "value", title=f"{report.edits} edits of {store}, asked {context}")
+        for name, score in flat(figures).items():
+            table.add_row(name, f"{score:.4f}" if isinstance(score, float) else str(score))
+        tables.print(table)
+    publish(where, msgspec.json.format(msgspec.json.encode(figures), indent=1) + b"\n")
+    notes.print(f"written to {where}")
 
 
 def flat(figures: dict[str, Any], before: str = "") -> dict[str, Any]:

@@ -18,7 +18,9 @@ import pytest
 
 from memoir_retrieval.cli import cli, inspect, main
 from memoir_retrieval.cli.serve import server_command
+from memoir_retrieval.edits.files import read_edits
 from memoir_retrieval.errors import ConfigError
+from memoir_retrieval.evaluation.measure import stored_ids
 from memoir_retrieval.store import files
 from memoir_retrieval.store.files import store_lock
 from memoir_retrieval.store.read import EditStore
@@ -361,9 +363,30 @@ def test_a_group_without_a_command_prints_its_help(capsys: pytest.CaptureFixture
 
 
 def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    with pytest.raises(Exception, match="does not exist"):
-        main(["--debug", "list", str(tmp_path / "none")])
-    capsys.readouterr()
+    code, _, err = run(capsys, "--debug", "list", tmp_path / "none")
+    assert code == 2 and "Traceback (most recent call last)" in err and "does not exist" in err
+
+
+def test_an_error_that_no_command_expects_is_not_an_answer(
+    capsys: pytest.CaptureFixture[str], store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("memoir_retrieval.cli.inspect.EditStore.open", broken)
+    code, _, err = run(capsys, "list", store)
+    assert code == 70 and "Traceback (most recent call last)" in err and "ZeroDivisionError" in err
+
+
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_a_reader_that_goes_is_not_an_answer(store: Path, form: list[str]) -> None:
+    """As `memoir list edits | head -0`."""
+    read, write_end = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-c", "from memoir_retrieval.cli import main; main()", "list", str(store), *form]
+    done = subprocess.run(command, stdout=write_end, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write_end)
+    assert done.returncode == 141 and done.stderr == ""
 
 
 def test_doctor_fails_for_a_store_that_does_not_fit(
@@ -488,6 +511,43 @@ def test_what_eval_cannot_do_is_said_at_once(capsys: pytest.CaptureFixture[str],
     refused(capsys, store, "--tau 0.5 cannot", "eval", store, file, "--server", nowhere, "--tau", "0.5")
     refused(capsys, store, "choose another --out", "eval", store, file, "--out", tmp_path / "none" / "report.json")
     refused(capsys, store, "tau is 7", "eval", store, file, "--tau", "7")
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(
+    capsys: pytest.CaptureFixture[str], store: Path, tmp_path: Path
+) -> None:
+    file = write(tmp_path / "edits.jsonl", EDITS)
+    gone = tmp_path / "none" / "page.html"
+    refused(capsys, store, f"the report cannot be written: {tmp_path} is a folder; choose another --out", "eval", store,
+            file, "--out", tmp_path)  # fmt: skip
+    refused(capsys, store, f"{tmp_path} is a folder; choose another --html", "calibrate", store, "--html", tmp_path)
+    refused(capsys, store, "none is not a folder; choose another --html", "calibrate", store, "--html", gone)
+    refused(capsys, store, "none is not a folder; choose another --plot", "bench", "latency", store, "--plot", gone)
+    for command in (("routing", store), ("quality", file), ("methods", file)):
+        for out in (file, file / "run"):
+            refused(capsys, store, "edits.jsonl is not a folder; choose another --out", "bench", *command, "--out", out)
+
+
+def test_the_report_of_a_store_that_is_the_working_folder(
+    capsys: pytest.CaptureFixture[str], store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write(tmp_path / "edits.jsonl", EDITS)
+    monkeypatch.chdir(store)
+    code, out, err = run(capsys, "eval", ".", file, "--json", "--controls", "0")
+    assert code == 0, err
+    assert json.loads((tmp_path / "store.eval.json").read_text()) == json.loads(out)
+
+
+def test_an_edit_in_another_spelling_is_the_stored_one(
+    capsys: pytest.CaptureFixture[str], store: Path, tmp_path: Path
+) -> None:
+    """As for `edit`, which says that the store has it."""
+    spelled = [record | {"prompt": str(record["prompt"]).replace(" ", "  ")} for record in EDITS]
+    file = write(tmp_path / "edits.jsonl", spelled)
+    stored, edits = EditStore.open(store).edits, read_edits(file)
+    assert edits[0].prompt != stored[0].prompt and stored_ids(stored, edits) == [0, 1]
+    code, out, err = run(capsys, "eval", store, file, "--json", "--controls", "0")
+    assert code == 0 and json.loads(out)["edits"] == 2, err
 
 
 URL = "http://127.0.0.1:9"

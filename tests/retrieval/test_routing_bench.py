@@ -155,6 +155,10 @@ def test_a_run_writes_its_figures_and_a_page_that_loads_nothing(
     assert rows["unrelated", "the library's"]["found"] is None and result["settings"]["edits"] == len(EDITS)
     assert rows["edits", "again after the model's own answer"]["asked"] >= 1
     assert json.loads((tmp_path / "run" / "routing.json").read_text()) == result
+    other = write(tmp_path / "other.jsonl", [{"prompt": "Who leads Example Corp?", "target": "Jane Doe"}])
+    code, _, err = run(capsys, "bench", "routing", "--edits", other, "--model", tiny, "--data", tmp_path, "--out",
+                       tmp_path / "run")  # fmt: skip
+    assert code == 2 and f"holds a run of other edits ({len(EDITS)} of them" in err  # not both files' edits are asked
     page = checked(tmp_path / "run" / "routing.html")
     assert any(tag == "svg" for tag, _ in page.tags) and "Own edit found: form" in page.text["h2"]
     code, out, _ = run(capsys, "bench", "routing", tmp_path / "run" / "store", "--set", "unrelated", "--unrelated", "8",

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from memoir_retrieval.background import background_prompts
 from memoir_retrieval.cli.bench.bench_store import BenchStore
-from memoir_retrieval.cli.common import echo_json, json_option, model_option, run_benchmark, store_argument
+from memoir_retrieval.cli.common import (
+    echo_json,
+    json_option,
+    model_option,
+    notes,
+    require_place,
+    run_benchmark,
+    store_argument,
+)
 from memoir_retrieval.store.files import publish
 
 
@@ -55,6 +64,8 @@ def bench_latency(
     Example:
       memoir bench latency edits --edits 100,100000 --concurrent 1,32 --plot latency.html
     """
+    if plot is not None:
+        require_place(plot, "the page", "--plot")
     bench = BenchStore(store, model)
     most = max(*concurrent, requests)
     settings = {
@@ -68,15 +79,20 @@ def bench_latency(
         "rounds": rounds,
     }
     result = run_benchmark("memoir_vllm.bench.latency", settings, bench.environment)
+    if as_json:
+        echo_json(result)
+    else:
+        _print(result["rows"])
     if plot is not None:
         from memoir_retrieval.evaluation.report.page import latency_page  # it imports torch
 
         publish(plot, latency_page(result["rows"], bench.model).encode())
-    if as_json:
-        echo_json(result)
-        return
+        notes.print(f"charts written to {plot}")
+
+
+def _print(rows: list[dict[str, Any]]) -> None:
     click.echo(f"{'':15}{'':11}{'edits':>8}{'at a time':>11}{'p50 ms':>10}{'p95 ms':>10}{'p99 ms':>10}")
-    for row in result["rows"]:
+    for row in rows:
         what = row["what"].replace("_", " ")
         counts = f"{row['edits']:>8}{row['concurrent']:>11}"
         click.echo(f"{what:15}{row['kind']:11}{counts}{row['p50']:>10.2f}{row['p95']:>10.2f}{row['p99']:>10.2f}")

@@ -11,7 +11,7 @@ import click
 import msgspec
 from rich.table import Table
 
-from memoir_retrieval.cli.common import echo_json, json_option, notes, tables, threads_option
+from memoir_retrieval.cli.common import echo_json, json_option, notes, require_place, tables, threads_option
 from memoir_retrieval.cli.options import ModelOptions, data_folder_option, model_options
 from memoir_retrieval.edits.files import FORMATS, check_duplicates, read_edits
 from memoir_retrieval.errors import ConfigError
@@ -92,6 +92,8 @@ def bench_methods(
       memoir bench methods examples/zsre-100.jsonl --edits 30 --method memoir --method ft --method grace
       memoir bench methods zsre --edits 100 --out methods
     """
+    if out is not None:
+        require_place(out, "the run", "--out", folder=True)
     edits = check_duplicates(read_edits(data_file(data, folder), file_format, note=notes.print), "first", most=count)
     if not edits:
         raise ConfigError(f"{data} has no edits: give a file that has some")

@@ -11,7 +11,7 @@ import msgspec
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from memoir_retrieval.cli.common import echo_json, json_option, notes, tables, threads_option
+from memoir_retrieval.cli.common import echo_json, json_option, notes, require_place, tables, threads_option
 from memoir_retrieval.cli.evaluate import flat
 from memoir_retrieval.cli.options import (
     MeasuringOptions,
@@ -93,6 +93,7 @@ def bench_quality(
       memoir bench quality zsre --edits 100 --out run
       memoir bench quality corrections.jsonl --chat --out run --json
     """
+    require_place(out, "the run", "--out", folder=True)
     records = read_edits(data_file(data, folder), file_format, note=notes.print)
     edits = check_duplicates(records, "first", most=None if distinct else count)
     edits = limit_distinct_subjects(edits, count or len(edits)) if distinct else edits

@@ -18,6 +18,7 @@ from memoir_retrieval.cli.common import (
     model_option,
     notes,
     refuse_idle,
+    require_place,
     tables,
     tau_option,
     threads_option,
@@ -134,8 +135,11 @@ def bench_routing(
     """
     if store is not None:
         refuse_idle("for a store that is there", "leave it out, or DIR", "file", "chat")
+    if out is not None:
+        require_place(out, "the run", "--out", folder=True)
 
     from memoir_retrieval.editing.editor import Editor
+    from memoir_retrieval.evaluation.quality_run import refuse_others
     from memoir_retrieval.evaluation.report import routing_page
     from memoir_retrieval.evaluation.routing_data import PUBLISHED
     from memoir_retrieval.evaluation.routing_run import RESULT, check_sets, run_routing, with_candidates
@@ -155,7 +159,9 @@ def bench_routing(
             notes.print(f"training {file}")
             base = load_model(model or MODEL)
             with Editor(base, store, chat=chat, tau=tau) as editor:
-                editor.add(read_edits(file))
+                edits = read_edits(file)
+                refuse_others(store, editor.edits, edits)
+                editor.add(edits)
         retriever = Retriever.open(store, model, tau=tau)
         if candidates is not None:
             retriever = with_candidates(retriever, candidates)
@@ -174,15 +180,15 @@ def bench_routing(
             command=shlex.join(["memoir", *sys.argv[1:]]),
             tell=notes.print,
         )
+    if as_json:
+        echo_json(msgspec.to_builtins(run))
+    else:
+        tables.print(_table(run, sizes=len(first) > 1))
     if out:
         out.mkdir(parents=True, exist_ok=True)
         publish(out / RESULT, msgspec.json.format(msgspec.json.encode(run), indent=1) + b"\n")
         publish(out / PAGE, routing_page(run).encode())
         notes.print(f"written to {out / PAGE}")
-    if as_json:
-        echo_json(msgspec.to_builtins(run))
-        return
-    tables.print(_table(run, sizes=len(first) > 1))
 
 
 def _table(run: RoutingRun, sizes: bool) -> Table:
