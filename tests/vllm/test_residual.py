@@ -15,6 +15,9 @@ import torch
 from simulation import Rows, step_of
 from torch.nn import functional
 from vllm.sequence import IntermediateTensors
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheGroupSpec
+from vllm.v1.worker.gpu import warmup
+from vllm.v1.worker.gpu_worker import Worker
 
 from memoir_index import unpack
 from memoir_retrieval.edits.record import StoredEdit
@@ -26,6 +29,7 @@ from memoir_retrieval.question.span import Span, SpanRule, find_span
 from memoir_retrieval.store.read import EditStore, Masks
 from memoir_vllm.requests import Decision, Query, Routed, put_queries, query_of, routed_of
 from memoir_vllm.worker import pipeline, selftest
+from memoir_vllm.worker.mixin import MemoirWorker
 from memoir_vllm.worker.residual import ResidualLayer
 from memoir_vllm.worker.routing import Router
 from memoir_vllm.worker.rows import Batch
@@ -495,6 +499,79 @@ def test_following_a_runner(layer: ResidualLayer, activations: torch.Tensor) -> 
     assert delayed.more == 4
     assert routed_of(delayed.get_output())["off"].decision.result == "off"
     assert layer.stats()["live"] == 3
+
+
+class FakeV2Runner(FakeRunner):
+    """What vLLM's warm-up asks of a model runner V2; `ran` says how many rows each step had."""
+
+    def __init__(self, layer: ResidualLayer):
+        super().__init__(layer)
+        self.ran: list[int] = []
+        spec = FullAttentionSpec(block_size=16, num_kv_heads=1, head_size=8, dtype=torch.float32)
+        self.adaptive_verification = self.rejection_sampler = self.kv_block_zeroer = None
+        self.num_speculative_steps, self.decode_query_len, self.max_model_len = 0, 1, 256
+        self.is_pooling_model = self.is_encoder_decoder = False
+        self.is_last_pp_rank = True
+        self.model_state = SimpleNamespace(max_encoder_len=0)
+        self.scheduler_config = SimpleNamespace(max_num_seqs=4, max_num_batched_tokens=64)
+        self.kv_cache_config = SimpleNamespace(kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)], num_blocks=100)
+        self.kv_connector = SimpleNamespace(set_disabled=lambda disabled: None)
+        self.max_num_reqs = 4
+        self.model_config = SimpleNamespace(get_vocab_size=lambda: 100)
+        self.vllm_config = SimpleNamespace(is_mm_encoder_only=False, num_lookahead_tokens=0)
+
+    def prepare_inputs(self, scheduled: Any) -> Any:
+        counts = scheduled.num_scheduled_tokens
+        held = {new.req_id: new.num_computed_tokens for new in scheduled.scheduled_new_reqs}
+        cached = scheduled.scheduled_cached_reqs
+        held |= zip(cached.req_ids, cached.num_computed_tokens, strict=True)
+        return SimpleNamespace(
+            req_ids=list(counts),
+            query_start_loc_np=np.cumsum([0, *counts.values()]),
+            num_computed_tokens_np=np.array([held[name] for name in counts]),
+        )
+
+    def execute_model(self, scheduled: Any, intermediate_tensors: Any = None) -> None:
+        if tokens := scheduled.total_num_scheduled_tokens:
+            self.prepare_inputs(scheduled)
+            y = torch.zeros(tokens, H)
+            self.layer.run(torch.ones(tokens, D), y)
+            assert not y.any()
+            self.ran.append(tokens)
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        return SimpleNamespace()
+
+
+class FakeMachine(Worker):
+    """Of vLLM's worker only that it warms its kernels up."""
+
+    def __init__(self, runner: FakeV2Runner):
+        self.model_runner = runner
+
+    def compile_or_warm_up_model(self) -> None:
+        runner = self.model_runner
+        warmup.warmup_kernels(runner, runner.execute_model, runner.sample_tokens)
+        assert warmup.run_mixed_prefill_decode_warmup(runner, runner.execute_model, runner.sample_tokens, 8)
+
+
+class MemoirMachine(MemoirWorker, FakeMachine):
+    pass
+
+
+def test_vllms_warm_up_brings_requests_of_its_own(layer: ResidualLayer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No scheduler has sent their queries; without one, a request is refused once the engine serves."""
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda: None)
+    runner = FakeV2Runner(layer)
+    layer.watch_blocks(100, 16)
+    worker = MemoirMachine(runner)
+    worker._memoir = layer
+    assert follow(runner, layer) == "V2"
+    worker.compile_or_warm_up_model()
+    assert len(runner.ran) > 4 and layer.stats()["live"] == 0
+    assert (layer.stats()["routed"], layer.take_routed()) == (0, {})
+    with pytest.raises(KeyError, match="_warmup_0_"):
+        FakeMachine(runner).compile_or_warm_up_model()
 
 
 @pytest.mark.parametrize("ranks", range(1, 9))

@@ -81,8 +81,11 @@ class MemoirWorker(Worker):
 
     def compile_or_warm_up_model(self) -> Any:
         """As vLLM's, then a self-test of the edited layer."""
+        if self._memoir is not None:
+            self._memoir.warms_up = True
         times = super().compile_or_warm_up_model()
         if self._memoir is not None:
+            self._memoir.warms_up = False
             self_test(self.model_runner, self._memoir)
         else:
             # vLLM 0.32, eager on a CPU, warms nothing up: a later stage has no buffers for the first request.

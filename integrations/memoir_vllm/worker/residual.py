@@ -116,7 +116,7 @@ class ResidualLayer:
         device: where the layer lies.
 
         `captured` is its product in full CUDA graphs, None where there are none; `replays` says that the coming forward
-        is such a graph.
+        is such a graph. `warms_up` says that requests come from vLLM's warm-up, of which no scheduler has sent a query.
         """
         share = memories.shape[2] // ranks
         self._share, self._shard = share, slice(rank * share, (rank + 1) * share)
@@ -130,7 +130,7 @@ class ResidualLayer:
         self._sums: BlockSums | None = None
         self._step: StepRows | None = None
         self.captured: CapturedProduct | None = None
-        self.replays = False
+        self.replays = self.warms_up = False
         self._prompts_pass = self._edits_act = self._has_run = False
         self._parts: list[_Part] = []
         self._counted: list[_Counted] = []

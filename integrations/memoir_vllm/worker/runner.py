@@ -16,7 +16,8 @@ from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.sequence import IntermediateTensors
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
-from memoir_vllm.requests import Routed, put_routed, queries_of
+from memoir_retrieval.question.span import Span
+from memoir_vllm.requests import Query, Routed, put_routed, queries_of
 from memoir_vllm.worker import pipeline
 from memoir_vllm.worker.residual import ResidualLayer
 from memoir_vllm.worker.rows import StepRows
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from vllm.v1.worker.gpu.input_batch import InputBatch
 
 __all__ = ["follow", "take_up"]
+
+# V2 warms its kernels up with requests of its own (vllm/v1/worker/gpu/warmup.py), which end before others come.
+_WARM_UP = Query(Span(0, 0), off=True)
 
 
 def follow(runner: Any, layer: ResidualLayer | None) -> str:
@@ -104,7 +108,8 @@ def take_up(layer: ResidualLayer, step: SchedulerOutput) -> None:
     layer.drop(step.finished_req_ids)
     queries = queries_of(step)
     for new in step.scheduled_new_reqs:
-        layer.admit(new.req_id, new.prompt_token_ids or [], queries[new.req_id])
+        query = queries.get(new.req_id, _WARM_UP) if layer.warms_up else queries[new.req_id]
+        layer.admit(new.req_id, new.prompt_token_ids or [], query)
         layer.resume(new.req_id, new.block_ids[0] if new.block_ids else (), new.num_computed_tokens)
     again = step.scheduled_cached_reqs
     if again.resumed_req_ids:
