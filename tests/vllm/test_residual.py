@@ -311,10 +311,18 @@ def test_shards_add_up_to_the_whole(
 ) -> None:
     """Two ranks, each with half of D: the same decision, and partial sums whose sum is the residual."""
     x = activations[1]
-    monkeypatch.setattr(
-        "vllm.distributed.tensor_model_parallel_all_gather",
-        lambda means, dim: span_mean(x, Span(0, len(x), True))[None],
-    )
+    mean, seen = span_mean(x, Span(0, len(x), True)), []
+    weight = x.square().sum()
+
+    def gather(share: torch.Tensor, dim: int) -> torch.Tensor:
+        """The two shares side by side; each rank has added its divisor up in an order of its own."""
+        assert share.shape == (1, D // 2 + 1)
+        shares = [torch.cat([of_rank, weight[None] * (1 + rank)]) for rank, of_rank in enumerate(mean.chunk(2))]
+        return torch.cat(shares)[None]
+
+    monkeypatch.setattr("vllm.distributed.tensor_model_parallel_all_gather", gather)
+    route = Router.route
+    monkeypatch.setattr(Router, "route", lambda self, both, *rest: seen.append(both) or route(self, both, *rest))
     monkeypatch.setattr("vllm.distributed.tensor_model_parallel_all_reduce", lambda _: x.square().sum(1))
     total = torch.zeros(1, H)
     for rank in range(2):
@@ -324,6 +332,7 @@ def test_shards_add_up_to_the_whole(
         total += step(layer, [Rows("a", 0, 4, 0)], share)[3:]
         assert said(layer)["a"].edit == 1
     torch.testing.assert_close(total, wanted(store, 1, x[3:]))
+    assert all(torch.equal(both.means[0], mean) and torch.equal(both.weights, weight[None]) for both in seen)
 
 
 class FakeRunner:

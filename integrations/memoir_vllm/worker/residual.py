@@ -415,8 +415,11 @@ class ResidualLayer:
         if self._ranks > 1:
             from vllm.distributed import tensor_model_parallel_all_gather
 
-            # Every rank now holds the same numbers in the same order, so every rank decides alike.
-            means = tensor_model_parallel_all_gather(means, dim=-1)
+            # Every rank now holds the same numbers in the same order, so every rank decides alike. The divisors are
+            # those of the first, since a GPU may add up in another order on each.
+            ranks = tensor_model_parallel_all_gather(torch.cat([means, divisors[:, None]], dim=1), dim=-1)
+            ranks = ranks.view(len(means), self._ranks, self._share + 1)
+            means, divisors = ranks[:, :, :-1].flatten(1), ranks[:, 0, -1]
         queries = [request.query for request in requests]
         both = with_leads(Pooled(means, divisors), [(query.span, *query.parts) for query in queries])
         counts = [len(request.questions) for request in requests]
