@@ -140,6 +140,8 @@ def simulate(request: pytest.FixtureRequest, here: World, model_folder: Path, st
         rule: SpanRule = RULE,
         served: World = here,
         host_blocks: int = 0,
+        policy: str = "fcfs",
+        chunk: int = 0,
     ) -> Simulation:
         sizes = {"block_size": block, "max_num_batched_tokens": budget, "max_num_seqs": seqs}
         given = flags(model_folder, store_folder, **sizes) | {"max_model_len": model_len}
@@ -148,6 +150,8 @@ def simulate(request: pytest.FixtureRequest, here: World, model_folder: Path, st
             configs[key] = EngineArgs(**given).create_engine_config()
         config = copy.deepcopy(configs[key])
         config.scheduler_config.async_scheduling = how.later
+        config.scheduler_config.policy = policy
+        config.scheduler_config.long_prefill_token_threshold = chunk
         config.parallel_config.pipeline_parallel_size = how.stages
         if host_blocks:
             size = {"cpu_bytes_to_use": host_blocks * 4096}

@@ -68,6 +68,7 @@ SEAMS = {
         "Scheduler.reset_prefix_cache",
         "Scheduler._free_request",
         "Scheduler._holds_kv_blocks",
+        "Scheduler._preempt_request",
     ),
     "v1/core/sched/async_scheduler.py": (
         "AsyncScheduler._update_after_schedule",
@@ -77,6 +78,7 @@ SEAMS = {
         "KVCacheManager.get_computed_blocks",
         "KVCacheManager.allocate_slots",
         "KVCacheManager.cache_blocks",
+        "KVCacheManager.evict_blocks",
     ),
     "v1/core/kv_cache_coordinator.py": (
         "KVCacheCoordinator.cache_blocks",

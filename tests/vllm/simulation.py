@@ -182,6 +182,7 @@ class Simulation:
         salt: str | None = None,
         adapter: LoRARequest | None = None,
         image: PlaceholderRange | None = None,
+        priority: int = 0,
     ) -> None:
         params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, extra_args=dict(options or {}))
         request = Request(
@@ -192,6 +193,7 @@ class Simulation:
             block_hasher=get_request_block_hasher(self.block_size, sha256),
             cache_salt=salt,
             lora_request=adapter,
+            priority=priority,
             mm_features=[MultiModalFeatureSpec(None, "image", "image", image)] if image else None,
         )
         self.requests[name] = request

@@ -405,6 +405,34 @@ def test_any_mix_of_requests(seed: int, simulate: Simulate, here: World) -> None
     check_mix(sim, here, dice, requests=30)
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_any_mix_of_priorities(seed: int, simulate: Simulate, here: World) -> None:
+    """With few blocks and prompts in chunks, so that a request of a step is often preempted by a later one of it."""
+    dice = random.Random(seed)
+    sim = simulate(kv_blocks=dice.choice((14, 20)), budget=64, seqs=8, policy="priority", chunk=dice.choice((16, 32)))
+    check_mix(sim, here, dice, requests=30, priorities=3)
+
+
+@pytest.mark.parametrize("edit", [None, 2])
+def test_what_a_preempted_request_was_to_compute_in_its_step_is_not_in_the_cache(
+    edit: int | None, simulate: Simulate, here: World
+) -> None:
+    """Of two blocks that are published before they are computed, a more urgent request takes the second alone."""
+    question = other(30) if edit is None else here.questions[edit]
+    prompt = chat(question, before=70, after=18)
+    preemptions = 0
+    for length in range(13, 18):
+        sim = simulate(kv_blocks=10, budget=64, seqs=8, policy="priority", chunk=32)
+        sim.add("patient", prompt, priority=1)
+        sim.step()
+        urgent = chat(other(length - 8), before=5)
+        sim.add("urgent", urgent, max_tokens=20)
+        sim.run()
+        preemptions += sim.requests["patient"].num_preemptions
+        assert sim.answers == {"patient": right(here, prompt, edit), "urgent": right(here, urgent, None, 20)}, length
+    assert preemptions
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_every_answer_is_that_of_the_generation_it_reports(seed: int, simulate: Simulate, here: World) -> None:
     """New generations at any moment, over twins that wait, run, are preempted or are known on arrival."""
@@ -468,7 +496,7 @@ def test_nothing_is_kept_of_ten_thousand_requests(simulate: Simulate, here: Worl
     assert stats["live"] == 0 and stats["routed"] > 1000 and stats["recalled"] > 100
 
 
-def check_mix(sim: Simulation, here: World, dice: random.Random, requests: int) -> None:
+def check_mix(sim: Simulation, here: World, dice: random.Random, requests: int, priorities: int = 1) -> None:
     """Twins, edits, long questions, opted out, raw, salted and aborted requests; few blocks; resets."""
     wanted: dict[str, list[int]] = {}
     aborted: set[str] = set()
@@ -478,7 +506,8 @@ def check_mix(sim: Simulation, here: World, dice: random.Random, requests: int) 
         prompt = question if dice.random() < 0.2 else chat(question, dice.choice((1, 8, 40, 58)), dice.choice((2, 30)))
         off = dice.random() < 0.3
         options, tokens, name = {"memoir": "off"} if off else None, dice.choice((1, 3, 20)), f"{n}"
-        sim.add(name, prompt, options, max_tokens=tokens, salt=dice.choice((None, None, "x")))
+        salt, priority = dice.choice((None, None, "x")), n * n % priorities
+        sim.add(name, prompt, options, max_tokens=tokens, salt=salt, priority=priority)
         wanted[name] = right(here, prompt, None if off else edit, tokens)
         for _ in range(dice.choice((0, 0, 1, 3))):
             sim.step()

@@ -187,6 +187,19 @@ class MemoirScheduler(Scheduler):
 
     # ---- after it --------------------------------------------------------------------------------------------------
 
+    def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        """As vLLM's; nobody finds blocks of the request that were published for this step, which leaves it out now.
+
+        Under the policy `priority` a request that has its place in a step can lose it to a later one of that step.
+        """
+        groups = self.kv_cache_config.kv_cache_groups
+        held = self.kv_cache_manager.get_block_ids(request.request_id)
+        left_out: set[int] = set()
+        for group, blocks_of_group in zip(groups, held, strict=True):
+            left_out.update(blocks_of_group[request.num_computed_tokens // group.kv_cache_spec.block_size :])
+        self.kv_cache_manager.evict_blocks(left_out)
+        super()._preempt_request(request, *args, **kwargs)
+
     def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
         """Also called when weights change: what was remembered may be wrong then.
 
