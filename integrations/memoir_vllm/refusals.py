@@ -43,6 +43,8 @@ CONNECTORS = {
     "NixlPushConnector": _BY_REQUEST,
 }
 _HOST_MEMORY = "CPUOffloadingSpec"
+# What reads the model's safetensors files, of which a store knows the edited layer.
+LOAD_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer")
 
 
 def check_version() -> None:
@@ -99,6 +101,9 @@ def _checks(config: MemoirConfig, vllm_config: VllmConfig) -> list[tuple[bool, s
         getattr(given, "initial", given) for given in (model.revision, model.tokenizer_revision)
     )
     dtype, cached = _name(model.dtype), _cached_as(vllm_config)
+    quantised, load_format = _quantised(vllm_config) is not None, vllm_config.load_config.load_format
+    # vLLM 0.33 has no other executor for Ray, and no such variable.
+    ray_v2 = getattr(envs, "VLLM_USE_RAY_V2_EXECUTOR_BACKEND", True)
     return [
         (
             single and bool(cache.enable_prefix_caching),
@@ -159,13 +164,31 @@ def _checks(config: MemoirConfig, vllm_config: VllmConfig) -> list[tuple[bool, s
             f"revision {revision} of a Hub model (download that revision and serve its folder)",
         ),
         (
-            vllm_config.load_config.load_format == "dummy",
-            "random weights (leave out --load-format dummy)",
+            load_format not in LOAD_FORMATS,
+            f"weights that are not read from the model's safetensors files (leave out --load-format {load_format})",
         ),
         (
-            model.quantization is not None and not model.is_quantized,
+            model.model_weights not in ("", model.model),
+            f"the weights of {model.model_weights} (leave out model_weights, and serve a folder)",
+        ),
+        (
+            model.code_revision is not None,
+            f"code of revision {getattr(model.code_revision, 'initial', model.code_revision)} (leave out "
+            "--code-revision)",
+        ),
+        (bool(model.model_class_overrides), "another class of the model (leave out --model-class-overrides)"),
+        (
+            model.quantization is not None and not quantised,
             f"weights that are quantised while they are loaded, as {model.quantization} (leave out --quantization, or "
             "make edits on a quantised checkpoint)",
+        ),
+        (
+            model.quantization_config is not None and (quantised or model.quantization is None),
+            "quantisation that the checkpoint does not name (leave out --quantization-config)",
+        ),
+        (
+            quantised and envs.VLLM_MARLIN_INPUT_DTYPE is not None,
+            "activations that are quantised for a kernel (leave VLLM_MARLIN_INPUT_DTYPE unset)",
         ),
         (
             bool(model.hf_overrides),
@@ -179,6 +202,16 @@ def _checks(config: MemoirConfig, vllm_config: VllmConfig) -> list[tuple[bool, s
             cached not in ("auto", dtype),
             f"a KV cache in {cached}, behind which no edit was made ("
             + ("leave out --kv-cache-dtype)" if dtype == "float32" else f"use --kv-cache-dtype {dtype})"),
+        ),
+        (
+            bool(envs.VLLM_ENABLE_STARTUP_PLAN),
+            "a KV cache of the size that an earlier start measured, perhaps beside fewer edits (leave "
+            "VLLM_ENABLE_STARTUP_PLAN unset)",
+        ),
+        (
+            parallel.distributed_executor_backend == "ray" and not ray_v2,
+            "Ray's compiled graphs, in which a reload and a step have no order (leave VLLM_USE_RAY_V2_EXECUTOR_BACKEND "
+            "unset)",
         ),
         (scheduler.scheduler_cls is not None, f"scheduler {scheduler.scheduler_cls} (leave out --scheduler-cls)"),
         (
@@ -196,10 +229,16 @@ def _checks(config: MemoirConfig, vllm_config: VllmConfig) -> list[tuple[bool, s
 def _cached_as(vllm_config: VllmConfig) -> str:
     """The dtype of the KV cache; "auto" is the model's. A checkpoint may name another, which vLLM takes up with it."""
     dtype = str(vllm_config.cache_config.cache_dtype)
-    quantised = getattr(vllm_config.model_config.hf_config, "quantization_config", None)
-    if dtype == "auto" and isinstance(quantised, dict) and quantised.get("kv_cache_scheme"):
+    quantised = _quantised(vllm_config)
+    if dtype == "auto" and quantised is not None and quantised.get("kv_cache_scheme"):
         return "the dtype that the checkpoint's kv_cache_scheme names"
     return dtype
+
+
+def _quantised(vllm_config: VllmConfig) -> dict[str, Any] | None:
+    """How the checkpoint says that it is quantised, under whichever key of its configuration vLLM looks."""
+    settings: dict[str, Any] | None = vllm_config.model_config.model_arch_config.quantization_config
+    return settings
 
 
 def _name(dtype: Any) -> str:

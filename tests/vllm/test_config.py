@@ -199,6 +199,13 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "quantisation while loading": ({"quantization": "fp8", "dtype": "bfloat16"}, "--quantization"),
     "another configuration": ({"hf_overrides": {"rms_norm_eps": 1e-3}}, "--hf-overrides"),
     "random weights": ({"load_format": "dummy"}, "--load-format dummy"),
+    "weights of other files": ({"load_format": "npcache"}, "--load-format npcache"),
+    "weights from elsewhere": ({"model_weights": "/elsewhere"}, "the weights of /elsewhere (leave out model_weights"),
+    "code from elsewhere": ({"code_revision": "v2"}, "code of revision v2 (leave out --code-revision)"),
+    "quantisation by configuration": (
+        {"quantization_config": {"linear": {"weight": "fp8_per_tensor_static"}}},
+        "leave out --quantization-config",
+    ),
     "prompt embeddings": ({"enable_prompt_embeds": True}, "--enable-prompt-embeds"),
     "scheduler": ({"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "--scheduler-cls"),
     "worker": ({"worker_cls": "vllm.v1.worker.xpu_worker.XPUWorker"}, "--worker-cls"),
@@ -222,6 +229,9 @@ REFUSED_ELSEWHERE: dict[str, tuple[str, str, Any]] = {
     "--ubatch-size": ("parallel_config", "ubatch_size", 2),
     "leave out --kv-cache-dtype": ("cache_config", "cache_dtype", "fp8"),
     "--kv-sharing-fast-prefill": ("cache_config", "kv_sharing_fast_prefill", True),
+    "--load-format tensorizer": ("load_config", "load_format", "tensorizer"),
+    "--model-class-overrides": ("model_config", "model_class_overrides", {"LlamaForCausalLM": "elsewhere:Llama"}),
+    "--quantization-config": ("model_config", "quantization_config", object()),
     "--runner generate": ("model_config", "runner_type", "pooling"),
     "decoder-only": ("model_config", "is_encoder_decoder", True),
     "--tokenizer": ("model_config", "tokenizer", "elsewhere"),
@@ -254,11 +264,59 @@ def test_a_checkpoint_that_names_another_dtype_of_the_kv_cache_is_refused(
     vllm_config = args.create_engine_config()
     refusals.refuse(ours, vllm_config)
     scheme = {"num_bits": 8, "type": "float"}
-    vllm_config.model_config.hf_config.quantization_config = {"kv_cache_scheme": scheme}
+    vllm_config.model_config.model_arch_config.quantization_config = {"kv_cache_scheme": scheme}
     with pytest.raises(ConfigError, match=r"kv_cache_scheme names.*\(use --kv-cache-dtype bfloat16\)"):
         refusals.refuse(ours, vllm_config)
     vllm_config.cache_config.cache_dtype = "bfloat16"  # as the flag sets it
     refusals.refuse(ours, vllm_config)
+
+
+@pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
+def test_a_quantised_checkpoint_is_served_as_it_is(
+    key: str, model_folder: Path, store_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever key says so; what changes its numbers further is refused."""
+    for path in model_folder.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    settings = json.loads((model_folder / "config.json").read_text())
+    number = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
+    activations = number | {"strategy": "token", "dynamic": True}
+    group = {"targets": ["Linear"], "weights": number, "input_activations": activations}
+    settings[key] = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head"],
+    }
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    ours = config.parse_section({"store": str(store_folder)})
+    vllm_config = EngineArgs(**flags(tmp_path)).create_engine_config()
+    assert vllm_config.model_config.quantization == "compressed-tensors"
+    refusals.refuse(ours, vllm_config)
+    monkeypatch.setenv("VLLM_MARLIN_INPUT_DTYPE", "int8")
+    object.__setattr__(vllm_config.model_config, "quantization_config", object())
+    with pytest.raises(ConfigError, match=r"--quantization-config\); .*leave VLLM_MARLIN_INPUT_DTYPE unset"):
+        refusals.refuse(ours, vllm_config)
+
+
+def test_variables_that_edits_do_not_bear_are_refused(
+    model_folder: Path, store_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = config.parse_section({"store": str(store_folder)})
+    vllm_config = EngineArgs(**flags(model_folder)).create_engine_config()
+    monkeypatch.setenv("VLLM_USE_RAY_V2_EXECUTOR_BACKEND", "0")
+    monkeypatch.setenv("VLLM_MARLIN_INPUT_DTYPE", "int8")  # which is of quantised models alone
+    refusals.refuse(ours, vllm_config)
+    vllm_config.parallel_config.distributed_executor_backend = "ray"
+    if hasattr(refusals.envs, "VLLM_USE_RAY_V2_EXECUTOR_BACKEND"):
+        with pytest.raises(ConfigError, match="leave VLLM_USE_RAY_V2_EXECUTOR_BACKEND unset"):
+            refusals.refuse(ours, vllm_config)
+    monkeypatch.delenv("VLLM_USE_RAY_V2_EXECUTOR_BACKEND")
+    refusals.refuse(ours, vllm_config)
+    monkeypatch.setenv("VLLM_ENABLE_STARTUP_PLAN", "1")
+    with pytest.raises(ConfigError, match="leave VLLM_ENABLE_STARTUP_PLAN unset"):
+        refusals.refuse(ours, vllm_config)
 
 
 def test_the_page_on_serving_names_every_flag_that_is_refused() -> None:
