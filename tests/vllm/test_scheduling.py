@@ -417,19 +417,19 @@ def test_any_mix_of_priorities(seed: int, simulate: Simulate, here: World) -> No
 def test_what_a_preempted_request_was_to_compute_in_its_step_is_not_in_the_cache(
     edit: int | None, simulate: Simulate, here: World
 ) -> None:
-    """Of two blocks that are published before they are computed, a more urgent request takes the second alone."""
+    """A more urgent request takes the last of its two new blocks, and the other one is full, so it was published."""
     question = other(30) if edit is None else here.questions[edit]
-    prompt = chat(question, before=70, after=18)
+    prompt = chat(question, before=85, after=3)
     preemptions = 0
     for length in range(13, 18):
         sim = simulate(kv_blocks=10, budget=64, seqs=8, policy="priority", chunk=32)
         sim.add("patient", prompt, priority=1)
         sim.step()
         urgent = chat(other(length - 8), before=5)
-        sim.add("urgent", urgent, max_tokens=20)
+        sim.add("urgent", urgent, max_tokens=10)
         sim.run()
         preemptions += sim.requests["patient"].num_preemptions
-        assert sim.answers == {"patient": right(here, prompt, edit), "urgent": right(here, urgent, None, 20)}, length
+        assert sim.answers == {"patient": right(here, prompt, edit), "urgent": right(here, urgent, None, 10)}, length
     assert preemptions
 
 
