@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
-from memoir_retrieval.edits.numbers import digits_joined, number, other_number, raised_apart
+from memoir_retrieval.edits.numbers import digits_joined, number, other_number, raised_apart, signs_in_words
 from memoir_retrieval.edits.requires import UNSPACED
 from memoir_retrieval.edits.task_words import PLACE, ROWS, TaskWords
 from memoir_retrieval.errors import StoreError, StoreMismatch
@@ -79,6 +79,7 @@ _WORD = regex.compile(
     rf"(?V1)[[\p{{L}}\p{{N}}]&&[{UNSPACED}]]\p{{M}}*|\p{{N}}+(?:[.,:]\p{{N}}+)+|[\p{{L}}\p{{M}}\p{{N}}_--[{UNSPACED}]]+[+#]*"
 )
 # A run of signs is read once, from its first one on: the time is linear where it ends no clause.
+_SYMBOL = regex.compile(r"(?V1)[[\p{So}\p{Sm}]--[©®™℠°+<=>|~¬×÷⁄−≠≤≥]]")
 _CLAUSE = regex.compile(r"(?<![.!?:;])[.!?:;]++(?=[\s\"')\]*]|$)|[\n\"“”]+|(?:^|\s)[-–—]+\s")
 _SENTENCE = regex.compile(r"[^.!?:;\n\"“”]+\??")
 _CONTRACTED = regex.compile(r"(?<=\p{L})n['’]t\b")
@@ -93,17 +94,25 @@ _TAG = regex.compile(
 _PLAIN = str.maketrans({"ł": "l", "ø": "o", "đ": "d", "ı": "i", "ß": "ss", "æ": "ae", "œ": "oe", "ð": "d", "þ": "th"})
 
 
+_CALCULATES = frozenset(("percent", "plus", "minus", "multiplied", "divided"))
+"""Words that tell texts apart as numbers do where they stand beside one."""
+
+
 class Reading(NamedTuple):
     """A text as it is judged.
 
     words: in their order, case and accents taken off.
     clauses: the same words, by the clauses of the text.
     names: words that have a capital letter inside a clause; empty where no word is without one.
+    codes: words that tell texts apart as numbers do: "minus" before a number.
+    symbols: signs with a meaning of their own that no word stands for, such as emoji.
     """
 
     words: tuple[str, ...]
     clauses: tuple[tuple[str, ...], ...]
     names: frozenset[str] = frozenset()
+    codes: frozenset[str] = frozenset()
+    symbols: frozenset[str] = frozenset()
 
 
 Terms: TypeAlias = tuple[tuple[str, float], ...]
@@ -163,13 +172,13 @@ class Weights(msgspec.Struct, frozen=True, kw_only=True):
 
 @lru_cache(maxsize=4096)
 def read(text: str) -> Reading:
-    """The words of a text, and its clauses. Signs, case, accents and what is contracted do not count, nor does the
-    "isn't it?" behind a sentence.
+    """The words of a text, and its clauses. Case, accents and what is contracted do not count, nor does the "isn't it?"
+    behind a sentence; of the signs those alone that tell numbers apart, and emoji.
 
     text: any; of a long one the first 512 words, of its first 8192 characters.
     """
     text = _TAG.sub("", text[: 16 * LONGEST])
-    plain = digits_joined(_POSSESSIVE.sub(" ", _fold(_CONTRACTED.sub(" not", text))))
+    plain = digits_joined(_POSSESSIVE.sub(" ", _fold(_CONTRACTED.sub(" not", signs_in_words(text)))))
     clauses = []
     left = LONGEST
     for part in _CLAUSE.split(plain):
@@ -177,7 +186,19 @@ def read(text: str) -> Reading:
         left -= len(clause)
         if clause:
             clauses.append(clause)
-    return Reading(tuple(word for clause in clauses for word in clause), tuple(clauses), _names(text))
+    words = tuple(word for clause in clauses for word in clause)
+    symbols = frozenset() if text.isascii() else frozenset(_SYMBOL.findall(text))
+    return Reading(words, tuple(clauses), _names(text), _calculating(words), symbols)
+
+
+def _calculating(words: tuple[str, ...]) -> frozenset[str]:
+    """Words beside a number that say what is to be done with it, or that it is less than nothing."""
+    codes = set()
+    for i in [i for i, word in enumerate(words) if word in _CALCULATES]:
+        before, after = (near and (has_digit(near[0]) or number(near[0])) for near in (words[i - 1 : i], words[i + 1 :]))
+        if after and not before if words[i] == "minus" else before or after:  # "5 minus 3" is also written "5-3"
+            codes.add(words[i])
+    return frozenset(codes)
 
 
 def _names(text: str) -> frozenset[str]:
@@ -194,7 +215,7 @@ def _names(text: str) -> frozenset[str]:
 def _fold(text: str) -> str:
     if text.isascii():
         return text.lower().replace("cannot", "can not")
-    folded = unicodedata.normalize("NFKD", raised_apart(text.casefold()))
+    folded = unicodedata.normalize("NFKD", raised_apart(text.casefold().replace("™", "")))
     return "".join(c for c in folded if not unicodedata.combining(c)).translate(_PLAIN).replace("cannot", "can not")
 
 
@@ -204,11 +225,12 @@ def _whole(word: str) -> str:
 
 
 def letters(text: str) -> str:
-    """The letters and digits of a text, case and accents taken off: alike for two writings of the same words.
+    """The letters and digits of a text, case and accents taken off, and its signs as far as `read` has words for them:
+    alike for two writings of the same words.
 
     text: any; of a long one the first 8192 characters.
     """
-    return "".join(filter(str.isalnum, _fold(text[: 16 * LONGEST])))
+    return "".join(filter(str.isalnum, _fold(signs_in_words(text[: 16 * LONGEST]))))
 
 
 class Judge:
@@ -305,7 +327,8 @@ class Judge:
 
     def _compared(self, mine: Reading, theirs: Reading, required: Sequence[str]) -> Verdict:
         """The verdict on an edit's question and another, whatever stands around that. required: see `verdict`."""
-        if mine.words == theirs.words:
+        here_only, there_only = mine.symbols - theirs.symbols, theirs.symbols - mine.symbols
+        if mine.words == theirs.words and not (here_only and there_only):
             return Verdict(True, self.weights.bias + self.weights.relation, 1.0, (), (), "", "same words")
         shared = {word for text in required for word in read(text).words}
         here, there = dict.fromkeys(mine.words), dict.fromkeys(theirs.words)
@@ -319,9 +342,12 @@ class Judge:
                 added.remove(twin)
                 if word in lacking:
                     lacking.remove(word)
+        if here_only and there_only:  # else it may be an ornament
+            lacking += sorted(here_only)
+            added += sorted(there_only)
         relation = self._relation(mine.words, theirs.words)
-        needed = self._against(lacking, tuple(there), self._needed)
-        extra = self._against(added, tuple(here), self._extra)
+        needed = self._against(lacking, tuple(there), self._needed, mine.codes | mine.symbols)
+        extra = self._against(added, tuple(here), self._extra, theirs.codes | theirs.symbols)
         score = self.weights.bias + self.weights.relation * relation
         if lacking:  # else the question is the edit's with more around it, such as a task
             score += self._in_common([word for word in here if word in there])
@@ -398,12 +424,16 @@ class Judge:
         return float(first @ other) / size if size else 0.0
 
     def _against(
-        self, words: Sequence[str], others: tuple[str, ...], table: Sequence[float]
+        self, words: Sequence[str], others: tuple[str, ...], table: Sequence[float], codes: frozenset[str]
     ) -> list[tuple[str, float]]:
-        """What each of some words counts that stand in one text alone. others: the words of the other text."""
+        """What each of some words counts that stand in one text alone. others: the words of the other text. codes: of
+        the text that has the words, and its symbols."""
         weights = self.weights
         rows = [
-            -1 if word in NEGATIONS or has_digit(word) or _counts(word) else self.row.get(word, -2) for word in words
+            -1
+            if word in codes or word in NEGATIONS or has_digit(word) or _counts(word)
+            else self.row.get(word, -2)
+            for word in words
         ]
         known = [row for row in rows if row >= 0]
         vectors = self._read(others)[0]

@@ -1,4 +1,4 @@
-"""Numbers as people write them: "ninth" is "9th", and "nine" is 9."""
+"""Numbers as people write them: "ninth" is "9th", and "nine" is 9; and the signs beside them, as words."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import regex
 
-__all__ = ["digits_joined", "number", "other_number", "raised_apart"]
+__all__ = ["digits_joined", "number", "other_number", "raised_apart", "signs_in_words"]
 
 _UNITS = """one first two second three third four fourth five fifth six sixth seven seventh eight eighth nine ninth ten
 tenth eleven eleventh twelve twelfth thirteen thirteenth fourteen fourteenth fifteen fifteenth sixteen sixteenth
@@ -18,6 +18,33 @@ _PLAIN = regex.compile(r"\d+(?:st|nd|rd|th)?")
 _JOINED = regex.compile(rf"\b(?:{'|'.join(_TEN_WORDS[::2])})-(?:{'|'.join(_UNIT_WORDS[:18])})\b")
 
 _RAISED = regex.compile(r"(?<=\d)(?=\p{No})")
+
+_SPACE = r"[^\S\n]{0,2}"
+_BEFORE, _BEHIND = rf"(?<=[\d)%\p{{Sc}}]{_SPACE})", rf"(?={_SPACE}[-−]?[\d(\p{{Sc}}])"
+_COMPARES = rf"(?<=[\d)]{_SPACE}|[\p{{L}}\d)][^\S\n]{{1,2}})"
+# The first that fits a place counts. A dash that is no minus, a bullet or a quotation mark of mails stays a sign.
+_SIGNS = {
+    rf"{_BEFORE}\+(?={_SPACE}\p{{L}}\b)|(?<=\b\p{{L}}{_SPACE})\+{_BEHIND}|{_BEFORE}\+{_BEHIND}": "plus",
+    r"(?<=^|[\s(=<>+×÷*])(?<!\d[^\S\n]{1,2})[-−–](?=\p{Sc}?\d)": "minus",
+    rf"{_BEFORE}[×*]{_BEHIND}": "multiplied by",
+    rf"{_BEFORE}(?:÷|(?<=\s)/(?=\s)){_BEHIND}": "divided by",
+    rf"{_COMPARES}>{_BEHIND}": "greater than",
+    rf"{_COMPARES}<{_BEHIND}": "less than",
+    rf"{_COMPARES}(?:>=|≥){_BEHIND}": "at least",
+    rf"{_COMPARES}(?:<=|≤){_BEHIND}": "at most",
+    rf"{_COMPARES}(?:!=|≠){_BEHIND}": "not",
+    r"[%％](?![\p{L}\p{N}])|(?i:\bper cent\b)": "percent",
+    r"€": "euro",
+    r"[$＄](?!\p{L})": "dollar",
+    r"[£￡](?!\p{L})": "pound",
+    r"[¥￥]": "yen",
+    r"₹": "rupee",
+    r"₽": "rouble",
+    r"₩": "krw",
+    r"₺": "lira",
+}
+_SIGN = regex.compile("|".join(f"({pattern})" for pattern in _SIGNS), regex.MULTILINE)
+_SIGN_WORDS = tuple(f" {word} " for word in _SIGNS.values())
 
 
 def _words() -> dict[str, str]:
@@ -72,3 +99,12 @@ def raised_apart(text: str) -> str:
     text: any.
     """
     return _RAISED.sub(" ", text)
+
+
+def signs_in_words(text: str) -> str:
+    """A text with words for the signs that tell numbers apart: currencies, %, a minus, what calculates or compares. The
+    dash of a range, a date or a list is none of them.
+
+    text: any.
+    """
+    return _SIGN.sub(lambda match: _SIGN_WORDS[match.lastindex - 1], text)
