@@ -50,7 +50,8 @@ TABLE = "judge.safetensors"
 SCALE = 127
 """A table's vectors are whole numbers: the length of each is about this."""
 _COLUMNS = {"vectors": "int8", "needed": "float32", "extra": "float32", "asks": "uint8"}
-NEGATIONS = frozenset(("not", "no", "never", "without", "except", "neither", "nor", "none", "unless", "nothing", "non"))
+_NEGATIONS = """not no never without except neither nor none unless nothing non excluding excluded lacking"""
+NEGATIONS = frozenset(_NEGATIONS.split())
 _LITTLE = """a an the of is are was were be been being am do does did has have had it its this that these those what
 which who whom whose in at by for as there please i me my you your we our can could would will should"""
 LITTLE = frozenset(_LITTLE.split())
@@ -72,6 +73,8 @@ SYNONYMS = 0.55
 """Cosine of two words from which on they may stand in place of each other."""
 LIGHT = 1.0
 """Nats below which a word may be left out."""
+_LONG = 9
+"""Letters of a word from which on the first may be mistyped: "Dublin" and "Lublin" are two."""
 LONGEST = 512
 """Words of a text that are looked at; the last ones of a longer text are not."""
 
@@ -80,9 +83,17 @@ _WORD = regex.compile(
 )
 # A run of signs is read once, from its first one on: the time is linear where it ends no clause.
 _SYMBOL = regex.compile(r"(?V1)[[\p{So}\p{Sm}]--[©®™℠°+<=>|~¬×÷⁄−≠≤≥]]")
+_ROMAN = regex.compile(r"(?=[ivxlcdm])m{0,3}(?:cm|cd|d?c{0,3})(?:xc|xl|l?x{0,3})(?:ix|iv|v?i{0,3})")
+# Inside a clause; an initial or the article before a name, and what is half of a word, as in "X-ray", are no codes.
+_CODE = regex.compile(
+    r"(?<=[^\s.!?:;\"“”\-–—][^\S\n]{1,3})"
+    r"(?:[A-HJ-Z](?=[?!,;:)'’]|\.?\s*$|\s(?!\s*\p{Lu}))|(?=[IVX]{2})(?:X{0,3})(?:IX|IV|V?I{0,3})\b)"
+)
 _CLAUSE = regex.compile(r"(?<![.!?:;])[.!?:;]++(?=[\s\"')\]*]|$)|[\n\"“”]+|(?:^|\s)[-–—]+\s")
 _SENTENCE = regex.compile(r"[^.!?:;\n\"“”]+\??")
-_CONTRACTED = regex.compile(r"(?<=\p{L})n['’]t\b")
+_APOSTROPHE = regex.compile(r"(?<=\p{L})[’´`ʼ‘＇](?=\p{L})")
+_CONTRACTED = regex.compile(r"(?i)(?:\b(ca|wo|sha)|(?<=\p{L}))n't\b")
+_FULL = {"ca": "can", "wo": "will", "sha": "shall"}
 _POSSESSIVE = regex.compile(r"(?<=\p{L})['’](?:s|re|ll|ve|d|m)?\b|(?<=s)['’](?=\s|$)")
 _THOUSANDS = regex.compile(r"\d{1,3}(?:,\d{3})+")
 _HELPING = "is are was were do does did has have had can ca could will wo would should must ai".replace(" ", "|")
@@ -104,7 +115,8 @@ class Reading(NamedTuple):
     words: in their order, case and accents taken off.
     clauses: the same words, by the clauses of the text.
     names: words that have a capital letter inside a clause; empty where no word is without one.
-    codes: words that tell texts apart as numbers do: "minus" before a number.
+    codes: words that tell texts apart as numbers do: "minus" before a number, the A of "Plan A", the II of "Elizabeth
+    II".
     symbols: signs with a meaning of their own that no word stands for, such as emoji.
     """
 
@@ -177,8 +189,8 @@ def read(text: str) -> Reading:
 
     text: any; of a long one the first 512 words, of its first 8192 characters.
     """
-    text = _TAG.sub("", text[: 16 * LONGEST])
-    plain = digits_joined(_POSSESSIVE.sub(" ", _fold(_CONTRACTED.sub(" not", signs_in_words(text)))))
+    text = _TAG.sub("", _APOSTROPHE.sub("'", text[: 16 * LONGEST]))
+    plain = digits_joined(_POSSESSIVE.sub(" ", _fold(_CONTRACTED.sub(_negated, signs_in_words(text)))))
     clauses = []
     left = LONGEST
     for part in _CLAUSE.split(plain):
@@ -188,28 +200,39 @@ def read(text: str) -> Reading:
             clauses.append(clause)
     words = tuple(word for clause in clauses for word in clause)
     symbols = frozenset() if text.isascii() else frozenset(_SYMBOL.findall(text))
-    return Reading(words, tuple(clauses), _names(text), _calculating(words), symbols)
+    names, codes = _capitals(text)
+    return Reading(words, tuple(clauses), names, codes | _calculating(words), symbols)
 
 
 def _calculating(words: tuple[str, ...]) -> frozenset[str]:
     """Words beside a number that say what is to be done with it, or that it is less than nothing."""
     codes = set()
     for i in [i for i, word in enumerate(words) if word in _CALCULATES]:
-        before, after = (near and (has_digit(near[0]) or number(near[0])) for near in (words[i - 1 : i], words[i + 1 :]))
-        if after and not before if words[i] == "minus" else before or after:  # "5 minus 3" is also written "5-3"
+        before, after = (bool(near) and has_digit(near[0]) for near in (words[i - 1 : i], words[i + 1 :]))
+        if words[i] == "minus":  # between two, as in "5 minus 3", it is often written as a dash
+            before, after = False, not before and (after or bool(number("".join(words[i + 1 : i + 2]))))
+        if before or after:
             codes.add(words[i])
     return frozenset(codes)
 
 
-def _names(text: str) -> frozenset[str]:
-    """Words with a capital letter that none of a clause's beginning explains; none where every word has one."""
+def _negated(contracted: regex.Match[str]) -> str:
+    """What stands for "n't", and for the verb before it where that has another form there."""
+    return f"{_FULL[contracted[1].lower()]} not" if contracted[1] else " not"
+
+
+def _capitals(text: str) -> tuple[frozenset[str], frozenset[str]]:
+    """Words with a capital letter that none of a clause's beginning explains, and single capitals and Roman numerals
+    among them; none where every word has one."""
     capital, plain = set(), False
     for clause in _CLAUSE.split(text):
         for word in _WORD.findall(clause)[1:]:
             plain = plain or word[0].islower()
             if word[0].isupper() and not word[1:].isupper():  # CEO is no name
                 capital.update(_WORD.findall(_fold(word)))
-    return frozenset(capital) if plain else frozenset()
+    if not plain:
+        return frozenset(), frozenset()
+    return frozenset(capital), frozenset(code.lower() for code in _CODE.findall(text))
 
 
 def _fold(text: str) -> str:
@@ -230,7 +253,7 @@ def letters(text: str) -> str:
 
     text: any; of a long one the first 8192 characters.
     """
-    return "".join(filter(str.isalnum, _fold(signs_in_words(text[: 16 * LONGEST]))))
+    return "".join(filter(str.isalnum, _fold(signs_in_words(_APOSTROPHE.sub("'", text[: 16 * LONGEST])))))
 
 
 class Judge:
@@ -336,8 +359,9 @@ class Judge:
         added = [word for word in there if word not in here and word not in shared and word not in little]
         absent = [word for word in here if word not in there and word not in shared]
         lacking = [word for word in absent if word not in little]
+        names = mine.names | theirs.names
         for word in absent:  # misspelt in one of them, it is shared
-            twin = next((other for other in added if self._is_slip(word, other)), None)
+            twin = next((other for other in added if self._is_slip(word, other, names)), None)
             if twin is not None:
                 added.remove(twin)
                 if word in lacking:
@@ -358,7 +382,7 @@ class Judge:
             (a, b) in self._contraries or other_number(a, b) for a in lacking for b in added
         ):
             against += REPLACED
-        elif (pair := _exchange(mine, theirs, shared)) and not self._is_slip(*pair):
+        elif (pair := _exchange(mine, theirs, shared)) and not self._is_slip(*pair, names):
             against += self._replaced(*pair)
         part = "relation" if self.weights.relation * (1 - relation) > against else "words"
         return Verdict(score >= against, score - against, relation, _heaviest(needed), _heaviest(extra), "", part)
@@ -401,13 +425,17 @@ class Judge:
         first, other = self.vectors[[self.row[a], self.row[b]]].astype(np.int64)
         return int(first @ other) >= self.weights.name * SCALE * SCALE
 
-    def _is_slip(self, a: str, b: str) -> bool:
-        """Whether one of two words is the other in another form, or misspelt: both words of the table are not."""
+    def _is_slip(self, a: str, b: str, names: frozenset[str]) -> bool:
+        """Whether one of two words is the other in another form, or misspelt: both words of the table are not. names:
+        those of both texts. Of the forms they have the genitive alone, "Edwards mother"."""
         if (digits := number(a)) and number(b):
             return digits == number(b)
+        if _ROMAN.fullmatch(a) and _ROMAN.fullmatch(b):
+            return False
+        inflected = _inflected(a, b) and (max(a, b, key=len)[-1] == "s" or not names.issuperset((a, b)))
         if a in self.row and b in self.row:
-            return _inflected(a, b)
-        return _inflected(a, b) or _misspelt(a, b) or _derived(a, b)
+            return inflected
+        return inflected or _misspelt(a, b) or _derived(a, b)
 
     def _rows(self, words: tuple[str, ...]) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
         """Of words of the table: their vectors, float32 [N, W], and the weighted sum of these, float64 [W].
@@ -481,9 +509,9 @@ def _exchange(a: Reading, b: Reading, shared: set[str]) -> tuple[str, str] | Non
 
 
 def _codes(text: Reading) -> frozenset[str]:
-    """Single letters before a number, which are a part of a code: the A of "form A-21"."""
+    """Words that are a code or a part of one, though they are little words else: the A of "form A-21" and "Plan A"."""
     words = text.words
-    return frozenset(word for word, after in pairwise(words) if len(word) == 1 and has_digit(after))
+    return text.codes | frozenset(word for word, after in pairwise(words) if len(word) == 1 and has_digit(after))
 
 
 def _akin(a: str, b: str) -> bool:
@@ -536,8 +564,9 @@ def _derived(a: str, b: str) -> bool:
 
 
 def _misspelt(a: str, b: str) -> bool:
-    """Whether two words differ in one letter, or in the order of two, and are long enough for that to be a slip."""
-    if abs(len(a) - len(b)) > 1 or has_digit(a + b):
+    """Whether two words differ in one letter, or in the order of two, and are long enough for that to be a slip: the
+    first letter of a shorter word is none."""
+    if abs(len(a) - len(b)) > 1 or has_digit(a + b) or (a[0] != b[0] and len(a) < _LONG):
         return False
     start = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
     x, y = a[start:], b[start:]

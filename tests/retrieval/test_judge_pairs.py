@@ -91,3 +91,102 @@ def test_signs_take_no_quadratic_time() -> None:
     """Quadratic time would be minutes for these texts, so no clock is asked: the suite's timeout ends it."""
     for sign in ("5+", "-5", " -", "5 < ", "% ", "$-", "I "):
         assert len(read(sign * 4000).words) <= 512
+
+
+@pytest.mark.parametrize(
+    ("positive", "negative"),
+    [
+        ("Who is allowed in the lab?", "Who isn't allowed in the lab?"),
+        ("Which plants can grow in the shade?", "Which plants can't grow in the shade?"),
+        ("Which plants will grow in the shade?", "Which plants won't grow in the shade?"),
+    ],
+)
+def test_a_contracted_negation_is_one_in_any_writing(positive: str, negative: str) -> None:
+    full = negative.replace("can't", "cannot").replace("won't", "will not").replace("n't", " not")
+    for sign in "'’´`ʼ‘":
+        for text in (negative.replace("'", sign), negative.upper().replace("'", sign)):
+            assert apart(positive, text) and apart(positive.upper(), text)
+            assert read(text).words == read(full).words and letters(text) == letters(negative)
+    assert read("SHAN'T and ain´t").words == ("shall", "not", "and", "ai", "not")
+    assert read("Ann Lee´s and `Lee`").words == ("ann", "lee", "and", "lee")
+
+
+@pytest.mark.parametrize("word", ["excluding", "lacking"])
+def test_what_leaves_something_out_is_a_negation(word: str) -> None:
+    assert apart("Which fees are due?", f"Which fees are due, {word} tax?")
+    assert apart("Which plans come with support?", f"Which plans come {word} support?")
+
+
+def test_who_is_excluded_is_not_who_is_in() -> None:
+    assert apart("Who is in the national team?", "Who is excluded in the national team?")
+
+
+@pytest.mark.parametrize(
+    ("edit", "name", "other"),
+    [
+        ("Who won Super Bowl {}?", "XXIV", "XXVI"),
+        ("Who was pope after John {}?", "XXIII", "XVIII"),
+        ("Which team was the winner of Super Bowl {}?", "xxiv", "xxvi"),
+        ("Which books did William {} write?", "Golding", "Gold"),
+        ("Who was the spouse of Robert {}?", "Browning", "Brown"),
+        ("How did Carl {} die?", "Starr", "Starred"),
+        ("How many people live in {}?", "Dublin", "Lublin"),
+        ("Who is the spouse of Jan {}?", "Keller", "Heller"),
+        ("What is {} made of?", "methane", "ethane"),
+    ],
+)
+def test_a_name_like_another_is_no_slip(edit: str, name: str, other: str) -> None:
+    assert apart(edit.format(name), edit.format(other))
+    assert alike(edit.format(name), edit.format(name.lower()))
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ("Who discovered penicillin?", "Who discoverd penicilin?"),
+        ("Who discovered penicillin?", "Who discovers penicillin?"),
+        ("What is photosynthesis?", "What is ohotosynthesis?"),
+        ("Who is Tom Edward's mother?", "Who is Tom Edwards mother?"),
+        ("Which bird sings in the Amazon?", "Which birds sing in the Amazon?"),
+    ],
+)
+def test_a_slip_or_another_form_of_a_word_is_no_other_question(a: str, b: str) -> None:
+    assert alike(a, b)
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ("What does Plan A cover?", "What exactly does Plan B cover?"),
+        ("Which foods have vitamin A?", "What foods contain vitamin K?"),
+        ("When did Elizabeth II die?", "In which year did Elizabeth I pass away?"),
+        ("When did World War II end?", "In what year did World War I end?"),
+        ("How did Henry V of England die?", "What did Henry IV of England die of?"),
+        ("Tell me about hepatitis B.", "Please tell me something about hepatitis C."),
+    ],
+)
+def test_a_single_capital_or_a_roman_numeral_is_a_code(a: str, b: str) -> None:
+    assert apart(a, b)
+    for question in (a, b):
+        for text in (question.lower(), question.upper(), question.title().replace("Ii", "II").replace("Iv", "IV")):
+            assert alike(question, text)
+
+
+def test_one_text_with_capitals_is_enough() -> None:
+    assert apart("What does Plan A cover?", "what exactly does plan b cover?")
+    assert alike("What does Plan A cover?", "what exactly does plan a cover?")
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ("Who shot John F. Kennedy?", "Who shot John Kennedy?"),
+        ("Who shot John F Kennedy?", "Who shot John Kennedy?"),
+        ("How do I cook rice?", "How to cook rice?"),
+        ("WHAT IS A GOOD PLAN?", "What is good plan?"),
+        ("What Is A Good Plan?", "What is good plan?"),
+        ("What is an X-ray?", "What is an x-ray?"),
+    ],
+)
+def test_an_initial_an_article_and_a_part_of_a_word_are_no_codes(a: str, b: str) -> None:
+    assert alike(a, b)
