@@ -31,6 +31,7 @@ from safetensors.numpy import load
 from memoir_retrieval.edits.numbers import digits_joined, number, other_number, raised_apart, signs_in_words
 from memoir_retrieval.edits.requires import UNSPACED
 from memoir_retrieval.edits.task_words import PLACE, ROWS, TaskWords
+from memoir_retrieval.edits.units import other_unit, unit
 from memoir_retrieval.errors import StoreError, StoreMismatch
 
 __all__ = [
@@ -87,13 +88,13 @@ _ROMAN = regex.compile(r"(?=[ivxlcdm])m{0,3}(?:cm|cd|d?c{0,3})(?:xc|xl|l?x{0,3})
 # Inside a clause; an initial or the article before a name, and what is half of a word, as in "X-ray", are no codes.
 _CODE = regex.compile(
     r"(?<=[^\s.!?:;\"“”\-–—][^\S\n]{1,3})"
-    r"(?:[A-HJ-Z](?=[?!,;:)'’]|\.?\s*$|\s(?!\s*\p{Lu}))|(?=[IVX]{2})(?:X{0,3})(?:IX|IV|V?I{0,3})\b)"
+    r"(?:[A-HJ-Z](?=[?!,;)'’]|\.?\s*$|\s(?!\s*\p{Lu}))|(?=[IVX]{2})(?:X{0,3})(?:IX|IV|V?I{0,3})\b)"
 )
 _CLAUSE = regex.compile(r"(?<![.!?:;])[.!?:;]++(?=[\s\"')\]*]|$)|[\n\"“”]+|(?:^|\s)[-–—]+\s")
 _SENTENCE = regex.compile(r"[^.!?:;\n\"“”]+\??")
 _APOSTROPHE = regex.compile(r"(?<=\p{L})[’´`ʼ‘＇](?=\p{L})")
-_CONTRACTED = regex.compile(r"(?i)(?:\b(ca|wo|sha)|(?<=\p{L}))n't\b")
-_FULL = {"ca": "can", "wo": "will", "sha": "shall"}
+_CONTRACTED = regex.compile(r"(?i)(?:\b(ca|wo)|(?<=\p{L}))n't\b")
+_FULL = {"ca": "can", "wo": "will"}
 _POSSESSIVE = regex.compile(r"(?<=\p{L})['’](?:s|re|ll|ve|d|m)?\b|(?<=s)['’](?=\s|$)")
 _THOUSANDS = regex.compile(r"\d{1,3}(?:,\d{3})+")
 _HELPING = "is are was were do does did has have had can ca could will wo would should must ai".replace(" ", "|")
@@ -103,8 +104,11 @@ _TAG = regex.compile(
     r"|(?:right|correct|no)(?=\s{0,3}\?))"
 )
 _PLAIN = str.maketrans({"ł": "l", "ø": "o", "đ": "d", "ı": "i", "ß": "ss", "æ": "ae", "œ": "oe", "ð": "d", "þ": "th"})
-
-
+_VERBS = """divided beat beats beaten defeat defeats defeated conquer conquered invade invaded attack attacked precede
+preceded succeed succeeded"""
+_PASSIVE = frozenset(_VERBS.split())
+_DIRECTED = _PASSIVE.union(("to", "from", "into", "over", "than", "minus"))
+"""Words around which it makes a difference which of two others stands first."""
 _CALCULATES = frozenset(("percent", "plus", "minus", "multiplied", "divided"))
 """Words that tell texts apart as numbers do where they stand beside one."""
 
@@ -378,8 +382,10 @@ class Judge:
         against = self.weights.kind if _other_kind(mine, theirs) else 0.0
         for _, weight in (*needed, *extra):
             against += weight
-        if self._renamed(mine, theirs, lacking, added) or any(
-            (a, b) in self._contraries or other_number(a, b) for a in lacking for b in added
+        if (
+            self._renamed(mine, theirs, lacking, added)
+            or _turned(mine, theirs, not lacking and not added)
+            or any((a, b) in self._contraries or other_number(a, b) or other_unit(a, b) for a in lacking for b in added)
         ):
             against += REPLACED
         elif (pair := _exchange(mine, theirs, shared)) and not self._is_slip(*pair, names):
@@ -430,6 +436,8 @@ class Judge:
         those of both texts. Of the forms they have the genitive alone, "Edwards mother"."""
         if (digits := number(a)) and number(b):
             return digits == number(b)
+        if (name := unit(a)) and unit(b):
+            return name == unit(b)
         if _ROMAN.fullmatch(a) and _ROMAN.fullmatch(b):
             return False
         inflected = _inflected(a, b) and (max(a, b, key=len)[-1] == "s" or not names.issuperset((a, b)))
@@ -458,9 +466,7 @@ class Judge:
         the text that has the words, and its symbols."""
         weights = self.weights
         rows = [
-            -1
-            if word in codes or word in NEGATIONS or has_digit(word) or _counts(word)
-            else self.row.get(word, -2)
+            -1 if word in codes or word in NEGATIONS or has_digit(word) or _counts(word) else self.row.get(word, -2)
             for word in words
         ]
         known = [row for row in rows if row >= 0]
@@ -506,6 +512,57 @@ def _exchange(a: Reading, b: Reading, shared: set[str]) -> tuple[str, str] | Non
     if len(pairs) != 1 or shared & set(pairs[0]) or LITTLE.issuperset(pairs[0]):
         return None
     return pairs[0]
+
+
+def _turned(a: Reading, b: Reading, same: bool) -> bool:
+    """Whether two words have changed places around a word that makes a difference of it: "PDF to Word" and "Word to
+    PDF", "5 kg in pounds" and "5 pounds in kg". same: whether the texts have the same words but for little ones; then
+    others may stand between the two."""
+    amounts, others = _amounts(a.words), _amounts(b.words)
+    if any(amounts[digits].isdisjoint(others[digits]) for digits in amounts.keys() & others.keys()):
+        return True
+    for verb in _DIRECTED.intersection(a.words).intersection(b.words):
+        first, other = _sides(a.words, verb), _sides(b.words, verb)
+        if first.passive != other.passive:
+            continue
+        left, right = first.before[-1:], first.after[:1]
+        if left and right and left != right and (left, right) == (other.after[:1], other.before[-1:]):
+            return True
+        if same and first.only_before & other.only_after and first.only_after & other.only_before:
+            return True
+    return False
+
+
+def _amounts(words: tuple[str, ...]) -> dict[str, set[str]]:
+    """The units behind each number."""
+    amounts: dict[str, set[str]] = {}
+    for digits, name in pairwise(words):
+        if has_digit(digits) and unit(name):
+            amounts.setdefault(digits, set()).add(unit(name))
+    return amounts
+
+
+class _Sides(NamedTuple):
+    """The words around a word, little ones left out. passive: whether it is a verb that "by" follows."""
+
+    before: tuple[str, ...]
+    after: tuple[str, ...]
+    passive: bool
+
+    @property
+    def only_before(self) -> set[str]:
+        return set(self.before).difference(self.after)
+
+    @property
+    def only_after(self) -> set[str]:
+        return set(self.after).difference(self.before)
+
+
+def _sides(words: tuple[str, ...], verb: str) -> _Sides:
+    """What stands around the last place of a word."""
+    at = len(words) - 1 - words[::-1].index(verb)
+    before, after = (tuple(word for word in part if word not in LITTLE) for part in (words[:at], words[at + 1 :]))
+    return _Sides(before, after, verb in _PASSIVE and "by" in words[at:])
 
 
 def _codes(text: Reading) -> frozenset[str]:

@@ -35,7 +35,7 @@ from memoir_retrieval.model.base import load_model
 
 __all__ = ["Pair", "pairs", "train"]
 
-VERSION = 9
+VERSION = 10
 DECISIVE = 8.0  # nats, more than can speak for an edit
 WIDTH = 64
 BATCH = 512  # pairs
@@ -359,7 +359,6 @@ def train(data: Path, model: str, *, seed: int = 0, epochs: int = 4, say: Any = 
     """
     rng = random.Random(seed)
     torch.manual_seed(seed)
-    own = json.loads((files("memoir_retrieval") / "data" / "judge_questions.json").read_text())
     examples = list(dict.fromkeys(pairs(data, rng)))
     rng.shuffle(examples)
     base = load_model(model)
@@ -373,7 +372,6 @@ def train(data: Path, model: str, *, seed: int = 0, epochs: int = 4, say: Any = 
     table = _Table(features)
     _descend(table, examples, row, held, epochs, say)
     around = _learn_tasks(seed, say)
-    contraries = [[row[word] for text in pair for word in read(text).words] for pair in own["contraries"]]
     with torch.no_grad():
         all_words = torch.arange(1, len(words) + 1)
         vectors = (table.vectors(all_words) * SCALE).round().to(torch.int8).numpy()
@@ -385,7 +383,7 @@ def train(data: Path, model: str, *, seed: int = 0, epochs: int = 4, say: Any = 
         "extra": heads[:, 1].astype(np.float32),
         "asks": np.clip(np.round(asks * (255 / np.quantile(asks, 0.999))), 0, 255).astype(np.uint8),
         "tasks": around.table,
-        "contraries": np.array(contraries, np.int32),
+        "contraries": _contraries(words),
     }
     numbers = _numbers(table, around)
     judge = Judge(words, **tensors, weights=numbers)
@@ -400,15 +398,29 @@ def train(data: Path, model: str, *, seed: int = 0, epochs: int = 4, say: Any = 
     }
 
 
+def _contraries(words: Sequence[str]) -> np.ndarray:
+    """Rows of words that say the opposite of each other, as far as a table has both: int32 [P, 2]. words: of it."""
+    row = {word: at for at, word in enumerate(words)}
+    own = json.loads((files("memoir_retrieval") / "data" / "judge_questions.json").read_text())
+    opposed = [tuple(word for text in pair for word in read(text).words) for pair in own["contraries"]]
+    return np.array([[row[a], row[b]] for a, b in opposed if a in row and b in row], np.int32)
+
+
 def with_tasks(tensors: dict[str, np.ndarray], around: LearntWords) -> dict[str, np.ndarray]:
-    """The tensors of a judge that tells tasks in another way.
+    """The tensors of a judge that tells tasks in another way, with the contraries that are known now.
 
     tensors: of a judge's file, which may be of an earlier version.
     around: what was learnt of tasks.
     """
     weights = msgspec.json.decode(tensors["weights"].tobytes())
     numbers = Weights(**{**weights, "version": VERSION, "task": around.bias, "task_step": around.step})
-    return {**tensors, "tasks": around.table, "weights": _bytes(msgspec.json.encode(numbers))}
+    contraries = _contraries(tensors["words"].tobytes().decode().split("\n"))
+    return {
+        **tensors,
+        "tasks": around.table,
+        "contraries": contraries,
+        "weights": _bytes(msgspec.json.encode(numbers)),
+    }
 
 
 def _learn_tasks(seed: int, say: Any) -> LearntWords:
