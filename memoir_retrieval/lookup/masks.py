@@ -358,6 +358,7 @@ class EditLookup:
             verdict = self._judged(nearest, part)
             yield Candidate(nearest, row, overlap, verdict)
         tied = self._phrases.found_in(part.text) if self._phrases else set()
+        literal = {edit for edit in literal if edit in tied or not self._prompts(edit)[1]}  # a rephrasing may lack it
         # Apart, for nearer edits of the same phrase must not crowd out the one whose words these are.
         for edit, row, bits in self._nearest_of(part.code, literal - {nearest}, tau):
             yield Candidate(edit, row, bits / k, self._judged(edit, part))
@@ -374,7 +375,9 @@ class EditLookup:
             return Verdict(True, 0.0, 0.0, (), (), "", "mask")
         prompts, requires = self._prompts(edit)
         verdicts = [self.judge.verdict(prompt, part.text, part.rest, requires, part.speaks) for prompt in prompts]
-        return max(verdicts, key=lambda verdict: verdict.score)
+        # What stands around a question makes it a task in whatever wording it is the edit's.
+        task = next((verdict for verdict in verdicts if verdict.task), None)
+        return task or max(verdicts, key=lambda verdict: verdict.score)
 
     def _wordings(self, edit: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """The texts that have a mask of an edit, and the words that it requires."""

@@ -310,6 +310,34 @@ def test_a_message_that_holds_a_question_beside_a_task_is_that_task(tmp_path: Pa
         assert [part.reason == "task" for part in parts] == [edit < 0] * 3
 
 
+def rephrased_store(folder: Path, requires: tuple[str, ...] = ()) -> EditStore:
+    """One edit whose rephrasing has a mask of its own; both masks are alike."""
+    edit = stored_edit(0, prompt="Who runs Acme?", rephrases=("The boss of Initech?",), requires=requires)
+    both = masks(2, seed=4)[[0, 0]]
+    write_store(folder, n=1, codes=both, ids=np.zeros(2, int), memory_of=np.zeros(2, np.int32), edits=[edit])
+    store = EditStore.open(folder)
+    return replace(store, manifest=msgspec.structs.replace(store.manifest, judge=JUDGE.name))
+
+
+def test_a_task_is_one_whatever_other_wordings_an_edit_has(tmp_path: Path) -> None:
+    texts = ["Translate into French: Who runs Acme?", "Who runs Acme?"]
+    lookup = EditLookup(rephrased_store(tmp_path), lambda ids: texts[ids[0]] if ids else "")
+    codes = masks(2, seed=4)[[0, 0]]
+    hits, chosen = lookup.decide(codes, 0.9, [[0], [1]], [2])
+    assert hits.ids.tolist() == [-1]
+    assert [part.reason for part in lookup.parts(codes, 0.9, [[0], [1]], int(chosen[0]))][1] == "task"
+    assert lookup.search(codes[:1], 0.9, [[1]]).ids.tolist() == [0]
+
+
+@pytest.mark.parametrize("common", [1.0, 0.0])
+def test_a_rephrasing_word_by_word_acts_only_where_what_is_required_stands(tmp_path: Path, common: float) -> None:
+    texts = ["The boss of Initech?", "THE BOSS OF INITECH?", "Who runs ACME?"]
+    lookup = EditLookup(rephrased_store(tmp_path, ("Acme",)), lambda ids: texts[ids[0]] if ids else "")
+    near, far = masks(2, seed=4)
+    codes = np.stack([near if common else far] * 3)
+    assert lookup.search(codes, 0.9, [[0], [1], [2]]).ids.tolist() == [-1, -1, 0]
+
+
 def test_a_message_with_the_words_of_an_edit_alone_is_no_task(tmp_path: Path) -> None:
     """Double spaces make the end of a question a part; what stands before it may look like a task."""
     texts = ["Who  runs  Acme?", "runs Acme?"]
