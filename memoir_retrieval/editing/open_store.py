@@ -101,7 +101,7 @@ class OpenStore:
     def _begin(self, settings: Settings, chosen: bool) -> None:
         """settings: all of them. chosen: whether tau stays as it is there."""
         base = self.base
-        span = derive_span_rule(base.tokenizer, settings.rule)
+        span = derive_span_rule(base.tokenizer, settings.rule, chat=settings.chat)
         if not settings.chat:
             # No template stands behind a raw prompt, so its last token would be alike in all edits
             # (docs/measurements/choices.md).

@@ -230,7 +230,7 @@ def calibrate_model(
     if not rephrases:
         raise ConfigError("no edit of the file has a rephrasing: add `rephrases` to its records")
     bases = [base.at(layer) for layer in layers]
-    rule = derive_span_rule(base.tokenizer)
+    rule = derive_span_rule(base.tokenizer, chat=chat)
     groups = [background_prompts(), [edit.prompt for edit in edits], [text for _, text in rephrases], list(unrelated)]
     prompts = [prompt for group in groups for prompt in group]
     rows = [prompt_ids(base.tokenizer, prompt, chat=chat) for prompt in prompts]

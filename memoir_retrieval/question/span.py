@@ -9,10 +9,14 @@ sees nothing but token ids) run this same function.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any, Literal, NamedTuple
 
 import msgspec
 import numpy as np
+
+from memoir_retrieval.errors import ConfigError
+from memoir_retrieval.question.thinking import prompt_ends
 
 __all__ = ["ActingToken", "ChatSpanRule", "Span", "SpanRule", "derive_span_rule", "find_span"]
 
@@ -156,43 +160,59 @@ def _find_first(tokens: np.ndarray, marker: Sequence[int], start: int) -> int:
     return int(positions[0]) + start if len(positions) else -1
 
 
-def derive_span_rule(tokenizer: Any, rule: Literal["question", "all"] = "question") -> SpanRule:
+def derive_span_rule(
+    tokenizer: Any, rule: Literal["question", "all"] = "question", *, chat: bool = True
+) -> SpanRule:
     """Read the markers out of a Hugging Face tokenizer's chat template.
 
-    The template is rendered with placeholder messages in three settings (question only, after a system prompt, as
-    a later turn); what always stands right before the question is a start marker, what follows it the end marker.
-    Where the template puts what a tool answers into a user's turn, what it writes before it is the mark of a tool. A
-    tokenizer without a template gives a rule that takes every prompt as raw text. The residual acts from the token
-    before the answer on, so that nothing before it depends on what was decided; under "all" on every token. (Raw
+    The template is rendered with placeholder messages in four settings (question only, after a system prompt, as
+    a later turn, with tools); what always stands right before the question is a start marker, what follows it the end
+    marker. Where the template puts what a tool answers into a user's turn, what it writes before it is the mark of a
+    tool. A tokenizer without a template gives a rule that takes every prompt as raw text. The residual acts from the
+    token before the answer on, so that nothing before it depends on what was decided; under "all" on every token. (Raw
     stores are made to act from the first, see `editing.open_store`.)
     tokenizer: of transformers.
     rule: what is pooled, see `SpanRule`.
+    chat: whether the questions will stand in chats.
+    Raises ConfigError where they will, and the markers do not lead back to a question in one.
     """
     specials = set(tokenizer.all_special_ids)
     leading = tuple(t for t in tokenizer("").input_ids if t in specials)
     if rule == "all" or not getattr(tokenizer, "chat_template", None):
         question = rule == "question"
         return SpanRule(rule=rule, leading=leading, weighted=question, acts="last" if question else "first")
-    before: list[list[int]] = []
-    after: list[int] = []
-    for settings in _SETTINGS:
-        rendered = [_around_question(tokenizer, messages) for messages in settings]
-        heads = [head for head, _ in rendered if head is not None]
-        if heads:
-            before.append(_common_suffix(heads))
-            after = rendered[0][1]
-    newlines = tuple(sorted({t for head in before for t in head[-1:] if _is_space(tokenizer, t)}))
-    starts = {tuple(_core(tokenizer, head, specials)) for head in before}
+    settings = [[_rendered(tokenizer, messages) for messages in setting] for setting in _SETTINGS]
+    known = [[rendered for rendered in setting if rendered] for setting in settings]
+    chats = [setting for setting in known if setting]
+    with_tools = [rendered for tools in _TOOLS if (rendered := _rendered(tokenizer, [], tools=tools))]
+    before = [_common_suffix([rendered.head for rendered in setting]) for setting in chats]
+    after = chats[-1][0].tail if chats else []
+    tokens = {token for rendered in (*chain.from_iterable(chats), *with_tools) for token in rendered.ids}
+    # Tokens that were added for themselves, such as roles, may not be named as special; runs of spaces are added, too.
+    added = tokens & set(getattr(tokenizer, "added_tokens_decoder", ()))
+    marks = specials | {token for token in added if not _is_space(tokenizer, token)}
+    starts = {tuple(_core(tokenizer, head, after, specials, marks)) for head in before}
+    if with_tools:
+        core = _core(tokenizer, _common_suffix([rendered.head for rendered in with_tools]), after, specials, marks)
+        if not marks.isdisjoint(core):  # else it is how the description of a tool ends
+            starts.add(tuple(core))
     rule_of_turns = SpanRule(
         rule=rule,
         starts=tuple(sorted(s for s in starts if s)),
-        newlines=newlines,
-        end=tuple(_until_special(after, specials)),
+        newlines=tuple(sorted({t for head in before for t in head[-1:] if _is_space(tokenizer, t)})),
+        end=tuple(_end_marker(tokenizer, after, marks)),
         leading=leading,
         weighted=True,
         acts="last",
         behind=len(after),
     )
+    for rendered in chain.from_iterable(chats if chat else ()):
+        span = find_span(rendered.ids, rule_of_turns)
+        if not span.start <= rendered.start < rendered.end <= span.end:
+            raise ConfigError(
+                "the chat template has no mark that tells a user's message from the others, so no question is found "
+                "in a chat: ask without the template (--no-chat), or pool whole prompts (--span all)"
+            )
     mark = _tool_mark(tokenizer, rule_of_turns)
     return msgspec.structs.replace(rule_of_turns, tools=(mark,)) if mark else rule_of_turns
 
@@ -209,20 +229,53 @@ _SETTINGS: tuple[tuple[list[dict[str, str]], ...], ...] = (
 )
 
 
-def _around_question(tokenizer: Any, messages: list[dict[str, str]]) -> tuple[list[int] | None, list[int]]:
-    """Token ids before and after the last user message, or (None, []) where the template refuses the messages."""
+def _tool(name: str, **parameters: Any) -> dict[str, Any]:
+    properties = {"type": "object", "properties": {}, **parameters}
+    return {"type": "function", "function": {"name": name, "description": name, "parameters": properties}}
+
+
+_TOOLS = ([_tool("look_up")], [_tool("measure", properties={"of": {"type": "string"}}, required=["of"])])
+
+
+class _Rendered(NamedTuple):
+    """A chat as a template renders it.
+
+    ids: its tokens.
+    start, end: the first of them that differs from those of another question, and that behind the question.
+    """
+
+    ids: list[int]
+    start: int
+    end: int
+
+    @property
+    def head(self) -> list[int]:
+        """What stands before the question."""
+        return self.ids[: self.start]
+
+    @property
+    def tail(self) -> list[int]:
+        """What stands behind it."""
+        return self.ids[self.end :]
+
+
+def _rendered(tokenizer: Any, messages: list[dict[str, str]], **options: Any) -> _Rendered | None:
+    """A question behind some messages, or None where the template refuses them."""
     try:
         a, b = (
-            tokenizer.apply_chat_template(
-                [*messages, {"role": "user", "content": q}],
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=True,
-            )["input_ids"]
+            list(
+                tokenizer.apply_chat_template(
+                    [*messages, {"role": "user", "content": q}],
+                    add_generation_prompt=True,
+                    tokenize=True,
+                    return_dict=True,
+                    **options,
+                )["input_ids"]
+            )
             for q in _QUESTIONS
         )
     except Exception:  # templates raise their own errors, e.g. for a system message they do not know
-        return None, []
+        return None
     head = 0
     while a[head] == b[head]:
         head += 1
@@ -231,10 +284,10 @@ def _around_question(tokenizer: Any, messages: list[dict[str, str]]) -> tuple[li
         tail += 1
     # Both questions end in "?", which belongs to the question, not to the marker.
     question_end = tokenizer("?", add_special_tokens=False).input_ids
-    rest = list(a[len(a) - tail :])
-    if rest[: len(question_end)] == question_end:
-        rest = rest[len(question_end) :]
-    return list(a[:head]), rest
+    end = len(a) - tail
+    if a[end : end + len(question_end)] == question_end:
+        end += len(question_end)
+    return _Rendered(a, head, end)
 
 
 _CALL = {"type": "function", "id": "call00001", "function": {"name": "look_up", "arguments": {}}}
@@ -260,7 +313,9 @@ def _tool_mark(tokenizer: Any, rule: SpanRule) -> tuple[int, ...]:
         )
     except Exception:  # templates raise their own errors, e.g. for a role they do not know
         return ()
-    head = next(i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+    head = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
+    if head is None:
+        return ()  # the template leaves out what tools answer
     tokens = np.asarray(a[:head], dtype=np.int32)
     turns = sorted(end for marker in rule.starts for end in _ends(tokens, marker))
     if not turns:
@@ -281,21 +336,32 @@ def _common_suffix(heads: list[list[int]]) -> list[int]:
     return heads[0][len(heads[0]) - n :]
 
 
-def _core(tokenizer: Any, head: list[int], specials: set[int]) -> list[int]:
-    """The marker from its last special token on, without the white space that may melt into the message."""
+def _core(tokenizer: Any, head: list[int], after: list[int], specials: set[int], marks: set[int]) -> list[int]:
+    """The marker without the white space that may melt into the message, from its last special token on.
+
+    Where none is special it begins with the first mark. What begins an answer, too, is no marker of a user: then it
+    begins with an earlier mark.
+    """
     end = len(head)
     while end and _is_space(tokenizer, head[end - 1]):
         end -= 1
-    start = next((i for i in range(end - 1, -1, -1) if head[i] in specials), 0)
+    begins = [i for i in range(end) if head[i] in marks]
+    start = next((i for i in reversed(begins) if head[i] in specials), begins[0] if begins else 0)
+    tail = np.asarray(after, dtype=np.int32)
+    while start and len(_matches(tail, head[start:end])):
+        start = max((i for i in begins if i < start), default=0)
     return head[start:end]
 
 
-def _until_special(tail: list[int], specials: set[int]) -> list[int]:
-    """The end marker up to its first special token: enough to find it, and all of it where there is none."""
-    for i, token in enumerate(tail):
-        if token in specials:
-            return tail[: i + 1]
-    return tail
+def _end_marker(tokenizer: Any, after: list[int], marks: set[int]) -> list[int]:
+    """What follows a question, up to its first mark: enough to find it. Without any it is what all ends of a prompt
+    have in common, as a request may switch thinking on and off."""
+    for i, token in enumerate(after):
+        if token in marks:
+            return after[: i + 1]
+    ends = [_rendered(tokenizer, [], **end.options) for end in prompt_ends(tokenizer)[1:]]
+    common = _common_suffix([after[::-1], *(end.tail[::-1] for end in ends if end)])[::-1]
+    return after if all(_is_space(tokenizer, token) for token in common) else common
 
 
 def _is_space(tokenizer: Any, token: int) -> bool:

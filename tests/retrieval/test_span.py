@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.model.embedded import get_model
 from memoir_retrieval.model.forward import span_mean, squared_norms, weighted_sum
 from memoir_retrieval.question.span import Span, SpanRule, derive_span_rule, find_span
@@ -42,6 +43,40 @@ TOOLS = (
     "{% else %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+# Zephyr's and Phi's structure: a role that it does not know is left out.
+NO_ROLE = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ '<|im_start|>user\n' + m['content'] + '<|im_end|>' }}"
+    "{% elif m['role'] == 'system' %}{{ '<|im_start|>system\n' + m['content'] + '<|im_end|>' }}"
+    "{% elif m['role'] == 'assistant' %}{{ '<|im_start|>assistant\n' + m['content'] + '<|im_end|>' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# Mistral's: tools stand right before the last question, and no mark but the one that ends an answer is named as special.
+TOOLS_FIRST = (
+    "{{ '<|endoftext|>' }}{% for m in messages %}{% if m['role'] == 'user' %}"
+    "{% if tools and loop.last %}{{ '<repo_name> ' + (tools | tojson) + '<reponame>' }}{% endif %}"
+    "{{ '<file_sep> ' + m['content'] + '<filename>' }}"
+    "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] + '<|im_end|>' }}{% endif %}{% endfor %}"
+)
+# Llama 3.1's: tools stand in the first question's turn.
+TOOLS_INSIDE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if tools and loop.first %}{{ 'You have these:\n' + (tools | tojson(indent=4)) + '\n\n' }}{% endif %}"
+    "{{ m['content'] + '<|im_end|>\n' }}{% endfor %}{{ '<|im_start|>assistant\n' }}"
+)
+# Granite's: the token that ends a header is special, too.
+HEADERS = (
+    "{% for m in messages %}{{ '<repo_name>' + m['role'] + '<file_sep>' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{{ '<repo_name>assistant<file_sep>' }}"
+)
+# DeepSeek's: roles are tokens that are not named as special, and thinking can be switched on.
+ROLES = (
+    "{{ '<|endoftext|>' }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '<repo_name>' + m['content'] }}"
+    "{% elif m['role'] == 'assistant' %}{{ '<file_sep></think>' + m['content'] + '<|im_end|>' }}"
+    "{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
+    "{{ '<file_sep>' + ('<think>' if thinking is defined and thinking else '</think>') }}"
+)
+# The same in words.
+ROLES_IN_WORDS = ROLES.replace("<repo_name>", "\n\nUser: ").replace("<file_sep>", "\n\nAssistant: ")
 OWN_TURN = TOOLS.replace("user\n<tool_response>", "tool\n<tool_response>")
 NO_MARK = TOOLS.replace("<tool_response>\n", "").replace("\n</tool_response>", "")
 
@@ -60,12 +95,13 @@ def chat(request: pytest.FixtureRequest) -> Any:
     return tokenizer
 
 
-def ids_of(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
-    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"])
+def ids_of(tokenizer: Any, messages: list[dict[str, str]], **options: Any) -> list[int]:
+    rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, **options)
+    return list(rendered["input_ids"])
 
 
-def question_of(tokenizer: Any, messages: list[dict[str, str]], rule: SpanRule) -> str:
-    ids = ids_of(tokenizer, messages)
+def question_of(tokenizer: Any, messages: list[dict[str, str]], rule: SpanRule, **options: Any) -> str:
+    ids = ids_of(tokenizer, messages, **options)
     start, end = find_span(ids, rule)[:2]
     return tokenizer.decode(ids[start:end]).strip()
 
@@ -176,3 +212,62 @@ def test_a_template_that_gives_tools_no_mark_in_a_users_turn_has_none(template: 
     found = AutoTokenizer.from_pretrained(get_model("smollm2-135m"))
     found.chat_template = template
     assert derive_span_rule(found).tools == ()
+
+
+def with_template(template: str, *special: str) -> Any:
+    """The embedded model's tokenizer under another template, with more tokens named as special."""
+    chat = AutoTokenizer.from_pretrained(get_model("smollm2-135m"))
+    chat.chat_template = template
+    if special:
+        chat.add_special_tokens({"extra_special_tokens": list(special)})
+    return chat
+
+
+def test_a_template_that_leaves_out_what_tools_answer_has_no_mark_of_them() -> None:
+    chat = with_template(NO_ROLE)
+    rule = derive_span_rule(chat)
+    assert rule.tools == ()
+    assert question_of(chat, [SYSTEM, *TURNS, {"role": "user", "content": QUESTION}], rule) == QUESTION
+
+
+TOOL = {"type": "function", "function": {"name": "weather", "description": "now", "parameters": {"type": "object"}}}
+
+
+@pytest.mark.parametrize("before", [[], TURNS, [*TURNS, *TURNS]])
+def test_tools_right_before_a_question_do_not_hide_it(before: list[dict[str, str]]) -> None:
+    chat = with_template(TOOLS_FIRST)
+    rule = derive_span_rule(chat)
+    asked = [*before, {"role": "user", "content": QUESTION}]
+    assert question_of(chat, asked, rule, tools=[TOOL]) == question_of(chat, asked, rule) == QUESTION
+
+
+def test_tools_inside_a_turn_are_no_marker() -> None:
+    chat = with_template(TOOLS_INSIDE)
+    rule = derive_span_rule(chat)
+    assert len(rule.starts) == 1
+    assert question_of(chat, [{"role": "user", "content": QUESTION}], rule, tools=[TOOL]).endswith(QUESTION)
+    assert question_of(chat, [*TURNS, {"role": "user", "content": QUESTION}], rule, tools=[TOOL]) == QUESTION
+
+
+@pytest.mark.parametrize("before", [[], [SYSTEM], TURNS])
+def test_a_marker_that_begins_an_answer_too_is_taken_with_the_role(before: list[dict[str, str]]) -> None:
+    chat = with_template(HEADERS, "<repo_name>", "<file_sep>")
+    rule = derive_span_rule(chat)
+    assert question_of(chat, [*before, {"role": "user", "content": QUESTION}], rule) == QUESTION
+
+
+@pytest.mark.parametrize("before", [[], TURNS])
+@pytest.mark.parametrize("template", [ROLES, ROLES_IN_WORDS])
+def test_a_question_ends_where_thinking_begins_or_is_switched_off(template: str, before: list[dict[str, str]]) -> None:
+    chat = with_template(template)
+    rule = derive_span_rule(chat)
+    for options in ({}, {"thinking": True}, {"thinking": False}):
+        assert question_of(chat, [*before, {"role": "user", "content": QUESTION}], rule, **options) == QUESTION
+
+
+def test_a_template_whose_questions_cannot_be_found_is_refused() -> None:
+    template = "{% for m in messages %}{{ '<|im_start|>' + m['content'] }}{% endfor %}{{ '<|im_start|>' }}"
+    with pytest.raises(ConfigError, match="no mark that tells a user's message from the others"):
+        derive_span_rule(with_template(template))
+    assert derive_span_rule(with_template(template), chat=False).starts
+    assert derive_span_rule(with_template(template), "all") == SpanRule(rule="all")
