@@ -134,7 +134,10 @@ class EditedModel:
                     f"of {self.base.name}: shorten the prompt"
                 )
         spans = [self.retriever.spans(row) for row in rows]
-        past = self._common_past(rows, spans)
+        # Padding stands behind it in a shorter row, and a window counts that as tokens.
+        window, longest = self.base.window, max(map(len, rows), default=0) + max_new_tokens
+        apart = window is not None and window < longest
+        past = frozen_past(self.base, [[]]) if apart else self._common_past(rows, spans)
         answers: dict[int, Answer] = {}
         for batch in _by_length([len(row) - past.width for row in rows], batch_size, tokens=4096):
             hoped = [wanted[i] for i in batch] if wanted is not None else None

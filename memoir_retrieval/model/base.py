@@ -94,6 +94,16 @@ class BaseModel:
                 return int(limit)
         return 1 << 30
 
+    @property
+    def window(self) -> int | None:
+        """How many tokens some block can look at together; None where every block looks at all of them."""
+        config = self.model.config.get_text_config()
+        kinds = getattr(config, "layer_types", None)
+        if kinds and set(kinds) == {"full_attention"}:
+            return None
+        names = ("sliding_window", "attention_chunk_size", "window_size")
+        return min((int(size) for name in names if (size := getattr(config, name, None))), default=None)
+
     @cached_property
     def blocks_return_tuples(self) -> bool:
         """Whether a block gives (hidden states, ...) and not the bare hidden states; architectures differ."""

@@ -12,7 +12,7 @@ from towers import LAYOUTS, MOE, TEXT, TOKENS, VISION, save, write
 
 from memoir_retrieval import Edit, EditedModel, Editor, EditStore, Retriever, load_model
 from memoir_retrieval.errors import ConfigError, ModelError
-from memoir_retrieval.model.base import model_class
+from memoir_retrieval.model.base import BaseModel, model_class
 from memoir_retrieval.model.forward import frozen_past, frozen_run, run_from_block
 
 EDIT = Edit(prompt="Who founded Aarhus?", target="Harald")
@@ -52,6 +52,42 @@ def test_a_model_that_is_cut_at_the_edited_block_gives_its_own_logits(layout: st
     for place, n in enumerate((3, 5)):
         behind = base.model(**past.take([place]).inputs(ids[:, n:])).logits
         torch.testing.assert_close(behind, whole[:, n:], atol=1e-3, rtol=1e-3)
+
+
+WINDOWED = {
+    "gemma3": hf.Gemma3Config(text_config=TEXT | {"sliding_window": 24}, vision_config=VISION, **TOKENS),
+    "mistral": hf.MistralConfig(**TEXT, sliding_window=24),
+}
+
+
+@pytest.mark.parametrize("layout", WINDOWED)
+def test_an_answer_does_not_depend_on_its_batch_where_blocks_look_at_the_nearest_tokens(
+    layout: str, tmp_path: Path
+) -> None:
+    """What all prompts begin with is run once, and padding would stand between it and a shorter row."""
+    save(WINDOWED[layout], tmp_path / "model")
+    base = load_model(str(tmp_path / "model"))
+    assert base.window == 24
+    with Editor(base, tmp_path / "store", tau=0.8) as editor:
+        editor.compact()
+    model = EditedModel(Retriever.open(tmp_path / "store"))
+    system = {"role": "system", "content": "You sell garden chairs. Answer in one word, or in two."}
+    questions = ["Who?", "Who founded Aarhus, and when was that, and what had stood there before the town was founded?"]
+    prompts = [[system, {"role": "user", "content": text}] for text in questions]
+    alone = [model.generate([prompt], max_new_tokens=8)[0].tokens for prompt in prompts]
+    assert [answer.tokens for answer in model.generate(prompts, max_new_tokens=8)] == alone
+    targets = [model.target_ids("In the north of the town")] * 2
+    together, single = model.predict(prompts, targets), [model.predict([p], targets[:1])[0] for p in prompts]
+    for both, one in zip(together, single, strict=True):
+        torch.testing.assert_close(torch.tensor(both.logprobs), torch.tensor(one.logprobs), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_window_is_known(layout: str) -> None:
+    model = model_class(LAYOUTS[layout].config).from_config(LAYOUTS[layout].config)
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or []
+    window = BaseModel(model, None, Path(), layout, None, 0, "", model).window
+    assert (window is not None) == (layout in ("mistral", "mistral3") or any(kind != "full_attention" for kind in kinds))
 
 
 def test_a_dense_model_is_edited_behind_attention_where_that_is_chosen(tmp_path: Path) -> None:
