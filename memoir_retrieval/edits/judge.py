@@ -33,6 +33,7 @@ from memoir_retrieval.edits.requires import UNSPACED
 from memoir_retrieval.edits.task_words import PLACE, ROWS, TaskWords
 from memoir_retrieval.edits.units import other_unit, unit
 from memoir_retrieval.errors import StoreError, StoreMismatch
+from memoir_retrieval.question.text import normalize
 
 __all__ = [
     "Judge",
@@ -90,8 +91,11 @@ _CODE = regex.compile(
     r"(?<=[^\s.!?:;\"“”\-–—][^\S\n]{1,3})"
     r"(?:[A-HJ-Z](?=[?!,;)'’]|\.?\s*$|\s(?!\s*\p{Lu}))|(?=[IVX]{2})(?:X{0,3})(?:IX|IV|V?I{0,3})\b)"
 )
-_CLAUSE = regex.compile(r"(?<![.!?:;])[.!?:;]++(?=[\s\"')\]*]|$)|[\n\"“”]+|(?:^|\s)[-–—]+\s")
-_SENTENCE = regex.compile(r"[^.!?:;\n\"“”]+\??")
+# Dandas and the Urdu full stop end sentences, too.
+_CLAUSE = regex.compile(
+    r"(?<![.!?:;\u0964\u0965\u06d4])[.!?:;\u0964\u0965\u06d4]++(?=[\s\"')\]*]|$)|[\n\"“”]+|(?:^|\s)[-–—]+\s"
+)
+_SENTENCE = regex.compile(r"[^.!?:;\u0964\u0965\u06d4\n\"“”]+\??")
 _APOSTROPHE = regex.compile(r"(?<=\p{L})[’´`ʼ‘＇](?=\p{L})")
 _CONTRACTED = regex.compile(r"(?i)(?:\b(ca|wo)|(?<=\p{L}))n't\b")
 _FULL = {"ca": "can", "wo": "will"}
@@ -242,7 +246,7 @@ def _capitals(text: str) -> tuple[frozenset[str], frozenset[str]]:
 def _fold(text: str) -> str:
     if text.isascii():
         return text.lower().replace("cannot", "can not")
-    folded = unicodedata.normalize("NFKD", raised_apart(text.casefold().replace("™", "")))
+    folded = normalize(raised_apart(text.casefold().replace("™", "")), "NFKD")
     return "".join(c for c in folded if not unicodedata.combining(c)).translate(_PLAIN).replace("cannot", "can not")
 
 

@@ -153,7 +153,7 @@ _QUOTES = regex.compile(
         ]
     )
 )
-_STOP = r"[.!?\u2026\u3002\uff01\uff1f\u061f]"
+_STOP = r"[.!?\u2026\u3002\uff01\uff1f\u061f\u06d4\u0964\u0965]"
 _UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}]"  # between whose words no spaces stand
 # A run of stops is read once, from its first one on: the time is linear where it ends no sentence.
 _END = regex.compile(

@@ -26,7 +26,7 @@ _EVERYWHERE = _INVISIBLE | _SPACES | _HYPHENS
 _EAST_ASIAN = regex.compile(r"[\p{Script=Han}\p{Script=Hiragana}\p{Script=Katakana}]")
 
 
-def normalize(text: str, form: Literal["NFC", "NFKC"]) -> str:
+def normalize(text: str, form: Literal["NFC", "NFKC", "NFKD"]) -> str:
     """The Unicode normal form of a text, in time that grows with its length alone.
 
     Ordering combining marks takes quadratic time in a run of them, so of each run the first `MARKS` are kept.

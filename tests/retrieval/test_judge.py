@@ -13,7 +13,7 @@ from test_store import masks, stored_edit
 from test_store import write as write_store
 
 from memoir_index import HammingIndex, pack
-from memoir_retrieval.edits.judge import TABLE, Judge, judge_named, read, shipped_judge
+from memoir_retrieval.edits.judge import _SENTENCE, TABLE, Judge, _fold, judge_named, read, shipped_judge
 from memoir_retrieval.edits.task_words import PLACE
 from memoir_retrieval.errors import StoreError, StoreMismatch
 from memoir_retrieval.lookup import masks as lookup_module
@@ -47,6 +47,18 @@ def test_a_run_of_signs_takes_no_quadratic_time() -> None:
     for number in range(100):
         assert read("." * 8000 + f"x{number}").words == (f"x{number}",)
         assert read("?!" * 4000 + f"x{number}").words == (f"x{number}",)
+
+
+def test_a_run_of_marks_takes_no_quadratic_time() -> None:
+    """Quadratic time would be hours for this text, so no clock is asked: the suite's timeout ends it."""
+    assert _fold("A" + "\u0301\u0327" * 500_000 + "b") == "ab"
+
+
+@pytest.mark.parametrize("stop", ["\u0964", "\u0965", "\u06d4", "\u0964\u0964"])
+def test_stops_of_other_scripts_end_a_clause(stop: str) -> None:
+    assert read(f"vah aaya{stop} kaun gaya{stop}").clauses == (("vah", "aaya"), ("kaun", "gaya"))
+    apart = f"Translate{stop} Who is the mother of Ann?{stop} {PLACE}"
+    assert _SENTENCE.findall(apart) == ["Translate", " Who is the mother of Ann?", f" {PLACE}"]
 
 
 @pytest.mark.parametrize(
