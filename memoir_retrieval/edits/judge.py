@@ -83,7 +83,7 @@ LONGEST = 512
 _WORD = regex.compile(
     rf"(?V1)[[\p{{L}}\p{{N}}]&&[{UNSPACED}]]\p{{M}}*|\p{{N}}+(?:[.,:]\p{{N}}+)+|[\p{{L}}\p{{M}}\p{{N}}_--[{UNSPACED}]]+[+#]*"
 )
-# A run of signs is read once, from its first one on: the time is linear where it ends no clause.
+_STOP = r".!?:;\u0964\u0965\u06d4"  # dandas and the Urdu full stop, too
 _SYMBOL = regex.compile(r"(?V1)[[\p{So}\p{Sm}]--[©®™℠°+<=>|~¬×÷⁄−≠≤≥]]")
 _ROMAN = regex.compile(r"(?=[ivxlcdm])m{0,3}(?:cm|cd|d?c{0,3})(?:xc|xl|l?x{0,3})(?:ix|iv|v?i{0,3})")
 # Inside a clause; an initial or the article before a name, and what is half of a word, as in "X-ray", are no codes.
@@ -91,11 +91,9 @@ _CODE = regex.compile(
     r"(?<=[^\s.!?:;\"“”\-–—][^\S\n]{1,3})"
     r"(?:[A-HJ-Z](?=[?!,;)'’]|\.?\s*$|\s(?!\s*\p{Lu}))|(?=[IVX]{2})(?:X{0,3})(?:IX|IV|V?I{0,3})\b)"
 )
-# Dandas and the Urdu full stop end sentences, too.
-_CLAUSE = regex.compile(
-    r"(?<![.!?:;\u0964\u0965\u06d4])[.!?:;\u0964\u0965\u06d4]++(?=[\s\"')\]*]|$)|[\n\"“”]+|(?:^|\s)[-–—]+\s"
-)
-_SENTENCE = regex.compile(r"[^.!?:;\u0964\u0965\u06d4\n\"“”]+\??")
+# A run of signs is read once, from its first one on: the time is linear where it ends no clause.
+_CLAUSE = regex.compile(rf"(?<![{_STOP}])[{_STOP}]++(?=[\s\"')\]*]|$)|[\n\"“”]+|(?:^|\s)[-–—]+\s")
+_SENTENCE = regex.compile(rf"[^{_STOP}\n\"“”]+\??")
 _APOSTROPHE = regex.compile(r"(?<=\p{L})[’´`ʼ‘＇](?=\p{L})")
 _CONTRACTED = regex.compile(r"(?i)(?:\b(ca|wo)|(?<=\p{L}))n't\b")
 _FULL = {"ca": "can", "wo": "will"}

@@ -30,7 +30,8 @@ __all__ = ["Asked", "Loss", "Match", "Part", "Retriever"]
 
 @dataclass(frozen=True)
 class Match:
-    """The edit nearest to a prompt. What `lookup` gives has at least tau, and is the nearest of those that may act.
+    """An edit beside a prompt. What `lookup` gives is the edit that acts on it: of those that reach tau, or have the
+    prompt's very words, the one for which most speaks; in a store without a judge the nearest that may act.
 
     >>> from memoir_retrieval import Retriever
     >>> match = Retriever.open("edits").lookup("Who is the CEO of Example Corp?")
@@ -39,7 +40,7 @@ class Match:
 
     edit: as the store has it.
     overlap: |M(q) & M(edit)| / k, in [0, 1].
-    runner_up: id and overlap of the best other edit, or None in a store of one edit.
+    runner_up: id and overlap of the other edit whose mask is nearest, or None in a store of one edit.
     """
 
     edit: StoredEdit
@@ -289,7 +290,8 @@ class Retriever:
         return "place" if 2 * (self.index.k - bits) <= hamming_radius(self.tau, self.index.k) else "mask"
 
     def nearest_acting(self, codes: NDArray[np.uint8], questions: Sequence[Sequence[int]]) -> NDArray[np.int64]:
-        """For each question the nearest edit that may act, at any overlap; else -1. int64 [Q].
+        """For each question the edit that acts on it at the least tau there is, so whatever its overlap; -1 where what
+        edits require, or the judge, leaves none. int64 [Q].
 
         codes: uint8 [Q, D/8], the questions' masks.
         questions: token ids of each.

@@ -160,9 +160,7 @@ def _find_first(tokens: np.ndarray, marker: Sequence[int], start: int) -> int:
     return int(positions[0]) + start if len(positions) else -1
 
 
-def derive_span_rule(
-    tokenizer: Any, rule: Literal["question", "all"] = "question", *, chat: bool = True
-) -> SpanRule:
+def derive_span_rule(tokenizer: Any, rule: Literal["question", "all"] = "question", *, chat: bool = True) -> SpanRule:
     """Read the markers out of a Hugging Face tokenizer's chat template.
 
     The template is rendered with placeholder messages in four settings (question only, after a system prompt, as

@@ -102,8 +102,8 @@ def test_the_question_is_a_candidate_in_every_form(tokenizer: AutoTokenizer, nam
         ("Who runs it?\u2014in one line", "Who runs it?"),
         ("\U0001f64f\U0001f3fb\U0001f64f\U0001f3fb Who runs it?", "Who runs it?"),
         ("\u2460Who runs it? \u2461\u6ca1\u6709\u4e86", "Who runs it?"),
-        ("\u092f\u0939 \u092c\u0921\u093c\u093e \u0939\u0948\u0964 Who runs it?", "Who runs it?"),
-        ("\u06cc\u06c1 \u0628\u0691\u0627 \u06c1\u06d2\u06d4 Who runs it?", "Who runs it?"),
+        ("\u092f\u0939 \u092c\u0921\u093c\u093e \u0939\u0948\u0964 who runs it?", "who runs it?"),
+        ("\u06cc\u06c1 \u0628\u0691\u0627 \u06c1\u06d2\u06d4 who runs it?", "who runs it?"),
         ('{"a": "b", "to": "b", "text": "who runs it?", "id": "7", "at": "9", "by": "c"}', "who runs it?"),
     ],
 )  # fmt: skip

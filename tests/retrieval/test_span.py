@@ -50,7 +50,7 @@ NO_ROLE = (
     "{% elif m['role'] == 'assistant' %}{{ '<|im_start|>assistant\n' + m['content'] + '<|im_end|>' }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# Mistral's: tools stand right before the last question, and no mark but the one that ends an answer is named as special.
+# Mistral's: tools stand right before the last question, and no mark is named as special but that behind an answer.
 TOOLS_FIRST = (
     "{{ '<|endoftext|>' }}{% for m in messages %}{% if m['role'] == 'user' %}"
     "{% if tools and loop.last %}{{ '<repo_name> ' + (tools | tojson) + '<reponame>' }}{% endif %}"
@@ -237,8 +237,8 @@ TOOL = {"type": "function", "function": {"name": "weather", "description": "now"
 def test_tools_right_before_a_question_do_not_hide_it(before: list[dict[str, str]]) -> None:
     chat = with_template(TOOLS_FIRST)
     rule = derive_span_rule(chat)
-    asked = [*before, {"role": "user", "content": QUESTION}]
-    assert question_of(chat, asked, rule, tools=[TOOL]) == question_of(chat, asked, rule) == QUESTION
+    messages = [*before, {"role": "user", "content": QUESTION}]
+    assert question_of(chat, messages, rule, tools=[TOOL]) == question_of(chat, messages, rule) == QUESTION
 
 
 def test_tools_inside_a_turn_are_no_marker() -> None:

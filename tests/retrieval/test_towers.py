@@ -78,8 +78,8 @@ def test_an_answer_does_not_depend_on_its_batch_where_blocks_look_at_the_nearest
     assert [answer.tokens for answer in model.generate(prompts, max_new_tokens=8)] == alone
     targets = [model.target_ids("In the north of the town")] * 2
     together, single = model.predict(prompts, targets), [model.predict([p], targets[:1])[0] for p in prompts]
-    for both, one in zip(together, single, strict=True):
-        torch.testing.assert_close(torch.tensor(both.logprobs), torch.tensor(one.logprobs), atol=1e-3, rtol=1e-3)
+    for both, apart in zip(together, single, strict=True):
+        torch.testing.assert_close(torch.tensor(both.logprobs), torch.tensor(apart.logprobs), atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -87,7 +87,9 @@ def test_a_window_is_known(layout: str) -> None:
     model = model_class(LAYOUTS[layout].config).from_config(LAYOUTS[layout].config)
     kinds = getattr(model.config.get_text_config(), "layer_types", None) or []
     window = BaseModel(model, None, Path(), layout, None, 0, "", model).window
-    assert (window is not None) == (layout in ("mistral", "mistral3") or any(kind != "full_attention" for kind in kinds))
+    assert (window is not None) == (
+        layout in ("mistral", "mistral3") or any(kind != "full_attention" for kind in kinds)
+    )
 
 
 def test_a_dense_model_is_edited_behind_attention_where_that_is_chosen(tmp_path: Path) -> None:
