@@ -344,11 +344,16 @@ def require_template(config: MemoirConfig, model: str, template: str | None) -> 
             f"so no question would be found and none of them would act: {cure}"
         )
 
+# Of vLLM's formats those in which edits are made.
+_HUGGING_FACE = {"load_format": "safetensors", "config_format": "hf", "tokenizer_mode": "hf"}
+
 
 def prefer(config: MemoirConfig, args: EngineArgs) -> None:
     """Choose what we need for the flags that the user left open. `refusals.refuse` sees the others.
 
-    In mode `single` the op must see every row of a prompt in one step. The log says what each choice costs.
+    In mode `single` the op must see every row of a prompt in one step. Where files in Mistral's own format lie beside
+    those of Hugging Face, on which edits are made, vLLM would read the former: other weights, perhaps, and another
+    tokenizer. The log says what each choice means.
 
     config: the section.
     args: of the engine, which are changed.
@@ -360,6 +365,14 @@ def prefer(config: MemoirConfig, args: EngineArgs) -> None:
         if args.enable_chunked_prefill is None:
             args.enable_chunked_prefill = False
             logger.warning("memoir: mode single turns chunked prefill off: a long prompt holds up all other requests")
+
+    from vllm.transformers_utils.repo_utils import is_mistral_model_repo
+
+    left_open = [name for name in _HUGGING_FACE if getattr(args, name) == "auto"]
+    if left_open and is_mistral_model_repo(str(args.model), args.revision):
+        for name in left_open:
+            setattr(args, name, _HUGGING_FACE[name])
+        logger.warning("memoir: files in Mistral's own format are not read: edits are made on those of Hugging Face")
 
 
 def apply(config: MemoirConfig, vllm_config: VllmConfig, manifests: Mapping[str, Manifest]) -> None:

@@ -155,6 +155,11 @@ def _checks(config: MemoirConfig, vllm_config: VllmConfig) -> list[tuple[bool, s
             str(model.tokenizer) != str(model.model) and not model.skip_tokenizer_init,
             f"another tokenizer, {model.tokenizer} (leave out --tokenizer)",
         ),
+        (model.tokenizer_mode == "mistral", "Mistral's own tokenizer (leave out --tokenizer-mode)"),
+        (
+            model.config_format not in ("auto", "hf"),
+            f"a model configuration in another format (leave out --config-format {model.config_format})",
+        ),
         (
             tokenizer_revision != revision and not Path(str(model.tokenizer)).is_dir(),
             f"tokenizer revision {tokenizer_revision} of a Hub model (leave out --tokenizer-revision)",

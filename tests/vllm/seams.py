@@ -26,6 +26,7 @@ RECORDED = Path(__file__).with_name("seams.json")
 SEAMS = {
     "engine/arg_utils.py": ("EngineArgs.create_engine_config",),
     "v1/engine/input_processor.py": ("InputProcessor.process_inputs",),
+    "transformers_utils/repo_utils.py": ("is_mistral_model_repo",),
     "plugins/__init__.py": ("load_endpoint_plugins", "load_plugins_by_group"),
     "plugins/endpoint_plugins/interface.py": ("attach_endpoint_plugins", "init_endpoint_plugins_state"),
     "entrypoints/openai/chat_completion/serving.py": (

@@ -139,6 +139,32 @@ def test_the_log_says_what_mode_single_turns_off(
     assert said == []
 
 
+def test_files_in_mistrals_own_format_are_not_read(
+    model_folder: Path, store_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM prefers them where they lie beside those of Hugging Face, and takes Mistral's own tokenizer with them."""
+    said: list[str] = []
+    monkeypatch.setattr(config.logger, "warning", said.append)
+    section = config.parse_section({"store": str(store_folder)})
+    plain = EngineArgs(**flags(model_folder))
+    config.prefer(section, plain)
+    assert (plain.load_format, plain.config_format, plain.tokenizer_mode, said) == ("auto", "auto", "auto", [])
+    both = tmp_path / "both"
+    both.mkdir()
+    for file in (*model_folder.iterdir(), model_folder / "model.safetensors"):
+        name = "consolidated.safetensors" if (both / file.name).exists() else file.name
+        (both / name).symlink_to(file)
+    args = EngineArgs(**flags(both))
+    config.prefer(section, args)
+    assert (args.load_format, args.config_format, args.tokenizer_mode) == ("safetensors", "hf", "hf")
+    assert "Mistral's own format" in said[0]
+    refusals.refuse(section, args.create_engine_config())
+    chosen = EngineArgs(**flags(both, load_format="mistral"))
+    config.prefer(section, chosen)
+    with pytest.raises(ConfigError, match="--load-format mistral"):
+        refusals.refuse(section, chosen.create_engine_config())
+
+
 def test_the_graph_is_split_at_the_op(model_folder: Path, store_folder: Path) -> None:
     split = CompilationConfig(splitting_ops=["vllm::unified_attention_with_output"])
     vllm_config = create(model_folder, store_folder, enforce_eager=False, compilation_config=split)
