@@ -344,6 +344,7 @@ def require_template(config: MemoirConfig, model: str, template: str | None) -> 
             f"so no question would be found and none of them would act: {cure}"
         )
 
+
 # Of vLLM's formats those in which edits are made.
 _HUGGING_FACE = {"load_format": "safetensors", "config_format": "hf", "tokenizer_mode": "hf"}
 
