@@ -518,6 +518,7 @@ class FakeV2Runner(FakeRunner):
         self.ran: list[int] = []
         spec = FullAttentionSpec(block_size=16, num_kv_heads=1, head_size=8, dtype=torch.float32)
         self.adaptive_verification = self.rejection_sampler = self.kv_block_zeroer = None
+        self.speculative_config = None  # asked for since vLLM 0.33
         self.num_speculative_steps, self.decode_query_len, self.max_model_len = 0, 1, 256
         self.is_pooling_model = self.is_encoder_decoder = False
         self.is_last_pp_rank = True
