@@ -141,13 +141,15 @@ def _read_text(path: str | PathLike[str]) -> str:
 
 
 def _merge(repeated: list[Edit]) -> Edit:
-    """The first of some edits, with what any of them has evaluation ask, each once."""
+    """The first of some edits, with what any of them has evaluation ask, each question once, and the first subject."""
     first, *others = repeated
     if not others:
         return first
-    fields: dict[str, Any] = {}
+    fields: dict[str, Any] = {"subject": next((edit.subject for edit in repeated if edit.subject), "")}
     for name in ("rephrases", "locality", "neighbourhood", "portability", "ood"):
-        values = {msgspec.json.encode(value): value for edit in repeated for value in getattr(edit, name)}
+        values: dict[str, Any] = {}
+        for value in (value for edit in repeated for value in getattr(edit, name)):
+            values.setdefault(prompt_key(value if isinstance(value, str) else value.prompt), value)
         fields[name] = tuple(values.values())
     return msgspec.structs.replace(first, **fields)
 

@@ -28,10 +28,10 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
-from memoir_retrieval.edits.numbers import digits_joined, number, other_number, raised_apart, signs_in_words
+from memoir_retrieval.edits.numbers import digits_joined, number, other_number, raised_apart, roman, signs_in_words
 from memoir_retrieval.edits.requires import UNSPACED
 from memoir_retrieval.edits.task_words import PLACE, ROWS, TaskWords
-from memoir_retrieval.edits.units import other_unit, unit
+from memoir_retrieval.edits.units import CURRENCIES, other_unit, unit
 from memoir_retrieval.errors import StoreError, StoreMismatch
 from memoir_retrieval.question.text import normalize
 
@@ -86,10 +86,11 @@ _WORD = regex.compile(
 _STOP = r".!?:;\u0964\u0965\u06d4"  # dandas and the Urdu full stop, too
 _SYMBOL = regex.compile(r"(?V1)[[\p{So}\p{Sm}]--[©®™℠°+<=>|~¬×÷⁄−≠≤≥]]")
 _ROMAN = regex.compile(r"(?=[ivxlcdm])m{0,3}(?:cm|cd|d?c{0,3})(?:xc|xl|l?x{0,3})(?:ix|iv|v?i{0,3})")
-# Inside a clause; an initial or the article before a name, and what is half of a word, as in "X-ray", are no codes.
+# Inside a clause. No codes are an initial or the article before a name, and half of a word: "X-ray", "O'Connor".
 _CODE = regex.compile(
     r"(?<=[^\s.!?:;\"“”\-–—][^\S\n]{1,3})"
-    r"(?:[A-HJ-Z](?=[?!,;)'’]|\.?\s*$|\s(?!\s*\p{Lu}))|(?=[IVX]{2})(?:X{0,3})(?:IX|IV|V?I{0,3})\b)"
+    r"(?:[A-HJ-Z](?=[?!,;)]|['’](?!(?!s\b)\p{L})|\.?\s*$|\s(?!\s*\p{Lu}))"
+    r"|(?=[IVX]{2})(?:X{0,3})(?:IX|IV|V?I{0,3})\b)"
 )
 # A run of signs is read once, from its first one on: the time is linear where it ends no clause.
 _CLAUSE = regex.compile(rf"(?<![{_STOP}])[{_STOP}]++(?=[\s\"')\]*]|$)|[\n\"“”]+|(?:^|\s)[-–—]+\s")
@@ -111,7 +112,7 @@ preceded succeed succeeded"""
 _PASSIVE = frozenset(_VERBS.split())
 _DIRECTED = _PASSIVE.union(("to", "from", "into", "over", "than", "minus"))
 """Words around which it makes a difference which of two others stands first."""
-_CALCULATES = frozenset(("percent", "plus", "minus", "multiplied", "divided"))
+_CALCULATES = frozenset(("percent", "plus", "minus", "times", "divided"))
 """Words that tell texts apart as numbers do where they stand beside one."""
 
 
@@ -217,7 +218,7 @@ def _calculating(words: tuple[str, ...]) -> frozenset[str]:
         before, after = (bool(near) and has_digit(near[0]) for near in (words[i - 1 : i], words[i + 1 :]))
         if words[i] == "minus":  # between two, as in "5 minus 3", it is often written as a dash
             before, after = False, not before and (after or bool(number("".join(words[i + 1 : i + 2]))))
-        if before or after:
+        if before and after if words[i] == "times" else before or after:
             codes.add(words[i])
     return frozenset(codes)
 
@@ -440,12 +441,14 @@ class Judge:
             return digits == number(b)
         if (name := unit(a)) and unit(b):
             return name == unit(b)
+        if (value := roman(a) or roman(b)) and (digits := number(a) or number(b)):
+            return digits.rstrip("stndrh") == str(value)
         if _ROMAN.fullmatch(a) and _ROMAN.fullmatch(b):
             return False
         inflected = _inflected(a, b) and (max(a, b, key=len)[-1] == "s" or not names.issuperset((a, b)))
         if a in self.row and b in self.row:
             return inflected
-        return inflected or _misspelt(a, b) or _derived(a, b)
+        return inflected or _misspelt(a, b) or _derived(a, b) or _elided(a, b)
 
     def _rows(self, words: tuple[str, ...]) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
         """Of words of the table: their vectors, float32 [N, W], and the weighted sum of these, float64 [W].
@@ -524,6 +527,8 @@ def _turned(a: Reading, b: Reading, same: bool) -> bool:
     if any(amounts[digits].isdisjoint(others[digits]) for digits in amounts.keys() & others.keys()):
         return True
     for verb in _DIRECTED.intersection(a.words).intersection(b.words):
+        if a.words.count(verb) + b.words.count(verb) > 2:
+            continue  # which stands for which is not known: "what do I need to bring to renew it" has two
         first, other = _sides(a.words, verb), _sides(b.words, verb)
         if first.passive != other.passive:
             continue
@@ -536,11 +541,13 @@ def _turned(a: Reading, b: Reading, same: bool) -> bool:
 
 
 def _amounts(words: tuple[str, ...]) -> dict[str, set[str]]:
-    """The units behind each number."""
+    """The units of each number: the one behind it, or the currency before it. "A foot" is one."""
     amounts: dict[str, set[str]] = {}
-    for digits, name in pairwise(words):
-        if has_digit(digits) and unit(name):
-            amounts.setdefault(digits, set()).add(unit(name))
+    for first, second in pairwise(words):
+        if unit(second) and (digits := "1" if first in ("a", "an") else number(first) or first * has_digit(first)):
+            amounts.setdefault(digits, set()).add(unit(second))
+        if unit(first) in CURRENCIES and has_digit(second):
+            amounts.setdefault(second, set()).add(unit(first))
     return amounts
 
 
@@ -620,6 +627,12 @@ def _derived(a: str, b: str) -> bool:
     """Whether two words begin alike for the most part, and long enough for that to be a stem."""
     start = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
     return start >= 6 and 5 * start >= 3 * max(len(a), len(b)) and not has_digit(a + b)
+
+
+def _elided(a: str, b: str) -> bool:
+    """Whether one of two words is the other behind what an apostrophe parts from it elsewhere: "Loreal", "OConnor"."""
+    short, long = sorted((a, b), key=len)
+    return len(short) > 4 and long[0] in "dlo" and long[1:] == short
 
 
 def _misspelt(a: str, b: str) -> bool:

@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import regex
 
-__all__ = ["digits_joined", "number", "other_number", "raised_apart", "signs_in_words"]
+__all__ = ["digits_joined", "number", "other_number", "raised_apart", "roman", "signs_in_words"]
 
 _UNITS = """one first two second three third four fourth five fifth six sixth seven seventh eight eighth nine ninth ten
 tenth eleven eleventh twelve twelfth thirteen thirteenth fourteen fourteenth fifteen fifteenth sixteen sixteenth
@@ -26,8 +26,10 @@ _COMPARES = rf"(?<=[\d)]{_SPACE}|[\p{{L}}\d)][^\S\n]{{1,2}})"
 _SIGNS = {
     rf"{_BEFORE}\+(?={_SPACE}\p{{L}}\b)|(?<=\b\p{{L}}{_SPACE})\+{_BEHIND}|{_BEFORE}\+{_BEHIND}": "plus",
     r"(?<=^|[\s(=<>+×÷*])(?<!\d[^\S\n]{1,2})[-−–](?=\p{Sc}?\d)": "minus",
-    rf"{_BEFORE}[×*]{_BEHIND}": "multiplied by",
-    rf"{_BEFORE}(?:÷|(?<=\s)/(?=\s)){_BEHIND}": "divided by",
+    rf"{_BEFORE}[×*]{_BEHIND}|(?<=\d{_SPACE})x(?={_SPACE}\d)|(?i:\bmultiplied by\b)": "times",
+    rf"{_BEFORE}÷{_BEHIND}|(?<=(?i:\b(?:is|calculate|compute|solve))\s{{1,2}}[\d.,]{{1,12}}{_SPACE})/(?={_SPACE}\d)": (
+        "divided by"  # else it may be a date
+    ),
     rf"{_COMPARES}>{_BEHIND}": "greater than",
     rf"{_COMPARES}<{_BEHIND}": "less than",
     rf"{_COMPARES}(?:>=|≥){_BEHIND}": "at least",
@@ -45,6 +47,10 @@ _SIGNS = {
 }
 _SIGN = regex.compile("|".join(f"({pattern})" for pattern in _SIGNS), regex.MULTILINE)
 _SIGN_WORDS = tuple(f" {word} " for word in _SIGNS.values())
+
+
+_ONES = ("", "i", "ii", "iii", "iv", "v", "vi", "vii", "viii", "ix")
+_ROMAN_VALUES = {"x" * (n // 10) + _ONES[n % 10]: n for n in range(40) if n not in (0, 1, 5, 10)}
 
 
 def _words() -> dict[str, str]:
@@ -73,6 +79,14 @@ def number(word: str) -> str:
     word: in lower case.
     """
     return _DIGITS.get(word, "") or (word if _PLAIN.fullmatch(word) else "")
+
+
+def roman(word: str) -> int:
+    """The value of a Roman numeral of two letters or more, up to 39; 0 for a word that is none.
+
+    word: in lower case.
+    """
+    return _ROMAN_VALUES.get(word, 0)
 
 
 def other_number(a: str, b: str) -> bool:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["other_unit", "unit"]
+__all__ = ["CURRENCIES", "other_unit", "unit"]
+
+CURRENCIES = frozenset(("pound", "dollar", "euro", "yen", "yuan", "rupee", "rouble", "franc", "krw", "lira", "peso"))
+"""Units that may stand before their number."""
 
 _UNITS = """
 kilometre kilometres kilometer kilometers km
@@ -28,8 +31,6 @@ fahrenheit f
 kelvin
 hectare hectares
 acre acres
-mph
-kmh kph
 watt watts
 kilowatt kilowatts kw
 calorie calories kcal

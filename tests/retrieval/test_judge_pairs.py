@@ -260,3 +260,43 @@ def test_two_words_that_change_places_make_another_question(a: str, b: str) -> N
 )
 def test_another_order_around_them_is_the_same_question(a: str, b: str) -> None:
     assert alike(a, b)
+
+
+@pytest.mark.parametrize(
+    ("edit", "question"),
+    [
+        ("What do I need to bring to renew my passport?", "To renew my passport, what do I need to bring?"),
+        ("How do I get to the airport to catch my flight?", "To catch my flight, how do I get to the airport?"),
+        ("Who founded L'Oreal?", "Who founded Loreal?"),
+        ("Where is L'Aquila?", "Where is Aquila?"),
+        ("Who is Flannery O'Connor?", "Who is Flannery Connor?"),
+        ("When did World War II end?", "When did the Second World War end?"),
+        ("Who was Pope John Paul II?", "Who was Pope John Paul the second?"),
+        ("What is 10/2?", "What is 10 / 2?"),
+        ("What is 12 ÷ 4?", "What is 12/4?"),
+        ("What happened on 9/11?", "What happened on 9 / 11?"),
+        ("How much is 7 times 8?", "How much is 7 x 8?"),
+        ("How much is 7 multiplied by 8?", "How much is 7 × 8?"),
+        ("How much is £5 in dollars?", "How much is 5 pounds in dollars?"),
+        ("How many inches are in a foot?", "How many inches does one foot have?"),
+    ],
+)
+def test_another_writing_is_the_same_question(edit: str, question: str) -> None:
+    assert shipped_judge().verdict(edit, question).same
+    assert shipped_judge().verdict(question, edit).same
+
+
+@pytest.mark.parametrize(
+    ("edit", "question"),
+    [
+        ("How much is £5 in dollars?", "How much is $5 in pounds?"),
+        ("How much is $20 in euros?", "How much is €20 in dollars?"),
+        ("How many inches are in a foot?", "How many feet are in an inch?"),
+        ("How many feet are in a mile?", "How many miles are in a foot?"),
+        ("When did World War II end?", "When did the First World War end?"),
+        ("What is Plan A's aim?", "What exactly is Plan B's aim?"),
+    ],
+)
+def test_the_other_way_round_is_another_question(edit: str, question: str) -> None:
+    assert not shipped_judge().verdict(edit, question).same
+    assert not shipped_judge().verdict(question, edit).same
