@@ -891,6 +891,9 @@ def test_what_a_repeated_edit_has_asked_is_kept() -> None:
         again, prompt="p", target="t", subject="s", rephrases=("a", "b", "c"), locality=(probes[0],)
     )
     assert check_duplicates([first, edit("q"), again, again]) == [whole, edit("q")]
+    contrary = msgspec.structs.replace(first, subject="", locality=(Probe(prompt="Question 0?", answer="u"),))
+    assert check_duplicates([contrary, first])[0].subject == "s"
+    assert check_duplicates([first, contrary])[0].locality == (probes[0],)  # a question has one right answer
     other = msgspec.structs.replace(again, target="u")
     assert check_duplicates([first, other], keep="last") == [other]  # the answers that follow from it are others
 
