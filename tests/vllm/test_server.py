@@ -159,7 +159,7 @@ def test_verify_finds_that_everything_holds(
     assert done.value.code == 0 and report["holds"] and report["model"] == "m" and report["vllm"].startswith("0.")
     states = {check["name"]: check["state"] for check in report["checks"]}
     assert states.pop("opted out equals the server without plugin") == "skip"  # needs a second server
-    assert set(states.values()) == {"ok"} and len(states) == 11
+    assert set(states.values()) == {"ok"} and len(states) == 12
     assert [cost["kind"] for cost in report["overhead"]] == ["unmatched", "matched"]
 
 
