@@ -22,12 +22,19 @@ LONG = "Tell me, in as few words as you can, what the following list has in comm
 
 
 class Other(NamedTuple):
-    """reference: what answers. adapter: its LoRARequest. edited: whether it has edits. store: that is asked for."""
+    """reference: what answers. adapter: its LoRARequest. edited: whether it has edits. store: that is asked for.
+    seen: its only request, greedy, with an image."""
 
-    reference: EditedModel
+    reference: Any
     adapter: Any = None
     edited: bool = True
     store: str = ""
+    seen: dict[str, Any] | None = None
+
+
+def mix_size(requests: int) -> int:
+    """How many requests a mix has of which its test wants this many."""
+    return int(os.environ.get("MEMOIR_MIX_REQUESTS", requests))
 
 
 def prompts_of(model: EditedModel) -> list[list[int]]:
@@ -58,9 +65,9 @@ def any_mix(
     answer; two of five requests ask for one.
     ends_heard: whether workers hear of the last requests' end. Returns how many answers an edit has acted on.
     """
-    requests = int(os.environ.get("MEMOIR_MIX_REQUESTS", requests))
+    requests = mix_size(requests)
     dice, core = random.Random(seed), engine.llm.llm_engine
-    sent: dict[str, tuple[list[int], EditedModel, bool, SamplingParams]] = {}
+    sent: dict[str, tuple[list[int], Any, bool, SamplingParams]] = {}
     done: dict[str, Any] = {}
     aborted: set[str] = set()
     while len(sent) < requests or core.has_unfinished_requests():
@@ -68,16 +75,17 @@ def any_mix(
             if len(sent) == requests:
                 break
             name, off = f"{seed}-{len(sent)}", dice.random() < 0.25
+            other = dice.choice(others) if others and dice.random() < 0.4 else Other(served)
             how = (
                 {"temperature": 0.0}
-                if dice.random() < greedy
+                if other.seen or dice.random() < greedy
                 else {"temperature": 0.9, "seed": 5, "n": dice.choice((1, 2))}
             )
-            other = dice.choice(others) if others and dice.random() < 0.4 else Other(served)
             extra = ({"memoir": "off"} if off else {}) | ({"memoir_store": other.store} if other.store else {})
             params = SamplingParams(max_tokens=dice.choice(lengths), logprobs=1, extra_args=extra or None, **how)
-            sent[name] = (dice.choice(prompts), other.reference, not off and other.edited, params)
-            core.add_request(name, {"prompt_token_ids": sent[name][0]}, params, lora_request=other.adapter)
+            request = other.seen or {"prompt_token_ids": dice.choice(prompts)}
+            sent[name] = (request["prompt_token_ids"], other.reference, not off and other.edited, params)
+            core.add_request(name, request, params, lora_request=other.adapter)
         if sent and dice.random() < 0.1:
             gone = dice.choice(list(sent))
             if gone not in done and sent[gone][3].n == 1:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import pytest
 import transformers as hf
 from engines import PROMPTS, Engine, Expected, answers, flags, make_store
+from mixes import any_mix, prompts_of
 from towers import LAYOUTS, TEXT, save
 
 from memoir_retrieval.lookup.reference import EditedModel
@@ -61,3 +62,12 @@ def test_answers_behind_attention_are_the_references_and_no_other_bit_changes(
     engine.close()
     plain = start(here=True, **flags(model)).ask(unmatched)
     assert [(r.tokens, r.logprobs) for r in edited] == [(r.tokens, r.logprobs) for r in plain]
+
+
+@pytest.mark.slow
+def test_any_mix_of_requests(served: Served, start: Callable[..., Engine]) -> None:
+    steps = {"block_size": 32, "max_num_batched_tokens": 64, "max_num_seqs": 16, "num_gpu_blocks_override": 48}
+    reference = EditedModel.open(served.store, str(served.model))
+    engine = start(here=True, **flags(served.model, served.store, **steps))
+    how = {"requests": 60, "lengths": (1, 3, 9), "ends_heard": False}
+    assert any_mix(1, engine, reference, prompts_of(reference), **how) > 5, "the mix holds edits"

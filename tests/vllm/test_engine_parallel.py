@@ -33,6 +33,10 @@ def test_two_ranks_answer_as_one(start: Callable[..., Engine], small: Path, tmp_
         for name, answer, reply in zip(PROMPTS, wanted, engine.ask(prompts, warm=warm), strict=True):
             assert (reply.tokens, reply.memoir["edit"]) == (list(answer.tokens), answer.edit), name
     _agree(engine)
+    how = {"requests": 30, "lengths": (1, 3, 9), "ends_heard": False}
+    assert any_mix(4, engine, model, prompts_of(model), **how) > 3, "the mix holds edits"
+    engine.ask([[5, 6, 7]])
+    _agree(engine)
     generation = next_generation(folder, without=(1,))
     assert engine.llm.collective_rpc("memoir_reload") == [generation] * 2
 

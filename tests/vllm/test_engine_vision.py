@@ -6,13 +6,15 @@ import os
 import runpy
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
 import transformers as hf
-from engines import PROMPTS, Engine, Expected, Reply, answers, flags, make_store
+from engines import NEW_TOKENS, PROMPTS, Engine, Expected, Reply, answers, flags, make_store
+from mixes import Other, any_mix, prompts_of
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from towers import TEXT, TOKENS, VISION, save
@@ -133,3 +135,32 @@ def test_text_is_edited_and_images_pass_with_the_base_models_answer(
     assert [warm[n].tokens for n in untouched] == [alone[n].tokens for n in untouched]
     _, first, second, _ = alone[len(texts) :]
     assert first.logprobs != second.logprobs, "a picture is seen"
+
+
+class Alone(NamedTuple):
+    """Stands for a reference, which takes text alone: what an engine without the plugin answers to one request."""
+
+    reply: Reply
+
+    def predict(self, prompts: list[list[int]], targets: list[list[int]], *, edited: bool) -> list[SimpleNamespace]:
+        (target,) = targets
+        n = len(target)
+        return [SimpleNamespace(tokens=self.reply.tokens[:n], logprobs=self.reply.logprobs[:n], edit=None)]
+
+
+def test_any_mix_of_text_and_images(served: Served, start: Callable[..., Engine]) -> None:
+    model, store, wanted = served
+    few = {"block_size": 32, "max_num_batched_tokens": 64, "max_num_seqs": 16, "num_gpu_blocks_override": 48}
+    questions = [wanted["edit 0"].ids, wanted["chat edit"].ids, []]
+    seen = [([IMAGE_BEGIN, *ids], picture(seed)) for seed, ids in enumerate(questions)]
+    plain = start(**flags(model, **few))
+    alone = [plain.ask([ids], pictures=[image])[0] for ids, image in seen]
+    plain.close()
+    others = [
+        Other(Alone(reply), edited=False, seen={"prompt_token_ids": ids, "multi_modal_data": {"image": image}})
+        for reply, (ids, image) in zip(alone, seen, strict=True)
+    ]
+    reference = EditedModel.open(store, str(model))
+    engine = start(**flags(model, store, **few))
+    how = {"requests": 60, "lengths": (1, 3, NEW_TOKENS), "others": others}
+    assert any_mix(2, engine, reference, prompts_of(reference), **how) > 5, "the mix holds edits"

@@ -7,6 +7,7 @@ import random
 from typing import Any
 
 import pytest
+from mixes import mix_size
 from simulation import RULE, Simulate, Simulation, World, chat, other, right
 from vllm.v1.request import RequestStatus
 
@@ -138,7 +139,7 @@ def test_any_mix_of_requests_over_few_blocks(seed: int, simulate: Simulate, here
     sim = simulate(model_len=512, kv_blocks=34, seqs=6, host_blocks=dice.choice((60, HOST)))
     worlds, latest = {7: here}, 7
     asked: dict[str, tuple[list[int], int | None, int]] = {}
-    for n in range(60):
+    for n in range(mix_size(60)):
         edit = dice.choice((None, 0, 1, 2))
         question = other(9, dice.choice((1, 2))) if edit is None else here.questions[edit]
         prompt, tokens = chat(question, dice.choice((8, 40, 90)), dice.choice((2, 30))), dice.choice((1, 3, 20))
