@@ -42,14 +42,26 @@ UNEXPECTED, READER_LEFT = 70, 141
 class Commands(click.Group):
     """All commands. Where nobody reads on, click would exit with the code that means "the answer is no"."""
 
+    def make_context(self, *args: Any, **how: Any) -> click.Context:
+        """See `click.Group`. It writes the help and the version."""
+        with _read_on():
+            return super().make_context(*args, **how)
+
     def invoke(self, ctx: click.Context) -> Any:
         """See `click.Group`."""
-        try:
+        with _read_on():
             return super().invoke(ctx)
-        except BrokenPipeError:
-            with suppress(OSError, ValueError):  # what is left in the buffer goes nowhere, without a message
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            ctx.exit(READER_LEFT)
+
+
+@contextmanager
+def _read_on() -> Iterator[None]:
+    """Within the context a reader that has gone ends the command with a code of its own."""
+    try:
+        yield
+    except BrokenPipeError:
+        with suppress(OSError, ValueError):  # what is left in the buffer goes nowhere, without a message
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise click.exceptions.Exit(READER_LEFT) from None
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})

@@ -537,7 +537,15 @@ def _turned(a: Reading, b: Reading, same: bool) -> bool:
             return True
         if same and first.only_before & other.only_after and first.only_after & other.only_before:
             return True
-    return False
+    ends = [[_behind(text.words, word) for word in ("from", "to")] for text in (a, b)]
+    return ends[0] == ends[1][::-1] != ends[1] and "" not in ends[0]
+
+
+def _behind(words: tuple[str, ...], word: str) -> str:
+    """The first word behind another that stands once, little ones left out, or ""."""
+    if words.count(word) != 1:
+        return ""
+    return next((after for after in words[words.index(word) + 1 :] if after not in LITTLE), "")
 
 
 def _amounts(words: tuple[str, ...]) -> dict[str, set[str]]:

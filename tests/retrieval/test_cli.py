@@ -378,12 +378,13 @@ def test_an_error_that_no_command_expects_is_not_an_answer(
     assert code == 70 and "Traceback (most recent call last)" in err and "ZeroDivisionError" in err
 
 
-@pytest.mark.parametrize("form", [[], ["--json"]])
-def test_a_reader_that_goes_is_not_an_answer(store: Path, form: list[str]) -> None:
+@pytest.mark.parametrize("arguments", [["list", "STORE"], ["list", "STORE", "--json"], ["--help"], ["list", "--help"]])
+def test_a_reader_that_goes_is_not_an_answer(store: Path, arguments: list[str]) -> None:
     """As `memoir list edits | head -0`."""
     read, write_end = os.pipe()
     os.close(read)
-    command = [sys.executable, "-c", "from memoir_retrieval.cli import main; main()", "list", str(store), *form]
+    command = [sys.executable, "-c", "from memoir_retrieval.cli import main; main()"]
+    command += [argument.replace("STORE", str(store)) for argument in arguments]
     done = subprocess.run(command, stdout=write_end, stderr=subprocess.PIPE, text=True, check=False)
     os.close(write_end)
     assert done.returncode == 141 and done.stderr == ""

@@ -227,6 +227,8 @@ def test_a_unit_and_its_sign_are_one(a: str, b: str) -> None:
     ("a", "b"),
     [
         ("How do I convert PDF to Word?", "How can I convert Word to PDF?"),
+        ("How do I get from Berlin to Paris?", "How do I get to Berlin from Paris?"),
+        ("Is there a night train from the Hague to Vienna?", "Is there a night train to the Hague from Vienna?"),
         ("When did Brazil beat Germany?", "In what year did Germany beat Brazil?"),
         ("When was Brazil defeated by Germany?", "When was Germany defeated by Brazil?"),
         ("What is 3 divided by 9?", "What is 9 divided by 3?"),
@@ -256,6 +258,7 @@ def test_two_words_that_change_places_make_another_question(a: str, b: str) -> N
         ("Who moved to Paris in 1990?", "In 1990, who moved to Paris?"),
         ("Is Everest higher than K2?", "Than K2, is Everest higher?"),
         ("How do I convert PDF to Word?", "How to convert PDF to Word?"),
+        ("How do I get from Berlin to Paris?", "How do I get to Paris from Berlin?"),
     ],
 )
 def test_another_order_around_them_is_the_same_question(a: str, b: str) -> None:
