@@ -21,7 +21,14 @@ from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.evaluation.methods import LOCATED, METHODS, open_method
 from memoir_retrieval.evaluation.methods.alphaedit import null_space
 from memoir_retrieval.evaluation.methods.grace import Grace
-from memoir_retrieval.evaluation.methods.located import LocatedMethod, ValueSearch, corpus, second_moments, subject_end
+from memoir_retrieval.evaluation.methods.located import (
+    LocatedMethod,
+    ValueSearch,
+    corpus,
+    drift,
+    second_moments,
+    subject_end,
+)
 from memoir_retrieval.evaluation.methods.memit import least_squares
 from memoir_retrieval.evaluation.methods.method import Method, PrefixedMethod, Unedited, scaled
 from memoir_retrieval.evaluation.methods.rome import Rome, rank_one
@@ -182,6 +189,16 @@ def test_rome_gives_the_bare_prompt_its_value(base: BaseModel, monkeypatch: pyte
     torch.testing.assert_close(method.weight(base.at(layer)) @ key, first + change)
     assert change.norm() > 0.1 and not torch.equal(key, method.key(EDIT, layer))
     method.close()
+
+
+def test_the_drift_of_a_value_is_measured_under_the_edited_model() -> None:
+    before, odds = torch.log_softmax(torch.tensor([[0.0, 1.0, 5.0], [3.0, 1.0, 0.0]]), dim=-1)
+    expected = (odds.exp() * (odds - before)).sum()
+    odds.requires_grad_()
+    torch.testing.assert_close(drift(before, odds), expected)
+    assert abs(expected - (before.exp() * (before - odds)).sum()) > 0.1, "the other direction is another number"
+    drift(before, odds).backward()
+    assert odds.grad is not None and odds.grad.abs().max() > 0.1
 
 
 def test_statistics_are_of_so_many_tokens_as_the_settings_say(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:

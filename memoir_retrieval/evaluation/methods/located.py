@@ -18,7 +18,7 @@ from memoir_retrieval.model.base import BaseModel
 from memoir_retrieval.model.forward import frozen_run, right_pad
 from memoir_retrieval.question.prompts import prompt_ids
 
-__all__ = ["LocatedMethod", "ValueSearch", "corpus", "second_moments", "subject_end"]
+__all__ = ["LocatedMethod", "ValueSearch", "corpus", "drift", "second_moments", "subject_end"]
 
 PREFIXES = 5
 KL = 0.0625
@@ -134,7 +134,7 @@ class LocatedMethod(PrefixedMethod):
             if not before:
                 before.append(odds.detach())
             likely = functional.cross_entropy(logits[:-1], batch.targets)
-            kept = KL * functional.kl_div(odds, before[0], log_target=True, reduction="sum")
+            kept = KL * drift(before[0], odds)
             return likely + kept + self.search.decay * change.norm() / first[0].norm() ** 2
 
         try:
@@ -167,6 +167,14 @@ class LocatedMethod(PrefixedMethod):
         rows, places = zip(*self.ends(edit), strict=True)
         inputs = Rows(self.base.at(layer), rows, [[]] * len(rows)).activations
         return inputs[range(len(places)), places]
+
+
+def drift(before: torch.Tensor, odds: torch.Tensor) -> torch.Tensor:
+    """The last term of ROME's Eq. 4, KL(edited || before), in nats.
+
+    before, odds: [V], log-probabilities of the unedited and of the edited model.
+    """
+    return functional.kl_div(before, odds, log_target=True, reduction="sum")
 
 
 def corpus(base: BaseModel, texts: Sequence[str]) -> list[list[int]]:
