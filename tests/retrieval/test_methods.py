@@ -29,7 +29,7 @@ from memoir_retrieval.evaluation.methods.located import (
     second_moments,
     subject_end,
 )
-from memoir_retrieval.evaluation.methods.memit import least_squares
+from memoir_retrieval.evaluation.methods.memit import Memit, least_squares
 from memoir_retrieval.evaluation.methods.method import Method, PrefixedMethod, Unedited, scaled
 from memoir_retrieval.evaluation.methods.rome import Rome, rank_one
 from memoir_retrieval.evaluation.methods.rows import Rows
@@ -187,7 +187,7 @@ def test_rome_gives_the_bare_prompt_its_value(base: BaseModel, monkeypatch: pyte
     torch.testing.assert_close(method.weight(base.at(layer)) @ key, first)
     method.edit([EDIT])
     torch.testing.assert_close(method.weight(base.at(layer)) @ key, first + change)
-    assert change.norm() > 0.1 and not torch.equal(key, method.key(EDIT, layer))
+    assert change.norm() > 0.1 and not torch.equal(key, method.keys(EDIT, layer).mean(0))
     method.close()
 
 
@@ -229,6 +229,16 @@ def test_memit_solves_its_normal_equations() -> None:
     c = root @ root.T
     change = least_squares(c, keys, values)
     torch.testing.assert_close(change @ (c + keys @ keys.T), values @ keys.T)
+
+
+@pytest.mark.parametrize("name", ["memit", "alphaedit"])
+def test_the_bare_prompt_is_half_of_a_key(base: BaseModel, name: str) -> None:
+    method = open_method(name, base, texts=CORPUS)
+    assert isinstance(method, Memit)
+    bare, *others = method.keys(EDIT, method.layers[0])
+    assert len(others) == 5
+    torch.testing.assert_close(method.key(EDIT, method.layers[0]), bare / 2 + sum(others) / 10)
+    method.close()
 
 
 def test_alphaedit_projects_the_kept_keys_to_nothing() -> None:

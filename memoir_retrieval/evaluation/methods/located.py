@@ -150,13 +150,6 @@ class LocatedMethod(PrefixedMethod):
                 handle.remove()
         return first[0], change.detach()
 
-    def key(self, edit: Edit, layer: int) -> torch.Tensor:
-        """The mean of `keys`: [D] (Eq. 3 of ROME).
-
-        edit, layer: see there.
-        """
-        return self.keys(edit, layer).mean(0)
-
     @torch.no_grad()
     def keys(self, edit: Edit, layer: int) -> torch.Tensor:
         """The input of a layer's projection at the subject's last token, in each row of `ends`: [P, D].

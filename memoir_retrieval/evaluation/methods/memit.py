@@ -3,7 +3,8 @@
 Meng et al. 2023 (arXiv 2210.07229): the value of the last layer by Eq. 16, what is missing of it spread over the layers
 by Eq. 20, each written by Eq. 14 with C0 = lambda E[k k^T] (Eq. 15). Published configuration of EasyEdit for LLaMA-3:
 layers 4 to 8 of 32, lambda 15,000, Adam with learning rate .5, at most 25 steps, KL .0625, weight decay .001, the
-change at most 4 times the first value.
+change at most 4 times the first value. As in the authors' code the bare prompt is half of a key, and the mean of its
+prefixed forms the other half.
 
 Deviations: lambda is 15,000 times D / 14,336. Eq. 14 makes the share s / (1 + s) of one value, where s = k^T C0^-1 k,
 and the mean of s over the corpus is D / lambda whatever the keys' length: unscaled, a model of D = 1,536 gets at most
@@ -51,6 +52,14 @@ class Memit(LocatedMethod):
                 with torch.no_grad():
                     weight.add_(self.solution(layer, key[:, None], missing[:, None]))
             self.finish(edit)
+
+    def key(self, edit: Edit, layer: int) -> torch.Tensor:
+        """The mean of the bare prompt's key and of the mean of the others, as in the authors' code: [D].
+
+        edit, layer: see `keys`.
+        """
+        keys = self.keys(edit, layer)
+        return (keys[0] + keys[1:].mean(0)) / 2
 
     def finish(self, edit: Edit) -> None:
         """What is kept of an edit that was made.
