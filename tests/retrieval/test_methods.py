@@ -28,6 +28,7 @@ from memoir_retrieval.evaluation.methods.located import (
     drift,
     second_moments,
     subject_end,
+    texts_needed,
 )
 from memoir_retrieval.evaluation.methods.memit import Memit, least_squares
 from memoir_retrieval.evaluation.methods.method import Method, PrefixedMethod, Unedited, scaled
@@ -205,11 +206,22 @@ def test_statistics_are_of_so_many_tokens_as_the_settings_say(base: BaseModel, m
     method = open_method("memit", base, texts=CORPUS)
     assert method.settings["corpus_tokens"] == sum(len(method.ids(text)) for text in CORPUS) >= base.d
     method.close()
-    monkeypatch.setattr("memoir_retrieval.evaluation.methods.located.CORPUS_TOKENS", base.d)
-    rows = corpus(base, CORPUS * 9)
-    assert len(rows) % 8 == 0 and sum(map(len, rows[:-8])) < base.d <= sum(map(len, rows))
+    for tokens, each, enough in ((base.d, 1, base.d), (1, 2, 2 * base.d), (2 * base.d, 1, 2 * base.d)):
+        monkeypatch.setattr("memoir_retrieval.evaluation.methods.located.CORPUS_TOKENS", tokens)
+        monkeypatch.setattr("memoir_retrieval.evaluation.methods.located.TOKENS_EACH", each)
+        rows = corpus(base, CORPUS * 9)
+        assert len(rows) % 8 == 0 and sum(map(len, rows[:-8])) < enough <= sum(map(len, rows))
     with pytest.raises(ConfigError, match=rf"need {base.d} tokens of text or more, and there are \d\d: give more text"):
         open_method("memit", base, texts=TEXTS)
+
+
+def test_a_wide_model_gets_statistics(base: BaseModel) -> None:
+    """Of ten tokens for each input: 16,384 in all were fewer than the inputs of a model of this width."""
+    wide = replace(base, projection=torch.nn.Linear(20_000, 1))
+    words = [f"{TEXTS[0]} {TEXTS[1]} " * 2] * texts_needed(wide)
+    assert min(len(text.split()) for text in words) >= 40 and texts_needed(wide) == 5000
+    assert sum(map(len, corpus(wide, words))) >= 200_000
+    assert texts_needed(base) == 400
 
 
 def test_too_little_text_is_refused_before_any_method_is_run(

@@ -101,13 +101,14 @@ def bench_methods(
         notes.print(f"{data} has only {len(edits)} edits with distinct prompts")
 
     from memoir_retrieval.background import background_prompts
+    from memoir_retrieval.evaluation.methods.located import texts_needed
     from memoir_retrieval.evaluation.methods_run import known_scores, run_method, unedited_answers
     from memoir_retrieval.evaluation.report import METHOD_FIGURES, methods_page
     from memoir_retrieval.evaluation.texts import read_texts
 
     base = model.load()
     corpus = folder / STATISTICS
-    texts = read_texts(corpus, most=400) if corpus.is_file() else background_prompts()
+    texts = read_texts(corpus, most=texts_needed(base)) if corpus.is_file() else background_prompts()
     known: dict[Hashable, Any] = {}
     if set(names or METHODS) & set(LOCATED):
         from memoir_retrieval.evaluation.methods.located import corpus as corpus_of

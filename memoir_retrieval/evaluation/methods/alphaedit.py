@@ -7,8 +7,8 @@ most .75 times the first value.
 
 Deviations: the learning rate is .5, as published for GPT-2 XL with the same clamp. That for LLaMA-3, .1, ends below
 half of the clamp in SmolLM2, whose values are long: 25 steps add at most 25 sqrt(H) times the rate. One edit at a
-time; statistics of 16,384 tokens of WikiText instead of 100,000 articles of Wikipedia. Keys have another length on
-another model; the threshold and L2 are kept as published all the same, and `settings` says which share of the
+time; statistics of as many tokens of WikiText as ROME has, instead of 100,000 articles of Wikipedia. Keys have another
+length on another model; the threshold and L2 are kept as published all the same, and `settings` says which share of the
 directions is left (`kept`). On another model the layers are at the same part of the depth.
 """
 

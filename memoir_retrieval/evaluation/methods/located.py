@@ -14,16 +14,19 @@ from memoir_retrieval.errors import ConfigError, Reason
 from memoir_retrieval.evaluation.methods.descent import descend
 from memoir_retrieval.evaluation.methods.method import PrefixedMethod
 from memoir_retrieval.evaluation.methods.rows import Rows
+from memoir_retrieval.evaluation.texts import WORDS
 from memoir_retrieval.model.base import BaseModel
 from memoir_retrieval.model.forward import frozen_run, right_pad
 from memoir_retrieval.question.prompts import prompt_ids
 
-__all__ = ["LocatedMethod", "ValueSearch", "corpus", "drift", "second_moments", "subject_end"]
+__all__ = ["LocatedMethod", "ValueSearch", "corpus", "drift", "second_moments", "subject_end", "texts_needed"]
 
 PREFIXES = 5
 KL = 0.0625
 STOP = 5e-2
 CORPUS_TOKENS = 16384
+TOKENS_EACH = 10  # tokens of the corpus for each input of the projection, where this is more
+TEXTS = 400  # at least, which are more than enough for most models: the folder of a run takes one corpus
 BATCH = 8  # texts of the corpus that are run at once
 RIDGE = 1e-4  # of the mean diagonal of C, so that C can be inverted
 
@@ -162,6 +165,14 @@ class LocatedMethod(PrefixedMethod):
         return inputs[range(len(places)), places]
 
 
+def texts_needed(base: BaseModel) -> int:
+    """How many texts have the tokens that `corpus` takes, if each word of theirs is a token or more.
+
+    base: the model.
+    """
+    return max(TEXTS, -(-TOKENS_EACH * base.d // WORDS[0]))
+
+
 def drift(before: torch.Tensor, odds: torch.Tensor) -> torch.Tensor:
     """The last term of ROME's Eq. 4, KL(edited || before), in nats.
 
@@ -171,7 +182,9 @@ def drift(before: torch.Tensor, odds: torch.Tensor) -> torch.Tensor:
 
 
 def corpus(base: BaseModel, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of the first texts, in eights, until they have 16,384 tokens; of all where these are fewer.
+    """Token ids of the first texts, in eights, until they have 16,384 tokens and ten for each input of the projection.
+
+    Of all texts where these have fewer.
 
     base: the model.
     texts: the corpus.
@@ -179,8 +192,9 @@ def corpus(base: BaseModel, texts: Sequence[str]) -> list[list[int]]:
     Raises ConfigError for fewer tokens than the projection has inputs: statistics of them say nothing of most.
     """
     rows: list[list[int]] = []
+    enough = max(CORPUS_TOKENS, TOKENS_EACH * base.d)
     for text in texts:
-        if len(rows) % BATCH == 0 and sum(map(len, rows)) >= CORPUS_TOKENS:
+        if len(rows) % BATCH == 0 and sum(map(len, rows)) >= enough:
             break
         rows.append(prompt_ids(base.tokenizer, text, chat=False))
     if (tokens := sum(map(len, rows))) < base.d:

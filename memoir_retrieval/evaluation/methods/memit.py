@@ -8,8 +8,9 @@ prefixed forms the other half.
 
 Deviations: lambda is 15,000 times D / 14,336. Eq. 14 makes the share s / (1 + s) of one value, where s = k^T C0^-1 k,
 and the mean of s over the corpus is D / lambda whatever the keys' length: unscaled, a model of D = 1,536 gets at most
-half of each value. One edit at a time, since edits arrive one after another; statistics of 16,384 tokens of WikiText
-instead of 100,000 articles of Wikipedia. On another model the layers are at the same part of the depth.
+half of each value. One edit at a time, since edits arrive one after another; statistics of as many tokens of
+WikiText as ROME has, instead of 100,000 articles of Wikipedia. On another model the layers are at the same part of the
+depth.
 """
 
 from __future__ import annotations

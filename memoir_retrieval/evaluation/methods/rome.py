@@ -5,9 +5,10 @@ the change has the direction of the mean key, and is so long that the bare promp
 configuration of EasyEdit for LLaMA-3: layer 5 of 32, Adam with learning rate .5, at most 25 steps, until the loss is
 below .05, KL .0625, weight decay .001, the change at most 4 times the first value.
 
-Deviations: 5 prefixes instead of 20; C (of Eq. 2) from 16,384 tokens of WikiText instead of 100,000 articles of
-Wikipedia, and used as in the paper, where that configuration leaves it out. A prompt that does not name its subject is
-keyed at its last token. On another model the layer is at the same part of the depth.
+Deviations: 5 prefixes instead of 20; C (of Eq. 2) from 16,384 tokens of WikiText, or ten for each input of the matrix
+where that is more, instead of 100,000 articles of Wikipedia, and used as in the paper, where that configuration leaves
+it out. A prompt that does not name its subject is keyed at its last token. On another model the layer is at the same
+part of the depth.
 """
 
 from __future__ import annotations
