@@ -34,7 +34,7 @@ from memoir_retrieval.evaluation.methods.memit import Memit, least_squares
 from memoir_retrieval.evaluation.methods.method import Method, PrefixedMethod, Unedited, scaled
 from memoir_retrieval.evaluation.methods.rome import Rome, rank_one
 from memoir_retrieval.evaluation.methods.rows import Rows
-from memoir_retrieval.evaluation.methods.ultraedit import RunningMoments, ridge
+from memoir_retrieval.evaluation.methods.ultraedit import RunningMoments, UltraEdit, ridge
 from memoir_retrieval.evaluation.methods.wise import margin
 from memoir_retrieval.evaluation.methods_run import DIVERGED, MOST, MethodScores, run_method, unedited_answers
 from memoir_retrieval.evaluation.published_loop import train_published
@@ -138,6 +138,23 @@ def test_ultraedit_makes_its_answers_likelier(base: BaseModel) -> None:
     before = [float(whole_loss(base, *row)) for row in rows]
     method.edit([EDIT, OTHER])
     assert all(float(whole_loss(base, *row)) < loss for row, loss in zip(rows, before, strict=True))
+    method.close()
+
+
+def test_the_layers_of_ultraedit_share_what_they_are_normalised_by(
+    base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("memoir_retrieval.evaluation.methods.ultraedit.LAYERS", (10, 30))
+    method = UltraEdit(base)
+    assert [at.layer for at in method.layers] == [1, 2]
+    rows = torch.stack([torch.cat(parts) for parts in zip(*(method._features(e) for e in (EDIT, OTHER)), strict=True)])
+    (moments,) = method.moments.values()
+    normalised, steps = moments.normalised, list[torch.Tensor]()
+    monkeypatch.setattr(moments, "normalised", lambda rows: steps.append(normalised(rows)) or steps[-1])
+    method.edit([EDIT, OTHER])
+    everything = rows.flatten(0, 1)
+    expected = (rows - everything.mean(0)) / (everything.std(0) + torch.finfo(torch.float32).eps)
+    torch.testing.assert_close(torch.stack(steps), expected, atol=1e-4, rtol=1e-4)
     method.close()
 
 

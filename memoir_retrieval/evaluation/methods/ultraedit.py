@@ -2,13 +2,14 @@
 
 Gu et al. 2025 (arXiv 2505.14679, section 3): inputs h and gradients v of the layer's outputs at the answer's tokens are
 normalised by their running mean and deviation, v is scaled by -eta |h|^2, and the change solves the normal equations
-(H H^T + I) X = H V^T, with the inputs themselves in H. Published configuration for Mistral-7B: the second MLP matrices
-of layers 29 and 30 of 32, eta 1e-6, 100 edits at a time.
+(H H^T + I) X = H V^T, with the inputs themselves in H. As in the authors' code matrices of one shape have one mean and
+deviation, in which the rows of all of them are counted before any is changed. Published configuration for Mistral-7B:
+the second MLP matrices of layers 29 and 30 of 32, eta 1e-6, 100 edits at a time.
 
 Deviations: eta is 1e-6 times 14,336 / D, since |h|^2 of a normalised input is the number of its entries, times 100. The
 change of an output does not depend on its size, so a rate fits one model: SmolLM2 is barely changed without the 100,
-which did best of 1, 10 and 100 on the first ten edits of ZsRE. Fewer than 100 edits are made at once. On another model
-the layers are at the same part of the depth.
+which did best of 1, 10 and 100 on the first ten edits of ZsRE (while each layer had moments of its own). Fewer than 100
+edits are made at once. On another model the layers are at the same part of the depth.
 """
 
 from __future__ import annotations
@@ -57,7 +58,10 @@ class RunningMoments:
 
 
 class UltraEdit(Method):
-    """See the module."""
+    """See the module.
+
+    moments: of the rows of all layers whose matrices have one shape, by that shape (H, D).
+    """
 
     name = "ultraedit"
     batch = 100
@@ -67,7 +71,7 @@ class UltraEdit(Method):
         super().__init__(base, **options)
         self.layers = [base.at(layer) for layer in sorted({scaled(layer, base) for layer in LAYERS})]
         self.eta = FACTOR * ETA * WIDTH / base.d
-        self.moments = [RunningMoments(base.d + base.h, base.device) for _ in self.layers]
+        self.moments = {(at.h, at.d): RunningMoments(at.d + at.h, base.device) for at in self.layers}
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -77,10 +81,11 @@ class UltraEdit(Method):
     def edit(self, edits: Sequence[Edit]) -> None:
         """See `Method`."""
         features = [self._features(edit) for edit in edits]
-        for number, at in enumerate(self.layers):
-            rows = torch.cat([feature[number] for feature in features])
-            self.moments[number].update(rows)
-            inputs, gradients = self.moments[number].normalised(rows).split([at.d, at.h], dim=1)
+        layers = [(at, torch.cat(rows)) for at, rows in zip(self.layers, zip(*features, strict=True), strict=True)]
+        for at, rows in layers:
+            self.moments[at.h, at.d].update(rows)
+        for at, rows in layers:
+            inputs, gradients = self.moments[at.h, at.d].normalised(rows).split([at.d, at.h], dim=1)
             values = -self.eta * inputs.square().sum(1, keepdim=True) * gradients
             weight = self.weight(at)
             with torch.no_grad():
