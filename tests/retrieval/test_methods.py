@@ -428,6 +428,12 @@ def test_the_perplexity_is_that_of_a_text_with_what_the_method_does_to_it(base: 
         method.close()
 
 
+def test_the_published_loop_takes_the_preset_of_the_place(base: BaseModel) -> None:
+    method = open_method("published", load_model(base.name, layer=1, place="attention"))
+    assert method.base.d == 64 and method.settings["k"] == 64 * 2 // 7
+    method.close()
+
+
 def test_layers_keep_their_part_of_the_depth(base: BaseModel) -> None:
     assert [scaled(layer, base) for layer in (0, 16, 31)] == [0, round(16 * 3 / 32), 2]
 

@@ -47,7 +47,7 @@ class PublishedLoop(PrefixedMethod):
     def __init__(self, base: BaseModel, **options: Any):
         """base, options: see `Method`."""
         super().__init__(base, **options)
-        self.preset = preset_for(base.model.config)
+        self.preset = preset_for(base.model.config).at(base.place, base.d)
         self.memory = torch.zeros(base.h, base.d, device=base.device)
         self.masks = torch.zeros(0, base.d, device=base.device)
         mean = self.once("mean activation", self._mean).cpu().numpy()
