@@ -25,6 +25,7 @@ class Reason(StrEnum):
     CORPUS: methods that are compared need statistics of more text.
     DATA: a data set is not where it was looked for.
     MANY: more edits are asked about than the store has.
+    METHODS: some of the methods that are compared cannot edit the model.
     NO_CLUSTER: no Ray cluster answers.
     NO_TEMPLATE: the model has no chat template.
     OTHER_EDITS: a pull would drop edits of the folder.
@@ -38,6 +39,7 @@ class Reason(StrEnum):
     CORPUS = "corpus"
     DATA = "data"
     MANY = "many"
+    METHODS = "methods"
     NO_CLUSTER = "no_cluster"
     NO_TEMPLATE = "no_template"
     OTHER_EDITS = "other_edits"

@@ -11,6 +11,7 @@ _CURES = {
     Reason.CORPUS: "name a folder that has WikiText with --data or MEMOIR_DATA, or leave these methods out (--method)",
     Reason.DATA: "name the folder of the data sets with --data or MEMOIR_DATA, or give the path of an edit file",
     Reason.MANY: "measure a store with the file it was made from, or with fewer of its edits (--limit)",
+    Reason.METHODS: "leave these out (name the others with --method)",
     Reason.NO_CLUSTER: "start one, or leave out --ray",
     Reason.NO_TEMPLATE: "use raw prompts (--no-chat)",
     Reason.OTHER_EDITS: "choose a new folder, or --replace to drop them",

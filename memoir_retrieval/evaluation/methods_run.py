@@ -30,6 +30,7 @@ __all__ = [
     "FreeShares",
     "MethodScores",
     "known_scores",
+    "method_file",
     "run_method",
     "unedited_answers",
 ]
@@ -245,8 +246,17 @@ def run_method(
     finally:
         method.close()
     if folder:
-        publish(folder / f"{name}.json", msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n")
+        publish(method_file(folder, name), msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n")
     return result
+
+
+def method_file(folder: Path, name: str) -> Path:
+    """Where the scores of a method lie.
+
+    folder: of the run.
+    name: of the method.
+    """
+    return folder / f"{name}.json"
 
 
 def known_scores(folder: Path, data: str) -> list[MethodScores]:
@@ -257,7 +267,7 @@ def known_scores(folder: Path, data: str) -> list[MethodScores]:
 
     Raises ConfigError where one of them is of other edits.
     """
-    paths = (folder / f"{name}.json" for name in METHODS)
+    paths = (method_file(folder, name) for name in METHODS)
     return [_known(path, MethodScores, data) for path in paths if path.exists()]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Hashable
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +16,11 @@ import torch
 from small_models import save_llama, save_tokenizer
 from test_cli import run
 from torch.nn import functional
+from towers import LAYOUTS, save
 
 from memoir_retrieval.edits.record import Edit, Probe
 from memoir_retrieval.errors import ConfigError
-from memoir_retrieval.evaluation.methods import LOCATED, METHODS, open_method
+from memoir_retrieval.evaluation.methods import LOCATED, METHODS, check_methods, open_method
 from memoir_retrieval.evaluation.methods.alphaedit import null_space
 from memoir_retrieval.evaluation.methods.grace import Grace
 from memoir_retrieval.evaluation.methods.located import (
@@ -250,6 +252,55 @@ def test_too_little_text_is_refused_before_any_method_is_run(
                          "--data", tmp_path, "--out", tmp_path / "run")  # fmt: skip
     assert code == 2 and f"need {base.d} tokens of text or more" in error and "--data or MEMOIR_DATA" in error
     assert not (tmp_path / "run").exists()
+
+
+def test_methods_that_cannot_be_run_are_refused_before_any_is(
+    base: BaseModel, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    (tmp_path / "edits.jsonl").write_text(json.dumps({"prompt": EDIT.prompt, "target": EDIT.target}) + "\n")
+    folder = tmp_path / "run"
+    command = ["bench", "methods", tmp_path / "edits.jsonl", "--model", base.name, "--edits", "1", "--out", folder]
+    code, _, error = run(capsys, *command, "--method", "ft", "--method", "lora")
+    assert code == 2 and "(lora: PEFT is not installed: pip install 'memoir-retrieval[methods]')" in error
+    assert "leave these out (name the others with --method)" in error
+    assert not folder.exists()
+    with pytest.raises(ConfigError, match="PEFT"):
+        open_method("lora", base)
+
+
+@pytest.mark.parametrize(
+    ("layout", "refused"),
+    [
+        ("gpt2", r"\(ft, wise, rome, memit, alphaedit, ultraedit: transformer.h.1.mlp.c_proj of .* is not a plain"),
+        ("gemma3", r"\(memit, alphaedit: blocks of .* do not add what .*mlp.down_proj puts out as it is"),
+    ],
+)
+def test_methods_are_refused_for_a_model_that_they_cannot_edit(tmp_path: Path, layout: str, refused: str) -> None:
+    save(LAYOUTS[layout].config, tmp_path)
+    names = [name for name in METHODS if name != "lora"]
+    with pytest.raises(ConfigError, match=refused):
+        check_methods(names, load_model(str(tmp_path)))
+
+
+def test_what_was_measured_before_a_method_broke_is_in_the_table(
+    base: BaseModel, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from memoir_retrieval.evaluation import methods_run
+
+    def opened(name: str, base: BaseModel, **options: Any) -> Method:
+        if name == "ft":
+            raise ConfigError("no memory is left")
+        return open_method(name, base, **options)
+
+    monkeypatch.setattr(methods_run, "TOKENS", 4)
+    monkeypatch.setattr(methods_run, "open_method", opened)
+    (tmp_path / "edits.jsonl").write_text(json.dumps({"prompt": EDIT.prompt, "target": EDIT.target}) + "\n")
+    folder = tmp_path / "run"
+    code, _, error = run(capsys, "bench", "methods", tmp_path / "edits.jsonl", "--model", base.name, "--edits", "1",
+                         "--controls", "1", "--out", folder, "--method", "base", "--method", "ft")  # fmt: skip
+    assert code == 2 and "no memory is left" in error
+    assert "| base |" in (folder / "methods.md").read_text() and "<svg" in (folder / "methods.html").read_text()
 
 
 def test_memit_solves_its_normal_equations() -> None:

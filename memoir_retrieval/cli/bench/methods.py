@@ -16,7 +16,7 @@ from memoir_retrieval.cli.options import ModelOptions, data_folder_option, model
 from memoir_retrieval.edits.files import FORMATS, check_duplicates, read_edits
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.evaluation.datasets import STATISTICS, data_file
-from memoir_retrieval.evaluation.methods import LOCATED, METHODS
+from memoir_retrieval.evaluation.methods import LOCATED, METHODS, check_methods
 from memoir_retrieval.store.files import publish
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def bench_methods(
 
     from memoir_retrieval.background import background_prompts
     from memoir_retrieval.evaluation.methods.located import texts_needed
-    from memoir_retrieval.evaluation.methods_run import known_scores, run_method, unedited_answers
+    from memoir_retrieval.evaluation.methods_run import known_scores, method_file, run_method, unedited_answers
     from memoir_retrieval.evaluation.report import METHOD_FIGURES, methods_page
     from memoir_retrieval.evaluation.texts import read_texts
 
@@ -110,6 +110,7 @@ def bench_methods(
     corpus = folder / STATISTICS
     texts = read_texts(corpus, most=texts_needed(base)) if corpus.is_file() else background_prompts()
     known: dict[Hashable, Any] = {}
+    check_methods((name for name in names or METHODS if not (out and method_file(out, name).exists())), base)
     if set(names or METHODS) & set(LOCATED):
         from memoir_retrieval.evaluation.methods.located import corpus as corpus_of
 
@@ -118,6 +119,7 @@ def bench_methods(
     if out:
         out.mkdir(parents=True, exist_ok=True)
     results: list[MethodScores] = []
+    head = ("method", *METHOD_FIGURES, "changed", "perplexity", "s/edit", "MB/edit")
     for name in names or METHODS:
         results.append(
             run_method(
@@ -134,12 +136,12 @@ def bench_methods(
                 tell=notes.print,
             )
         )
-    head = ("method", *METHOD_FIGURES, "changed", "perplexity", "s/edit", "MB/edit")
+        if out:  # after each method: the next may fail
+            there = known_scores(out, results[0].data)
+            lines = [head, ["---"] * len(head), *map(_cells, there)]
+            publish(out / TABLE, "".join(f"| {' | '.join(line)} |\n" for line in lines).encode())
+            publish(out / PAGE, methods_page(there, data, base.name).encode())
     if out:
-        there = known_scores(out, results[0].data)
-        lines = [head, ["---"] * len(head), *map(_cells, there)]
-        publish(out / TABLE, "".join(f"| {' | '.join(line)} |\n" for line in lines).encode())
-        publish(out / PAGE, methods_page(there, data, base.name).encode())
         notes.print(f"written to {out / TABLE} and {out / PAGE}")
     if as_json:
         echo_json(msgspec.to_builtins(results))

@@ -29,6 +29,7 @@ class FineTuning(Method):
     """See the module."""
 
     name = "ft"
+    writes = True
 
     def __init__(self, base: BaseModel, **options: Any):
         """base, options: see `Method`."""

@@ -69,6 +69,7 @@ class LocatedMethod(PrefixedMethod):
 
     layers: tuple[int, ...]
     search: ValueSearch
+    writes = True
 
     @property
     def corpus(self) -> list[list[int]]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -37,20 +38,24 @@ class Lora(Method):
 
     name = "lora"
 
-    def __init__(self, base: BaseModel, **options: Any):
-        """base, options: see `Method`.
+    @classmethod
+    def check(cls, base: BaseModel) -> None:
+        """See `Method`: the attention must have such projections.
 
-        Raises ConfigError without PEFT, and ModelError for a model whose attention has no such projections.
+        base: see there.
         """
-        super().__init__(base, **options)
-        try:
-            from peft import AdaLoraConfig, get_peft_model
-        except ImportError:
-            raise ConfigError(
-                "LoRA needs PEFT, which is not installed", cure="pip install 'memoir-retrieval[methods]'"
-            ) from None
+        if find_spec("peft") is None:
+            raise ConfigError("PEFT is not installed", cure="pip install 'memoir-retrieval[methods]'")
         if not any(name.rpartition(".")[2] in NAMES for name, _ in base.model.named_modules()):
-            raise ModelError(f"{base.name} has no modules named {' or '.join(NAMES)}: compare methods on another model")
+            raise ModelError(
+                f"{base.name} has no modules named {' or '.join(NAMES)}", cure="compare methods on another model"
+            )
+
+    def __init__(self, base: BaseModel, **options: Any):
+        """base, options: see `Method`."""
+        super().__init__(base, **options)
+        from peft import AdaLoraConfig, get_peft_model
+
         config = AdaLoraConfig(
             task_type="CAUSAL_LM",
             init_r=RANK,

@@ -10,7 +10,8 @@ Deviations: lambda is 15,000 times D / 14,336. Eq. 14 makes the share s / (1 + s
 and the mean of s over the corpus is D / lambda whatever the keys' length: unscaled, a model of D = 1,536 gets at most
 half of each value. One edit at a time, since edits arrive one after another; statistics of as many tokens of
 WikiText as ROME has, instead of 100,000 articles of Wikipedia. On another model the layers are at the same part of the
-depth.
+depth. Models with a norm behind the FFN are refused, such as Gemma 3: what a matrix must put out for a block to put out
+a value is not known there. So are those that are edited in their attention.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 
 from memoir_retrieval.edits.record import Edit
+from memoir_retrieval.errors import ModelError
 from memoir_retrieval.evaluation.methods.located import LocatedMethod, ValueSearch
 from memoir_retrieval.evaluation.methods.method import scaled
 from memoir_retrieval.model.base import BaseModel
@@ -41,6 +43,19 @@ class Memit(LocatedMethod):
         """base, options: see `Method`."""
         super().__init__(base, **options)
         self.layers = tuple(sorted({scaled(layer, base) for layer in range(4, 9)}))
+
+    @classmethod
+    def check(cls, base: BaseModel) -> None:
+        """See `Method`. Values are block outputs, which must change by what a projection adds.
+
+        base: see there.
+        """
+        super().check(base)
+        if not base.block_adds:
+            raise ModelError(
+                f"blocks of {base.name} do not add what {base.module} puts out as it is",
+                cure="compare methods on another model",
+            )
 
     def edit(self, edits: Sequence[Edit]) -> None:
         """See `Method`."""

@@ -45,10 +45,23 @@ class Method:
 
     name: on the command line.
     batch: edits that are made at once; None for any number.
+    writes: whether it takes the projection's weight (`weight`).
     """
 
     name: ClassVar[str]
     batch: ClassVar[int | None] = 1
+    writes: ClassVar[bool] = False
+
+    @classmethod
+    def check(cls, base: BaseModel) -> None:
+        """Raise what keeps the method from editing a model, before anything is run.
+
+        base: the model.
+
+        Raises ModelError for a model that the method cannot edit, and ConfigError for a package that is not installed.
+        """
+        if cls.writes:
+            _plain_weight(base)
 
     def __init__(
         self,
@@ -149,15 +162,10 @@ class Method:
 
         Raises ModelError where the weight lies the other way round, as in GPT-2.
         """
-        weight: Any = base.projection.weight
-        if weight.shape != (base.h, base.d):
-            raise ModelError(
-                f"{base.module} of {base.name} is not a plain linear layer: compare methods on another model"
-            )
+        weight = _plain_weight(base)
         if weight not in self._originals:
             self._originals[weight] = weight.detach().clone()
-        changed: torch.nn.Parameter = weight
-        return changed
+        return weight
 
     def ids(self, text: str) -> list[int]:
         """Token ids of a raw prompt.
@@ -296,6 +304,16 @@ class Unedited(Method):
 
     def edit(self, edits: Sequence[Edit]) -> None:
         """See `Method`."""
+
+
+def _plain_weight(base: BaseModel) -> torch.nn.Parameter:
+    weight: Any = base.projection.weight
+    if weight.shape != (base.h, base.d):
+        raise ModelError(
+            f"{base.module} of {base.name} is not a plain linear layer", cure="compare methods on another model"
+        )
+    plain: torch.nn.Parameter = weight
+    return plain
 
 
 def _predicted(texts: Sequence[list[int]]) -> int:

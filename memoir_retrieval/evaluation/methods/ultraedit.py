@@ -64,6 +64,7 @@ class UltraEdit(Method):
     """
 
     name = "ultraedit"
+    writes = True
     batch = 100
 
     def __init__(self, base: BaseModel, **options: Any):

@@ -43,6 +43,7 @@ class Wise(PrefixedMethod):
     """
 
     name = "wise"
+    writes = True
 
     def __init__(self, base: BaseModel, **options: Any):
         """base, options: see `Method`."""
