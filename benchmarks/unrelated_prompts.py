@@ -46,7 +46,7 @@ def main() -> None:
     rephrasings = _ask(whole, [str(question.prompt) for question in questions])
     contexts = len(store.manifest.masked_contexts)
     for n in options.first or [len(store.edits)]:
-        of = with_first(whole, n)
+        of = with_first(whole, n, keep_tau=True)
         own, threshold = set_tau(of.index, of.store.edits, references, of.judge, contexts)
         print(f"{n} edits: tau {own:.2f}, {threshold}, bound {threshold.bound:.5f}")
         nearest = of.index.nearest(np.concatenate([message.codes for message in messages]), 1)[1][:, 0]

@@ -40,6 +40,7 @@ from memoir_retrieval.lookup.reference import EditedModel
 from memoir_retrieval.lookup.retriever import Asked, Retriever
 from memoir_retrieval.store.manifest import library_version
 from memoir_retrieval.store.read import EditStore, Masks
+from memoir_retrieval.store.threshold import set_tau
 
 __all__ = ["RESULT", "SETS", "RoutingRun", "Row", "Slip", "check_sets", "run_routing", "with_candidates", "with_first"]
 
@@ -72,6 +73,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     set, kind, name: what was asked.
     part: "tune" or "report".
     edits: how many the store has.
+    tau: at which it was asked.
     asked: how many questions.
     found: the share that gets the edit it asks for; None where no edit may act.
     other: the share that gets an edit it does not ask for.
@@ -88,6 +90,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     part: Part
     edits: int
+    tau: float
     asked: int
     found: float | None
     other: float
@@ -137,6 +140,7 @@ def run_routing(
     answers: Literal["none", "some", "all"],
     only: Sequence[str],
     first: Sequence[int],
+    keep_tau: bool,
     about: int | None,
     command: str,
     tell: Callable[[str], None],
@@ -154,13 +158,14 @@ def run_routing(
     answers: which free answers are read; "some": those of `ANSWERED`.
     only: ask no other rows than those of these kinds or names; empty asks all.
     first: ask "edits" and "unrelated" of so many first edits of the store, one after another; empty asks all of it.
+    keep_tau: see `with_first`.
     about: ask "edits" about no more than so many first ones of each store.
     command: noted in the result.
     tell: called with a line on each set before it is asked, and on each file that it lacks.
     Raises ConfigError for a set that `data` does not have, and for more first edits than there are.
     """
     check_sets(sets, data)
-    parts_of_store = [with_first(retriever, n) for n in first] or [retriever]
+    parts_of_store = [with_first(retriever, n, keep_tau=keep_tau) for n in first] or [retriever]
     began, started = time.monotonic(), time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     stored: tuple[int, int] | None = None
     rows: list[Row] = []
@@ -170,7 +175,7 @@ def run_routing(
     def ask(name: str, of: Retriever, questions: Iterable[Question], trained: bool) -> None:
         wanted = [question for question in questions if part in (None, question.part)]
         chosen = _spread([q for q in wanted if not only or {q.kind, q.name} & set(only)], each)
-        tell(f"{name}: {len(chosen)} questions of {len(of.store.edits)} edits")
+        tell(f"{name}: {len(chosen)} questions of {len(of.store.edits)} edits, tau {of.tau:.2f}")
         rows.extend(_rows(name, of, chosen, answers if trained else "none", known))
 
     for name in sets:
@@ -296,11 +301,12 @@ def with_candidates(retriever: Retriever, candidates: bool) -> Retriever:
     return Retriever(replace(store, manifest=manifest), retriever.base, retriever.tau)
 
 
-def with_first(retriever: Retriever, n: int) -> Retriever:
-    """The store as it would be with its first edits alone.
+def with_first(retriever: Retriever, n: int, *, keep_tau: bool = False) -> Retriever:
+    """The store as it would be with its first edits alone, at the tau that it would set itself if it does so.
 
     retriever: of the store.
     n: how many edits.
+    keep_tau: take the retriever's tau all the same.
     Raises ConfigError where it has fewer.
     """
     store = retriever.store
@@ -310,7 +316,12 @@ def with_first(retriever: Retriever, n: int) -> Retriever:
     rows = np.isin(store.ids, [edit.id for edit in edits])
     masks = Masks(store.codes[rows], store.ids[rows], store.memory_of[rows])
     kept = replace(store, masks=masks, edits=edits, additions=())
-    return Retriever(kept, retriever.base, retriever.tau)
+    first = Retriever(kept, retriever.base, retriever.tau)
+    if keep_tau or not store.manifest.threshold:
+        return first
+    contexts = len(store.manifest.masked_contexts)
+    tau, _ = set_tau(first.index, edits, store.references, first.judge, contexts)
+    return Retriever(kept, retriever.base, tau)
 
 
 def _of_edits(
@@ -374,6 +385,7 @@ def _rows(
                 name=what,
                 part=part,
                 edits=len(retriever.store.edits),
+                tau=retriever.tau,
                 asked=len(group),
                 found=round(len(right) / len(group), 4) if wanted else None,
                 other=round(len(other) / len(group), 4),

@@ -9,6 +9,7 @@ import pytest
 from test_cli import EDITS, run, write
 from test_quality import checked
 
+from memoir_retrieval.background import reference_prompts
 from memoir_retrieval.editing.build_masks import build
 from memoir_retrieval.editing.editor import Editor
 from memoir_retrieval.edits.record import Edit, StoredEdit
@@ -28,7 +29,7 @@ from memoir_retrieval.evaluation.routing_data import (
     unrelated,
     writings,
 )
-from memoir_retrieval.evaluation.routing_run import _rows
+from memoir_retrieval.evaluation.routing_run import _rows, with_first
 from memoir_retrieval.lookup.retriever import Retriever
 from memoir_retrieval.model.base import load_model
 from memoir_retrieval.store.read import EditStore
@@ -190,6 +191,26 @@ def test_first_edits_are_asked_as_a_store_of_their_own_and_every_loss_has_a_reas
     assert [(row["edits"], row["asked"]) for row in json.loads(out)["rows"]] == [(len(EDITS), 1)]
     code, _, err = run(capsys, "bench", "routing", tmp_path / "masks", "--first", len(EDITS) + 1, *asked)
     assert code != 0 and f"the store has {len(EDITS)} edits, not {len(EDITS) + 1}" in err
+
+
+def test_first_edits_are_asked_at_the_tau_of_a_store_of_their_own(tiny: Path, tmp_path: Path) -> None:
+    """Pooled over all tokens, whose masks decide alone: one edit sets tau for all of them."""
+    base = load_model(tiny)
+    edits = [Edit(prompt=edit["prompt"], target=edit["target"]) for edit in EDITS]
+    edits.append(Edit(prompt=f"{reference_prompts()[0]} Please.", target="-"))
+    taus = []
+    for n in (len(edits) - 1, len(edits)):
+        with Editor(base, tmp_path / str(n), chat=True, rule="all") as editor:
+            build(editor, edits[:n])
+        taus.append(EditStore.open(tmp_path / str(n)).manifest.tau)
+    whole = Retriever(EditStore.open(tmp_path / str(len(edits))), base)
+    assert taus[0] < taus[1] == whole.tau
+    assert [with_first(whole, n).tau for n in (len(edits) - 1, len(edits))] == taus
+    assert with_first(whole, 1, keep_tau=True).tau == whole.tau
+
+    with Editor(base, tmp_path / "chosen", chat=True, tau=0.3) as editor:
+        build(editor, edits)
+    assert with_first(Retriever(EditStore.open(tmp_path / "chosen"), base), 1).tau == 0.3
 
 
 def test_a_loss_is_put_down_to_the_mask_the_judge_or_another_edit(tiny: Path, tmp_path: Path) -> None:

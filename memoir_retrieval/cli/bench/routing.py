@@ -74,7 +74,8 @@ OWN = ("edits", "siblings", "opposites", "faq", "unrelated")
     multiple=True,
     type=click.IntRange(min=1),
     metavar="N",
-    help="Ask edits and unrelated prompts of the first N edits of DIR only; may be repeated (default: all edits).",
+    help="Ask edits and unrelated prompts of the first N edits of DIR only, at the tau that a store of these sets where "
+    "DIR sets its own; may be repeated (default: all edits).",
 )
 @click.option("--about", type=click.IntRange(min=1), metavar="N", help="Ask about the first N edits only.")
 @click.option("--part", type=click.Choice(["tune", "report"]), help="Ask this half only (default: both).")
@@ -176,6 +177,7 @@ def bench_routing(
             answers=answers,
             only=only,
             first=first,
+            keep_tau=tau is not None,
             about=about,
             command=shlex.join(["memoir", *sys.argv[1:]]),
             tell=notes.print,
