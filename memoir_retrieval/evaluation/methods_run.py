@@ -61,7 +61,7 @@ class ChangedShares(msgspec.Struct, frozen=True):
 
     questions: of the edits' own unrelated questions, None where there are none.
     controls: of the library's prompts. Stores set tau by these, so memoir and reading may do better on them than
-        elsewhere.
+        elsewhere. Of those behind the first 100, WISE was trained on some.
     """
 
     questions: float | None
@@ -75,7 +75,8 @@ class CurvePoint(msgspec.Struct, frozen=True, kw_only=True):
     reliability, generality, locality, average: teacher-forced, as `Scores` has them.
     exact: free answers that equal the target, capitals and a full stop at the end aside.
     contains: free answers in which the target stands as words.
-    perplexity: of unrelated prompts, over that of the base model; e^100 where it is more, or no number.
+    perplexity: of prompts of the library, over that of the base model; e^100 where it is more, or no number. Stores set
+        tau by these prompts, so that of memoir and of reading is 1, or hardly more.
     """
 
     edits: int

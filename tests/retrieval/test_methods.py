@@ -37,7 +37,7 @@ from memoir_retrieval.evaluation.methods.method import Method, PrefixedMethod, U
 from memoir_retrieval.evaluation.methods.rome import Rome, rank_one
 from memoir_retrieval.evaluation.methods.rows import Rows
 from memoir_retrieval.evaluation.methods.ultraedit import RunningMoments, UltraEdit, ridge
-from memoir_retrieval.evaluation.methods.wise import margin
+from memoir_retrieval.evaluation.methods.wise import Wise, margin
 from memoir_retrieval.evaluation.methods_run import DIVERGED, MOST, MethodScores, run_method, unedited_answers
 from memoir_retrieval.evaluation.published_loop import train_published
 from memoir_retrieval.model.base import BaseModel, load_model
@@ -398,6 +398,22 @@ def test_grace_answers_the_prompt_and_nothing_far_from_it(base: BaseModel) -> No
     prompts = [method.ids(OTHER.prompt), method.ids(EDIT.prompt)]
     edited, plain = method.choices(prompts, [[1, 2]] * 2), Unedited(base).choices(prompts, [[1, 2]] * 2)
     assert edited[0] == plain[0] and edited[1] != plain[1]
+    method.close()
+
+
+def test_the_threshold_of_wise_is_that_of_prompts_as_requests_are_judged(
+    base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("memoir_retrieval.evaluation.methods.wise.STEPS", 2)
+    method = open_method("wise", base)
+    assert isinstance(method, Wise)
+    method.edit([EDIT])
+    activations = []
+    for prompt in (EDIT.prompt, *(f"{prefix} {EDIT.prompt}" for prefix in method.prefixes)):
+        inputs = Rows(base, [method.ids(prompt)], [[]]).activations[0]
+        side, main = (functional.silu(inputs @ weight.T) for weight in (method.side, method.main))
+        activations.append((side - main).norm(dim=-1).mean())
+    assert method.least == pytest.approx(float(sum(activations)) / 11, rel=1e-4)
     method.close()
 
 

@@ -83,9 +83,10 @@ def bench_methods(
     rel, gen, loc and avg are teacher-forced, as papers measure. exact and contains are shares of free answers, which
     end where the model ends them, of the edits and of their rephrasings. changed is the share of unrelated prompts
     whose free answer changed, of the edits' unrelated questions and of the library's prompts. perplexity is that of
-    unrelated prompts, as a multiple of the base model's, and names the edit at which it was seen above 10. Prompts are
-    raw, the model is in float32. The page in the folder of --out has pictures, also of what methods answer after the
-    first 1, 10, 100 ... edits.
+    prompts of the library, as a multiple of the base model's, and names the edit at which it was seen above 10. Stores
+    set tau by the library's prompts, so memoir and reading may do better on them than elsewhere. Prompts are raw, the
+    model is in float32. The page in the folder of --out has pictures, also of what methods answer after the first 1,
+    10, 100 ... edits.
 
     \b
     Example:

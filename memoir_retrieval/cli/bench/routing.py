@@ -74,7 +74,7 @@ OWN = ("edits", "siblings", "opposites", "faq", "unrelated")
     multiple=True,
     type=click.IntRange(min=1),
     metavar="N",
-    help="Ask edits and unrelated prompts of the first N edits of DIR only, at the tau that a store of these sets where "
+    help="Ask edits and unrelated prompts of the first N edits of DIR only, at the tau that a store of these sets if "
     "DIR sets its own; may be repeated (default: all edits).",
 )
 @click.option("--about", type=click.IntRange(min=1), metavar="N", help="Ask about the first N edits only.")

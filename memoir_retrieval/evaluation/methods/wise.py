@@ -9,8 +9,10 @@ Each edit is trained with 10 prefixes that the model wrote, and an unrelated pro
 
 Deviations: fewer than 500 edits make one shard, so nothing is merged (section 2.3.2). As in EasyEdit the activation is
 the distance of both outputs behind the activation function, not of the outputs themselves. A request is given to one
-memory by the mean over its prompt; EasyEdit decides again for each token it generates. The unrelated prompt is one of
-the library's. The layer is the one that memoir edits.
+memory by the mean over its prompt; EasyEdit decides again for each token it generates, and by prompt and answer where
+it forces an answer. So the threshold is that of edits' prompts, bare and prefixed; EasyEdit's is that of prompts with
+their answers. The unrelated prompt is one of the library's background prompts, of which `memoir bench methods` asks
+some where --controls is above 100. The layer is the one that memoir edits.
 """
 
 from __future__ import annotations
@@ -86,9 +88,9 @@ class Wise(PrefixedMethod):
                     weights=partial(self._bound, side),
                 )
             self.side = side.detach()
-            self.least = min(
-                self.least, float(_distance(_activated(rows.activations, self.side), main, real)[:-1].mean())
-            )
+            asked = torch.arange(rows.ids.shape[1]) < torch.tensor(rows.starts)[:, None]  # as a request is judged
+            trained = _distance(_activated(rows.activations, self.side), main, asked.to(real.device))
+            self.least = min(self.least, float(trained[:-1].mean()))
             self._edits += 1
 
     def _loss(self, rows: Rows, main: torch.Tensor, side: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
