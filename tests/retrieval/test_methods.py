@@ -42,6 +42,7 @@ from memoir_retrieval.evaluation.methods_run import DIVERGED, MOST, MethodScores
 from memoir_retrieval.evaluation.published_loop import train_published
 from memoir_retrieval.model.base import BaseModel, load_model
 from memoir_retrieval.model.embedded import get_model
+from memoir_retrieval.model.places import Place
 
 EDIT = Edit(
     prompt="The founder of Exampleton",
@@ -270,17 +271,28 @@ def test_methods_that_cannot_be_run_are_refused_before_any_is(
 
 
 @pytest.mark.parametrize(
-    ("layout", "refused"),
+    ("layout", "place", "refused"),
     [
-        ("gpt2", r"\(ft, wise, rome, memit, alphaedit, ultraedit: transformer.h.1.mlp.c_proj of .* is not a plain"),
-        ("gemma3", r"\(memit, alphaedit: blocks of .* do not add what .*mlp.down_proj puts out as it is"),
+        (
+            "gpt2",
+            None,
+            r"\(ft, wise, rome, memit, alphaedit, ultraedit: transformer.h.1.mlp.c_proj of .* is not a plain",
+        ),
+        (
+            "gpt2",
+            "attention",
+            r"\(ft, wise, rome, memit, alphaedit, ultraedit: transformer.h.1.attn.c_proj of .* is not",
+        ),
+        ("gemma3", None, r"\(memit, alphaedit: blocks of .* do not add what .*mlp.down_proj puts out as it is"),
     ],
 )
-def test_methods_are_refused_for_a_model_that_they_cannot_edit(tmp_path: Path, layout: str, refused: str) -> None:
+def test_methods_are_refused_for_a_model_that_they_cannot_edit(
+    tmp_path: Path, layout: str, place: Place | None, refused: str
+) -> None:
     save(LAYOUTS[layout].config, tmp_path)
     names = [name for name in METHODS if name != "lora"]
     with pytest.raises(ConfigError, match=refused):
-        check_methods(names, load_model(str(tmp_path)))
+        check_methods(names, load_model(str(tmp_path), place=place))
 
 
 def test_what_was_measured_before_a_method_broke_is_in_the_table(

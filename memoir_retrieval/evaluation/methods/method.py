@@ -307,11 +307,11 @@ class Unedited(Method):
 
 
 def _plain_weight(base: BaseModel) -> torch.nn.Parameter:
-    weight: Any = base.projection.weight
-    if weight.shape != (base.h, base.d):
+    if not isinstance(base.projection, torch.nn.Linear):
         raise ModelError(
             f"{base.module} of {base.name} is not a plain linear layer", cure="compare methods on another model"
         )
+    weight: Any = base.projection.weight
     plain: torch.nn.Parameter = weight
     return plain
 
