@@ -88,8 +88,8 @@ class Wise(PrefixedMethod):
                     weights=partial(self._bound, side),
                 )
             self.side = side.detach()
-            asked = torch.arange(rows.ids.shape[1]) < torch.tensor(rows.starts)[:, None]  # as a request is judged
-            trained = _distance(_activated(rows.activations, self.side), main, asked.to(real.device))
+            in_prompt = torch.arange(rows.ids.shape[1]) < torch.tensor(rows.starts)[:, None]  # as a request is judged
+            trained = _distance(_activated(rows.activations, self.side), main, in_prompt.to(real.device))
             self.least = min(self.least, float(trained[:-1].mean()))
             self._edits += 1
 
