@@ -23,7 +23,7 @@ __all__ = [
     "contradiction",
     "distinct",
     "plan",
-    "rival",
+    "rivals",
     "same_edit",
 ]
 
@@ -129,14 +129,14 @@ def contradiction(stored: StoredEdit, edit: Edit) -> str:
     )
 
 
-def rival(
+def rivals(
     edit: Edit | StoredEdit,
     code: np.ndarray,
     index: HammingIndex,
     stored: Sequence[StoredEdit],
     judge: Judge | None,
-) -> Conflicting | None:
-    """The stored edit that answers the same question differently, going by the masks and the judge.
+) -> list[Conflicting]:
+    """The stored edits that answer the same question differently, going by the masks and the judge; the nearest first.
 
     edit: the new one.
     code: uint8 [1, D/8], its mask.
@@ -145,14 +145,18 @@ def rival(
     judge: the store's, which tells questions apart by their words; None where masks alone do.
     """
     if index.search(code, SAME_QUESTION).ids[0] < 0:
-        return None
-    # Similar questions about other names are no rivals: the nearest that may answer this one is, or would be.
-    for number, overlap in _similar(code, index):
-        other = next(candidate for candidate in stored if candidate.id == number)
-        if one_question(other, edit) and (judge is None or _alike(judge, other.prompt, edit.prompt)):
-            same = not other.trained or prompt_key(other.target) == prompt_key(edit.target)
-            return None if same else Conflicting(edit.prompt, edit.target, other, round(overlap, 4))
-    return None
+        return []
+    overlaps = dict(_similar(code, index))
+    by_id = {other.id: other for other in stored if other.id in overlaps}
+    # Similar questions about other names are no rivals.
+    return [
+        Conflicting(edit.prompt, edit.target, other, round(overlap, 4))
+        for other, overlap in ((by_id[number], overlap) for number, overlap in overlaps.items())
+        if other.trained
+        and prompt_key(other.target) != prompt_key(edit.target)
+        and one_question(other, edit)
+        and (judge is None or _alike(judge, other.prompt, edit.prompt))
+    ]
 
 
 def _alike(judge: Judge, a: str, b: str) -> bool:

@@ -185,8 +185,8 @@ class Editor:
         on_conflict: what happens to a question that the store, or an edit before, answers differently. The same text:
             "refuse" and "both" raise EditFileError before the first edit is trained, "first" keeps the edit that was
             there first, "last" replaces it.
-            Other words with nearly the same mask: "refuse" and "first" leave the new edit out, "last" replaces the
-            stored one, "both" stores it beside that one; each is reported.
+            Other words with nearly the same mask: "refuse" and "first" leave the new edit out, "last" replaces all
+            stored ones that answer differently, "both" stores it beside them; each is reported.
         rephrase_masks: an edit's rephrasings are trained too and get masks of their own. One that is stored without
             these masks is trained again, and replaced.
         keep_failed: store edits that failed the audit as well, unless training gave NaN or infinite numbers.

@@ -229,20 +229,22 @@ class OpenStore:
         self.memories.append(torch.zeros(self.base.h, self.base.d, device=self.base.device))
         return len(self.memories) - 1
 
-    def add(self, edit: StoredEdit, codes: np.ndarray, columns: torch.Tensor, old: StoredEdit | None) -> None:
+    def add(
+        self, edit: StoredEdit, codes: np.ndarray, columns: torch.Tensor, replaced: Sequence[StoredEdit] | None
+    ) -> None:
         """Take up an edit whose memory holds it already.
 
         edit: as it is stored.
         codes: uint8 [R, D/8], its masks.
         columns: int64 [C], those of its memory that were changed for it.
-        old: the edit that it replaces; in its place if it is the same one, trained again.
+        replaced: the edits that it replaces, if any; in its place where one is the same, trained again.
         Raises StoreError where an interruption has left another by halves.
         """
         if self._by_halves:
             raise StoreError(f"an edit was being taken up into {self.path} when this was interrupted: open it again")
         self._by_halves = True
         place = len(self.edits)
-        if old:
+        for old in replaced or ():
             self._commits.rewrite()
             self.index.remove([old.id])
             if old.id == edit.id:

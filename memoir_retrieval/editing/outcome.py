@@ -31,7 +31,8 @@ class Outcome:
     skipped: how many the store had, came twice, or on_conflict "first" left out.
     retried: how many took a second try.
     failed: those that the audit refused.
-    conflicting: those whose question is stored in other words with another target.
+    conflicting: those whose question is stored in other words with another target, each with the nearest such edit, or
+        with on_conflict "last" once for each that it has replaced.
     renewed: ids of stored edits that later ones had overwritten, and that were trained again.
     """
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from memoir_retrieval.editing.conflicts import Conflict, distinct, rival
+from memoir_retrieval.editing.conflicts import Conflict, Conflicting, distinct, rivals
 from memoir_retrieval.editing.open_store import OpenStore
 from memoir_retrieval.editing.outcome import Failed, Outcome, Progress
 from memoir_retrieval.editing.places import Places
@@ -199,41 +199,44 @@ class Session:
         manifest = self._store.manifest
         together = range(distinct(np.concatenate([rows[:1] for rows in codes]), manifest.d, manifest.k))
         here = {edit.id: edit for edit in self._store.edits} if any(new.old for new in edits) else {}
-        replaced: dict[int, StoredEdit] = {}
+        replaced: dict[int, list[StoredEdit]] = {}
         refused: set[int] = set()
         for i in together:
-            planned, conflict = edits[i].old, None
+            new = edits[i]
             # As it is now: another may have been trained in its place since that was planned, or it itself again.
-            old = here.get(planned.id) if planned else None
-            if old is None:
-                conflict = rival(edits[i].edit, codes[i][:1], self._store.index, self._store.edits, self._store.judge)
-                old = conflict.stored if conflict and choices.on_conflict == "last" else None
-            if old and old in replaced.values():
+            planned = here.get(new.old.id) if new.old else None
+            olds, against = [planned] if planned else [], list[Conflicting]()
+            if planned is None or planned.id != new.id:  # what is trained again was compared when it came
+                against = rivals(new.edit, codes[i][:1], self._store.index, self._store.edits, self._store.judge)
+                against = [conflict for conflict in against if conflict.stored != planned]
+            if choices.on_conflict == "last":
+                olds += [conflict.stored for conflict in against]
+            if any(old in taken for taken in replaced.values() for old in olds):
                 together = range(i)  # the next batch meets what has replaced it
                 break
-            if conflict:
-                outcome.conflicting.append(conflict)
-                if choices.on_conflict in ("refuse", "first"):
-                    refused.add(i)
-            if old:
-                replaced[i] = old
-        for old in replaced.values():
+            outcome.conflicting += against if choices.on_conflict == "last" else against[:1]
+            if against and choices.on_conflict in ("refuse", "first"):
+                refused.add(i)
+            elif olds:
+                replaced[i] = olds
+        for old in (old for olds in replaced.values() for old in olds):
             self.trainer.forget(old.id)
         trained = [i for i in together if i not in refused]
         learnt = dict(zip(trained, self.trainer.learn([tasks[i] for i in trained]), strict=True)) if trained else {}
         stored: list[StoredEdit | None] = [None for _ in together]
         for i in trained:
             outcome.retried += learnt[i].retried
-            task, result = self._elsewhere(tasks[i], learnt[i], memories, [replaced[j].id for j in replaced if j >= i])
+            later = [old.id for j, olds in replaced.items() if j >= i for old in olds]
+            task, result = self._elsewhere(tasks[i], learnt[i], memories, later)
             for edit in (*learnt[i].stale, *result.stale):
                 self.trainer.forget(edit)
                 self._lost.append(edit)
             if result.reason:
                 outcome.failed.append(Failed(task.edit.prompt, task.edit.target, result.reason))
             if result.reason and not (choices.keep_failed and result.trained.finite):
-                self._put_back(replaced.get(i))
+                self._put_back(replaced.get(i, ()))
             else:
-                stored[i] = self._take_up(task, result, codes[i], replaced.get(i))
+                stored[i] = self._take_up(task, result, codes[i], replaced.get(i, ()))
         outcome.stored += [edit for edit in stored if edit]
         return stored
 
@@ -256,11 +259,12 @@ class Session:
                     break
         return task, learnt
 
-    def _put_back(self, old: StoredEdit | None) -> None:
-        if old and old.trained:
-            self.trainer.remember(old.memory, old, int((self._store.index.ids == old.id).sum()))
+    def _put_back(self, olds: Sequence[StoredEdit]) -> None:
+        for old in olds:
+            if old.trained:
+                self.trainer.remember(old.memory, old, int((self._store.index.ids == old.id).sum()))
 
-    def _take_up(self, task: Task, learnt: Learnt, codes: np.ndarray, old: StoredEdit | None) -> StoredEdit:
+    def _take_up(self, task: Task, learnt: Learnt, codes: np.ndarray, olds: Sequence[StoredEdit]) -> StoredEdit:
         edit, trained = task.edit, learnt.trained
         stored = stored_as(
             edit,
@@ -278,7 +282,7 @@ class Session:
         before = memory[:, trained.columns]
         try:
             self.trainer.take(task, trained)
-            self._store.add(stored, codes, trained.columns, old)
+            self._store.add(stored, codes, trained.columns, olds)
         except BaseException:
             # The edits before this one are committed now: without the columns of one that is not stored.
             if not any(edit is stored for edit in self._store.edits):

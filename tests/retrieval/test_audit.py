@@ -406,6 +406,35 @@ def test_a_question_stored_in_other_words_with_another_target(
     assert answers(tmp_path, base, [third]) == ["Somebody"]
 
 
+@pytest.mark.parametrize("prompt", [AARHUS.prompt, "Who is it that founded Aarhus?"])
+def test_the_last_answer_to_a_question_is_the_only_one_in_all_its_wordings(
+    base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prompt: str
+) -> None:
+    monkeypatch.setattr(conflicts, "SAME_QUESTION", 0.6)
+    with Editor(base, tmp_path) as editor:
+        editor.add([AARHUS, Edit(prompt="Who founded, say, Aarhus?", target=AARHUS.target), PISA])
+        assert [edit.id for edit in editor.edits] == [0, 1, 2]
+        (last,) = editor.add([Edit(prompt=prompt, target="Cid")], on_conflict="last")
+        assert sorted(edit.prompt for edit in editor.edits) == sorted([PISA.prompt, prompt])
+        others = {0, 1} if prompt != AARHUS.prompt else {1}
+        assert {conflict.stored.id for conflict in editor.outcome.conflicting} == others
+        assert set(editor.index.ids.tolist()) == {2, last.id}
+    assert answers(tmp_path, base, [Edit(prompt=prompt, target="Cid"), PISA]) == ["Cid", PISA.target]
+
+
+def test_a_nearer_edit_that_agrees_hides_no_other_answer(
+    base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conflicts, "SAME_QUESTION", 0.6)
+    with Editor(base, tmp_path) as editor:
+        editor.add([AARHUS])
+        (other,) = editor.add([REWORDED], on_conflict="both")
+        for choice in ("refuse", "first"):
+            # Of the same tokens but for its mark, so AARHUS is the nearest.
+            assert editor.add([Edit(prompt="Who founded Aarhus", target=AARHUS.target)], on_conflict=choice) == []
+            assert [conflict.stored.id for conflict in editor.outcome.conflicting] == [other.id]
+
+
 @pytest.mark.parametrize("why", ["conflicting", "failed"])
 def test_a_run_that_stores_nothing_writes_no_checkpoint(
     base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str
