@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -12,7 +13,7 @@ import numpy as np
 from memoir_index import HammingIndex, unpack
 from memoir_retrieval.edits.files import check_duplicates
 from memoir_retrieval.edits.judge import Judge
-from memoir_retrieval.edits.record import Edit, StoredEdit, prompt_key
+from memoir_retrieval.edits.record import Edit, StoredEdit, masked_texts, prompt_key
 from memoir_retrieval.edits.requires import one_question
 from memoir_retrieval.errors import EditFileError, Reason
 
@@ -40,7 +41,7 @@ class Conflicting:
 
     prompt, target: of the edit that came later.
     stored: the edit of the store.
-    overlap: of their masks, in [0, 1]; 1.0 where the prompts are the same text.
+    overlap: of their masks, in [0, 1], those of rephrasings included; 1.0 where a wording of both is the same text.
     """
 
     prompt: str
@@ -131,32 +132,43 @@ def contradiction(stored: StoredEdit, edit: Edit) -> str:
 
 def rivals(
     edit: Edit | StoredEdit,
-    code: np.ndarray,
+    codes: np.ndarray,
     index: HammingIndex,
     stored: Sequence[StoredEdit],
     judge: Judge | None,
+    contexts: int = 0,
 ) -> list[Conflicting]:
     """The stored edits that answer the same question differently, going by the masks and the judge; the nearest first.
 
     edit: the new one.
-    code: uint8 [1, D/8], its mask.
+    codes: uint8 [R, D/8], the masks of its prompt and of the first R - 1 of its rephrasings.
     index: the masks of the stored edits.
     stored: these edits.
     judge: the store's, which tells questions apart by their words; None where masks alone do.
+    contexts: how many masks each edit has of its question after something else.
     """
-    if index.search(code, SAME_QUESTION).ids[0] < 0:
-        return []
-    overlaps = dict(_similar(code, index))
-    by_id = {other.id: other for other in stored if other.id in overlaps}
-    # Similar questions about other names are no rivals.
-    return [
-        Conflicting(edit.prompt, edit.target, other, round(overlap, 4))
-        for other, overlap in ((by_id[number], overlap) for number, overlap in overlaps.items())
-        if other.trained
-        and prompt_key(other.target) != prompt_key(edit.target)
-        and one_question(other, edit)
-        and (judge is None or _alike(judge, other.prompt, edit.prompt))
-    ]
+    overlaps: dict[int, float] = {}
+    alike: set[int] = set()
+    for text, code in zip((edit.prompt, *edit.rephrases), codes[:, None], strict=False):
+        if index.search(code, SAME_QUESTION).ids[0] < 0:
+            continue
+        near = dict(_similar(code, index))
+        masks = Counter(index.ids[np.isin(index.ids, list(near))].tolist())
+        for other in stored:
+            if other.id not in near or not other.trained or prompt_key(other.target) == prompt_key(edit.target):
+                continue
+            overlaps[other.id] = max(near[other.id], overlaps.get(other.id, 0.0))
+            # Similar questions about other names are no rivals.
+            if other.id not in alike and any(
+                one_question(other, wording, edit, text) and (judge is None or _alike(judge, wording, text))
+                for wording in masked_texts(other, masks[other.id], contexts)
+            ):
+                alike.add(other.id)
+    against = [
+        Conflicting(edit.prompt, edit.target, other, round(overlaps[other.id], 4))
+        for other in stored if other.id in alike
+    ]  # fmt: skip
+    return sorted(against, key=lambda conflict: -conflict.overlap)
 
 
 def _alike(judge: Judge, a: str, b: str) -> bool:
@@ -176,14 +188,14 @@ def _similar(code: np.ndarray, index: HammingIndex) -> list[tuple[int, float]]:
         n *= 4
 
 
-def distinct(codes: np.ndarray, d: int, k: int) -> int:
-    """How many masks come before the first that asks the same question as one before it; all where none does.
+def distinct(codes: Sequence[np.ndarray], d: int, k: int) -> int:
+    """How many edits come before the first that asks the same question as one before it; all where none does.
 
-    codes: uint8 [N, D/8], the masks, packed.
+    codes: of each edit uint8 [R, D/8], the masks of its wordings, packed.
     d: bits of a mask, D.
     k: bits that are set in each.
     """
-    bits = unpack(codes, d).astype(np.float32)
-    alike = bits @ bits.T >= SAME_QUESTION * k
-    repeated = np.flatnonzero(np.tril(alike, -1).any(axis=1))
-    return int(repeated[0]) if len(repeated) else len(codes)
+    bits = unpack(np.concatenate(codes), d).astype(np.float32)
+    edit = np.repeat(np.arange(len(codes)), [len(rows) for rows in codes])
+    alike = (bits @ bits.T >= SAME_QUESTION * k) & (edit[:, None] > edit)
+    return int(edit[alike.any(axis=1)].min(initial=len(codes)))

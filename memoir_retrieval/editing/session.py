@@ -196,9 +196,11 @@ class Session:
         tasks = [Task(new.id, new.edit, memory, new.rephrases) for new, memory in zip(edits, memories, strict=False)]
         codes = self.trainer.prepare(tasks)
         # Two of one question are trained one after the other, so that the second meets the first in the store.
-        manifest = self._store.manifest
-        together = range(distinct(np.concatenate([rows[:1] for rows in codes]), manifest.d, manifest.k))
-        here = {edit.id: edit for edit in self._store.edits} if any(new.old for new in edits) else {}
+        store, manifest = self._store, self._store.manifest
+        contexts = len(manifest.masked_contexts)
+        wordings = [np.delete(rows, range(1, 1 + contexts), axis=0) for rows in codes]
+        together = range(distinct(wordings, manifest.d, manifest.k))
+        here = {edit.id: edit for edit in store.edits} if any(new.old for new in edits) else {}
         replaced: dict[int, list[StoredEdit]] = {}
         refused: set[int] = set()
         for i in together:
@@ -207,7 +209,7 @@ class Session:
             planned = here.get(new.old.id) if new.old else None
             olds, against = [planned] if planned else [], list[Conflicting]()
             if planned is None or planned.id != new.id:  # what is trained again was compared when it came
-                against = rivals(new.edit, codes[i][:1], self._store.index, self._store.edits, self._store.judge)
+                against = rivals(new.edit, wordings[i], store.index, store.edits, store.judge, contexts)
                 against = [conflict for conflict in against if conflict.stored != planned]
             if choices.on_conflict == "last":
                 olds += [conflict.stored for conflict in against]

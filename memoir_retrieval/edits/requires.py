@@ -145,12 +145,13 @@ def _phrases(entry: str | tuple[str, ...]) -> tuple[Phrase, ...]:
     return tuple({words(text): None for text in _texts(entry)})
 
 
-def one_question(a: Edit | StoredEdit, b: Edit | StoredEdit) -> bool:
-    """Whether what two edits require lets one of them act on the other's prompt.
+def one_question(a: Edit | StoredEdit, text_a: str, b: Edit | StoredEdit, text_b: str) -> bool:
+    """Whether what two edits require lets one of them act on a wording of the other.
 
-    a, b: the edits; one that requires nothing may act on any prompt.
+    a, b: the edits; one that requires nothing may act on any wording.
+    text_a, text_b: a wording of each.
     """
-    return _may_act(a, b.prompt) or _may_act(b, a.prompt)
+    return _may_act(a, text_b) or _may_act(b, text_a)
 
 
 def _may_act(edit: Edit | StoredEdit, prompt: str) -> bool:

@@ -470,6 +470,28 @@ def test_rephrasings_get_masks_of_their_own(base: BaseModel, tmp_path: Path) -> 
         np.testing.assert_allclose(read.used, used, atol=1e-3)
 
 
+def test_a_rephrasing_may_be_the_question_of_another_edit(base: BaseModel, tmp_path: Path) -> None:
+    """Its mask would be as near as the other's own, so one of two answers would be given by chance."""
+    other = Edit(prompt="Name whoever started that town.", target="Nobody", rephrases=(AARHUS.prompt,))
+    with Editor(base, tmp_path / "later") as editor:
+        editor.add([AARHUS, PISA])
+        assert editor.add([other], rephrase_masks=True) == []
+        (conflict,) = editor.outcome.conflicting
+        assert (conflict.prompt, conflict.stored.id, conflict.overlap) == (other.prompt, 0, 1.0)
+        (stored,) = editor.add([other], rephrase_masks=True, on_conflict="last")
+        assert [edit.id for edit in editor.edits] == [1, stored.id]
+    with Editor(base, tmp_path / "before") as editor:
+        editor.add([other], rephrase_masks=True)
+        assert editor.add([AARHUS]) == []
+        assert [conflict.stored.id for conflict in editor.outcome.conflicting] == [0]
+    with Editor(base, tmp_path / "together") as editor:
+        editor.add([other, PISA, AARHUS], rephrase_masks=True, side_by_side=3)
+        assert [edit.prompt for edit in editor.edits] == [other.prompt, PISA.prompt]
+        assert [conflict.prompt for conflict in editor.outcome.conflicting] == [AARHUS.prompt]
+    with Editor(base, tmp_path / "unmasked") as editor:  # without masks of their own rephrasings decide nothing
+        assert len(editor.add([other, AARHUS])) == 2 and not editor.outcome.conflicting
+
+
 def test_the_summary_names_what_was_left_out(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
