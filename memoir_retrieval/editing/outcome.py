@@ -12,7 +12,8 @@ __all__ = ["Failed", "Outcome", "Progress", "TrainingStep"]
 
 @dataclass(frozen=True)
 class Failed:
-    """An edit that was not stored, or with `keep_failed` stored although the audit speaks against it.
+    """An edit that was not stored, or that is stored although it is not answered: with `keep_failed`, or because later
+    edits have overwritten it for good.
 
     prompt, target: of the edit.
     reason: what speaks against it.
@@ -30,7 +31,7 @@ class Outcome:
     stored: the new edits.
     skipped: how many the store had, came twice, or on_conflict "first" left out.
     retried: how many took a second try.
-    failed: those that the audit refused.
+    failed: those that the audit refused, and stored ones that later edits have overwritten for good.
     conflicting: those whose question is stored in other words with another target, each with the nearest such edit, or
         with on_conflict "last" once for each that it has replaced.
     renewed: ids of stored edits that later ones had overwritten, and that were trained again.

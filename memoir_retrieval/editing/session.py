@@ -94,6 +94,7 @@ class Session:
         self._met: set[int] = set()  # memories that an edit was trained in
         self._turn: dict[int, int] = {}  # the edit of each memory that was asked last
         self._lost: list[int] = []
+        self._tried: set[int] = set()  # ids of edits that were trained again, or were not learnt
 
     def stored_again(self, edits: Sequence[StoredEdit], masks: Counter[int]) -> list[NewEdit]:
         """Stored edits as they are trained from nothing.
@@ -142,24 +143,41 @@ class Session:
         """Train again, elsewhere, what later edits have overwritten. The audit of each asks its neighbours only.
 
         once: ids of those that are not trained again any more; they are added to it.
-        Returns whether there was anything.
+        Returns whether there was anything. What is given up is among the failed of the outcome.
         """
         stored = {edit.id: edit for edit in self._store.edits} if self._lost else {}
-        lost = [stored[i] for i in dict.fromkeys(self._lost) if i in stored and i not in once]
-        # One that took all steps of its second try was never learnt, and is stored since somebody wanted it so.
-        lost = [edit for edit in lost if edit.steps < 2 * self._store.training.max_steps]
+        lost = [stored[i] for i in dict.fromkeys(self._lost) if i in stored]
         self._lost.clear()
+        # One that took all steps of its second try costs as many again, and is likely to be lost again.
+        given_up = {edit.id for edit in lost if edit.id in once or (edit.id in self._tried and self._took_all(edit))}
+        for edit in lost:
+            if edit.id in given_up:
+                self._fail(outcome, Failed(edit.prompt, edit.target, "later edits have overwritten it"))
+        lost = [edit for edit in lost if edit.id not in given_up]
         choices = choices._replace(on_conflict="both", keep_failed=True, left=1)
         masks = Counter(self._store.index.ids.tolist()) if lost else Counter()
         for new in self.stored_again(lost, masks):
             again = Outcome()
             self.train([new._replace(old=stored[new.id])], again, choices)
-            outcome.failed += again.failed
+            for failed in again.failed:
+                self._fail(outcome, failed)
             once.add(new.id)
+            self._tried.add(new.id)
+            self._lost = [i for i in self._lost if i != new.id]  # noted before it was trained again
             # One may be lost in several memories, one after the other.
             if not again.failed and new.id not in outcome.renewed:
                 outcome.renewed.append(new.id)
         return bool(lost)
+
+    def _took_all(self, edit: StoredEdit) -> bool:
+        """Whether an edit took all steps of its second try: it is hardly learnt, or not at all."""
+        return edit.steps >= 2 * self._store.training.max_steps
+
+    @staticmethod
+    def _fail(outcome: Outcome, failed: Failed) -> None:
+        """Name an edit among the failed ones, once."""
+        if (failed.prompt, failed.target) not in {(other.prompt, other.target) for other in outcome.failed}:
+            outcome.failed.append(failed)
 
     def _unknown(self, number: int) -> int:
         """How many edits of a memory are of other runs, which may have been cut off before they asked these back."""
@@ -235,6 +253,7 @@ class Session:
                 self._lost.append(edit)
             if result.reason:
                 outcome.failed.append(Failed(task.edit.prompt, task.edit.target, result.reason))
+                self._tried.add(task.id)
             if result.reason and not (choices.keep_failed and result.trained.finite):
                 self._put_back(replaced.get(i, ()))
             else:

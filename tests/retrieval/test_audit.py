@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -231,6 +232,38 @@ def test_an_edit_is_not_blamed_for_what_was_lost_before(base: BaseModel, tmp_pat
         assert (new.memory, editor.outcome.retried) == (0, 0)
         assert {0, 1} <= set(editor.outcome.renewed) and not editor.outcome.failed
     assert answers(tmp_path, base, [AARHUS, PISA, OTHERS[0]]) == [AARHUS.target, PISA.target, OTHERS[0].target]
+
+
+def test_what_took_all_its_steps_is_trained_again_once(
+    base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was learnt, so it is not dropped in silence; lost again, it is named and costs no further try."""
+    tried: list[int] = []
+    learn = trainer.Trainer.learn
+
+    def all_steps(self: trainer.Trainer, tasks: Sequence[trainer.Task]) -> list[trainer.Learnt]:
+        tried.extend(task.id for task in tasks)
+        return [
+            result._replace(trained=result.trained._replace(steps=2 * self.training.max_steps))
+            for result in learn(self, tasks)
+        ]
+
+    def overwrite(progress: Progress) -> None:
+        for number in editor._session.trainer.memories:
+            editor.memories[number].zero_()
+
+    with Editor(base, tmp_path) as editor:
+        with monkeypatch.context() as patched:
+            patched.setattr(trainer.Trainer, "learn", all_steps)
+            editor.add([AARHUS])
+            for memory in editor.memories:
+                memory.zero_()
+            editor.add([PISA])
+            assert editor.outcome.renewed == [0] and not editor.outcome.failed
+            assert tried.count(0) == 2
+            editor.add(OTHERS[:2], side_by_side=1, progress=overwrite)
+            failed = {failure.prompt: failure.reason for failure in editor.outcome.failed}
+            assert failed[AARHUS.prompt] == "later edits have overwritten it" and tried.count(0) == 2
 
 
 def test_what_was_never_learnt_is_named_once(base: BaseModel, tmp_path: Path) -> None:
