@@ -30,6 +30,7 @@ class Reason(StrEnum):
     NO_TEMPLATE: the model has no chat template.
     OTHER_EDITS: a pull would drop edits of the folder.
     RAW_STORE: the store asks raw prompts, and the edit is part of a chat.
+    REPHRASES: an edit was built with masks of other rephrasings.
     RUN: the folder of a quality run holds another one.
     SETTINGS: the store was made with other settings; `about` is a `Contradiction`.
     WHOLE_PROMPTS: the store pools whole prompts, and the edit requires words of a question.
@@ -44,6 +45,7 @@ class Reason(StrEnum):
     NO_TEMPLATE = "no_template"
     OTHER_EDITS = "other_edits"
     RAW_STORE = "raw_store"
+    REPHRASES = "rephrases"
     RUN = "run"
     SETTINGS = "settings"
     WHOLE_PROMPTS = "whole_prompts"

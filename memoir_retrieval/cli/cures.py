@@ -16,6 +16,7 @@ _CURES = {
     Reason.NO_TEMPLATE: "use raw prompts (--no-chat)",
     Reason.OTHER_EDITS: "choose a new folder, or --replace to drop them",
     Reason.RAW_STORE: "drop --no-chat",
+    Reason.REPHRASES: "give those of FILE masks with --rephrase-masks, or leave its rephrasings out",
     Reason.RUN: "choose another --out, or look at a finished one with `memoir report`",
     Reason.WHOLE_PROMPTS: "leave out --span all, or 'requires'",
 }

@@ -63,15 +63,18 @@ def plan(
     edits: Sequence[Edit],
     stored: Sequence[StoredEdit],
     on_conflict: Conflict,
-    masked: Callable[[StoredEdit], int] | None = None,
+    masked: Callable[[StoredEdit], int],
+    rephrase_masks: bool = False,
 ) -> tuple[list[Edit], dict[str, StoredEdit]]:
     """The edits to train, each prompt once, and by question (`prompt_key`) the stored edits which they replace.
 
     edits: what is to be added.
     stored: what the store holds.
     on_conflict: what happens to a prompt that is stored, or comes again, with another target.
-    masked: how many rephrasings of a stored edit have masks, if all are to have them.
-    Raises EditFileError where that does not settle it.
+    masked: how many rephrasings of a stored edit have masks.
+    rephrase_masks: whether all are to have them.
+    Raises EditFileError where `on_conflict` does not settle it, and for an edit that was built with masks of other
+    rephrasings than it comes with, unless it gets new ones.
     """
     known = {prompt_key(edit.prompt): edit for edit in stored}
     todo: list[Edit] = []
@@ -83,9 +86,19 @@ def plan(
         elif not old.trained:
             # Built with requirements, and trained from a file that says nothing of them: they still hold.
             kept = edit if edit.requires else msgspec.structs.replace(edit, requires=old.requires)
+            # So do rephrasings that were built with masks.
+            built = old.rephrases[: masked(old)]
+            if built and not kept.rephrases:
+                kept = msgspec.structs.replace(kept, rephrases=old.rephrases)
+            if kept.rephrases[: len(built)] != built and not rephrase_masks:
+                raise EditFileError(
+                    f"prompt {edit.prompt!r} was built with masks of other rephrasings (edit {old.id}) than it has now",
+                    cure="give those of now masks with rephrase_masks, or leave its rephrasings out",
+                    reason=Reason.REPHRASES,
+                )
             todo.append(kept)
             replaced[prompt_key(edit.prompt)] = old
-        elif same_edit(old, edit) and masked and edit.rephrases != old.rephrases[: masked(old)]:
+        elif same_edit(old, edit) and rephrase_masks and edit.rephrases != old.rephrases[: masked(old)]:
             todo.append(edit)
             replaced[prompt_key(edit.prompt)] = old
         elif same_edit(old, edit) or on_conflict == "first":

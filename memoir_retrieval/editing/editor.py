@@ -210,15 +210,20 @@ class Editor:
         def masked(edit: StoredEdit) -> int:
             return session.wordings.rephrases(masks[edit.id])
 
-        todo, replaced = plan(wanted, store.edits, on_conflict, masked if rephrase_masks else None)
+        todo, replaced = plan(wanted, store.edits, on_conflict, masked, rephrase_masks)
         self.outcome = outcome = Outcome(skipped=len(wanted) - len(todo))
         n = min(side_by_side or self.side_by_side(len(wanted) + more), max(1, len(wanted)))
 
         def batch(done: int) -> list[NewEdit]:
+            numbers = range(store.manifest.next_id, store.manifest.next_id + n)
             return [
-                NewEdit(edit, number, len(edit.rephrases) * rephrase_masks, replaced.get(prompt_key(edit.prompt)))
-                for number, edit in enumerate(todo[done : done + n], store.manifest.next_id)
+                NewEdit(edit, number, len(edit.rephrases) if rephrase_masks else masks_kept(old), old)
+                for number, edit in zip(numbers, todo[done : done + n], strict=False)
+                for old in [replaced.get(prompt_key(edit.prompt))]
             ]
+
+        def masks_kept(old: StoredEdit | None) -> int:
+            return masked(old) if old and not old.trained else 0
 
         choices = Choices(n, on_conflict, keep_failed, None if side_by_side else len(todo) + more)
         try:

@@ -252,18 +252,17 @@ def test_what_took_all_its_steps_is_trained_again_once(
         for number in editor._session.trainer.memories:
             editor.memories[number].zero_()
 
+    monkeypatch.setattr(trainer.Trainer, "learn", all_steps)
     with Editor(base, tmp_path) as editor:
-        with monkeypatch.context() as patched:
-            patched.setattr(trainer.Trainer, "learn", all_steps)
-            editor.add([AARHUS])
-            for memory in editor.memories:
-                memory.zero_()
-            editor.add([PISA])
-            assert editor.outcome.renewed == [0] and not editor.outcome.failed
-            assert tried.count(0) == 2
-            editor.add(OTHERS[:2], side_by_side=1, progress=overwrite)
-            failed = {failure.prompt: failure.reason for failure in editor.outcome.failed}
-            assert failed[AARHUS.prompt] == "later edits have overwritten it" and tried.count(0) == 2
+        editor.add([AARHUS])
+        for memory in editor.memories:
+            memory.zero_()
+        editor.add([PISA])
+        assert editor.outcome.renewed == [0] and not editor.outcome.failed
+        assert tried.count(0) == 2
+        editor.add(OTHERS[:2], side_by_side=1, progress=overwrite)
+        failed = {failure.prompt: failure.reason for failure in editor.outcome.failed}
+        assert failed[AARHUS.prompt] == "later edits have overwritten it" and tried.count(0) == 2
 
 
 def test_what_was_never_learnt_is_named_once(base: BaseModel, tmp_path: Path) -> None:

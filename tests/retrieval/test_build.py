@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from test_cli import contents, run
@@ -12,7 +14,7 @@ from test_cli import contents, run
 from memoir_index import HammingIndex
 from memoir_retrieval import Edit, EditedModel, Editor, EditStore, Retriever, load_model
 from memoir_retrieval.editing import build_masks as build
-from memoir_retrieval.errors import StoreError
+from memoir_retrieval.errors import EditFileError, StoreError
 from memoir_retrieval.model.base import BaseModel
 from memoir_retrieval.store.remove import remove_edits
 from memoir_retrieval.store.settings import Training
@@ -135,6 +137,22 @@ def test_it_is_not_served_until_it_is_trained(model: BaseModel, tmp_path: Path) 
     assert store.manifest.untrained == 0 and verify_store(tmp_path) == []
     assert all(edit.trained and edit.created for edit in store.edits)
     EditedModel(Retriever(store, model))
+
+
+def test_rephrasings_that_were_built_with_masks_are_trained_with_them(model: BaseModel, tmp_path: Path) -> None:
+    make(model, tmp_path, rephrases=True)
+    before = EditStore.open(tmp_path)
+    silent = msgspec.structs.replace(EDITS[1], rephrases=())
+    others = msgspec.structs.replace(EDITS[2], rephrases=("Something else?",))
+    with Editor(model, tmp_path) as editor:
+        with pytest.raises(EditFileError, match=r"built with masks of other rephrasings \(edit 2\) than it has now"):
+            editor.add([EDITS[0], others], keep_failed=True)
+        assert editor.generation == before.manifest.generation
+        new = editor.add([EDITS[0], silent], keep_failed=True, on_conflict="both")
+        assert [edit.rephrases for edit in new] == [EDITS[0].rephrases, EDITS[1].rephrases]
+        new += editor.add([others], keep_failed=True, on_conflict="both", rephrase_masks=True)
+        masks = Counter(editor.index.ids.tolist())
+        assert [masks[edit.id] for edit in new] == [masks[3]] * 3 and new[2].rephrases == others.rephrases
 
 
 def test_memoir_index_build(capsys: pytest.CaptureFixture[str], tiny: Path, tmp_path: Path) -> None:
