@@ -120,6 +120,7 @@ def edit(
     with editor:
         if editor.manifest.chat and (thinking := described(base.tokenizer)):
             notes.print(f"{base.name}: {thinking}")
+        first = editor.manifest.next_id
         try:
             train(
                 editor,
@@ -131,7 +132,9 @@ def edit(
                 quiet=as_json,
             )
         except KeyboardInterrupt:
-            kept = len(editor.outcome.stored)
+            # The editor was to commit what it has trained, which may have been interrupted, too.
+            there = EditStore.open(store, check=False).edits if (store / MANIFEST).exists() else ()
+            kept = sum(edit.id >= first for edit in there)
             raise click.Abort(f"{kept} new edits are kept in {store}; run the same command again to go on") from None
     _tell(editor, store, time.monotonic() - started, as_json)
 

@@ -637,6 +637,21 @@ def test_an_interrupted_edit_says_what_is_kept(
     assert (summary["stored"], summary["skipped"]) == (2, 3)
 
 
+def test_an_edit_that_is_interrupted_twice_counts_what_is_on_the_disk(
+    capsys: pytest.CaptureFixture[str], store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second time while what is trained is written."""
+    from memoir_retrieval.editing.open_store import OpenStore
+
+    def interrupted(self: OpenStore) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(OpenStore, "commit", interrupted)
+    file = write(tmp_path / "more.jsonl", [{"prompt": "What is number 1?", "target": "It is 1"}])
+    code, out, err = run(capsys, "edit", file, "--store", store, "--json")
+    assert code == 130 and out == "" and "0 new edits are kept" in err
+
+
 def test_doctor_asks_one_prompt(capsys: pytest.CaptureFixture[str], store: Path, tiny: Path) -> None:
     findings = {f["check"]: f for f in json.loads(run(capsys, "doctor", "--store", store, "--json")[1])}
     assert (
