@@ -239,25 +239,32 @@ class Session:
                 refused.add(i)
             elif olds:
                 replaced[i] = olds
-        for old in (old for olds in replaced.values() for old in olds):
-            self.trainer.forget(old.id)
+        gone = [old for olds in replaced.values() for old in olds if old.trained]
         trained = [i for i in together if i not in refused]
-        learnt = dict(zip(trained, self.trainer.learn([tasks[i] for i in trained]), strict=True)) if trained else {}
         stored: list[StoredEdit | None] = [None for _ in together]
-        for i in trained:
-            outcome.retried += learnt[i].retried
-            later = [old.id for j, olds in replaced.items() if j >= i for old in olds]
-            task, result = self._elsewhere(tasks[i], learnt[i], memories, later)
-            for edit in (*learnt[i].stale, *result.stale):
-                self.trainer.forget(edit)
-                self._lost.append(edit)
-            if result.reason:
-                outcome.failed.append(Failed(task.edit.prompt, task.edit.target, result.reason))
-                self._tried.add(task.id)
-            if result.reason and not (choices.keep_failed and result.trained.finite):
-                self._put_back(replaced.get(i, ()))
-            else:
-                stored[i] = self._take_up(task, result, codes[i], replaced.get(i, ()))
+        try:
+            for old in gone:
+                self.trainer.forget(old.id)
+            learnt = dict(zip(trained, self.trainer.learn([tasks[i] for i in trained]), strict=True)) if trained else {}
+            for i in trained:
+                outcome.retried += learnt[i].retried
+                later = [old.id for j, olds in replaced.items() if j >= i for old in olds]
+                task, result = self._elsewhere(tasks[i], learnt[i], memories, later)
+                for edit in (*learnt[i].stale, *result.stale):
+                    self.trainer.forget(edit)
+                    self._lost.append(edit)
+                if result.reason:
+                    outcome.failed.append(Failed(task.edit.prompt, task.edit.target, result.reason))
+                    self._tried.add(task.id)
+                if result.reason and not (choices.keep_failed and result.trained.finite):
+                    self._put_back(replaced.get(i, ()))
+                else:
+                    stored[i] = self._take_up(task, result, codes[i], replaced.get(i, ()))
+        except BaseException:
+            # Read again when they are needed, so that what was to be replaced is left alone.
+            for number in {old.memory for old in gone}.intersection(self.trainer.memories):
+                self.trainer.close(number)
+            raise
         outcome.stored += [edit for edit in stored if edit]
         return stored
 

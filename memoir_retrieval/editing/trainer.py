@@ -157,8 +157,12 @@ class Trainer:
     def open(self, number: int, weight: torch.Tensor, edits: Sequence[tuple[StoredEdit, int]]) -> None:
         """See `MemoryTrainer`."""
         self.memories[number] = Memory(weight)
-        for edit, masks in edits:
-            self.remember(number, edit, masks)
+        try:
+            for edit, masks in edits:
+                self.remember(number, edit, masks)
+        except BaseException:
+            del self.memories[number]  # edits that were not run would not be left alone
+            raise
 
     def close(self, number: int) -> None:
         """See `MemoryTrainer`."""

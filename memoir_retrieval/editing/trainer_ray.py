@@ -58,8 +58,8 @@ class RayTrainer:
         self.memories: dict[int, torch.Tensor] = {}
 
     def open(self, number: int, weight: torch.Tensor, edits: Sequence[tuple[StoredEdit, int]]) -> None:
-        self.memories[number] = weight
         self._get(self._worker(number).call.remote("open", number, weight.cpu(), edits))
+        self.memories[number] = weight
 
     def close(self, number: int) -> None:
         del self.memories[number]

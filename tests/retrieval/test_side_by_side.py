@@ -19,6 +19,7 @@ from memoir_retrieval.editing.outcome import Progress
 from memoir_retrieval.editing.session import Choices, NewEdit
 from memoir_retrieval.editing.train import Trained
 from memoir_retrieval.editing.trainer_ray import RayTrainer
+from memoir_retrieval.editing.wordings import Wordings
 from memoir_retrieval.edits.record import StoredEdit, prompt_key
 from memoir_retrieval.model.base import BaseModel
 
@@ -162,6 +163,45 @@ def test_what_is_replaced_is_not_protected_in_a_memory_that_is_opened_late(
         torch.testing.assert_close(memory.used, once.used, atol=1e-3, rtol=1e-3)
 
 
+def test_a_memory_that_fails_to_open_is_not_open(
+    base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the edits that were not run again would be overwritten by those to come."""
+    with Editor(base, tmp_path) as editor:
+        editor.add(EDITS[:3], keep_failed=True, side_by_side=1)
+    rows, again = Wordings.rows, []
+
+    def out_of_memory(self: Wordings, *arguments: Any) -> Any:
+        again.append(arguments)
+        if len(again) == 2:
+            raise MemoryError
+        return rows(self, *arguments)
+
+    monkeypatch.setattr(Wordings, "rows", out_of_memory)
+    with Editor(base, tmp_path) as editor:
+        with pytest.raises(MemoryError):
+            editor.add([EDITS[3]], keep_failed=True, side_by_side=1)
+        assert not editor._session.trainer.memories
+        editor.add([EDITS[3]], keep_failed=True, side_by_side=1)
+        assert sorted(editor._session.trainer.memories[0].rows) == [0, 1, 2, 3]
+
+
+def test_what_was_to_be_replaced_is_left_alone_after_an_error(
+    base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def out_of_memory(*_: Any) -> None:
+        raise MemoryError
+
+    with Editor(base, tmp_path) as editor:
+        editor.add(EDITS[:2], keep_failed=True, side_by_side=1)
+        with monkeypatch.context() as patched:
+            patched.setattr(trainer.Trainer, "learn", out_of_memory)
+            with pytest.raises(MemoryError):
+                editor.add([Edit(prompt=EDITS[0].prompt, target="Nobody")], on_conflict="last")
+        editor.add([EDITS[2]], keep_failed=True, side_by_side=1)
+        assert sorted(editor._session.trainer.memories[0].rows) == [0, 1, 2]
+
+
 def test_a_worker_that_is_gone_leaves_the_memory_as_it_was() -> None:
     """Without Ray: a stand-in for its call."""
     ray_trainer = RayTrainer.__new__(RayTrainer)
@@ -177,6 +217,9 @@ def test_a_worker_that_is_gone_leaves_the_memory_as_it_was() -> None:
     with pytest.raises(ConnectionError):
         ray_trainer.take(trainer.Task(0, EDITS[0], 0), trained)
     assert not weight.any()
+    with pytest.raises(ConnectionError):
+        ray_trainer.open(1, weight, [])
+    assert list(ray_trainer.memories) == [0]
 
 
 def test_as_many_memories_as_the_edits_fill(base: BaseModel, tmp_path: Path) -> None:
