@@ -94,7 +94,7 @@ def calibrate(
     Rephrasings come from FILE, or from the store; unrelated prompts are the locality probes of FILE and some that
     come with the library. For a store, tau is suggested by the store's own rule: the least at which the share of
     unrelated prompts that match is bounded by 0.0005. With --write the store keeps to it, and FILE's locality probes
-    count from then on.
+    count from then on; of more than 2000 of them, 2000 that are drawn evenly.
 
     \b
     Example:
@@ -154,7 +154,7 @@ def _calibrate_store(
 ) -> None:
     opened = EditStore.open(store)
 
-    from memoir_retrieval.editing.open_store import make_references
+    from memoir_retrieval.editing.open_store import MOST_OWN, make_references
     from memoir_retrieval.evaluation.calibration import calibrate_store, unrelated_to, with_this_judge, write_tau
     from memoir_retrieval.evaluation.measure import stored_ids
     from memoir_retrieval.lookup.retriever import Retriever
@@ -188,6 +188,8 @@ def _calibrate_store(
     if edits or not references.texts:
         probes = [probe.prompt for edit in edits for probe in edit.locality]
         references = make_references(base, judged.manifest, retriever.fingerprint, probes)
+        if (own := len(set(probes))) > MOST_OWN:
+            notes.print(f"{own} locality prompts: {MOST_OWN} of them, evenly drawn, are the store's reference prompts")
     calibration = None
     if rephrases or not write:
         calibration = calibrate_store(retriever, rephrases, unrelated, references)

@@ -32,7 +32,10 @@ from memoir_retrieval.store.settings import Settings, require_made_with, trainin
 from memoir_retrieval.store.threshold import NO_REFERENCES, References, set_tau
 from memoir_retrieval.store.write import refuse_foreign
 
-__all__ = ["OpenStore", "StoreState", "make_references"]
+__all__ = ["MOST_OWN", "OpenStore", "StoreState", "make_references"]
+
+MOST_OWN = 2000
+"""Reference prompts of a store's users, at most: each is compared with the edits at every commit."""
 
 
 @dataclass(frozen=True)
@@ -300,10 +303,13 @@ def make_references(
     base: the model.
     manifest: of the store, whose way of asking counts.
     fingerprint: makes its masks.
-    more: prompts of the store's own users.
+    more: prompts of the store's own users; of more than `MOST_OWN` so many are drawn, evenly.
     known: float32 [D], the mean activation of prompts that need not be asked again.
     """
-    prompts = list(dict.fromkeys(" ".join(text.split()) for text in (*reference_prompts(), *more) if text.strip()))
+    own = list(dict.fromkeys(plain for text in more if (plain := " ".join(text.split()))))
+    if len(own) > MOST_OWN:
+        own = [own[number * len(own) // MOST_OWN] for number in range(MOST_OWN)]
+    prompts = list(dict.fromkeys((*(" ".join(text.split()) for text in reference_prompts()), *own)))
     new = [prompt for prompt in prompts if not known or prompt not in known]
     rows = [prompt_ids(base.tokenizer, prompt, chat=manifest.chat) for prompt in new]
     means = dict(zip(new, question_means(base, rows, [find_span(ids, manifest.span) for ids in rows]), strict=True))

@@ -18,6 +18,7 @@ from test_store import D, K, masks, stored_edit
 from memoir_index import HammingIndex
 from memoir_retrieval import Edit, Editor, EditStore, Training, load_model
 from memoir_retrieval.background import reference_prompts
+from memoir_retrieval.editing import open_store
 from memoir_retrieval.edits.judge import shipped_judge
 from memoir_retrieval.edits.record import StoredEdit
 from memoir_retrieval.errors import StoreError
@@ -230,3 +231,18 @@ def test_commands_say_what_tau_rests_on(
     assert now.threshold and (summary["tau"], summary["bound"]) == (now.tau, now.threshold.bound)
     code, _, err = run(capsys, "calibrate", store, "--tau", "0.6")
     assert code == 2 and "--write" in err
+
+
+def test_of_many_locality_prompts_some_are_drawn(
+    capsys: pytest.CaptureFixture[str], store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of them would be compared with the edits at every commit."""
+    monkeypatch.setattr(open_store, "MOST_OWN", 3)
+    probes = [{"prompt": f"how tall is giraffe {n}"} for n in range(7)]
+    edit = EditStore.open(store).edits[0]
+    record = {"prompt": edit.prompt, "target": edit.target, "locality": probes}
+    file = write(tmp_path / "probes.jsonl", [record])
+    code, _, err = run(capsys, "calibrate", store, file, "--write")
+    assert code == 0 and "7 locality prompts: 3 of them, evenly drawn, are the store's reference prompts" in err
+    own = tuple(probes[number]["prompt"] for number in (0, 2, 4))
+    assert EditStore.open(store).references.texts == (*reference_prompts(), *own)
