@@ -90,7 +90,7 @@ def build(
     if editor.generation:
         raise StoreError(f"{editor.path} is a store already: choose a new folder, or append with `memoir edit`")
     for edit in edits:
-        check_texts(edit)
+        check_texts(edit, len(edit.rephrases) * rephrases)
         check_requires(edit, whole=store.manifest.span.rule == "all")
     after = store.manifest.masked_contexts
     texts = [(i, text) for i, edit in enumerate(edits) for text in masked(edit, after, len(edit.rephrases) * rephrases)]

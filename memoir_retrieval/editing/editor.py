@@ -204,13 +204,19 @@ class Editor:
         edit_time()  # refused before anything is trained
         wanted = list(edits)
         for edit in wanted:
-            session.wordings.check(edit)
+            session.wordings.check(edit, len(edit.rephrases) * rephrase_masks)
         masks = Counter(store.index.ids.tolist())
 
         def masked(edit: StoredEdit) -> int:
             return session.wordings.rephrases(masks[edit.id])
 
+        def masks_kept(old: StoredEdit | None) -> int:
+            return masked(old) if old and not old.trained else 0
+
         todo, replaced = plan(wanted, store.edits, on_conflict, masked, rephrase_masks)
+        for edit in todo:
+            if kept := masks_kept(replaced.get(prompt_key(edit.prompt))):
+                session.wordings.check(edit, kept)
         self.outcome = outcome = Outcome(skipped=len(wanted) - len(todo))
         n = min(side_by_side or self.side_by_side(len(wanted) + more), max(1, len(wanted)))
 
@@ -221,9 +227,6 @@ class Editor:
                 for number, edit in zip(numbers, todo[done : done + n], strict=False)
                 for old in [replaced.get(prompt_key(edit.prompt))]
             ]
-
-        def masks_kept(old: StoredEdit | None) -> int:
-            return masked(old) if old and not old.trained else 0
 
         choices = Choices(n, on_conflict, keep_failed, None if side_by_side else len(todo) + more)
         try:

@@ -107,12 +107,13 @@ class Wordings:
         known = self.known.get(masked_key(edit, rephrases))
         return known or self.freeze_masked(edit, rephrases, quick)[0].rows
 
-    def check(self, edit: Edit) -> None:
+    def check(self, edit: Edit, rephrases: int = 0) -> None:
         """Raise EditFileError where the model cannot be trained on an edit, or the edit could never act.
 
         edit: any.
+        rephrases: how many of its rephrasings are trained, too.
         """
-        check_texts(edit)
+        check_texts(edit, rephrases)
         check_requires(edit, whole=self.span.rule == "all")
         if edit.before and not self.chat:
             raise EditFileError(
@@ -121,21 +122,23 @@ class Wordings:
                 reason=Reason.RAW_STORE,
             )
         try:
-            prompt = self._prompt_ids(as_prompt(edit))
+            prompts = [self._prompt_ids(as_prompt(edit, text)) for text in (edit.prompt, *edit.rephrases[:rephrases])]
         except TemplateError as error:
             raise EditFileError(f"the chat before {edit.prompt!r} does not fit {self.base.name}: {error}") from None
         target = target_ids(self.base.tokenizer, edit.target, chat=self.chat)
-        span = find_span(prompt, self.span)
-        if span.start >= span.end:
-            raise EditFileError(f"prompt {edit.prompt!r} has no tokens to pool: give a longer prompt")
+        for text, prompt in zip((edit.prompt, *edit.rephrases), prompts, strict=False):
+            span = find_span(prompt, self.span)
+            if span.start >= span.end:
+                raise EditFileError(f"prompt {text!r} has no tokens to pool: give a longer prompt")
         if not text_ids(self.base.tokenizer, edit.target):
             raise EditFileError(f"target {edit.target!r} of prompt {edit.prompt!r} has no tokens: give a longer target")
-        prompt_length = max([self._past.width + len(prompt), *map(len, self._in_contexts(edit.prompt))])
+        prompt_length = max([self._past.width + max(map(len, prompts)), *map(len, self._in_contexts(edit.prompt))])
         others = [self._past.width + len(row.ids) + len(row.answer) for row in self._other_answers(edit)]
         longest = max([prompt_length + len(target) + 1, *others])
         if longest > self.base.max_length:
+            wordings = " or a rephrasing" if rephrases else ""
             raise EditFileError(
-                f"prompt {edit.prompt[:60]!r} and its target need {longest} tokens, {self.base.name} takes "
+                f"prompt {edit.prompt[:60]!r}{wordings} and its target need {longest} tokens, {self.base.name} takes "
                 f"{self.base.max_length}: shorten them"
             )
 

@@ -142,11 +142,14 @@ class StoredEdit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     trained: bool = True
 
 
-def check_texts(edit: Edit) -> None:
-    """Raise EditFileError where a text of an edit cannot be written in UTF-8, as a store is.
+def check_texts(edit: Edit, rephrases: int = 0) -> None:
+    """Raise EditFileError where a text of an edit cannot be written in UTF-8, as a store is, or a wording is empty.
 
     edit: any.
+    rephrases: how many of its rephrasings are wordings of their own, and so must say something.
     """
+    if not all(text.strip() for text in edit.rephrases[:rephrases]):
+        raise EditFileError(f"prompt {edit.prompt!r} has an empty rephrasing: leave it out")
     try:
         msgspec.json.encode(edit)
     except UnicodeEncodeError as error:

@@ -24,6 +24,7 @@ from memoir_retrieval import (
 )
 from memoir_retrieval.cli import main
 from memoir_retrieval.editing import conflicts, session, train, trainer, wordings
+from memoir_retrieval.editing.build_masks import build
 from memoir_retrieval.editing.outcome import Progress
 from memoir_retrieval.editing.session import Choices, NewEdit
 from memoir_retrieval.editing.wordings import Wordings
@@ -500,6 +501,22 @@ def test_rephrasings_get_masks_of_their_own(base: BaseModel, tmp_path: Path) -> 
         (read,) = again._session.trainer.memories.values()
         assert [len(rows.lessons) for rows in read.rows.values()] == [2]
         np.testing.assert_allclose(read.used, used, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [(" ", "has an empty rephrasing"), ("who " * 9000, "or a rephrasing and its")]
+)
+def test_rephrasings_that_cannot_be_trained_are_refused_before_anything_is(
+    base: BaseModel, tmp_path: Path, text: str, said: str
+) -> None:
+    other = msgspec.structs.replace(PISA, rephrases=(text,))
+    with Editor(base, tmp_path / "trained") as editor:
+        with pytest.raises(EditFileError, match=said):
+            editor.add([AARHUS, other], rephrase_masks=True)
+        assert not editor.edits
+        editor.wordings.check(other)  # without a mask it is only measured
+    with Editor(base, tmp_path / "built") as editor, pytest.raises(EditFileError):
+        build(editor, [AARHUS, other], rephrases=True)
 
 
 def test_a_rephrasing_may_be_the_question_of_another_edit(base: BaseModel, tmp_path: Path) -> None:
