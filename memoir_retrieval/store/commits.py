@@ -89,7 +89,8 @@ class Commits:
         else:
             memory_of = {edit.id: edit.memory for edit in edits}
             content = Content(
-                memories=torch.stack(list(memories)).cpu().numpy(),
+                # Put together where there is room: beside them a GPU need not have as much again.
+                memories=torch.stack([memory.cpu() for memory in memories]).numpy(),
                 background=background,
                 permutation=permutation,
                 codes=index.codes,

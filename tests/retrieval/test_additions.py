@@ -6,6 +6,7 @@ import fcntl
 import shutil
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import forge
@@ -343,6 +344,18 @@ def test_an_editor_adds_what_is_small_and_writes_the_files_for_the_rest(model: B
     assert not store.additions and store.manifest.generation == 4 and not list(tmp_path.glob("added-*"))
     assert [edit.id for edit in store.edits] == [0, 1, 3, 4]
     np.testing.assert_array_equal(store.memories, np.stack(held))
+
+
+def test_memories_are_put_together_on_the_host(model: BaseModel, tmp_path: Path) -> None:
+    """On the device of the model there may be no room for all of them twice. A stand-in for those on a GPU."""
+    with editor(model, tmp_path) as session:
+        session.add(edits("Aarhus"), keep_failed=True)
+        held = session.memories[0].numpy().copy()
+        elsewhere: Any = [SimpleNamespace(cpu=lambda memory=memory: memory) for memory in session.memories]
+        session.memories[:] = elsewhere
+        session.store._commits.rewrite()
+        session.store.commit()
+    np.testing.assert_array_equal(EditStore.open(tmp_path).memories, held[None])
 
 
 def test_additions_are_taken_up_when_they_are_many_or_large(
