@@ -27,6 +27,7 @@ from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.model.places import Place
 from memoir_retrieval.store.files import publish
 from memoir_retrieval.store.read import EditStore
+from memoir_retrieval.store.write import sweep_if_free
 
 if TYPE_CHECKING:
     from memoir_retrieval.edits.record import Edit
@@ -130,6 +131,8 @@ def calibrate(
         if tau is not None and not write:
             refuse_idle("without --write", "add --write, or leave it out", "tau")
         _calibrate_store(store, edits, model, html, tau, write, tasks, as_json)
+        if write:
+            sweep_if_free(store)  # what was measured mapped the files that were replaced
         return
     if tau is not None:
         raise ConfigError("--tau needs a store: memoir calibrate DIR --tau TAU --write")

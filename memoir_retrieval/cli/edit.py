@@ -30,6 +30,7 @@ from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.store.manifest import MANIFEST
 from memoir_retrieval.store.read import EditStore
 from memoir_retrieval.store.settings import require_made_with
+from memoir_retrieval.store.write import sweep_if_free
 
 if TYPE_CHECKING:
     from memoir_retrieval.editing.conflicts import Conflict
@@ -136,15 +137,20 @@ def edit(
             there = EditStore.open(store, check=False).edits if (store / MANIFEST).exists() else ()
             kept = sum(edit.id >= first for edit in there)
             raise click.Abort(f"{kept} new edits are kept in {store}; run the same command again to go on") from None
-    _tell(editor, store, time.monotonic() - started, as_json)
+    complete = _tell(editor, store, time.monotonic() - started, as_json)
+    del editor  # it maps masks that have been replaced
+    if (store / MANIFEST).exists():
+        sweep_if_free(store)
+    if not complete:
+        raise SystemExit(1)
 
 
 # From about here on thresholds that suit small stores let unrelated prompts through (docs/measurements/many-edits.md).
 MANY = 500
 
 
-def _tell(editor: Editor, store: Path, seconds: float, as_json: bool) -> None:
-    """Print what became of the edits. Exits with code 1 where one is not in the store that should be."""
+def _tell(editor: Editor, store: Path, seconds: float, as_json: bool) -> bool:
+    """Print what became of the edits. Returns whether all are in the store that should be."""
     outcome, new = editor.outcome, len(editor.outcome.stored)
     opened = EditStore.open(store) if (store / MANIFEST).exists() else None
     manifest = opened.manifest if opened else None
@@ -209,8 +215,7 @@ def _tell(editor: Editor, store: Path, seconds: float, as_json: bool) -> None:
                 f"{len(editor.edits)} edits: the more there are, the likelier an unrelated prompt matches one; measure "
                 f"whether tau {editor.manifest.tau:g} still holds with `memoir calibrate {store}`"
             )
-    if not kept.issuperset(refused):
-        raise SystemExit(1)
+    return kept.issuperset(refused)
 
 
 def train(

@@ -163,8 +163,10 @@ class OpenStore:
         require_made_with(store.manifest, settings, self.path)
         self.judge = judge_named(store.manifest.judge, self.path)
         self.manifest = store.manifest
-        self.permutation, self.background, self.tasks = store.permutation, store.background, store.tasks
-        self.references = store.references
+        # Copies: a view of a mapped file would keep this editor from removing it, with all memories in it.
+        self.permutation, self.background = store.permutation.copy(), store.background.copy()
+        self.tasks = store.tasks.copy()
+        self.references = store.references._replace(codes=store.references.codes.copy())
         self.memories = [torch.tensor(memory, device=self.base.device) for memory in store.memories]
         self.edits = list(store.edits)
         self.index = store.index()

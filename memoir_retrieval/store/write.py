@@ -17,13 +17,13 @@ from memoir_retrieval.edits.record import StoredEdit
 from memoir_retrieval.errors import StoreError
 from memoir_retrieval.store.additions import find_additions, is_taken_up, numbers_of
 from memoir_retrieval.store.edit_lines import edit_chunks
-from memoir_retrieval.store.files import Written, remove_unused, write_new
+from memoir_retrieval.store.files import Written, remove_unused, store_lock, write_new
 from memoir_retrieval.store.manifest import KINDS, MANIFEST, NAMES, FileEntry, Manifest, read_manifest, write_manifest
 from memoir_retrieval.store.read import Content, EditStore
 from memoir_retrieval.store.tensors import tensor_chunks
 from memoir_retrieval.store.threshold import References
 
-__all__ = ["leftovers", "refuse_foreign", "sweep", "write_again", "write_generation"]
+__all__ = ["leftovers", "refuse_foreign", "sweep", "sweep_if_free", "write_again", "write_generation"]
 
 
 def write_generation(
@@ -148,6 +148,18 @@ def sweep(folder: Path) -> list[str]:
     folder: the store's.
     """
     return [path.name for path in remove_unused(leftovers(folder))]
+
+
+def sweep_if_free(folder: Path) -> list[str]:
+    """As `sweep`, for a caller without the lock. Where another holds it nothing is removed: the next write does it.
+
+    folder: the store's.
+    """
+    try:
+        with store_lock(folder):
+            return sweep(folder)
+    except StoreError:
+        return [path.name for path in leftovers(folder)]
 
 
 def refuse_foreign(path: Path) -> None:

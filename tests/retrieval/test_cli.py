@@ -21,10 +21,10 @@ from memoir_retrieval.cli.serve import server_command
 from memoir_retrieval.edits.files import read_edits
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.evaluation.measure import stored_ids
-from memoir_retrieval.store import files
+from memoir_retrieval.store import files, read
 from memoir_retrieval.store.files import store_lock
 from memoir_retrieval.store.read import EditStore
-from memoir_retrieval.store.write import write_again, write_generation
+from memoir_retrieval.store.write import leftovers, write_again, write_generation
 
 EDITS = [
     {"prompt": "Who founded Aarhus?", "target": "King Harald", "rephrases": ["Aarhus was founded by whom?"],
@@ -650,6 +650,29 @@ def test_an_edit_that_is_interrupted_twice_counts_what_is_on_the_disk(
     file = write(tmp_path / "more.jsonl", [{"prompt": "What is number 1?", "target": "It is 1"}])
     code, out, err = run(capsys, "edit", file, "--store", store, "--json")
     assert code == 130 and out == "" and "0 new edits are kept" in err
+
+
+def test_no_replaced_file_of_a_large_store_is_left(
+    capsys: pytest.CaptureFixture[str], store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each command maps the files that it replaces."""
+    monkeypatch.setattr(read, "MAPPED_FROM", 1)
+    file = write(tmp_path / "other.jsonl", [EDITS[0] | {"target": "Nobody"}])
+    code, _, err = run(capsys, "edit", file, "--store", store, "--on-conflict", "last", "--keep-failed")
+    assert code == 0 and EditStore.open(store).manifest.generation == 2 and leftovers(store) == [], err
+    code, _, err = run(capsys, "calibrate", store, file, "--write")
+    assert code == 0 and EditStore.open(store).manifest.generation == 3 and leftovers(store) == [], err
+
+
+def test_an_editor_leaves_no_memories_that_it_has_replaced(
+    store: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from memoir_retrieval import Edit, Editor, load_model
+
+    monkeypatch.setattr(read, "MAPPED_FROM", 1)
+    with Editor(load_model(str(tiny)), store) as editor:
+        editor.add([Edit(prompt=EDITS[0]["prompt"], target="Nobody")], on_conflict="last", keep_failed=True)
+        assert not [path for path in leftovers(store) if path.name.startswith("memory")]
 
 
 def test_doctor_asks_one_prompt(capsys: pytest.CaptureFixture[str], store: Path, tiny: Path) -> None:
