@@ -13,9 +13,8 @@ from memoir_retrieval.cli.common import echo, echo_json, json_option, notes, sto
 from memoir_retrieval.cli.options import ModelOptions, model_options
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.question.span import ActingToken
-from memoir_retrieval.store.files import store_lock
 from memoir_retrieval.store.read import EditStore
-from memoir_retrieval.store.write import leftovers, sweep
+from memoir_retrieval.store.write import leftovers, sweep_if_free
 
 NEWEST: ActingToken = "last token before the answer"
 """From where the edits of new chat stores act."""
@@ -107,8 +106,7 @@ def compact(store: Path, model: ModelOptions, acts: Literal["first", "last"] | N
             raise click.Abort(f"{store} {state}, at generation {now.generation}") from None
     failed = editor.outcome.failed
     del editor
-    with store_lock(store):
-        held = sweep(store)
+    held = sweep_if_free(store)
     now = EditStore.open(store, check=False).manifest
     if as_json:
         echo_json(
@@ -140,6 +138,6 @@ def compact(store: Path, model: ModelOptions, acts: Literal["first", "last"] | N
 def _tell(held: list[str]) -> None:
     if held:
         echo(
-            f"not deleted yet, because a reader uses them: {', '.join(held)}; the first write after the reader has "
+            f"not deleted yet, because a reader or a writer uses them: {', '.join(held)}; the first write after it has "
             "closed them deletes them"
         )

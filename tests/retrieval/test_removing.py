@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -17,6 +19,7 @@ from memoir_retrieval import Edit, EditedModel, Editor, EditStore, Retriever, lo
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.model.base import BaseModel
 from memoir_retrieval.store import write
+from memoir_retrieval.store.files import store_lock
 from memoir_retrieval.store.remove import remove_edits
 from memoir_retrieval.store.settings import Training
 from memoir_retrieval.store.verify import verify_masks, verify_store
@@ -237,6 +240,25 @@ def test_memoir_compact(capsys: pytest.CaptureFixture[str], tiny: Path, store: P
     assert summary["failed"] == []
     code, out, _ = run(capsys, "compact", store, "--model", tiny)
     assert code == 0 and "3 edits trained again; generation 4 holds nothing of any other" in out
+
+
+def test_memoir_compact_succeeds_where_another_writer_comes_next(
+    capsys: pytest.CaptureFixture[str], store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store is compacted then, and what the other keeps from being removed is named."""
+    leave, other = Editor.__exit__, ExitStack()
+
+    def leave_and_lock(self: Editor, *exception: Any) -> None:
+        leave(self, *exception)
+        other.enter_context(store_lock(store))
+        (store / "memory-1.safetensors").write_bytes(b"of the generation before")
+
+    monkeypatch.setattr(Editor, "__exit__", leave_and_lock)
+    with other:
+        code, out, err = run(capsys, "compact", store, "--json")
+    assert code == 0, err
+    summary = json.loads(out)
+    assert summary["generation"] == 2 and not summary["erased"] and summary["still_held"] == ["memory-1.safetensors"]
 
 
 def test_memoir_compact_says_which_edits_do_not_come_back(
