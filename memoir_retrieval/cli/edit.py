@@ -98,7 +98,8 @@ def edit(
     ray.check()
     edits = source.load(file, "refuse" if on_conflict == "both" else on_conflict)
     edits = require_typed_subjects(edits, str(file)) if require_subject else edits
-    manifest = EditStore.open(store).manifest if (store / MANIFEST).exists() else None
+    # The editor checks all of it, so that a large store is hashed once.
+    manifest = EditStore.open(store, check=False).manifest if (store / MANIFEST).exists() else None
     # What can be refused is refused before the model is loaded, which takes long.
     edit_time()
     chosen = settings.to_settings(training, dtype=model.dtype)
@@ -152,7 +153,7 @@ MANY = 500
 def _tell(editor: Editor, store: Path, seconds: float, as_json: bool) -> bool:
     """Print what became of the edits. Returns whether all are in the store that should be."""
     outcome, new = editor.outcome, len(editor.outcome.stored)
-    opened = EditStore.open(store) if (store / MANIFEST).exists() else None
+    opened = EditStore.open(store, check=False) if (store / MANIFEST).exists() else None
     manifest = opened.manifest if opened else None
     size = opened.size if opened else 0
     kept = {(edit.prompt, edit.target) for edit in editor.edits}

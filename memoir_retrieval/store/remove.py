@@ -27,7 +27,8 @@ def find_prompts(store: EditStore, prompts: Sequence[str]) -> list[int]:
 
     Raises StoreError where a prompt has no edit.
     """
-    stored = {prompt_key(edit.prompt): edit.id for edit in store.edits}
+    # In a large store each edit is decoded for this.
+    stored = {prompt_key(edit.prompt): edit.id for edit in store.edits} if prompts else {}
     for prompt in prompts:
         if prompt_key(prompt) not in stored:
             raise StoreError(f"store {store.path} has no edit of {prompt!r}: `memoir list {store.path}` shows all")

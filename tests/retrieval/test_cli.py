@@ -664,6 +664,17 @@ def test_no_replaced_file_of_a_large_store_is_left(
     assert code == 0 and EditStore.open(store).manifest.generation == 3 and leftovers(store) == [], err
 
 
+def test_a_large_store_is_checked_once(
+    capsys: pytest.CaptureFixture[str], store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not once more before it is edited, and once more when what became of the edits is printed."""
+    checked: list[EditStore] = []
+    check = EditStore.check
+    monkeypatch.setattr(EditStore, "check", lambda self: checked.append(self) or check(self))
+    code, _, err = run(capsys, "edit", write(tmp_path / "same.jsonl", EDITS), "--store", store)
+    assert code == 0 and len(checked) == 1, err
+
+
 def test_an_editor_leaves_no_memories_that_it_has_replaced(
     store: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
