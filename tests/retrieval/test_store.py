@@ -11,6 +11,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -343,6 +344,8 @@ def test_removed_edits_are_gone_and_the_memory_stays(tmp_path: Path) -> None:
     write(tmp_path, ids=np.array([0, 1, 1, 2]), codes=masks(4), memory_of=np.zeros(4, dtype=np.int32))
     before = EditStore.open(tmp_path)
     assert before.edits[1:] == (stored_edit(1), stored_edit(2))
+    unread: Any = None
+    assert find_prompts(replace(before, edits=unread), []) == [], "no edit is read for no prompt"
     manifest = remove_edits(tmp_path, [*find_prompts(before, [" p1"]), 1])
     assert manifest.generation == 2
     assert manifest.memory == before.manifest.memory and (tmp_path / "memory-1.safetensors").exists()
