@@ -149,6 +149,37 @@ def test_samples_on_both_sides_of_a_reload_are_told_apart(front: Front) -> None:
     ]
 
 
+_BOTH = ("0_a", "1_a")
+_STEPS = {  # what is read at once: (choice, decision of its first output, whether it ends), one output after another
+    "the other goes on": [[(0, MATCHED, 0), (1, MATCHED, 0)], [(0, None, 1), (1, None, 0)], [(1, None, 1)]],
+    "two steps at once": [[(0, MATCHED, 0), (1, MATCHED, 0), (0, None, 1), (1, None, 0)], [(1, None, 1)]],
+    "a reload between, both end at once": [[(0, MATCHED, 0)], [(1, LATER, 0)], [(0, None, 1), (1, None, 1)]],
+    "a reload between, all at once": [[(1, LATER, 0), (0, MATCHED, 0), (0, None, 1), (1, None, 1)]],
+}
+
+
+@pytest.mark.parametrize("steps", _STEPS)
+def test_a_stream_that_is_read_slowly_names_the_decision_of_each_choice(steps: str, front: Front) -> None:
+    """vLLM merges what was not read yet, and keeps of several outputs the params of the last one."""
+    collector = RequestOutputCollector(RequestOutputKind.DELTA, "a")
+    front.add(n=2, queue=collector, output_kind=RequestOutputKind.DELTA)
+    decided: dict[int, Any] = {}
+
+    async def results() -> AsyncIterator[Any]:
+        for at_once in _STEPS[steps]:
+            for choice, decision, ends in at_once:
+                front.take("La", decision, _BOTH[choice], FinishReason.LENGTH if ends else None)
+            yield await collector.get()
+
+    async def read() -> None:
+        async for result in responses._listen(results(), decided, 2):
+            ended = result.finished
+        assert ended
+
+    asyncio.run(read())
+    assert decided == {0: MATCHED, 1: LATER if "reload" in steps else MATCHED}
+
+
 def test_a_client_that_leaves_is_counted(front: Front, traffic: Traffic) -> None:
     for name, decision in (("a", MATCHED), ("b", None)):
         front.add(

@@ -47,11 +47,14 @@ def _keeping_the_decision(original: Any) -> Any:
         decision = (kv_transfer_params or {}).get("memoir")
         if decision is not None:
             self._memoir = decision
-        if finish_reason is not None:
-            decision = getattr(self, "_memoir", None)
-            if decision is not None:
+        decision = getattr(self, "_memoir", None)
+        if decision is not None:
+            if finish_reason is not None:
                 TRAFFIC.count(self.external_req_id, decision)
+            if self.parent_req is not None:
                 kv_transfer_params = _among_siblings(self, kv_transfer_params, decision)
+            elif finish_reason is not None:
+                kv_transfer_params = without_decisions(kv_transfer_params) | {"memoir": decision}
         return original(
             self, new_token_ids, pooling_output, finish_reason, stop_reason, kv_transfer_params, *args, **kwargs
         )
@@ -60,20 +63,17 @@ def _keeping_the_decision(original: Any) -> Any:
 
 
 def _among_siblings(request: Any, params: Params | None, decision: Params) -> Params:
-    """Of a request that samples n answers: each is decided by itself, so a reload may lie between two of them."""
-    others = without_decisions(params)
-    if request.parent_req is None or not _is_gathered(request):
-        return others | {"memoir": decision}
-    decisions = request.parent_req.__dict__.setdefault("_memoir", {})
-    decisions[request.request_index] = decision
-    return others | params_of([decisions[index] for index in sorted(decisions)])
+    """Of a request that samples n answers: each is decided by itself, so a reload may lie between two of them.
 
-
-def _is_gathered(request: Any) -> bool:
-    """Whether n answers come in one output, the last one's."""
-    from vllm.sampling_params import RequestOutputKind
-
-    return bool(request.output_kind == RequestOutputKind.FINAL_ONLY)
+    Every output names what is known of all n, since a stream that is read slowly merges the outputs of several, and of
+    their params keeps those of the last one (`RequestOutput.add`).
+    """
+    parent = request.parent_req
+    known: dict[int, Params] = parent.__dict__.setdefault("_memoir", {})
+    known[request.request_index] = decision
+    alike = all(other == decision for other in known.values())
+    decisions = {"memoir": decision} if alike else {"memoir_choices": [known.get(n) for n in range(parent.n)]}
+    return without_decisions(params) | decisions
 
 
 def choice_decisions(outputs: Sequence[RequestOutput]) -> list[Params | None]:

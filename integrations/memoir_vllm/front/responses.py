@@ -88,9 +88,11 @@ async def _listen(results: AsyncIterator[Any], decisions: dict[int, Any], n: int
     """Passes a request's outputs through, and notes the decision of each choice. Completions come as pairs."""
     async for result in results:
         prompt, output = result if isinstance(result, tuple) else (0, result)
-        decision = (output.kv_transfer_params or {}).get("memoir")
-        if decision is not None:
-            decisions |= {prompt * n + choice.index: decision for choice in output.outputs}
+        params = output.kv_transfer_params or {}
+        for choice in output.outputs:  # of several that are merged here, these params are right for each
+            decision = params["memoir_choices"][choice.index] if "memoir_choices" in params else params.get("memoir")
+            if decision is not None:
+                decisions[prompt * n + choice.index] = decision
         yield result
 
 
