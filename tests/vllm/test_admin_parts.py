@@ -38,6 +38,7 @@ from memoir_vllm.admin.engines import Engines
 from memoir_vllm.admin.guard import Guard
 from memoir_vllm.admin.jobs import QUEUE, Jobs, QueueFull, TrainerProcess
 from memoir_vllm.admin.plugin import MemoirEndpoints
+from memoir_vllm.admin.routes import make_app
 from memoir_vllm.admin.tokens import Tokens
 from memoir_vllm.admin.trainer import _Trainer
 from memoir_vllm.front.metrics import LOOKUP_ID, TOP, EngineCollector, Traffic
@@ -136,6 +137,25 @@ async def test_the_door(monkeypatch: pytest.MonkeyPatch) -> None:
         assert statuses[-1] == 429
         clock[0] += 2 / guard.RATE
         assert (await client.post("/echo", headers=known)).status_code == 200
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("root", ["", "/api"])
+@pytest.mark.parametrize("mount", ["/memoir", "/memoir/stores/b"])
+async def test_a_proxy_may_take_a_root_path_off(mount: str, root: str) -> None:
+    """vLLM's --root-path: one proxy takes the prefix off, another leaves it. The service is a stand-in."""
+    server = FastAPI()
+    server.root_path = root  # as vLLM sets it
+    no_jobs: Any = SimpleNamespace(jobs=SimpleNamespace(all=list))
+    server.mount(mount, make_app(Tokens({sha256(TOKEN.encode()).digest(): "ann"}), lambda: no_jobs, schema=True))
+    known = {"Authorization": f"Bearer {TOKEN}"}
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(server), base_url="http://door") as client:
+        for prefix in {"", root}:
+            for page in ("/", "/console.js", "/openapi.json"):
+                assert (await client.get(f"{prefix}{mount}{page}")).status_code == 200, page
+            assert (await client.get(f"{prefix}{mount}/jobs")).status_code == 401
+            assert (await client.get(f"{prefix}{mount}/jobs", headers=known)).json() == {"jobs": []}
+            assert (await client.get(f"{prefix}{mount}/none", headers=known)).status_code == 404
 
 
 @pytest.mark.anyio

@@ -84,6 +84,9 @@ class Guard:
             return
 
         await self._turns.wait()
+        if not scope["path"].startswith(scope.get("root_path", "")):
+            # A proxy has taken the server's --root-path off, which our mount goes on counting with.
+            scope = dict(scope) | {"path": scope.get("app_root_path", "") + scope["path"]}
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
