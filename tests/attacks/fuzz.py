@@ -402,6 +402,9 @@ class NoEngines:
     async def reload(self) -> int:
         return 0
 
+    async def stats(self) -> list[dict[str, Any]]:
+        return []
+
 
 async def no_lookup(service: Service, body: Any) -> Any:
     raise StoreError("no engine here")

@@ -69,6 +69,9 @@ class OneWorker(Engines):
     async def reload(self) -> int:
         return await asyncio.to_thread(self.reloader.reload)
 
+    async def stats(self) -> list[dict[str, Any]]:
+        return [{"generation": self.generation}]
+
     @property
     def generation(self) -> int:
         return self.layer.now.router.generation
@@ -470,6 +473,29 @@ async def test_a_worker_that_cannot_take_the_change_up_leaves_it_stored(
     assert (await server.http.post("/reload")).json() == {"generation": FIRST + 1}
     assert server.service.audit.lines()[-1]["what"] == "reloaded" and server.engines.generation == FIRST + 1
     assert (await server.finish(await server.http.delete("/edits/1")))["state"] == "done"
+
+
+async def test_an_edit_that_is_stored_but_not_served_is_no_success(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever sends it again, as a client that tries again does, has it served or hears why not."""
+    # The edits of this store have no target, which no client can send.
+    monkeypatch.setattr("memoir_vllm.admin.service.same_edit", lambda stored, edit: stored.prompt == edit.prompt)
+    edit = {"prompt": EditStore.open(server.folder).edits[3].prompt, "target": "Jane Doe"}
+    remove_edits(server.folder, [0])  # a generation that no engine has adopted yet
+
+    def no_memory(*args: Any) -> Any:
+        raise torch.OutOfMemoryError("no memory left")
+
+    with monkeypatch.context() as full:
+        full.setattr(server.engines.layer, "load", no_memory)
+        reply = await server.http.post("/edits", json=edit)
+    assert reply.status_code == 503 and "no memory left" in reply.json()["detail"]
+    assert server.engines.generation == FIRST
+    for _ in range(2):
+        assert (await server.http.post("/edits", json=edit)).status_code == 200
+        assert server.engines.generation == FIRST + 1
+    assert [entry["what"] for entry in server.service.audit.lines()] == ["reloaded"]
 
 
 async def test_engines_that_have_died_leave_the_change_stored(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -244,13 +244,13 @@ class Service:
     # ---- changing --------------------------------------------------------------------------------------------------
 
     async def add(self, who: str, body: AddEdit) -> Job | StoredEdit:
-        """Queue an edit; one that the store has already is returned as it is.
+        """Queue an edit; one that the store has already is returned as it is, once the engines serve it.
 
         who: the holder of the token.
         body: the edit.
 
         Raises Refused for an edit that could never act; Conflict for a prompt that the store, or a change that waits,
-        answers differently; QueueFull.
+        answers differently; QueueFull; StoreError where the store has it and the engines do not take that up.
         """
         change = body.model_dump(exclude={"on_conflict"})
         edit, key, stored = await asyncio.to_thread(self._check, change)
@@ -259,6 +259,9 @@ class Service:
             if job.prompt_key == key:
                 raise Conflict(f"job {job.id} is about the same prompt: wait until it is done")
         if stored is not None and same_edit(stored, edit):
+            newest = (await asyncio.to_thread(self.store)).manifest.generation
+            if {engine["generation"] for engine in await self.engines.stats()} != {newest}:
+                await self.reload(who)
             return stored
         if stored is not None and body.on_conflict == "refuse":
             raise Conflict(f"{contradiction(stored, edit)}: {CURE}")
