@@ -33,7 +33,7 @@ def server_command(
     stores: folders of further edits, by the name of each store.
 
     Raises StoreError for a store that cannot be opened, ModelError for a model that is not there, ConfigError where
-    vLLM is not installed or `flags` configure another store.
+    vLLM is not installed, or `flags`, or a file that they name, configure another store or what would not be read.
     """
     manifest = EditStore.open(store).manifest
     folder = resolve(model)
@@ -48,10 +48,10 @@ def server_command(
     if stores:
         section["stores"] = section.get("stores", {}) | {name: str(path.resolve()) for name, path in stores.items()}
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
-    names = {flag.split("=")[0] for flag in flags}
-    if "--served-model-name" not in names:
+    given = _given(flags)
+    if "--served-model-name" not in given:
         command += ["--served-model-name", model]
-    if "--dtype" not in names:
+    if "--dtype" not in given:
         command += ["--dtype", manifest.dtype]  # fingerprints are surest in the dtype that they were made in
     environment = dict(os.environ) | {"VLLM_PLUGINS": _plugins(os.environ.get("VLLM_PLUGINS"))}
     if not _has_gpu():
@@ -73,6 +73,37 @@ def _plugins(plugins: str | None) -> str:
     return ",".join(sorted({point.name for group in groups for point in entry_points(group=f"vllm.{group}_plugins")}))
 
 
+def _given(flags: Sequence[str]) -> dict[str, str]:
+    """Names of the flags, with what follows each, and of those in a file that --config names."""
+    given: dict[str, str] = {}
+    for flag, following in zip(flags, [*flags[1:], ""], strict=False):
+        name, has_value, value = flag.partition("=")
+        given[name.replace("_", "-")] = value if has_value else following
+    return (_in_file(given["--config"]) if "--config" in flags else {}) | given
+
+
+def _in_file(file: str) -> dict[str, str]:
+    """The flags in a file of vLLM's --config. Raises ConfigError for a file that no server takes, or with a store's
+    section in it: vLLM reads a file's flags before ours, and of two takes the last."""
+    import yaml  # vLLM needs it too
+
+    try:
+        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"--config {file} cannot be read: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"--config {file} holds no flags: write a line NAME: VALUE for each")
+    for key in content:
+        if _is_additional(f"--{key}"):
+            raise ConfigError(f"--config {file} holds {key}, which vLLM would drop for the store's: give it as a flag")
+    return {f"--{key}".replace("_", "-"): str(value) for key, value in content.items() if value is not False}
+
+
+def _is_additional(name: str) -> bool:
+    whole = name.replace("_", "-").partition(".")[0]
+    return whole.startswith("--ad") and _ADDITIONAL.startswith(whole)
+
+
 def _take_additional_config(flags: list[str]) -> tuple[list[str], dict]:
     """Take the user's own --additional-config out of the flags, to be merged with ours.
 
@@ -84,10 +115,9 @@ def _take_additional_config(flags: list[str]) -> tuple[list[str], dict]:
     after = iter(flags)
     for flag in after:
         name, has_value, value = flag.partition("=")
-        whole, dot, _ = name.replace("_", "-").partition(".")
-        if not (whole.startswith("--ad") and _ADDITIONAL.startswith(whole)):
+        if not _is_additional(name):
             rest.append(flag)
-        elif dot:
+        elif "." in name:
             raise ConfigError(
                 f"{flag} would make vLLM drop the store's {_ADDITIONAL}: write it as JSON, such as "
                 f'{_ADDITIONAL} \'{{"memoir": {{"tau": 0.5}}}}\''

@@ -728,6 +728,27 @@ def test_doctor_says_what_an_admin_token_needs(
     assert "ok    administration" in run(capsys, "doctor", "--quick")[1]
 
 
+def test_serve_reads_the_file_that_config_names(store: Path, tiny: Path, tmp_path: Path) -> None:
+    """vLLM reads its flags before ours, and takes the last."""
+    file = tmp_path / "server.yaml"
+    file.write_text("dtype: float16\nserved_model_name: [a, b]\nport: 9\nenforce-eager: false\n")
+    command, _ = server_command(str(tiny), store, ["--config", str(file)])
+    assert command[-2:] == ["--config", str(file)] and not {"--dtype", "--served-model-name"} & set(command)
+    assert "--dtype" in server_command(str(tiny), store)[0], "with no flags at all"
+    for text, said in (
+        ("additional-config:\n  memoir: {tau: 0.7}\n", "holds additional-config, which vLLM would drop"),
+        ("additional_config: '{}'\n", "holds additional_config, which vLLM would drop"),
+        ("additional-config.memoir.tau: 0.7\n", "holds additional-config.memoir.tau, which vLLM would drop"),
+        ("- --port\n", "holds no flags"),
+        ("port: {\n", "cannot be read: while parsing"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ConfigError, match=said):
+            server_command(str(tiny), store, ["--port", "9", "--config", str(file)])
+    with pytest.raises(ConfigError, match="cannot be read: .*No such file"):
+        server_command(str(tiny), store, ["--config", str(tmp_path / "none.yaml")])
+
+
 def test_doctor_finds_a_torchvision_of_another_torch(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
