@@ -20,6 +20,9 @@ from memoir_retrieval.store.read import EditStore
 __all__ = ["serve", "server_command"]
 
 _ADDITIONAL = "--additional-config"
+# What `vllm serve` alone reads. We start the server below it: of vLLM's CPU build that command does not start.
+_UNREAD = ("--headless", "--api-server-count", "--data-parallel-multi-port-external-lb", "--grpc")
+_SHORT = {"-asc": "--api-server-count", "-dpm": "--data-parallel-multi-port-external-lb"}
 
 
 def server_command(
@@ -54,6 +57,11 @@ def server_command(
     if "--dtype" not in given:
         command += ["--dtype", manifest.dtype]  # fingerprints are surest in the dtype that they were made in
     environment = dict(os.environ) | {"VLLM_PLUGINS": _plugins(os.environ.get("VLLM_PLUGINS"))}
+    if unread := next((name for name, value in given.items() if _is_unread(name, value)), None):
+        raise ConfigError(
+            f"{unread} is read by vLLM's own command only: VLLM_PLUGINS={environment['VLLM_PLUGINS']} vllm serve "
+            f"{folder} {_ADDITIONAL} '{json.dumps(additional)}', with {unread} and the other flags"
+        )
     if not _has_gpu():
         environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     return [*command, "--additional-config", json.dumps(additional), *flags], environment
@@ -102,6 +110,12 @@ def _in_file(file: str) -> dict[str, str]:
 def _is_additional(name: str) -> bool:
     whole = name.replace("_", "-").partition(".")[0]
     return whole.startswith("--ad") and _ADDITIONAL.startswith(whole)
+
+
+def _is_unread(name: str, value: str) -> bool:
+    name = _SHORT.get(name, name)
+    whole = next((flag for flag in _UNREAD if len(name) > 5 and flag.startswith(name)), "")
+    return bool(whole) and not (whole == "--api-server-count" and value == "1")
 
 
 def _take_additional_config(flags: list[str]) -> tuple[list[str], dict]:

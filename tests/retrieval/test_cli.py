@@ -745,8 +745,31 @@ def test_serve_reads_the_file_that_config_names(store: Path, tiny: Path, tmp_pat
         file.write_text(text)
         with pytest.raises(ConfigError, match=said):
             server_command(str(tiny), store, ["--port", "9", "--config", str(file)])
-    with pytest.raises(ConfigError, match="cannot be read: .*No such file"):
+    with pytest.raises(ConfigError, match=r"cannot be read: .*No such file"):
         server_command(str(tiny), store, ["--config", str(tmp_path / "none.yaml")])
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--headless"], ["--api-server-count", "2"], ["--api_server_count=2"], ["-asc", "2"], ["-dpm"], ["--grpc"]],
+    ids=" ".join,
+)
+def test_serve_refuses_what_only_vllms_own_command_reads(
+    store: Path, tiny: Path, flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server that is started would take it, and do nothing with it."""
+    monkeypatch.setenv("VLLM_PLUGINS", "memoir")
+    with pytest.raises(ConfigError, match=r"is read by vLLM's own command only: VLLM_PLUGINS=memoir vllm serve "):
+        server_command(str(tiny), store, ["--port", "9", *flags])
+
+
+def test_serve_refuses_them_in_a_file_as_well(store: Path, tiny: Path, tmp_path: Path) -> None:
+    file = tmp_path / "server.yaml"
+    file.write_text("api-server-count: 2\n")
+    with pytest.raises(ConfigError, match="--api-server-count is read by vLLM's own command only"):
+        server_command(str(tiny), store, ["--config", str(file)])
+    file.write_text("api-server-count: 1\nheadless: false\n")
+    server_command(str(tiny), store, ["--config", str(file), "--api-server-count", "1", "--api-key", "x"])
 
 
 def test_doctor_finds_a_torchvision_of_another_torch(
