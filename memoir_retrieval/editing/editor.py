@@ -54,6 +54,7 @@ class Editor:
         training: Training | Mapping[str, Any] | None = None,
         trainer: Callable[[Editor], MemoryTrainer] | None = None,
         watch: Callable[[TrainingStep], None] = lambda _: None,
+        alive: Callable[[], None] = lambda: None,
         wordings: Wordings | None = None,
     ):
         """Settings are those of a new store; one that is there has its own, which they must not contradict.
@@ -68,6 +69,7 @@ class Editor:
         training: how edits are trained, or some fields of it by name.
         trainer: makes what trains, as the editor is entered (default: a `Trainer` in this process).
         watch: called before every gradient step of that default.
+        alive: called by that default between earlier edits, as they are run again or asked, which may take long.
         wordings: of an editor that has been left: what that one knows of the edits in the store is not run again.
         Raises ConfigError for settings that cannot work; on entering also for those that contradict the store.
         """
@@ -88,6 +90,7 @@ class Editor:
             self._settings.resolved(base)  # refused here, before the folder is made
         self._make_trainer = trainer
         self._watch = watch
+        self._alive = alive
         self._store: OpenStore | None = None
         self._wordings = wordings
         self.outcome = Outcome()
@@ -110,7 +113,7 @@ class Editor:
     def _trainer(self, wordings: Wordings) -> MemoryTrainer:
         if self._make_trainer:
             return self._make_trainer(self)
-        return Trainer(self.base, wordings, self.store.training, self._watch)
+        return Trainer(self.base, wordings, self.store.training, self._watch, self._alive)
 
     def _begin(self, store: OpenStore) -> None:
         self._session = Session(store, self._trainer, self._wordings)

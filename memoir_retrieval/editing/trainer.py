@@ -139,14 +139,17 @@ class Trainer:
         wordings: Wordings,
         training: Training,
         watch: Callable[[TrainingStep], None] = lambda _: None,
+        alive: Callable[[], None] = lambda: None,
     ):
         """base: the model.
         wordings: of the store's edits.
         training: how.
         watch: called at every gradient step.
+        alive: called between earlier edits, as they are run again or asked.
         """
         self.base = base
         self.watch = watch
+        self._alive = alive
         self.training = training
         self.memories: dict[int, Memory] = {}
         self._wordings = wordings
@@ -203,6 +206,7 @@ class Trainer:
         """See `MemoryTrainer`."""
         lost: list[int] = []
         for first in range(0, len(edits), AT_A_TIME):
+            self._alive()
             memory, part = self.memories[number], edits[first : first + AT_A_TIME]
             lost += [edit for _, edit in self._forgotten([(memory, edit) for edit in part if edit in memory.rows])]
         return lost
@@ -215,6 +219,7 @@ class Trainer:
     def remember(self, number: int, edit: StoredEdit, masks: int) -> None:
         """See `MemoryTrainer`."""
         if number in self.memories:
+            self._alive()
             rephrases = self._wordings.rephrases(masks)
             self.memories[number].add(edit.id, self._wordings.rows(edit, rephrases, self._quick()))
             self._keys[edit.id] = masked_key(edit, rephrases)

@@ -40,7 +40,7 @@ from memoir_vllm.admin.jobs import QUEUE, Jobs, QueueFull, TrainerProcess
 from memoir_vllm.admin.plugin import MemoirEndpoints
 from memoir_vllm.admin.routes import make_app
 from memoir_vllm.admin.tokens import Tokens
-from memoir_vllm.admin.trainer import _Trainer
+from memoir_vllm.admin.trainer import TrainerAnswer, _Trainer
 from memoir_vllm.front.metrics import LOOKUP_ID, TOP, EngineCollector, Traffic
 
 TOKEN = "0123456789abcdef"
@@ -337,6 +337,28 @@ async def test_a_job_tells_how_far_its_training_is(base: BaseModel, model_folder
     assert steps == sorted(set(steps)) and steps[-1] == job.steps
     assert trained[-1].limit == 60 and trained[-1].loss == pytest.approx(job.loss, abs=1e-5)
     assert trained[-1].loss < trained[-1].goal < trained[0].loss
+
+
+def test_a_trainer_that_runs_earlier_edits_again_says_that_it_does(
+    base: BaseModel, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a large memory that takes long, and one that says nothing is ended."""
+    folder, lines = tmp_path / "edits", list[TrainerAnswer]()
+    with Editor(base, folder, tau=0.6) as editor:
+        editor.add([Edit(prompt=f"Who runs {name}?", target="Jane Doe") for name in ("Acme", "Example Corp")])
+    monkeypatch.setattr("memoir_vllm.admin.trainer.ALIVE_S", 0.0)
+    trainer = _Trainer(folder, str(model_folder), "cpu", lines.append)
+    trainer._base = base
+    change = {"add": {"prompt": "Who is the mayor?", "target": "Ed Fox"}, "on_conflict": "refuse"}
+    assert trainer.answer(change).edit == 2
+    stages = [line.progress.stage for line in lines if line.progress]
+    first = stages.index("training")
+    assert stages[:first] == ["opening"] * 3 and set(stages[first:]) == {"training"}
+    assert lines[-1] == lines[-2], "the two are asked whether they are still answered"
+    lines.clear()
+    monkeypatch.setattr("memoir_vllm.admin.trainer.ALIVE_S", 60.0)
+    assert trainer.answer(change).edit == 2
+    assert [line.progress.stage for line in lines if line.progress] == ["opening"]
 
 
 def test_the_trainer_names_edits_that_it_has_damaged(

@@ -17,6 +17,7 @@ import queue
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -32,6 +33,7 @@ CURE = 'remove it first, or send on_conflict "last" to replace it'
 """What a client can do about an edit that answers the same question."""
 
 LONGEST_LINE = 64 * 1024  # bytes
+ALIVE_S = 1.0  # least seconds between two lines that say the same
 LONGEST_REASON = 4_000  # characters: prompts that a reason quotes may be longer
 
 
@@ -109,6 +111,7 @@ class _Trainer:
         self._send = send
         self._base: Any = None
         self._wordings: Any = None
+        self._progress, self._said = TrainerProgress("loading"), 0.0  # the last line of progress, and when it was sent
 
     def answer(self, request: dict[str, Any]) -> TrainerAnswer:
         from memoir_retrieval.errors import MemoirError
@@ -129,11 +132,11 @@ class _Trainer:
         from memoir_retrieval.store.read import EditStore
 
         if self._base is None:
-            self._send(TrainerAnswer(progress=TrainerProgress("loading")))
+            self._say(TrainerProgress("loading"))
             self._base = load_model_of(EditStore.open(self._store).manifest, self._model, device=self._device)
         edit = msgspec.convert(request["add"], Edit)
-        self._send(TrainerAnswer(progress=TrainerProgress("opening")))
-        with Editor(self._base, self._store, watch=self._step, wordings=self._wordings) as editor:
+        self._say(TrainerProgress("opening"))
+        with Editor(self._base, self._store, watch=self._step, alive=self._still, wordings=self._wordings) as editor:
             self._wordings = editor.wordings
             new = editor.add([edit], on_conflict=request["on_conflict"])
             same = [stored for stored in editor.edits if same_edit(stored, edit)]
@@ -152,7 +155,16 @@ class _Trainer:
             )
 
     def _step(self, step: TrainingStep) -> None:
-        self._send(TrainerAnswer(progress=TrainerProgress("training", step.step, step.limit, step.loss, step.goal)))
+        self._say(TrainerProgress("training", step.step, step.limit, step.loss, step.goal))
+
+    def _still(self) -> None:
+        """Say the same again: whoever hears nothing for long takes this process for stuck."""
+        if time.monotonic() - self._said >= ALIVE_S:
+            self._say(self._progress)
+
+    def _say(self, progress: TrainerProgress) -> None:
+        self._progress, self._said = progress, time.monotonic()
+        self._send(TrainerAnswer(progress=progress))
 
     def _remove(self, edit_id: int) -> TrainerAnswer:
         from memoir_retrieval.store.remove import remove_edits
