@@ -17,6 +17,7 @@ import stat
 import sys
 import threading
 import unicodedata
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 from datetime import datetime, timedelta
@@ -496,6 +497,19 @@ async def test_an_edit_that_is_stored_but_not_served_is_no_success(
         assert (await server.http.post("/edits", json=edit)).status_code == 200
         assert server.engines.generation == FIRST + 1
     assert [entry["what"] for entry in server.service.audit.lines()] == ["reloaded"]
+
+
+async def test_a_reload_lets_go_of_the_generation_before(server: Server) -> None:
+    """Its large files are mapped, and would stay on the disk until the next time that somebody reads the store."""
+    server.start()
+    assert (await server.http.get("/edits")).json()["total"] == 4
+    held = weakref.ref(server.service.store())
+    remove_edits(server.folder, [0])
+    assert (await server.http.post("/reload")).json() == {"generation": FIRST + 1}
+    assert held() is None
+    held = weakref.ref(server.service.store())
+    assert (await server.submit({"remove": 1}))["state"] == "done"
+    assert held() is None
 
 
 async def test_engines_that_have_died_leave_the_change_stored(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,7 +61,7 @@ class Service:
         self.audit = AuditLog(self.folder, server)
         device = os.environ.get(DEVICE_VARIABLE, "cpu")
         trainer = TrainerProcess({"store": str(self.folder), "model": model, "device": device})
-        self.jobs = Jobs(trainer, self.audit, engines.reload, self.in_store)
+        self.jobs = Jobs(trainer, self.audit, self._activate, self.in_store)
         self._store: tuple[tuple[int, int], EditStore] | None = None
 
     def close_unfinished(self) -> None:
@@ -109,9 +109,16 @@ class Service:
         """The store's present generation, read again when a file came or went. Raises StoreError."""
         status = os.stat(self.folder / MANIFEST)
         stamp = (os.stat(self.folder).st_mtime_ns, status.st_ino)
-        if self._store is None or self._store[0] != stamp:
-            self._store = (stamp, EditStore.open(self.folder, check=False))
-        return self._store[1]
+        held = self._store
+        if held is None or held[0] != stamp:
+            self._store = held = (stamp, EditStore.open(self.folder, check=False))
+        return held[1]
+
+    async def _activate(self) -> int:
+        """Have the engines serve the store's present generation, and let go of the files of older ones."""
+        generation = await self.engines.reload()
+        self._store = None
+        return generation
 
     def search(self, text: str, offset: int, limit: int) -> tuple[int, int, list[StoredEdit]]:
         """Generation, how many edits have all words in them, and a page of those.
@@ -291,7 +298,7 @@ class Service:
 
         Raises StoreError.
         """
-        generation = await self.engines.reload()
+        generation = await self._activate()
         try:
             await asyncio.to_thread(self.audit.write, "reloaded", who, "", generation=generation)
         except OSError as error:  # a replica may have its store mounted read-only; nothing in it has changed
