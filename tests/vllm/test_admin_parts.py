@@ -41,7 +41,7 @@ from memoir_vllm.admin.plugin import MemoirEndpoints
 from memoir_vllm.admin.routes import make_app
 from memoir_vllm.admin.tokens import Tokens
 from memoir_vllm.admin.trainer import TrainerAnswer, _Trainer
-from memoir_vllm.front.metrics import LOOKUP_ID, TOP, EngineCollector, Traffic
+from memoir_vllm.front.metrics import LOOKUP_ID, NAMED, TOP, EngineCollector, Traffic
 
 TOKEN = "0123456789abcdef"
 
@@ -441,6 +441,27 @@ def test_counts_and_their_bounds() -> None:
     assert len(hits) == TOP and f'memoir_edit_hits_total{{edit="{3 * TOP - 1}",store=""}} {3.0 * TOP - 1}' in hits
     assert 'memoir_generation{engine="1",store=""} 3.0' in text
     assert "memoir_replays_total" not in text
+
+
+def test_an_edit_that_was_named_goes_on_being_named() -> None:
+    """Its series is a counter: where it went and came again, `rate` would be wrong."""
+    traffic = Traffic()
+    registry = CollectorRegistry()
+    registry.register(EngineCollector(traffic))
+
+    def named() -> dict[str, float]:
+        (series,) = [family for family in registry.collect() if family.name == "memoir_edit_hits"]
+        return {sample.labels["edit"]: sample.value for sample in series.samples}
+
+    for edit in range(TOP):
+        traffic.hits[edit] = 1
+    assert len(named()) == TOP
+    for first in range(TOP, 2 * NAMED, TOP):
+        for edit in range(first, first + TOP):
+            traffic.hits[edit] = edit
+        shown = named()
+        assert len(shown) == min(first + TOP, NAMED) and len([edit for edit in shown if int(edit) >= first]) == TOP
+    assert min(map(int, named())) == NAMED, "those that answer most are kept"
 
 
 def test_the_dashboard_asks_for_series_that_exist() -> None:

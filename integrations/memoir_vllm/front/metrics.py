@@ -27,7 +27,8 @@ logger = init_logger("vllm.memoir")
 # In the ids of requests that administration makes itself: they are no traffic. A client can name its requests too, so
 # this is nothing that one could know.
 LOOKUP_ID = f"memoir-lookup-{secrets.token_hex(16)}"
-TOP = 20  # edits that are named on /metrics
+TOP = 20  # edits that are named on /metrics, and go on being named
+NAMED = 200  # so many of a store at most
 RECENT = 50
 
 _REQUESTS = CounterSeries("memoir_requests", "Finished requests by result and store.", ["result", "store"])
@@ -132,6 +133,7 @@ class EngineCollector:
         """traffic: of this process."""
         self.engines: list[dict[str, Any]] = []
         self._traffic = traffic
+        self._named: dict[str, set[int]] = {}
 
     def describe(self) -> Iterable[Metric]:
         """Nothing: so no name is taken, and nothing collected, when it is registered."""
@@ -156,10 +158,17 @@ class EngineCollector:
             yield family
         top = CounterMetricFamily(
             "memoir_edit_hits",
-            f"Requests answered by an edit; the {TOP} edits of each store that answered most.",
+            f"Requests answered by an edit; edits that were among the {TOP} of their store that answered most.",
             labels=["edit", "store"],
         )
         for store, traffic in self._traffic.stores().items():
-            for edit, hits in traffic.hits.most_common(TOP):
+            for edit, hits in self._hits(store, traffic.hits).items():
                 top.add_metric([str(edit), store], hits)
         yield top
+
+    def _hits(self, store: str, hits: Counter[int]) -> dict[int, int]:
+        """Of the edits that are shown. A series that went and came again would look like a restart to `rate`."""
+        named = self._named.get(store, set()).union(edit for edit, _ in hits.most_common(TOP))
+        shown = dict(Counter({edit: hits[edit] for edit in named}).most_common(NAMED))
+        self._named[store] = set(shown)
+        return shown
