@@ -478,6 +478,12 @@ def test_the_dashboard_asks_for_series_that_exist() -> None:
     assert queried == own - {"memoir_residual_rows"}
 
 
+def test_the_alerts_compare_servers_of_one_deployment() -> None:
+    page = (Path(__file__).parents[2] / "docs/how-to/administration.md").read_text()
+    alerts = page.partition("```promql\n")[2].partition("```")[0]
+    assert len(re.findall(r"(?:max|min|sum) by \(job", alerts)) == len(re.findall(r"\b(?:max|min|sum)\b", alerts)) == 4
+
+
 _KEYS = ("edits", "generation", "older_generations", "remembered", "routed", "recalled", "rows")
 _KEYS += ("routing_s", "residual_s")
 
