@@ -476,6 +476,8 @@ def test_the_dashboard_asks_for_series_that_exist() -> None:
     board = (Path(__file__).parents[2] / "examples/grafana/memoir.json").read_text()
     queried = {name.removesuffix("_total").removesuffix("_bucket") for name in re.findall(r"memoir_\w+(?=\{)", board)}
     assert queried == own - {"memoir_residual_rows"}
+    for series in ("memoir_edits", "memoir_edit_hits_total"):  # an id, and a number of edits, are those of one store
+        assert re.search(rf"by \(store\b[^)]*\) \((?:increase\()?{series}\{{", board), series
 
 
 def test_the_alerts_compare_servers_of_one_deployment() -> None:
