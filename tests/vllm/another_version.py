@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from itertools import takewhile
 from pathlib import Path
 
 from seams import installed
@@ -35,9 +36,9 @@ def unpack(wheel: Path, folder: Path) -> None:
 
 def main(wheel: str, *options: str) -> int:
     """The exit code of pytest."""
-    names = [option for option in options if (HERE / f"test_{option}.py").exists()]
+    names = [*takewhile(lambda option: not option.startswith("-"), options)]  # a marker may be named as a test is
     files = [str(HERE / f"test_{name}.py") for name in names or TESTS]
-    rest = [option for option in options if option not in names]
+    rest = options[len(names) :]
     with tempfile.TemporaryDirectory() as folder:
         unpack(Path(wheel), Path(folder))
         paths = [folder, os.environ.get("PYTHONPATH", "")]
