@@ -2,7 +2,8 @@
 
 python benchmarks/json_reference.py STORE FILE [EVERY]
 
-The grammars are compiled as vLLM compiles them. EVERY: only every n-th edit of the file is asked.
+The grammars are compiled as vLLM compiles them. EVERY: only every n-th edit of the file is asked, of those that the
+store has.
 """
 
 from __future__ import annotations
@@ -110,7 +111,9 @@ def value_of(text: str, path: tuple[str | int, ...] | None) -> Any:
 
 
 def main(store: str, file: str, every: int = 1) -> None:
-    model, edits = EditedModel.open(store), read_edits(file)[::every]
+    model = EditedModel.open(store)
+    stored = {edit.prompt for edit in model.retriever.store.edits}
+    edits = [edit for edit in read_edits(file) if edit.prompt in stored][::every]
     report("plain", edits, ask(model, [edit.prompt for edit in edits], None), None)
     for name, kind in KINDS.items():
         prompts = [[*[SYSTEM] * kind.system, {"role": "user", "content": edit.prompt}] for edit in edits]
