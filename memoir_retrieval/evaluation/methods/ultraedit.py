@@ -6,10 +6,10 @@ normalised by their running mean and deviation, v is scaled by -eta |h|^2, and t
 deviation, in which the rows of all of them are counted before any is changed. Published configuration for Mistral-7B:
 the second MLP matrices of layers 29 and 30 of 32, eta 1e-6, 100 edits at a time.
 
-Deviations: eta is 1e-6 times 14,336 / D, since |h|^2 of a normalised input is the number of its entries, times 100. The
-change of an output does not depend on its size, so a rate fits one model: SmolLM2 is barely changed without the 100,
-which did best of 1, 10 and 100 on the first ten edits of ZsRE (while each layer had moments of its own). Fewer than 100
-edits are made at once. On another model the layers are at the same part of the depth.
+Deviations: eta is 1e-6 times 14,336 / D, since |h|^2 of a normalised input is the number of its entries, times 1000.
+The change of an output does not depend on its size, so a rate fits one model: SmolLM2 is barely changed without the
+1000, which did best of 10, 100 and 1000 on the first ten edits of ZsRE. Fewer than 100 edits are made at once. On
+another model the layers are at the same part of the depth.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from memoir_retrieval.model.base import BaseModel
 
 __all__ = ["RunningMoments", "UltraEdit", "ridge"]
 
-LAYERS, ETA, WIDTH, FACTOR = (29, 30), 1e-6, 14336, 100
+LAYERS, ETA, WIDTH, FACTOR = (29, 30), 1e-6, 14336, 1000
 
 
 class RunningMoments:
