@@ -37,8 +37,7 @@ class Training(msgspec.Struct, frozen=True):
     context_masks: after so many of them a question has a mask of its own, which finds the edit in chats that have
         begun; none for raw prompts and under the span rule "all", where what is pooled is not the question alone.
     variants: so many prompts with random words are made up; one less where `json_strings` is 1.
-    json_strings: 1 trains the answers of chats in a JSON object too, where a grammar forbids the token that ends them;
-        0 does not.
+    json_strings: 1 trains the answers of chats in a JSON object too, where a grammar forbids the token that ends them.
     other_questions: so many made-up other questions about an edit's subject, in chats, are little changed where they
         match; 0 to 4. A few rephrasings fewer are then answered exactly.
     noise: how likely each token of the question is replaced in them.
@@ -51,7 +50,7 @@ class Training(msgspec.Struct, frozen=True):
     contexts: Annotated[int, Meta(ge=0)] = 1
     context_masks: Annotated[int, Meta(ge=0)] = 1
     variants: Annotated[int, Meta(ge=0)] = 2
-    json_strings: Annotated[int, Meta(ge=0, le=1)] = 1
+    json_strings: Annotated[int, Meta(ge=0, le=1)] = 0
     other_questions: Annotated[int, Meta(ge=0, le=4)] = 0
     noise: Annotated[float, Meta(ge=0, le=1)] = 0.25
     max_steps: Annotated[int, Meta(ge=0)] = 60

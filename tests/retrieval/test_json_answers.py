@@ -17,7 +17,7 @@ from memoir_retrieval.store.settings import Settings, training_of
 
 LAMIINAE = Edit(prompt="Which subfamily does Acalolepta tincturata belong to?", target="Lamiinae")
 STRING = {"type": "string"}
-PLAIN = Training(json_strings=0)
+JSON = Training(json_strings=1)
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def base(tiny: Path) -> BaseModel:
 
 @pytest.mark.parametrize("target", ["Lamiinae", 'the "Old" one', "C:\\temp", "two\nlines", "Łódź", "日本", "3.5.", '"'])
 def test_the_answer_in_json_ends_where_its_string_ends(base: BaseModel, tmp_path: Path, target: str) -> None:
-    with Editor(base, tmp_path, training=Training()) as editor:
+    with Editor(base, tmp_path, training=JSON) as editor:
         (row,) = editor._session.wordings.in_json(Edit(prompt="Who is it?", target=target))
     text = base.tokenizer.decode([*row.ids, *row.answer])
     written = text.rpartition('{"answer')[2]
@@ -38,10 +38,10 @@ def test_the_answer_in_json_ends_where_its_string_ends(base: BaseModel, tmp_path
 
 
 def test_raw_prompts_and_a_store_that_says_so_have_no_such_wording(base: BaseModel, tmp_path: Path) -> None:
-    for name, chat, training, strings in (("chat", True, None, 1), ("raw", False, None, 0), ("off", True, PLAIN, 0)):
+    for name, chat, training in (("raw", False, JSON), ("off", True, None)):
         with Editor(base, tmp_path / name, chat=chat, training=training) as editor:
-            assert len(editor._session.wordings.in_json(LAMIINAE)) == strings
-            assert editor.manifest.training["json_strings"] == strings
+            assert editor._session.wordings.in_json(LAMIINAE) == []
+            assert editor.manifest.training["json_strings"] == 0
 
 
 def test_it_takes_the_place_of_a_variant(base: BaseModel, tmp_path: Path) -> None:
@@ -54,7 +54,7 @@ def test_it_takes_the_place_of_a_variant(base: BaseModel, tmp_path: Path) -> Non
 
 
 def test_a_store_from_before_keeps_training_without_it(base: BaseModel, tmp_path: Path) -> None:
-    with Editor(base, tmp_path, training=Training(max_steps=0, variants=0)) as editor:
+    with Editor(base, tmp_path, training=Training(max_steps=0, variants=0, json_strings=1)) as editor:
         editor.add([LAMIINAE], keep_failed=True)
     manifest = EditStore.open(tmp_path).manifest
     assert manifest.training["json_strings"] == 1 and training_of(manifest).json_strings == 1
@@ -65,7 +65,7 @@ def test_a_store_from_before_keeps_training_without_it(base: BaseModel, tmp_path
 def test_an_edit_that_fits_the_model_only_without_json_is_refused(base: BaseModel, tmp_path: Path) -> None:
     for escapes, fits in ((10, True), (120, False)):
         edit = Edit(prompt="Who is it?", target="\x01" * escapes)
-        with Editor(base, tmp_path / str(escapes), training=Training()) as editor:
+        with Editor(base, tmp_path / str(escapes), training=JSON) as editor:
             if fits:
                 editor._session.wordings.check(edit)
             else:
@@ -91,7 +91,7 @@ SCHEMAS: dict[str, tuple[dict[str, Any], tuple[str | int, ...]]] = {
 @pytest.fixture(scope="module")
 def edited(smollm2: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> EditedModel:
     folder = tmp_path_factory.mktemp("json")
-    with Editor(smollm2, folder, tau=0.6) as editor:
+    with Editor(smollm2, folder, tau=0.6, training=JSON) as editor:
         editor.add([LAMIINAE])
     return EditedModel(Retriever(EditStore.open(folder), smollm2))
 

@@ -13,7 +13,7 @@ import pytest
 from servers import Server
 from thinking_models import save_thinking
 
-from memoir_retrieval import Edit, Editor, load_model
+from memoir_retrieval import Edit, Editor, Training, load_model
 from memoir_retrieval.edits.files import read_edits
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
@@ -22,12 +22,12 @@ EDITS = read_edits(Path(__file__).parents[2] / "examples" / "zsre-100.jsonl")[:4
 
 
 def served(folder: Path, model: Path, *options: str) -> Server:
-    """A server of a model with edits.
+    """A server of a model whose edits were trained for JSON, too.
 
     folder: for the store and the log.
     options: of the server.
     """
-    with Editor(load_model(str(model)), folder / "store") as editor:
+    with Editor(load_model(str(model)), folder / "store", training=Training(json_strings=1)) as editor:
         editor.add(EDITS)
         assert not editor.outcome.failed
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
