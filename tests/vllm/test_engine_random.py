@@ -84,7 +84,12 @@ def test_without_the_protocol_edits_reach_other_requests(
     """The naive hook applies the edit where it is found and leaves vLLM's cache to itself: a request that opted out
     then reads rows of the edit. With the protocol it does not."""
     model = EditedModel.open(store_folder, str(model_folder))
-    ids = model.prompt_ids([SYSTEM, user(EDITS[1])])
+    # A block of rows behind the token from which the edit acts: what the cache can mix up.
+    begun = model.base.tokenizer(
+        " Those who keep the old books of the harbour, the mill and the two bridges have written it down for their"
+        " children more than once, and what stands there in black ink is"
+    ).input_ids
+    ids = [*model.prompt_ids([SYSTEM, user(EDITS[1])]), *begun]
     off = {"memoir": "off"}
     order = {
         "flags": flags(model_folder, store_folder, block_size=32),
