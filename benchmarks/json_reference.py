@@ -1,9 +1,9 @@
 """Ask a chat store's reference under grammars, and count the answers that are the target exactly; no server is needed.
 
-python benchmarks/json_reference.py STORE FILE [EVERY]
+python benchmarks/json_reference.py STORE FILE [EVERY] [--compact]
 
 The grammars are compiled as vLLM compiles them. EVERY: only every n-th edit of the file is asked, of those that the
-store has.
+store has. --compact: as under `--structured-outputs-config.disable_any_whitespace true`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from memoir_retrieval import Edit, EditedModel, read_edits
 
 STRING = {"type": "string"}
-TOKENS = 40
+TOKENS = 96
 
 
 def fields(**properties: Any) -> dict[str, Any]:
@@ -73,13 +73,15 @@ class Grammar(LogitsProcessor):
         return scores
 
 
-def ask(model: EditedModel, prompts: Sequence[Any], schema: dict[str, Any] | None) -> list[str]:
+def ask(model: EditedModel, prompts: Sequence[Any], schema: dict[str, Any] | None, compact: bool = False) -> list[str]:
     """The free answers to prompts, under a grammar or not."""
     if schema is None:
         return _answers(model, prompts)
     base = model.base.model
     info = xgrammar.TokenizerInfo.from_huggingface(model.base.tokenizer, vocab_size=base.config.vocab_size)
-    compiled = xgrammar.GrammarCompiler(info).compile_json_schema(json.dumps(schema), any_whitespace=True)
+    compiled = xgrammar.GrammarCompiler(info).compile_json_schema(
+        json.dumps(schema), any_whitespace=not compact, separators=(",", ":") if compact else None
+    )
     generate = base.generate
 
     def under_grammar(**inputs: Any) -> Any:
@@ -110,14 +112,14 @@ def value_of(text: str, path: tuple[str | int, ...] | None) -> Any:
     return value
 
 
-def main(store: str, file: str, every: int = 1) -> None:
+def main(store: str, file: str, every: int = 1, compact: bool = False) -> None:
     model = EditedModel.open(store)
     stored = {edit.prompt for edit in model.retriever.store.edits}
     edits = [edit for edit in read_edits(file) if edit.prompt in stored][::every]
     report("plain", edits, ask(model, [edit.prompt for edit in edits], None), None)
     for name, kind in KINDS.items():
         prompts = [[*[SYSTEM] * kind.system, {"role": "user", "content": edit.prompt}] for edit in edits]
-        report(name, edits, ask(model, prompts, kind.schema), kind)
+        report(name, edits, ask(model, prompts, kind.schema, compact), kind)
 
 
 def report(name: str, edits: Sequence[Edit], texts: Sequence[str], kind: Kind | None) -> None:
@@ -131,4 +133,5 @@ def report(name: str, edits: Sequence[Edit], texts: Sequence[str], kind: Kind | 
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], *map(int, sys.argv[3:4]))
+    arguments = [argument for argument in sys.argv[1:] if argument != "--compact"]
+    main(*arguments[:2], *map(int, arguments[2:3]), compact="--compact" in sys.argv)

@@ -230,7 +230,9 @@ class Wordings:
     def in_json(self, edit: Edit | StoredEdit) -> list[Wording]:
         """The answer as a string in JSON, which ends at its quotation mark.
 
-        A grammar that a server forces an answer into forbids the model's end token there.
+        A grammar that a server forces an answer into forbids the model's end token there. Of the tokens with a
+        quotation mark the bare one is learnt, which every grammar takes: a token of mark and bracket (`"}`) is forbidden
+        where the object goes on or the string stands in a list.
 
         edit: any.
         """
@@ -238,15 +240,10 @@ class Wordings:
             return []
         question = self._cut(as_prompt(edit))
         head, string = (closing(self.base.tokenizer) + text for text in _in_json(edit.target))
-        ids, answer = text_ids(self.base.tokenizer, head), text_ids(self.base.tokenizer, string + "}")
+        ids, answer = text_ids(self.base.tokenizer, head), text_ids(self.base.tokenizer, string)
         shared = next((n for n, (a, b) in enumerate(zip(ids, answer, strict=False)) if a != b), len(ids))
-        # Quotation mark and bracket may be one token, and the mark one with what ends the target.
-        ends = (n for n in range(shared + 1, len(answer)) if self._text(answer[:n]).startswith(string))
-        end = next(ends, len(answer))
         return [
-            Wording(
-                self._context_of(edit), [*question.ids, *ids[:shared]], question.pooled.acts_from, answer[shared:end]
-            )
+            Wording(self._context_of(edit), [*question.ids, *ids[:shared]], question.pooled.acts_from, answer[shared:])
         ]
 
     def thinking(self, edit: Edit | StoredEdit) -> list[Wording]:

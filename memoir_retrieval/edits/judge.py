@@ -441,7 +441,7 @@ class Judge:
             return digits == number(b)
         if (name := unit(a)) and unit(b):
             return name == unit(b)
-        if (value := roman(a) or roman(b)) and (digits := number(a) or number(b)):
+        if (digits := number(a) or number(b)) and (value := roman(a) or roman(b)):
             return digits.rstrip("stndrh") == str(value)
         if _ROMAN.fullmatch(a) and _ROMAN.fullmatch(b):
             return False
@@ -633,8 +633,10 @@ def _inflected(a: str, b: str) -> bool:
 
 def _derived(a: str, b: str) -> bool:
     """Whether two words begin alike for the most part, and long enough for that to be a stem."""
+    if a[:6] != b[:6]:
+        return False
     start = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-    return start >= 6 and 5 * start >= 3 * max(len(a), len(b)) and not has_digit(a + b)
+    return start >= 6 and 5 * start >= 3 * max(len(a), len(b)) and not (has_digit(a) or has_digit(b))
 
 
 def _elided(a: str, b: str) -> bool:
@@ -646,7 +648,7 @@ def _elided(a: str, b: str) -> bool:
 def _misspelt(a: str, b: str) -> bool:
     """Whether two words differ in one letter, or in the order of two, and are long enough for that to be a slip: the
     first letter of a shorter word is none."""
-    if abs(len(a) - len(b)) > 1 or has_digit(a + b) or (a[0] != b[0] and len(a) < _LONG):
+    if abs(len(a) - len(b)) > 1 or (a[0] != b[0] and len(a) < _LONG) or has_digit(a) or has_digit(b):
         return False
     start = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
     x, y = a[start:], b[start:]
