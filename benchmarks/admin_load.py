@@ -32,7 +32,6 @@ import numpy as np
 import uvicorn
 import uvloop
 from vllm.entrypoints.launchers.app import build_app
-from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from memoir_vllm import config
@@ -41,6 +40,11 @@ from memoir_vllm.admin.jobs import QUEUE
 from memoir_vllm.admin.routes import make_app
 from memoir_vllm.admin.service import Service
 from memoir_vllm.admin.tokens import Tokens
+
+try:
+    from vllm.entrypoints.common.cli_args import make_arg_parser  # since vLLM 0.33
+except ImportError:
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
 
 TOKENS = ["one-holders-token", *(f"token-number-{n:04}" for n in range(10))]
 MARKS = "a" + "\u0301\u0323" * 8_000

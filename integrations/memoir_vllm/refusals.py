@@ -24,6 +24,8 @@ logger = init_logger("vllm.memoir")
 TESTED = ((0, 32), (0, 33))  # what was run: docs/reference/compatibility.md
 # The ways to make drafts that were run with edits (tests/vllm/test_engine_speculative.py).
 DRAFTS = ("ngram", "draft_model")
+# The ways to verify them that give the model's own tokens, or its own distribution of them.
+EXACT = ("standard", "block")
 # Why vLLM's KV connectors are refused, as read in their source (vllm/distributed/kv_transfer/kv_connector).
 _BY_TOKENS = "keys blocks by their tokens alone, so a block that an edit has changed would reach other requests"
 _BY_HASH = "takes the hashes of a prompt's blocks before it is known which edit they belong to"
@@ -144,8 +146,14 @@ def _checks(config: MemoirConfig, vllm_config: VllmConfig) -> list[tuple[bool, s
             "enable_adaptive_verification out of --speculative-config)",
         ),
         (
-            drafts is not None and drafts.rejection_sample_method == "synthetic",
-            "drafts that are taken by chance (leave rejection_sample_method synthetic out of --speculative-config)",
+            drafts is not None and drafts.rejection_sample_method not in EXACT,
+            "drafts that are taken where the model would say something else (leave rejection_sample_method "
+            f"{drafts and drafts.rejection_sample_method} out of --speculative-config)",
+        ),
+        (
+            vllm_config.aux_output_config.enabled,
+            "experts of each token in responses, kept by hashes from before the decision (leave out "
+            "--enable-return-routed-experts and --aux-output-config)",
         ),
         (cache.kv_sharing_fast_prefill, "skipped prompt rows (leave out --kv-sharing-fast-prefill)"),
         (model.runner_type != "generate", f"a {model.runner_type} model (use --runner generate)"),

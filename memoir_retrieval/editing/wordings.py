@@ -228,23 +228,21 @@ class Wordings:
         return [*self.in_json(edit), *self.thinking(edit)]
 
     def in_json(self, edit: Edit | StoredEdit) -> list[Wording]:
-        """The answer as a string in JSON, which ends at its quotation mark.
+        """The answer as a string in JSON, and the bracket behind it.
 
-        A grammar that a server forces an answer into forbids the model's end token there. Of the tokens with a
-        quotation mark the bare one is learnt, which every grammar takes: a token of mark and bracket (`"}`) is forbidden
-        where the object goes on or the string stands in a list.
+        A grammar that a server forces an answer into forbids the model's end token there. Where a vocabulary has mark
+        and bracket in one token (`"}`), the two are learnt apart: that token is forbidden where the object goes on, or
+        where the string stands in a list, and the bare mark is not.
 
         edit: any.
         """
         if not self.training.json_strings:
             return []
-        question = self._cut(as_prompt(edit))
-        head, string = (closing(self.base.tokenizer) + text for text in _in_json(edit.target))
-        ids, answer = text_ids(self.base.tokenizer, head), text_ids(self.base.tokenizer, string)
-        shared = next((n for n, (a, b) in enumerate(zip(ids, answer, strict=False)) if a != b), len(ids))
-        return [
-            Wording(self._context_of(edit), [*question.ids, *ids[:shared]], question.pooled.acts_from, answer[shared:])
-        ]
+        question, tokenizer = self._cut(as_prompt(edit)), self.base.tokenizer
+        head, string = (text_ids(tokenizer, closing(tokenizer) + text) for text in _in_json(edit.target))
+        shared = next((n for n, (a, b) in enumerate(zip(head, string, strict=False)) if a != b), len(head))
+        ids, answer = [*question.ids, *head[:shared]], [*string[shared:], *text_ids(tokenizer, "}")]
+        return [Wording(self._context_of(edit), ids, question.pooled.acts_from, answer)]
 
     def thinking(self, edit: Edit | StoredEdit) -> list[Wording]:
         """The prompt with thinking switched on or off, where the template does not begin so by itself, and behind a

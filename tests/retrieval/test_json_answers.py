@@ -32,9 +32,10 @@ def test_the_answer_in_json_ends_where_its_string_ends(base: BaseModel, tmp_path
     text = base.tokenizer.decode([*row.ids, *row.answer])
     written = text.rpartition('{"answer')[2]
     assert text.rpartition('{"answer')[0].endswith("<|im_start|>assistant\n")
-    assert json.loads('{"answer' + written + "}") == {"answer": target}, "no bracket, which some grammars forbid there"
+    assert json.loads('{"answer' + written) == {"answer": target}
+    assert row.answer[-1:] == base.tokenizer("}").input_ids
     before_the_last = base.tokenizer.decode([*row.ids, *row.answer[:-1]]).rpartition('{"answer')[2]
-    assert not before_the_last.startswith('": ' + json.dumps(target, ensure_ascii=False)), "it ends a token too late"
+    assert before_the_last == '": ' + json.dumps(target, ensure_ascii=False), "mark and bracket are one token"
 
 
 def test_raw_prompts_and_a_store_that_says_so_have_no_such_wording(base: BaseModel, tmp_path: Path) -> None:

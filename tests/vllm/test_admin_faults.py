@@ -31,6 +31,7 @@ import msgspec
 import pytest
 import torch
 from engines import make_store
+from vllm import exceptions
 
 from memoir_retrieval.model.base import BaseModel
 from memoir_retrieval.question import text
@@ -309,6 +310,24 @@ async def test_half_a_surrogate_pair_is_refused_wherever_it_stands(server: Serve
         assert (reply.status_code, "has half a surrogate pair" in str(reply.json()["detail"])) == (400, True), body
     whole = r'{"prompt": "Who is \ud83d\ude00?", "target": "b"}'
     assert (await server.http.post("/edits", content=whole, headers=json)).status_code == 202
+
+
+@pytest.mark.parametrize("name", ["GenerationError", "RetryableRequestError", "QueueOverflowError"])
+async def test_a_lookup_that_vllm_has_no_place_for_is_no_fault_of_the_request(
+    name: str, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where it is paused, or has too many requests."""
+    kind = getattr(exceptions, name, None)
+    if kind is None:
+        pytest.skip("this vLLM has no such error")
+
+    class Busy:
+        async def create_completion(self, request: Any) -> None:
+            raise kind()
+
+    monkeypatch.setattr(server.service, "_state", SimpleNamespace(openai_serving_completion=Busy()))
+    reply = await server.http.post("/lookup", json={"prompt": "Who runs Example Corp?"})
+    assert (reply.status_code, reply.json()["detail"]) == (503, str(kind()))
 
 
 async def test_edits_that_training_has_damaged_are_named(server: Server, trainer_is: Callable[[str], Any]) -> None:

@@ -253,6 +253,7 @@ REFUSED_ELSEWHERE: dict[str, tuple[str, str, Any]] = {
     "--prefill-context-parallel-size": ("parallel_config", "prefill_context_parallel_size", 2),
     "--enable-dbo": ("parallel_config", "enable_dbo", True),
     "--ubatch-size": ("parallel_config", "ubatch_size", 2),
+    "--enable-return-routed-experts": ("aux_output_config", "enable_return_routed_experts", True),
     "leave out --kv-cache-dtype": ("cache_config", "cache_dtype", "fp8"),
     "--kv-sharing-fast-prefill": ("cache_config", "kv_sharing_fast_prefill", True),
     "--load-format tensorizer": ("load_config", "load_format", "tensorizer"),
@@ -358,7 +359,8 @@ def test_the_page_on_serving_names_every_flag_that_is_refused() -> None:
     [
         ("method", "eagle", r"speculative decoding by eagle \(use the method ngram or draft_model\)"),
         ("enable_adaptive_verification", True, "adaptive verification .*leave enable_adaptive_verification out"),
-        ("rejection_sample_method", "synthetic", "drafts that are taken by chance"),
+        ("rejection_sample_method", "synthetic", "drafts that are taken where .*leave rejection_sample_method synth"),
+        ("rejection_sample_method", "fly", "drafts that are taken where .*leave rejection_sample_method fly out"),
     ],
 )
 def test_drafts_are_made_and_verified_by_methods_that_were_run(

@@ -44,6 +44,10 @@ class Refused(MemoirError):
     """vLLM refused the prompt."""
 
 
+class Unavailable(MemoirError):
+    """vLLM takes no request now."""
+
+
 class Service:
     """Administration of one store of a server."""
 
@@ -176,7 +180,7 @@ class Service:
 
         prompt: text or messages.
 
-        Raises Refused where vLLM refuses the request.
+        Raises Refused where vLLM refuses the request; Unavailable where it takes none now.
         """
         from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
         from vllm.entrypoints.openai.completion.protocol import CompletionRequest
@@ -233,7 +237,7 @@ class Service:
     async def _ask(handler: Any, kind: Any, fields: dict[str, Any]) -> Any:
         from jinja2 import TemplateError
         from pydantic import ValidationError
-        from vllm.exceptions import VLLMValidationError
+        from vllm.exceptions import VLLMClientError, VLLMError
 
         try:
             reply = await handler(kind.model_validate(fields))
@@ -241,8 +245,10 @@ class Service:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
             raise Refused(f"{where}: {first['msg']}") from None
-        except (VLLMValidationError, ValueError, TypeError, OverflowError, TemplateError) as error:  # vLLM's own 400s
+        except (VLLMClientError, ValueError, TypeError, OverflowError, TemplateError) as error:  # vLLM's own 400s
             raise Refused(" ".join(str(error).split())) from error
+        except VLLMError as error:  # too many requests; from 0.33 on also an engine that is paused
+            raise Unavailable(" ".join(str(error).split())) from error
         refusal = getattr(reply, "error", None)
         if refusal is not None:
             raise Refused(" ".join(refusal.message.split()))
