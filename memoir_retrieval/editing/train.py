@@ -119,6 +119,19 @@ class Frozen:
         """
         return replace(self, masks=masks)
 
+    def with_shared(self, shared: FrozenPast, own: FrozenPast) -> Frozen:
+        """The same rows, which hold of the contexts those of all edits, and this edit's own for itself.
+
+        shared: the first of the contexts that they were run after.
+        own: the one behind these.
+        """
+        n = len(shared.lengths)
+        before = [
+            row._replace(past=own, context=row.context - n, own=True) if row.context >= n else row._replace(past=shared)
+            for row in self.before
+        ]
+        return replace(self, before=before)
+
     @property
     def real(self) -> torch.Tensor:
         """Which tokens are none of the padding: bool [B, T]."""
@@ -192,7 +205,8 @@ class EditRows(NamedTuple):
         """What its own tensors take, which excludes contexts that other edits share."""
         own = [tensor for lesson in self.lessons for pair in lesson.before.states for tensor in pair]
         own += [tensor for row in (*self.lessons, *self.uses) for tensor in row if isinstance(tensor, torch.Tensor)]
-        return sum(tensor.nbytes for tensor in own)
+        pasts = {id(before.past): before.past for before in (row.before for row in self.lessons) if before.own}
+        return sum(tensor.nbytes for tensor in own) + sum(past.nbytes for past in pasts.values())
 
 
 def freeze(

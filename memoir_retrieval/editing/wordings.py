@@ -20,7 +20,7 @@ from memoir_retrieval.edits.record import Edit, StoredEdit, as_prompt, check_tex
 from memoir_retrieval.edits.requires import check_requires, required_spans
 from memoir_retrieval.errors import EditFileError, Reason
 from memoir_retrieval.model.base import BaseModel
-from memoir_retrieval.model.forward import FrozenPast, frozen_past
+from memoir_retrieval.model.forward import FrozenPast, first_block, frozen_past
 from memoir_retrieval.question.fingerprint import Fingerprint
 from memoir_retrieval.question.prompts import Prompt, end_token, prompt_ids, target_ids, text_ids
 from memoir_retrieval.question.span import Span, find_span
@@ -290,11 +290,14 @@ class Wordings:
         cuts[1:1], contexts[1:1] = cuts[:1] * len(after), after
         answer = self._answer(edit)
         rows = [Wording(c, cut.ids, cut.pooled.acts_from, answer) for c, cut in zip(contexts, cuts, strict=True)]
-        past = self._past.beside(frozen_past(self.base, [cuts[0].before])) if edit.before else self._past
+        own = frozen_past(self.base, [cuts[0].before]) if edit.before else None
+        past = self._past.beside(own) if own else self._past
         pooled = [cut.pooled for cut in cuts]
         other = self._other_answers(edit)
         unmasked = [*others, *other]
         frozen, means = freeze(self.base, past, [*rows, *unmasked], pooled, len(other), quick, spared)
+        if own:  # of copies of all contexts, with every choice of them, nothing is kept
+            frozen = frozen.with_shared(self._past, own.from_block(first_block(self.base)))
         codes = self.fingerprint.codes(torch.stack(means))
         bits = torch.as_tensor(unpack(codes, self.base.d), device=self.base.device)
         return frozen.masked(torch.cat([bits, bits[:1].expand(len(unmasked), -1)])), codes

@@ -53,6 +53,12 @@ class _FrozenLayer(DynamicLayer):
         return torch.cat([self.keys, key_states], dim=-2), torch.cat([self.values, value_states], dim=-2)
 
 
+def _hollow(like: torch.Tensor, rows: int, width: int) -> _FrozenLayer:
+    """A layer as wide as others, with nothing in it, for a block that is not run. like: a tensor of another."""
+    nothing = like.new_zeros(1, 1, 1, 1).expand(rows, 1, width, 1)
+    return _FrozenLayer(nothing, nothing)
+
+
 class FrozenPast:
     """The key-value cache of several contexts, side by side. `lengths`: int64 [B], tokens of each context."""
 
@@ -117,6 +123,23 @@ class FrozenPast:
         ]
         return FrozenPast(Cache(layers=layers), lengths)
 
+    def from_block(self, first: int) -> FrozenPast:
+        """The same contexts for who runs the model from a block on: of the blocks below it nothing is held.
+
+        first: that block.
+        """
+        if self.cache is None:
+            return self
+        layers = self.cache.layers
+        hollow = _hollow(layers[0].keys, len(self.lengths), self.width)
+        return FrozenPast(Cache(layers=[*[hollow] * first, *layers[first:]]), self.lengths)
+
+    @property
+    def nbytes(self) -> int:
+        """What keys and values take."""
+        layers = self.cache.layers if self.cache else []
+        return sum(states.untyped_storage().nbytes() for layer in layers for states in (layer.keys, layer.values))
+
     def growing(self) -> DynamicCache:
         """The same cache as one that generation may append to; this one stays as it is."""
         cache = DynamicCache()
@@ -146,11 +169,13 @@ class Before(NamedTuple):
     context: its place there.
     states: of every block from the edited one on, or the one above it (see `first_block`), keys and values of the
         question's tokens, [heads, n, width] each.
+    own: whether `past` is this edit's alone, not shared with others.
     """
 
     past: FrozenPast
     context: int
     states: list[tuple[torch.Tensor, torch.Tensor]]
+    own: bool = False
 
     @property
     def tokens(self) -> int:
@@ -194,8 +219,7 @@ class Before(NamedTuple):
                             position += piece.shape[1]
                 both.append(out)
             layers.append(_FrozenLayer(*both))
-        nothing = layers[0].keys.new_zeros(1, 1, 1, 1).expand(len(rows), 1, width, 1) if layers else None
-        skipped = [_FrozenLayer(nothing, nothing) for _ in range(first)] if nothing is not None else []
+        skipped = [_hollow(layers[0].keys, len(rows), width)] * first if layers else []
         return FrozenPast(Cache(layers=[*skipped, *layers]), lengths)
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers.cache_utils import Cache, DynamicLayer
 
 from memoir_retrieval import Edit, EditedModel, Editor, EditStore, Retriever, load_model, read_edits
 from memoir_retrieval.cli import main
@@ -16,6 +18,7 @@ from memoir_retrieval.edits.record import as_prompt
 from memoir_retrieval.errors import ConfigError, EditFileError
 from memoir_retrieval.evaluation.measure import evaluate
 from memoir_retrieval.model.base import BaseModel
+from memoir_retrieval.model.forward import FrozenPast, first_block
 from memoir_retrieval.store.verify import verify_masks
 
 BEFORE = (
@@ -131,3 +134,35 @@ def test_a_chat_needs_a_store_that_chats(base: BaseModel, tmp_path: Path) -> Non
         pytest.raises(EditFileError, match="the store asks raw prompts"),
     ):
         editor.add([CHAT])
+
+
+def test_an_edit_of_a_chat_holds_no_more_than_it_counts(base: BaseModel, tmp_path: Path) -> None:
+    """A server keeps so many bytes of what it knows of edits. Contexts that they share are held once."""
+
+    def held(value: Any, seen: dict[int, int]) -> dict[int, int]:
+        if isinstance(value, torch.Tensor):
+            seen[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        elif isinstance(value, dict):
+            held([*value.values()], seen)
+        elif isinstance(value, list | tuple):
+            for part in value:
+                held(part, seen)
+        elif isinstance(value, FrozenPast | Cache | DynamicLayer):
+            held(vars(value), seen)
+        return seen
+
+    with Editor(base, tmp_path) as editor:
+        editor.add([CHAT, PLAIN], keep_failed=True, rephrase_masks=True)
+        wordings = editor.wordings
+    shared = held(wordings._past, {})
+    of_chat, of_plain = sorted(wordings.known.values(), key=lambda rows: -rows.nbytes)
+    for rows in (of_chat, of_plain):
+        own = sum(size for storage, size in held(rows, {}).items() if storage not in shared)
+        assert own == pytest.approx(rows.nbytes, rel=0.01)
+    # Of the chat, keys and values of each token in the blocks that are run.
+    (past,) = {id(row.before.past): row.before.past for row in of_chat.lessons if row.before.own}.values()
+    (length,) = past.lengths.tolist()
+    layers = past.cache.layers  # type: ignore[union-attr]
+    blocks = range(first_block(base), len(base.blocks))
+    assert length > 20 and [layers[block].keys.shape[2] for block in blocks] == [length] * len(blocks)
+    assert of_chat.nbytes > past.nbytes >= sum(2 * layers[block].keys.nbytes for block in blocks)
