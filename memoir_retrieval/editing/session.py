@@ -242,6 +242,7 @@ class Session:
         gone = [old for olds in replaced.values() for old in olds if old.trained]
         trained = [i for i in together if i not in refused]
         stored: list[StoredEdit | None] = [None for _ in together]
+        put_back: list[StoredEdit] = []
         try:
             for old in gone:
                 self.trainer.forget(old.id)
@@ -257,7 +258,7 @@ class Session:
                     outcome.failed.append(Failed(task.edit.prompt, task.edit.target, result.reason))
                     self._tried.add(task.id)
                 if result.reason and not (choices.keep_failed and result.trained.finite):
-                    self._put_back(replaced.get(i, ()))
+                    put_back += self._put_back(replaced.get(i, ()))
                 else:
                     stored[i] = self._take_up(task, result, codes[i], replaced.get(i, ()))
         except BaseException:
@@ -266,6 +267,11 @@ class Session:
                 self.trainer.close(number)
             raise
         outcome.stored += [edit for edit in stored if edit]
+        # Others were trained in their memories meanwhile, where they were not left alone.
+        written = {edit.memory for edit in stored if edit}
+        for old in put_back:
+            if old.memory in written:
+                self._lost += self.trainer.lost(old.memory, [old.id])
         return stored
 
     def _elsewhere(
@@ -287,10 +293,12 @@ class Session:
                     break
         return task, learnt
 
-    def _put_back(self, olds: Sequence[StoredEdit]) -> None:
-        for old in olds:
-            if old.trained:
-                self.trainer.remember(old.memory, old, int((self._store.index.ids == old.id).sum()))
+    def _put_back(self, olds: Sequence[StoredEdit]) -> list[StoredEdit]:
+        """Leave edits alone again that are not replaced. Returns those that a memory holds."""
+        trained = [old for old in olds if old.trained]
+        for old in trained:
+            self.trainer.remember(old.memory, old, int((self._store.index.ids == old.id).sum()))
+        return trained
 
     def _take_up(self, task: Task, learnt: Learnt, codes: np.ndarray, olds: Sequence[StoredEdit]) -> StoredEdit:
         edit, trained = task.edit, learnt.trained

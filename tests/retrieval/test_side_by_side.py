@@ -163,6 +163,36 @@ def test_what_is_replaced_is_not_protected_in_a_memory_that_is_opened_late(
         torch.testing.assert_close(memory.used, once.used, atol=1e-3, rtol=1e-3)
 
 
+def test_what_is_not_replaced_after_all_keeps_its_answer(
+    base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Meanwhile another edit was trained in its memory, as if it were gone."""
+    learn, take = trainer.Trainer.learn, trainer.Trainer.take
+
+    def learn_all_but_nowhere(self: trainer.Trainer, tasks: Sequence[trainer.Task]) -> list[trainer.Learnt]:
+        learnt = zip(tasks, learn(self, tasks), strict=True)
+        return [result._replace(reason="no") if task.edit.target == "Nowhere" else result for task, result in learnt]
+
+    def take_alone(self: trainer.Trainer, task: trainer.Task, trained: Trained) -> None:
+        if task.edit == EDITS[2]:
+            self.memories[task.memory].weight.zero_()
+        take(self, task, trained)
+
+    with Editor(base, tmp_path, training=Training(context_masks=0)) as editor:
+        editor.add(EDITS[:2], side_by_side=2)
+        assert [edit.memory for edit in editor.edits] == [0, 1]
+        with monkeypatch.context() as patched:
+            patched.setattr(trainer.Trainer, "learn", learn_all_but_nowhere)
+            patched.setattr(trainer.Trainer, "take", take_alone)
+            nowhere = Edit(prompt=EDITS[1].prompt, target="Nowhere")
+            (new,) = editor.add([nowhere, EDITS[2]], on_conflict="last", side_by_side=2)
+        assert new.memory == 1 and [failed.target for failed in editor.outcome.failed] == ["Nowhere"]
+        assert editor.outcome.renewed == [1]
+    model = EditedModel(Retriever(EditStore.open(tmp_path), base))
+    answers = model.generate([edit.prompt for edit in EDITS[:3]], max_new_tokens=8)
+    assert [prompt_key(answer.text) for answer in answers] == [edit.target for edit in EDITS[:3]]
+
+
 def test_a_memory_that_fails_to_open_is_not_open(
     base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
