@@ -220,6 +220,7 @@ class Session:
         together = range(distinct(wordings, manifest.d, manifest.k))
         here = {edit.id: edit for edit in store.edits} if any(new.old for new in edits) else {}
         replaced: dict[int, list[StoredEdit]] = {}
+        contrary: dict[int, list[Conflicting]] = {}  # what each replaces that has another target
         refused: set[int] = set()
         for i in together:
             new = edits[i]
@@ -234,7 +235,10 @@ class Session:
             if any(old in taken for taken in replaced.values() for old in olds):
                 together = range(i)  # the next batch meets what has replaced it
                 break
-            outcome.conflicting += against if choices.on_conflict == "last" else against[:1]
+            if choices.on_conflict == "last":
+                contrary[i] = against
+            else:
+                outcome.conflicting += against[:1]
             if against and choices.on_conflict in ("refuse", "first"):
                 refused.add(i)
             elif olds:
@@ -261,6 +265,7 @@ class Session:
                     put_back += self._put_back(replaced.get(i, ()))
                 else:
                     stored[i] = self._take_up(task, result, codes[i], replaced.get(i, ()))
+                    outcome.conflicting += contrary.get(i, ())
         except BaseException:
             # Read again when they are needed, so that what was to be replaced is left alone.
             for number in {old.memory for old in gone}.intersection(self.trainer.memories):

@@ -455,6 +455,23 @@ def test_the_last_answer_to_a_question_is_the_only_one_in_all_its_wordings(
     assert answers(tmp_path, base, [Edit(prompt=prompt, target="Cid"), PISA]) == ["Cid", PISA.target]
 
 
+@pytest.mark.parametrize("keep_failed", [False, True])
+def test_what_a_failed_edit_does_not_replace_is_no_conflict(
+    base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep_failed: bool
+) -> None:
+    monkeypatch.setattr(conflicts, "SAME_QUESTION", 0.6)
+    learn = trainer.Trainer.learn
+    with Editor(base, tmp_path) as editor:
+        editor.add([AARHUS])
+        monkeypatch.setattr(
+            trainer.Trainer, "learn", lambda self, tasks: [x._replace(reason="no") for x in learn(self, tasks)]
+        )
+        editor.add([REWORDED], on_conflict="last", keep_failed=keep_failed)
+        assert [failed.target for failed in editor.outcome.failed] == [REWORDED.target]
+        assert [conflict.stored.id for conflict in editor.outcome.conflicting] == ([0] if keep_failed else [])
+        assert [edit.target for edit in editor.edits] == [REWORDED.target if keep_failed else AARHUS.target]
+
+
 def test_a_nearer_edit_that_agrees_hides_no_other_answer(
     base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
