@@ -152,7 +152,8 @@ MANY = 500
 
 def _tell(editor: Editor, store: Path, seconds: float, as_json: bool) -> bool:
     """Print what became of the edits. Returns whether all are in the store that should be."""
-    outcome, new = editor.outcome, len(editor.outcome.stored)
+    outcome = editor.outcome
+    new = len({edit.id for edit in outcome.stored}.intersection(edit.id for edit in editor.edits))
     opened = EditStore.open(store, check=False) if (store / MANIFEST).exists() else None
     manifest = opened.manifest if opened else None
     size = opened.size if opened else 0

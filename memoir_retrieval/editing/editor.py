@@ -180,7 +180,8 @@ class Editor:
         more: int = 0,
         progress: Callable[[Progress], None] = lambda _: None,
     ) -> list[StoredEdit]:
-        """Train edits in order and commit them. Returns those that are new; `outcome` has what became of the others.
+        """Train edits in order and commit them. Returns those that are new, with those that a later one of them has
+        replaced; `outcome` has what became of the others.
 
         An edit that the store has already is skipped, so an interrupted run is resumed by running it again. Of one that
         comes twice the second is skipped.

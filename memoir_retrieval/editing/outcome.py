@@ -28,7 +28,7 @@ class Failed:
 class Outcome:
     """What came of one `Editor.add` or `Editor.compact`.
 
-    stored: the new edits.
+    stored: the new edits, with those that a later one of the same run has replaced.
     skipped: how many the store had, came twice, or on_conflict "first" left out.
     retried: how many took a second try.
     failed: those that the audit refused, and stored ones that later edits have overwritten for good.

@@ -583,3 +583,7 @@ def test_the_summary_names_what_was_left_out(
     assert run("--on-conflict", "both", "--json") == 0
     summary = json.loads(capsys.readouterr().out)
     assert (summary["stored"], summary["skipped"], [edit["edit"] for edit in summary["conflicting"]]) == (1, 1, [0])
+    command[-1] = str(tmp_path / "last")
+    assert run("--on-conflict", "last", "--side-by-side", "1", "--json") == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert (summary["stored"], [edit["edit"] for edit in summary["conflicting"]]) == (1, [0]), "one is replaced"
