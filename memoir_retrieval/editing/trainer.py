@@ -87,9 +87,10 @@ class MemoryTrainer(Protocol):
         """
 
     def prepare(self, tasks: Sequence[Task]) -> list[np.ndarray]:
-        """Run what is frozen of the tasks that are next. Returns the masks of each, uint8 [R, D/8].
+        """Run what is frozen of the tasks that are next, and let go of others that are not taken up. Returns the masks
+        of each, uint8 [R, D/8].
 
-        tasks: by ascending ids.
+        tasks: those that are next.
         """
 
     def learn(self, tasks: Sequence[Task]) -> list[Learnt]:
@@ -171,9 +172,10 @@ class Trainer:
         """See `MemoryTrainer`."""
         del self.memories[number]
 
-    def prepare(self, tasks: Sequence[Task]) -> list[np.ndarray]:
-        """See `MemoryTrainer`."""
-        self._prepared = {i: pair for i, pair in self._prepared.items() if tasks and i >= tasks[0].id}
+    def prepare(self, tasks: Sequence[Task], more: bool = False) -> list[np.ndarray]:
+        """See `MemoryTrainer`. more: whether those that were prepared before are kept."""
+        if not more:
+            self._prepared.clear()
         masks: list[np.ndarray] = []
         for task in tasks:
             frozen, codes = self._wordings.freeze_for_training(task.edit, task.id, task.rephrases, self._quick())
@@ -199,7 +201,7 @@ class Trainer:
         """See `MemoryTrainer`."""
         memory = self.memories[task.memory]
         memory.weight[:, trained.columns] = trained.weights
-        memory.add(task.id, self._prepared[task.id][1])
+        memory.add(task.id, self._prepared.pop(task.id)[1])
         self._keys[task.id] = masked_key(task.edit, task.rephrases)
 
     def lost(self, number: int, edits: Sequence[int]) -> list[int]:

@@ -67,11 +67,13 @@ class RayTrainer:
 
     def prepare(self, tasks: Sequence[Task]) -> list[np.ndarray]:
         self._prepared = {task.id: task.memory % len(self._workers) for task in tasks}
+        for number in {*range(len(self._workers))}.difference(self._prepared.values()):
+            self._workers[number].call.remote("prepare", [])  # lets go of what it has prepared
         return self._each("prepare", tasks)
 
     def learn(self, tasks: Sequence[Task]) -> list[Learnt]:
         elsewhere = [task for task in tasks if self._prepared[task.id] != task.memory % len(self._workers)]
-        self._each("prepare", elsewhere)
+        self._each("prepare", elsewhere, True)
         self._prepared |= {task.id: task.memory % len(self._workers) for task in elsewhere}
         return self._each("learn", tasks)
 
@@ -98,12 +100,12 @@ class RayTrainer:
     def _worker(self, number: int) -> Any:
         return self._workers[number % len(self._workers)]
 
-    def _each(self, method: str, tasks: Sequence[Task]) -> list[Any]:
-        """Ask every worker for its own part of the tasks; the answers in the order of the tasks."""
+    def _each(self, method: str, tasks: Sequence[Task], *more: Any) -> list[Any]:
+        """Ask every worker for its own part of the tasks; the answers in the order of the tasks. more: arguments."""
         parts: dict[int, list[Task]] = {}
         for task in tasks:
             parts.setdefault(task.memory % len(self._workers), []).append(task)
-        answers = self._get([self._workers[n].call.remote(method, part) for n, part in parts.items()])
+        answers = self._get([self._workers[n].call.remote(method, part, *more) for n, part in parts.items()])
         results = {
             task.id: result
             for part, part_results in zip(parts.values(), answers, strict=True)

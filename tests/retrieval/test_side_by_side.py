@@ -232,6 +232,50 @@ def test_what_was_to_be_replaced_is_left_alone_after_an_error(
         assert sorted(editor._session.trainer.memories[0].rows) == [0, 1, 2]
 
 
+def test_what_was_prepared_is_let_go(base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where later edits have overwritten earlier ones, whose ids are below its own, and where some fail."""
+
+    def overwrite(progress: Progress) -> None:
+        if progress.done == progress.total:
+            for memory in editor.memories:
+                memory.zero_()
+
+    monkeypatch.setattr(session, "TURNS", 4)
+    with Editor(base, tmp_path) as editor:
+        editor.add(EDITS[:3], progress=overwrite)
+        assert sorted(editor.outcome.renewed) == [0, 1, 2]
+        assert not editor._session.trainer._prepared  # type: ignore[attr-defined]
+    with Editor(base, tmp_path / "failing", training=Training(max_steps=0)) as editor:
+        editor.add(EDITS[:4], side_by_side=2)
+        assert len(editor.outcome.failed) == 4
+        assert len(editor._session.trainer._prepared) == 2, "those of the last turn"  # type: ignore[attr-defined]
+
+
+def test_workers_let_go_of_what_was_prepared(base: BaseModel, tmp_path: Path) -> None:
+    """Without Ray: a trainer in this process stands in for each of two workers."""
+    with Editor(base, tmp_path) as editor:
+        workers = [trainer.Trainer(base, editor.wordings, editor.store.training) for _ in range(2)]
+
+    def called(worker: trainer.Trainer) -> SimpleNamespace:
+        return SimpleNamespace(remote=lambda method, *arguments: getattr(worker, method)(*arguments))
+
+    ray_trainer = RayTrainer.__new__(RayTrainer)
+    ray_trainer.memories, ray_trainer._prepared = {}, {}
+    ray_trainer._workers = [SimpleNamespace(call=called(worker)) for worker in workers]
+    ray_trainer._get = lambda answers: answers
+    for number in range(2):
+        ray_trainer.open(number, torch.zeros(base.h, base.d), [])
+    first, second = (trainer.Task(number, EDITS[number], number) for number in range(2))
+    ray_trainer.prepare([first, second])
+    moved = first._replace(memory=1)
+    (learnt,) = ray_trainer.learn([moved])
+    assert sorted(workers[1]._prepared) == [0, 1], "the other one is still to be taken up"
+    ray_trainer.take(moved, learnt.trained)
+    assert [sorted(worker._prepared) for worker in workers] == [[0], [1]]
+    ray_trainer.prepare([trainer.Task(0, EDITS[0], 0)])
+    assert [sorted(worker._prepared) for worker in workers] == [[0], []]
+
+
 def test_a_worker_that_is_gone_leaves_the_memory_as_it_was() -> None:
     """Without Ray: a stand-in for its call."""
     ray_trainer = RayTrainer.__new__(RayTrainer)
