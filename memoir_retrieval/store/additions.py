@@ -36,11 +36,11 @@ __all__ = [
     "Columns",
     "Tail",
     "append",
+    "apply_additions",
     "fetch_additions",
     "find_additions",
     "is_taken_up",
     "numbers_of",
-    "parse_additions",
 ]
 
 MOST = 1024
@@ -82,16 +82,13 @@ class Columns(NamedTuple):
 
 
 class Addition(NamedTuple):
-    """What one small commit adds.
+    """What one small commit adds, but for the columns that it changes: these are in the memories.
 
     next_id, untrained, tau, threshold: the manifest's from then on; tau and threshold are None where somebody has
         chosen tau, which stays.
     codes: uint8 [n, D/8], masks.
     ids: int64 [n], the edit of each.
     memory_of: int32 [n], the memory of each.
-    columns: int64 [C], the inputs that have other weights from then on.
-    memories: int32 [C], the memory of each.
-    weights: float32 [C, H].
     edits: the new ones.
     """
 
@@ -102,10 +99,20 @@ class Addition(NamedTuple):
     codes: np.ndarray
     ids: np.ndarray
     memory_of: np.ndarray
+    edits: StoredEdits
+
+
+class _Change(NamedTuple):
+    """The columns that an addition changes.
+
+    columns: int64 [C], the inputs that have other weights from then on.
+    memories: int32 [C], the memory of each.
+    weights: float32 [C, H].
+    """
+
     columns: np.ndarray
     memories: np.ndarray
     weights: np.ndarray
-    edits: StoredEdits
 
 
 class _Head(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -228,37 +235,41 @@ def fetch_additions(folder: Path, manifest: Manifest) -> list[bytes]:
     return contents
 
 
-def parse_additions(
-    folder: Path, manifest: Manifest, fetched: Sequence[bytes], memories: int
+def apply_additions(
+    folder: Path, manifest: Manifest, fetched: list[bytes], memories: np.ndarray
 ) -> tuple[tuple[Addition, ...], Tail]:
-    """What `fetch_additions` read, checked, and where the next addition goes.
+    """Check what `fetch_additions` read and write its columns into the memories. Returns the rest of it, and where the
+    next addition goes.
 
     folder: the store's.
     manifest: the one that the first addition follows.
-    fetched: the bytes of each.
-    memories: how many there are.
-    Raises StoreError for an addition that is damaged or follows something else.
+    fetched: the bytes of each; the list is emptied on the way, so that they need not be held beside what is in them.
+    memories: float32 [M, H, D], those of the files.
+    Raises StoreError for an addition that is damaged or follows something else; the memories are of no use then.
     """
     additions: list[Addition] = []
     tail = Tail(manifest.sha256)
-    for data in fetched:
+    while fetched:
+        data = fetched.pop(0)
         generation = manifest.generation + len(additions)
         path = folder / _name(generation + 1)
         hint = ""
         try:
             if hashlib.sha256(memoryview(data)[:-_DIGEST]).digest() != data[-_DIGEST:]:
                 raise ValueError("its sha256 is not that of its content")
-            head, addition = _parse(path, bytearray(data), manifest)
+            head, addition, change = _parse(path, bytearray(data), manifest)
             if head.after != tail.sha256:
                 hint = LATER_FILES
                 raise ValueError(f"it does not follow generation {generation}")
-            for fault in _faults(
-                manifest, addition, memories, additions[-1].next_id if additions else manifest.next_id
-            ):
+            next_id = additions[-1].next_id if additions else manifest.next_id
+            for fault in _faults(manifest, addition, change, len(memories), next_id):
                 raise ValueError(fault)
         except (ValueError, StoreError) as error:
             why = " ".join(str(error).split())
             raise StoreError(f"{path} is damaged ({why:.200}): restore the store from a backup{hint}") from error
+        for number in np.unique(change.memories).tolist():
+            of_it = change.memories == number
+            memories[number][:, change.columns[of_it]] = change.weights[of_it].T
         additions.append(addition)
         tail = Tail(data[-_DIGEST:].hex(), len(additions), tail.size + len(data))
     return tuple(additions), tail
@@ -283,7 +294,8 @@ def _name(generation: int) -> str:
     return f"added-{generation}.safetensors"
 
 
-def _parse(path: Path, data: bytearray, manifest: Manifest) -> tuple[_Head, Addition]:
+def _parse(path: Path, data: bytearray, manifest: Manifest) -> tuple[_Head, Addition, _Change]:
+    """What an addition holds; only its `_Change` are views of the bytes, which would keep all of them."""
     wanted = {
         "codes": Tensor(np.uint8, (None, manifest.d // 8)),
         "ids": Tensor(np.int64, (None,)),
@@ -300,13 +312,15 @@ def _parse(path: Path, data: bytearray, manifest: Manifest) -> tuple[_Head, Addi
     head = msgspec.convert(unique_keys(held.pop("head").tobytes()), _Head)
     edits = StoredEdits(bytearray(held.pop("edits").tobytes()), str(path))
     edits.check()
-    return head, Addition(head.next_id, head.untrained, head.tau, head.threshold, edits=edits, **held)
+    change = _Change(**{name: held.pop(name) for name in _Change._fields})
+    copies = {name: array.copy() for name, array in held.items()}
+    return head, Addition(head.next_id, head.untrained, head.tau, head.threshold, edits=edits, **copies), change
 
 
-def _faults(manifest: Manifest, addition: Addition, memories: int, next_id: int) -> Iterator[str]:
+def _faults(manifest: Manifest, addition: Addition, change: _Change, memories: int, next_id: int) -> Iterator[str]:
     """What cannot be in an addition by itself; what it must have in common with the rest `EditStore.faults` tells."""
-    for names in (("codes", "ids", "memory_of"), ("columns", "memories", "weights")):
-        lengths = [len(getattr(addition, name)) for name in names]
+    for part, names in ((addition, ("codes", "ids", "memory_of")), (change, _Change._fields)):
+        lengths = [len(getattr(part, name)) for name in names]
         if len(set(lengths)) > 1:
             yield f"{', '.join(names)} have {lengths} rows"
             return
@@ -324,10 +338,10 @@ def _faults(manifest: Manifest, addition: Addition, memories: int, next_id: int)
     after = msgspec.structs.replace(manifest, next_id=addition.next_id)
     yield from id_faults(after, memories, addition.ids, addition.memory_of)
     yield from code_faults(after, addition.codes)
-    columns, numbers = addition.columns, addition.memories
+    columns, numbers = change.columns, change.memories
     if len(columns) and (columns.min() < 0 or columns.max() >= manifest.d):
         yield f"it changes a column outside 0..{manifest.d - 1}"
     if len(numbers) and (numbers.min() < 0 or numbers.max() >= memories):
         yield f"it changes a memory outside 0..{memories - 1}"
-    if not np.isfinite(addition.weights).all():
+    if not np.isfinite(change.weights).all():
         yield "it holds NaN or infinite weights"

@@ -23,7 +23,7 @@ from memoir_retrieval.edits.record import StoredEdit
 from memoir_retrieval.errors import StoreError, StoreMismatch
 from memoir_retrieval.model.base import Identity
 from memoir_retrieval.store import checks
-from memoir_retrieval.store.additions import LATER_FILES, START, Addition, Tail, fetch_additions, parse_additions
+from memoir_retrieval.store.additions import LATER_FILES, START, Addition, Tail, apply_additions, fetch_additions
 from memoir_retrieval.store.edit_lines import JoinedEdits, StoredEdits
 from memoir_retrieval.store.files import CHUNK, Data, read_or_map
 from memoir_retrieval.store.manifest import KINDS, MANIFEST, FileEntry, Manifest, read_manifest
@@ -403,7 +403,7 @@ def _read_generation(folder: Path, manifest: Manifest) -> EditStore:
 
 
 def assemble(
-    folder: Path, manifest: Manifest, parts: Parts, fetched: Sequence[bytes], mapped: tuple[tuple[FileEntry, Data], ...]
+    folder: Path, manifest: Manifest, parts: Parts, fetched: list[bytes], mapped: tuple[tuple[FileEntry, Data], ...]
 ) -> EditStore:
     """The store that the files and the additions make. Where a file is mapped, edits are decoded when they are asked
     for.
@@ -411,12 +411,12 @@ def assemble(
     folder: the store's.
     manifest: of the files.
     parts: what they hold.
-    fetched: the bytes of each addition, in order.
+    fetched: the bytes of each addition, in order; the list is emptied.
     mapped: the files that are mapped.
 
     Raises StoreError for an addition that is damaged.
     """
-    additions, tail = parse_additions(folder, manifest, fetched, len(parts.memories))
+    additions, tail = apply_additions(folder, manifest, fetched, parts.memories)
     edits: Sequence[StoredEdit] = parts.edits
     if additions:
         edits = JoinedEdits(parts.edits, *(addition.edits for addition in additions))
@@ -431,10 +431,6 @@ def assemble(
             threshold=last.threshold,
             sha256=tail.sha256,
         )
-    for addition in additions:
-        for number in np.unique(addition.memories).tolist():
-            of_it = addition.memories == number
-            parts.memories[number][:, addition.columns[of_it]] = addition.weights[of_it].T
     return EditStore(
         folder,
         manifest,

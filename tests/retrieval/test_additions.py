@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import shutil
 import threading
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -126,6 +127,26 @@ def test_a_reader_keeps_what_it_opened(grown: Path) -> None:
     np.testing.assert_array_equal(reader.memories, before[0])
     np.testing.assert_array_equal(reader.codes, before[1])
     assert reader.edit(1) == stored_edit(1)
+
+
+def test_a_store_keeps_of_additions_what_is_not_in_its_memories(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What they change lies in the memories from then on, and meanwhile only in the bytes that are still to be read."""
+    monkeypatch.setattr(store_module, "MAPPED_FROM", 1)
+    write(tmp_path, memories=np.zeros((512, H, D), dtype=np.float32))
+    for first in range(0, 384, 32):
+        add(tmp_path, columns={first + i: columns(*range(D), value=1.0) for i in range(32)})
+    size = EditStore.open(tmp_path).tail.size
+    assert size > 1.5e6
+    tracemalloc.start()
+    try:
+        store = EditStore.open(tmp_path)
+        held, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(store.additions) == 12 and (store.memories[:384] == 1).all() and not store.memories[384:].any()
+    assert held < 0.2 * size and most < 1.6 * size, (held, most, size)
 
 
 def test_every_changed_bit_is_noticed(grown: Path) -> None:
