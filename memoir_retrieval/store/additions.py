@@ -39,6 +39,7 @@ __all__ = [
     "apply_additions",
     "fetch_additions",
     "find_additions",
+    "fits",
     "is_taken_up",
     "numbers_of",
 ]
@@ -123,6 +124,19 @@ class _Head(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
     threshold: Threshold | None = None
 
 
+def fits(manifest: Manifest, tail: Tail, masks: int, columns: int) -> bool:
+    """Whether an addition may follow, before what would be in it is gathered. False where `append` would return None.
+
+    With many edits a true may still be too much: their lines are not counted here.
+
+    manifest, tail: as the store is now.
+    masks: how many it would have.
+    columns: how many it would change.
+    """
+    size = masks * (manifest.d // 8 + 12) + columns * (4 * manifest.h + 12)
+    return manifest.format >= FORMAT and tail.additions < MOST and size <= _room(manifest, tail)
+
+
 def append(
     folder: Path,
     manifest: Manifest,
@@ -144,7 +158,7 @@ def append(
     one they would be larger than the files, or the store has an older format.
     Raises StoreError where the disk refuses, or the store is at the end of its numbers.
     """
-    if manifest.format < FORMAT or tail.additions >= MOST:
+    if not fits(manifest, tail, len(codes), sum(len(change.numbers) for change in columns.values())):
         return None
     generation = manifest.generation + 1
     path = folder / _name(generation)
@@ -171,11 +185,8 @@ def append(
         "head": np.frombuffer(head, np.uint8),
         "sha256": np.zeros(_DIGEST, np.uint8),
     }
-    room = _room(manifest, tail)
-    if sum(array.nbytes for array in tensors.values()) > room:
-        return None
     unsigned = b"".join(tensor_chunks(tensors))[:-_DIGEST]
-    if len(unsigned) + _DIGEST > room:
+    if len(unsigned) + _DIGEST > _room(manifest, tail):
         return None
     digest = hashlib.sha256(unsigned)
     publish(path, unsigned + digest.digest(), names_files=False)

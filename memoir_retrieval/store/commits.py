@@ -11,7 +11,7 @@ import torch
 
 from memoir_index import HammingIndex
 from memoir_retrieval.edits.record import StoredEdit
-from memoir_retrieval.store.additions import Columns, Tail, append
+from memoir_retrieval.store.additions import Columns, Tail, append, fits
 from memoir_retrieval.store.manifest import Manifest
 from memoir_retrieval.store.read import Content, EditStore
 from memoir_retrieval.store.threshold import References
@@ -107,6 +107,9 @@ class Commits:
         return published
 
     def _append(self, manifest: Manifest, tail: Tail, memories: Sequence[torch.Tensor]) -> tuple[Manifest, Tail] | None:
+        masks = sum(len(codes) for _, codes in self._added)
+        if not fits(manifest, tail, masks, sum(map(len, self._columns.values()))):
+            return None  # before all of it is copied, from a GPU perhaps
         columns = {}
         for number, changed in self._columns.items():
             numbers = torch.tensor(sorted(changed), dtype=torch.int64)

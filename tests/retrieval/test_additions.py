@@ -6,15 +6,18 @@ import fcntl
 import shutil
 import threading
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import forge
+import msgspec
 import numpy as np
 import pytest
 import read_format
 import safetensors.numpy as safetensors
+import torch
 from test_store import D, H, contents, masks, stored_edit, write
 
 from memoir_index import pack
@@ -22,8 +25,10 @@ from memoir_retrieval import Edit, Editor, load_model
 from memoir_retrieval.errors import StoreError
 from memoir_retrieval.model.base import BaseModel
 from memoir_retrieval.store import additions as additions_module
+from memoir_retrieval.store import commits as commits_module
 from memoir_retrieval.store import read as store_module
 from memoir_retrieval.store.additions import Columns, append
+from memoir_retrieval.store.commits import Commits
 from memoir_retrieval.store.read import EditStore
 from memoir_retrieval.store.remove import remove_edits
 from memoir_retrieval.store.settings import Training
@@ -416,3 +421,32 @@ def test_an_addition_larger_than_the_files_is_not_made(grown: Path) -> None:
     with pytest.raises(AssertionError):
         add(grown, columns=everything)
     assert EditStore.open(grown).manifest == store.manifest
+
+
+@pytest.mark.parametrize("why", ["room", "many", "old"])
+def test_columns_are_not_gathered_for_an_addition_that_cannot_be(
+    grown: Path, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    """As many as all memories have may be more than there is room for beside them; it was known afterwards only."""
+    store = EditStore.open(grown)
+    changed = torch.arange(D if why == "room" else 1)
+    if why == "many":
+        monkeypatch.setattr(additions_module, "MOST", 2)
+    elif why == "old":
+        store = replace(store, manifest=msgspec.structs.replace(store.manifest, format=6))
+    commits = Commits(grown, store)
+    new = [stored_edit(5 + number, memory=number) for number in range(8)]
+    for edit in new:
+        commits.add(edit, masks(1, 100 + edit.id), changed)
+    gathered: list[object] = []
+    monkeypatch.setattr(commits_module, "append", lambda *given, **more: gathered.append(more))
+    index = store.index()
+    index.add([edit.id for edit in new], np.concatenate([masks(1, 100 + edit.id) for edit in new]))
+    memories = [torch.tensor(memory) for memory in store.memories]
+    manifest = msgspec.structs.replace(store.manifest, generation=4, next_id=13)
+    everything = [*store.edits, *new]
+    written = commits.write(
+        manifest, memories, index, everything, store.background, store.permutation, store.tasks, store.references
+    )
+    assert gathered == [] and written.generation == 4 and verify_store(grown) == []
+    assert [edit.id for edit in EditStore.open(grown).edits] == list(range(13))
