@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_type_hints
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_type_
 import msgspec
 from msgspec import Meta
 
+from memoir_retrieval.background import shipped
 from memoir_retrieval.errors import ConfigError, Reason, StoreError
 from memoir_retrieval.model.places import Place
 from memoir_retrieval.model.presets import preset_for
@@ -33,7 +35,8 @@ class Training(msgspec.Struct, frozen=True):
     >>> training.variants, training.contexts
     (16, 1)
 
-    contexts: after so many of the library's contexts a prompt is trained too.
+    contexts: after so many contexts a prompt is trained too: in chats after those of the library, which has 8, else
+        after any number that the model writes.
     context_masks: after so many of them a question has a mask of its own, which finds the edit in chats that have
         begun; none for raw prompts and under the span rule "all", where what is pooled is not the question alone.
     variants: so many prompts with random words are made up; one less where `json_strings` is 1.
@@ -192,6 +195,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             )
         fields: dict[str, Any] = dict(self.training)
         training = Training(**fields)
+        most = len(json.loads(shipped("contexts.json")))
+        if chat and training.contexts > most:
+            raise ConfigError(
+                f"training contexts={training.contexts}, but the library has {most} contexts for chats: "
+                f"choose 0 to {most}"
+            )
         masks = min(training.context_masks, training.contexts) if chat and rule == "question" else 0
         # Elsewhere the residual acts on the subject's own tokens, of which an edit is made.
         others = training.other_questions if chat and rule == "question" else 0

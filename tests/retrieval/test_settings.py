@@ -13,6 +13,7 @@ import pytest
 from memoir_retrieval import Edit, Editor, EditStore, MemoirError, Training, load_model
 from memoir_retrieval.cli import main
 from memoir_retrieval.editing import open_store
+from memoir_retrieval.editing.contexts import chat_contexts
 from memoir_retrieval.errors import ConfigError, StoreError
 from memoir_retrieval.model.base import BaseModel
 from memoir_retrieval.store.settings import Contradiction, Settings, training_of
@@ -104,6 +105,22 @@ def test_context_masks_are_as_many_as_a_store_can_have(base: BaseModel) -> None:
     raw = Settings.from_options(chat=False).resolved(base)
     assert raw.training["context_masks"] == 0
     assert raw.contradiction(Settings.from_options(training=Training())) is None
+
+
+@pytest.mark.parametrize("rule", ["question", "all"])
+def test_a_chat_store_has_no_more_contexts_than_the_library(base: BaseModel, tmp_path: Path, rule: str) -> None:
+    """Raw stores have as many as are wanted: the model writes them."""
+    many, all_of_them = {"contexts": 9, "context_masks": 9}, len(chat_contexts())
+    with (
+        pytest.raises(
+            ConfigError, match="training contexts=9, but the library has 8 contexts for chats: choose 0 to 8"
+        ),
+        Editor(base, tmp_path / "new", rule=rule, training=many),
+    ):
+        pass
+    assert not (tmp_path / "new").exists()
+    Settings.from_options(rule=rule, training={"contexts": all_of_them}).resolved(base)
+    assert Settings.from_options(chat=False, rule=rule, training=many).resolved(base).training["contexts"] == 9
 
 
 def test_an_editor_that_is_not_open_says_so(base: BaseModel, tmp_path: Path, store: Path) -> None:
