@@ -122,7 +122,7 @@ def edit(
     with editor:
         if editor.manifest.chat and (thinking := described(base.tokenizer)):
             notes.print(f"{base.name}: {thinking}")
-        first = editor.manifest.next_id
+        first, fresh = editor.manifest.next_id, editor.generation == 0
         try:
             train(
                 editor,
@@ -138,7 +138,7 @@ def edit(
             there = EditStore.open(store, check=False).edits if (store / MANIFEST).exists() else ()
             kept = sum(edit.id >= first for edit in there)
             raise click.Abort(f"{kept} new edits are kept in {store}; run the same command again to go on") from None
-    complete = _tell(editor, store, time.monotonic() - started, as_json)
+    complete = _tell(editor, store, on_conflict, fresh, time.monotonic() - started, as_json)
     del editor  # it maps masks that have been replaced
     if (store / MANIFEST).exists():
         sweep_if_free(store)
@@ -148,10 +148,12 @@ def edit(
 
 # From about here on thresholds that suit small stores let unrelated prompts through (docs/measurements/many-edits.md).
 MANY = 500
+_REFUSED = {"refuse": "choose with --on-conflict", "first": "left out"}
+_STORED = {"last": "replaced it", "both": "stored beside it"}
 
 
-def _tell(editor: Editor, store: Path, seconds: float, as_json: bool) -> bool:
-    """Print what became of the edits. Returns whether all are in the store that should be."""
+def _tell(editor: Editor, store: Path, on_conflict: Conflict, fresh: bool, seconds: float, as_json: bool) -> bool:
+    """Print what became of the edits; `fresh`: of a new store. Returns whether all are in the store that should be."""
     outcome = editor.outcome
     new = len({edit.id for edit in outcome.stored}.intersection(edit.id for edit in editor.edits))
     opened = EditStore.open(store, check=False) if (store / MANIFEST).exists() else None
@@ -191,11 +193,12 @@ def _tell(editor: Editor, store: Path, seconds: float, as_json: bool) -> bool:
     else:
         for failed in outcome.failed:
             echo(f"failed: {failed.prompt!r} -> {failed.target!r}: {failed.reason}", err=True)
+        stored = {(edit.prompt, edit.target) for edit in outcome.stored}
         for conflict in outcome.conflicting:
-            echo(
-                f"conflicting: {conflict.fact}: choose with --on-conflict",
-                err=True,
+            became = _REFUSED.get(on_conflict) or (
+                _STORED[on_conflict] if (conflict.prompt, conflict.target) in stored else "not stored"
             )
+            echo(f"conflicting: {conflict.fact}: {became}", err=True)
         if outcome.renewed:
             echo(f"{len(outcome.renewed)} edits that later ones had overwritten were trained again")
         speed = f", {summary['seconds_per_edit']} s per edit" if new else ""
@@ -204,11 +207,10 @@ def _tell(editor: Editor, store: Path, seconds: float, as_json: bool) -> bool:
             f"{len(outcome.failed)} failed, {len(outcome.conflicting)} conflicting ({seconds:.0f} s{speed}); "
             f"generation {summary['generation']}, {size / 1e6:.2f} MB"
         )
-        if opened and opened.manifest.generation == 1 and opened.manifest.span.candidates and not len(opened.tasks):
+        if opened and fresh and opened.manifest.span.candidates and not len(opened.tasks):
             notes.print(
                 f"{store} knows tasks, such as a translation, by words alone: `memoir calibrate {store} --tasks "
-                "--write` "
-                f"has it use the activations of {opened.manifest.model}, too"
+                f"--write` has it use the activations of {opened.manifest.model}, too"
             )
         if manifest and manifest.threshold:
             echo(f"tau {manifest.tau:g}: {describe_tau(manifest.threshold)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -556,6 +557,29 @@ def test_a_rephrasing_may_be_the_question_of_another_edit(base: BaseModel, tmp_p
         assert [conflict.prompt for conflict in editor.outcome.conflicting] == [AARHUS.prompt]
     with Editor(base, tmp_path / "unmasked") as editor:  # without masks of their own rephrasings decide nothing
         assert len(editor.add([other, AARHUS])) == 2 and not editor.outcome.conflicting
+
+
+def test_the_summary_says_what_the_choice_made_of_a_conflict(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conflicts, "SAME_QUESTION", 0.6)
+
+    def run(store: Path, prompt: str, target: str, *options: str) -> list[str]:
+        file = tmp_path / "edits.jsonl"
+        file.write_text(json.dumps({"prompt": prompt, "target": target}))
+        command = ["edit", str(file), "--model", str(tiny), "--store", str(store), "--training", "max_steps=0"]
+        with suppress(SystemExit):  # which says whether an edit was left out
+            main([*command, *options])
+        lines = capsys.readouterr().err.splitlines()
+        return [line.rpartition("): ")[2] for line in lines if line.startswith("conflicting: ")]
+
+    old = tmp_path / "old"
+    assert run(old, AARHUS.prompt, "King Harald", "--keep-failed") == []
+    choices = {"first": "left out", "last": "replaced it", "both": "stored beside it"}
+    for choice, words in ({"refuse": "choose with --on-conflict"} | choices).items():
+        store = Path(shutil.copytree(old, tmp_path / choice))
+        assert run(store, REWORDED.prompt, "Nobody", "--on-conflict", choice, "--keep-failed") == [words]
+    assert run(old, REWORDED.prompt, "Nobody", "--on-conflict", "both") == ["not stored"]  # nothing is learnt
 
 
 def test_the_summary_names_what_was_left_out(

@@ -18,6 +18,7 @@ import pytest
 
 from memoir_retrieval.cli import cli, inspect, main
 from memoir_retrieval.cli.serve import server_command
+from memoir_retrieval.editing import session
 from memoir_retrieval.edits.files import read_edits
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.evaluation.measure import stored_ids
@@ -673,6 +674,19 @@ def test_a_large_store_is_checked_once(
     monkeypatch.setattr(EditStore, "check", lambda self: checked.append(self) or check(self))
     code, _, err = run(capsys, "edit", write(tmp_path / "same.jsonl", EDITS), "--store", store)
     assert code == 0 and len(checked) == 1, err
+
+
+def test_a_new_store_is_advised_to_learn_tasks_however_long_its_first_run_was(
+    capsys: pytest.CaptureFixture[str], tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A long run commits on the way, so its store is past generation 1 in the end."""
+    monkeypatch.setattr(session, "CHECKPOINT_EVERY", 0.0)
+    store, advice = tmp_path / "store", "by words alone: `memoir calibrate"
+    command = ("edit", write(tmp_path / "edits.jsonl", EDITS), "--store", store, "--model", tiny, "--keep-failed")
+    code, _, err = run(capsys, *command)
+    assert code == 0 and EditStore.open(store).manifest.generation == 2 and err.count(advice) == 1, err
+    code, _, err = run(capsys, *command)
+    assert code == 0 and advice not in err, err
 
 
 def test_an_editor_leaves_no_memories_that_it_has_replaced(
