@@ -42,13 +42,14 @@ def _call(operation: Callable[..., Any], *arguments: Any) -> Any:
     return operation(*arguments)
 
 
-def write_new(path: Path, chunks: Iterable[bytes | memoryview]) -> Written:
+def write_new(path: Path, chunks: Iterable[bytes | memoryview], whole: int | None = None) -> Written:
     """Write a new file and sync it. A file that cannot be written whole is removed again.
 
     What a crash left under this name is removed first, never written into: it may be a link to something else.
 
     path: where.
     chunks: its bytes, piece by piece.
+    whole: how many there are, where that is known: an error says how much room the file needs.
 
     Raises StoreError where the disk is full, the file would be too large or the folder is read-only.
     """
@@ -68,7 +69,7 @@ def write_new(path: Path, chunks: Iterable[bytes | memoryview]) -> Written:
             os.close(handle)
     except OSError as error:
         _forget(path)
-        raise _write_error(path, size, error) from error
+        raise _write_error(path, size if whole is None else whole, error, least=whole is None) from error
     except BaseException:
         _forget(path)
         raise
@@ -83,7 +84,7 @@ def publish(path: Path, data: bytes, *, names_files: bool = True) -> None:
     names_files: the content names files that were made before it; they are on the disk before it is.
     """
     sibling = path.with_name(path.name + ".tmp")
-    write_new(sibling, [data])
+    write_new(sibling, [data], len(data))
     try:
         if names_files:
             _sync_folder(path.parent)
@@ -273,9 +274,10 @@ def _forget(path: Path) -> None:
         return
 
 
-def _write_error(path: Path, size: int, error: OSError) -> StoreError:
+def _write_error(path: Path, size: int, error: OSError, *, least: bool = False) -> StoreError:
     path = path.with_name(path.name.removesuffix(".tmp"))
     much = f"{size / 1e6:.2f} MB" if size > 1e5 else f"{size / 1e3:.1f} kB"
+    much = f"at least {much}" if least else much
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return StoreError(
             f"no space left to write {path.name} ({much}) in {path.parent}: free some and run the same "

@@ -16,7 +16,7 @@ import numpy as np
 from memoir_retrieval.errors import StoreError
 from memoir_retrieval.store.files import Data
 
-__all__ = ["Tensor", "read_tensors", "tensor_chunks", "unique_keys"]
+__all__ = ["Tensor", "read_tensors", "tensor_chunks", "tensors_size", "unique_keys"]
 
 HEADER_LIMIT = 1 << 16
 ROWS_AT_ONCE = 16 << 20  # bytes
@@ -46,19 +46,9 @@ def tensor_chunks(tensors: Mapping[str, np.ndarray], rows: np.ndarray | None = N
 
     Raises StoreError for NaN or infinite numbers, which no reader takes.
     """
-    order = list(_NAMES)
-    arrays = sorted(tensors.items(), key=lambda item: (order.index(item[1].dtype), item[0]))
-    header: dict[str, Any] = {}
-    offset = 0
-    for name, array in arrays:
-        shape = list(array.shape) if rows is None else [len(rows), *array.shape[1:]]
-        end = offset + math.prod(shape) * array.dtype.itemsize
-        header[name] = {"dtype": _NAMES[array.dtype], "shape": shape, "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little") + text
-    for name, array in arrays:
+    head, _ = _head(tensors, rows)
+    yield head
+    for name, array in _in_order(tensors):
         count = len(array) if rows is None else len(rows)
         step = max(1, ROWS_AT_ONCE // max(1, array[:1].nbytes))
         for first in range(0, count, step):
@@ -67,6 +57,34 @@ def tensor_chunks(tensors: Mapping[str, np.ndarray], rows: np.ndarray | None = N
             if piece.dtype.kind == "f" and not np.isfinite(piece).all():
                 raise StoreError(f"`{name}` would hold NaN or infinite numbers: check the model and its dtype")
             yield piece.reshape(-1).view(np.uint8).data
+
+
+def tensors_size(tensors: Mapping[str, np.ndarray], rows: np.ndarray | None = None) -> int:
+    """How many bytes `tensor_chunks` gives.
+
+    tensors, rows: as it takes them.
+    """
+    head, size = _head(tensors, rows)
+    return len(head) + size
+
+
+def _in_order(tensors: Mapping[str, np.ndarray]) -> list[tuple[str, np.ndarray]]:
+    order = list(_NAMES)
+    return sorted(tensors.items(), key=lambda item: (order.index(item[1].dtype), item[0]))
+
+
+def _head(tensors: Mapping[str, np.ndarray], rows: np.ndarray | None) -> tuple[bytes, int]:
+    """What stands before the tensors, and how many bytes these have."""
+    header: dict[str, Any] = {}
+    offset = 0
+    for name, array in _in_order(tensors):
+        shape = list(array.shape) if rows is None else [len(rows), *array.shape[1:]]
+        end = offset + math.prod(shape) * array.dtype.itemsize
+        header[name] = {"dtype": _NAMES[array.dtype], "shape": shape, "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, offset
 
 
 def read_tensors(data: Data, wanted: Mapping[str, Tensor]) -> dict[str, np.ndarray]:

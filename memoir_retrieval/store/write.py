@@ -20,7 +20,7 @@ from memoir_retrieval.store.edit_lines import edit_chunks
 from memoir_retrieval.store.files import Written, remove_unused, store_lock, write_new
 from memoir_retrieval.store.manifest import KINDS, MANIFEST, NAMES, FileEntry, Manifest, read_manifest, write_manifest
 from memoir_retrieval.store.read import Content, EditStore
-from memoir_retrieval.store.tensors import tensor_chunks
+from memoir_retrieval.store.tensors import tensor_chunks, tensors_size
 from memoir_retrieval.store.threshold import References
 
 __all__ = ["leftovers", "refuse_foreign", "sweep", "sweep_if_free", "write_again", "write_generation"]
@@ -52,21 +52,24 @@ def write_generation(
             raise StoreError(f"store {folder} is at generation {now} already, {generation} is old: open it again")
     if strays := [number for number in numbers_of(folder) if number > generation]:
         raise StoreError(f"{folder} holds added-{min(strays)}.safetensors of another store: choose a new folder")
-    files = {
-        "memory": tensor_chunks(
-            {"memory": content.memories, "background": content.background, "permutation": content.permutation}
-            | ({"task_units": content.tasks} if len(content.tasks) else {})
-            | _reference_tensors(content.references)
-        ),
-        "codes": tensor_chunks({"codes": content.codes, "ids": content.ids, "memory_of": content.memory_of}, rows),
-        "edits": edit_chunks(content.edits),
+    memory = (
+        {"memory": content.memories, "background": content.background, "permutation": content.permutation}
+        | ({"task_units": content.tasks} if len(content.tasks) else {})
+        | _reference_tensors(content.references)
+    )
+    codes = {"codes": content.codes, "ids": content.ids, "memory_of": content.memory_of}
+    # How large the edits are is known once they are written.
+    files: dict[str, tuple[Iterable[bytes | memoryview], int | None]] = {
+        "memory": (tensor_chunks(memory), tensors_size(memory)),
+        "codes": (tensor_chunks(codes, rows), tensors_size(codes, rows)),
+        "edits": (edit_chunks(content.edits), None),
     }
     written = {kind: (entry.name, Written(entry.size, entry.sha256)) for kind, entry in (unchanged or {}).items()}
     try:
-        for kind, chunks in files.items():
+        for kind, (chunks, size) in files.items():
             if kind not in written:
                 name = f"{kind}-{generation}.{KINDS[kind]}"
-                written[kind] = (name, write_new(folder / name, chunks))
+                written[kind] = (name, write_new(folder / name, chunks, size))
         published = write_manifest(folder, manifest, written)
     except StoreError:
         # Where the manifest was replaced and its folder not synced, a power cut may bring the old one back.

@@ -529,3 +529,29 @@ def test_readers_that_come_and_go_while_generations_are_published(tmp_path: Path
         for thread in threads:
             thread.join()
     assert wrong == []
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EFBIG])
+@pytest.mark.parametrize("kind", ["memory", "codes", "edits"])
+def test_an_error_says_how_large_a_file_would_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, error: int
+) -> None:
+    """Not how much of it had been tried: so much would have to be free. Of edits only a part is known."""
+    write(tmp_path / "sound")
+    write(tmp_path / "full")
+    size = next((tmp_path / "sound").glob(f"{kind}-1.*")).stat().st_size
+    before = contents(tmp_path / "full")
+    call, paths = files._call, list[Path]()
+
+    def full(operation: Any, *arguments: Any) -> Any:
+        if operation is os.open:
+            paths.append(arguments[0])
+        if operation is os.write and paths[-1].name.startswith(kind):
+            raise OSError(error, os.strerror(error))
+        return call(operation, *arguments)
+
+    monkeypatch.setattr(files, "_call", full)
+    much = ("at least " if kind == "edits" else "") + f"{size / 1e3:.1f} kB"
+    with pytest.raises(StoreError, match=rf"{kind}-2\.\w+ (would have |\(){much}[,)]"):
+        write(tmp_path / "full", 2)
+    assert contents(tmp_path / "full") == before
