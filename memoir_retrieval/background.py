@@ -1,11 +1,20 @@
-"""Prompts that come with the library: those whose mean is taken off every fingerprint, and others to measure with."""
+"""Prompts that come with the library: those whose mean is taken off every fingerprint, others to measure with, and the
+chats in which edits are trained."""
 
 from __future__ import annotations
 
 import json
 from importlib.resources import files
+from typing import Any
 
-__all__ = ["background_prompts", "control_prompts", "reference_prompts", "shipped", "unrelated_prompts"]
+__all__ = [
+    "background_prompts",
+    "chat_contexts",
+    "control_prompts",
+    "reference_prompts",
+    "shipped",
+    "unrelated_prompts",
+]
 
 
 def shipped(name: str) -> str:
@@ -34,6 +43,12 @@ def control_prompts() -> list[str]:
 def reference_prompts() -> list[str]:
     """Return the prompts by which stores set tau."""
     return control_prompts()
+
+
+def chat_contexts() -> list[list[dict[str, Any]]]:
+    """Return the eight contexts that come with the library: messages before the user's, in a fixed order."""
+    contexts: list[list[dict[str, Any]]] = json.loads(shipped("contexts.json"))
+    return contexts
 
 
 def _texts(name: str) -> list[str]:

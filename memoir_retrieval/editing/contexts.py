@@ -1,28 +1,20 @@
-"""What stands before a prompt while its edit is trained: chat messages of the library's, or text the model writes.
+"""What stands before a raw prompt while its edit is trained: text that the model writes itself.
 
-Prefixes that the model generates itself are the augmentation of arXiv 2506.07899 (section 3). A chat has contexts of
-its own, system prompts and earlier turns, which the library brings along.
+That is the augmentation of arXiv 2506.07899 (section 3). Chats have contexts that come with the library
+(`background.chat_contexts`).
 """
 
 from __future__ import annotations
 
-import json
-
 import torch
 
-from memoir_retrieval.background import shipped
 from memoir_retrieval.model.base import BaseModel
-from memoir_retrieval.question.prompts import Message, prompt_ids
+from memoir_retrieval.question.prompts import prompt_ids
 
-__all__ = ["chat_contexts", "own_prefixes"]
+__all__ = ["own_prefixes"]
 
 STARTS = ("The", "Therefore", "Because", "I", "You")
 PREFIX_TOKENS = 10
-
-
-def chat_contexts() -> list[list[Message]]:
-    """Return the eight contexts that come with the library: messages before the user's, in a fixed order."""
-    return json.loads(shipped("contexts.json"))
 
 
 @torch.no_grad()

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from memoir_index import HammingIndex
-from memoir_retrieval.background import background_prompts, reference_prompts
-from memoir_retrieval.editing.contexts import chat_contexts, own_prefixes
+from memoir_retrieval.background import background_prompts, chat_contexts, reference_prompts
+from memoir_retrieval.editing.contexts import own_prefixes
 from memoir_retrieval.edits.judge import judge_named, shipped_judge
 from memoir_retrieval.edits.record import StoredEdit
 from memoir_retrieval.errors import ConfigError, ModelError, StoreError

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_type_hints
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_type_
 import msgspec
 from msgspec import Meta
 
-from memoir_retrieval.background import shipped
+from memoir_retrieval.background import chat_contexts
 from memoir_retrieval.errors import ConfigError, Reason, StoreError
 from memoir_retrieval.model.places import Place
 from memoir_retrieval.model.presets import preset_for
@@ -195,7 +194,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             )
         fields: dict[str, Any] = dict(self.training)
         training = Training(**fields)
-        most = len(json.loads(shipped("contexts.json")))
+        most = len(chat_contexts())
         if chat and training.contexts > most:
             raise ConfigError(
                 f"training contexts={training.contexts}, but the library has {most} contexts for chats: "

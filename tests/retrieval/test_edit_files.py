@@ -10,8 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from memoir_retrieval.background import background_prompts, unrelated_prompts
-from memoir_retrieval.editing.contexts import chat_contexts
+from memoir_retrieval.background import background_prompts, chat_contexts, unrelated_prompts
 from memoir_retrieval.edits.files import FORMATS, check_duplicates, limit_distinct_subjects, read_edits
 from memoir_retrieval.edits.record import Edit, Probe
 from memoir_retrieval.errors import ConfigError, EditFileError

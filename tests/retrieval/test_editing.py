@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from memoir_retrieval import Edit, EditedModel, Editor, EditStore, Probe, Retriever, evaluate, read_edits
-from memoir_retrieval.editing.contexts import PREFIX_TOKENS, chat_contexts, own_prefixes
+from memoir_retrieval.background import chat_contexts
+from memoir_retrieval.editing.contexts import PREFIX_TOKENS, own_prefixes
 from memoir_retrieval.errors import ConfigError, EditFileError, StoreError, StoreMismatch
 from memoir_retrieval.model.base import BaseModel
 from memoir_retrieval.question.span import find_span

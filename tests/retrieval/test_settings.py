@@ -11,9 +11,9 @@ import msgspec
 import pytest
 
 from memoir_retrieval import Edit, Editor, EditStore, MemoirError, Training, load_model
+from memoir_retrieval.background import chat_contexts
 from memoir_retrieval.cli import main
 from memoir_retrieval.editing import open_store
-from memoir_retrieval.editing.contexts import chat_contexts
 from memoir_retrieval.errors import ConfigError, StoreError
 from memoir_retrieval.model.base import BaseModel
 from memoir_retrieval.store.settings import Contradiction, Settings, training_of
