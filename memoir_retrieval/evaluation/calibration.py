@@ -101,7 +101,7 @@ class Calibration(msgspec.Struct, frozen=True):
     threshold: what that rests on; None where it is the measured prompts.
     curve: a point for every .01 between the smallest overlap and 1.
     overlaps: of all that was asked.
-    nearest: the up to three unrelated prompts that set the suggestion, the nearest first.
+    nearest: the up to three unrelated prompts whose masks are the nearest to an edit's, the nearest first.
     """
 
     now: Point

@@ -14,6 +14,7 @@ import msgspec
 
 from memoir_retrieval.background import control_prompts
 from memoir_retrieval.editing.editor import Editor, Progress
+from memoir_retrieval.editing.open_store import make_references
 from memoir_retrieval.edits.record import Edit, StoredEdit
 from memoir_retrieval.errors import ConfigError, Reason
 from memoir_retrieval.evaluation.calibration import Calibration, calibrate_store, unrelated_to
@@ -202,8 +203,15 @@ def _calibration(
     retriever: Retriever, rephrases: Sequence[tuple[int, str]], unrelated: Sequence[str], tell: Callable[[str], None]
 ) -> Calibration | None:
     """Overlaps for the report. What cannot be measured costs the run nothing else."""
+    if not rephrases:
+        return None
+    # As `memoir calibrate` suggests a tau: by the masks alone of all that is unrelated it would find hardly anything.
+    store = retriever.store
+    references = store.references
+    if not references.texts:
+        references = make_references(retriever.base, store.manifest, retriever.fingerprint)
     try:
-        return calibrate_store(retriever, rephrases, unrelated) if rephrases else None
+        return calibrate_store(retriever, rephrases, unrelated, references)
     except ConfigError as error:
         tell(f"tau was not measured: {error}")
         return None

@@ -96,6 +96,8 @@ def test_a_run_has_every_figure(folder: Path) -> None:
     generated = result["report"]["generated"]  # what matches nothing is answered as before
     assert generated["prompts"] == 5 and generated["identical"] >= 1 - generated["matched"]
     assert result["edit_seconds"] > 0
+    # The rule that set the store's tau suggests it, too, not the masks of all unrelated prompts.
+    assert result["calibration"]["threshold"] and result["calibration"]["suggested"] == result["calibration"]["now"]
     assert read_run(folder).report.match.edits_right == result["report"]["match"]["edits_right"] == 1.0
 
 
