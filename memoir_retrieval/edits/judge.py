@@ -13,11 +13,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-import unicodedata
 from collections.abc import Sequence
 from functools import cache, lru_cache
 from importlib.resources import files
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
@@ -33,7 +32,7 @@ from memoir_retrieval.edits.requires import UNSPACED
 from memoir_retrieval.edits.task_words import PLACE, ROWS, TaskWords
 from memoir_retrieval.edits.units import CURRENCIES, other_unit, unit
 from memoir_retrieval.errors import StoreError, StoreMismatch
-from memoir_retrieval.question.text import normalize
+from memoir_retrieval.question.text import normalize, plain_text, text_key
 
 __all__ = [
     "Judge",
@@ -84,13 +83,20 @@ _WORD = regex.compile(
     rf"(?V1)[[\p{{L}}\p{{N}}]&&[{UNSPACED}]]\p{{M}}*|\p{{N}}+(?:[.,:]\p{{N}}+)+|[\p{{L}}\p{{M}}\p{{N}}_--[{UNSPACED}]]+[+#]*"
 )
 _STOP = r".!?:;\u0964\u0965\u06d4"  # dandas and the Urdu full stop, too
-_SYMBOL = regex.compile(r"(?V1)[[\p{So}\p{Sm}]--[©®™℠°+<=>|~¬×÷⁄−≠≤≥]]")
+_SYMBOL = regex.compile(r"(?V1)[[\p{So}\p{Sm}]--[©®™℠°+<=>|~¬×÷⁄−≠≤≥♯♭]]")
+_MEANT = frozenset("√∛∜∑∏∫∂∇∞±∓∈∉∪∩⊂⊃")
+"""Symbols that are no ornament where one of two texts alone has them."""
+# Accents. Elsewhere marks make other letters: the kana's "ba" of "ha", a Thai tone, the Cyrillic short i.
+_ACCENT = regex.compile(
+    r"(?V1)(?<=[\p{Script=Latin}\p{Script=Greek}\p{Script=Hebrew}\p{Script=Arabic}]\p{M}{0,30})\p{M}"
+    r"|(?<=[аеиоуыэюяіє])[\u0300\u0301]|(?<=е)\u0308|[\uFE00-\uFE0F\u20E3]"
+)
 _ROMAN = regex.compile(r"(?=[ivxlcdm])m{0,3}(?:cm|cd|d?c{0,3})(?:xc|xl|l?x{0,3})(?:ix|iv|v?i{0,3})")
 # Inside a clause. No codes are an initial or the article before a name, and half of a word: "X-ray", "O'Connor".
 _CODE = regex.compile(
     r"(?<=[^\s.!?:;\"“”\-–—][^\S\n]{1,3})"
     r"(?:[A-HJ-Z](?=[?!,;)]|['’](?!(?!s\b)\p{L})|\.?\s*$|\s(?!\s*\p{Lu}))"
-    r"|(?=[IVX]{2})(?:X{0,3})(?:IX|IV|V?I{0,3})\b)"
+    r"|(?=[IVX]{2,}\b)X{0,3}(?:IX|IV|V?I{0,3})\b)"
 )
 # A run of signs is read once, from its first one on: the time is linear where it ends no clause.
 _CLAUSE = regex.compile(rf"(?<![{_STOP}])[{_STOP}]++(?=[\s\"')\]*]|$)|[\n\"“”]+|(?:^|\s)[-–—]+\s")
@@ -99,6 +105,7 @@ _APOSTROPHE = regex.compile(r"(?<=\p{L})[’´`ʼ‘＇](?=\p{L})")
 _CONTRACTED = regex.compile(r"(?i)(?:\b(ca|wo)|(?<=\p{L}))n't\b")
 _FULL = {"ca": "can", "wo": "will"}
 _POSSESSIVE = regex.compile(r"(?<=\p{L})['’](?:s|re|ll|ve|d|m)?\b|(?<=s)['’](?=\s|$)")
+_NEITHER = regex.compile(r"[^\p{L}\p{M}\p{N}]+")  # letters nor digits
 _THOUSANDS = regex.compile(r"\d{1,3}(?:,\d{3})+")
 _HELPING = "is are was were do does did has have had can ca could will wo would should must ai".replace(" ", "|")
 _PERSONS = "it this that there he she they we you i".replace(" ", "|")
@@ -112,7 +119,10 @@ preceded succeed succeeded"""
 _PASSIVE = frozenset(_VERBS.split())
 _DIRECTED = _PASSIVE.union(("to", "from", "into", "over", "than", "minus"))
 """Words around which it makes a difference which of two others stands first."""
-_CALCULATES = frozenset(("percent", "plus", "minus", "times", "divided"))
+_SYMMETRIC = """and or between with vs versus married related near same differ different"""
+_EITHER_WAY = frozenset(_SYMMETRIC.split())
+"""Words beside which it makes none."""
+_CALCULATES = frozenset(("percent", "plus", "minus", "times", "divided", "power"))
 """Words that tell texts apart as numbers do where they stand beside one."""
 
 
@@ -196,7 +206,7 @@ def read(text: str) -> Reading:
 
     text: any; of a long one the first 512 words, of its first 8192 characters.
     """
-    text = _TAG.sub("", _APOSTROPHE.sub("'", text[: 16 * LONGEST]))
+    text = _TAG.sub("", _APOSTROPHE.sub("'", plain_text(text[: 16 * LONGEST])))
     plain = digits_joined(_POSSESSIVE.sub(" ", _fold(_CONTRACTED.sub(_negated, signs_in_words(text)))))
     clauses = []
     left = LONGEST
@@ -212,13 +222,16 @@ def read(text: str) -> Reading:
 
 
 def _calculating(words: tuple[str, ...]) -> frozenset[str]:
-    """Words beside a number that say what is to be done with it, or that it is less than nothing."""
-    codes = set()
+    """Words beside a number that say what is to be done with it, or that it is less than nothing; and the accidental of
+    a note, "C sharp"."""
+    codes = {word for note, word in pairwise(words) if len(note) == 1 and word in ("sharp", "flat")}
     for i in [i for i, word in enumerate(words) if word in _CALCULATES]:
         before, after = (bool(near) and has_digit(near[0]) for near in (words[i - 1 : i], words[i + 1 :]))
         if words[i] == "minus":  # between two, as in "5 minus 3", it is often written as a dash
             before, after = False, not before and (after or bool(number("".join(words[i + 1 : i + 2]))))
-        if before and after if words[i] == "times" else before or after:
+        if words[i] == "power":  # of a number or a variable, "x^2"
+            before = len("".join(words[i - 1 : i])) == 1 or before
+        if before and after if words[i] in ("times", "power") else before or after:
             codes.add(words[i])
     return frozenset(codes)
 
@@ -246,7 +259,7 @@ def _fold(text: str) -> str:
     if text.isascii():
         return text.lower().replace("cannot", "can not")
     folded = normalize(raised_apart(text.casefold().replace("™", "")), "NFKD")
-    return "".join(c for c in folded if not unicodedata.combining(c)).translate(_PLAIN).replace("cannot", "can not")
+    return normalize(_ACCENT.sub("", folded), "NFC").translate(_PLAIN).replace("cannot", "can not")
 
 
 def _whole(word: str) -> str:
@@ -260,7 +273,8 @@ def letters(text: str) -> str:
 
     text: any; of a long one the first 8192 characters.
     """
-    return "".join(filter(str.isalnum, _fold(signs_in_words(_APOSTROPHE.sub("'", text[: 16 * LONGEST])))))
+    text = _APOSTROPHE.sub("'", plain_text(text[: 16 * LONGEST]))
+    return _NEITHER.sub("", _fold(signs_in_words(text)))
 
 
 class Judge:
@@ -297,6 +311,7 @@ class Judge:
         both = [(words[a], words[b]) for a, b in contraries.tolist()]
         self._contraries = frozenset((*both, *((b, a) for a, b in both)))
         self._read = lru_cache(maxsize=1 << 16)(self._rows)
+        self._task = lru_cache(maxsize=256)(self._asked_for)  # the rest is one for all candidates of a message
 
     @classmethod
     def of_bytes(cls, data: bytes, name: str = TABLE) -> Judge:
@@ -350,7 +365,12 @@ class Judge:
         required: texts that are known to stand in the question, or others in their place: their words count as shared.
         speaks: what `TaskProbe` says of the rest, in nats; without it its words alone decide whether it is a task.
         """
-        verdict = self._compared(read(edit), read(question), required)
+        mine, theirs = read(edit), read(question)
+        if not mine.words and not theirs.words:  # "!!!" or an emoji
+            same = mine.symbols == theirs.symbols and (bool(mine.symbols) or text_key(edit) == text_key(question))
+            if not same:
+                return Verdict(False, -math.inf, 0.0, (), (), "", "words")
+        verdict = self._compared(mine, theirs, required)
         if verdict.same and rest and (task := self._task(rest, speaks)):
             return verdict._replace(same=False, score=-math.inf, task=task, part="task")
         return verdict
@@ -358,7 +378,9 @@ class Judge:
     def _compared(self, mine: Reading, theirs: Reading, required: Sequence[str]) -> Verdict:
         """The verdict on an edit's question and another, whatever stands around that. required: see `verdict`."""
         here_only, there_only = mine.symbols - theirs.symbols, theirs.symbols - mine.symbols
-        if mine.words == theirs.words and not (here_only and there_only):
+        if not (here_only and there_only):  # in one alone they may be an ornament
+            here_only, there_only = here_only & _MEANT, there_only & _MEANT
+        if mine.words == theirs.words and not here_only and not there_only:
             return Verdict(True, self.weights.bias + self.weights.relation, 1.0, (), (), "", "same words")
         shared = {word for text in required for word in read(text).words}
         here, there = dict.fromkeys(mine.words), dict.fromkeys(theirs.words)
@@ -373,9 +395,8 @@ class Judge:
                 added.remove(twin)
                 if word in lacking:
                     lacking.remove(word)
-        if here_only and there_only:  # else it may be an ornament
-            lacking += sorted(here_only)
-            added += sorted(there_only)
+        lacking += sorted(here_only)
+        added += sorted(there_only)
         relation = self._relation(mine.words, theirs.words)
         needed = self._against(lacking, tuple(there), self._needed, mine.codes | mine.symbols)
         extra = self._against(added, tuple(here), self._extra, theirs.codes | theirs.symbols)
@@ -388,6 +409,8 @@ class Judge:
         if (
             self._renamed(mine, theirs, lacking, added)
             or _turned(mine, theirs, not lacking and not added)
+            or _numbers_moved(mine, theirs)
+            or _names_moved(mine, theirs)
             or any((a, b) in self._contraries or other_number(a, b) or other_unit(a, b) for a in lacking for b in added)
         ):
             against += REPLACED
@@ -419,13 +442,11 @@ class Judge:
         letters = [[word for word in words if len(word) == 1] for words in (lacking, added)]
         if all(letters):  # "form K-21" and "form A-21"
             return True
-        for name in lacking:
-            if name not in mine.names or any(_akin(name, word) for word in theirs.words):
-                continue
-            others = [word for word in added if not any(_akin(word, own) for own in mine.words)]
-            if any(word in theirs.names or self._near(name, word) for word in others):
-                return True
-        return False
+        others = [word for word in added if not any(_akin(word, own) for own in mine.words)]
+        names = [name for name in lacking if name in mine.names and not any(_akin(name, w) for w in theirs.words)]
+        if not names or not others:
+            return False
+        return not theirs.names.isdisjoint(others) or any(self._near(name, word) for name in names for word in others)
 
     def _near(self, a: str, b: str) -> bool:
         """Whether two words are of a kind, as two names are."""
@@ -488,7 +509,7 @@ class Judge:
                 terms.append((word, table[row] / (1 + math.exp(weights.steep * (near - weights.least)))))
         return terms
 
-    def _task(self, rest: str, speaks: float | None = None) -> str:
+    def _asked_for(self, rest: str, speaks: float | None) -> str:
         """The clause of a message's rest that asks for something to be done with the question, or "".
 
         rest, speaks: see `verdict`.
@@ -539,6 +560,54 @@ def _turned(a: Reading, b: Reading, same: bool) -> bool:
             return True
     ends = [[_behind(text.words, word) for word in ("from", "to")] for text in (a, b)]
     return ends[0] == ends[1][::-1] != ends[1] and "" not in ends[0]
+
+
+def _numbers_moved(a: Reading, b: Reading) -> bool:
+    """Whether two texts have the same numbers in other places: "season 2, episode 5" and "season 5, episode 2", "10 mod
+    3" and "3 mod 10", or one of them more often where something is calculated."""
+    first, other = _numbers(a.words), _numbers(b.words)
+    if first == other or set(first) != set(other):
+        return False
+    if sorted(first) != sorted(other):
+        return not _CALCULATES.isdisjoint(a.codes & b.codes)
+    blanks = [["" if number(word) or has_digit(word) else word for word in text.words] for text in (a, b)]
+    if blanks[0] == blanks[1]:
+        return True
+    beside, others = _beside_numbers(a.words), _beside_numbers(b.words)
+    return any(beside[word].isdisjoint(others[word]) for word in beside.keys() & others.keys())
+
+
+def _names_moved(a: Reading, b: Reading) -> bool:
+    """Whether two texts differ in that names have changed places, and none of their words says that it makes no
+    difference: "What did Ann give Bob?" and "What did Bob give Ann?"."""
+    names = a.names | b.names
+    if a.words == b.words or not _EITHER_WAY.isdisjoint(a.words):
+        return False
+    (blanks, first), (other_blanks, other) = (_without_names(text.words, names) for text in (a, b))
+    return blanks == other_blanks and first != other and sorted(first) == sorted(other)
+
+
+def _without_names(
+    words: tuple[str, ...], names: frozenset[str]
+) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
+    """Words in runs with () for each of names, and the runs of names."""
+    runs = [(is_name, tuple(run)) for is_name, run in groupby(words, names.__contains__)]
+    return [() if is_name else run for is_name, run in runs], [run for is_name, run in runs if is_name]
+
+
+def _numbers(words: tuple[str, ...]) -> list[str]:
+    """The numbers among words, in digits."""
+    return [number(word) or word for word in words if number(word) or has_digit(word)]
+
+
+def _beside_numbers(words: tuple[str, ...]) -> dict[str, set[str]]:
+    """The numbers right before or behind each word, but for little words and numbers."""
+    beside: dict[str, set[str]] = {}
+    for pair in pairwise(words):
+        for word, near in (pair, pair[::-1]):
+            if (digits := _numbers((near,))) and not _numbers((word,)) and word not in LITTLE:
+                beside.setdefault(word, set()).update(digits)
+    return beside
 
 
 def _behind(words: tuple[str, ...], word: str) -> str:

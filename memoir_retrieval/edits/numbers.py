@@ -26,10 +26,11 @@ _COMPARES = rf"(?<=[\d)]{_SPACE}|[\p{{L}}\d)][^\S\n]{{1,2}})"
 _SIGNS = {
     rf"{_BEFORE}\+(?={_SPACE}\p{{L}}\b)|(?<=\b\p{{L}}{_SPACE})\+{_BEHIND}|{_BEFORE}\+{_BEHIND}": "plus",
     r"(?<=^|[\s(=<>+×÷*])(?<!\d[^\S\n]{1,2})[-−–](?=\p{Sc}?\d)": "minus",
-    rf"{_BEFORE}[×*]{_BEHIND}|(?<=\d{_SPACE})x(?={_SPACE}\d)|(?i:\bmultiplied by\b)": "times",
-    rf"{_BEFORE}÷{_BEHIND}|(?<=(?i:\b(?:is|calculate|compute|solve))\s{{1,2}}[\d.,]{{1,12}}{_SPACE})/(?={_SPACE}\d)": (
-        "divided by"  # else it may be a date
-    ),
+    rf"{_BEFORE}[×*]{_BEHIND}|(?<=\b\p{{L}})[×*](?=\d)|(?<=\d)[×*](?=\p{{L}}\b)|(?<=\d{_SPACE})x(?={_SPACE}\d)"
+    r"|(?i:\bmultiplied by\b)": "times",
+    rf"(?<=[\p{{L}}\d)]{_SPACE})\^(?={_SPACE}[-−]?[\p{{L}}\d(])": "power",
+    rf"{_BEFORE}÷{_BEHIND}|(?<=(?i:\b(?:is|calculate|compute|solve))\s{{1,2}}[\d.,]{{1,12}}{_SPACE})/(?={_SPACE}\d)"
+    r"|(?<=\b[nxyzNXYZ])[÷/](?=\d)|(?<=\d)[÷/](?=[nxyzNXYZ]\b)": "divided by",  # else it may be a date
     rf"{_COMPARES}>{_BEHIND}": "greater than",
     rf"{_COMPARES}<{_BEHIND}": "less than",
     rf"{_COMPARES}(?:>=|≥){_BEHIND}": "at least",
@@ -44,6 +45,8 @@ _SIGNS = {
     r"₽": "rouble",
     r"₩": "krw",
     r"₺": "lira",
+    r"(?<=\b[A-Ga-g])♯": "sharp",
+    r"(?<=\b[A-Ga-g])♭": "flat",
 }
 _SIGN = regex.compile("|".join(f"({pattern})" for pattern in _SIGNS), regex.MULTILINE)
 _SIGN_WORDS = tuple(f" {word} " for word in _SIGNS.values())

@@ -61,7 +61,11 @@ def read_records(text: str, name: str, note: Note) -> list[Located]:
 def _of_one_language(record: Any) -> Any:
     """The multilingual ZsRE sets put each record under its language, such as "en"."""
     inner = [*record.values()] if isinstance(record, dict) and len(record) == 1 else []
-    return inner[0] if inner and isinstance(inner[0], dict) and {"src", "alt"} <= inner[0].keys() else record
+    return inner[0] if inner and _is_zsre(inner[0]) else record
+
+
+def _is_zsre(record: Any) -> bool:
+    return isinstance(record, dict) and {"src", "alt"} <= record.keys()
 
 
 def _located(text: str, name: str, note: Note) -> list[Located]:
@@ -182,6 +186,8 @@ def _unpacked(whole: Located, note: Note) -> list[Located]:
     names = value.get("columns")
     if isinstance(names, list) and all(isinstance(n, str) for n in names) and isinstance(value.get("data"), list):
         rows = value["data"]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise EditFileError(f"column {show(twice[0])} is given twice; keep one")
         if not all(isinstance(row, list) and len(row) == len(names) for row in rows):
             raise EditFileError("'data' has rows of another length than 'columns'; write one object per line")
         return _numbered(dict(zip(names, row, strict=True)) for row in rows)
@@ -196,7 +202,8 @@ def _unpacked(whole: Located, note: Note) -> list[Located]:
     lists = [key for key, part in value.items() if _is_objects(part)]
     if not is_record(value):
         by_id = all(isinstance(part, dict) and is_record(part) for part in columns)
-        if columns and by_id and not all(map(_LANGUAGE.fullmatch, value)):
+        of_one_fact = all(map(_LANGUAGE.fullmatch, value)) and all(_is_zsre(part) for part in columns)
+        if columns and by_id and not of_one_fact:
             return _numbered(columns)
         if len(lists) == 1 and lists[0] in LISTS:
             return _numbered(value[lists[0]])

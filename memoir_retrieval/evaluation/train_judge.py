@@ -35,7 +35,7 @@ from memoir_retrieval.model.base import load_model
 
 __all__ = ["Pair", "pairs", "train"]
 
-VERSION = 10
+VERSION = 11
 DECISIVE = 8.0  # nats, more than can speak for an edit
 WIDTH = 64
 BATCH = 512  # pairs

@@ -534,6 +534,10 @@ BAD = {
         "line 1: row 1 was cut by the data set viewer in ['target']; download the file",
     ),
     "split columns": ('{"columns": ["prompt", "target"], "data": [["a"]]}', "'data' has rows of another length than"),
+    "a column twice": (
+        '{"columns": ["prompt", "prompt", "target"], "data": [["a", "x", "b"]]}',
+        "column 'prompt' is given twice",
+    ),
     "keyword lists": ('{"prompts": ["a", "b"], "target_new": ["c"]}', "there are 2 prompts, but 1 of 'target_new'"),
     "keyword probes": (
         '{"prompts": ["a"], "target_new": ["c"], "locality_inputs": '
@@ -665,6 +669,7 @@ WHOLE = {
     "pandas split": ('{"columns": ["prompt", "target"], "index": [0, 1], "data": [["a", "b"], ["c", "d"]]}', BOTH),
     "pandas index": ('{"0": {"prompt": "a", "target": "b"}, "10": {"prompt": "c", "target": "d"}}', BOTH),
     "records by their ids": ('{"ticket-7": {"src": "a", "alt": "b"}, "ticket-9": {"src": "c", "alt": "d"}}', BOTH),
+    "records by short ids": ('{"ab": {"prompt": "a", "target": "b"}, "cd": {"prompt": "c", "target": "d"}}', BOTH),
     "a request of ROME": (
         '[{"prompt": "{} plays", "subject": "Ann", "target_new": {"str": "golf"}, "target_true": {"str": "chess"}}]',
         [edit("Ann plays", "golf", "Ann")],
