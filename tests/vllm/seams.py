@@ -135,6 +135,7 @@ SEAMS = {
         "Worker.determine_available_memory",
         "Worker.initialize_from_config",
         "Worker.compile_or_warm_up_model",
+        "Worker.execute_dummy_batch",
         "Worker.sleep",
         "Worker.reload_weights",
         "Worker.reset_weights",

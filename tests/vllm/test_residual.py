@@ -471,7 +471,9 @@ def test_the_captured_product_is_told_the_rows_of_steps_without_prompts(
         assert [layer.stats()[name] - before[name] for name in ("steps", "rows")] == [1, 1]
     layer.expect(["a"])
     layer.begin_step(step_of([Rows("a", 0, 1, 5)]))
-    assert tables == [[[1]], [[1]], []]
+    layer.end_step()
+    layer.idle()
+    assert tables == [[[1]], [[1]], [], []]
 
 
 def test_a_step_that_leaves_out_an_op_it_needs_raises(layer: ResidualLayer, activations: torch.Tensor) -> None:

@@ -92,6 +92,12 @@ class MemoirWorker(Worker):
             dummy_step(self.model_runner)
         return times
 
+    def execute_dummy_batch(self) -> None:
+        """As vLLM's, on a data-parallel rank without requests while others have some: no edit acts."""
+        if self._memoir is not None:
+            self._memoir.idle()
+        super().execute_dummy_batch()
+
     def sleep(self, level: int = 1) -> None:
         """Level 1 keeps the weights in host memory, and the residual memory stays where it is.
 

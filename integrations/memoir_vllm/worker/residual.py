@@ -331,6 +331,11 @@ class ResidualLayer:
         begins = (positions % size == 0) | (positions == start)
         self._counted.append(_Counted(np.flatnonzero(counted) + row, begins[counted]))
 
+    def idle(self) -> None:
+        """The coming forward is of no request. A full graph would act by the table of the step before."""
+        if self.captured is not None:
+            self.captured.fill(())
+
     def end_step(self) -> None:
         """The step is over."""
         self._step = None
