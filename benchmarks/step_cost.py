@@ -16,6 +16,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -65,6 +66,8 @@ class Bench(NamedTuple):
             "h": self.h,
             "k": self.k,
             "tau": 0.9,
+            "judge": "",
+            "masked_contexts": (),
         }
         store = EditStore(
             path=Path(),
@@ -173,7 +176,9 @@ def main() -> None:
             timings = {kind: steps(bench, n, kind) for kind in ("nothing", "one edit", "different edits")}
             sums, slots = BlockSums(1000, 16, bench.d, bench.device), torch.arange(n, device=bench.device) * 16 + 3
             x = bench.random(n, bench.d)
-            timings["all"] = {"sums": bench.median_us(lambda _, s=sums, x=x, at=slots: s.add(x, at))}
+            weights, begins = torch.ones(n, device=bench.device), np.ones(n, dtype=np.bool_)
+            add = partial(sums.add, x, weights, slots, begins)
+            timings["all"] = {"sums": bench.median_us(lambda _, add=add: add())}
             result[str(n)] = {
                 kind: {part: round(us, 1) for part, us in parts.items() if us == us} for kind, parts in timings.items()
             }

@@ -57,6 +57,20 @@ def test_the_layer_is_found_also_under_an_adapter() -> None:
     assert attach._find(model(down=wrapped), "down", D, H) is layer
 
 
+@pytest.mark.parametrize("name", ["gemm_rs_ar", "gemm_rs"])
+def test_a_layer_that_is_multiplied_in_a_fused_kernel_is_refused(name: str) -> None:
+    """As Kimi K3 and DeepSeek V4.1 have it on some GPUs (vLLM 0.32)."""
+    layer = Linear()
+    owner = model(down=layer)
+    setattr(owner, name, None)
+    attach._refuse_fused(model(mlp=owner), layer, "mlp.down")
+    setattr(owner, name, object())
+    with pytest.raises(
+        ConfigError, match=r"edits mlp\.down, .* in one kernel, past the edits: set VLLM_ENABLE_GEMM_RS=0"
+    ):
+        attach._refuse_fused(model(mlp=owner), layer, "mlp.down")
+
+
 class Vision(torch.nn.Module):
     """Names its text tower as Gemma 3, Qwen and Mistral do in vLLM, beside a vision tower with a layer of that name."""
 

@@ -97,7 +97,7 @@ def test_a_step_of_more_rows_than_any_graph_leaves_the_table_empty(rows: list[li
 def test_a_table_of_a_larger_step_reaches_no_row_behind_a_graph(captured: ModuleType) -> None:
     """A graph of two rows, replayed while the table names rows up to 40: an idle rank of data parallelism did that."""
     product, whole, before = captured.CapturedProduct(64, "cpu"), normal(48, 64), normal(48, 32)
-    acting = batches([[*range(0, 40)]], 64, 32)
+    acting = batches([[*range(40)]], 64, 32)
     product.fill(acting)
     after, want = before.clone(), before.clone()
     product.add(whole[:2], after[:2])

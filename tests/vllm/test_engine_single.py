@@ -43,3 +43,14 @@ def test_answers_are_the_references(
             assert reply.tokens == wanted.tokens, name
             assert (reply.memoir["edit"], reply.hit) == (wanted.edit, 0), name
     assert engine.stats()["recalled"] == 0
+
+
+def test_the_transformers_backend_gives_the_references_answers(
+    start: Callable[..., Engine], small: Path, small_edits: Path, small_expected: dict[str, Expected]
+) -> None:
+    """Its layers get rows [1, tokens, D]."""
+    engine = start(here=True, **flags(small, small_edits, model_impl="transformers"))
+    replies = engine.ask([wanted.ids for wanted in small_expected.values()], warm=True)
+    for (name, wanted), reply in zip(small_expected.items(), replies, strict=True):
+        assert reply.tokens == wanted.tokens, name
+        assert reply.memoir["edit"] == wanted.edit, name

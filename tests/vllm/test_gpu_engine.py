@@ -64,6 +64,8 @@ def test_answers_are_the_references_and_others_keep_their_bits(
             replies.append(engine.ask(prompts, **how))
             if served:
                 others = prompts[1::2]
+                replayed = engine.stats()["replayed"]
+                assert (replayed > 0) == graphs.startswith("FULL"), "edits act in full graphs"
                 off = engine.ask(prompts, opt_out * len(prompts), **how)
                 unrelated = [engine.ask(others, option, **how) for option in (None, opt_out * len(others))]
         finally:

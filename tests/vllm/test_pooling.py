@@ -8,6 +8,7 @@ import torch
 
 from memoir_retrieval.model.forward import span_mean
 from memoir_retrieval.question.span import Span
+from memoir_vllm.worker import pooling
 from memoir_vllm.worker.block_sums import BlockSums
 from memoir_vllm.worker.pooling import _one_by_one, _together, token_weights
 
@@ -21,6 +22,26 @@ def test_together_is_one_by_one(dtype: torch.dtype, weighted: bool) -> None:
     weights = token_weights(x, weighted)
     for there, here in zip(_together(x, weights, RANGES), _one_by_one(x, weights, RANGES), strict=True):
         torch.testing.assert_close(there, here, rtol=1e-5, atol=1e-5 * float(here.abs().max()))
+
+
+def test_together_brings_few_rows_to_float32_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of one message overlap, so their rows are many more than those of the step."""
+    monkeypatch.setattr(pooling, "SLICE", 32)
+    summed, reduce = [], torch.segment_reduce
+
+    def segment_reduce(data: torch.Tensor, *args: object, **options: object) -> torch.Tensor:
+        summed.append(len(data))
+        return reduce(data, *args, **options)
+
+    monkeypatch.setattr(torch, "segment_reduce", segment_reduce)
+    x = torch.randn(100, 64, generator=torch.Generator().manual_seed(0))
+    weights, ranges = token_weights(x, True), [*RANGES, (0, 100), (7, 23), (7, 24)]
+    totals, divisors = _together(x, weights, ranges)
+    assert max(summed) == 32 < sum(summed)
+    torch.testing.assert_close((totals, divisors), _one_by_one(x, weights, ranges), rtol=1e-5, atol=1e-3)
+    for i, part in enumerate(ranges):
+        total, divisor = _together(x, weights, [part])
+        assert torch.equal(total[0], totals[i]) and torch.equal(divisor[0], divisors[i]), "whoever else is asked"
 
 
 @pytest.mark.parametrize("weighted", [True, False])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -474,6 +475,18 @@ def test_the_captured_product_is_told_the_rows_of_steps_without_prompts(
     layer.end_step()
     layer.idle()
     assert tables == [[[1]], [[1]], [], []]
+
+
+def test_a_new_generation_shares_the_memories_that_are_as_they_were(layer: ResidualLayer) -> None:
+    before = layer.now
+    memories = torch.stack([memory.weight.clone() for memory in before.memories])
+    changed, longer = memories.clone(), torch.cat([memories, torch.ones(1, H, D)])
+    changed[0, 0, 0] += 1
+    assert layer.load(before.router, memories).memories[0] is not before.memories[0]
+    assert all(map(operator.is_, layer.load(before.router, longer, before).memories, before.memories))
+    now = layer.load(before.router, changed, before).memories
+    assert now[0] is not before.memories[0] and torch.equal(now[0].weight, changed[0])
+    assert [*map(operator.is_, now, before.memories)] == [False, *[True] * (len(memories) - 1)]
 
 
 def test_a_step_that_leaves_out_an_op_it_needs_raises(layer: ResidualLayer, activations: torch.Tensor) -> None:

@@ -18,7 +18,7 @@ from memoir_retrieval.store.read import EditStore
 from memoir_vllm.config import MemoirConfig, token_decoder
 from memoir_vllm.worker.op import context_key, register_op
 from memoir_vllm.worker.pipeline import values_of_stages
-from memoir_vllm.worker.reload import Reloader, require_same
+from memoir_vllm.worker.reload import Reloader, require_same, values_of_ranks
 from memoir_vllm.worker.residual import ResidualLayer
 from memoir_vllm.worker.routing import Router
 
@@ -53,6 +53,7 @@ def attach(
     linear = _find(model, manifest.module, manifest.d, manifest.h, elsewhere=any(held))
     if linear is None:
         return None
+    _refuse_fused(model, linear, manifest.module)
     require_same([store.manifest for store in stores.values()], linear.tp_size, "start the engine again")
     register_op()
     layer = ResidualLayer(
@@ -64,6 +65,8 @@ def attach(
         device=device,
     )
     layer.captured = _captured(linear, vllm_config, device)
+    if not all(values_of_ranks(layer.captured is not None, linear.tp_size)):
+        layer.captured = None  # ranks that replay other graphs than others wait for each other
     reloaders = {}
     for name, store in stores.items():
         if name:
@@ -114,6 +117,16 @@ def _find(model: torch.nn.Module, module: str, d: int, h: int, *, elsewhere: boo
     return projection
 
 
+def _refuse_fused(model: torch.nn.Module, linear: torch.nn.Module, module: str) -> None:
+    """Some models multiply and reduce in one kernel, in steps of some sizes alone (kernels/linear/cute_dsl)."""
+    owners = [owner for owner in model.modules() if linear in owner.children()]
+    if any(getattr(owner, name, None) is not None for owner in owners for name in ("gemm_rs_ar", "gemm_rs")):
+        raise ConfigError(
+            f"the store edits {module}, which this vLLM multiplies and reduces in one kernel, past the edits: set "
+            "VLLM_ENABLE_GEMM_RS=0 and VLLM_KIMI_K3_GEMM_AR=0"
+        )
+
+
 def _captured(linear: RowParallelLinear, vllm_config: VllmConfig, device: torch.device) -> CapturedProduct | None:
     if device.type != "cuda":  # Triton, in which the product is written, need not be there
         return None
@@ -136,7 +149,10 @@ def _with_op(quant_method: Any, name: str) -> Any:
     class WithResidual(base):  # type: ignore[misc, valid-type]
         def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
             y = super().apply(layer, x, bias)
-            torch.ops.vllm.memoir_residual(x, y, name)
+            rows, out = x, y
+            if x.dim() > 2:  # vLLM's own models hand on [tokens, D]; those of its Transformers backend [1, tokens, D]
+                rows, out = x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+            torch.ops.vllm.memoir_residual(rows, out, name)
             return y
 
     WithResidual.__name__ = WithResidual.__qualname__ = f"Memoir{base.__name__}"

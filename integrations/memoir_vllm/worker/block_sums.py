@@ -4,6 +4,9 @@ A cached token never reaches the layer, so what it would have added to the mean 
 not depend on any edit, which act behind it, so one table serves the blocks of the base model and of all edits. It
 is indexed by the number of the physical block and lives as long as what the block holds. Which blocks it is good for
 is known where hits are decided, see `core/blocks.py`.
+
+A GPU adds the rows of a block up in no fixed order (`index_add_`), so there the mean of a question that lies in the
+cache may differ in its last bits from one run to the next. A bit of its mask differs where two activations are as near.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ summed together, each over its own rows from first to last.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -60,6 +60,34 @@ def _one_by_one(
 def _together(
     x: torch.Tensor, weights: torch.Tensor, ranges: Sequence[tuple[int, int]]
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each number of a sum is added up by itself, in the order of the rows, whoever else is asked: a long range in
+    pieces that begin at its first row. So many pieces are brought to float32 at once as have `SLICE` rows."""
+    pieces = [(at, min(at + SLICE, last)) for first, last in ranges for at in range(first, last, SLICE)]
+    total, weight = (
+        torch.cat(parts) for parts in zip(*(_segments(x, weights, g) for g in _groups(pieces)), strict=True)
+    )
+    if len(pieces) > len(ranges):
+        counts = torch.tensor([-(-(last - first) // SLICE) for first, last in ranges]).to(x.device, non_blocking=True)
+        total, weight = (torch.segment_reduce(part, "sum", lengths=counts, unsafe=True) for part in (total, weight))
+    return total, weight.clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def _groups(pieces: Sequence[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
+    """Pieces in runs of at most `SLICE` rows."""
+    group: list[tuple[int, int]] = []
+    rows = 0
+    for first, last in pieces:
+        if rows + last - first > SLICE:
+            yield group
+            group, rows = [], 0
+        group.append((first, last))
+        rows += last - first
+    yield group
+
+
+def _segments(
+    x: torch.Tensor, weights: torch.Tensor, ranges: Sequence[tuple[int, int]]
+) -> tuple[torch.Tensor, torch.Tensor]:
     first = np.array([first for first, _ in ranges])
     counts = np.array([last for _, last in ranges]) - first
     rows = int(counts.sum())
@@ -67,7 +95,6 @@ def _together(
     both = torch.from_numpy(np.concatenate([index, counts])).to(x.device, non_blocking=True)
     rows_of_parts, lengths = both.split([rows, len(counts)])
     weight = weights[rows_of_parts]
-    parts = (x[rows_of_parts].float() * weight[:, None], weight)
-    # Each number of a sum is added up by itself, in the order of the rows, whoever else is asked.
+    parts = (x[rows_of_parts].float().mul_(weight[:, None]), weight)
     total, weight = (torch.segment_reduce(part, "sum", lengths=lengths, unsafe=True) for part in parts)
-    return total, weight.clamp_min(torch.finfo(torch.float32).tiny)
+    return total, weight

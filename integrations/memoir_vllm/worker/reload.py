@@ -127,7 +127,8 @@ class Reloader:
                 f"{OLDER} older generations of store {store.path} still answer requests: reload when those are done"
             )
         router = Router(store, self._ours.tau, self._device, self._decode, self._name)
-        return theirs, self._layer.load(router, torch.from_numpy(store.memories))
+        now = self._layer.stores[self._name]
+        return theirs, self._layer.load(router, torch.from_numpy(store.memories), now)
 
 
 def _reason(failure: BaseException) -> str:

@@ -141,6 +141,7 @@ class ResidualLayer:
             "matched": 0,
             "recalled": 0,
             "steps": 0,
+            "replayed": 0,
             "rows": 0,
             "routing_s": 0.0,
             "residual_s": 0.0,
@@ -148,14 +149,20 @@ class ResidualLayer:
 
     # ---- generations -----------------------------------------------------------------------------------------------
 
-    def load(self, router: Router, memories: torch.Tensor) -> Generation:
+    def load(self, router: Router, memories: torch.Tensor, before: Generation | None = None) -> Generation:
         """Put a generation into this worker's memory; nothing acts before `adopt`. May run in another thread.
 
         router: looks its questions up.
         memories: float32 [M, H, D], whole.
+        before: of the same store; memories that are as they were in it are shared with it.
         """
-        share = memories[:, :, self._shard].to(device=self._device, dtype=self._dtype, copy=True).contiguous()
-        return Generation(router, [ResidualProduct(weight) for weight in share])
+        known = before.memories if before else ()
+        held: list[ResidualProduct] = []
+        for number, memory in enumerate(memories):
+            share = memory[:, self._shard].to(device=self._device, dtype=self._dtype, copy=True).contiguous()
+            same = number < len(known) and torch.equal(share, known[number].weight)
+            held.append(known[number] if same else ResidualProduct(share))
+        return Generation(router, held)
 
     @property
     def now(self) -> Generation:
@@ -274,6 +281,7 @@ class ResidualLayer:
 
     def require_run(self) -> None:
         """The model has run. Raises RuntimeError where it has left out an op that had something to do."""
+        self._stats["replayed"] += self._step is not None and self.replays
         if self._step is None or self._has_run or not (self._prompts_pass or self._edits_act):
             return
         if not self.replays:
@@ -349,7 +357,7 @@ class ResidualLayer:
     def stats(self) -> dict[str, Any]:
         """Counters since the start, with what the default store holds; `stores` says it of the others by name.
 
-        Seconds are those of the host.
+        Seconds are those of the host; `replayed` are steps of full graphs, with edits or without.
         """
         held = {name: self._holds(name) for name in self.stores}
         return held.pop("") | {"live": len(self._requests), "stores": held} | self._stats
