@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from memoir_retrieval.lookup.retriever import Match, Retriever
     from memoir_retrieval.model.base import load_model
     from memoir_retrieval.store.read import EditStore
+    from memoir_retrieval.store.remove import find_prompts, remove_edits
     from memoir_retrieval.store.settings import Training
 
 __all__ = [
@@ -37,8 +38,10 @@ __all__ = [
     "StoredEdit",
     "Training",
     "evaluate",
+    "find_prompts",
     "load_model",
     "read_edits",
+    "remove_edits",
 ]
 
 _HOME = {
@@ -54,8 +57,10 @@ _HOME = {
     "StoredEdit": "edits.record",
     "Training": "store.settings",
     "evaluate": "evaluation.measure",
+    "find_prompts": "store.remove",
     "load_model": "model.base",
     "read_edits": "edits.files",
+    "remove_edits": "store.remove",
 }
 
 

@@ -149,7 +149,7 @@ def rivals(
     index: HammingIndex,
     stored: Sequence[StoredEdit],
     judge: Judge | None,
-    contexts: int = 0,
+    contexts: int,
 ) -> list[Conflicting]:
     """The stored edits that answer the same question differently, going by the masks and the judge; the nearest first.
 

@@ -96,7 +96,7 @@ class EditedModel:
 
     @classmethod
     def open(
-        cls, store: str | Path, model: str | None = None, *, tau: float | None = None, device: str = "cpu"
+        cls, store: str | Path, model: str | Path | None = None, *, tau: float | None = None, device: str = "cpu"
     ) -> EditedModel:
         """Like `Retriever.open`, and with the same errors.
 

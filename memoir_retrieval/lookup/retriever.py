@@ -304,7 +304,8 @@ class Retriever:
         return self._lookup.judge
 
     def was_vetoed(self, match: Match | None, nearest: Match | None) -> bool:
-        """Whether the nearest edit was near enough to match, and required what the prompt lacks.
+        """Whether the nearest edit was near enough to match, and did not: the prompt lacks what it requires, the judge
+        says that something else is asked, or another edit fits better.
 
         match: as `decide_batch` gives it.
         nearest: the same.

@@ -22,6 +22,10 @@ __all__ = ["find_prompts", "remove_edits"]
 def find_prompts(store: EditStore, prompts: Sequence[str]) -> list[int]:
     """The ids of the edits of these prompts; white space does not count.
 
+    >>> from memoir_retrieval import EditStore, find_prompts
+    >>> find_prompts(EditStore.open("edits"), ["Who is the CEO  of Example Corp?"])
+    [0]
+
     store: which holds them.
     prompts: of the edits.
 
@@ -35,18 +39,25 @@ def find_prompts(store: EditStore, prompts: Sequence[str]) -> list[int]:
     return [stored[prompt_key(prompt)] for prompt in prompts]
 
 
-def remove_edits(folder: Path, ids: Sequence[int]) -> Manifest:
+def remove_edits(folder: str | Path, ids: Sequence[int]) -> Manifest:
     """Publish a generation in which no prompt reaches these edits. Returns its manifest.
 
     The masks and the text of the edits are gone then. What they changed in the residual memory is still there, out of
     reach, since edits that were trained later share columns with them: `Editor.compact` erases it. A store that sets
     its own tau sets it again, unless its judge is another one than the library's.
 
+    >>> import shutil
+    >>> from memoir_retrieval import EditStore, remove_edits
+    >>> _ = shutil.copytree("edits", "fewer")
+    >>> remove_edits("fewer", [1]).generation, [edit.id for edit in EditStore.open("fewer").edits]
+    (2, [0, 2])
+
     folder: the store's.
     ids: of the edits.
 
     Raises StoreError, and changes nothing, for an id that the store does not have, or where it is locked.
     """
+    folder = Path(folder)
     EditStore.open(folder, check=False)  # a folder that is no store must not get a lock file
     with store_lock(folder):
         store = EditStore.open(folder)

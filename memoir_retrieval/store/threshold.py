@@ -99,7 +99,7 @@ def set_tau(
     edits: Iterable[StoredEdit],
     references: References,
     judge: Judge | None,
-    contexts: int = 0,
+    contexts: int,
 ) -> tuple[float, Threshold]:
     """tau of a store with these edits, and what it rests on.
 

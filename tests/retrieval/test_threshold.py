@@ -71,7 +71,7 @@ def test_with_a_judge_tau_is_the_least_whose_bound_holds() -> None:
     high = bits_needed(0.75, K)
     for near, tau in ((0, FLOOR), (19, FLOOR), (20, 0.76), (N, 0.76)):
         some = references([high] * near + [0] * (N - near))
-        measured, threshold = set_tau(index_of(masks(1, 1)), [EDIT], some, shipped_judge())
+        measured, threshold = set_tau(index_of(masks(1, 1)), [EDIT], some, shipped_judge(), 0)
         assert measured == tau, near
         assert threshold == Threshold(N, near if tau == FLOOR else 0, 0)
         assert threshold.bound == (threshold.near + 1) / (N + 1) ** 2 <= MOST_MATCHED
@@ -85,24 +85,24 @@ def test_what_passes_the_judge_weighs_however_far_it_is() -> None:
     assert shipped_judge().verdict(EDIT.prompt, asking).same
     far = references([bits_needed(0.6, K)] * 5 + [0] * (N - 5))
     passing = far._replace(texts=(*far.texts[:-30], *(f"{asking}{'?' * i}" for i in range(30))))
-    tau, threshold = set_tau(index_of(masks(1, 1)), [EDIT], passing, shipped_judge())
+    tau, threshold = set_tau(index_of(masks(1, 1)), [EDIT], passing, shipped_judge(), 0)
     assert threshold.passed == 30 and threshold.near == 0
     assert threshold.bound == 31 / (N + 1) ** 2 and bits_needed(tau, K) > bits_needed(0.6, K)
-    assert set_tau(index_of(masks(1, 1)), [EDIT], far, shipped_judge())[0] == FLOOR
+    assert set_tau(index_of(masks(1, 1)), [EDIT], far, shipped_judge(), 0)[0] == FLOOR
 
 
 def test_where_masks_decide_alone_none_reaches_tau() -> None:
     high = bits_needed(0.6, K)
-    tau, threshold = set_tau(index_of(masks(1, 1)), [EDIT], references([high, 0, 1]), None)
+    tau, threshold = set_tau(index_of(masks(1, 1)), [EDIT], references([high, 0, 1]), None, 0)
     assert threshold == Threshold(3, 0, None) and threshold.bound == 1 / 4
     assert bits_needed(round(tau - MARGIN, 2), K) > high >= bits_needed(round(tau - MARGIN - 0.01, 2), K)
-    assert set_tau(index_of(masks(1, 1)), [EDIT], references([K]), None)[0] == 1.0
+    assert set_tau(index_of(masks(1, 1)), [EDIT], references([K]), None, 0)[0] == 1.0
 
 
 def test_a_reference_that_is_an_edit_s_question_is_left_out() -> None:
     some = references([K, 0])._replace(texts=("WHO founded the town of Aarhus", "what is a fjord"))
     for judge in (None, shipped_judge()):
-        assert set_tau(index_of(masks(1, 1)), [EDIT], some, judge)[1].references == 1
+        assert set_tau(index_of(masks(1, 1)), [EDIT], some, judge, 0)[1].references == 1
 
 
 def test_an_edit_whose_names_are_missing_does_not_act_on_a_reference() -> None:
@@ -110,12 +110,12 @@ def test_an_edit_whose_names_are_missing_does_not_act_on_a_reference() -> None:
     some = references([bits_needed(0.7, K)] * 3)._replace(texts=(f"{EDIT.prompt} Really", "a", "b"))
     index = index_of(masks(1, 1))
     assert shipped_judge().verdict(EDIT.prompt, some.texts[0]).same
-    assert [set_tau(index, [one_edit], some, shipped_judge())[1].passed for one_edit in (EDIT, bound)] == [1, 0]
-    assert set_tau(index, [bound], some, None) == set_tau(index, [EDIT], some, None), "it is near all the same"
+    assert [set_tau(index, [one_edit], some, shipped_judge(), 0)[1].passed for one_edit in (EDIT, bound)] == [1, 0]
+    assert set_tau(index, [bound], some, None, 0) == set_tau(index, [EDIT], some, None, 0), "it is near all the same"
 
 
 def test_a_store_without_edits_has_the_least_tau() -> None:
-    assert set_tau(HammingIndex(D, K), [], references([0] * 3), shipped_judge()) == (FLOOR, Threshold(3, 0, 0))
+    assert set_tau(HammingIndex(D, K), [], references([0] * 3), shipped_judge(), 0) == (FLOOR, Threshold(3, 0, 0))
 
 
 @pytest.fixture(scope="module")

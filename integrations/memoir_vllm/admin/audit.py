@@ -149,7 +149,8 @@ class AuditLog:
                     else:
                         self._torn += bool(line.strip())
                     self._end = start + len(line)
-                lines = [_entry_at(file, start) for start in self._starts[::-1][offset : offset + limit]]
+                end = max(0, len(self._starts) - offset)
+                lines = [_entry_at(file, start) for start in reversed(self._starts[max(0, end - limit) : end])]
                 return AuditLines(len(self._starts), self._torn, lines)
         except FileNotFoundError:
             return AuditLines(0, 0, [])

@@ -102,7 +102,8 @@ class Service:
             known = isinstance(number, int) and 0 <= number < store.manifest.next_id
             gone = known and all(edit.id != number for edit in store.edits)
             return TrainerAnswer(generation=generation, edit=number) if gone else None
-        edit = next((edit for edit in store.edits if _same(edit, change["add"])), None)
+        added = msgspec.convert({k: v for k, v in change["add"].items() if k != "on_conflict"}, Edit)
+        edit = next((edit for edit in store.edits if same_edit(edit, added)), None)
         if edit is None:
             return None
         return TrainerAnswer(generation=generation, edit=edit.id, loss=edit.loss, steps=edit.steps)
@@ -332,10 +333,6 @@ class Service:
 
 def _plain(requires: Requires) -> list[str | list[str]]:
     return [entry if isinstance(entry, str) else list(entry) for entry in requires]
-
-
-def _same(edit: StoredEdit, added: dict[str, Any]) -> bool:
-    return same_edit(edit, msgspec.convert({k: v for k, v in added.items() if k != "on_conflict"}, Edit))
 
 
 def _has(edit: StoredEdit, words: Iterable[str]) -> bool:
