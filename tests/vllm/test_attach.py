@@ -57,11 +57,12 @@ def test_the_layer_is_found_also_under_an_adapter() -> None:
     assert attach._find(model(down=wrapped), "down", D, H) is layer
 
 
+@pytest.mark.parametrize("adapters", [False, True], ids=["plain", "with adapters"])
 @pytest.mark.parametrize("name", ["gemm_rs_ar", "gemm_rs"])
-def test_a_layer_that_is_multiplied_in_a_fused_kernel_is_refused(name: str) -> None:
+def test_a_layer_that_is_multiplied_in_a_fused_kernel_is_refused(name: str, adapters: bool) -> None:
     """As Kimi K3 and DeepSeek V4.1 have it on some GPUs (vLLM 0.32)."""
     layer = Linear()
-    owner = model(down=layer)
+    owner = model(down=model(base_layer=layer) if adapters else layer)
     setattr(owner, name, None)
     attach._refuse_fused(model(mlp=owner), layer, "mlp.down")
     setattr(owner, name, object())

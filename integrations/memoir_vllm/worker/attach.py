@@ -119,7 +119,9 @@ def _find(model: torch.nn.Module, module: str, d: int, h: int, *, elsewhere: boo
 
 def _refuse_fused(model: torch.nn.Module, linear: torch.nn.Module, module: str) -> None:
     """Some models multiply and reduce in one kernel, in steps of some sizes alone (kernels/linear/cute_dsl)."""
-    owners = [owner for owner in model.modules() if linear in owner.children()]
+    # With LoRA the owner holds a wrapper of the layer.
+    layers = (linear, *(part for part in model.modules() if getattr(part, "base_layer", None) is linear))
+    owners = [owner for owner in model.modules() if not set(owner.children()).isdisjoint(layers)]
     if any(getattr(owner, name, None) is not None for owner in owners for name in ("gemm_rs_ar", "gemm_rs")):
         raise ConfigError(
             f"the store edits {module}, which this vLLM multiplies and reduces in one kernel, past the edits: set "

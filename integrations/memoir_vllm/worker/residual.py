@@ -268,6 +268,8 @@ class ResidualLayer:
         self._prompts_pass = not ids.isdisjoint(self._passing)
         self._edits_act = not ids.isdisjoint(self._edited)
         self._has_run = self.replays = False
+        if not ids:  # V1 may run the model for other engines then (`_dummy_run` in its `execute_model`)
+            self.idle()
 
     def may_replay(self, rows: int) -> bool:
         """Whether the coming forward may replay a full CUDA graph. Where prompts pass it may not; where an edit acts,
