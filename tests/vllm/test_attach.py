@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import vllm
@@ -70,6 +71,33 @@ def test_a_layer_that_is_multiplied_in_a_fused_kernel_is_refused(name: str, adap
         ConfigError, match=r"edits mlp\.down, .* in one kernel, past the edits: set VLLM_ENABLE_GEMM_RS=0"
     ):
         attach._refuse_fused(model(mlp=owner), layer, "mlp.down")
+
+
+@pytest.mark.parametrize(("others", "kept"), [(True, "product"), (False, None)])
+def test_a_rank_whose_kernel_works_does_as_one_whose_does_not(
+    others: bool, kept: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else one would replay a graph in which the other runs none."""
+    heard: list[Any] = []
+
+    def with_another(value: Any, ranks: int) -> list[Any]:
+        heard.append((value, ranks))
+        return [value, others]
+
+    linear = SimpleNamespace(tp_size=2, tp_rank=0)
+    nothing = {"_find": linear, "_refuse_fused": None, "_hook": None, "require_same": None, "register_op": None}
+    nothing |= {"values_of_stages": [True], "_captured": "product", "token_decoder": str, "Router": None}
+    for name, value in nothing.items():
+        monkeypatch.setattr(attach, name, lambda *args, value=value, **options: value)
+    monkeypatch.setattr(attach, "values_of_ranks", with_another)
+    monkeypatch.setattr(attach, "ResidualLayer", lambda *args, **options: SimpleNamespace(captured=None))
+    monkeypatch.setattr(attach, "Reloader", lambda *args: None)
+    store = SimpleNamespace(manifest=SimpleNamespace(module="down", d=D, h=H), memories=np.zeros((1, H, D)))
+    served_as, graphs = SimpleNamespace(dtype=torch.float32), SimpleNamespace(static_forward_context={})
+    engine = SimpleNamespace(model_config=served_as, compilation_config=graphs)
+    served = attach.attach(SimpleNamespace(tau=None), {"": store}, engine, model(), torch.device("cpu"))
+    assert served is not None and served[0].captured == kept
+    assert heard == [(True, 2)]
 
 
 class Vision(torch.nn.Module):
