@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 import msgspec
 from vllm.logger import init_logger
 
-from memoir_retrieval.errors import ConfigError, ModelError, StoreError
+from memoir_retrieval.errors import ConfigError, StoreError
 from memoir_retrieval.lookup.masks import Decode
 from memoir_retrieval.model.adapter import adapter_digest
-from memoir_retrieval.model.base import identify, resolve
+from memoir_retrieval.model.base import identify, load_tokenizer, resolve
 from memoir_retrieval.question.prompts import prompt_ids
 from memoir_retrieval.question.span import ChatSpanRule, SpanRule, find_span
 from memoir_retrieval.store.manifest import Manifest, library_version, read_manifest
@@ -291,14 +291,7 @@ def token_decoder(model: ModelConfig) -> Decode:
 
     @functools.cache
     def tokenizer() -> Any:
-        from transformers import AutoTokenizer
-
-        folder = resolve(model.model)
-        try:
-            return AutoTokenizer.from_pretrained(folder)
-        except Exception as error:  # a reload tells the other ranks of ours, and only of ours
-            why = " ".join(str(error).split())
-            raise ModelError(f"the tokenizer of {folder} cannot be loaded ({why:.200}): repair the folder") from error
+        return load_tokenizer(resolve(model.model))
 
     def read(ids: Sequence[int]) -> str:
         text: str = tokenizer().decode(ids)
@@ -320,10 +313,8 @@ def require_template(config: MemoirConfig, model: str, template: str | None) -> 
     rules = {folder: served_rule(m) for folder, m in manifests.items() if m.chat and m.span.rule == "question"}
     if not rules:
         return
-    from transformers import AutoTokenizer
-
     question = "Which river is it?"
-    tokenizer = AutoTokenizer.from_pretrained(resolve(model))
+    tokenizer = load_tokenizer(resolve(model))
     if template is not None:
         tokenizer.chat_template = template
     try:

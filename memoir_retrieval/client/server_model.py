@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from memoir_retrieval.client.server import Reply, Server
 from memoir_retrieval.errors import ConfigError
 from memoir_retrieval.lookup.reference import Answer
-from memoir_retrieval.model.base import resolve
+from memoir_retrieval.model.base import load_tokenizer, resolve
 from memoir_retrieval.question.prompts import Prompt, given_ids, prompt_ids, target_ids
 from memoir_retrieval.question.span import find_span
 from memoir_retrieval.question.thinking import behind_thinking
@@ -37,11 +37,9 @@ class ServerModel:
 
         Raises ConfigError where no server answers, it wants another key, or the `openai` package is missing.
         """
-        from transformers import AutoTokenizer
-
         self._server = Server(url, retries=2)
         self._store = store
-        self._tokenizer = AutoTokenizer.from_pretrained(resolve(model or store.manifest.model))
+        self._tokenizer = load_tokenizer(resolve(model or store.manifest.model))
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt as the store's settings render it.

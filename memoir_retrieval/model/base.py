@@ -18,7 +18,7 @@ from memoir_retrieval.model.places import Place, in_out, projection_of, text_blo
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["BaseModel", "Identity", "identify", "load_model", "model_class", "resolve"]
+__all__ = ["BaseModel", "Identity", "identify", "load_model", "load_tokenizer", "model_class", "resolve"]
 
 
 class Identity(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -227,7 +227,7 @@ def load_model(
     Raises ModelError for a model that cannot be found, read or edited.
     """
     import torch
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
     from transformers.utils import logging as transformers_logging
 
     from memoir_retrieval.model.presets import preset_for
@@ -246,12 +246,17 @@ def load_model(
             f"device {device!r} cannot be used ({_first_line(error)}): use another, such as cpu"
         ) from error
     transformers_logging.disable_progress_bar()
+    tokenizer = load_tokenizer(path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        kind = model_class(AutoConfig.from_pretrained(path))
-        model = kind.from_pretrained(path, dtype=torch_dtype).to(device).eval()
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"model {path} cannot be loaded: {_first_line(error)}") from error
+        kind = model_class(AutoConfig.from_pretrained(path, trust_remote_code=False))
+        # What is missing or of another size is random then, and named below.
+        model, report = kind.from_pretrained(
+            path, dtype=torch_dtype, trust_remote_code=False, ignore_mismatched_sizes=True, output_loading_info=True
+        )
+        model = model.to(device).eval()
+    except Exception as error:  # of any class: safetensors has its own, and parts that are not installed raise theirs
+        raise ModelError(f"model {path} cannot be loaded: {_why(error)}") from error
+    _require_weights(report, path)
     _check_spaces(tokenizer, path)
     if adapter is not None:
         merge_adapter(model, adapter)
@@ -272,6 +277,37 @@ def load_model(
         place=place,
         adapter=adapter,
     )
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model.
+
+    folder: of the model.
+
+    Raises ModelError where it cannot be loaded, or a file of the folder is a pointer of Git LFS.
+    """
+    from transformers import AutoTokenizer
+
+    for file in (*folder.glob("*.safetensors"), *folder.glob("tokenizer*")):
+        if file.stat().st_size < 1024 and file.read_bytes().startswith(b"version https://git-lfs"):
+            raise ModelError(f"{file} is a pointer of Git LFS, not the file: run `git lfs pull` in {folder}")
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # of any class, as in `load_model`
+        raise ModelError(f"the tokenizer of {folder} cannot be loaded: {_why(error)}") from error
+
+
+def _require_weights(report: dict[str, Any], folder: Path) -> None:
+    """Raises ModelError where a checkpoint lacks tensors that its configuration asks for, or has them in another size.
+
+    transformers makes them up at random and goes on. report: of its loading.
+    """
+    wrong = sorted({*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])})
+    if wrong:
+        raise ModelError(
+            f"the weights in {folder} do not fit its config.json: {len(wrong)} tensors are missing or of another size, "
+            f"such as {wrong[0]}: give a folder with a whole checkpoint"
+        )
 
 
 def model_class(config: Any) -> Any:
@@ -305,6 +341,14 @@ def _check_spaces(tokenizer: Any, folder: Path) -> None:
         )
 
 
+def _why(error: Exception) -> str:
+    """What a library says of a folder that it cannot load, in one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if "custom code" in text:
+        return "it comes with code of its own, which is not run here: choose a model that transformers knows"
+    return f"{text:.300}"
+
+
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
@@ -320,6 +364,7 @@ def _edited(model: Any, blocks: Any, layer: int, name: str, place: Place | None 
 
 # Keys of config.json that change without the model changing.
 _VOLATILE = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "_commit_hash"}
+_TOWERS = {"text_config", "vision_config", "audio_config", "thinker_config"}
 
 
 def identify(folder: Path, module: str, adapter: Path | None = None) -> Identity:
@@ -355,8 +400,16 @@ def _read_json(path: Path) -> Any:
 
 
 def _config_digest(folder: Path) -> str:
-    config = _read_json(folder / "config.json")
-    return _sha(_canonical({key: value for key, value in config.items() if key not in _VOLATILE}))
+    return _sha(_canonical(_lasting(_read_json(folder / "config.json"))))
+
+
+def _lasting(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration without what changes when it is saved again, and those of its towers, such as `text_config`."""
+    return {
+        key: _lasting(value) if key in _TOWERS and isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in _VOLATILE
+    }
 
 
 def _tokenizer_digest(folder: Path) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from memoir_retrieval.cli.serve import server_command
-from memoir_retrieval.model.base import resolve
+from memoir_retrieval.model.base import load_tokenizer, resolve
 from memoir_retrieval.question.prompts import Prompt, prompt_ids
 from memoir_retrieval.store.read import EditStore
 
@@ -29,13 +29,11 @@ class BenchStore:
 
         Raises what `server_command` does for what no server takes.
         """
-        from transformers import AutoTokenizer
-
         self.store = EditStore.open(folder)
         self.model = model or self.store.manifest.model
         _, self.environment = server_command(self.model, folder)
         where = resolve(self.model)
-        self._tokenizer = AutoTokenizer.from_pretrained(where)
+        self._tokenizer = load_tokenizer(where)
         self.settings: dict[str, Any] = {
             "store": str(folder.resolve()),
             "model": str(where),
