@@ -13,6 +13,7 @@ __all__ = [
     "MemoirError",
     "ModelError",
     "Reason",
+    "ServerError",
     "StoreError",
     "StoreMismatch",
 ]
@@ -51,10 +52,6 @@ class Reason(StrEnum):
     WHOLE_PROMPTS = "whole_prompts"
 
 
-class AdminError(MemoirError):
-    """A running server that cannot be administered, or refuses a change or a question."""
-
-
 class ConfigError(MemoirError, ValueError):
     """An option or a combination of options that cannot work."""
 
@@ -69,6 +66,14 @@ class HubError(MemoirError):
 
 class ModelError(MemoirError, ValueError):
     """A base model that cannot be found, read or edited."""
+
+
+class ServerError(MemoirError):
+    """A running server that cannot be reached, refuses a request, or answers in a form that is not known here."""
+
+
+class AdminError(ServerError):
+    """A running server that cannot be administered, or refuses a change or a question."""
 
 
 class StoreError(MemoirError):

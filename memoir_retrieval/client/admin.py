@@ -318,7 +318,8 @@ class AdminClient:
                 "still do what it was sent"
             ) from error
         except httpx.HTTPError as error:
-            raise AdminError(f"no server answers at {self._base} ({str(error) or type(error).__name__})") from error
+            reason = str(error) or type(error).__name__
+            raise AdminError(f"no server answers at {self._base} ({reason}): start one with `memoir serve`") from error
         except (httpx.InvalidURL, UnicodeError) as error:
             raise AdminError(f"{method} {self._root}{path} cannot be sent to {self._base}: {error}") from error
         if reply.is_success:

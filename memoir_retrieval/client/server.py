@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from memoir_retrieval.errors import ConfigError
+from memoir_retrieval.errors import ConfigError, ServerError
 from memoir_retrieval.lookup.decision import Decision, decision_of
 from memoir_retrieval.question.prompts import Prompt, as_messages
 
@@ -62,7 +62,7 @@ class Server:
         url: with or without /v1.
         retries: how often a request is sent again that met no server or an overloaded one.
 
-        Raises ConfigError where no server answers, it wants another key, or the `openai` package is missing.
+        Raises ServerError where no server answers, or it wants another key; ConfigError where `openai` is missing.
         """
         try:
             from openai import OpenAI
@@ -75,14 +75,14 @@ class Server:
         try:
             self.model = str(self._call(client.get, "/v1/models")["data"][0]["id"])
         except (LookupError, TypeError):
-            raise ConfigError(f"{self.url} names no model at /v1/models: {_NO_SERVER}") from None
+            raise ServerError(f"{self.url} names no model at /v1/models: {_NO_SERVER}") from None
         self._client = client.with_options(max_retries=retries)
 
     def version(self) -> str:
         """The server's version of vLLM, or "unknown" where a proxy in front hides it."""
         try:
             return str(self._call(self._client.get, "/version")["version"])
-        except (ConfigError, LookupError, TypeError):
+        except (ServerError, LookupError, TypeError):
             return "unknown"
 
     def ask(self, prompt: str | Sequence[int], *, chat: bool, tokens: int, off: bool = False, **fields: Any) -> Reply:
@@ -94,7 +94,7 @@ class Server:
         off: ask the base model.
         fields: further fields of the request, such as `prompt_logprobs`.
 
-        Raises ConfigError where the server refuses or stops answering.
+        Raises ServerError where the server refuses or stops answering.
         """
         options = {"memoir": "off"} if off else {}
         path, body = request_of(self.model, prompt, chat=chat, tokens=tokens, options=options, **fields)
@@ -105,7 +105,7 @@ class Server:
             logprobs = choice.get("logprobs") or {}
             content = logprobs.get("content") or ()
         except (LookupError, TypeError, AttributeError):
-            raise ConfigError(f"{self.url} gives no answer at {path}: {_NO_SERVER}") from None
+            raise ServerError(f"{self.url} gives no answer at {path}: {_NO_SERVER}") from None
         return Reply(
             tokens=tuple(choice.get("token_ids") or ()),
             logprobs=tuple(t["logprob"] for t in content) if chat else tuple(logprobs.get("token_logprobs") or ()),
@@ -122,11 +122,11 @@ class Server:
         except AuthenticationError as error:
             raise no_key(self.url) from error
         except APIStatusError as error:
-            raise ConfigError(f"the server at {self.url} refused {path}: {error}") from error
+            raise ServerError(f"the server at {self.url} refused {path}: {error}") from error
         except OpenAIError as error:
-            raise ConfigError(f"no server answers at {self.url} ({error}): start one with `memoir serve`") from error
+            raise ServerError(f"no server answers at {self.url} ({error}): start one with `memoir serve`") from error
         except ValueError as error:
-            raise ConfigError(f"{self.url} sends no JSON at {path}: {_NO_SERVER}") from error
+            raise ServerError(f"{self.url} sends no JSON at {path}: {_NO_SERVER}") from error
 
 
 def request_of(
@@ -159,12 +159,12 @@ def api_key() -> str:
     return os.environ.get("OPENAI_API_KEY") or "none"
 
 
-def no_key(url: str) -> ConfigError:
+def no_key(url: str) -> ServerError:
     """The error where a server answers 401.
 
     url: of the server.
     """
-    return ConfigError(f"the server at {url} wants an API key: set OPENAI_API_KEY to it")
+    return ServerError(f"the server at {url} wants an API key: set OPENAI_API_KEY to it")
 
 
 def base_url(url: str) -> str:

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from memoir_retrieval.client.server import Reply, Server
-from memoir_retrieval.errors import ConfigError
+from memoir_retrieval.errors import ServerError
 from memoir_retrieval.lookup.reference import Answer
 from memoir_retrieval.model.base import load_tokenizer, resolve
 from memoir_retrieval.question.prompts import Prompt, given_ids, prompt_ids, target_ids
@@ -35,7 +35,7 @@ class ServerModel:
         store: what the server serves; its settings render the prompts.
         model: whose tokenizer renders them, a name or a folder (default: the model that the store names).
 
-        Raises ConfigError where no server answers, it wants another key, or the `openai` package is missing.
+        Raises ServerError where no server answers, or it wants another key; ConfigError where `openai` is missing.
         """
         self._server = Server(url, retries=2)
         self._store = store
@@ -70,7 +70,7 @@ class ServerModel:
         edited: False asks the base model.
         wanted: as for `EditedModel.generate`, but a server gives nothing up.
 
-        Raises ConfigError where the server refuses, has no plugin, or serves another generation.
+        Raises ServerError where the server refuses, has no plugin, or serves another generation.
         """
 
         def ask(prompt: Prompt | list[int]) -> Answer:
@@ -142,9 +142,9 @@ class ServerModel:
     def _answer(self, tokens: tuple[int, ...], reply: Reply, edited: bool, logprobs: tuple[float, ...] = ()) -> Answer:
         decision = reply.decision
         if decision is None:
-            raise ConfigError("the server answers without edits: start it with `memoir serve MODEL --store DIR`")
+            raise ServerError("the server answers without edits: start it with `memoir serve MODEL --store DIR`")
         if edited and decision.generation != self._store.manifest.generation:
-            raise ConfigError(
+            raise ServerError(
                 f"the server has generation {decision.generation} of the store, {self._store.path} is at "
                 f"{self._store.manifest.generation}: restart the server, or POST /memoir/reload"
             )

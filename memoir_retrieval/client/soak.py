@@ -32,7 +32,7 @@ from memoir_retrieval.client.traffic import (
     difference,
 )
 from memoir_retrieval.client.verify import Check
-from memoir_retrieval.errors import ConfigError, MemoirError
+from memoir_retrieval.errors import ConfigError, MemoirError, ServerError
 from memoir_retrieval.question.prompts import Prompt, as_messages
 from memoir_retrieval.store.read import EditStore
 
@@ -141,7 +141,7 @@ class Soak:
         self._errors: list[str] = []
 
     async def length(self) -> int:
-        """The most tokens that the server takes. Raises ConfigError where no server answers."""
+        """The most tokens that the server takes. Raises ServerError where no server answers."""
         await self._traffic.begin()
         return self._traffic.length
 
@@ -166,7 +166,7 @@ class Soak:
         measure: gauges beside those of /metrics, by name.
         watch: called with a line after each round.
 
-        Raises ConfigError where no server with edits answers, or others change its store.
+        Raises ServerError where no server with edits answers, ConfigError where others change its store.
         """
         started = time.monotonic()
         until = started + 60 * minutes
@@ -206,7 +206,7 @@ class Soak:
         try:
             return await self._traffic.refer(question, off=off)
         except NoAnswer as error:
-            raise ConfigError(f"{self._traffic.url} cannot be soaked: {error}") from None
+            raise ServerError(f"{self._traffic.url} cannot be soaked: {error}") from None
 
     async def _quiet(self) -> None:
         """Ask every question alone, unless this generation has been asked, and compare what waits for it."""

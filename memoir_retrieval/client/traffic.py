@@ -14,7 +14,7 @@ import httpx
 import msgspec
 
 from memoir_retrieval.client.server import LAST_REQUEST, TIMEOUT_S, api_key, base_url, no_key, request_of
-from memoir_retrieval.errors import ConfigError
+from memoir_retrieval.errors import ServerError
 from memoir_retrieval.lookup.decision import Decision
 from memoir_retrieval.question.prompts import Prompt
 
@@ -64,7 +64,7 @@ class Reference:
     length: int
 
 
-class NoAnswer(Exception):
+class NoAnswer(ServerError):
     """A request that got no answer, and why, in one line."""
 
 
@@ -111,7 +111,7 @@ class SoakClient:
         )
 
     async def begin(self) -> None:
-        """Ask what is served. Raises ConfigError where no server with edits answers, or it wants another key."""
+        """Ask what is served. Raises ServerError where no server with edits answers, or it wants another key."""
         try:
             reply = await self._http.get("/v1/models")
             if reply.status_code == httpx.codes.UNAUTHORIZED:
@@ -122,7 +122,7 @@ class SoakClient:
             self.priorities = (await self._http.post("/v1/completions", json=fields)).status_code == httpx.codes.OK
         except (httpx.HTTPError, LookupError, ValueError, TypeError) as error:
             reason = str(error) or type(error).__name__
-            raise ConfigError(
+            raise ServerError(
                 f"no vLLM server answers at {self.url} ({reason}): start one with `memoir serve`"
             ) from error
 

@@ -104,7 +104,7 @@ class ServerProbe(Server):
         url: with or without /v1.
         chat: ask through the chat template.
 
-        Raises ConfigError where no server answers, it wants another key, or `openai` is missing.
+        Raises ServerError where no server answers, or it wants another key; ConfigError where `openai` is missing.
         """
         super().__init__(url)
         self.chat = chat
@@ -120,7 +120,7 @@ class ServerProbe(Server):
         salt: requests of one salt share cached blocks (default: one of its own).
         stop: end at the end token; False goes on for `tokens`.
 
-        Raises ConfigError where the server refuses.
+        Raises ServerError where the server refuses.
         """
         fields = {"ignore_eos": not stop, "cache_salt": salt or secrets.token_hex(16)}
         return self.ask(prompt, chat=self.chat, tokens=tokens, off=off, logprobs=True if self.chat else 1, **fields)
@@ -175,7 +175,7 @@ def verify(
     tokens: length of an answer.
     turns: of each kind when the overhead is measured, 0 to leave it out.
 
-    Raises ConfigError where a server refuses or stops answering.
+    Raises ServerError where a server refuses or stops answering.
     """
     edits = store.edits[-prompts:] if store else ()
     unrelated = unrelated_prompts()[:prompts]

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from memoir_retrieval.errors import ConfigError
+from memoir_retrieval.errors import ServerError
 
 __all__ = ["Decision", "JudgedPart", "Result", "decision_of"]
 
@@ -66,7 +66,7 @@ def decision_of(reply: Mapping[str, Any]) -> Decision | None:
 
     reply: the response, decoded JSON.
 
-    Raises ConfigError for a decision of another form than this version's.
+    Raises ServerError for a decision of another form than this version's.
     """
     decision = (reply.get("kv_transfer_params") or {}).get("memoir")
     if decision is None:
@@ -74,7 +74,7 @@ def decision_of(reply: Mapping[str, Any]) -> Decision | None:
     try:
         return msgspec.convert(decision, Decision)
     except msgspec.ValidationError as error:
-        raise ConfigError(
+        raise ServerError(
             f"the server's decision is {decision!r}, which this version does not know ({error}): install the same "
             "memoir-retrieval here and there"
         ) from None

@@ -14,7 +14,8 @@ import pytest
 
 from memoir_retrieval import AdminClient, Edit
 from memoir_retrieval.client.admin import Change, TrainingProgress
-from memoir_retrieval.errors import AdminError, ConfigError
+from memoir_retrieval.client.server import Server
+from memoir_retrieval.errors import AdminError, ConfigError, ServerError
 
 EDIT = Edit(prompt="Who runs Example Corp?", target="Jane Doe", rephrases=("Who is its boss?",), source="ticket 4")
 JOB = {"id": "1f", "kind": "add", "by": "ann", "created": "now", "prompt": EDIT.prompt}  # fields of a later version too
@@ -94,9 +95,13 @@ async def test_refusals_name_status_and_reason(reply: httpx.Response, says: str)
 
 @pytest.mark.anyio
 async def test_no_server() -> None:
+    says = r"no server answers at http://127\.0\.0\.1:9 \(.+\): start one with `memoir serve`"
     async with AdminClient("http://127.0.0.1:9", "a-token") as server:
-        with pytest.raises(AdminError, match=r"no server answers at http://127\.0\.0\.1:9 "):
+        with pytest.raises(AdminError, match=says) as refusal:
             await server.stats()
+    with pytest.raises(ServerError, match=says):
+        Server("http://127.0.0.1:9")
+    assert isinstance(refusal.value, ServerError), "a program that knows both clients need name no other error"
 
 
 @pytest.mark.anyio

@@ -22,7 +22,7 @@ from memoir_retrieval.client.server import Server, base_url
 from memoir_retrieval.client.server_model import ServerModel
 from memoir_retrieval.client.soak import Soak
 from memoir_retrieval.client.verify import ServerProbe
-from memoir_retrieval.errors import ConfigError
+from memoir_retrieval.errors import ConfigError, ServerError
 
 
 class Stub(StandIn):
@@ -132,21 +132,21 @@ def test_answers_keep_the_order_of_the_questions(stub: Stub, store: EditStore) -
 
 def test_a_server_without_the_plugin(stub: Stub, store: EditStore) -> None:
     stub.memoir = None
-    with pytest.raises(ConfigError, match="without edits: start it with `memoir serve"):
+    with pytest.raises(ServerError, match="without edits: start it with `memoir serve"):
         ServerModel(stub.url, store).generate(["hi"])
 
 
 def test_a_server_with_another_generation(stub: Stub, store: EditStore) -> None:
     assert stub.memoir is not None
     stub.memoir["generation"] = 9
-    with pytest.raises(ConfigError, match=r"generation 9 of the store.*is at 1: restart the server"):
+    with pytest.raises(ServerError, match=r"generation 9 of the store.*is at 1: restart the server"):
         ServerModel(stub.url, store).generate(["hi"])
 
 
 def test_a_decision_of_another_version_is_refused(stub: Stub, store: EditStore) -> None:
     assert stub.memoir is not None
     stub.memoir["result"] = "sideways"
-    with pytest.raises(ConfigError, match=r"'sideways'.*does not know.*the same memoir-retrieval"):
+    with pytest.raises(ServerError, match=r"'sideways'.*does not know.*the same memoir-retrieval"):
         ServerModel(stub.url, store).generate(["hi"])
 
 
@@ -154,7 +154,7 @@ def test_a_decision_of_another_version_is_refused(stub: Stub, store: EditStore) 
 @pytest.mark.parametrize("kind", ["application/json", "text/html"])
 def test_what_is_no_server_of_models(stub: Stub, store: EditStore, reply: str, kind: str) -> None:
     stub.instead = reply, kind
-    with pytest.raises(ConfigError, match="give the address of a server of vLLM"):
+    with pytest.raises(ServerError, match="give the address of a server of vLLM"):
         ServerModel(stub.url, store)
 
 
@@ -162,12 +162,12 @@ def test_what_is_no_server_of_models(stub: Stub, store: EditStore, reply: str, k
 def test_an_answer_that_is_none(stub: Stub, store: EditStore, reply: str) -> None:
     model = ServerModel(stub.url, store)
     stub.instead = reply, "application/json"
-    with pytest.raises(ConfigError, match="give the address of a server of vLLM"):
+    with pytest.raises(ServerError, match="give the address of a server of vLLM"):
         model.generate(["hi"])
 
 
 def test_no_server(stub: Stub, store: EditStore) -> None:
-    with pytest.raises(ConfigError, match=r"no server answers at http://127\.0\.0\.1:9"):
+    with pytest.raises(ServerError, match=r"no server answers at http://127\.0\.0\.1:9"):
         ServerModel("http://127.0.0.1:9", store)
 
 
@@ -183,7 +183,7 @@ def test_every_client_sends_the_key_of_the_environment_and_names_the_variable_wh
     stub.key = "secret"
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     for client in clients:
-        with pytest.raises(ConfigError, match="wants an API key: set OPENAI_API_KEY to it"):
+        with pytest.raises(ServerError, match="wants an API key: set OPENAI_API_KEY to it"):
             client()
     monkeypatch.setenv("OPENAI_API_KEY", stub.key)
     for client in clients:

@@ -21,7 +21,7 @@ from memoir_retrieval.cli import main
 from memoir_retrieval.client.admin import AdminClient
 from memoir_retrieval.client.server import Server
 from memoir_retrieval.client.soak import Soak, SoakReport
-from memoir_retrieval.errors import AdminError, ConfigError
+from memoir_retrieval.errors import AdminError, ConfigError, ServerError
 
 EDITED, PLAIN = "Who founded Aarhus?", "Name three colours."
 CHAT = [{"role": "user", "content": "Hello there, how are you?"}]
@@ -226,7 +226,7 @@ def test_a_server_that_closes_idle_connections_loses_no_request() -> None:
 
 
 def test_an_error_without_words_is_named() -> None:
-    with running(Model(Mute)) as server, pytest.raises(ConfigError) as refusal:
+    with running(Model(Mute)) as server, pytest.raises(ServerError) as refusal:
         soak(server)
     assert re.search(r"no vLLM server answers at \S+ \(\w+\): start one", str(refusal.value))
 
@@ -235,7 +235,7 @@ def test_no_server() -> None:
     async def run() -> SoakReport:
         return await Soak("http://127.0.0.1:9").run([EDITED], minutes=1, requests=1)
 
-    with pytest.raises(ConfigError, match=r"no vLLM server answers at http://127\.0\.0\.1:9 .*memoir serve"):
+    with pytest.raises(ServerError, match=r"no vLLM server answers at http://127\.0\.0\.1:9 .*memoir serve"):
         asyncio.run(run())
 
 

@@ -16,7 +16,7 @@ from memoir_retrieval import Edit, Editor, EditStore, load_model
 from memoir_retrieval.cli import main
 from memoir_retrieval.client.server import Reply
 from memoir_retrieval.client.verify import Check, ServerProbe, distance, verify
-from memoir_retrieval.errors import ConfigError
+from memoir_retrieval.errors import ServerError
 
 PROMPT, OTHER = "Who founded Aarhus?", "Where is the Blue Gate?"
 # (prompt, opted out, number of the request, salt) -> what the stand-in adds to its log-probabilities
@@ -198,7 +198,7 @@ def test_the_report_and_the_exit_code(
 
 
 def test_no_server() -> None:
-    with pytest.raises(ConfigError, match=r"no server answers at http://127\.0\.0\.1:9 .*memoir serve"):
+    with pytest.raises(ServerError, match=r"no server answers at http://127\.0\.0\.1:9 .*memoir serve"):
         ServerProbe("http://127.0.0.1:9", chat=True)
 
 

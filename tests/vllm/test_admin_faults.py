@@ -374,6 +374,8 @@ async def test_of_many_changes_at_once_no_more_wait_than_may(server: Server) -> 
     edits = [{"prompt": f"Who runs company {n}?", "target": "Jane Doe"} for n in range(3 * QUEUE)]
     replies = await asyncio.gather(*(server.http.post("/edits", json=edit) for edit in edits))
     assert sorted(reply.status_code for reply in replies) == QUEUE * [202] + 2 * QUEUE * [429]
+    full = {(reply.headers["retry-after"], reply.json()["detail"]) for reply in replies if reply.status_code == 429}
+    assert full == {("10", f"{QUEUE} changes are waiting already: send this one again later")}
     assert len(server.service.audit.lines()) == len(server.service.jobs.open()) == QUEUE
 
 

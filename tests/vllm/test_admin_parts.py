@@ -28,7 +28,7 @@ from transformers import AutoTokenizer
 from memoir_retrieval import Edit, Editor
 from memoir_retrieval.cli.serve import server_command
 from memoir_retrieval.editing.outcome import Failed
-from memoir_retrieval.errors import ConfigError, StoreError
+from memoir_retrieval.errors import ConfigError, MemoirError, StoreError
 from memoir_retrieval.model.base import BaseModel
 from memoir_retrieval.question.span import derive_span_rule
 from memoir_vllm import config
@@ -36,7 +36,7 @@ from memoir_vllm.admin import audit, guard, jobs, service
 from memoir_vllm.admin.audit import AUDIT, AuditLog, server_name
 from memoir_vllm.admin.engines import Engines
 from memoir_vllm.admin.guard import Guard
-from memoir_vllm.admin.jobs import QUEUE, Jobs, QueueFull, TrainerProcess
+from memoir_vllm.admin.jobs import QUEUE, Jobs, TrainerProcess
 from memoir_vllm.admin.plugin import MemoirEndpoints
 from memoir_vllm.admin.routes import make_app
 from memoir_vllm.admin.tokens import Tokens
@@ -390,7 +390,7 @@ async def test_only_so_many_changes_wait_and_none_that_is_not_logged(tmp_path: P
     jobs = Jobs(TrainerProcess({}), AuditLog(tmp_path, "here:1"), activate, nothing_stored)  # nobody works on them
     for _ in range(QUEUE):
         await jobs.submit("ann", {"remove": 1}, kind="remove")
-    with pytest.raises(QueueFull):
+    with pytest.raises(MemoirError, match=f"{QUEUE} changes are waiting already: send this one again later"):
         await jobs.submit("ann", {"remove": 1}, kind="remove")
     assert len(jobs.open()) == len(AuditLog(tmp_path, "here:1").lines()) == QUEUE
     unlogged = Jobs(TrainerProcess({}), AuditLog(tmp_path / "gone", "here:1"), activate, nothing_stored)

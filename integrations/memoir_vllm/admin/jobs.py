@@ -36,7 +36,7 @@ _WHO = "the process that changes the store"
 _decode = msgspec.json.Decoder(TrainerAnswer).decode
 
 
-class QueueFull(Exception):
+class QueueFull(MemoirError):
     """As many changes wait as may wait."""
 
 
@@ -192,7 +192,7 @@ class Jobs:
         Raises QueueFull; OSError where it cannot be logged.
         """
         if len(self._waiting) + self._accepting >= QUEUE:
-            raise QueueFull
+            raise QueueFull(f"{QUEUE} changes are waiting already: send this one again later")
         job = Job(id=secrets.token_hex(8), state="queued", by=who, created=_now(), **about)
         self._all[job.id] = job
         self._accepting += 1

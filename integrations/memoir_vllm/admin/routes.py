@@ -22,7 +22,7 @@ from memoir_retrieval.errors import MemoirError
 from memoir_retrieval.question.prompts import not_utf8
 from memoir_retrieval.store.manifest import library_version
 from memoir_vllm.admin.guard import Guard
-from memoir_vllm.admin.jobs import QUEUE, QueueFull
+from memoir_vllm.admin.jobs import QueueFull
 from memoir_vllm.admin.schema import (
     AddEdit,
     AuditPage,
@@ -119,17 +119,12 @@ def _said(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def _add_errors(app: FastAPI) -> None:
-    statuses: dict[type[Exception], int] = {Missing: 404, Conflict: 409, Refused: 400}
+    statuses: dict[type[Exception], int] = {Missing: 404, Conflict: 409, Refused: 400, QueueFull: 429}
 
     @app.exception_handler(MemoirError)
     async def known(request: Request, error: MemoirError) -> JSONResponse:
-        return JSONResponse({"detail": str(error)}, statuses.get(type(error), 503))
-
-    @app.exception_handler(QueueFull)
-    async def full(request: Request, error: QueueFull) -> JSONResponse:
-        return JSONResponse(
-            {"detail": f"{QUEUE} changes are waiting already: send this one again later"}, 429, {"retry-after": "10"}
-        )
+        later = {"retry-after": "10"} if isinstance(error, QueueFull) else None
+        return JSONResponse({"detail": str(error)}, statuses.get(type(error), 503), later)
 
     @app.exception_handler(OSError)
     async def disk(request: Request, error: OSError) -> JSONResponse:
