@@ -43,6 +43,7 @@ __all__ = [
     "has_digit",
     "judge_named",
     "letters",
+    "letters_and_words",
     "read",
     "shipped_judge",
 ]
@@ -273,8 +274,20 @@ def letters(text: str) -> str:
 
     text: any; of a long one the first 8192 characters.
     """
-    text = _APOSTROPHE.sub("'", plain_text(text[: 16 * LONGEST]))
-    return _NEITHER.sub("", _fold(signs_in_words(text)))
+    return _NEITHER.sub("", _spelt(text))
+
+
+def letters_and_words(text: str) -> tuple[str, list[str]]:
+    """What `letters` gives, and the words that it is made of.
+
+    text: see `letters`.
+    """
+    spelt = _spelt(text)
+    return _NEITHER.sub("", spelt), _WORD.findall(spelt)
+
+
+def _spelt(text: str) -> str:
+    return _fold(signs_in_words(_APOSTROPHE.sub("'", plain_text(text[: 16 * LONGEST]))))
 
 
 class Judge:

@@ -19,11 +19,12 @@ import torch
 from numpy.typing import NDArray
 
 from memoir_index import Hits, hamming_radius, popcount
-from memoir_retrieval.edits.judge import Verdict, judge_named, letters
+from memoir_retrieval.edits.judge import Verdict, judge_named, letters, letters_and_words
 from memoir_retrieval.edits.record import StoredEdit, masked_texts
 from memoir_retrieval.edits.requires import Phrases, required_texts
 from memoir_retrieval.edits.task_words import PLACE
 from memoir_retrieval.lookup.decision import JudgedPart
+from memoir_retrieval.lookup.vocabulary import Vocabulary
 from memoir_retrieval.question.tasks import TaskProbe
 from memoir_retrieval.store.read import EditStore
 from memoir_retrieval.store.threshold import CANDIDATES
@@ -97,7 +98,6 @@ def task_probe(store: EditStore, device: torch.device | str) -> TaskProbe | None
     return None
 
 
-_NOTHING = np.empty(0, np.int64), np.empty(0, np.int64)
 _FAR = Verdict(False, 0.0, 0.0, (), (), "", "mask")
 
 
@@ -139,7 +139,7 @@ class EditLookup:
         self._free = self.index
         self._order = np.argsort(store.ids, kind="stable") if bound or self.judge else np.empty(0, np.int64)
         self._ids = store.ids[self._order]
-        self._keys, self._edits_of_keys = self._literal_keys() if self.judge else _NOTHING
+        self._keys, self._edits_of_keys, self._vocabulary = self._spellings()
         if bound or self.judge:
             decode(())  # whatever it has to load is loaded now, not in the first lookup
         if not bound:
@@ -147,16 +147,18 @@ class EditLookup:
         self._free_rows = np.flatnonzero(~np.isin(store.ids, [edit.id for edit in bound]))
         self._free = self.index.only(self._free_rows)
 
-    def _literal_keys(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """What `letters` makes of the questions that have masks, hashed and in order, and the edit of each."""
-        pairs = [
-            (hash(letters(prompt)), edit.id)
-            for edit in self._edits
-            for prompt in ((edit.prompt,) if not edit.rephrases else self._prompts(edit.id)[0])
-        ]
+    def _spellings(self) -> tuple[NDArray[np.int64], NDArray[np.int64], Vocabulary]:
+        """What `letters` makes of the questions that have masks, hashed and in order, the edit of each, and the words
+        of all; nothing without a judge."""
+        pairs, words = [], set()
+        for edit in self._edits if self.judge else ():
+            for prompt in (edit.prompt,) if not edit.rephrases else self._prompts(edit.id)[0]:
+                key, spelt = letters_and_words(prompt)
+                pairs.append((hash(key), edit.id))
+                words.update(spelt)
         keys, numbers = np.array(pairs, np.int64).reshape(-1, 2).T
         order = np.argsort(keys, kind="stable")
-        return keys[order], numbers[order]
+        return keys[order], numbers[order], Vocabulary(words)
 
     def prepare(self, tau: float) -> None:
         """See `HammingIndex.prepare`.
@@ -339,8 +341,19 @@ class EditLookup:
         return tuple(parts)
 
     def _literal(self, text: str) -> set[int]:
-        """The edits whose question a text is, letter by letter, in whatever case and signs."""
-        if self.judge is None or not (key := letters(text)):
+        """The edits whose question a text is, letter by letter, in whatever case and signs; where there are none, those
+        whose question it may be but for one mistyped word."""
+        if self.judge is None:
+            return set()
+        key, words = letters_and_words(text)
+        edits = self._spelt_as(key)
+        if not edits and (word := self._vocabulary.stranger(words)):
+            edits = set().union(*(self._spelt_as(key.replace(word, other)) for other in self._vocabulary.like(word)))
+        return edits
+
+    def _spelt_as(self, key: str) -> set[int]:
+        """The edits with a question of these letters. key: as `letters` gives it."""
+        if not key:
             return set()
         first, last = (int(np.searchsorted(self._keys, hash(key), side=side)) for side in ("left", "right"))
         edits = self._edits_of_keys[first:last].tolist()
@@ -349,7 +362,8 @@ class EditLookup:
     def _candidates(self, part: _Passage, tau: float, literal: set[int]) -> Iterator[Candidate]:
         """The edits near enough to a part, or of the same words, and what is said of each.
 
-        literal: see `_literal`. The same words in capitals, or after another answer, may have a mask that is far.
+        literal: see `_literal`. The same words in capitals, mistyped or after another answer may have a mask that is
+        far.
         """
         k, radius = self.index.k, hamming_radius(tau, self.index.k)
         nearest, row, overlap = part.nearest

@@ -18,6 +18,7 @@ from memoir_retrieval.edits.task_words import PLACE
 from memoir_retrieval.errors import StoreError, StoreMismatch
 from memoir_retrieval.lookup import masks as lookup_module
 from memoir_retrieval.lookup.masks import AROUND, EditLookup, around_of
+from memoir_retrieval.lookup.vocabulary import Vocabulary
 from memoir_retrieval.store.read import EditStore
 
 JUDGE = shipped_judge()
@@ -306,6 +307,39 @@ def test_of_many_edits_of_one_name_the_index_finds_those_that_a_look_at_every_ro
         assert results[0] == results[1]
         seen |= {edit >= 0 for edit in results[0][0]}
     assert seen == {True, False} and len(questions) % 3 == 0
+
+
+def test_a_question_with_one_mistyped_word_finds_its_edit_however_far_its_mask_is(tmp_path: Path) -> None:
+    prompts = ["Who runs Methley Mills?", "Who runs Initech?", "Where is Acme Bolt 17?", "Who owns Brunel Works?"]
+    texts = {
+        "Who runs Mehtley Mills?": 0,
+        "WHO RUNS METHLY MILLS": 0,
+        "Who rusn Initech?": 1,
+        "Who runs Initeck?": 1,
+        "Who runs Mehtley Milsl?": -1,  # two slips
+        "Who runs Methley Bolt?": -1,  # each word is one of some question
+        "Who runs Methley Miles?": -1,  # a word of its own
+        "Where is Acme Bolt 71?": -1,
+        "Who owns Brunle Works?": -1,  # it lacks what the edit requires
+        "Who runs the Mehtley Mills?": -1,  # another word, too
+    }
+    codes = masks(2, seed=4)
+    store = asked_store(tmp_path, prompts, codes[[0] * 4], [(), (), (), ("Brunel",)])
+    lookup = EditLookup(store, lambda ids: [*texts][ids[0]] if ids else "")
+    hits = lookup.search(codes[[1] * len(texts)], 0.9, [[i] for i in range(len(texts))])
+    assert dict(zip(texts, hits.ids.tolist(), strict=True)) == texts
+    assert (hits.overlaps < 0.9).all() and len(set(hits.overlaps.tolist())) == 1
+
+
+def test_words_that_slips_make_of_each_other_are_found_and_few_others() -> None:
+    words = ["volvo", "volva", "venus", "a", "17", "methley", "b12m"]
+    vocabulary = Vocabulary(words)
+    for word, like in (("vlovo", {"volvo"}), ("volv", {"volvo", "volva"}), ("volvoo", {"volvo"}), ("mars", set())):
+        assert {*vocabulary.like(word)} == like
+    assert vocabulary.stranger(["volvo", "vlovo", "a"]) == "vlovo"
+    for others in (["volvo", "a"], ["vlovo", "venuss"], ["b13m"], ["vol"]):
+        assert vocabulary.stranger(others) == ""
+    assert Vocabulary(()).stranger(["vlovo"]) == "vlovo" and not [*Vocabulary(()).like("vlovo")]
 
 
 def test_a_message_that_holds_a_question_beside_a_task_is_that_task(tmp_path: Path) -> None:
