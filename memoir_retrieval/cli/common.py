@@ -139,6 +139,8 @@ def require_place(path: Path, what: str, option: str, *, folder: bool = False) -
         parent = next(above for above in (path, *path.absolute().parents) if os.path.lexists(above))
     elif path.is_dir():
         raise ConfigError(f"{what} cannot be written: {path} is a folder; choose another {option}")
+    elif os.path.lexists(path) and not path.is_file():  # a rename would put a file in the place of /dev/null
+        raise ConfigError(f"{what} cannot be written: {path} is no regular file; choose another {option}")
     if not parent.is_dir():
         raise ConfigError(f"{what} cannot be written: {parent} is not a folder; choose another {option}")
     if not os.access(parent, os.W_OK):

@@ -16,7 +16,7 @@ from pathlib import Path
 from textwrap import shorten
 from threading import Event
 from typing import NamedTuple
-from urllib.request import urlopen
+from urllib.request import ProxyHandler, build_opener
 
 import click
 from rich.table import Table
@@ -153,9 +153,10 @@ def _server(store: Path, port: int) -> Iterator[str]:
 def _wait_until_healthy(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
     """Raises ConfigError with the end of the log where the server stops or takes too long."""
     deadline = time.monotonic() + START_TIMEOUT
+    direct = build_opener(ProxyHandler({}))  # past the proxies of the environment
     while process.poll() is None and time.monotonic() < deadline:
         try:
-            urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+            direct.open(f"http://127.0.0.1:{port}/health", timeout=5).close()
             return
         except OSError:  # URLError is one
             time.sleep(1)

@@ -12,7 +12,7 @@ from urllib.parse import quote
 import httpx
 import msgspec
 
-from memoir_retrieval.client.server import LAST_REQUEST, base_url
+from memoir_retrieval.client.server import LAST_REQUEST, base_url, past_proxies
 from memoir_retrieval.edits.record import Edit, StoredEdit
 from memoir_retrieval.errors import AdminError, ConfigError
 from memoir_retrieval.lookup.decision import JudgedPart, Result
@@ -22,6 +22,10 @@ __all__ = ["AdminClient", "Change", "EditPage", "Lookup", "Near", "TrainingProgr
 
 T = TypeVar("T")
 FIRST_POLL_S, LONGEST_POLL_S = 0.1, 2.0
+
+
+class _PassingError(AdminError):
+    """No answer, which says nothing of what the server does."""
 
 
 class TrainingProgress(msgspec.Struct, frozen=True):
@@ -174,7 +178,9 @@ class AdminClient:
             )
         headers = {"Authorization": f"Bearer {token}", **LAST_REQUEST}
         try:
-            self._http = httpx.AsyncClient(base_url=f"{self._base}{self._root}", headers=headers, timeout=timeout)
+            self._http = httpx.AsyncClient(
+                base_url=f"{self._base}{self._root}", headers=headers, timeout=timeout, mounts=past_proxies(self._base)
+            )
         except (httpx.InvalidURL, UnicodeError) as error:
             raise ConfigError(f"{url!r} is no URL ({error}): give one such as http://127.0.0.1:8000") from None
 
@@ -272,7 +278,12 @@ class AdminClient:
                 )
             await asyncio.sleep(pause)
             pause = min(2 * pause, LONGEST_POLL_S)
-            change = await self.change(change.id)
+            try:
+                change = await self.change(change.id)
+            except _PassingError as error:  # the server may go on with the change all the same
+                if time.monotonic() > until:
+                    raise AdminError(f"change {change.id} was {change.state} when it was last seen: {error}") from error
+                continue
             watch(change)
         if change.state != "done":
             raise AdminError(f"change {change.id} is {change.state}: {change.error}")
@@ -313,13 +324,15 @@ class AdminClient:
         try:
             reply = await self._http.request(method, path, **more)
         except httpx.TimeoutException as error:
-            raise AdminError(
+            raise _PassingError(
                 f"{self._base} has not answered {method} {self._root}{path} in time ({type(error).__name__}); it may "
                 "still do what it was sent"
             ) from error
         except httpx.HTTPError as error:
             reason = str(error) or type(error).__name__
-            raise AdminError(f"no server answers at {self._base} ({reason}): start one with `memoir serve`") from error
+            raise _PassingError(
+                f"no server answers at {self._base} ({reason}): start one with `memoir serve`"
+            ) from error
         except (httpx.InvalidURL, UnicodeError) as error:
             raise AdminError(f"{method} {self._root}{path} cannot be sent to {self._base}: {error}") from error
         if reply.is_success:
@@ -334,7 +347,8 @@ class AdminClient:
             if path.count("/") > 1
             else "; is MEMOIR_ADMIN_TOKEN set where the server runs, and is this a store that it has?",
         }.get(reply.status_code, "")
-        raise AdminError(f"{self._base} refused {method} {self._root}{path} with {reply.status_code}: {why}{hint}")
+        kind = _PassingError if reply.status_code in (502, 503, 504) else AdminError
+        raise kind(f"{self._base} refused {method} {self._root}{path} with {reply.status_code}: {why}{hint}")
 
     def _read(self, reply: httpx.Response, kind: type[T]) -> T:
         try:

@@ -5,13 +5,25 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from ipaddress import ip_address
 from typing import Any, cast
+from urllib.parse import urlsplit
 
 from memoir_retrieval.errors import ConfigError, ServerError
 from memoir_retrieval.lookup.decision import Decision, decision_of
 from memoir_retrieval.question.prompts import Prompt, as_messages
 
-__all__ = ["LAST_REQUEST", "TIMEOUT_S", "Reply", "Server", "api_key", "base_url", "no_key", "request_of"]
+__all__ = [
+    "LAST_REQUEST",
+    "TIMEOUT_S",
+    "Reply",
+    "Server",
+    "api_key",
+    "base_url",
+    "no_key",
+    "past_proxies",
+    "request_of",
+]
 
 TIMEOUT_S = 600.0
 """Of one request: a long answer of a busy server on a CPU takes minutes."""
@@ -65,12 +77,17 @@ class Server:
         Raises ServerError where no server answers, or it wants another key; ConfigError where `openai` is missing.
         """
         try:
-            from openai import OpenAI
+            from openai import DefaultHttpxClient, OpenAI
         except ImportError:
             raise ConfigError("asking a server needs openai: pip install 'memoir-retrieval[eval]'") from None
         self.url = base_url(url)
         client = OpenAI(
-            base_url=self.url, api_key=api_key(), timeout=TIMEOUT_S, max_retries=0, default_headers=LAST_REQUEST
+            base_url=self.url,
+            api_key=api_key(),
+            timeout=TIMEOUT_S,
+            max_retries=0,
+            default_headers=LAST_REQUEST,
+            http_client=DefaultHttpxClient(mounts=past_proxies(self.url)),
         )
         try:
             self.model = str(self._call(client.get, "/v1/models")["data"][0]["id"])
@@ -178,3 +195,17 @@ def base_url(url: str) -> str:
         rest = url.rpartition("://")[2] or "127.0.0.1:8000"
         raise ConfigError(f"{url!r} does not begin with http:// or https://: write http://{rest}")
     return url.rstrip("/").removesuffix("/v1")
+
+
+def past_proxies(url: str) -> dict[str, None]:
+    """The `mounts` of an httpx client by which a server of this machine is asked without the proxies of the
+    environment: they reach other machines, and would be given its token.
+
+    url: of the server.
+    """
+    host = urlsplit(url).hostname or ""
+    try:
+        local = ip_address(host).is_loopback
+    except ValueError:
+        local = host == "localhost"
+    return {f"all://[{host}]" if ":" in host else f"all://{host}": None} if local else {}

@@ -41,6 +41,8 @@ __all__ = ["NEAR", "Soak", "SoakReport", "soak_prompts"]
 ROUNDS = 20  # at least, so that what grows is seen to
 SHOWN = 10  # differences and errors that a report quotes
 GROWTH = 0.02
+LEAST_SAMPLES = 3
+"""Of a size, before the second quarter and the last are two of them."""
 NEAR = {"float32": 0.002, "float16": 0.05, "bfloat16": 0.2}
 """By dtype: some times what a log-probability differs by from one shape of a batch to another, in nats."""
 # Names end like this. Sizes may grow by GROWTH after the warm-up, counts of what is held may not grow at all.
@@ -309,7 +311,7 @@ class Soak:
 
     def _report(self, seconds: float) -> SoakReport:
         preemptions = self._sizes.pop(PREEMPTIONS, None)
-        sizes = {name: _after_warm_up(values) for name, values in self._sizes.items()}
+        sizes = {name: _after_warm_up(values) for name, values in self._sizes.items() if len(values) >= LEAST_SAMPLES}
         checks = [
             _none("no answer differs from its reference", self._differing, self._answers, self._differences),
             _none("no request and no change fails", self._failed, self._requests_sent(), self._errors),
@@ -357,4 +359,5 @@ def _flat(sizes: Mapping[str, tuple[float, float]]) -> list[Check]:
             checks.append(Check(f"{name} is flat", state, f"{first:.0f}, then {last:.0f}: {grown:+.1%}"))
         elif name.endswith(HELD):
             checks.append(Check(f"{name} is flat", "ok" if last <= first else "fail", f"{first:.0f}, then {last:.0f}"))
-    return checks or [Check("sizes are flat", "skip", "the server shows no /metrics")]
+    why = f"the server shows no /metrics, or fewer than {LEAST_SAMPLES} rounds were run: let it last longer"
+    return checks or [Check("sizes are flat", "skip", why)]

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import httpx
 import msgspec
 
-from memoir_retrieval.client.server import LAST_REQUEST, TIMEOUT_S, api_key, base_url, no_key, request_of
+from memoir_retrieval.client.server import LAST_REQUEST, TIMEOUT_S, api_key, base_url, no_key, past_proxies, request_of
 from memoir_retrieval.errors import ServerError
 from memoir_retrieval.lookup.decision import Decision
 from memoir_retrieval.question.prompts import Prompt
@@ -106,6 +106,7 @@ class SoakClient:
         self._http = httpx.AsyncClient(
             base_url=self.url,
             timeout=TIMEOUT_S,
+            mounts=past_proxies(self.url),
             headers={"Authorization": f"Bearer {api_key()}", **LAST_REQUEST},
             limits=httpx.Limits(max_connections=clients + 4),
         )
@@ -177,9 +178,14 @@ class SoakClient:
         sums: dict[str, float] = {}
         for line in reply.text.splitlines() if reply.is_success else ():
             name, _, value = line.rpartition(" ")
-            if not line.startswith("#") and name:
-                name = name.split("{")[0]
-                sums[name] = sums.get(name, 0.0) + float(value)
+            if line.startswith("#") or not name:
+                continue
+            try:
+                number = float(value)
+            except ValueError:  # a page of a proxy
+                return {}
+            name = name.split("{")[0]
+            sums[name] = sums.get(name, 0.0) + number
         return sums
 
     def _request(
@@ -197,7 +203,10 @@ class SoakClient:
             raise NoAnswer(f"{path}: {str(error) or type(error).__name__}") from error
         if not reply.is_success:
             raise _refusal(path, reply)
-        return reply.json()
+        try:
+            return reply.json()
+        except ValueError as error:
+            raise NoAnswer(f"{path}: no JSON, but {' '.join(reply.text.split()):.200}") from error
 
     async def _stream(self, path: str, body: dict[str, Any], *, leave: bool) -> list[ServedAnswer]:
         tokens: list[int] = []
@@ -208,6 +217,8 @@ class SoakClient:
                     await reply.aread()
                     raise _refusal(path, reply)
                 async for line in _lines(reply):
+                    if line.startswith(":"):  # a comment, by which proxies keep a connection open
+                        continue
                     data = line.removeprefix("data: ")
                     if leave and data:
                         return []

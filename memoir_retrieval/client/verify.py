@@ -299,6 +299,8 @@ def _batchmates(
     alone = [(p, r) for p, r in zip(mixed, busy, strict=True) if p in unrelated and r.edit is None]
     if not alone:
         return Check("unmatched among matched", "skip", "every unrelated prompt matches an edit")
+    if noise >= LEAK:
+        return Check("unmatched among matched", "skip", f"the base model's answers alone move by {noise:.1e}")
     moved = max(distance(reply, plain[p]) for p, reply in alone)
     allowed = max(TOLERANCE_TIMES * noise, LEAST_TOLERANCE)
     return Check(

@@ -193,8 +193,12 @@ def resolve(name: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(name))
+        return Path(snapshot_download(name, ignore_patterns=_NOT_READ))
     except Exception as error:
+        if type(error).__name__ == "GatedRepoError":
+            raise ModelError(
+                f"model {name!r} is gated on the Hub: accept its terms on its page, and log in with `hf auth login`"
+            ) from error
         raise ModelError(
             f"model {name!r} is neither a folder, nor one of {', '.join(EMBEDDED)}, nor can it be fetched from the Hub "
             f"({type(error).__name__}): give a folder or run `memoir model get {next(iter(EMBEDDED))}`"
@@ -359,6 +363,9 @@ def _edited(model: Any, blocks: Any, layer: int, name: str, place: Place | None 
         raise ModelError(f"layer {layer} does not exist: {name} has layers 0 to {len(blocks) - 1}")
     return projection_of(model, blocks[layer], place)
 
+
+# Other copies of the weights, which are often as large.
+_NOT_READ = ["original/*", "*.pth", "*.gguf", "*.onnx", "onnx/*", "*.bin", "*.h5", "*.msgpack"]
 
 # ---- identity --------------------------------------------------------------------------------------------------
 

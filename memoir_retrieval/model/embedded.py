@@ -67,8 +67,9 @@ def get_model(name: str, say: Callable[[str], None] = lambda _: None) -> Path:
         say("converting to safetensors (about 30 s)")
         _convert(gguf, Path(scratch) / "out")
         _open_to_readers(Path(scratch) / "out")
-        shutil.rmtree(folder, ignore_errors=True)
-        (Path(scratch) / "out").rename(folder)
+        if not (folder / "config.json").is_file():  # else another process was first, and may read it already
+            shutil.rmtree(folder, ignore_errors=True)
+            (Path(scratch) / "out").rename(folder)
     return folder
 
 
